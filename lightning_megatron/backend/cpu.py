@@ -1,0 +1,186 @@
+"""All that bends megatron-core 0.16.1 to a machine without CUDA. Applied by ``use_device``, undone by it, nowhere else.
+
+How: megatron-core's own modules (``_MODULES``) are given another module under their global name ``torch``: a copy of
+torch's namespace in which ``cuda`` answers for the CPU and four factory functions take ``device="cuda"`` to mean the
+CPU. Look-ups cost what they cost before, and torch itself, as everybody else sees it, is left alone.
+
+What is replaced, and why:
+
+=====================================================  ==============================================================
+``torch.cuda`` in ``_MODULES``                         ``current_device()`` is passed as ``device=`` all over;
+                                                       ``synchronize``, ``empty_cache``, streams and the RNG are
+                                                       called without asking whether there is a GPU
+``torch.zeros/ones/tensor/empty`` in ``_MODULES``      the literal ``device="cuda"`` (token counter of the schedules,
+                                                       ``found_inf`` and scales of the optimizers, norm clipping)
+``tensor_parallel.random._get/_set_cuda_rng_state``    they reach into ``torch.cuda.default_generators``
+``DistributedOptimizer.__init__``,                     compare ``param.type()`` with "torch.cuda.FloatTensor" and its
+``Float16OptimizerWithFloat16Params.__init__``,        kin: the comparison is answered as on a GPU while they run
+``clip_grad_by_total_norm_fp32``
+``LanguageModule.setup_embeddings_and_output_layer``   calls ``weight.data.cuda()`` for tied embeddings
+``DynamicGradScaler/ConstantGradScaler.load_state_dict``  calls ``.cuda()`` on the loaded scale
+=====================================================  ==============================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+_MODULES = (
+    "distributed.distributed_data_parallel",
+    "distributed.param_and_grad_buffer",
+    "models.common.embeddings.rotary_pos_embedding",
+    "models.common.language_module.language_module",
+    "models.gpt.gpt_model",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "parallel_state",
+    "pipeline_parallel.p2p_communication",
+    "pipeline_parallel.schedules",
+    "tensor_parallel.data",
+    "tensor_parallel.layers",
+    "tensor_parallel.mappings",
+    "tensor_parallel.random",
+    "tensor_parallel.utils",
+    "transformer.attention",
+    "transformer.dot_product_attention",
+    "transformer.transformer_layer",
+    "transformer.utils",
+    "utils",
+)
+_CPU = torch.device("cpu")
+
+_undo: list[Callable[[], None]] = []
+_model_state: torch.Tensor | None = None
+
+
+def bend() -> None:
+    """Make megatron-core run on the CPU, over Gloo."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, grad_scaler, optimizer
+    from megatron.core.tensor_parallel import random
+
+    torch_on_cpu = _torch_on_cpu()
+    for name in _MODULES:
+        _replace(importlib.import_module(f"megatron.core.{name}"), "torch", torch_on_cpu)
+    _replace(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
+    _replace(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
+
+    _replace(distrib_optimizer.DistributedOptimizer, "__init__", _answering_as_cuda)
+    _replace(optimizer.Float16OptimizerWithFloat16Params, "__init__", _answering_as_cuda)
+    for module in (clip_grads, optimizer):
+        _replace(module, "clip_grad_by_total_norm_fp32", _answering_as_cuda)
+
+    _replace(LanguageModule, "setup_embeddings_and_output_layer", _staying_on_cpu)
+    for scaler in (grad_scaler.DynamicGradScaler, grad_scaler.ConstantGradScaler):
+        _replace(scaler, "load_state_dict", _staying_on_cpu)
+
+
+def unbend() -> None:
+    """Put everything back that :func:`bend` changed, and nothing else."""
+    while _undo:
+        _undo.pop()()
+
+
+@contextmanager
+def model_rng() -> Iterator[None]:
+    """Run the body on the model's random state, and leave the data's as it was."""
+    global _model_state
+    data_state = torch.get_rng_state()
+    if _model_state is not None:
+        torch.set_rng_state(_model_state)
+    try:
+        yield
+    finally:
+        _model_state = torch.get_rng_state()
+        torch.set_rng_state(data_state)
+
+
+def _replace(owner: Any, name: str, new: Any) -> None:
+    """Set ``owner.name`` to ``new``, or to the wrapper that ``new`` makes where it is one of this file's decorators."""
+    old = getattr(owner, name)
+    setattr(owner, name, new(old) if new in (_answering_as_cuda, _staying_on_cpu) else new)
+    _undo.append(lambda: setattr(owner, name, old))
+
+
+def _torch_on_cpu() -> ModuleType:
+    """A module that is torch in all but CUDA."""
+    namespace = ModuleType("torch")
+    namespace.__dict__.update(torch.__dict__)
+    namespace.__dict__["__getattr__"] = lambda name: getattr(torch, name)  # what torch itself loads late
+    namespace.__dict__["cuda"] = _cuda_for_cpu()
+    for factory in ("zeros", "ones", "tensor", "empty"):
+        namespace.__dict__[factory] = _cuda_means_cpu(getattr(torch, factory))
+    return namespace
+
+
+def _cuda_for_cpu() -> SimpleNamespace:
+    """What megatron-core's training path asks of ``torch.cuda``, answered for the CPU; all else raises as usual."""
+    names = {name: value for name, value in vars(torch.cuda).items() if not name.startswith("__")}
+    names.update(
+        current_device=lambda: _CPU,
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        current_stream=_nothing,
+        default_stream=_nothing,
+        Stream=_nothing,
+        stream=lambda *_: nullcontext(),
+        get_rng_state=lambda *_, **__: torch.get_rng_state(),
+        set_rng_state=lambda state, *_: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+    )
+    return SimpleNamespace(**names)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """A stream, or a wait for one, where there are none."""
+
+
+def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return factory(*args, device=_CPU if device == "cuda" else device, **kwargs)
+
+    return make
+
+
+def _answering_as_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``function`` while ``tensor.type()`` names the CUDA type of the same dtype."""
+    tensor_type = torch.Tensor.type
+
+    def cuda_type(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return tensor_type(tensor, dtype, *args, **kwargs)
+        return tensor_type(tensor).replace("torch.", "torch.cuda.", 1)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.Tensor.type = cuda_type  # type: ignore[assignment,method-assign]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            del torch.Tensor.type  # the inherited one shows again
+
+    return call
+
+
+def _staying_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``function`` while ``tensor.cuda()`` gives the tensor itself."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[assignment,method-assign,misc]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            del torch.Tensor.cuda
+
+    return call

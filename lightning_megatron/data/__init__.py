@@ -1,0 +1,8 @@
+"""Datasets and data modules that feed Megatron models."""
+
+from lightning_megatron.data.packed_text import PackedTextDataset
+from lightning_megatron.data.text_datamodule import TextDataModule
+from lightning_megatron.data.text_sources import standard_library_sources
+from lightning_megatron.data.text_tokenizer import ByteTokenizer
+
+__all__ = ["ByteTokenizer", "PackedTextDataset", "TextDataModule", "standard_library_sources"]

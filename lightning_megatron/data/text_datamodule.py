@@ -1,0 +1,194 @@
+"""A data module that turns text files into samples for a language model."""
+
+import os
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+from typing_extensions import override
+
+from lightning_megatron.data.packed_text import PackedTextDataset, find_packed, pack
+from lightning_megatron.data.text_sources import find_text_files, standard_library_sources
+from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer
+
+_SPLITS = ("train", "val", "test")
+
+# The splits that each stage of the Trainer uses; it cannot do without the first. None is a call of `setup()` by hand.
+_USED = {None: _SPLITS, "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+
+
+class TextDataModule(LightningDataModule):
+    """Packs text files into samples of ``seq_length + 1`` tokens, for training a language model from scratch.
+
+    Batches are ``{"text": int64 [batch_size, seq_length + 1]}``. The first run tokenises the text into a cache, which
+    later runs map into memory. Prediction runs over the test split.
+
+    Args:
+        paths: Text files and folders, one or several. By default the sources of Python's standard library, which are
+            on every machine.
+        seq_length: Tokens that the model sees at once.
+        batch_size: Samples of one optimizer step on one data-parallel rank; the strategy cuts them into micro-batches.
+        tokenizer: ``"bytes"``, the path of a ``tokenizer.json``, a transformers folder or hub name, or a tokenizer.
+        split: The parts of the samples for training, validation and test, contiguous in this order. They sum to 1.
+            With 0 for validation, Lightning skips it.
+        suffixes: The endings of the files to take from folders.
+        cache_dir: Where the tokens are kept. By default ``lightning_megatron/text`` in the user's cache folder.
+        num_workers: Processes that load samples; 0 loads them in the training process.
+        seed: Of the training order. The same seed gives the same order; each epoch has its own.
+        shuffle: Whether training takes the samples in a random order.
+        drop_last: Whether training leaves out what does not fill a last batch. Otherwise the last batch is shorter,
+            and where the samples do not divide by the data-parallel size, a few are seen twice.
+
+    Raises:
+        ValueError: A size is not positive, or ``split`` is not three parts of 1.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | list[str | Path] | None = None,
+        seq_length: int = 256,
+        batch_size: int = 8,
+        tokenizer: str | Path | Tokenizer = "bytes",
+        split: tuple[float, float, float] = (0.98, 0.01, 0.01),
+        suffixes: tuple[str, ...] = (".py", ".txt", ".md"),
+        cache_dir: str | Path | None = None,
+        num_workers: int = 0,
+        seed: int = 1234,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("seq_length", seq_length), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{type(self).__name__}({name}={value}) must be at least 1.")
+        if len(split) != len(_SPLITS) or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
+            raise ValueError(
+                f"{type(self).__name__}(split={split}) must be three parts (train, val, test), none negative, that sum "
+                "to 1, such as (0.98, 0.01, 0.01)."
+            )
+        self.paths = paths
+        self.seq_length = seq_length
+        self.batch_size = batch_size
+        self.split = split
+        self.suffixes = suffixes
+        self.cache_dir = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.num_workers = num_workers
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self._tokenizer_source = tokenizer
+        self._datasets: dict[str, PackedTextDataset] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded on first use: only then may a name on the hub be reached for."""
+        return load_tokenizer(self._tokenizer_source)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id in a batch: the model's ``vocab_size``."""
+        return self.tokenizer.vocab_size
+
+    @override
+    def prepare_data(self) -> None:
+        """Tokenises the text, unless the cache has it. Lightning calls this on one process of each machine."""
+        pack(self._files(), self.tokenizer, self.cache_dir)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the packed text and splits its samples.
+
+        Raises:
+            RuntimeError: ``prepare_data`` was not called.
+            ValueError: The text is too short for ``seq_length``, or for a split that ``stage`` needs.
+        """
+        bin_path = find_packed(self._files(), self.tokenizer, self.cache_dir)
+        if bin_path is None:
+            raise RuntimeError(
+                f"{self.cache_dir} has no tokens of this text with this tokenizer: call `prepare_data()` before "
+                "`setup()`, on every machine that does not share this folder."
+            )
+        num_samples = len(PackedTextDataset(bin_path, self.seq_length))
+        stops = [round(num_samples * part) for part in accumulate(self.split)]
+        ranges = dict(zip(_SPLITS, map(range, [0, *stops], stops), strict=False))
+        self._refuse_empty(stage, ranges)
+        self._datasets = {name: PackedTextDataset(bin_path, self.seq_length, ranges[name]) for name in _SPLITS}
+
+    @override
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Returns the training batches of this data-parallel rank.
+
+        The order depends on ``seed`` and the epoch alone, so model-parallel peers, who share a data-parallel rank, see
+        the same batches. The Trainer sets the epoch; without one, call ``loader.sampler.set_epoch(epoch)``.
+
+        Raises:
+            ValueError: ``drop_last`` leaves no batch.
+        """
+        dataset = self._dataset("train")
+        replicas = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        # Ours rather than the one that Lightning would inject: that one needs a distributed strategy, and takes its
+        # seed from `seed_everything`. Lightning leaves a DistributedSampler alone, and sets its epoch.
+        sampler: DistributedSampler[dict[str, Tensor]] = DistributedSampler(
+            dataset,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            drop_last=self.drop_last,
+            **(replicas or {"num_replicas": 1, "rank": 0}),
+        )
+        if self.drop_last and len(sampler) < self.batch_size:
+            raise ValueError(
+                f"{type(self).__name__}(drop_last=True): the {len(dataset)} training samples give each of "
+                f"{sampler.num_replicas} data-parallel ranks {len(sampler)}, too few for one batch of "
+                f"{self.batch_size}. Lower `batch_size`, or use more text."
+            )
+        return DataLoader(
+            dataset, self.batch_size, sampler=sampler, drop_last=self.drop_last, num_workers=self.num_workers
+        )
+
+    @override
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+        """Returns the validation batches, in order; an empty list, which Lightning skips, where the split has none."""
+        return self._ordered("val")
+
+    @override
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+        """Returns the test batches, in order; an empty list where the split has none."""
+        return self._ordered("test")
+
+    @override
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+        """Returns the test batches, as :meth:`test_dataloader` does."""
+        return self._ordered("test")
+
+    def _files(self) -> list[Path]:
+        return standard_library_sources() if self.paths is None else find_text_files(self.paths, self.suffixes)
+
+    def _dataset(self, name: str) -> PackedTextDataset:
+        if not self._datasets:
+            raise RuntimeError(f"{type(self).__name__} has no data yet: call `prepare_data()` and `setup()` first.")
+        return self._datasets[name]
+
+    def _ordered(self, name: str) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+        # Lightning spreads these over the data-parallel ranks.
+        dataset = self._dataset(name)
+        return DataLoader(dataset, self.batch_size, num_workers=self.num_workers) if len(dataset) else []
+
+    def _refuse_empty(self, stage: str | None, ranges: dict[str, range]) -> None:
+        num_samples = sum(map(len, ranges.values()))
+        parts = dict(zip(_SPLITS, self.split, strict=True))
+        needed = _USED[stage][0]
+        for name in _USED[stage]:
+            if not ranges[name] and (name == needed or parts[name] > 0):
+                raise ValueError(
+                    f"{type(self).__name__}: the {name} split is empty: {parts[name]:g} of {num_samples} samples of "
+                    f"seq_length={self.seq_length}, with split={tuple(self.split)}. Enlarge its part of `split`"
+                    + ("" if name == needed else ", give it 0")
+                    + ", lower `seq_length`, or use more text."
+                )
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_megatron" / "text"

@@ -1,0 +1,68 @@
+"""Which text files make up a corpus, always in the same order."""
+
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+# Test suites, applications and grammar tables: large, repetitive, or not installed everywhere.
+_EXCLUDED = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests"}
+
+
+def find_text_files(paths: str | Path | Sequence[str | Path], suffixes: Sequence[str]) -> list[Path]:
+    """Lists the files that ``paths`` stand for.
+
+    Args:
+        paths: A file or folder, or several. A file is taken whatever its suffix; a folder is searched through.
+        suffixes: Endings of the files to take from folders, such as ``(".py", ".txt")``.
+
+    Returns:
+        Absolute paths, in the order of ``paths`` and sorted within each folder, each file once.
+
+    Raises:
+        FileNotFoundError: A path does not exist.
+        ValueError: No file was found.
+    """
+    given = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    files = [file.resolve() for path in given for file in _files_below(path.expanduser(), tuple(suffixes))]
+    if not files:
+        raise ValueError(
+            f"No text file ends with one of {list(suffixes)} in {[str(path) for path in given]}. "
+            "Name other `paths`, or add the ending of your files to `suffixes`."
+        )
+    return list(dict.fromkeys(files))
+
+
+def standard_library_sources() -> list[Path]:
+    """Lists the source files of the running Python's standard library: a corpus that needs no download.
+
+    Takes the top-level modules and packages; leaves out installed packages, test suites, ``idlelib`` and ``lib2to3``.
+
+    Returns:
+        Absolute paths, sorted.
+
+    Raises:
+        FileNotFoundError: This Python was installed without its sources.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"]).resolve()
+    packages = [init.parent for init in root.glob("*/__init__.py")]
+    files = [*root.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))]
+    kept = sorted(file for file in files if not _EXCLUDED.intersection(file.relative_to(root).parts))
+    if not kept:
+        raise FileNotFoundError(
+            f"This Python has no standard library sources in {root}. Name text files or folders with `paths`."
+        )
+    return kept
+
+
+def read_text(path: Path) -> str:
+    """Reads one document. Bytes that are not UTF-8 become U+FFFD: one odd file should not stop a corpus."""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _files_below(path: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"The text path {path} does not exist (seen from {Path.cwd()}). Correct `paths`.")
+    if path.is_file():
+        yield path
+    else:
+        yield from sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())

@@ -1,0 +1,208 @@
+"""Tokenizers from three worlds (bytes, tokenizers, transformers) behind one small face."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lightning_megatron.data.atomic import atomic_path
+from lightning_megatron.data.text_sources import read_text
+
+END_OF_DOCUMENT = "<|endoftext|>"
+
+# What well-known `tokenizer.json` files call the token between documents; the first one present is taken.
+_END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "<eod>", "<eos>", "</s>", "[EOS]", "[SEP]")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What packing text needs to know of a tokenizer. Any object with these five members will do."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    def eod_id(self) -> int:
+        """The id that ends a document."""
+
+    @property
+    def identity(self) -> str:
+        """Equal for two tokenizers exactly when they encode alike: packed text is reused by it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Turns text into ids, without adding special ones."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Turns ids back into text, leaving special ones out."""
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, and one id that ends a document. Needs no file and knows every language."""
+
+    vocab_size = 257
+    eod_id = 256
+    identity = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        """Turns text into its UTF-8 bytes."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Turns bytes back into text; broken UTF-8, as at the ends of a sample, becomes U+FFFD."""
+        return bytes(i for i in ids if i != self.eod_id).decode("utf-8", errors="replace")
+
+
+class _TokenizersTokenizer:
+    """A ``tokenizers.Tokenizer``."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        # A copy, because a `tokenizer.json` may ask for truncation and padding, which would cut documents.
+        self._tokenizer = type(tokenizer).from_str(tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        names = [name for name in _END_OF_DOCUMENT_NAMES if name in vocab]
+        if not names:
+            raise ValueError(
+                f"The tokenizer has none of the end-of-document tokens {list(_END_OF_DOCUMENT_NAMES)} among its "
+                f"{len(vocab)} tokens. Add one: `tokenizer.add_special_tokens(['{END_OF_DOCUMENT}'])`."
+            )
+        self.eod_id = vocab[names[0]]
+        self.vocab_size = max(vocab.values()) + 1
+        self.identity = f"tokenizers:{_digest(self._tokenizer.to_str())}"
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+class _TransformersTokenizer:
+    """A ``transformers`` tokenizer, fast or slow."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # BERT's family has no end of text, but a separator.
+        eod_id = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        if eod_id is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has neither `eos_token` nor `sep_token` to end a document with. "
+                f"Set one: `tokenizer.add_special_tokens({{'eos_token': '{END_OF_DOCUMENT}'}})`."
+            )
+        vocab: dict[str, int] = tokenizer.get_vocab()
+        backend = getattr(tokenizer, "backend_tokenizer", None)  # fast tokenizers only
+        rules = json.dumps(sorted(vocab.items())) if backend is None else backend.to_str()
+        self.eod_id: int = eod_id
+        # Not `len(tokenizer)`: ids may have gaps.
+        self.vocab_size = max(vocab.values()) + 1
+        self.identity = f"transformers:{type(tokenizer).__name__}:{eod_id}:{_digest(rules)}"
+
+    def encode(self, text: str) -> list[int]:
+        # `verbose=False`: a document longer than the model's context is no mistake here.
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def load_tokenizer(source: str | Path | object) -> Tokenizer:
+    """Loads or wraps a tokenizer.
+
+    Args:
+        source: ``"bytes"``, the path of a ``tokenizer.json``, a folder saved by transformers, the name of a model on
+            the Hugging Face hub, or a tokenizer object: this module's, tokenizers' or transformers'.
+
+    Raises:
+        FileNotFoundError: ``source`` is a path and nothing is there.
+        ValueError: transformers cannot load ``source``, or the tokenizer has no end-of-document token.
+        TypeError: ``source`` is no tokenizer.
+    """
+    if source == "bytes":
+        return ByteTokenizer()
+    if isinstance(source, (str, Path)):
+        return _load_from_files(source)
+    if isinstance(source, Tokenizer):
+        return source
+    if hasattr(source, "eos_token_id"):
+        return _TransformersTokenizer(source)
+    if hasattr(source, "to_str"):
+        return _TokenizersTokenizer(source)
+    raise TypeError(
+        f"{source!r} is no tokenizer. Give 'bytes', the path of a tokenizer.json, a transformers folder or name, or an "
+        "object with `vocab_size`, `eod_id`, `identity`, `encode` and `decode`."
+    )
+
+
+def train_bpe(files: Sequence[str | Path], vocab_size: int, path: str | Path) -> Path:
+    """Trains a byte-level BPE tokenizer, whose every text survives a round trip, and writes its ``tokenizer.json``.
+
+    Args:
+        files: The text to learn from.
+        vocab_size: The largest number of ids: 256 bytes, the end of document, and the merges. Small corpora give fewer.
+        path: The ``tokenizer.json`` to write.
+
+    Returns:
+        ``path``, for ``TextDataModule(tokenizer=...)``.
+
+    Raises:
+        ValueError: ``vocab_size`` has no room for the bytes, or ``path`` does not end in ``.json``.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    path = Path(path)
+    if vocab_size < ByteTokenizer.vocab_size:
+        raise ValueError(
+            f"train_bpe(vocab_size={vocab_size}) has no room for 256 bytes and the end of document. "
+            f"Use {ByteTokenizer.vocab_size} or more."
+        )
+    if path.suffix != ".json":
+        raise ValueError(
+            f"train_bpe(path='{path}'): the name must end in .json, or `load_tokenizer` takes it for a model."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        # Every byte, seen or not, so that no text is unknown.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((read_text(Path(file)) for file in files), trainer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        tokenizer.save(str(temporary))
+    return path
+
+
+def _load_from_files(source: str | Path) -> Tokenizer:
+    path = Path(source).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        from tokenizers import Tokenizer
+
+        return _TokenizersTokenizer(Tokenizer.from_file(str(path)))
+    # A hub name is "name" or "owner/name"; all else can only have been meant as a path.
+    looks_like_path = isinstance(source, Path) or path.suffix == ".json" or source.startswith((".", "/", "~"))
+    if looks_like_path and not path.is_dir():
+        raise FileNotFoundError(
+            f"There is no tokenizer at {path} (seen from {Path.cwd()}). Give the path of a tokenizer.json, a folder "
+            "saved by transformers, or 'bytes', which needs no file."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if looks_like_path else source)
+    except (OSError, ValueError) as error:  # transformers' words for not there, out of reach, and no tokenizer
+        raise ValueError(
+            f"transformers cannot load a tokenizer from '{source}': there is no such folder, or no such name on the "
+            "hub, or the hub is out of reach. Give a folder that holds tokenizer files, or 'bytes'."
+        ) from error
+    return _TransformersTokenizer(tokenizer)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""A layout made into Megatron's process groups and random seeds. The only file that writes to ``parallel_state``."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from lightning_megatron.backend import model_rng
+from lightning_megatron.layout import ParallelLayout, RankCoordinates
+
+# Megatron's scheme: pipeline stages start 100 apart; tensor-parallel ranks follow inside `model_parallel_...seed`.
+_SEED_STEP_OF_PIPELINE_STAGES = 100
+
+T = TypeVar("T")
+
+_built: ParallelLayout | None = None
+
+
+def build(layout: ParallelLayout) -> None:
+    """Make the process groups of ``layout``, or keep them where they stand already.
+
+    Groups of other sizes are replaced. Models built on the old groups hold on to them, so an earlier strategy in this
+    process can be used again: its own ``build`` then brings its groups back.
+    """
+    global _built
+    if parallel_state.model_parallel_is_initialized():
+        if _built == layout:
+            return
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp,
+        create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
+    )
+    _built = layout
+
+
+def coordinates() -> RankCoordinates:
+    """Where this rank sits in the groups."""
+    return RankCoordinates(
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        cp=parallel_state.get_context_parallel_rank(),
+        dp=parallel_state.get_data_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_rank(),
+    )
+
+
+def seed(base: int) -> None:
+    """Seed the model's random numbers from rank 0's ``base``, by Megatron's scheme.
+
+    Tensor-parallel ranks and pipeline stages get seeds of their own, data-parallel replicas the same ones. The
+    generators that data loading draws from stay as the user seeded them.
+    """
+    shared = [base]
+    dist.broadcast_object_list(shared, src=0)
+    with model_rng():
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        model_parallel_cuda_manual_seed(shared[0] % 2**31 + _SEED_STEP_OF_PIPELINE_STAGES * stage)
+
+
+def data_parallel() -> dist.ProcessGroup:
+    """The group of the ranks that hold the same weights and read other data."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def tensor_parallel() -> dist.ProcessGroup:
+    """The group of the ranks that share each layer."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """Give every pipeline stage the last stage's ``tensor``, in place; all pass the same shape and dtype."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(tensor, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return tensor
+
+
+def broadcast_object_from_last_stage(value: T) -> T:
+    """Give every pipeline stage the last stage's picklable ``value``."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return value
+    box = [value]
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast_object_list(box, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return box[0]
+
+
+def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
+    """Join vocabulary-sharded logits ``[..., vocab/tp]`` into ``[..., vocab]`` on every tensor-parallel rank."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if size == 1:
+        return logits
+    shards = [torch.empty_like(logits) for _ in range(size)]
+    dist.all_gather(shards, logits.contiguous(), group=tensor_parallel())
+    return torch.cat(shards, dim=-1)
+
+
+def average_losses_across_data_parallel_group(
+    losses: list[torch.Tensor], weights: list[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Average scalar losses over the data-parallel replicas.
+
+    Args:
+        losses: Scalars of this replica, in the same order on every replica.
+        weights: One weight per loss, such as its number of tokens; None weighs every replica alike.
+
+    Returns:
+        A vector ``[len(losses)]`` of the averages, detached, the same on every replica.
+    """
+    values = torch.stack([loss.detach().double().reshape(()) for loss in losses])
+    if weights is None:
+        heavy = torch.ones_like(values)
+    else:
+        heavy = torch.stack([torch.as_tensor(w, device=values.device).double().reshape(()) for w in weights])
+    both = torch.stack([values * heavy, heavy])
+    dist.all_reduce(both, group=data_parallel())
+    return (both[0] / both[1].clamp(min=torch.finfo(both.dtype).tiny)).float()

@@ -1,0 +1,5 @@
+"""Layer specs for megatron-core's models: plain PyTorch, or Transformer Engine where it is installed and asked for."""
+
+from lightning_megatron.layers.gpt import LayerKind, gpt_block_spec
+
+__all__ = ["LayerKind", "gpt_block_spec"]

@@ -1,0 +1,88 @@
+"""Core attention by ``torch.nn.functional.scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+
+
+class TorchAttention(torch.nn.Module):
+    """Softmax attention over this rank's heads, with grouped queries; built by megatron-core's ``SelfAttention``.
+
+    Args:
+        config: Megatron's transformer configuration.
+        layer_number: Number of the layer, from 1; the same for every layer here.
+        attn_mask_type: Causal, or padding for bidirectional attention.
+        attention_type: "self" or "cross".
+        attention_dropout: Probability; None takes the configuration's.
+        softmax_scale: Factor on the scores; None is one over the root of the head's size.
+        **_: What other implementations need (context parallelism, process groups).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.causal = attn_mask_type == AttnMaskType.causal
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+        # Under sequence parallelism megatron-core has entered the tensor-parallel random state around the block.
+        self.in_parallel_rng = config.sequence_parallel
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: ``[s, b, heads/tp, head]``.
+            key: ``[s, b, groups/tp, head]``, as ``value``.
+            value: ``[s, b, groups/tp, head]``.
+            attention_mask: ``[b, 1, s, s]``, True where a query may not look (Megatron's convention); includes the
+                causal part. None is plain causal attention, or none masked.
+            attn_mask_type: Overrides the kind that the layer was built with.
+            attention_bias: Refused.
+            packed_seq_params: Refused.
+
+        Returns:
+            ``[s, b, heads/tp · head]``.
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("TorchAttention takes no attention bias and no packed sequences.")
+        length, batch = query.shape[:2]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, head]
+        causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
+        dropout = self.dropout if self.training else 0.0
+        forked = get_cuda_rng_tracker().fork() if dropout and not self.in_parallel_rng else nullcontext()
+        with forked:
+            context = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                is_causal=causal and attention_mask is None,
+                dropout_p=dropout,
+                scale=self.softmax_scale,
+                enable_gqa=q.size(1) != k.size(1),
+            )
+        return context.permute(2, 0, 1, 3).reshape(length, batch, -1)

@@ -1,0 +1,54 @@
+"""The layer spec of a GPT's transformer block on one pipeline stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.utils import is_te_min_version
+
+from lightning_megatron.layers.attention import TorchAttention
+from lightning_megatron.layers.norm import TorchNorm
+
+LayerKind = Literal["torch", "transformer_engine"]
+
+
+def gpt_block_spec(
+    config: TransformerConfig, kind: LayerKind, vp_stage: int | None
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """The block of ``kind`` for the layers of this pipeline stage (and virtual stage)."""
+    return _BLOCKS[kind](config, vp_stage)
+
+
+def _torch_block(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = TorchAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = TorchNorm
+    parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=TorchNorm
+    )
+
+
+def _transformer_engine_block(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec:
+    try:
+        is_te_min_version("1.0.0")
+        import transformer_engine  # noqa: F401
+    except Exception as error:
+        raise ImportError(
+            "GPTConfig(layers='transformer_engine') needs Transformer Engine, which could not be imported here"
+            f" ({error}). Install it (pip install 'transformer-engine[pytorch]') or use layers='torch'."
+        ) from error
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+
+
+_BLOCKS = {"torch": _torch_block, "transformer_engine": _transformer_engine_block}

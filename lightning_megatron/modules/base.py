@@ -1,0 +1,173 @@
+"""``MegatronModule``: a LightningModule whose model is built in pieces, one or more to a pipeline stage."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_megatron.backend import model_rng
+from lightning_megatron.modules.settings import BuildSettings
+
+LossReduction = Literal["token", "micro_batch"]
+OptimizerCallable = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+SchedulerCallable = Callable[[Optimizer], LRScheduler]
+Batch = dict[str, torch.Tensor]
+# A sum over tokens and their number, or a plain mean.
+Loss = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+
+
+def default_optimizer(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
+    """AdamW as GPT-3's authors set it (arXiv 2005.14165, appendix B), for models of up to a few hundred million."""
+    return torch.optim.AdamW(parameters, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+class MegatronModule(pl.LightningModule):
+    """The base of the adapters; a subclass changes one thing at a time.
+
+    Per micro-batch and model chunk, ``training_step`` asks ``get_batch`` for the model's inputs, runs the chunk, and on
+    the last stage asks ``loss`` for a sum and a token count. The strategy calls it; see ``docs/architecture.md``.
+
+    Args:
+        optimizer: Makes the torch optimizer from the parameters. The default is ``default_optimizer``.
+        lr_schedule: Makes a torch (or transformers) scheduler from that optimizer, stepped once per optimizer step.
+        loss_reduction: "token": every token of the global batch counts once, whatever the micro-batches, replicas and
+            accumulated batches. "micro_batch": Megatron's mean over micro-batches of their means.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable | None = None,
+        lr_schedule: SchedulerCallable | None = None,
+        loss_reduction: LossReduction = "token",
+    ) -> None:
+        super().__init__()
+        if loss_reduction not in ("token", "micro_batch"):
+            raise ValueError(f"loss_reduction={loss_reduction!r}: use 'token' or 'micro_batch'.")
+        self.optimizer = optimizer or default_optimizer
+        self.lr_schedule = lr_schedule
+        self.loss_reduction = loss_reduction
+        self.settings: BuildSettings | None = None
+        self.chunks = torch.nn.ModuleList()
+        self.active_chunk = 0  # set by the strategy before each call: which virtual stage runs
+
+    # What a subclass changes
+
+    @abstractmethod
+    def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
+        """Build one chunk of the model.
+
+        Args:
+            pre_process: Whether the chunk holds the embedding.
+            post_process: Whether it holds the output layer.
+            vp_stage: Its number on this pipeline stage under interleaving, else None.
+        """
+
+    @abstractmethod
+    def get_batch(self, batch: Batch) -> Batch:
+        """Turn one micro-batch, as the loader gave it, into keyword arguments of the model."""
+
+    @abstractmethod
+    def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
+        """The loss of one micro-batch, on the last stage.
+
+        Args:
+            output: What the last chunk returned.
+            batch: What ``get_batch`` returned.
+
+        Returns:
+            The sum over tokens and their number, which the strategy weighs by; or a plain mean.
+        """
+
+    @abstractmethod
+    def check_batch(self, batch: Batch) -> None:
+        """Refuse a batch that the model cannot take, before any step is run on it.
+
+        Raises:
+            ValueError: Says what is wrong, the values seen and what to change.
+        """
+
+    @abstractmethod
+    def sequence_length(self, batch: Batch) -> int:
+        """Length of the hidden states that travel between pipeline stages, before any sharding."""
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and, where there is one, the scheduler, as plain torch objects."""
+        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        if self.lr_schedule is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.lr_schedule(optimizer), "interval": "step"}]
+
+    # What Lightning and the strategy call
+
+    def configure_model(self) -> None:
+        """Build this rank's chunks, once."""
+        if len(self.chunks):
+            return
+        layout = self.build_settings.layout
+        stage = self._pipeline_stage
+        for virtual in range(layout.vp or 1):
+            first = stage == 0 and virtual == 0
+            last = stage == layout.pp - 1 and virtual == (layout.vp or 1) - 1
+            with model_rng():
+                self.chunks.append(self.build_model(first, last, virtual if layout.vp else None))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        """One micro-batch through the active chunk: the loss on the last stage, hidden states before it."""
+        return self._chunk_step(batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """As ``training_step``, without gradients."""
+        return self._chunk_step(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """As ``validation_step``."""
+        return self._chunk_step(batch)
+
+    def log_loss(self, stage: str, loss: torch.Tensor, weight: float) -> None:
+        """Log ``{stage}_loss``, called on every rank with the loss of the whole global batch.
+
+        Args:
+            stage: "train", "val" or "test".
+            loss: The same scalar on every rank.
+            weight: Its tokens over all replicas, by which Lightning weighs the batches of an evaluation.
+        """
+        training = stage == "train"
+        self.log(f"{stage}_loss", loss, prog_bar=True, on_step=training, on_epoch=not training, batch_size=weight)  # type: ignore[arg-type]
+
+    # What is the same for all
+
+    @property
+    def build_settings(self) -> BuildSettings:
+        """What the strategy said of the run; an error before ``MegatronStrategy`` has set it."""
+        if self.settings is None:
+            raise RuntimeError(
+                f"{type(self).__name__} builds its model under a Trainer with strategy=MegatronStrategy(...), once the"
+                " processes have started. Another strategy, or a use without a Trainer, has no process groups for it."
+            )
+        return self.settings
+
+    @property
+    def active_model(self) -> torch.nn.Module:
+        """The chunk that the strategy is running."""
+        return self.chunks[self.active_chunk]
+
+    @property
+    def on_last_stage(self) -> bool:
+        """Whether the active chunk gives the model's output."""
+        return bool(self.active_model.post_process)
+
+    @property
+    def _pipeline_stage(self) -> int:
+        strategy = self.trainer.strategy
+        return int(strategy.pipeline_parallel_rank)  # type: ignore[attr-defined]
+
+    def _chunk_step(self, batch: Batch) -> Any:
+        inputs = self.get_batch(batch)
+        output = self.active_model(**inputs)
+        return self.loss(output, inputs) if self.on_last_stage else output

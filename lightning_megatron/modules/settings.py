@@ -1,0 +1,56 @@
+"""What a strategy tells a module before the module builds its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lightning_megatron.layout import ParallelLayout
+
+Recompute = Literal["selective", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """The run's side of a model's configuration.
+
+    Args:
+        layout: The parallel sizes.
+        params_dtype: Type of the weights and of what travels between pipeline stages.
+        recompute: Which activations are computed again in the backward pass.
+    """
+
+    layout: ParallelLayout
+    params_dtype: torch.dtype = torch.float32
+    recompute: Recompute | None = None
+
+    def transformer_config_arguments(self) -> dict[str, Any]:
+        """The arguments of megatron-core's ``TransformerConfig`` that follow from the run, not from the model."""
+        interleaved = self.layout.vp is not None
+        return {
+            "tensor_model_parallel_size": self.layout.tp,
+            "pipeline_model_parallel_size": self.layout.pp,
+            "virtual_pipeline_model_parallel_size": self.layout.vp,
+            "context_parallel_size": self.layout.cp,
+            "sequence_parallel": self.layout.uses_sequence_parallel,
+            "params_dtype": self.params_dtype,
+            "pipeline_dtype": self.params_dtype,
+            "bf16": self.params_dtype == torch.bfloat16,
+            "fp16": self.params_dtype == torch.float16,
+            # The loss comes as a sum with its weight; the engine divides once, over the whole global batch.
+            "calculate_per_token_loss": True,
+            "deallocate_pipeline_outputs": True,
+            # Interleaved with batched messages, pp=2 pairs them in the wrong order and trains on wrong gradients.
+            "overlap_p2p_comm": interleaved,
+            "batch_p2p_comm": not interleaved,
+            **_RECOMPUTE[self.recompute],
+        }
+
+
+_RECOMPUTE: dict[Recompute | None, dict[str, Any]] = {
+    None: {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
