@@ -1,0 +1,31 @@
+"""Train transformers with Megatron-core's parallelism from a PyTorch Lightning Trainer."""
+
+import torch as _torch
+
+if not _torch.cuda.is_available():
+    # megatron-core compiles small functions when they are first called; without CUDA that is seconds of C++ for nothing.
+    from megatron.core import jit as _jit
+
+    _jit.disable_jit_fuser()
+
+from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
+
+from lightning_megatron.groups import average_losses_across_data_parallel_group
+from lightning_megatron.layout import LayoutError, ParallelLayout
+from lightning_megatron.modules import GPTConfig, GPTModule, MegatronModule
+from lightning_megatron.precision import MegatronPrecision
+from lightning_megatron.strategy import MegatronStrategy
+
+__all__ = [
+    "GPTConfig",
+    "GPTModule",
+    "LayoutError",
+    "MegatronModule",
+    "MegatronPrecision",
+    "MegatronStrategy",
+    "ParallelLayout",
+    "average_losses_across_data_parallel_group",
+]
+
+if "megatron" not in _StrategyRegistry:
+    _StrategyRegistry.register("megatron", MegatronStrategy, description=MegatronStrategy.__doc__.splitlines()[0])

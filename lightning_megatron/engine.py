@@ -1,0 +1,226 @@
+"""Runs Megatron's pipeline schedules over the micro-batches of a batch, and finalises the gradients.
+
+Knows neither Lightning nor any task: a ``step`` function runs one micro-batch through one model chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from lightning_megatron import groups
+from lightning_megatron.backend import model_rng
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.microbatch import Cut, slices
+
+# Runs (micro-batch, chunk number): hidden states, or on the last stage (sum, weight) or a mean.
+Step = Callable[[Any, int], Any]
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss that is NaN or infinite, raised on every rank."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one batch gave, the same on every rank.
+
+    Args:
+        loss: Mean over the global batch, a float32 scalar.
+        weight: What it was weighed by: tokens over all data-parallel replicas, or for means the number of replicas.
+    """
+
+    loss: torch.Tensor
+    weight: float
+
+
+class Engine:
+    """The model chunks of one rank under megatron-core's schedules.
+
+    Args:
+        layout: The parallel sizes.
+        chunks: The model chunks, one per virtual stage.
+        config: megatron-core's configuration that the chunks share.
+        ddp: Settings of megatron-core's data parallelism; None for an engine that only evaluates.
+        by_token: Whether losses are weighed by their tokens, else every micro-batch by its rows.
+        device: Where the model is.
+    """
+
+    def __init__(
+        self,
+        layout: ParallelLayout,
+        chunks: list[torch.nn.Module],
+        config: ModelParallelConfig,
+        ddp: DistributedDataParallelConfig | None,
+        by_token: bool,
+        device: torch.device,
+    ) -> None:
+        self.layout = layout
+        self.config = config
+        self.by_token = by_token
+        self.device = device
+        self.trains = ddp is not None
+        self.chunks: list[Any] = [_wrap(c, config, ddp, i) for i, c in enumerate(chunks)] if ddp else list(chunks)
+        self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
+        self._window_weight = 0.0
+
+    def zero_grad(self) -> None:
+        """Forget the gradients, and what the accumulation window has weighed so far."""
+        self._window_weight = 0.0
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
+    def train(self, batch: Any, cut: Cut, length: int, step: Step, *, window: int, last_of_window: bool) -> Outcome:
+        """Forward and backward over one batch; gradients are finished when it is the last of its window.
+
+        Args:
+            batch: One data-parallel rank's batch.
+            cut: Its micro-batches.
+            length: Sequence length of the hidden states between stages.
+            step: Runs one micro-batch through one chunk.
+            window: Batches accumulated into one optimizer step.
+            last_of_window: Whether the optimizer steps after this one.
+
+        Returns:
+            The loss of the global batch.
+        """
+        config = self.config
+        with ExitStack() as stack:
+            config.finalize_model_grads_func = None
+            config.no_sync_func = None
+            if last_of_window:
+                config.finalize_model_grads_func = partial(self._finalize, window)
+                if self._overlaps:
+                    no_sync = [chunk.no_sync for chunk in self.chunks]
+                    config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            elif self._overlaps:
+                for chunk in self.chunks:
+                    stack.enter_context(chunk.no_sync())
+            records = self._run(batch, cut, length, step, forward_only=False)
+        return self._outcome(records)
+
+    def evaluate(self, batch: Any, cut: Cut, length: int, step: Step) -> Outcome:
+        """The loss of one batch, forward only."""
+        return self._outcome(self._run(batch, cut, length, step, forward_only=True))
+
+    def predict(self, batch: Any, cut: Cut, length: int, step: Step) -> Any:
+        """The last stage's outputs, rows joined in order, on every stage."""
+        outputs = self._run(batch, cut, length, step, forward_only=True, collect=True)
+        real = outputs[: len(cut.sizes)]
+        joined = torch.cat(real) if real and isinstance(real[0], torch.Tensor) else real
+        return groups.broadcast_object_from_last_stage(joined) if self.layout.pp > 1 else joined
+
+    def _run(
+        self, batch: Any, cut: Cut, length: int, step: Step, *, forward_only: bool, collect: bool = False
+    ) -> list[Any]:
+        """Run the schedule; what the last stage recorded per micro-batch, nothing on the others."""
+        records: list[Any] = []
+
+        def forward_step(micro_batches: Iterator[tuple[Any, float]], model: torch.nn.Module) -> tuple[Any, Any]:
+            micro_batch, share = next(micro_batches)
+            output = step(micro_batch, _chunk_number(model))
+            return _tensor(output), partial(finish, output, share)
+
+        def finish(output: Any, share: float, _: torch.Tensor, non_loss_data: bool = False) -> Any:
+            if non_loss_data:
+                records.append(output)
+                return output
+            total, weight = self._weigh(output, share)
+            records.append((total.detach(), weight))
+            return total, torch.zeros((), dtype=torch.int, device=total.device), {}
+
+        iterators = [slices(batch, cut) for _ in self.chunks]
+        several = len(self.chunks) > 1
+        with model_rng():
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if several else iterators[0],
+                model=self.chunks if several else self.chunks[0],
+                num_microbatches=len(cut.sizes) + cut.ghosts,
+                seq_length=length,
+                micro_batch_size=cut.sizes[0],
+                forward_only=forward_only,
+                collect_non_loss_data=collect,
+            )
+        return records
+
+    def _weigh(self, output: Any, share: float) -> tuple[torch.Tensor, Any]:
+        """A micro-batch's loss as a weighted sum and its weight; a ghost's are nothing."""
+        if isinstance(output, tuple):
+            total, tokens = output
+            if self.by_token:
+                return (total, tokens) if share else (total * 0.0, 0.0)
+            return total / tokens.clamp(min=1) * share, share
+        if isinstance(output, dict):
+            output = output["loss"]
+        return output * share, share
+
+    def _finalize(self, window: int, model: Any, _: Any, pg_collection: Any = None, **__: Any) -> None:
+        """Reduce the gradients and divide by the weight of the whole window, over all replicas.
+
+        By tokens, that is what was counted. Means are divided by the full window, as Lightning does it.
+        """
+        weight = self._window_weight if self.by_token else float(window)
+        finalize_model_grads(model, torch.tensor(weight, device=self.device), pg_collection=pg_collection)
+
+    def _outcome(self, records: list[Any]) -> Outcome:
+        """The mean loss of the global batch, given to every rank."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = sum((r[0].double() for r in records), zero)
+        weight = sum((torch.as_tensor(r[1], device=self.device).double() for r in records), zero)
+        summed = torch.stack([total, weight])
+        if records:
+            dist.all_reduce(summed, group=groups.data_parallel())
+        groups.broadcast_from_last_stage(summed)
+        total, weight = summed
+        loss = (total / weight.clamp(min=torch.finfo(torch.float64).tiny)).float()
+        return Outcome(loss, weight.item())
+
+
+def _wrap(
+    chunk: torch.nn.Module, config: ModelParallelConfig, ddp: DistributedDataParallelConfig, number: int
+) -> DistributedDataParallel:
+    """The chunk's data-parallel wrapper; one for its lifetime, since its gradient hooks cannot be taken off."""
+    wrapped = chunk.__dict__.get("_data_parallel")
+    if wrapped is None:
+        wrapped = DistributedDataParallel(config, replace(ddp), chunk, disable_bucketing=number > 0)
+        wrapped.broadcast_params()
+        _equalise_replicated(chunk)
+        wrapped.__dict__["chunk_number"] = chunk.__dict__["chunk_number"] = number
+        wrapped.__dict__["asked_for"] = ddp
+        chunk.__dict__["_data_parallel"] = wrapped  # not a submodule: the wrapper holds the chunk already
+    elif wrapped.__dict__["asked_for"] != ddp:
+        raise ValueError(
+            "This model was trained before, in this process, with other data-parallel settings"
+            f" ({wrapped.__dict__['asked_for']}), whose gradient hooks cannot be taken off. Train it on with the same"
+            " MegatronStrategy(ddp=, distributed_optimizer=) and precision, or build the module anew."
+        )
+    return wrapped
+
+
+def _equalise_replicated(chunk: torch.nn.Module) -> None:
+    """Start weights that tensor-parallel ranks do not share out from the first rank's values."""
+    group = groups.tensor_parallel()
+    for parameter in chunk.parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            dist.broadcast(parameter.data, src=dist.get_global_rank(group, 0), group=group)
+
+
+def _chunk_number(model: torch.nn.Module) -> int:
+    return int(getattr(model, "vp_stage", None) or model.__dict__.get("chunk_number", 0))
+
+
+def _tensor(output: Any) -> Any:
+    """What the schedule passes on: hidden states or the tensor that is differentiated."""
+    if isinstance(output, tuple):
+        return output[0]
+    return output["loss"] if isinstance(output, dict) else output

@@ -1,0 +1,67 @@
+"""Lightning's automatic optimization, re-ordered: zero the gradients, then run the schedule, then the hooks of backward.
+
+Leans on private names of Lightning 2.6 (``_AutomaticOptimization._make_closure`` and ``_optimizer_step``, ``Closure``,
+``_TrainingEpochLoop.update_lr_schedulers``); ``tests/test_lightning_private.py`` fails when they change.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult, _AutomaticOptimization
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_megatron.optimizer import ShardedOptimizer
+
+
+def install(trainer: pl.Trainer) -> None:
+    """Give the Trainer's epoch loop the re-ordered optimization, once."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    if isinstance(epoch_loop.automatic_optimization, _ScheduleOptimization):
+        return
+    epoch_loop.automatic_optimization = _ScheduleOptimization(trainer)
+    step_schedulers = epoch_loop.update_lr_schedulers
+
+    def unless_skipped(interval: str, update_plateau_schedulers: bool) -> None:
+        if not (interval == "step" and _was_skipped(trainer)):
+            step_schedulers(interval, update_plateau_schedulers=update_plateau_schedulers)
+
+    epoch_loop.update_lr_schedulers = unless_skipped  # type: ignore[method-assign]
+
+
+class _ScheduleClosure(Closure):
+    """Megatron's schedule runs forward and backward inside ``training_step``, so zeroing comes before it."""
+
+    @override
+    @torch.enable_grad()
+    def closure(self, *args: Any, **kwargs: Any) -> ClosureResult:
+        if self._zero_grad_fn is not None:
+            self._zero_grad_fn()
+        output = self._step_fn()
+        if self._backward_fn is not None and output.closure_loss is not None:
+            self._backward_fn(output.closure_loss)
+        return output
+
+
+class _ScheduleOptimization(_AutomaticOptimization):
+    @override
+    def _make_closure(self, kwargs: OrderedDict, optimizer: Optimizer, batch_idx: int) -> Closure:
+        made = super()._make_closure(kwargs, optimizer, batch_idx)
+        return _ScheduleClosure(made._step_fn, made._backward_fn, made._zero_grad_fn)
+
+    @override
+    def _optimizer_step(self, batch_idx: int, train_step_and_backward_closure: Any) -> None:
+        super()._optimizer_step(batch_idx, train_step_and_backward_closure)
+        if _was_skipped(self.trainer):  # it is no step: neither `global_step` nor the schedules move
+            for count in (self.optim_progress.optimizer.step.total, self.optim_progress.optimizer.step.current):
+                count.ready -= 1
+                count.completed -= 1
+
+
+def _was_skipped(trainer: pl.Trainer) -> bool:
+    optimizers = trainer.strategy.optimizers
+    return bool(optimizers) and isinstance(optimizers[0], ShardedOptimizer) and optimizers[0].last_step_was_skipped

@@ -1,0 +1,195 @@
+"""``GPTModule``: causal language modelling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from lightning_megatron.groups import gather_vocabulary
+from lightning_megatron.layers import gpt_block_spec
+from lightning_megatron.modules.base import Batch, Loss, LossReduction, MegatronModule, OptimizerCallable, SchedulerCallable
+from lightning_megatron.modules.gpt_config import GPTConfig
+
+IGNORED_LABEL = -100  # transformers' convention
+
+
+class GPTModule(MegatronModule):
+    """A GPT, trained to predict the next token.
+
+    Batches are dicts of tensors, batch first, in one of two forms: transformers' ``input_ids`` ``[b, s]`` with optional
+    ``labels`` (−100 is ignored, the shift is made here; without them the inputs are the labels), ``attention_mask``,
+    ``position_ids`` and ``loss_mask``; or Megatron's ``text`` ``[b, s+1]``, or ``tokens``, ``labels``, ``loss_mask`` and
+    ``position_ids``, shifted already.
+
+    Args:
+        config: The shape of the model.
+        optimizer: Makes the torch optimizer from the parameters; AdamW by default.
+        lr_schedule: Makes a scheduler from that optimizer.
+        loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        optimizer: OptimizerCallable | None = None,
+        lr_schedule: SchedulerCallable | None = None,
+        loss_reduction: LossReduction = "token",
+    ) -> None:
+        super().__init__(optimizer, lr_schedule, loss_reduction)
+        self.config = config
+
+    def configure_model(self) -> None:
+        """Check the sizes against the layout, then build."""
+        self.config.check(self.build_settings)
+        super().configure_model()
+
+    def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
+        """One chunk of megatron-core's ``GPTModel``."""
+        config, settings = self.config, self.build_settings
+        core = config.transformer_config(settings)
+        return GPTModel(
+            config=core,
+            transformer_layer_spec=gpt_block_spec(core, config.layers, vp_stage),
+            vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
+            max_sequence_length=config.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=config.tie_embeddings,
+            position_embedding_type=config.megatron_position_embedding,
+            rotary_base=config.rotary_base,
+            rotary_percent=config.rotary_percent,
+            vp_stage=vp_stage,
+        )
+
+    def check_batch(self, batch: Batch) -> None:
+        """Refuse a batch without tokens, with ids beyond the vocabulary, or longer than the positions.
+
+        Raises:
+            ValueError: With the values seen.
+        """
+        if not isinstance(batch, dict):
+            raise ValueError(f"GPTModule takes batches that are dicts of tensors; this one is a {type(batch).__name__}.")
+        name = _token_key(batch)
+        tokens = batch[name]
+        length = tokens.size(1) - (name == "text")
+        if length > self.config.seq_length:
+            raise ValueError(
+                f"GPTModule: sequences of {length} tokens, but GPTConfig(seq_length={self.config.seq_length})."
+                f" Cut the samples, or use seq_length={length} or more."
+            )
+        high, low = int(tokens.max()), int(tokens.min())
+        if high >= self.config.vocab_size or low < 0:
+            wrong = high if high >= self.config.vocab_size else low
+            raise ValueError(
+                f"GPTModule: token id {wrong} in {name!r} is outside of the vocabulary of"
+                f" GPTConfig(vocab_size={self.config.vocab_size}), ids 0 to {self.config.vocab_size - 1}."
+                " Use the tokenizer's own vocab_size."
+            )
+
+    def sequence_length(self, batch: Batch) -> int:
+        """Tokens per sequence, rounded up as ``get_batch`` pads."""
+        name = _token_key(batch)
+        length = int(batch[name].size(1)) - (name == "text")
+        return length + self._padding(length)
+
+    def get_batch(self, batch: Batch) -> Batch:
+        """Tokens, labels, loss mask and positions ``[b, s]`` from either form of batch."""
+        inputs = _from_megatron(batch) if _token_key(batch) != "input_ids" else _from_transformers(batch)
+        padding = self._padding(inputs["input_ids"].size(1))
+        if padding:  # behind the text, and masked: a causal model never sees it
+            for name in ("input_ids", "position_ids", "labels", "loss_mask"):
+                inputs[name] = torch.nn.functional.pad(inputs[name], (0, padding))
+        keep = inputs.pop("keep", None)
+        inputs["attention_mask"] = None if keep is None else _causal_mask(torch.nn.functional.pad(keep, (0, padding)))
+        return inputs
+
+    def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
+        """Sum and count over the tokens that the loss mask keeps; ``output`` is the loss of each, ``[b, s]``."""
+        mask = batch["loss_mask"]
+        return (output.float() * mask).sum(), mask.sum()
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Hidden states, or on the last stage the logits ``[b, s, vocab]`` over the whole vocabulary."""
+        inputs = self.get_batch(batch)
+        length = batch[_token_key(batch)].size(1)
+        inputs["labels"] = None  # type: ignore[assignment]
+        output = self.active_model(**inputs)
+        if not self.on_last_stage:
+            return output
+        return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        """Logits ``[b, s, vocab]`` where the model is whole on the rank.
+
+        Raises:
+            RuntimeError: With pipeline stages; ``trainer.predict`` gives logits under every layout.
+        """
+        if self.build_settings.layout.pp > 1:
+            raise RuntimeError("GPTModule.forward needs pp=1: here are pipeline stages. Use trainer.predict.")
+        logits: torch.Tensor = self.predict_step(batch, 0)
+        return logits
+
+    def _padding(self, length: int) -> int:
+        """Tokens to add so that sequence parallelism can share the sequence out."""
+        layout = self.build_settings.layout
+        return -length % layout.tp if layout.uses_sequence_parallel else 0
+
+
+def _token_key(batch: Batch) -> str:
+    for name in ("input_ids", "tokens", "text"):
+        if name in batch:
+            return name
+    raise ValueError(
+        f"GPTModule needs 'input_ids' [b, s], or Megatron's 'tokens' and 'labels' [b, s] or 'text' [b, s+1]; this batch"
+        f" has {sorted(batch)}. Rename the key in the collate function, or override get_batch."
+    )
+
+
+def _from_megatron(batch: Batch) -> Batch:
+    if "text" in batch:
+        text = batch["text"].long()
+        tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    else:
+        tokens, labels = batch["tokens"].long(), batch["labels"].long()
+    mask = batch.get("loss_mask")
+    return {
+        "input_ids": tokens,
+        "labels": labels,
+        "loss_mask": torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float(),
+        "position_ids": batch.get("position_ids", _positions(tokens)),
+    }
+
+
+def _from_transformers(batch: Batch) -> Batch:
+    tokens = batch["input_ids"].long()
+    attention = batch.get("attention_mask")
+    labels = batch.get("labels")
+    if labels is None:
+        labels = tokens if attention is None else tokens.masked_fill(attention == 0, IGNORED_LABEL)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    mask = (shifted != IGNORED_LABEL).float()
+    if "loss_mask" in batch:  # aligned with the labels, so it shifts with them
+        mask = mask * torch.nn.functional.pad(batch["loss_mask"][:, 1:].float(), (0, 1))
+    inputs = {
+        "input_ids": tokens,
+        "labels": shifted.clamp(min=0),
+        "loss_mask": mask,
+        "position_ids": batch.get("position_ids", _positions(tokens)),
+    }
+    if attention is not None and not bool(attention.all()):
+        inputs["keep"] = attention.bool()
+    return inputs
+
+
+def _positions(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+
+
+def _causal_mask(keep: torch.Tensor) -> torch.Tensor:
+    """``[b, 1, s, s]``, True where a query may not look: ahead, and at padding, but always at itself."""
+    length = keep.size(1)
+    ahead = torch.ones(length, length, dtype=torch.bool, device=keep.device).triu(1)
+    itself = torch.eye(length, dtype=torch.bool, device=keep.device)
+    return (ahead | ~keep[:, None, None, :]) & ~itself

@@ -1,0 +1,209 @@
+"""A user's torch optimizer, sharded or mirrored by megatron-core, and still a ``torch.optim.Optimizer`` to Lightning."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+from megatron.core.optimizer.optimizer import FP32Optimizer, Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightning_megatron.engine import Engine
+
+_SHARDABLE = (AdamW, Adam, SGD)
+
+
+class ShardedOptimizer(Optimizer):
+    """megatron-core's optimizer behind torch's face.
+
+    ``param_groups`` and ``state`` are the wrapped torch optimizer's own, so schedulers and monitors that hold on to
+    either object see and set the same values.
+
+    Args:
+        inner: megatron-core's optimizer around the user's.
+        engine: Whose gradients it applies.
+        watch_norm: Whether the gradient norm is computed without clipping, too.
+    """
+
+    def __init__(self, inner: MegatronOptimizer, engine: Engine, watch_norm: bool) -> None:
+        # Not `super().__init__`: the groups and the state live in the torch optimizer.
+        self.inner = inner
+        self.engine = engine
+        self.watch_norm = watch_norm
+        self.defaults = inner.optimizer.defaults
+        self.clip_norm = 0.0
+        self.grad_norm: float | None = None
+        self.skipped_steps = 0
+        self.last_step_was_skipped = False
+        self._optimizer_step_pre_hooks: Any = OrderedDict()
+        self._optimizer_step_post_hooks: Any = OrderedDict()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The torch optimizer's groups; their ``params`` are this rank's shards."""
+        return self.inner.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The torch optimizer's state."""
+        return self.inner.optimizer.state
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss, 1 but for fp16."""
+        return float(self.inner.get_loss_scale().item())
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Run the closure (zero, forward, backward), then clip and update, unless fp16 gradients overflowed."""
+        result = closure() if closure is not None else None
+        self.last_step_was_skipped = self.inner.prepare_grads()
+        if self.last_step_was_skipped:
+            self.skipped_steps += 1
+            return result
+        if self.clip_norm > 0:
+            self.grad_norm = self.inner.clip_grad_norm(self.clip_norm)
+        elif self.watch_norm:
+            self.grad_norm = self.inner.get_grad_norm()
+        self.inner.step_with_ready_grads()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of parameters and buffers."""
+        self.engine.zero_grad()
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state, main weights included."""
+        state: dict[str, Any] = {"torch": self.inner.optimizer.state_dict(), "skipped_steps": self.skipped_steps}
+        state["main_weights"] = [[p.detach() for p in group["params"]] for group in self.param_groups]
+        if getattr(self.inner, "grad_scaler", None) is not None:
+            state["grad_scaler"] = self.inner.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave on a rank at the same place of the same layout."""
+        self.inner.optimizer.load_state_dict(state_dict["torch"])
+        self.skipped_steps = state_dict["skipped_steps"]
+        for group, saved in zip(self.param_groups, state_dict["main_weights"], strict=True):
+            for parameter, value in zip(group["params"], saved, strict=True):
+                parameter.data.copy_(value)
+        if "grad_scaler" in state_dict:
+            self.inner.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def shard(
+    optimizer: Optimizer,
+    engine: Engine,
+    *,
+    params_dtype: torch.dtype,
+    distributed: bool,
+    initial_loss_scale: float,
+    watch_norm: bool,
+) -> ShardedOptimizer:
+    """Hand a torch optimizer to megatron-core, groups and hyper-parameters kept.
+
+    Args:
+        optimizer: The user's.
+        engine: Holds the model chunks.
+        params_dtype: Type of the weights.
+        distributed: Whether state and main weights are sharded over the data-parallel group.
+        initial_loss_scale: First loss scale under fp16.
+        watch_norm: Whether to compute gradient norms without clipping.
+
+    Raises:
+        TypeError: An optimizer that cannot be sharded.
+        ValueError: Parameters with gradients that are in no group.
+    """
+    if distributed and type(optimizer) not in _SHARDABLE:
+        raise TypeError(
+            f"MegatronStrategy(distributed_optimizer=True) shards torch.optim.AdamW, Adam and SGD, not"
+            f" {type(optimizer).__name__}: an update that is not element by element would come out wrong on flat"
+            " shards. Use one of these, or distributed_optimizer=False."
+        )
+    _check_groups(optimizer, engine)
+    config = OptimizerConfig(
+        optimizer="sgd" if isinstance(optimizer, SGD) else "adam",
+        lr=optimizer.defaults["lr"],
+        bf16=params_dtype == torch.bfloat16,
+        fp16=params_dtype == torch.float16,
+        params_dtype=params_dtype,
+        use_distributed_optimizer=distributed,
+        overlap_param_gather=engine.chunks[0].ddp_config.overlap_param_gather,
+    )
+    scaler = _grad_scaler(initial_loss_scale) if config.fp16 else None
+    inner = _wrap(optimizer, config, scaler, engine)
+    engine.config.grad_scale_func = inner.scale_loss if scaler is not None else None
+    return ShardedOptimizer(inner, engine, watch_norm)
+
+
+def _wrap(optimizer: Optimizer, config: OptimizerConfig, scaler: Any, engine: Engine) -> MegatronOptimizer:
+    named = ProcessGroupCollection.setup_process_groups_for_optimizer(
+        None, engine.chunks, use_gloo_process_groups=torch.distributed.get_backend() != "gloo"
+    )
+    if config.use_distributed_optimizer:
+        with _any_elementwise_optimizer():
+            inner = DistributedOptimizer(
+                optimizer,
+                config,
+                scaler,
+                _no_state_yet,
+                model_chunks=engine.chunks,
+                per_model_buffers={i: chunk.buffers for i, chunk in enumerate(engine.chunks)},
+                data_parallel_group=named["intra_dp_cp_group"],
+                data_parallel_group_gloo=named["intra_dp_cp_group_gloo"],
+                data_parallel_group_idx=torch.distributed.get_rank(named["mp_group"]),
+                distributed_optimizer_instance_id=0,
+            )
+        inner.grad_stats_parallel_group = named["intra_dist_opt_group"]
+    elif config.bf16 or config.fp16:
+        inner = Float16OptimizerWithFloat16Params(optimizer, config, scaler, _no_state_yet)
+        inner.grad_stats_parallel_group = named["mp_group"]
+    else:
+        inner = FP32Optimizer(optimizer, config, _no_state_yet)
+        inner.grad_stats_parallel_group = named["mp_group"]
+    return inner
+
+
+def _grad_scaler(initial_loss_scale: float) -> DynamicGradScaler:
+    """torch's GradScaler schedule, with Megatron's hysteresis of two overflows."""
+    return DynamicGradScaler(
+        initial_scale=initial_loss_scale,
+        min_scale=1.0,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=1000,
+        hysteresis=2,
+    )
+
+
+@contextmanager
+def _any_elementwise_optimizer() -> Iterator[None]:
+    """Lift the check that ``DistributedOptimizer`` makes for its own checkpoint format: Adam only (0.16.1)."""
+    allowed = distrib_optimizer.Adam
+    distrib_optimizer.Adam = (allowed, *_SHARDABLE)
+    try:
+        yield
+    finally:
+        distrib_optimizer.Adam = allowed
+
+
+def _no_state_yet(*_: Any) -> None:
+    """torch optimizers make their state in the first step."""
+
+
+def _check_groups(optimizer: Optimizer, engine: Engine) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for c in engine.chunks for n, p in c.module.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} parameters require gradients but are in no group of the optimizer, {missing[0]!r} first."
+            " Pass them to the optimizer, or freeze them (requires_grad_(False)) in configure_model."
+        )

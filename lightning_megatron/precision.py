@@ -1,0 +1,68 @@
+"""``Trainer(precision=...)`` in Megatron's terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+# type of weights, and whether gradients are kept and reduced in fp32
+_KINDS: dict[str, tuple[torch.dtype, bool]] = {
+    "32-true": (torch.float32, True),
+    "bf16-mixed": (torch.bfloat16, True),
+    "bf16-true": (torch.bfloat16, False),
+    "16-mixed": (torch.float16, True),
+}
+
+
+class MegatronPrecision(Precision):
+    """Megatron's mixed precision: low-precision weights, and fp32 main weights in the optimizer.
+
+    "bf16-mixed" and "16-mixed" keep gradients in fp32; "bf16-true" keeps and reduces them in bf16 too.
+
+    Args:
+        precision: "32-true", "bf16-mixed", "bf16-true" or "16-mixed" (with a dynamic loss scale).
+    """
+
+    def __init__(self, precision: str = "32-true") -> None:
+        if precision not in _KINDS:
+            raise MisconfigurationException(
+                f"MegatronStrategy does not train with precision={precision!r}. Use one of {', '.join(_KINDS)}."
+            )
+        self.precision = precision  # type: ignore[assignment]
+        self.params_dtype, self.grads_in_fp32 = _KINDS[precision]
+
+    @classmethod
+    def from_plugin(cls, plugin: Precision) -> MegatronPrecision:
+        """Take over what ``Trainer(precision=)`` made; its autocast and gradient scaler are Megatron's own here."""
+        if isinstance(plugin, cls):
+            return plugin
+        if type(plugin) in (Precision, MixedPrecision, HalfPrecision):
+            return cls(str(plugin.precision))
+        raise MisconfigurationException(
+            f"MegatronStrategy does not train with {type(plugin).__name__}. Use Trainer(precision=) with one of"
+            f" {', '.join(_KINDS)}."
+        )
+
+    @override
+    def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        return module.to(self.params_dtype)
+
+    @override
+    def clip_gradients(
+        self,
+        optimizer: Any,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        """Leave the norm to the optimizer's step, which takes it over all model-parallel ranks."""
+        if clip_val and gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            raise MisconfigurationException(
+                f"MegatronStrategy clips by norm only; gradient_clip_algorithm='value' (gradient_clip_val={clip_val})"
+                " would clip each rank's shards while their sums are still to come. Use 'norm'."
+            )
+        optimizer.clip_norm = float(clip_val or 0.0)

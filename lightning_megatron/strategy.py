@@ -1,0 +1,573 @@
+"""``MegatronStrategy``: Lightning's hooks, in the order in which the Trainer calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import (
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.model_parallel_config import ModelParallelConfig
+from typing_extensions import override
+
+from lightning_megatron import backend, checkpoint, first_error, groups, loops
+from lightning_megatron.engine import Engine, NonFiniteLossError, Outcome
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.microbatch import Cut, count_rows, cut
+from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.modules.settings import BuildSettings
+from lightning_megatron.optimizer import ShardedOptimizer, shard
+from lightning_megatron.precision import MegatronPrecision
+from lightning_megatron.recorder import LogRecorder
+
+_DEFAULT_TIMEOUT = timedelta(minutes=30)
+_REFUSED_CALLBACKS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning)
+_EVALUATIONS = {"validation": "val", "test": "test"}
+
+
+class MegatronStrategy(ParallelStrategy):
+    """Trains with megatron-core's process groups, pipeline schedules and distributed optimizer.
+
+    A batch of the loader is one data-parallel rank's data of one optimizer step; it is cut into micro-batches here.
+
+    Args:
+        tp: Tensor-parallel size.
+        pp: Pipeline-parallel size.
+        vp: Virtual stages (model chunks) per pipeline stage, for the interleaved schedule; None for one.
+        cp: Context-parallel size; above 1 it is refused until its layers exist.
+        ep: Expert-parallel size; refused likewise.
+        etp: Expert-tensor-parallel size; refused likewise.
+        sequence_parallel: Share activations between tensor-parallel regions out over the sequence.
+        micro_batch_size: Rows of a micro-batch. At most one of this and ``num_microbatches``; with neither, a batch is
+            one micro-batch where pp = 1, else the largest legal number up to 4 · pp.
+        num_microbatches: Micro-batches per batch.
+        distributed_optimizer: Shard optimizer state and main weights over the data-parallel ranks.
+        recompute: Compute activations again in the backward pass: "selective" (attention) or "full".
+        pipeline_split_rank: First pipeline rank of the decoder, for encoder-decoder models; refused for the others.
+        ddp: Settings of megatron-core's data parallelism; ``use_distributed_optimizer`` and ``grad_reduce_in_fp32``
+            follow from ``distributed_optimizer`` and ``Trainer(precision=)``.
+        log_grad_norm: Log ``grad_norm``, the global norm before clipping, at each step.
+        initial_loss_scale: First loss scale of ``precision="16-mixed"``.
+        check_loss: Stop when the loss is NaN or infinite.
+        process_group_backend: "gloo" or "nccl"; follows from the device.
+        timeout: Of collectives: how long ranks wait for one that is gone without a word.
+    """
+
+    strategy_name = "megatron"
+
+    def __init__(
+        self,
+        tp: int = 1,
+        pp: int = 1,
+        vp: int | None = None,
+        cp: int = 1,
+        ep: int = 1,
+        etp: int | None = None,
+        sequence_parallel: bool = False,
+        micro_batch_size: int | None = None,
+        num_microbatches: int | None = None,
+        distributed_optimizer: bool = True,
+        recompute: Literal["selective", "full"] | None = None,
+        pipeline_split_rank: int | None = None,
+        ddp: DistributedDataParallelConfig | None = None,
+        log_grad_norm: bool = False,
+        initial_loss_scale: float = 65536.0,
+        check_loss: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = _DEFAULT_TIMEOUT,
+    ) -> None:
+        super().__init__()
+        self.sizes: dict[str, Any] = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
+        self.sizes["sequence_parallel"] = sequence_parallel
+        self.micro_batch_size = micro_batch_size
+        self.num_microbatches = num_microbatches
+        self.distributed_optimizer = distributed_optimizer
+        self.recompute = recompute
+        self.ddp = ddp
+        self.log_grad_norm = log_grad_norm
+        self.initial_loss_scale = initial_loss_scale
+        self.check_loss = check_loss
+        self.num_nodes = 1
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._layout: ParallelLayout | None = None
+        self._engine: Engine | None = None
+        self._told_of: Cut | None = None
+        self._refuse(pipeline_split_rank)
+
+    # What is known of the run
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """The sizes, checked against the number of devices; known from the Trainer's construction on."""
+        if self._layout is None:
+            raise RuntimeError("MegatronStrategy: the layout is known once a Trainer has taken the strategy.")
+        return self._layout
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the schedules; known from ``setup`` on."""
+        if self._engine is None:
+            raise RuntimeError("MegatronStrategy: the engine is known once trainer.fit (or validate, ...) has set up.")
+        return self._engine
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """This rank's place in its tensor-parallel group."""
+        return self.layout.coordinates(self.global_rank).tp
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks that share each layer."""
+        return self.layout.tp
+
+    @property
+    def pipeline_parallel_rank(self) -> int:
+        """This rank's pipeline stage."""
+        return self.layout.coordinates(self.global_rank).pp
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        """Number of pipeline stages."""
+        return self.layout.pp
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This rank's replica."""
+        return self.layout.coordinates(self.global_rank).dp
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of replicas, which read different data."""
+        return self.layout.dp
+
+    @property
+    def context_parallel_rank(self) -> int:
+        """This rank's part of the sequence."""
+        return self.layout.coordinates(self.global_rank).cp
+
+    @property
+    def context_parallel_size(self) -> int:
+        """Ranks that share each sequence."""
+        return self.layout.cp
+
+    @property
+    def is_pipeline_first_stage(self) -> bool:
+        """Whether the embedding is here."""
+        return self.pipeline_parallel_rank == 0
+
+    @property
+    def is_pipeline_last_stage(self) -> bool:
+        """Whether the loss is computed here."""
+        return self.pipeline_parallel_rank == self.layout.pp - 1
+
+    # What the Trainer asks at its construction
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning gives samplers and ``sync_dist`` only to strategies that say so."""
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin if self._precision_plugin is not None else MegatronPrecision()
+
+    @precision_plugin.setter
+    @override
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        self._precision_plugin = None if precision_plugin is None else MegatronPrecision.from_plugin(precision_plugin)
+
+    def set_world_ranks(self) -> None:
+        """Number the ranks, and check the layout against their number: the first moment it is known."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        self._layout = ParallelLayout(world_size=self.world_size, **self.sizes)
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    # What trainer.fit, validate, test and predict call before the loops
+
+    @override
+    def connect(self, model: pl.LightningModule) -> None:
+        super().connect(model)
+        loops.install(model.trainer)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        backend.use_device(self.root_device)
+        name = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
+        device = None if self.root_device.type == "cpu" else self.root_device
+        assert self.cluster_environment is not None
+        _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device)
+        groups.build(self.layout)
+        groups.seed(torch.initial_seed())
+        if isinstance(self.lightning_module, MegatronModule):
+            self.lightning_module.settings = BuildSettings(
+                layout=self.layout, params_dtype=self._precision.params_dtype, recompute=self.recompute
+            )
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        _refuse_callbacks(trainer)
+        # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        self.model = self.precision_plugin.convert_module(self.lightning_module)
+        self.model_to_device()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._engine = self._make_engine(self._ddp_config() if fitting else None)
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if len(self.optimizers) != 1 or not self.lightning_module.automatic_optimization:  # type: ignore[union-attr]
+            raise MisconfigurationException(
+                f"{type(self).__name__} trains with one optimizer and automatic optimization; seen:"
+                f" {len(self.optimizers)} optimizers, manual optimization"
+                f" {not self.lightning_module.automatic_optimization}. Put the parameters into groups of one optimizer."  # type: ignore[union-attr]
+            )
+        self.optimizers = [
+            shard(
+                self.optimizers[0],
+                self.engine,
+                params_dtype=self._precision.params_dtype,
+                distributed=self.distributed_optimizer,
+                initial_loss_scale=self.initial_loss_scale,
+                watch_norm=self.log_grad_norm,
+            )
+        ]
+        _optimizers_to_device([self.optimizers[0].inner.optimizer], self.root_device)  # type: ignore[attr-defined]
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    @override
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Refuse an empty or indivisible loader; seed its workers by replica, so that model-parallel peers agree."""
+        size = getattr(dataloader, "batch_size", None)
+        if size is not None and self.micro_batch_size is not None:
+            self.layout.check_batch(size, self.micro_batch_size)
+        if size is not None and self.num_microbatches is not None and size % self.num_microbatches:
+            raise MisconfigurationException(
+                f"MegatronStrategy(num_microbatches={self.num_microbatches}) does not divide the loader's"
+                f" batch_size={size}. Use a batch_size that is a multiple of {self.num_microbatches}."
+            )
+        if getattr(dataloader, "worker_init_fn", self) is None:
+            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
+        return dataloader
+
+    # What the loops call
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if isinstance(self.lightning_module, MegatronModule):
+            self.lightning_module.check_batch(batch)  # here the tensors are still on the host
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        recorder = LogRecorder()
+        outcome = self.engine.train(
+            batch,
+            *self._shape(batch),
+            self._step("training_step", recorder, *args, **kwargs),
+            window=trainer.accumulate_grad_batches,
+            last_of_window=not trainer.fit_loop._should_accumulate(),
+        )
+        self._stop_on_bad_loss(outcome)
+        self._report("train", outcome, recorder)
+        return outcome.loss
+
+    @override
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The schedule has run backward; fire the hooks around it."""
+        assert self.lightning_module is not None
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+
+    @override
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._report_step(self.optimizers[0])
+        return result
+
+    @override
+    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("validation", batch, *args, **kwargs)
+
+    @override
+    def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("test", batch, *args, **kwargs)
+
+    @override
+    def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        step = self._step("predict_step", LogRecorder(), *args, **kwargs)
+        return self.engine.predict(batch, *self._shape(batch), step)
+
+    # Collectives
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            dist.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        return _sync_ddp_if_available(tensor, group or groups.data_parallel(), reduce_op=reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Over the world: every rank must decide the same."""
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+    # The end, and checkpoints
+
+    @override
+    def teardown(self) -> None:
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        first_error.note(exception)
+
+    @override
+    def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if storage_options is not None:
+            raise TypeError(f"{type(self).__name__} writes to local paths and takes no storage_options.")
+        checkpoint.save(checkpoint_, Path(self.broadcast(filepath)), self.layout)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return checkpoint.load(Path(self.broadcast(checkpoint_path)), self.layout, weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ShardedOptimizer):
+                optimizer.inner.reload_model_params()
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        checkpoint.remove(Path(filepath))
+
+    # Steps of the hooks above
+
+    @property
+    def _precision(self) -> MegatronPrecision:
+        plugin = self.precision_plugin
+        assert isinstance(plugin, MegatronPrecision)
+        return plugin
+
+    def _refuse(self, pipeline_split_rank: int | None) -> None:
+        if self.micro_batch_size is not None and self.num_microbatches is not None:
+            raise MisconfigurationException(
+                f"MegatronStrategy(micro_batch_size={self.micro_batch_size}, num_microbatches={self.num_microbatches}):"
+                " give one; the other follows from the loader's batch_size."
+            )
+        for name in ("micro_batch_size", "num_microbatches"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise MisconfigurationException(f"MegatronStrategy({name}={value!r}): use a whole number from 1.")
+        if self.recompute not in (None, "selective", "full"):
+            raise MisconfigurationException(
+                f"MegatronStrategy(recompute={self.recompute!r}): use None, 'selective' or 'full'."
+            )
+        if pipeline_split_rank is not None:
+            raise MisconfigurationException(
+                f"MegatronStrategy(pipeline_split_rank={pipeline_split_rank}) splits encoder-decoder models, and there"
+                " is no adapter for one yet. Leave it out."
+            )
+
+    def _ddp_config(self) -> DistributedDataParallelConfig:
+        settings = vars(self.ddp) if self.ddp is not None else {}
+        follows = {
+            "use_distributed_optimizer": self.distributed_optimizer,
+            "grad_reduce_in_fp32": self._precision.grads_in_fp32,
+        }
+        return DistributedDataParallelConfig(**{**settings, **follows})
+
+    def _make_engine(self, ddp: DistributedDataParallelConfig | None) -> Engine:
+        module = self.lightning_module
+        by_token = False
+        if isinstance(module, MegatronModule):
+            chunks, config = list(module.chunks), module.chunks[0].config
+            by_token = module.loss_reduction == "token"
+        else:
+            self._refuse_plain_over_stages()
+            chunks = [_PlainModel(module)]  # type: ignore[arg-type]
+            config = chunks[0].config
+            if ddp is not None:
+                chunks = [module.__dict__.setdefault("_plain_model", chunks[0])]
+        return Engine(self.layout, chunks, config, ddp, by_token, self.root_device)  # type: ignore[arg-type]
+
+    def _refuse_plain_over_stages(self) -> None:
+        if self.layout.pp > 1:
+            raise MisconfigurationException(
+                f"{type(self.lightning_module).__name__} is a plain LightningModule, which cannot be cut into the"
+                f" {self.layout.pp} pipeline stages of pp={self.layout.pp}. Use pp=1, or subclass MegatronModule."
+            )
+
+    def _shape(self, batch: Any) -> tuple[Cut, int]:
+        """The micro-batches of ``batch`` and the length of its hidden states."""
+        chosen = cut(self.layout, count_rows(batch), self.micro_batch_size, self.num_microbatches)
+        if self._told_of is None and self.layout.pp > 1:
+            self._told_of = chosen
+            rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
+        module = self.lightning_module
+        return chosen, module.sequence_length(batch) if isinstance(module, MegatronModule) else 1
+
+    def _step(self, hook: str, recorder: LogRecorder, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch through one chunk: the module's own hook, its logging recorded."""
+        module = self.lightning_module
+        assert module is not None
+        method = getattr(module, hook)
+
+        def step(micro_batch: Any, chunk: int) -> Any:
+            if isinstance(module, MegatronModule):
+                module.active_chunk = chunk
+            with self.precision_plugin.forward_context(), recorder.listening_to(module):
+                return method(micro_batch, *args, **kwargs)
+
+        return step
+
+    def _evaluate(self, kind: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder = LogRecorder()
+        step = self._step(f"{kind}_step", recorder, *args, **kwargs)
+        if not isinstance(self.lightning_module, MegatronModule):
+            return step(batch, 0) if not recorder.replay(self.lightning_module) else None  # type: ignore[func-returns-value,arg-type]
+        outcome = self.engine.evaluate(batch, *self._shape(batch), step)
+        self._report(_EVALUATIONS[kind], outcome, recorder)
+        return outcome.loss
+
+    def _report(self, stage: str, outcome: Outcome, recorder: LogRecorder) -> None:
+        module = self.lightning_module
+        assert module is not None
+        recorder.replay(module)
+        if isinstance(module, MegatronModule):
+            module.log_loss(stage, outcome.loss, outcome.weight)
+
+    def _report_step(self, optimizer: Any) -> None:
+        """Log what is known of a step only after it; Lightning has left ``training_step``'s logging by then."""
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        values: dict[str, float] = {}
+        if self.log_grad_norm and optimizer.grad_norm is not None:
+            values["grad_norm"] = optimizer.grad_norm
+        if self._precision.params_dtype == torch.float16:
+            values.update(loss_scale=optimizer.loss_scale, skipped_steps=float(optimizer.skipped_steps))
+        if values:
+            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
+            trainer._logger_connector.log_metrics(values)
+
+    def _stop_on_bad_loss(self, outcome: Outcome) -> None:
+        if not self.check_loss or bool(torch.isfinite(outcome.loss)):
+            return
+        step = self.lightning_module.trainer.global_step  # type: ignore[union-attr]
+        last_good = f"the last good step was {step - 1}" if step else "there was no good step before it"
+        raise NonFiniteLossError(
+            f"The loss of step {step} is {outcome.loss.item()} (seen on rank {self.global_rank}); {last_good}."
+            " Lower the learning rate, clip gradients (gradient_clip_val=1.0), look at the batch with"
+            " Trainer(detect_anomaly=True), or go on regardless with MegatronStrategy(check_loss=False)."
+        )
+
+
+class _PlainModel(torch.nn.Module):
+    """A plain LightningModule as the only model chunk of a schedule without pipeline stages."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        super().__init__()
+        self.module = module
+        self.config = ModelParallelConfig(calculate_per_token_loss=True)
+        self.config.enable_autocast = False
+
+    def set_input_tensor(self, _: Any) -> None:
+        """Nothing comes from an earlier stage."""
+
+
+def _refuse_callbacks(trainer: pl.Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, _REFUSED_CALLBACKS):
+            raise MisconfigurationException(
+                f"MegatronStrategy does not work with {type(callback).__name__} yet: it copies or re-groups whole"
+                " models, of which each rank has a shard. Leave the callback out."
+            )
