@@ -1,0 +1,142 @@
+"""The truth: a GPT in plain PyTorch, one process, fp32; its weights carry megatron-core's names, unsharded."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lightning_megatron import GPTConfig
+
+Weights = dict[str, torch.Tensor]
+
+GPT2 = GPTConfig(
+    num_layers=8, hidden_size=32, num_attention_heads=4, vocab_size=64, seq_length=16, make_vocab_size_divisible_by=16
+)
+LLAMA = GPTConfig(
+    num_layers=8,
+    hidden_size=64,
+    num_attention_heads=8,
+    num_query_groups=4,
+    ffn_hidden_size=96,
+    vocab_size=64,
+    seq_length=16,
+    position_embedding="rope",
+    normalization="RMSNorm",
+    activation="swiglu",
+    bias=False,
+    tie_embeddings=False,
+    make_vocab_size_divisible_by=16,
+)
+# Adam's division makes noise of weights whose gradient is nothing but rounding (key biases); a large eps keeps it small.
+ADAM: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
+
+
+def initial_weights(c: GPTConfig) -> Weights:
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.08
+
+    h, head = c.hidden_size, c.hidden_size // c.num_attention_heads
+    groups, ffn = c.num_query_groups or c.num_attention_heads, c.ffn_hidden_size or 4 * h
+    weights = {"embedding.word_embeddings.weight": draw(c.vocab_size, h)}
+    if c.position_embedding == "learned":
+        weights["embedding.position_embeddings.weight"] = draw(c.seq_length, h)
+    for n in range(c.num_layers):
+        layer = f"decoder.layers.{n}."
+        shapes = {
+            "self_attention.linear_qkv": ((c.num_attention_heads + 2 * groups) * head, h),
+            "self_attention.linear_proj": (h, h),
+            "mlp.linear_fc1": (ffn * (2 if c.activation == "swiglu" else 1), h),
+            "mlp.linear_fc2": (h, ffn),
+        }
+        for name, shape in shapes.items():
+            weights[f"{layer}{name}.weight"] = draw(*shape)
+            if c.bias:
+                weights[f"{layer}{name}.bias"] = draw(shape[0])
+        for name in ("input_layernorm", "pre_mlp_layernorm"):
+            _norm(weights, layer + name, c, draw)
+    _norm(weights, "decoder.final_layernorm", c, draw)
+    if not c.tie_embeddings:
+        weights["output_layer.weight"] = draw(c.vocab_size, h)
+    return weights
+
+
+def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor) -> torch.Tensor:
+    """``[b, s, vocab]``."""
+    x = w["embedding.word_embeddings.weight"][tokens]
+    if c.position_embedding == "learned":
+        x = x + w["embedding.position_embeddings.weight"][: tokens.size(1)]
+    for n in range(c.num_layers):
+        layer = f"decoder.layers.{n}."
+        x = x + _attention(c, w, layer + "self_attention.", _normalise(c, w, layer + "input_layernorm", x))
+        x = x + _mlp(c, w, layer + "mlp.", _normalise(c, w, layer + "pre_mlp_layernorm", x))
+    x = _normalise(c, w, "decoder.final_layernorm", x)
+    return x @ w["embedding.word_embeddings.weight" if c.tie_embeddings else "output_layer.weight"].T
+
+
+def train(c: GPTConfig, samples: dict[str, torch.Tensor], rows: int, steps: int, clip: float) -> dict[str, Any]:
+    """Losses, gradient norms and final weights of AdamW on batches of ``rows``, every token counting once."""
+    w = {name: value.clone().requires_grad_() for name, value in initial_weights(c).items()}
+    optimizer = torch.optim.AdamW(w.values(), **ADAM)
+    losses, norms = [], []
+    for step in range(steps):
+        batch = {name: value[step * rows : (step + 1) * rows] for name, value in samples.items()}
+        each = F.cross_entropy(logits(c, w, batch["tokens"]).flatten(0, 1), batch["labels"].flatten(), reduction="none")
+        mask = batch["loss_mask"].flatten()
+        loss = (each * mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(w.values(), clip)))
+        optimizer.step()
+        losses.append(float(loss))
+    return {"losses": losses, "norms": norms, "weights": {name: value.detach() for name, value in w.items()}}
+
+
+def _norm(weights: Weights, name: str, c: GPTConfig, draw: Any) -> None:
+    weights[f"{name}.weight"] = 1 + draw(c.hidden_size)
+    if c.normalization == "LayerNorm":
+        weights[f"{name}.bias"] = draw(c.hidden_size)
+
+
+def _normalise(c: GPTConfig, w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    if c.normalization == "RMSNorm":
+        return F.rms_norm(x, (c.hidden_size,), w[f"{name}.weight"], c.layernorm_epsilon)
+    return F.layer_norm(x, (c.hidden_size,), w[f"{name}.weight"], w[f"{name}.bias"], c.layernorm_epsilon)
+
+
+def _linear(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+
+def _attention(c: GPTConfig, w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    b, s, _ = x.shape
+    head, groups = c.hidden_size // c.num_attention_heads, c.num_query_groups or c.num_attention_heads
+    per_group = c.num_attention_heads // groups
+    qkv = _linear(w, f"{name}linear_qkv", x).view(b, s, groups, per_group + 2, head)
+    q = qkv[..., :per_group, :].reshape(b, s, -1, head)
+    k, v = (qkv[..., per_group + i, :].repeat_interleave(per_group, dim=2) for i in (0, 1))
+    if c.position_embedding == "rope":
+        q, k = (_rotate(y, c.rotary_base) for y in (q, k))
+    scores = torch.einsum("bqnd,bknd->bnqk", q, k) / head**0.5
+    scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), float("-inf"))
+    mixed = torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v)
+    return _linear(w, f"{name}linear_proj", mixed.reshape(b, s, -1))
+
+
+def _rotate(x: torch.Tensor, base: float) -> torch.Tensor:
+    s, head = x.size(1), x.size(-1)
+    angles = torch.outer(torch.arange(s).float(), 1 / base ** (torch.arange(0, head, 2).float() / head))
+    cos, sin = (torch.cat([f(angles)] * 2, -1)[None, :, None, :] for f in (torch.cos, torch.sin))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def _mlp(c: GPTConfig, w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    y = _linear(w, f"{name}linear_fc1", x)
+    if c.activation == "swiglu":
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    else:
+        y = F.gelu(y)
+    return _linear(w, f"{name}linear_fc2", y)

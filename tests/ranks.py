@@ -1,0 +1,72 @@
+"""Runs a function on several ranks, as real processes over Gloo, started from a preloaded forkserver."""
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["lightning_megatron", "transformers", "tests.plain_gpt"])
+
+
+class RankError(AssertionError):
+    """The traceback of a rank that failed."""
+
+
+def run_ranks(world_size: int, function: Any, *args: Any, timeout: float = 120) -> list[Any]:
+    """Call the module-level ``function(*args)`` on each rank under a torchrun-like environment; all their results."""
+    with tempfile.TemporaryDirectory() as folder:
+        port = _free_port()
+        processes = [
+            _context.Process(target=_rank, args=(rank, world_size, port, folder, function, args), daemon=False)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(timeout)
+            results = [_result(Path(folder) / str(rank)) for rank in range(world_size)]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    errors = [result["error"] for result in results if "error" in result]
+    if errors:
+        raise RankError("\n".join(errors))
+    return [result["value"] for result in results]
+
+
+def _rank(rank: int, world_size: int, port: int, folder: str, function: Any, args: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="tests",
+    )
+    torch.set_num_threads(1)
+    try:
+        result = {"value": function(*args)}
+    except BaseException as error:
+        result = {"error": f"rank {rank}: " + "".join(traceback.format_exception(error))}
+    torch.save(result, Path(folder) / str(rank))
+    os._exit(0)
+
+
+def _result(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=False) if path.exists() else {"error": f"rank {path.name} gave no result"}
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])

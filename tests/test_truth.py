@@ -1,0 +1,83 @@
+"""Every layout trains as plain PyTorch in one process does.
+
+Tolerances: fp32 sums are taken in another order by each layout (splits of matrix products, reductions over ranks);
+after ten steps of a contracting optimizer that is some 1e-7 relative in the losses and 1e-6 in the weights. Dropout is
+0 where two layouts are compared: they draw different masks.
+"""
+
+import functools
+import itertools
+
+import pytest
+
+from tests import parallel_gpt, plain_gpt
+from tests.parallel_gpt import Layout
+from tests.ranks import run_ranks
+
+ROWS, STEPS, CLIP = 12, 10, 0.5
+
+
+def layouts(world_sizes: range) -> list[Layout]:
+    found = []
+    for tp, pp, dp, vp, sp, sharded in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (None, 2), (0, 1), (1, 0)):
+        layout = Layout(tp=tp, pp=pp, dp=dp, vp=vp, sp=bool(sp), sharded=bool(sharded))
+        if layout.world_size in world_sizes and not (vp and pp == 1) and not (sp and tp == 1):
+            found.append(layout)
+    return found
+
+
+@functools.cache
+def truth(name: str) -> dict:
+    config = getattr(plain_gpt, name)
+    return plain_gpt.train(config, parallel_gpt.text_samples(config, ROWS * STEPS), ROWS, STEPS, CLIP)
+
+
+def assert_same_training(name: str, layout: Layout, accumulate: int = 1, **options) -> None:
+    expected, config = truth(name), getattr(plain_gpt, name)
+    ranks = run_ranks(
+        layout.world_size, functools.partial(parallel_gpt.train, **options),
+        config, layout, ROWS, STEPS, CLIP, accumulate, "32-true", expected["weights"],
+    )  # fmt: skip
+    assert max(expected["norms"]) > CLIP, "the truth never clipped, so clipping is not tested"
+    for seen in ranks:
+        assert seen["steps"] == STEPS
+        assert seen["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        assert seen["distance"] < 1e-5
+        if accumulate == 1:
+            assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", layouts(range(1, 5)), ids=str)
+def test_matches_plain_pytorch(layout):
+    assert_same_training("GPT2", layout)
+
+
+LLAMA_LAYOUTS = [Layout(), Layout(tp=2, pp=2, sp=True), Layout(pp=2, vp=2, dp=2), Layout(tp=4, sp=True)]
+
+
+@pytest.mark.parametrize("layout", LLAMA_LAYOUTS, ids=str)
+def test_rotary_grouped_gated_untied(layout):
+    assert_same_training("LLAMA", layout)
+
+
+ACCUMULATING = [Layout(), Layout(tp=2, dp=2, sp=True), Layout(pp=2, dp=2), Layout(pp=2, vp=2, sharded=False)]
+
+
+@pytest.mark.parametrize("layout", ACCUMULATING, ids=str)
+def test_accumulation_is_one_big_batch(layout):
+    assert_same_training("GPT2", layout, accumulate=3)
+
+
+def test_micro_batch_size_and_recompute_change_nothing():
+    assert_same_training("GPT2", Layout(tp=2), micro_batch_size=4, recompute="full")
+    assert_same_training("GPT2", Layout(pp=2), micro_batch_size=3, recompute="selective")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tp=2, pp=2, dp=2, sp=True), Layout(tp=2, pp=4, vp=2), Layout(tp=2, pp=2, dp=2, vp=2, sp=True)],
+    ids=str,
+)
+def test_eight_ranks(layout):
+    assert_same_training("GPT2", layout)
