@@ -70,6 +70,8 @@ class Engine:
         self.device = device
         self.trains = ddp is not None
         self.chunks: list[Any] = [_wrap(c, config, ddp, i) for i, c in enumerate(chunks)] if ddp else list(chunks)
+        for number, chunk in enumerate(self.chunks):
+            chunk.__dict__["chunk_number"] = number
         self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
         self._window_weight = 0.0
 
@@ -127,7 +129,7 @@ class Engine:
 
         def forward_step(micro_batches: Iterator[tuple[Any, float]], model: torch.nn.Module) -> tuple[Any, Any]:
             micro_batch, share = next(micro_batches)
-            output = step(micro_batch, _chunk_number(model))
+            output = step(micro_batch, model.__dict__["chunk_number"])
             return _tensor(output), partial(finish, output, share)
 
         def finish(output: Any, share: float, _: torch.Tensor, non_loss_data: bool = False) -> Any:
@@ -136,6 +138,8 @@ class Engine:
                 return output
             total, weight = self._weigh(output, share)
             records.append((total.detach(), weight))
+            if not forward_only:
+                self._window_weight += float(weight)
             return total, torch.zeros((), dtype=torch.int, device=total.device), {}
 
         iterators = [slices(batch, cut) for _ in self.chunks]
@@ -195,7 +199,6 @@ def _wrap(
         wrapped = DistributedDataParallel(config, replace(ddp), chunk, disable_bucketing=number > 0)
         wrapped.broadcast_params()
         _equalise_replicated(chunk)
-        wrapped.__dict__["chunk_number"] = chunk.__dict__["chunk_number"] = number
         wrapped.__dict__["asked_for"] = ddp
         chunk.__dict__["_data_parallel"] = wrapped  # not a submodule: the wrapper holds the chunk already
     elif wrapped.__dict__["asked_for"] != ddp:
@@ -213,10 +216,6 @@ def _equalise_replicated(chunk: torch.nn.Module) -> None:
     for parameter in chunk.parameters():
         if not getattr(parameter, "tensor_model_parallel", False):
             dist.broadcast(parameter.data, src=dist.get_global_rank(group, 0), group=group)
-
-
-def _chunk_number(model: torch.nn.Module) -> int:
-    return int(getattr(model, "vp_stage", None) or model.__dict__.get("chunk_number", 0))
 
 
 def _tensor(output: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_megatron import GPTConfig, GPTModule, MegatronPrecision, MegatronStrategy
 from tests.plain_gpt import ADAM, Weights, initial_weights
@@ -147,8 +147,11 @@ def train(
         enable_model_summary=False,
     )
     samples = Rows(text_samples(config, rows * steps))
-    trainer.fit(module, DataLoader(samples, batch_size=rows // layout.dp // accumulate))
+    # Lightning shuffles what it samples itself; here batch i of the truth is batch i of all replicas together.
+    replica = trainer.strategy.data_parallel_rank
+    sampler = DistributedSampler(samples, num_replicas=layout.dp, rank=replica, shuffle=False)
+    trainer.fit(module, DataLoader(samples, batch_size=rows // layout.dp // accumulate, sampler=sampler))
     distance = 0.0
     for name, parameter in module.named_shards() if full else ():
-        distance = max(distance, float((parameter - module.shard_of(full, name, parameter)).abs().max()))
+        distance = max(distance, float((parameter.detach() - module.shard_of(full, name, parameter)).abs().max()))
     return {"losses": watch.losses, "norms": watch.norms, "distance": distance, "steps": trainer.global_step}

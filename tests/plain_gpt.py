@@ -89,7 +89,7 @@ def train(c: GPTConfig, samples: dict[str, torch.Tensor], rows: int, steps: int,
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(w.values(), clip)))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return {"losses": losses, "norms": norms, "weights": {name: value.detach() for name, value in w.items()}}
 
 
