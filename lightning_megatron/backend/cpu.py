@@ -6,7 +6,7 @@ CPU. Look-ups cost what they cost before, and torch itself, as everybody else se
 
 What is replaced, and why:
 
-=====================================================  ==============================================================
+========================================================  ================================================================
 ``torch.cuda`` in ``_MODULES``                         ``current_device()`` is passed as ``device=`` all over;
                                                        ``synchronize``, ``empty_cache``, streams and the RNG are
                                                        called without asking whether there is a GPU
@@ -18,7 +18,10 @@ What is replaced, and why:
 ``clip_grad_by_total_norm_fp32``
 ``LanguageModule.setup_embeddings_and_output_layer``   calls ``weight.data.cuda()`` for tied embeddings
 ``DynamicGradScaler/ConstantGradScaler.load_state_dict``  calls ``.cuda()`` on the loaded scale
-=====================================================  ==============================================================
+``schedules.deallocate_output_tensor``,                a stage's output is freed when it is sent, while Gloo still
+``schedules.custom_backward``                          reads it: NaN and wrong gradients. CUDA's streams keep the order
+``tensor_parallel.random.logging``                     warns at every fork that the CPU's random state has changed
+========================================================  ================================================================
 """
 
 from __future__ import annotations
@@ -66,6 +69,7 @@ def bend() -> None:
     """Make megatron-core run on the CPU, over Gloo."""
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.optimizer import clip_grads, distrib_optimizer, grad_scaler, optimizer
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
 
     torch_on_cpu = _torch_on_cpu()
@@ -74,10 +78,15 @@ def bend() -> None:
     _replace(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
 
+    _replace(random, "logging", SimpleNamespace(getLogger=lambda _: SimpleNamespace(warning=_nothing)))
+
     _replace(distrib_optimizer.DistributedOptimizer, "__init__", _answering_as_cuda)
     _replace(optimizer.Float16OptimizerWithFloat16Params, "__init__", _answering_as_cuda)
     for module in (clip_grads, optimizer):
         _replace(module, "clip_grad_by_total_norm_fp32", _answering_as_cuda)
+
+    _replace(schedules, "deallocate_output_tensor", _nothing)
+    _replace(schedules, "custom_backward", _backward)
 
     _replace(LanguageModule, "setup_embeddings_and_output_layer", _staying_on_cpu)
     for scaler in (grad_scaler.DynamicGradScaler, grad_scaler.ConstantGradScaler):
@@ -142,6 +151,10 @@ def _cuda_for_cpu() -> SimpleNamespace:
 
 def _nothing(*_: Any, **__: Any) -> None:
     """A stream, or a wait for one, where there are none."""
+
+
+def _backward(output: torch.Tensor, grad_output: torch.Tensor | None) -> None:
+    torch.autograd.backward(output, grad_tensors=grad_output)
 
 
 def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
