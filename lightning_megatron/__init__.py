@@ -3,7 +3,7 @@
 import torch as _torch
 
 if not _torch.cuda.is_available():
-    # megatron-core compiles small functions when they are first called; without CUDA that is seconds of C++ for nothing.
+    # megatron-core compiles small functions at their first call; without CUDA that is seconds of C++ for nothing.
     from megatron.core import jit as _jit
 
     _jit.disable_jit_fuser()
@@ -28,4 +28,4 @@ __all__ = [
 ]
 
 if "megatron" not in _StrategyRegistry:
-    _StrategyRegistry.register("megatron", MegatronStrategy, description=MegatronStrategy.__doc__.splitlines()[0])
+    _StrategyRegistry.register("megatron", MegatronStrategy, description="megatron-core's parallelism")

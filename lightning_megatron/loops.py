@@ -1,4 +1,4 @@
-"""Lightning's automatic optimization, re-ordered: zero the gradients, then run the schedule, then the hooks of backward.
+"""Lightning's automatic optimization, re-ordered: zero the gradients, run the schedule, fire the hooks of backward.
 
 Leans on private names of Lightning 2.6 (``_AutomaticOptimization._make_closure`` and ``_optimizer_step``, ``Closure``,
 ``_TrainingEpochLoop.update_lr_schedulers``); ``tests/test_lightning_private.py`` fails when they change.

@@ -1,4 +1,4 @@
-"""A user's torch optimizer, sharded or mirrored by megatron-core, and still a ``torch.optim.Optimizer`` to Lightning."""
+"""A user's torch optimizer, sharded or mirrored by megatron-core, still a ``torch.optim.Optimizer`` to Lightning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
-from megatron.core.optimizer.optimizer import FP32Optimizer, Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -61,7 +61,7 @@ class ShardedOptimizer(Optimizer):
         """The factor on the loss, 1 but for fp16."""
         return float(self.inner.get_loss_scale().item())
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure (zero, forward, backward), then clip and update, unless fp16 gradients overflowed."""
         result = closure() if closure is not None else None
         self.last_step_was_skipped = self.inner.prepare_grads()
@@ -201,7 +201,9 @@ def _no_state_yet(*_: Any) -> None:
 
 def _check_groups(optimizer: Optimizer, engine: Engine) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for c in engine.chunks for n, p in c.module.named_parameters() if p.requires_grad and id(p) not in held]
+    missing = [
+        n for c in engine.chunks for n, p in c.module.named_parameters() if p.requires_grad and id(p) not in held
+    ]
     if missing:
         raise ValueError(
             f"{len(missing)} parameters require gradients but are in no group of the optimizer, {missing[0]!r} first."

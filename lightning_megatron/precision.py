@@ -44,7 +44,7 @@ class MegatronPrecision(Precision):
         if type(plugin) in (Precision, MixedPrecision, HalfPrecision):
             return cls(str(plugin.precision))
         raise MisconfigurationException(
-            f"MegatronStrategy does not train with {type(plugin).__name__}. Use Trainer(precision=) with one of"
+            f"MegatronStrategy does not train with precision={plugin.precision!r} ({type(plugin).__name__}). Use Trainer(precision=) with one of"
             f" {', '.join(_KINDS)}."
         )
 

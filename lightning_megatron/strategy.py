@@ -26,7 +26,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.transformer import TransformerConfig
 from typing_extensions import override
 
 from lightning_megatron import backend, checkpoint, first_error, groups, loops
@@ -479,7 +480,7 @@ class MegatronStrategy(ParallelStrategy):
             config = chunks[0].config
             if ddp is not None:
                 chunks = [module.__dict__.setdefault("_plain_model", chunks[0])]
-        return Engine(self.layout, chunks, config, ddp, by_token, self.root_device)  # type: ignore[arg-type]
+        return Engine(self.layout, chunks, config, ddp, by_token, self.root_device)
 
     def _refuse_plain_over_stages(self) -> None:
         if self.layout.pp > 1:
@@ -536,8 +537,10 @@ class MegatronStrategy(ParallelStrategy):
         if self._precision.params_dtype == torch.float16:
             values.update(loss_scale=optimizer.loss_scale, skipped_steps=float(optimizer.skipped_steps))
         if values:
-            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
-            trainer._logger_connector.log_metrics(values)
+            tensors = {name: torch.tensor(value) for name, value in values.items()}
+            trainer.callback_metrics.update(tensors)
+            if trainer._logger_connector.should_update_logs:  # private: no hook of Lightning's logs from here
+                trainer._logger_connector.log_metrics(tensors)
 
     def _stop_on_bad_loss(self, outcome: Outcome) -> None:
         if not self.check_loss or bool(torch.isfinite(outcome.loss)):
@@ -557,8 +560,11 @@ class _PlainModel(torch.nn.Module):
     def __init__(self, module: pl.LightningModule) -> None:
         super().__init__()
         self.module = module
-        self.config = ModelParallelConfig(calculate_per_token_loss=True)
-        self.config.enable_autocast = False
+        # The schedules ask a transformer's configuration for switches that are all off here; the sizes are not read.
+        self.config = TransformerConfig(
+            num_layers=1, hidden_size=1, num_attention_heads=1, calculate_per_token_loss=True
+        )
+        self.model_type = ModelType.encoder_or_decoder
 
     def set_input_tensor(self, _: Any) -> None:
         """Nothing comes from an earlier stage."""

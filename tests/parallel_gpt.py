@@ -26,7 +26,9 @@ class Layout:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        parts = [f"{name}{getattr(self, name)}" for name in ("tp", "pp", "dp", "vp") if getattr(self, name) not in (1, None)]
+        parts = [
+            f"{name}{getattr(self, name)}" for name in ("tp", "pp", "dp", "vp") if getattr(self, name) not in (1, None)
+        ]
         return "-".join(parts + ["sp"] * self.sp + ["replicated"] * (not self.sharded)) or "one"
 
     @property

@@ -27,7 +27,7 @@ LLAMA = GPTConfig(
     tie_embeddings=False,
     make_vocab_size_divisible_by=16,
 )
-# Adam's division makes noise of weights whose gradient is nothing but rounding (key biases); a large eps keeps it small.
+# Adam's division magnifies gradients that are nothing but rounding (of key biases); a large eps keeps that small.
 ADAM: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 
 

@@ -6,7 +6,7 @@ CPU. Look-ups cost what they cost before, and torch itself, as everybody else se
 
 What is replaced, and why:
 
-========================================================  ================================================================
+======================================================  ==============================================================
 ``torch.cuda`` in ``_MODULES``                         ``current_device()`` is passed as ``device=`` all over;
                                                        ``synchronize``, ``empty_cache``, streams and the RNG are
                                                        called without asking whether there is a GPU
@@ -21,7 +21,7 @@ What is replaced, and why:
 ``schedules.deallocate_output_tensor``,                a stage's output is freed when it is sent, while Gloo still
 ``schedules.custom_backward``                          reads it: NaN and wrong gradients. CUDA's streams keep the order
 ``tensor_parallel.random.logging``                     warns at every fork that the CPU's random state has changed
-========================================================  ================================================================
+======================================================  ==============================================================
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _staying_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[assignment,method-assign,misc]
+        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
         try:
             return function(*args, **kwargs)
         finally:

@@ -21,5 +21,5 @@ class TorchNorm:
         """Make the norm; megatron-core builds its layers by calling the class of the spec."""
         norm = _NORMS[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm

@@ -9,7 +9,14 @@ from megatron.core.models.gpt import GPTModel
 
 from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import gpt_block_spec
-from lightning_megatron.modules.base import Batch, Loss, LossReduction, MegatronModule, OptimizerCallable, SchedulerCallable
+from lightning_megatron.modules.base import (
+    Batch,
+    Loss,
+    LossReduction,
+    MegatronModule,
+    OptimizerCallable,
+    SchedulerCallable,
+)
 from lightning_megatron.modules.gpt_config import GPTConfig
 
 IGNORED_LABEL = -100  # transformers' convention
@@ -20,8 +27,8 @@ class GPTModule(MegatronModule):
 
     Batches are dicts of tensors, batch first, in one of two forms: transformers' ``input_ids`` ``[b, s]`` with optional
     ``labels`` (−100 is ignored, the shift is made here; without them the inputs are the labels), ``attention_mask``,
-    ``position_ids`` and ``loss_mask``; or Megatron's ``text`` ``[b, s+1]``, or ``tokens``, ``labels``, ``loss_mask`` and
-    ``position_ids``, shifted already.
+    ``position_ids`` and ``loss_mask``; or Megatron's ``text`` ``[b, s+1]``, or ``tokens``, ``labels``, ``loss_mask``
+    and ``position_ids``, shifted already.
 
     Args:
         config: The shape of the model.
@@ -70,7 +77,9 @@ class GPTModule(MegatronModule):
             ValueError: With the values seen.
         """
         if not isinstance(batch, dict):
-            raise ValueError(f"GPTModule takes batches that are dicts of tensors; this one is a {type(batch).__name__}.")
+            raise ValueError(
+                f"GPTModule takes batches that are dicts of tensors; this one is a {type(batch).__name__}."
+            )
         name = _token_key(batch)
         tokens = batch[name]
         length = tokens.size(1) - (name == "text")
@@ -102,7 +111,7 @@ class GPTModule(MegatronModule):
             for name in ("input_ids", "position_ids", "labels", "loss_mask"):
                 inputs[name] = torch.nn.functional.pad(inputs[name], (0, padding))
         keep = inputs.pop("keep", None)
-        inputs["attention_mask"] = None if keep is None else _causal_mask(torch.nn.functional.pad(keep, (0, padding)))
+        inputs["attention_mask"] = None if keep is None else _causal_mask(torch.nn.functional.pad(keep, (0, padding)))  # type: ignore[assignment]
         return inputs
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:

@@ -43,7 +43,8 @@ class GPTConfig:
         num_layers: Transformer layers.
         hidden_size: Width of the hidden states.
         num_attention_heads: Query heads.
-        vocab_size: Token ids that occur; the embedding is padded to a multiple of ``make_vocab_size_divisible_by · tp``.
+        vocab_size: Token ids that occur; the embedding is padded to a multiple of
+            ``make_vocab_size_divisible_by · tp``.
         seq_length: Longest sequence, in tokens.
         ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
         num_query_groups: Key and value heads (grouped-query attention). None: one per query head.
@@ -155,5 +156,3 @@ def _one_of(name: str, value: str, known: Any) -> None:
     near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.0)
     choices = f" Choose from: {', '.join(sorted(known))}." if len(known) < 20 else ""
     raise ValueError(f"GPTConfig: unknown {name} {value!r}. Did you mean {near[0]!r}?{choices}")
-
-
