@@ -44,8 +44,8 @@ class MegatronPrecision(Precision):
         if type(plugin) in (Precision, MixedPrecision, HalfPrecision):
             return cls(str(plugin.precision))
         raise MisconfigurationException(
-            f"MegatronStrategy does not train with precision={plugin.precision!r} ({type(plugin).__name__}). Use Trainer(precision=) with one of"
-            f" {', '.join(_KINDS)}."
+            f"MegatronStrategy does not train with precision={plugin.precision!r} ({type(plugin).__name__})."
+            f" Use Trainer(precision=) with one of {', '.join(_KINDS)}."
         )
 
     @override

@@ -73,7 +73,7 @@ def _fit(layout: Layout, change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("ids", "token id 64 .* vocab_size=64"),
+        ("ids", "token id 64 .*vocab_size=64"),
         ("keys", "'input_ids'.*\\['ids'\\]"),
         ("length", "sequences of 20 tokens.*seq_length=16"),
         ("clip by value", "clips by norm only"),

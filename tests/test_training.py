@@ -98,14 +98,14 @@ def test_validation_and_predictions_with_a_ragged_tail(layout):
 def _resume(layout: Layout, folder: str) -> dict:
     data = DataLoader(Rows(text_samples(plain_gpt.GPT2, 18)), batch_size=6)  # an epoch of three batches
     whole = LoadedGPT(plain_gpt.GPT2)
-    trainer(layout, max_steps=6, use_distributed_sampler=False).fit(whole, data)
-    first = trainer(layout, max_steps=3, use_distributed_sampler=False)
+    trainer(layout, max_epochs=2, use_distributed_sampler=False).fit(whole, data)
+    first = trainer(layout, max_epochs=1, use_distributed_sampler=False)
     first.fit(LoadedGPT(plain_gpt.GPT2), data)
     first.save_checkpoint(f"{folder}/three.ckpt")
     resumed = LoadedGPT(plain_gpt.GPT2)
-    second = trainer(layout, max_steps=6, use_distributed_sampler=False)
+    second = trainer(layout, max_epochs=2, use_distributed_sampler=False)
     second.fit(resumed, data, ckpt_path=f"{folder}/three.ckpt", weights_only=False)
-    pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
+    pairs = list(zip(whole.parameters(), resumed.parameters(), strict=True))
     return {"equal": all(torch.equal(a, b) for a, b in pairs), "steps": second.global_step}
 
 
@@ -136,9 +136,12 @@ def _plain(strategy: str, optimizer) -> list:
     rows = Rows({"x": torch.randn(40, 4), "y": torch.randn(40, 1)})
     module = PlainModule()
     module.optimizer = optimizer
-    run = trainer(Layout(), {"num_microbatches": 2}) if strategy == "megatron" else Trainer(accelerator="cpu", **QUIET)
-    run.fit_loop.max_epochs = 2
-    run.fit(module, DataLoader(rows, batch_size=8, sampler=range(40)))
+    options = {"max_epochs": 2, "use_distributed_sampler": False}
+    if strategy == "megatron":
+        run = trainer(Layout(), {"num_microbatches": 2}, **options)
+    else:
+        run = Trainer(accelerator="cpu", devices=1, **QUIET, **options)
+    run.fit(module, DataLoader(rows, batch_size=8))
     return [parameter.detach() for parameter in module.parameters()] + [run.callback_metrics["inside"]]
 
 
