@@ -2,6 +2,10 @@
 
 import torch as _torch
 
+from lightning_megatron.quiet import ignore_known_warnings as _ignore_known_warnings
+
+_ignore_known_warnings()
+
 if not _torch.cuda.is_available():
     # megatron-core compiles small functions at their first call; without CUDA that is seconds of C++ for nothing.
     from megatron.core import jit as _jit

@@ -74,6 +74,7 @@ class Engine:
             chunk.__dict__["chunk_number"] = number
         self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
         self._window_weight = 0.0
+        self.local_loss = torch.zeros((), device=device)  # the last batch's sum on this rank, 0 before the last stage
 
     def zero_grad(self) -> None:
         """Forget the gradients, and what the accumulation window has weighed so far."""
@@ -181,6 +182,7 @@ class Engine:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         total = sum((r[0].double() for r in records), zero)
         weight = sum((torch.as_tensor(r[1], device=self.device).double() for r in records), zero)
+        self.local_loss = total
         summed = torch.stack([total, weight])
         if records:
             dist.all_reduce(summed, group=groups.data_parallel())

@@ -545,10 +545,14 @@ class MegatronStrategy(ParallelStrategy):
     def _stop_on_bad_loss(self, outcome: Outcome) -> None:
         if not self.check_loss or bool(torch.isfinite(outcome.loss)):
             return
+        # Every rank is here: the loss went through all of them. Say where it came from.
+        ranks: list[int | None] = [None] * self.world_size
+        dist.all_gather_object(ranks, None if bool(torch.isfinite(self.engine.local_loss)) else self.global_rank)
+        seen = ", ".join(str(rank) for rank in ranks if rank is not None) or "none alone: only their sum is"
         step = self.lightning_module.trainer.global_step  # type: ignore[union-attr]
         last_good = f"the last good step was {step - 1}" if step else "there was no good step before it"
         raise NonFiniteLossError(
-            f"The loss of step {step} is {outcome.loss.item()} (seen on rank {self.global_rank}); {last_good}."
+            f"The loss of step {step} is {outcome.loss.item()} (computed on rank {seen}); {last_good}."
             " Lower the learning rate, clip gradients (gradient_clip_val=1.0), look at the batch with"
             " Trainer(detect_anomaly=True), or go on regardless with MegatronStrategy(check_loss=False)."
         )

@@ -78,7 +78,7 @@ def _fit(layout: Layout, change: str) -> None:
         ("length", "sequences of 20 tokens.*seq_length=16"),
         ("clip by value", "clips by norm only"),
         ("micro-batch", "3"),
-        ("nan", "loss of step 0 is nan"),
+        ("nan", "loss of step 0 is nan .computed on rank 1.; there was no good step"),
         ("optimizer", "not Rprop"),
         ("left out", "are in no group"),
     ],
