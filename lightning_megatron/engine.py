@@ -82,6 +82,12 @@ class Engine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
+    def finish_param_gather(self) -> None:
+        """Bring weights up to date whose gathering ``overlap_param_gather`` puts off to the next forward pass."""
+        if self.trains and self.chunks[0].ddp_config.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
     def train(self, batch: Any, cut: Cut, length: int, step: Step, *, window: int, last_of_window: bool) -> Outcome:
         """Forward and backward over one batch; gradients are finished when it is the last of its window.
 

@@ -395,6 +395,15 @@ class MegatronStrategy(ParallelStrategy):
     # The end, and checkpoints
 
     @override
+    def on_train_end(self) -> None:
+        self.engine.finish_param_gather()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self.engine.finish_param_gather()
+        return super().lightning_module_state_dict()
+
+    @override
     def teardown(self) -> None:
         assert self.cluster_environment is not None
         assert self.accelerator is not None

@@ -9,6 +9,7 @@ import functools
 import itertools
 
 import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from tests import parallel_gpt, plain_gpt
 from tests.parallel_gpt import Layout
@@ -81,3 +82,10 @@ def test_micro_batch_size_and_recompute_change_nothing():
 )
 def test_eight_ranks(layout):
     assert_same_training("GPT2", layout)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("gather", [False, True], ids=["reduce", "reduce-and-gather"])
+def test_overlapped_communication_changes_nothing(gather, accumulate):
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=gather, bucket_size=4096)
+    assert_same_training("GPT2", Layout(dp=2), accumulate, ddp=ddp)
