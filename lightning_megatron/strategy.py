@@ -18,34 +18,31 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.enums import ModelType
-from megatron.core.transformer import TransformerConfig
 from typing_extensions import override
 
-from lightning_megatron import backend, checkpoint, first_error, groups, loops
-from lightning_megatron.engine import Engine, NonFiniteLossError, Outcome
+from lightning_megatron import backend, checkpoint, first_error, groups, loops, refusals, report
+from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.microbatch import Cut, count_rows, cut
 from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.modules.plain import PlainModel
 from lightning_megatron.modules.settings import BuildSettings
 from lightning_megatron.optimizer import ShardedOptimizer, shard
+from lightning_megatron.placement import Placement
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.recorder import LogRecorder
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
-_REFUSED_CALLBACKS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning)
 _EVALUATIONS = {"validation": "val", "test": "test"}
 
 
-class MegatronStrategy(ParallelStrategy):
+class MegatronStrategy(Placement, ParallelStrategy):
     """Trains with megatron-core's process groups, pipeline schedules and distributed optimizer.
 
     A batch of the loader is one data-parallel rank's data of one optimizer step; it is cut into micro-batches here.
@@ -110,19 +107,11 @@ class MegatronStrategy(ParallelStrategy):
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
         self._timeout = timeout
-        self._layout: ParallelLayout | None = None
         self._engine: Engine | None = None
         self._told_of: Cut | None = None
-        self._refuse(pipeline_split_rank)
+        refusals.check_arguments(micro_batch_size, num_microbatches, recompute, pipeline_split_rank)
 
     # What is known of the run
-
-    @property
-    def layout(self) -> ParallelLayout:
-        """The sizes, checked against the number of devices; known from the Trainer's construction on."""
-        if self._layout is None:
-            raise RuntimeError("MegatronStrategy: the layout is known once a Trainer has taken the strategy.")
-        return self._layout
 
     @property
     def engine(self) -> Engine:
@@ -130,56 +119,6 @@ class MegatronStrategy(ParallelStrategy):
         if self._engine is None:
             raise RuntimeError("MegatronStrategy: the engine is known once trainer.fit (or validate, ...) has set up.")
         return self._engine
-
-    @property
-    def tensor_parallel_rank(self) -> int:
-        """This rank's place in its tensor-parallel group."""
-        return self.layout.coordinates(self.global_rank).tp
-
-    @property
-    def tensor_parallel_size(self) -> int:
-        """Ranks that share each layer."""
-        return self.layout.tp
-
-    @property
-    def pipeline_parallel_rank(self) -> int:
-        """This rank's pipeline stage."""
-        return self.layout.coordinates(self.global_rank).pp
-
-    @property
-    def pipeline_parallel_size(self) -> int:
-        """Number of pipeline stages."""
-        return self.layout.pp
-
-    @property
-    def data_parallel_rank(self) -> int:
-        """This rank's replica."""
-        return self.layout.coordinates(self.global_rank).dp
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Number of replicas, which read different data."""
-        return self.layout.dp
-
-    @property
-    def context_parallel_rank(self) -> int:
-        """This rank's part of the sequence."""
-        return self.layout.coordinates(self.global_rank).cp
-
-    @property
-    def context_parallel_size(self) -> int:
-        """Ranks that share each sequence."""
-        return self.layout.cp
-
-    @property
-    def is_pipeline_first_stage(self) -> bool:
-        """Whether the embedding is here."""
-        return self.pipeline_parallel_rank == 0
-
-    @property
-    def is_pipeline_last_stage(self) -> bool:
-        """Whether the loss is computed here."""
-        return self.pipeline_parallel_rank == self.layout.pp - 1
 
     # What the Trainer asks at its construction
 
@@ -261,7 +200,7 @@ class MegatronStrategy(ParallelStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        _refuse_callbacks(trainer)
+        refusals.check_callbacks(trainer)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
@@ -276,12 +215,7 @@ class MegatronStrategy(ParallelStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        if len(self.optimizers) != 1 or not self.lightning_module.automatic_optimization:  # type: ignore[union-attr]
-            raise MisconfigurationException(
-                f"{type(self).__name__} trains with one optimizer and automatic optimization; seen:"
-                f" {len(self.optimizers)} optimizers, manual optimization"
-                f" {not self.lightning_module.automatic_optimization}. Put the parameters into groups of one optimizer."  # type: ignore[union-attr]
-            )
+        refusals.check_optimizers(self.lightning_module, self.optimizers)  # type: ignore[arg-type]
         self.optimizers = [
             shard(
                 self.optimizers[0],
@@ -302,14 +236,7 @@ class MegatronStrategy(ParallelStrategy):
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
         """Refuse an empty or indivisible loader; seed its workers by replica, so that model-parallel peers agree."""
-        size = getattr(dataloader, "batch_size", None)
-        if size is not None and self.micro_batch_size is not None:
-            self.layout.check_batch(size, self.micro_batch_size)
-        if size is not None and self.num_microbatches is not None and size % self.num_microbatches:
-            raise MisconfigurationException(
-                f"MegatronStrategy(num_microbatches={self.num_microbatches}) does not divide the loader's"
-                f" batch_size={size}. Use a batch_size that is a multiple of {self.num_microbatches}."
-            )
+        refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
         if getattr(dataloader, "worker_init_fn", self) is None:
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
         return dataloader
@@ -333,7 +260,8 @@ class MegatronStrategy(ParallelStrategy):
             window=trainer.accumulate_grad_batches,
             last_of_window=not trainer.fit_loop._should_accumulate(),
         )
-        self._stop_on_bad_loss(outcome)
+        if self.check_loss:
+            report.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
         self._report("train", outcome, recorder)
         return outcome.loss
 
@@ -347,7 +275,12 @@ class MegatronStrategy(ParallelStrategy):
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._report_step(self.optimizers[0])
+        report.log_step(
+            self.lightning_module.trainer,  # type: ignore[union-attr]
+            self.optimizers[0],  # type: ignore[arg-type]
+            grad_norm=self.log_grad_norm,
+            loss_scale=self._precision.params_dtype == torch.float16,
+        )
         return result
 
     @override
@@ -449,26 +382,6 @@ class MegatronStrategy(ParallelStrategy):
         assert isinstance(plugin, MegatronPrecision)
         return plugin
 
-    def _refuse(self, pipeline_split_rank: int | None) -> None:
-        if self.micro_batch_size is not None and self.num_microbatches is not None:
-            raise MisconfigurationException(
-                f"MegatronStrategy(micro_batch_size={self.micro_batch_size}, num_microbatches={self.num_microbatches}):"
-                " give one; the other follows from the loader's batch_size."
-            )
-        for name in ("micro_batch_size", "num_microbatches"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise MisconfigurationException(f"MegatronStrategy({name}={value!r}): use a whole number from 1.")
-        if self.recompute not in (None, "selective", "full"):
-            raise MisconfigurationException(
-                f"MegatronStrategy(recompute={self.recompute!r}): use None, 'selective' or 'full'."
-            )
-        if pipeline_split_rank is not None:
-            raise MisconfigurationException(
-                f"MegatronStrategy(pipeline_split_rank={pipeline_split_rank}) splits encoder-decoder models, and there"
-                " is no adapter for one yet. Leave it out."
-            )
-
     def _ddp_config(self) -> DistributedDataParallelConfig:
         settings = vars(self.ddp) if self.ddp is not None else {}
         follows = {
@@ -484,19 +397,12 @@ class MegatronStrategy(ParallelStrategy):
             chunks, config = list(module.chunks), module.chunks[0].config
             by_token = module.loss_reduction == "token"
         else:
-            self._refuse_plain_over_stages()
-            chunks = [_PlainModel(module)]  # type: ignore[arg-type]
+            refusals.check_stages(module, self.layout)  # type: ignore[arg-type]
+            chunks = [PlainModel(module)]  # type: ignore[arg-type]
             config = chunks[0].config
             if ddp is not None:
                 chunks = [module.__dict__.setdefault("_plain_model", chunks[0])]
         return Engine(self.layout, chunks, config, ddp, by_token, self.root_device)
-
-    def _refuse_plain_over_stages(self) -> None:
-        if self.layout.pp > 1:
-            raise MisconfigurationException(
-                f"{type(self.lightning_module).__name__} is a plain LightningModule, which cannot be cut into the"
-                f" {self.layout.pp} pipeline stages of pp={self.layout.pp}. Use pp=1, or subclass MegatronModule."
-            )
 
     def _shape(self, batch: Any) -> tuple[Cut, int]:
         """The micro-batches of ``batch`` and the length of its hidden states."""
@@ -536,57 +442,3 @@ class MegatronStrategy(ParallelStrategy):
         recorder.replay(module)
         if isinstance(module, MegatronModule):
             module.log_loss(stage, outcome.loss, outcome.weight)
-
-    def _report_step(self, optimizer: Any) -> None:
-        """Log what is known of a step only after it; Lightning has left ``training_step``'s logging by then."""
-        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        values: dict[str, float] = {}
-        if self.log_grad_norm and optimizer.grad_norm is not None:
-            values["grad_norm"] = optimizer.grad_norm
-        if self._precision.params_dtype == torch.float16:
-            values.update(loss_scale=optimizer.loss_scale, skipped_steps=float(optimizer.skipped_steps))
-        if values:
-            tensors = {name: torch.tensor(value) for name, value in values.items()}
-            trainer.callback_metrics.update(tensors)
-            if trainer._logger_connector.should_update_logs:  # private: no hook of Lightning's logs from here
-                trainer._logger_connector.log_metrics(tensors)
-
-    def _stop_on_bad_loss(self, outcome: Outcome) -> None:
-        if not self.check_loss or bool(torch.isfinite(outcome.loss)):
-            return
-        # Every rank is here: the loss went through all of them. Say where it came from.
-        ranks: list[int | None] = [None] * self.world_size
-        dist.all_gather_object(ranks, None if bool(torch.isfinite(self.engine.local_loss)) else self.global_rank)
-        seen = ", ".join(str(rank) for rank in ranks if rank is not None) or "none alone: only their sum is"
-        step = self.lightning_module.trainer.global_step  # type: ignore[union-attr]
-        last_good = f"the last good step was {step - 1}" if step else "there was no good step before it"
-        raise NonFiniteLossError(
-            f"The loss of step {step} is {outcome.loss.item()} (computed on rank {seen}); {last_good}."
-            " Lower the learning rate, clip gradients (gradient_clip_val=1.0), look at the batch with"
-            " Trainer(detect_anomaly=True), or go on regardless with MegatronStrategy(check_loss=False)."
-        )
-
-
-class _PlainModel(torch.nn.Module):
-    """A plain LightningModule as the only model chunk of a schedule without pipeline stages."""
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        super().__init__()
-        self.module = module
-        # The schedules ask a transformer's configuration for switches that are all off here; the sizes are not read.
-        self.config = TransformerConfig(
-            num_layers=1, hidden_size=1, num_attention_heads=1, calculate_per_token_loss=True
-        )
-        self.model_type = ModelType.encoder_or_decoder
-
-    def set_input_tensor(self, _: Any) -> None:
-        """Nothing comes from an earlier stage."""
-
-
-def _refuse_callbacks(trainer: pl.Trainer) -> None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, _REFUSED_CALLBACKS):
-            raise MisconfigurationException(
-                f"MegatronStrategy does not work with {type(callback).__name__} yet: it copies or re-groups whole"
-                " models, of which each rank has a shard. Leave the callback out."
-            )

@@ -101,8 +101,10 @@ class LoadedGPT(GPTModule):
     def shard_of(self, full: Weights, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
         value = full[name]
         layout, rank = self.build_settings.layout, self.trainer.strategy.tensor_parallel_rank
-        if not getattr(parameter, "tensor_model_parallel", False) or layout.tp == 1:
+        if not getattr(parameter, "tensor_model_parallel", False):
             return value
+        if parameter.size(0) * layout.tp > value.size(0) and value.size(0) == self.config.vocab_size:  # padded
+            value = torch.nn.functional.pad(value, (0, 0, 0, parameter.size(0) * layout.tp - value.size(0)))
         if "linear_fc1" in name and self.config.activation == "swiglu":
             return torch.cat([half.chunk(layout.tp)[rank] for half in value.chunk(2)])
         return value.chunk(layout.tp, parameter.partition_dim)[rank]

@@ -1,5 +1,6 @@
 """The truth: a GPT in plain PyTorch, one process, fp32; its weights carry megatron-core's names, unsharded."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ LLAMA = GPTConfig(
     tie_embeddings=False,
     make_vocab_size_divisible_by=16,
 )
+# A vocabulary that no tensor-parallel size divides: 61 of 64 rows at tp = 1 and 2, 61 of 96 at tp = 3 or 6.
+ODD = replace(
+    GPT2, vocab_size=61, seq_length=15, make_vocab_size_divisible_by=32, hidden_size=24, num_attention_heads=6
+)
+ODD_UNTIED = replace(ODD, tie_embeddings=False)
 # Adam's division magnifies gradients that are nothing but rounding (of key biases); a large eps keeps that small.
 ADAM: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 

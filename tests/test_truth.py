@@ -61,6 +61,15 @@ def test_rotary_grouped_gated_untied(layout):
     assert_same_training("LLAMA", layout)
 
 
+ODD_LAYOUTS = [Layout(), Layout(tp=2, dp=2, sp=True), Layout(tp=2, pp=2), Layout(tp=3, sp=True)]
+
+
+@pytest.mark.parametrize("layout", ODD_LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", ["ODD", "ODD_UNTIED"])
+def test_a_padded_vocabulary_changes_nothing(name, layout):
+    assert_same_training(name, layout)
+
+
 ACCUMULATING = [Layout(), Layout(tp=2, dp=2, sp=True), Layout(pp=2, dp=2), Layout(pp=2, vp=2, sharded=False)]
 
 

@@ -138,7 +138,15 @@ class MegatronModule(pl.LightningModule):
             weight: Its tokens over all replicas, by which Lightning weighs the batches of an evaluation.
         """
         training = stage == "train"
-        self.log(f"{stage}_loss", loss, prog_bar=True, on_step=training, on_epoch=not training, batch_size=weight)  # type: ignore[arg-type]
+        self.log(
+            f"{stage}_loss",
+            loss,
+            prog_bar=True,
+            on_step=training,
+            on_epoch=not training,
+            sync_dist=not training,  # it is equal everywhere; Lightning warns of evaluations that do not say so
+            batch_size=weight,  # type: ignore[arg-type]
+        )
 
     # What is the same for all
 

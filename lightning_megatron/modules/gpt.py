@@ -8,7 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from lightning_megatron.groups import gather_vocabulary
-from lightning_megatron.layers import gpt_block_spec
+from lightning_megatron.layers import gpt_block_spec, mask_padded_vocabulary
 from lightning_megatron.modules.base import (
     Batch,
     Loss,
@@ -56,7 +56,7 @@ class GPTModule(MegatronModule):
         """One chunk of megatron-core's ``GPTModel``."""
         config, settings = self.config, self.build_settings
         core = config.transformer_config(settings)
-        return GPTModel(
+        model = GPTModel(
             config=core,
             transformer_layer_spec=gpt_block_spec(core, config.layers, vp_stage),
             vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
@@ -69,6 +69,9 @@ class GPTModule(MegatronModule):
             rotary_percent=config.rotary_percent,
             vp_stage=vp_stage,
         )
+        if post_process:
+            mask_padded_vocabulary(model.output_layer, config.vocab_size)
+        return model
 
     def check_batch(self, batch: Batch) -> None:
         """Refuse a batch without tokens, with ids beyond the vocabulary, or longer than the positions.

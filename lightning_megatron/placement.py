@@ -1,0 +1,69 @@
+"""Where this rank sits in the layout, as the strategy tells it."""
+
+from __future__ import annotations
+
+from lightning_megatron.layout import ParallelLayout
+
+
+class Placement:
+    """The strategy's public sizes and ranks; known from a Trainer's construction on."""
+
+    global_rank: int
+    _layout: ParallelLayout | None = None
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """The sizes, checked against the number of devices; known from the Trainer's construction on."""
+        if self._layout is None:
+            raise RuntimeError("MegatronStrategy: the layout is known once a Trainer has taken the strategy.")
+        return self._layout
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """This rank's place in its tensor-parallel group."""
+        return self.layout.coordinates(self.global_rank).tp
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks that share each layer."""
+        return self.layout.tp
+
+    @property
+    def pipeline_parallel_rank(self) -> int:
+        """This rank's pipeline stage."""
+        return self.layout.coordinates(self.global_rank).pp
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        """Number of pipeline stages."""
+        return self.layout.pp
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This rank's replica."""
+        return self.layout.coordinates(self.global_rank).dp
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of replicas, which read different data."""
+        return self.layout.dp
+
+    @property
+    def context_parallel_rank(self) -> int:
+        """This rank's part of the sequence."""
+        return self.layout.coordinates(self.global_rank).cp
+
+    @property
+    def context_parallel_size(self) -> int:
+        """Ranks that share each sequence."""
+        return self.layout.cp
+
+    @property
+    def is_pipeline_first_stage(self) -> bool:
+        """Whether the embedding is here."""
+        return self.pipeline_parallel_rank == 0
+
+    @property
+    def is_pipeline_last_stage(self) -> bool:
+        """Whether the loss is computed here."""
+        return self.pipeline_parallel_rank == self.layout.pp - 1

@@ -1,0 +1,90 @@
+"""What ``MegatronStrategy`` does not do, refused by name before anything is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lightning_megatron.layout import ParallelLayout
+
+_CALLBACKS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning)
+
+
+def check_arguments(
+    micro_batch_size: int | None, num_microbatches: int | None, recompute: str | None, pipeline_split_rank: int | None
+) -> None:
+    """Refuse arguments that contradict each other, or that nothing answers to.
+
+    Raises:
+        MisconfigurationException: With the values seen.
+    """
+    if micro_batch_size is not None and num_microbatches is not None:
+        raise MisconfigurationException(
+            f"MegatronStrategy(micro_batch_size={micro_batch_size}, num_microbatches={num_microbatches}):"
+            " give one; the other follows from the loader's batch_size."
+        )
+    for name, value in (("micro_batch_size", micro_batch_size), ("num_microbatches", num_microbatches)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise MisconfigurationException(f"MegatronStrategy({name}={value!r}): use a whole number from 1.")
+    if recompute not in (None, "selective", "full"):
+        raise MisconfigurationException(f"MegatronStrategy(recompute={recompute!r}): use None, 'selective' or 'full'.")
+    if pipeline_split_rank is not None:
+        raise MisconfigurationException(
+            f"MegatronStrategy(pipeline_split_rank={pipeline_split_rank}) splits encoder-decoder models, and there"
+            " is no adapter for one yet. Leave it out."
+        )
+
+
+def check_callbacks(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that copy or re-group whole models."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, _CALLBACKS):
+            raise MisconfigurationException(
+                f"MegatronStrategy does not work with {type(callback).__name__} yet: it copies or re-groups whole"
+                " models, of which each rank has a shard. Leave the callback out."
+            )
+
+
+def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
+    """Refuse several optimizers, and manual optimization: a schedule runs forward and backward in one go."""
+    if len(optimizers) != 1 or not module.automatic_optimization:
+        raise MisconfigurationException(
+            "MegatronStrategy trains with one optimizer and automatic optimization; seen:"
+            f" {len(optimizers)} optimizers, automatic_optimization={module.automatic_optimization}. Put the parameters"
+            " into groups of one optimizer."
+        )
+
+
+def check_loader(layout: ParallelLayout, loader: Any, micro_batch_size: int | None, num: int | None) -> None:
+    """Refuse a loader without batches, or with a ``batch_size`` that the asked-for micro-batches do not divide."""
+    if sized_len(loader) == 0:
+        rows = sized_len(getattr(loader, "dataset", None))
+        raise MisconfigurationException(
+            f"MegatronStrategy: the loader has no batch on this rank (its dataset has {rows} samples, its batch_size is"
+            f" {getattr(loader, 'batch_size', None)}, drop_last={getattr(loader, 'drop_last', None)}, and"
+            f" dp={layout.dp} replicas share them). Give it more data, or a smaller batch_size."
+        )
+    rows = getattr(loader, "batch_size", None)
+    if rows is not None and micro_batch_size is not None:
+        layout.check_batch(rows, micro_batch_size)
+    if rows is not None and num is not None and rows % num:
+        raise MisconfigurationException(
+            f"MegatronStrategy(num_microbatches={num}) does not divide the loader's batch_size={rows}. Use a batch_size"
+            f" that is a multiple of {num}."
+        )
+
+
+def check_stages(module: pl.LightningModule, layout: ParallelLayout) -> None:
+    """Refuse pipeline stages for a plain LightningModule."""
+    if layout.pp > 1:
+        raise MisconfigurationException(
+            f"{type(module).__name__} is a plain LightningModule, which cannot be cut into the {layout.pp} pipeline"
+            f" stages of pp={layout.pp}. Use pp=1, or subclass MegatronModule."
+        )
