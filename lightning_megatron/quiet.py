@@ -8,6 +8,8 @@ _IGNORED = (
     (FutureWarning, r"`torch\.distributed\.\w+_tensor` is deprecated"),  # megatron-core's calls, under torch 2.13
     (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf"),  # its optimizer clears shards' gradients
     (UserWarning, r"When using async grad allreduce it is recommended"),  # advice on CUDA streams, at each layer
+    (UserWarning, r"full scope is deprecated"),  # of CUDA graphs, which nobody asked for
+    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),  # Lightning's own, under torch 2.13
     (UserWarning, r"(Transformer Engine and )?Apex (is|are) not installed"),
     (DeprecationWarning, r"The following imports from `dynamic_context\.py`"),
     (DeprecationWarning, r"\s*The 'megatron\.core\.transformer\.custom_layers"),

@@ -103,8 +103,9 @@ class LoadedGPT(GPTModule):
         layout, rank = self.build_settings.layout, self.trainer.strategy.tensor_parallel_rank
         if not getattr(parameter, "tensor_model_parallel", False):
             return value
-        if parameter.size(0) * layout.tp > value.size(0) and value.size(0) == self.config.vocab_size:  # padded
-            value = torch.nn.functional.pad(value, (0, 0, 0, parameter.size(0) * layout.tp - value.size(0)))
+        if "word_embeddings" in name or "output_layer" in name:
+            padding = parameter.size(0) * layout.tp - value.size(0)
+            value = torch.nn.functional.pad(value, (0, 0, 0, padding))
         if "linear_fc1" in name and self.config.activation == "swiglu":
             return torch.cat([half.chunk(layout.tp)[rank] for half in value.chunk(2)])
         return value.chunk(layout.tp, parameter.partition_dim)[rank]
@@ -132,10 +133,12 @@ def train(
     accumulate: int = 1,
     precision: str = "32-true",
     full: Weights | None = None,
+    total_rows: int | None = None,
+    loss_reduction: str = "token",
     **options: Any,
 ) -> dict[str, Any]:
     """Train on this rank; with the final weights of the truth in ``full``, the worst distance to them."""
-    module, watch = LoadedGPT(config), Watch()
+    module, watch = LoadedGPT(config, loss_reduction=loss_reduction), Watch()
     trainer = Trainer(
         accelerator="cpu",
         devices=layout.world_size,
@@ -150,7 +153,7 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    samples = Rows(text_samples(config, rows * steps))
+    samples = Rows(text_samples(config, total_rows or rows * steps))
     # Lightning shuffles what it samples itself; here batch i of the truth is batch i of all replicas together.
     replica = trainer.strategy.data_parallel_rank
     sampler = DistributedSampler(samples, num_replicas=layout.dp, rank=replica, shuffle=False)

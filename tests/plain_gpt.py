@@ -30,7 +30,7 @@ LLAMA = GPTConfig(
 )
 # A vocabulary that no tensor-parallel size divides: 61 of 64 rows at tp = 1 and 2, 61 of 96 at tp = 3 or 6.
 ODD = replace(
-    GPT2, vocab_size=61, seq_length=15, make_vocab_size_divisible_by=32, hidden_size=24, num_attention_heads=6
+    GPT2, vocab_size=61, seq_length=18, make_vocab_size_divisible_by=32, hidden_size=24, num_attention_heads=6
 )
 ODD_UNTIED = replace(ODD, tie_embeddings=False)
 # Adam's division magnifies gradients that are nothing but rounding (of key biases); a large eps keeps that small.
@@ -81,16 +81,29 @@ def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor) -> torch.Tensor:
     return x @ w["embedding.word_embeddings.weight" if c.tie_embeddings else "output_layer.weight"].T
 
 
-def train(c: GPTConfig, samples: dict[str, torch.Tensor], rows: int, steps: int, clip: float) -> dict[str, Any]:
-    """Losses, gradient norms and final weights of AdamW on batches of ``rows``, every token counting once."""
+def train(
+    c: GPTConfig,
+    samples: dict[str, torch.Tensor],
+    rows: int,
+    steps: int,
+    clip: float,
+    micro_batches: list[slice] | None = None,
+) -> dict[str, Any]:
+    """Losses, gradient norms and final weights of AdamW on batches of ``rows``, every token counting once.
+
+    With ``micro_batches`` (rows of a batch), a loss is the mean of their means instead.
+    """
     w = {name: value.clone().requires_grad_() for name, value in initial_weights(c).items()}
     optimizer = torch.optim.AdamW(w.values(), **ADAM)
     losses, norms = [], []
     for step in range(steps):
         batch = {name: value[step * rows : (step + 1) * rows] for name, value in samples.items()}
-        each = F.cross_entropy(logits(c, w, batch["tokens"]).flatten(0, 1), batch["labels"].flatten(), reduction="none")
-        mask = batch["loss_mask"].flatten()
-        loss = (each * mask).sum() / mask.sum()
+        each = F.cross_entropy(logits(c, w, batch["tokens"]).transpose(1, 2), batch["labels"], reduction="none")
+        means = [
+            (each[part] * batch["loss_mask"][part]).sum() / batch["loss_mask"][part].sum()
+            for part in micro_batches or [slice(None)]
+        ]
+        loss = torch.stack(means).mean()
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(w.values(), clip)))

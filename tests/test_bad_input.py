@@ -1,5 +1,7 @@
 """Bad input is refused with a clear error, on every rank, and nothing is left hanging (``run_ranks`` has a limit)."""
 
+import dataclasses
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -67,6 +69,10 @@ def _fit(layout: Layout, change: str) -> None:
         module.configure_optimizers = lambda: torch.optim.Rprop(module.parameters())
     elif change == "left out":
         module.configure_optimizers = lambda: torch.optim.AdamW(list(module.parameters())[1:])
+    elif change == "empty":
+        samples = {name: value[:0] for name, value in samples.items()}
+    elif change == "no engine":
+        module.config = dataclasses.replace(module.config, layers="transformer_engine")
     trainer(layout, strategy, **options).fit(module, DataLoader(Rows(samples), batch_size=8))
 
 
@@ -81,6 +87,8 @@ def _fit(layout: Layout, change: str) -> None:
         ("nan", "loss of step 0 is nan .computed on rank 1.; there was no good step"),
         ("optimizer", "not Rprop"),
         ("left out", "are in no group"),
+        ("empty", "no batch on this rank .its dataset has 0 samples"),
+        ("no engine", "needs Transformer Engine.*layers='torch'"),
     ],
 )
 def test_every_rank_says_what_is_wrong(change, message):

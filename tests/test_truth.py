@@ -39,12 +39,16 @@ def assert_same_training(name: str, layout: Layout, accumulate: int = 1, **optio
         layout.world_size, functools.partial(parallel_gpt.train, **options),
         config, layout, ROWS, STEPS, CLIP, accumulate, "32-true", expected["weights"],
     )  # fmt: skip
+    assert_equal(ranks, expected, losses=accumulate == 1)
+
+
+def assert_equal(ranks: list[dict], expected: dict, losses: bool = True) -> None:
     assert max(expected["norms"]) > CLIP, "the truth never clipped, so clipping is not tested"
     for seen in ranks:
-        assert seen["steps"] == STEPS
+        assert seen["steps"] == len(expected["norms"])
         assert seen["norms"] == pytest.approx(expected["norms"], rel=1e-4)
         assert seen["distance"] < 1e-5
-        if accumulate == 1:
+        if losses:
             assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
@@ -76,6 +80,31 @@ ACCUMULATING = [Layout(), Layout(tp=2, dp=2, sp=True), Layout(pp=2, dp=2), Layou
 @pytest.mark.parametrize("layout", ACCUMULATING, ids=str)
 def test_accumulation_is_one_big_batch(layout):
     assert_same_training("GPT2", layout, accumulate=3)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True), Layout(pp=2), Layout(pp=2, vp=2)], ids=str)
+def test_the_short_last_batch_is_trained_on(layout):
+    config, rows, total = plain_gpt.GPT2, 8, 19  # two batches of 8 and one of 3, which no pipeline size divides
+    expected = plain_gpt.train(config, parallel_gpt.text_samples(config, total), rows, 3, CLIP)
+    train = functools.partial(parallel_gpt.train, full=expected["weights"], total_rows=total, num_microbatches=4)
+    assert_equal(run_ranks(layout.world_size, train, config, layout, rows, 3, CLIP), expected)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, dp=2), Layout(pp=2, vp=2)], ids=str)
+def test_mean_of_micro_batch_means(layout):
+    config, size = plain_gpt.GPT2, 3
+    each = ROWS // layout.dp  # replica r has the rows r, r + dp, ...
+    parts = [
+        slice(r + i * layout.dp, r + (i + size) * layout.dp, layout.dp)
+        for r in range(layout.dp)
+        for i in range(0, each, size)
+    ]
+    expected = plain_gpt.train(config, parallel_gpt.text_samples(config, ROWS * STEPS), ROWS, STEPS, CLIP, parts)
+    assert expected["losses"] != pytest.approx(truth("GPT2")["losses"], rel=1e-5), "the two means do not differ"
+    train = functools.partial(
+        parallel_gpt.train, full=expected["weights"], loss_reduction="micro_batch", micro_batch_size=size
+    )
+    assert_equal(run_ranks(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)
 
 
 def test_micro_batch_size_and_recompute_change_nothing():
