@@ -4,26 +4,22 @@ Same shape, batch and optimizer; the two sides run in turn in this process, medi
 """
 
 import argparse
-import statistics
-import time
 
 import lightning.pytorch as pl
-import torch
+from timing import BATCH, CONFIG, QUIET, WARM_UP, Clock, adamw, rows, tell
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_megatron import GPTConfig, GPTModule, MegatronStrategy
-
-LAYERS, HIDDEN, HEADS, LENGTH, BATCH, VOCABULARY = 4, 256, 8, 256, 8, 257
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+from lightning_megatron import GPTModule, MegatronStrategy
 
 
 class Vanilla(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         config = GPT2Config(
-            vocab_size=384, n_positions=LENGTH, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa", use_cache=False,
+            vocab_size=384, n_positions=CONFIG.seq_length, n_embd=CONFIG.hidden_size, n_layer=CONFIG.num_layers,
+            n_head=CONFIG.num_attention_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            attn_implementation="sdpa", use_cache=False,
         )  # fmt: skip
         self.model = GPT2LMHeadModel(config)
 
@@ -34,30 +30,13 @@ class Vanilla(pl.LightningModule):
         return adamw(self.parameters())
 
 
-class Clock(pl.Callback):
-    def __init__(self, warm_up: int) -> None:
-        self.warm_up, self.start = warm_up, 0.0
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == self.warm_up:
-            self.start = time.perf_counter()
-
-    def on_train_end(self, trainer, module):
-        self.seconds = time.perf_counter() - self.start
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-
-
-def tokens_per_second(module: pl.LightningModule, strategy, steps: int, warm_up: int = 2) -> float:
-    clock = Clock(warm_up)
-    rows = [{"input_ids": torch.randint(VOCABULARY, (LENGTH,))} for _ in range(BATCH * (steps + warm_up))]
+def tokens_per_second(module: pl.LightningModule, strategy, steps: int) -> float:
+    clock = Clock()
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, strategy=strategy, max_steps=steps + warm_up, callbacks=[clock], **QUIET
+        accelerator="cpu", devices=1, strategy=strategy, max_steps=steps + WARM_UP, callbacks=[clock], **QUIET
     )
-    trainer.fit(module, DataLoader(rows, batch_size=BATCH))
-    return steps * BATCH * LENGTH / clock.seconds
+    trainer.fit(module, DataLoader(rows(BATCH * (steps + WARM_UP)), batch_size=BATCH))
+    return steps * BATCH * CONFIG.seq_length / clock.seconds
 
 
 def main() -> None:
@@ -65,17 +44,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
-    config = GPTConfig(
-        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, vocab_size=VOCABULARY, seq_length=LENGTH,
-        activation="gelu_tanh",
-    )  # fmt: skip
-    ours, theirs = [], []
+    sides: dict[str, list[float]] = {"MegatronStrategy": [], "vanilla Lightning": []}
     for _ in range(args.rounds):
-        ours.append(tokens_per_second(GPTModule(config, optimizer=adamw), MegatronStrategy(), args.steps))
-        theirs.append(tokens_per_second(Vanilla(), "auto", args.steps))
-    for name, seen in (("MegatronStrategy", ours), ("vanilla Lightning", theirs)):
-        print(f"{name}: {statistics.median(seen):.0f} tokens/s of {', '.join(f'{x:.0f}' for x in seen)}")
-    print(f"ratio of medians {statistics.median(ours) / statistics.median(theirs):.2f}")
+        sides["MegatronStrategy"].append(
+            tokens_per_second(GPTModule(CONFIG, optimizer=adamw), MegatronStrategy(), args.steps)
+        )
+        sides["vanilla Lightning"].append(tokens_per_second(Vanilla(), "auto", args.steps))
+    tell("one process", sides)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""What the benchmarks share: the shape of the model, a clock on a Trainer, medians of rounds."""
+
+import statistics
+import time
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_megatron import GPTConfig
+
+BATCH = 8  # rows of one replica's optimizer step
+CONFIG = GPTConfig(
+    num_layers=4, hidden_size=256, num_attention_heads=8, vocab_size=257, seq_length=256, activation="gelu_tanh"
+)
+WARM_UP = 2  # steps before the clock starts
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Clock(pl.Callback):
+    """Seconds from the end of the warm-up to the end of training."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == WARM_UP:
+            self.start = time.perf_counter()
+
+    def on_train_end(self, trainer, module):
+        self.seconds = time.perf_counter() - self.start
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+
+def rows(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    length = CONFIG.seq_length
+    return [{"input_ids": torch.randint(CONFIG.vocab_size, (length,), generator=generator)} for _ in range(count)]
+
+
+def tell(title: str, sides: dict[str, list[float]]) -> None:
+    """Print tokens/s of the two sides, and the ratio of their medians."""
+    print(title)
+    for name, seen in sides.items():
+        print(f"  {name}: {statistics.median(seen):.0f} tokens/s of {', '.join(f'{x:.0f}' for x in seen)}")
+    ours, theirs = sides.values()
+    print(f"  ratio of medians {statistics.median(ours) / statistics.median(theirs):.3f}", flush=True)
