@@ -46,6 +46,13 @@ class ShardedOptimizer(Optimizer):
         self._optimizer_step_pre_hooks: Any = OrderedDict()
         self._optimizer_step_post_hooks: Any = OrderedDict()
 
+    def __eq__(self, other: object) -> bool:
+        """Schedulers hold the wrapped optimizer: to Lightning, which looks for those without one, it is this one."""
+        return other is self or other is self.inner.optimizer
+
+    def __hash__(self) -> int:
+        return id(self)
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The torch optimizer's groups; their ``params`` are this rank's shards."""
@@ -105,7 +112,7 @@ def shard(
     *,
     params_dtype: torch.dtype,
     distributed: bool,
-    initial_loss_scale: float,
+    initial_loss_scale: float | None,
     watch_norm: bool,
 ) -> ShardedOptimizer:
     """Hand a torch optimizer to megatron-core, groups and hyper-parameters kept.
@@ -115,7 +122,7 @@ def shard(
         engine: Holds the model chunks.
         params_dtype: Type of the weights.
         distributed: Whether state and main weights are sharded over the data-parallel group.
-        initial_loss_scale: First loss scale under fp16.
+        initial_loss_scale: First loss scale under fp16; None without one.
         watch_norm: Whether to compute gradient norms without clipping.
 
     Raises:
@@ -133,15 +140,17 @@ def shard(
         optimizer="sgd" if isinstance(optimizer, SGD) else "adam",
         lr=optimizer.defaults["lr"],
         bf16=params_dtype == torch.bfloat16,
-        fp16=params_dtype == torch.float16,
+        fp16=initial_loss_scale is not None,
         params_dtype=params_dtype,
         use_distributed_optimizer=distributed,
         overlap_param_gather=engine.chunks[0].ddp_config.overlap_param_gather,
     )
-    scaler = _grad_scaler(initial_loss_scale) if config.fp16 else None
+    scaler = None if initial_loss_scale is None else _grad_scaler(initial_loss_scale)
     inner = _wrap(optimizer, config, scaler, engine)
     engine.config.grad_scale_func = inner.scale_loss if scaler is not None else None
-    return ShardedOptimizer(inner, engine, watch_norm)
+    # Named as the user's: LearningRateMonitor and progress bars show the name.
+    named = type(type(optimizer).__name__, (ShardedOptimizer,), {})
+    return named(inner, engine, watch_norm)
 
 
 def _wrap(optimizer: Optimizer, config: OptimizerConfig, scaler: Any, engine: Engine) -> MegatronOptimizer:

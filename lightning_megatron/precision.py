@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.precision.utils import _convert_fp_tensor
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 # type of weights, and whether gradients are kept and reduced in fp32
@@ -22,7 +25,8 @@ _KINDS: dict[str, tuple[torch.dtype, bool]] = {
 class MegatronPrecision(Precision):
     """Megatron's mixed precision: low-precision weights, and fp32 main weights in the optimizer.
 
-    "bf16-mixed" and "16-mixed" keep gradients in fp32; "bf16-true" keeps and reduces them in bf16 too.
+    "bf16-mixed" and "16-mixed" keep gradients in fp32; "bf16-true" keeps and reduces them in bf16 too. A plain
+    LightningModule trains as it does elsewhere in Lightning: fp32 weights under autocast for the mixed ones.
 
     Args:
         precision: "32-true", "bf16-mixed", "bf16-true" or "16-mixed" (with a dynamic loss scale).
@@ -34,7 +38,22 @@ class MegatronPrecision(Precision):
                 f"MegatronStrategy does not train with precision={precision!r}. Use one of {', '.join(_KINDS)}."
             )
         self.precision = precision  # type: ignore[assignment]
-        self.params_dtype, self.grads_in_fp32 = _KINDS[precision]
+        self.compute_dtype, self.grads_in_fp32 = _KINDS[precision]
+        self.plain_module = False  # set by the strategy: layers of plain torch do not cast their inputs by themselves
+
+    @property
+    def params_dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return torch.float32 if self._autocasts else self.compute_dtype
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether there is a dynamic loss scale."""
+        return self.compute_dtype == torch.float16
+
+    @property
+    def _autocasts(self) -> bool:
+        return self.plain_module and str(self.precision).endswith("-mixed")
 
     @classmethod
     def from_plugin(cls, plugin: Precision) -> MegatronPrecision:
@@ -51,6 +70,17 @@ class MegatronPrecision(Precision):
     @override
     def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
         return module.to(self.params_dtype)
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        """A plain module's floats follow its weights; an adapter's (loss masks) are counted with, and stay exact."""
+        if not self.plain_module or self._autocasts:
+            return data
+        return apply_to_collection(data, function=_convert_fp_tensor, dtype=torch.Tensor, dst_type=self.params_dtype)
+
+    def step_context(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Around each micro-batch."""
+        return torch.autocast(device.type, self.compute_dtype) if self._autocasts else nullcontext()
 
     @override
     def clip_gradients(

@@ -176,6 +176,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
+        self._precision.plain_module = not isinstance(model, MegatronModule)
         loops.install(model.trainer)
 
     @override
@@ -222,7 +223,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
                 self.engine,
                 params_dtype=self._precision.params_dtype,
                 distributed=self.distributed_optimizer,
-                initial_loss_scale=self.initial_loss_scale,
+                initial_loss_scale=self.initial_loss_scale if self._precision.scales_loss else None,
                 watch_norm=self.log_grad_norm,
             )
         ]
@@ -279,7 +280,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
             self.lightning_module.trainer,  # type: ignore[union-attr]
             self.optimizers[0],  # type: ignore[arg-type]
             grad_norm=self.log_grad_norm,
-            loss_scale=self._precision.params_dtype == torch.float16,
+            loss_scale=self._precision.scales_loss,
         )
         return result
 
@@ -422,7 +423,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         def step(micro_batch: Any, chunk: int) -> Any:
             if isinstance(module, MegatronModule):
                 module.active_chunk = chunk
-            with self.precision_plugin.forward_context(), recorder.listening_to(module):
+            with self._precision.step_context(self.root_device), recorder.listening_to(module):
                 return method(micro_batch, *args, **kwargs)
 
         return step
@@ -431,7 +432,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
         recorder = LogRecorder()
         step = self._step(f"{kind}_step", recorder, *args, **kwargs)
         if not isinstance(self.lightning_module, MegatronModule):
-            return step(batch, 0) if not recorder.replay(self.lightning_module) else None  # type: ignore[func-returns-value,arg-type]
+            output = step(batch, 0)
+            recorder.replay(self.lightning_module)  # type: ignore[arg-type]
+            return output
         outcome = self.engine.evaluate(batch, *self._shape(batch), step)
         self._report(_EVALUATIONS[kind], outcome, recorder)
         return outcome.loss
