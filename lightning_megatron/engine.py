@@ -20,10 +20,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from lightning_megatron import groups
 from lightning_megatron.backend import model_rng
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.microbatch import Cut, slices
+from lightning_megatron.microbatch import Cut, join, slices
 
-# Runs (micro-batch, chunk number): hidden states, or on the last stage (sum, weight) or a mean.
-Step = Callable[[Any, int], Any]
+# Runs (micro-batch, its share of the batch's rows, chunk number): hidden states, or on the last stage a sum and its
+# weight, or a mean.
+Step = Callable[[Any, float, int], Any]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -124,8 +125,7 @@ class Engine:
     def predict(self, batch: Any, cut: Cut, length: int, step: Step) -> Any:
         """The last stage's outputs, rows joined in order, on every stage."""
         outputs = self._run(batch, cut, length, step, forward_only=True, collect=True)
-        real = outputs[: len(cut.sizes)]
-        joined = torch.cat(real) if real and isinstance(real[0], torch.Tensor) else real
+        joined = join(outputs[: len(cut.sizes)]) if outputs else None
         return groups.broadcast_object_from_last_stage(joined) if self.layout.pp > 1 else joined
 
     def _run(
@@ -136,7 +136,7 @@ class Engine:
 
         def forward_step(micro_batches: Iterator[tuple[Any, float]], model: torch.nn.Module) -> tuple[Any, Any]:
             micro_batch, share = next(micro_batches)
-            output = step(micro_batch, model.__dict__["chunk_number"])
+            output = step(micro_batch, share, model.__dict__["chunk_number"])
             return _tensor(output), partial(finish, output, share)
 
         def finish(output: Any, share: float, _: torch.Tensor, non_loss_data: bool = False) -> Any:

@@ -91,6 +91,16 @@ def broadcast_object_from_last_stage(value: T) -> T:
     return box[0]
 
 
+def gather_from_stages(value: T) -> list[T]:
+    """Each pipeline stage's picklable ``value``, first to last, on every stage."""
+    size = parallel_state.get_pipeline_model_parallel_world_size()
+    if size == 1:
+        return [value]
+    values: list[T] = [value] * size
+    dist.all_gather_object(values, value, group=parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
 def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
     """Join vocabulary-sharded logits ``[..., vocab/tp]`` into ``[..., vocab]`` on every tensor-parallel rank."""
     size = parallel_state.get_tensor_model_parallel_world_size()

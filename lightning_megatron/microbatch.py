@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_megatron.layout import ParallelLayout
 
@@ -60,6 +61,16 @@ def slices(batch: Any, sizes: Cut) -> Iterator[tuple[Any, float]]:
         start += size
     for _ in range(sizes.ghosts):
         yield _rows(batch, 0, sizes.sizes[0], rows), 0.0
+
+
+def join(outputs: list[Any]) -> Any:
+    """Outputs of the micro-batches as one: tensors joined by rows, inside dicts, lists and tuples too; else a list."""
+    leaves, structure = tree_flatten(outputs[0])
+    others = [tree_flatten(output) for output in outputs]
+    alike = all(other == structure for _, other in others)
+    if not leaves or not alike or not all(isinstance(x, torch.Tensor) and x.dim() for x in leaves):
+        return outputs[0] if len(outputs) == 1 else outputs
+    return tree_unflatten([torch.cat(parts) for parts in zip(*(flat for flat, _ in others), strict=True)], structure)
 
 
 def count_rows(batch: Any) -> int:

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
-from lightning_megatron import backend, checkpoint, first_error, groups, loops, refusals, report
+from lightning_megatron import backend, checkpoint, first_error, groups, loops, metrics, predictions, refusals, report
 from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.microbatch import Cut, count_rows, cut
@@ -202,6 +202,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
         refusals.check_callbacks(trainer)
+        metrics.sync_over_replicas(self.lightning_module)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
@@ -253,7 +254,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        recorder = LogRecorder()
+        recorder = LogRecorder(self.lightning_module)  # type: ignore[arg-type]
         outcome = self.engine.train(
             batch,
             *self._shape(batch),
@@ -294,7 +295,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        step = self._step("predict_step", LogRecorder(), *args, **kwargs)
+        step = self._step("predict_step", LogRecorder(self.lightning_module), *args, **kwargs)  # type: ignore[arg-type]
+        if not isinstance(self.lightning_module, MegatronModule):
+            return step(batch, 1.0, 0)
         return self.engine.predict(batch, *self._shape(batch), step)
 
     # Collectives
@@ -326,7 +329,16 @@ class MegatronStrategy(Placement, ParallelStrategy):
         dist.all_reduce(votes, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
         return bool(votes.item())
 
+    @override
+    def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
+        """Over the data-parallel replicas, as ``reduce``."""
+        return super().all_gather(tensor, group or groups.data_parallel(), sync_grads)
+
     # The end, and checkpoints
+
+    @override
+    def on_predict_end(self) -> None:
+        predictions.join_replicas(self.lightning_module.trainer)  # type: ignore[union-attr]
 
     @override
     def on_train_end(self) -> None:
@@ -420,20 +432,20 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert module is not None
         method = getattr(module, hook)
 
-        def step(micro_batch: Any, chunk: int) -> Any:
+        def step(micro_batch: Any, share: float, chunk: int) -> Any:
             if isinstance(module, MegatronModule):
                 module.active_chunk = chunk
-            with self._precision.step_context(self.root_device), recorder.listening_to(module):
+            with self._precision.step_context(self.root_device), recorder.listening(share, chunk):
                 return method(micro_batch, *args, **kwargs)
 
         return step
 
     def _evaluate(self, kind: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder = LogRecorder()
+        recorder = LogRecorder(self.lightning_module)  # type: ignore[arg-type]
         step = self._step(f"{kind}_step", recorder, *args, **kwargs)
         if not isinstance(self.lightning_module, MegatronModule):
-            output = step(batch, 0)
-            recorder.replay(self.lightning_module)  # type: ignore[arg-type]
+            output = step(batch, 1.0, 0)
+            recorder.replay()
             return output
         outcome = self.engine.evaluate(batch, *self._shape(batch), step)
         self._report(_EVALUATIONS[kind], outcome, recorder)
@@ -442,6 +454,6 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def _report(self, stage: str, outcome: Outcome, recorder: LogRecorder) -> None:
         module = self.lightning_module
         assert module is not None
-        recorder.replay(module)
+        recorder.replay()
         if isinstance(module, MegatronModule):
             module.log_loss(stage, outcome.loss, outcome.weight)

@@ -42,8 +42,7 @@ class Layout:
             vp=self.vp,
             sequence_parallel=self.sp,
             distributed_optimizer=self.sharded,
-            log_grad_norm=True,
-            **{**self.extra, **options},
+            **{"log_grad_norm": True, **self.extra, **options},
         )
 
 
