@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
-from lightning_megatron import backend, checkpoint, first_error, groups, loops, metrics, predictions, refusals, report
+from lightning_megatron import (
+    backend,
+    checkpoint,
+    evaluation_samples,
+    first_error,
+    groups,
+    loops,
+    metrics,
+    model_summary,
+    predictions,
+    refusals,
+    report,
+)
 from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.microbatch import Cut, count_rows, cut
@@ -181,6 +194,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
+        refusals.check_callbacks(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
@@ -201,8 +215,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        refusals.check_callbacks(trainer)
         metrics.sync_over_replicas(self.lightning_module)
+        model_summary.install(trainer)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
@@ -238,6 +252,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
         """Refuse an empty or indivisible loader; seed its workers by replica, so that model-parallel peers agree."""
+        if self.lightning_module.trainer.evaluating:  # type: ignore[union-attr]
+            evaluation_samples.leave_out_repeats(dataloader)
         refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
         if getattr(dataloader, "worker_init_fn", self) is None:
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
@@ -443,11 +459,14 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def _evaluate(self, kind: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
         recorder = LogRecorder(self.lightning_module)  # type: ignore[arg-type]
         step = self._step(f"{kind}_step", recorder, *args, **kwargs)
+        repeated = evaluation_samples.is_repeated_batch(self.lightning_module.trainer, *args)  # type: ignore[union-attr]
         if not isinstance(self.lightning_module, MegatronModule):
-            output = step(batch, 1.0, 0)
+            # A replica's only batch is logged whatever it is: Lightning reduces names that every rank has logged.
+            output = step(batch, 0.0 if repeated and args[0] else 1.0, 0)
             recorder.replay()
             return output
-        outcome = self.engine.evaluate(batch, *self._shape(batch), step)
+        chosen, length = self._shape(batch)
+        outcome = self.engine.evaluate(batch, replace(chosen, counts=not repeated), length, step)
         self._report(_EVALUATIONS[kind], outcome, recorder)
         return outcome.loss
 
