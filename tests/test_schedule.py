@@ -5,13 +5,14 @@ import re
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim.lr_scheduler import LinearLR, SequentialLR
 
-from lightning_megatron import LRSchedule
+from lightning_megatron import GPTModule, LRSchedule
 
 PEAK, STEPS, BATCH = 3e-3, 60, 7
 STYLES = {
@@ -253,3 +254,19 @@ def test_a_run_without_an_end_needs_decay_steps():
     with pytest.raises(MisconfigurationException, match="no end that is known"):
         LRSchedule().build(torch_optimizer(), run(max_epochs=-1))
     LRSchedule("constant", warmup_steps=3).build(torch_optimizer(), run(max_epochs=-1))
+
+
+def test_a_yaml_configuration_says_it():
+    parser = ArgumentParser()
+    parser.add_class_arguments(GPTModule, "module")
+    sizes = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 64, "seq_length": 16}
+    groups = {
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.002}},
+        "no_weight_decay": "lightning_megatron.biases_and_vectors",
+    }
+    module = {"config": sizes, "optimizer": groups, "lr_schedule": {"style": "cosine", "warmup_steps": 3}}
+    made = parser.instantiate(parser.parse_object({"module": module})).module
+    assert made.lr_schedule == LRSchedule("cosine", warmup_steps=3)
+    layer = torch.nn.Linear(2, 2)
+    built = made.optimizer.build(layer.named_parameters()).param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in built] == [(0.002, 0.01), (0.002, 0.0)]

@@ -43,8 +43,8 @@ class MegatronModule(pl.LightningModule):
 
     def __init__(
         self,
-        optimizer: OptimizerCallable | ParameterGroups | None = None,
-        lr_schedule: SchedulerCallable | LRSchedule | None = None,
+        optimizer: ParameterGroups | OptimizerCallable | None = None,
+        lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
     ) -> None:
         super().__init__()

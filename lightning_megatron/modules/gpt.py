@@ -41,8 +41,8 @@ class GPTModule(MegatronModule):
     def __init__(
         self,
         config: GPTConfig,
-        optimizer: OptimizerCallable | ParameterGroups | None = None,
-        lr_schedule: SchedulerCallable | LRSchedule | None = None,
+        optimizer: ParameterGroups | OptimizerCallable | None = None,
+        lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
     ) -> None:
         super().__init__(optimizer, lr_schedule, loss_reduction)
