@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_megatron.backend import model_rng
+from lightning_megatron.modules import names
 from lightning_megatron.modules.settings import BuildSettings
+from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
+from lightning_megatron.schedule import LRSchedule
 
 LossReduction = Literal["token", "micro_batch"]
-OptimizerCallable = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+# Also returns a ReduceLROnPlateau, or Lightning's dictionary of a scheduler and when to step it.
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
 Batch = dict[str, torch.Tensor]
 # A sum over tokens and their number, or a plain mean.
 Loss = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
-
-
-def default_optimizer(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
-    """AdamW as GPT-3's authors set it (arXiv 2005.14165, appendix B), for models of up to a few hundred million."""
-    return torch.optim.AdamW(parameters, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 class MegatronModule(pl.LightningModule):
@@ -34,16 +32,19 @@ class MegatronModule(pl.LightningModule):
     the last stage asks ``loss`` for a sum and a token count. The strategy calls it; see ``docs/architecture.md``.
 
     Args:
-        optimizer: Makes the torch optimizer from the parameters. The default is ``default_optimizer``.
-        lr_schedule: Makes a torch (or transformers) scheduler from that optimizer, stepped once per optimizer step.
+        optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups`` with conditions for weight
+            decay and learning rates. The default is ``default_optimizer``.
+        lr_schedule: Megatron's schedule as ``LRSchedule``; or makes a torch (or transformers) scheduler from that
+            optimizer, stepped once per optimizer step. ``ReduceLROnPlateau`` follows ``val_loss``, per epoch. For other
+            intervals and metrics, return Lightning's dictionary (``scheduler``, ``interval``, ``monitor``, ...).
         loss_reduction: "token": every token of the global batch counts once, whatever the micro-batches, replicas and
             accumulated batches. "micro_batch": Megatron's mean over micro-batches of their means.
     """
 
     def __init__(
         self,
-        optimizer: OptimizerCallable | None = None,
-        lr_schedule: SchedulerCallable | None = None,
+        optimizer: ParameterGroups | OptimizerCallable | None = None,
+        lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
     ) -> None:
         super().__init__()
@@ -98,10 +99,17 @@ class MegatronModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and, where there is one, the scheduler, as plain torch objects."""
-        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        if isinstance(self.optimizer, ParameterGroups):
+            optimizer = self.optimizer.build(self.named_shards())
+        else:
+            optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         if self.lr_schedule is None:
             return optimizer
-        return [optimizer], [{"scheduler": self.lr_schedule(optimizer), "interval": "step"}]
+        if isinstance(self.lr_schedule, LRSchedule):
+            scheduler: Any = self.lr_schedule.build(optimizer, self.trainer)
+        else:
+            scheduler = self.lr_schedule(optimizer)
+        return [optimizer], [_when_to_step(scheduler)]
 
     # What Lightning and the strategy call
 
@@ -160,6 +168,11 @@ class MegatronModule(pl.LightningModule):
             )
         return self.settings
 
+    def named_shards(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's parameters, shards as they are, under the unsharded model's names."""
+        for chunk in self.chunks:
+            yield from names.named_shards(chunk)
+
     @property
     def active_model(self) -> torch.nn.Module:
         """The chunk that the strategy is running."""
@@ -179,3 +192,11 @@ class MegatronModule(pl.LightningModule):
         inputs = self.get_batch(batch)
         output = self.active_model(**inputs)
         return self.loss(output, inputs) if self.on_last_stage else output
+
+
+def _when_to_step(scheduler: Any) -> dict[str, Any]:
+    """Lightning's dictionary: once per optimizer step, but per epoch where a metric is waited for."""
+    given = scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler}
+    if isinstance(given["scheduler"], ReduceLROnPlateau):
+        return {"interval": "epoch", "monitor": "val_loss", **given}
+    return {"interval": "step", **given}

@@ -14,10 +14,11 @@ from lightning_megatron.modules.base import (
     Loss,
     LossReduction,
     MegatronModule,
-    OptimizerCallable,
     SchedulerCallable,
 )
 from lightning_megatron.modules.gpt_config import GPTConfig
+from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
+from lightning_megatron.schedule import LRSchedule
 
 IGNORED_LABEL = -100  # transformers' convention
 
@@ -32,16 +33,16 @@ class GPTModule(MegatronModule):
 
     Args:
         config: The shape of the model.
-        optimizer: Makes the torch optimizer from the parameters; AdamW by default.
-        lr_schedule: Makes a scheduler from that optimizer.
+        optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
+        lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
     """
 
     def __init__(
         self,
         config: GPTConfig,
-        optimizer: OptimizerCallable | None = None,
-        lr_schedule: SchedulerCallable | None = None,
+        optimizer: ParameterGroups | OptimizerCallable | None = None,
+        lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
     ) -> None:
         super().__init__(optimizer, lr_schedule, loss_reduction)
