@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.utilities.model_summary import LayerSummary
 from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
 from typing_extensions import override
 
@@ -18,7 +17,7 @@ from lightning_megatron.modules.base import MegatronModule
 
 
 def install(trainer: pl.Trainer) -> None:
-    """Have the Trainer's summary callbacks count the whole model (through their private ``_summary``, Lightning 2.6)."""
+    """Have the Trainer's summary callbacks count the whole model (their private ``_summary``, Lightning 2.6)."""
     if not isinstance(trainer.lightning_module, MegatronModule):
         return
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -56,7 +55,7 @@ class _WholeSummary(Summary):
     """Rows of every pipeline stage, with the parameters of all tensor-parallel ranks."""
 
     @override
-    def summarize(self) -> dict[str, LayerSummary]:
+    def summarize(self) -> dict[str, Any]:
         own = super().summarize()
         rows = {
             name: _Row(count_parameters(layer._module), layer.layer_type, layer.training) for name, layer in own.items()
@@ -65,10 +64,8 @@ class _WholeSummary(Summary):
         stages = groups.gather_from_stages((rows, totals))
         self._totals = [sum(parts) for parts in zip(*(totals for _, totals in stages), strict=True)]
         if len(stages) == 1:
-            return rows  # type: ignore[return-value]
-        return {  # type: ignore[return-value]
-            f"stage {stage}: {name}": row for stage, (part, _) in enumerate(stages) for name, row in part.items()
-        }
+            return rows
+        return {f"stage {stage}: {name}": row for stage, (part, _) in enumerate(stages) for name, row in part.items()}
 
     @property
     @override

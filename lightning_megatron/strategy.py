@@ -18,12 +18,13 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
@@ -176,6 +177,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         self._layout = ParallelLayout(world_size=self.world_size, **self.sizes)
 
     @override
@@ -270,7 +272,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        recorder = LogRecorder(self.lightning_module)  # type: ignore[arg-type]
+        recorder = self._recorder(batch)
         outcome = self.engine.train(
             batch,
             *self._shape(batch),
@@ -311,7 +313,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        step = self._step("predict_step", LogRecorder(self.lightning_module), *args, **kwargs)  # type: ignore[arg-type]
+        step = self._step("predict_step", self._recorder(batch), *args, **kwargs)
         if not isinstance(self.lightning_module, MegatronModule):
             return step(batch, 1.0, 0)
         return self.engine.predict(batch, *self._shape(batch), step)
@@ -334,7 +336,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or group == groups.REDUCED:
             return tensor
         return _sync_ddp_if_available(tensor, group or groups.data_parallel(), reduce_op=reduce_op)
 
@@ -442,6 +444,11 @@ class MegatronStrategy(Placement, ParallelStrategy):
         module = self.lightning_module
         return chosen, module.sequence_length(batch) if isinstance(module, MegatronModule) else 1
 
+    def _recorder(self, batch: Any) -> LogRecorder:
+        module = self.lightning_module
+        assert module is not None
+        return LogRecorder(module, count_rows(batch) if isinstance(module, MegatronModule) else 1)
+
     def _step(self, hook: str, recorder: LogRecorder, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch through one chunk: the module's own hook, its logging recorded."""
         module = self.lightning_module
@@ -457,7 +464,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         return step
 
     def _evaluate(self, kind: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder = LogRecorder(self.lightning_module)  # type: ignore[arg-type]
+        recorder = self._recorder(batch)
         step = self._step(f"{kind}_step", recorder, *args, **kwargs)
         repeated = evaluation_samples.is_repeated_batch(self.lightning_module.trainer, *args)  # type: ignore[union-attr]
         if not isinstance(self.lightning_module, MegatronModule):
