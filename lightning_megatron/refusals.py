@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from lightning_megatron.layout import ParallelLayout
 
-_CALLBACKS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning)
+_CALLBACKS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning, ModelPruning)
 
 
 def check_arguments(

@@ -383,6 +383,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} writes to local paths and takes no storage_options.")
+        first_error.meet_while_handling()
         checkpoint.save(checkpoint_, Path(self.broadcast(filepath)), self.layout)
 
     @override
