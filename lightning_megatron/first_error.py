@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 _KEY = "lightning_megatron/first_error"
+_CONSEQUENCE = "This is a consequence. First, "
 
 
 def note(error: BaseException) -> None:
@@ -18,4 +19,9 @@ def note(error: BaseException) -> None:
     except Exception:  # the store dies with rank 0: then there is nobody to ask, and nothing to add
         return
     if first != mine:
-        error.add_note(f"This is a consequence. First, {first}")
+        error.add_note(_CONSEQUENCE + first)
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether ``note`` has found that another rank's error came before this one."""
+    return any(text.startswith(_CONSEQUENCE) for text in getattr(error, "__notes__", ()))
