@@ -382,8 +382,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} writes to local paths and takes no storage_options.")
         if kept := launching.kept_checkpoint(self):
-            return kept.copy_to(Path(filepath), checkpoint_)
-        checkpoint.save(checkpoint_, Path(self.broadcast(filepath)), self.layout)
+            kept.copy_to(Path(filepath), checkpoint_)
+        else:
+            checkpoint.save(checkpoint_, Path(self.broadcast(filepath)), self.layout)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

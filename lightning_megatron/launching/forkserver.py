@@ -80,7 +80,7 @@ def run(call: Callable[[], Any], environments: list[Mapping[str, str]]) -> list[
         folder = Path(name)
         (folder / "call").write_bytes(_pickle(call))
         processes = [
-            context.Process(target=_rank, name=f"rank {rank}", args=(rank, folder, dict(environment)))  # type: ignore[attr-defined]
+            context.Process(target=_rank, name=f"rank {rank}", args=(rank, folder, dict(environment)))
             for rank, environment in enumerate(environments)
         ]
         try:
@@ -197,4 +197,6 @@ def _describe(rank: int, error: BaseException) -> _Failure:
         pickled = cloudpickle.dumps(error)
     except Exception:
         pickled = None
-    return _Failure(rank, time.time(), first_error.is_consequence(error), pickled, text, f"{type(error).__name__}: {error}")
+    return _Failure(
+        rank, time.time(), first_error.is_consequence(error), pickled, text, f"{type(error).__name__}: {error}"
+    )

@@ -22,7 +22,7 @@ _KEPT = "_kept_checkpoint"
 
 
 class KeptCheckpoint:
-    """The checkpoint that a fit left in a temporary folder, deleted with the last reference in the launching process."""
+    """The checkpoint that a fit left in a temporary folder, deleted with the last reference where it was launched."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="lightning_megatron_")

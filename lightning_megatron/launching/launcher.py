@@ -63,7 +63,7 @@ class ForkserverLauncher(_MultiProcessingLauncher):
         kept = KeptCheckpoint() if fits else None
         states = _GlobalStateSnapshot.capture()
         call = partial(_on_rank, self._strategy, states, partial(function, *args, **kwargs), trainer, kept)
-        ranks = range(self._strategy.num_processes)
+        ranks = range(self._strategy.num_processes)  # type: ignore[attr-defined]
         outcome = forkserver.run(call, [{**os.environ, **self._places(), "LOCAL_RANK": str(rank)} for rank in ranks])[0]
         if trainer is None:
             return outcome
