@@ -33,6 +33,7 @@ from lightning_megatron import (
     launching,
     loops,
     metrics,
+    plugins,
     predictions,
     refusals,
     report,
@@ -183,6 +184,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
+        plugins.check_checkpoint_io(self._checkpoint_io)
         self._launcher = launching.choose(self, self.launch)
 
     # What trainer.fit, validate, test and predict call before the loops

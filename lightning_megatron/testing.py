@@ -1,4 +1,4 @@
-"""A pytest plugin, ``-p lightning_megatron.testing``: other people's tests of Lightning, run on ``strategy="megatron"``.
+"""A pytest plugin, ``-p lightning_megatron.testing``: Lightning's own tests, run on ``strategy="megatron"``.
 
 Importing it registers the strategy. Each test leaves the process as it found it: the process groups, megatron-core's
 global state, the bending of it to the CPU, and the environment.

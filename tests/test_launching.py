@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, LSFEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import DoublePrecision
 from torch.utils.data import DataLoader
@@ -144,6 +144,11 @@ def test_precision_objects():
     assert isinstance(trainer.strategy.precision_plugin, MegatronPrecision)
     with pytest.raises(Exception, match="DoublePrecision"):
         Trainer(accelerator="cpu", strategy="megatron", plugins=[DoublePrecision()], **QUIET)
+
+
+def test_a_checkpoint_io_is_refused():
+    with pytest.raises(Exception, match="TorchCheckpointIO.*shard"):
+        Trainer(accelerator="cpu", strategy="megatron", plugins=[TorchCheckpointIO()], **QUIET)
 
 
 def test_fabric_is_answered():
