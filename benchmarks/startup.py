@@ -1,4 +1,4 @@
-"""What ``import lightning_megatron`` costs over importing lightning.pytorch and megatron.core: fresh processes in turn."""
+"""What ``import lightning_megatron`` costs over lightning.pytorch and megatron.core: fresh processes in turn."""
 
 import argparse
 import statistics
