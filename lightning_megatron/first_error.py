@@ -9,6 +9,7 @@ from itertools import count
 import torch.distributed as dist
 
 _KEY = "lightning_megatron/first_error"
+_CONSEQUENCE = "This is a consequence. First, "
 _SECONDS_FOR_ALL = 15
 _meetings = count()
 
@@ -17,13 +18,19 @@ def note(error: BaseException) -> None:
     """Record ``error`` as the run's first, or add to it a note of the one that was first on another rank."""
     if not dist.is_initialized():
         return
-    mine = f"rank {dist.get_rank()} raised {type(error).__name__}: {error}"
+    what = f"{type(error).__name__}: {error}"
+    mine = f"rank {dist.get_rank()} raised {what}"
     try:
         first = _store().compare_set(_KEY, "", mine).decode()
     except Exception:  # the store dies with rank 0: then there is nobody to ask, and nothing to add
         return
-    if first != mine:
-        error.add_note(f"This is a consequence. First, {first}")
+    if not first.endswith(f" raised {what}"):  # the same error on every rank follows from nothing
+        error.add_note(_CONSEQUENCE + first)
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether ``note`` has found that another rank's error came before this one."""
+    return any(text.startswith(_CONSEQUENCE) for text in getattr(error, "__notes__", ()))
 
 
 def meet_while_handling() -> None:

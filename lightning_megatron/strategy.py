@@ -22,7 +22,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_ze
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -34,9 +33,11 @@ from lightning_megatron import (
     evaluation_samples,
     first_error,
     groups,
+    launching,
     loops,
     metrics,
     model_summary,
+    plugins,
     predictions,
     refusals,
     report,
@@ -82,6 +83,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
         check_loss: Stop when the loss is NaN or infinite.
         process_group_backend: "gloo" or "nccl"; follows from the device.
         timeout: Of collectives: how long ranks wait for one that is gone without a word.
+        launch: How the ranks start where nothing else (torchrun, SLURM) starts them: "subprocess" runs the script once
+            per rank; "forkserver" takes them from a preloaded server and hands results back, for notebooks. By default
+            the first, and in an interactive session or notebook the second.
     """
 
     strategy_name = "megatron"
@@ -106,6 +110,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         check_loss: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = _DEFAULT_TIMEOUT,
+        launch: launching.Launch | None = None,
     ) -> None:
         super().__init__()
         self.sizes: dict[str, Any] = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
@@ -123,6 +128,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self._timeout = timeout
         self._engine: Engine | None = None
         self._told_of: Cut | None = None
+        self.launch = launch
+        launching.check(launch)
         refusals.check_arguments(micro_batch_size, num_microbatches, recompute, pipeline_split_rank)
 
     # What is known of the run
@@ -182,9 +189,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        plugins.check_checkpoint_io(self._checkpoint_io)
+        self._launcher = launching.choose(self, self.launch)
 
     # What trainer.fit, validate, test and predict call before the loops
 
@@ -364,6 +370,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        if launching.kept_checkpoint(self):
+            return {}  # the ranks that had it are gone; `save_checkpoint` copies what they left
         self.engine.finish_param_gather()
         return super().lightning_module_state_dict()
 
@@ -383,6 +391,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} writes to local paths and takes no storage_options.")
+        if kept := launching.kept_checkpoint(self):
+            kept.copy_to(Path(filepath), checkpoint_)
+            return
         first_error.meet_while_handling()
         checkpoint.save(checkpoint_, Path(self.broadcast(filepath)), self.layout)
 

@@ -163,7 +163,7 @@ def test_progress_bars_show_the_loss_once(kind, layout, tmp_path):
     assert set(shown) == {"['train_loss']"} or set(shown) == {"['train_loss', 'val_loss']"}
     text = log.read_text()
     assert "train_loss" in text
-    assert len(re.findall(r"100%.*4/4|4/8", text)) >= 1
+    assert re.search(r"4/[48]", text)
 
 
 def _monitors(layout: Layout, folder: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _monitors(layout: Layout, folder: str) -> dict[str, Any]:
 def test_monitors_write_to_the_logger(layout, tmp_path):
     seen, *others = run_ranks(layout.world_size, _monitors, layout, str(tmp_path))
     assert {rank["called"] for rank in [seen, *others]} == {4}
-    for name in ("lr-AdamW", "cpu_percent", "train|batches", "train_loss"):
+    for name in ("lr-AdamW", "cpu_percent", "train/batches", "train_loss"):
         assert name in seen["header"]
 
 
