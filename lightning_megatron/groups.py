@@ -71,6 +71,11 @@ def data_parallel() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+def model_parallel() -> dist.ProcessGroup:
+    """The group of the ranks that hold one copy of the model together, and read the same data."""
+    return parallel_state.get_model_parallel_group()
+
+
 def tensor_parallel() -> dist.ProcessGroup:
     """The group of the ranks that share each layer."""
     return parallel_state.get_tensor_model_parallel_group()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
@@ -37,6 +38,7 @@ from lightning_megatron import (
     loops,
     metrics,
     model_summary,
+    peers,
     plugins,
     predictions,
     refusals,
@@ -131,6 +133,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.launch = launch
         launching.check(launch)
         refusals.check_arguments(micro_batch_size, num_microbatches, recompute, pipeline_split_rank)
+        refusals.check_settings(ddp, initial_loss_scale, process_group_backend)
 
     # What is known of the run
 
@@ -198,6 +201,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         self._precision.plain_module = not isinstance(model, MegatronModule)
+        if isinstance(model, MegatronModule):
+            model.check_layout(self.layout)
         loops.install(model.trainer)
 
     @override
@@ -212,6 +217,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device)
         groups.build(self.layout)
+        peers.share_seed()
         groups.seed(torch.initial_seed())
         if isinstance(self.lightning_module, MegatronModule):
             self.lightning_module.settings = BuildSettings(
@@ -265,6 +271,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
         refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
         if getattr(dataloader, "worker_init_fn", self) is None:
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
+        predicting = self.lightning_module.trainer.predicting  # type: ignore[union-attr]
+        if sized_len(dataloader) is None and not predicting:
+            return peers.EvenLoader(dataloader, self.root_device)
         return dataloader
 
     # What the loops call
@@ -281,7 +290,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         recorder = self._recorder(batch)
         outcome = self.engine.train(
             batch,
-            *self._shape(batch),
+            *self._shape(batch, *args[:1]),
             self._step("training_step", recorder, *args, **kwargs),
             window=trainer.accumulate_grad_batches,
             last_of_window=not trainer.fit_loop._should_accumulate(),
@@ -302,7 +311,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         report.log_step(
-            self.lightning_module.trainer,  # type: ignore[union-attr]
+            self.lightning_module,  # type: ignore[arg-type]
             self.optimizers[0],  # type: ignore[arg-type]
             grad_norm=self.log_grad_norm,
             loss_scale=self._precision.scales_loss,
@@ -322,7 +331,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         step = self._step("predict_step", self._recorder(batch), *args, **kwargs)
         if not isinstance(self.lightning_module, MegatronModule):
             return step(batch, 1.0, 0)
-        return self.engine.predict(batch, *self._shape(batch), step)
+        return self.engine.predict(batch, *self._shape(batch, *args[:1]), step)
 
     # Collectives
 
@@ -366,6 +375,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def on_train_end(self) -> None:
+        refusals.check_some_batch(self.lightning_module.trainer)  # type: ignore[union-attr]
         self.engine.finish_param_gather()
 
     @override
@@ -447,8 +457,10 @@ class MegatronStrategy(Placement, ParallelStrategy):
                 chunks = [module.__dict__.setdefault("_plain_model", chunks[0])]
         return Engine(self.layout, chunks, config, ddp, by_token, self.root_device)
 
-    def _shape(self, batch: Any) -> tuple[Cut, int]:
+    def _shape(self, batch: Any, batch_idx: int) -> tuple[Cut, int]:
         """The micro-batches of ``batch`` and the length of its hidden states."""
+        if batch_idx == 0:
+            peers.check_same_batch(batch)
         chosen = cut(self.layout, count_rows(batch), self.micro_batch_size, self.num_microbatches)
         if self._told_of is None and self.layout.pp > 1:
             self._told_of = chosen
@@ -484,7 +496,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
             output = step(batch, 0.0 if repeated and args[0] else 1.0, 0)
             recorder.replay()
             return output
-        chosen, length = self._shape(batch)
+        chosen, length = self._shape(batch, *args[:1])
         outcome = self.engine.evaluate(batch, replace(chosen, counts=not repeated), length, step)
         self._report(_EVALUATIONS[kind], outcome, recorder)
         return outcome.loss

@@ -68,7 +68,7 @@ class VanillaGPT(pl.LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=tokens)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         loss, tokens = self.loss(batch)
         self.log("val_loss", loss, prog_bar=True, batch_size=tokens)
 

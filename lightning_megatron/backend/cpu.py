@@ -2,7 +2,8 @@
 
 How: megatron-core's own modules (``_MODULES``) are given another module under their global name ``torch``: a copy of
 torch's namespace in which ``cuda`` answers for the CPU and four factory functions take ``device="cuda"`` to mean the
-CPU. Look-ups cost what they cost before, and torch itself, as everybody else sees it, is left alone.
+CPU. Look-ups cost what they cost before, and torch itself, as everybody else sees it, is left alone, but for
+``torch.Tensor.type`` and ``torch.Tensor.cuda`` while the functions run that are said below to call them.
 
 What is replaced, and why:
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_megatron.backend import model_rng
+from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules import names
 from lightning_megatron.modules.settings import BuildSettings
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
@@ -50,10 +51,16 @@ class MegatronModule(pl.LightningModule):
         super().__init__()
         if loss_reduction not in ("token", "micro_batch"):
             raise ValueError(f"loss_reduction={loss_reduction!r}: use 'token' or 'micro_batch'.")
+        if optimizer is not None and not callable(optimizer) and not hasattr(optimizer, "build"):
+            raise TypeError(
+                f"optimizer={optimizer!r} cannot make an optimizer: use a function of the parameters, such as"
+                " lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)."
+            )
         self.optimizer = optimizer or default_optimizer
         self.lr_schedule = lr_schedule
         self.loss_reduction = loss_reduction
         self.settings: BuildSettings | None = None
+        self.built_for: BuildSettings | None = None
         self.chunks = torch.nn.ModuleList()
         self.active_chunk = 0  # set by the strategy before each call: which virtual stage runs
 
@@ -97,6 +104,13 @@ class MegatronModule(pl.LightningModule):
     def sequence_length(self, batch: Batch) -> int:
         """Length of the hidden states that travel between pipeline stages, before any sharding."""
 
+    def check_layout(self, layout: ParallelLayout) -> None:
+        """Refuse sizes that ``layout`` cannot divide; called before a process group exists.
+
+        Raises:
+            LayoutError: With the nearest sizes that work.
+        """
+
     def configure_optimizers(self) -> Any:
         """The optimizer and, where there is one, the scheduler, as plain torch objects."""
         if isinstance(self.optimizer, ParameterGroups):
@@ -116,7 +130,9 @@ class MegatronModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Build this rank's chunks, once."""
         if len(self.chunks):
+            self._check_built_for(self.build_settings)
             return
+        self.built_for = self.build_settings
         layout = self.build_settings.layout
         stage = self._pipeline_stage
         for virtual in range(layout.vp or 1):
@@ -182,6 +198,13 @@ class MegatronModule(pl.LightningModule):
     def on_last_stage(self) -> bool:
         """Whether the active chunk gives the model's output."""
         return bool(self.active_model.post_process)
+
+    def _check_built_for(self, settings: BuildSettings) -> None:
+        if self.built_for != settings:
+            raise ValueError(
+                f"This {type(self).__name__} was built for {self.built_for}, and this run has {settings}. Make a new"
+                f" {type(self).__name__}, and carry the weights over in a checkpoint (ckpt_path=)."
+            )
 
     @property
     def _pipeline_stage(self) -> int:
