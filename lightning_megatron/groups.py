@@ -18,6 +18,7 @@ _SEED_STEP_OF_PIPELINE_STAGES = 100
 T = TypeVar("T")
 
 _built: ParallelLayout | None = None
+_host: dist.ProcessGroup | None = None
 
 
 def build(layout: ParallelLayout) -> None:
@@ -66,6 +67,17 @@ def seed(base: int) -> None:
 def data_parallel() -> dist.ProcessGroup:
     """The group of the ranks that hold the same weights and read other data."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def on_host() -> dist.ProcessGroup:
+    """A group of all ranks over Gloo, for what a checkpoint says on the host, in a thread of its own or not.
+
+    Made at the first call, by all ranks.
+    """
+    global _host
+    if _host is None:
+        _host = dist.new_group(backend="gloo")
+    return _host
 
 
 def tensor_parallel() -> dist.ProcessGroup:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -26,7 +25,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
-from lightning_megatron import backend, checkpoint, first_error, groups, loops, metrics, predictions, refusals, report
+from lightning_megatron import backend, first_error, groups, loops, metrics, predictions, refusals, report
+from lightning_megatron.checkpoint import Checkpointer, Run, local_path
 from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.microbatch import Cut, count_rows, cut
@@ -66,6 +66,11 @@ class MegatronStrategy(Placement, ParallelStrategy):
         log_grad_norm: Log ``grad_norm``, the global norm before clipping, at each step.
         initial_loss_scale: First loss scale of ``precision="16-mixed"``.
         check_loss: Stop when the loss is NaN or infinite.
+        async_save: Write checkpoints beside training, which waits only while they are copied to host memory.
+        verify_checkpoint: Check every file's checksum before a checkpoint is loaded.
+        trust_checkpoint: Unpickle the objects in a checkpoint, which can run any code; without it a checkpoint that
+            needs it is refused. Weights, optimizer, loops and random states are plain data and need no trust.
+        on_save_error: When a checkpoint cannot be written (a full disk): "raise", or "warn" and train on.
         process_group_backend: "gloo" or "nccl"; follows from the device.
         timeout: Of collectives: how long ranks wait for one that is gone without a word.
     """
@@ -90,6 +95,10 @@ class MegatronStrategy(Placement, ParallelStrategy):
         log_grad_norm: bool = False,
         initial_loss_scale: float = 65536.0,
         check_loss: bool = True,
+        async_save: bool = False,
+        verify_checkpoint: bool = True,
+        trust_checkpoint: bool = False,
+        on_save_error: Literal["raise", "warn"] = "raise",
         process_group_backend: str | None = None,
         timeout: timedelta = _DEFAULT_TIMEOUT,
     ) -> None:
@@ -104,6 +113,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.log_grad_norm = log_grad_norm
         self.initial_loss_scale = initial_loss_scale
         self.check_loss = check_loss
+        self.checkpointer = Checkpointer(async_save, verify_checkpoint, trust_checkpoint, on_save_error)
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -209,7 +219,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
+        self.checkpointer.resumption.loaders = []
         self._engine = self._make_engine(self._ddp_config() if fitting else None)
+        self.optimizers = []
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -241,7 +253,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
         if getattr(dataloader, "worker_init_fn", self) is None:
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
-        return dataloader
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        return self.checkpointer.resumption.watch(dataloader) if trainer.training else dataloader
 
     # What the loops call
 
@@ -255,6 +268,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         recorder = LogRecorder(self.lightning_module)  # type: ignore[arg-type]
+        self.checkpointer.resumption.note_window(trainer)
         outcome = self.engine.train(
             batch,
             *self._shape(batch),
@@ -341,8 +355,13 @@ class MegatronStrategy(Placement, ParallelStrategy):
         predictions.join_replicas(self.lightning_module.trainer)  # type: ignore[union-attr]
 
     @override
+    def on_train_start(self) -> None:
+        self.checkpointer.begin_training(self._run)
+
+    @override
     def on_train_end(self) -> None:
         self.engine.finish_param_gather()
+        self.checkpointer.wait()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -353,6 +372,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def teardown(self) -> None:
         assert self.cluster_environment is not None
         assert self.accelerator is not None
+        self.checkpointer.wait()
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -360,16 +380,17 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         first_error.note(exception)
+        self.checkpointer.give_up()
 
     @override
-    def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} writes to local paths and takes no storage_options.")
-        checkpoint.save(checkpoint_, Path(self.broadcast(filepath)), self.layout)
+        self.checkpointer.save(checkpoint, local_path(self.broadcast(filepath)), self._run)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return checkpoint.load(Path(self.broadcast(checkpoint_path)), self.layout, weights_only)
+        return self.checkpointer.load(local_path(self.broadcast(checkpoint_path)), self._run)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -381,13 +402,21 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(state["hyper"])
+            state["finish"]()
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        checkpoint.remove(Path(filepath))
+        self.checkpointer.remove(local_path(filepath))
 
     # Steps of the hooks above
+
+    @property
+    def _run(self) -> Run:
+        assert self.lightning_module is not None
+        optimizer = self.optimizers[0] if self.optimizers else None
+        sharded = optimizer if isinstance(optimizer, ShardedOptimizer) else None
+        return Run(self.lightning_module.trainer, self.layout, sharded)
 
     @property
     def _precision(self) -> MegatronPrecision:
