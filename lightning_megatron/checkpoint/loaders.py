@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -26,7 +28,9 @@ class Resumption:
 
     def watch(self, loader: Any) -> Any:
         """Have a training loader take part; one that has ``state_dict`` keeps its own place."""
-        if not isinstance(loader, DataLoader) or hasattr(loader, "state_dict"):
+        if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+            return loader if sized_len(loader) is not None else _OneAhead(loader)
+        if not isinstance(loader, DataLoader):
             return loader
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         inner = getattr(loader, name)
@@ -72,14 +76,14 @@ class Resumption:
         saved, self._saved = self._saved, None
         if saved is None:
             return
-        if any(batches.resume is not None for batches in self.loaders):
+        if any(batches.resume is not None and not batches.resume.begun for batches in self.loaders):
             trainer.fit_loop._load_combined_loader_states()  # private, as `_drop`
             iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         if saved["batches"]:
             batches = self._batches_now(saved, data_parallel_size)
             if batches != saved["batches"]:
                 progress.set_batches(trainer, batches)
-            if not self._skips_by_index:
+            if self.loaders and not self._skips_by_index:
                 _drop(trainer, batches)
         if same_layout:
             rng.restore(saved["rng"])
@@ -139,6 +143,7 @@ class _Resume:
 
     def __init__(self, saved: Record, loader: Record, first: bool) -> None:
         self.saved, self.loader, self.first = saved, loader, first
+        self.begun = False  # an iterator was made, if none of its batches asked for
 
     def skip(self, rows: int | None) -> int:
         """Batches to leave out, once the layout is known."""
@@ -158,6 +163,8 @@ class _Batches:
         self.is_indexed = not isinstance(loader.dataset, IterableDataset)
         self.rows = loader.batch_size
         self.resume: _Resume | None = None
+        self._has_workers = loader.num_workers > 0
+        self._untouched = False  # the last iterator has not been asked for a batch
         self._generators = [
             g for g in (loader.generator, getattr(getattr(inner, "sampler", inner), "generator", None)) if g is not None
         ]
@@ -171,25 +178,36 @@ class _Batches:
         return len(self.inner)
 
     def __iter__(self) -> Iterator[Any]:
-        resume, self.resume = self.resume, None
+        # With workers an iterator is made twice; torch draws their seed after the first time.
+        again = self._has_workers and self._untouched
+        self._untouched = True
+        resume = self.resume
         if resume is not None:
-            _set_epoch(self.inner, resume.saved["epoch"])
+            _set_order(self.inner, resume.loader["seed"], resume.saved["epoch"])
             if resume.saved["batches"]:
-                self._restore(resume.loader["at_iter"])
+                if not again:
+                    self._restore(resume.loader["at_iter"])
+                resume.begun = True
                 return self._go_on(resume)
-        self._at_iter = self._states()
+            self.resume = None
+        if not again:
+            self._at_iter = self._states()
         return self._begin()
 
     def record(self) -> Record:
         """What a checkpoint keeps."""
-        return {"rows": self.rows, "at_iter": self._at_iter, "at_first": self._at_first}
+        seed = getattr(getattr(self.inner, "sampler", self.inner), "seed", None)
+        seed = seed if isinstance(seed, int) else None
+        return {"rows": self.rows, "seed": seed, "at_iter": self._at_iter, "at_first": self._at_first}
 
     def _begin(self) -> Iterator[Any]:
+        self._untouched = False
         self._at_first = self._states()
         yield from self.inner
 
     def _go_on(self, resume: _Resume) -> Iterator[Any]:
         """The rest of the epoch in the order in which it was begun."""
+        self.resume, self._untouched = None, False
         self._at_iter, self._at_first = resume.loader["at_iter"], resume.loader["at_first"]
         now = self._states()
         self._restore(self._at_first)
@@ -211,8 +229,38 @@ class _Batches:
                 generator.set_state(state)
 
 
-def _set_epoch(inner: Any, epoch: int) -> None:
+class _OneAhead:
+    """A loader with a state but no length, of which Lightning reads one batch ahead: its state before that batch."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self._before: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["loader"], name)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        nothing = object()
+        while True:
+            self._before = copy.deepcopy(self.loader.state_dict())
+            batch = next(batches, nothing)
+            if batch is nothing:
+                return
+            yield batch
+
+    def state_dict(self) -> Any:
+        return self.loader.state_dict() if self._before is None else self._before
+
+    def load_state_dict(self, state: Any) -> None:
+        self.loader.load_state_dict(state)
+
+
+def _set_order(inner: Any, seed: int | None, epoch: int) -> None:
+    """What a distributed sampler's order comes from; Lightning sets the epoch after the first iterator is made."""
     for sampler in (inner, getattr(inner, "sampler", None)):
+        if seed is not None and isinstance(getattr(sampler, "seed", None), int):
+            sampler.seed = seed  # type: ignore[union-attr]
         set_epoch = getattr(sampler, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)

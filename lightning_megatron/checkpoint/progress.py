@@ -50,16 +50,21 @@ def processed(trainer: pl.Trainer) -> int:
 
 def put_right(loops: dict[str, Any], where: Position) -> None:
     """Correct the saved counts of Lightning's fit loop, in place."""
-    fit = loops["fit_loop"]
-    if where.batches or where.redo:
-        for counts in (fit["epoch_progress"]["total"], fit["epoch_progress"]["current"]):
-            if counts["processed"] == counts["started"]:  # closed, though not all of its batches have run
-                counts["completed"] = min(counts["completed"], counts["processed"] - 1)
-                counts["processed"] -= 1
-    batches = fit["epoch_loop.batch_progress"]
+    epochs, batches = loops["fit_loop"]["epoch_progress"], loops["fit_loop"]["epoch_loop.batch_progress"]
+    inside = where.batches > 0 or where.redo > 0
+    for counts in (epochs["total"], epochs["current"]):
+        if inside and counts["processed"] == counts["started"]:  # closed, though not all of its batches have run
+            counts["completed"] = min(counts["completed"], counts["processed"] - 1)
+            counts["processed"] -= 1
+        elif not inside:
+            counts["processed"] = counts["completed"] = counts["ready"] = counts["started"]
     for counts in (batches["total"], batches["current"]):
         for name in _COUNTS:
             counts[name] = max(counts[name] - where.redo, 0)
+    if not inside:
+        batches["total"] = dict.fromkeys(_COUNTS, batches["total"]["processed"])
+        batches["current"] = dict.fromkeys(_COUNTS, 0)
+        batches["is_last_batch"] = False
 
 
 def set_batches(trainer: pl.Trainer, batches: int) -> None:
