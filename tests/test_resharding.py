@@ -1,7 +1,7 @@
 """A checkpoint of any layout loads into any other: the run goes on as plain PyTorch's uninterrupted run does.
 
-Tolerances as in ``test_truth.py``. The truth's weights are compared at the end, so moments, main weights, step counts and
-the place in the data must all have come over.
+Tolerances as in ``test_truth.py``. The truth's weights are compared at the end, so moments, main weights, step counts
+and the place in the data must all have come over.
 """
 
 import functools

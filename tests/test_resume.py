@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
