@@ -2,20 +2,60 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from itertools import count
+
 import torch.distributed as dist
 
 _KEY = "lightning_megatron/first_error"
+_CONSEQUENCE = "This is a consequence. First, "
+_SECONDS_FOR_ALL = 15
+_meetings = count()
 
 
 def note(error: BaseException) -> None:
     """Record ``error`` as the run's first, or add to it a note of the one that was first on another rank."""
     if not dist.is_initialized():
         return
-    mine = f"rank {dist.get_rank()} raised {type(error).__name__}: {error}"
+    what = f"{type(error).__name__}: {error}"
+    mine = f"rank {dist.get_rank()} raised {what}"
     try:
-        store = dist.distributed_c10d._get_default_store()  # private (torch 2.13), the only way to the store
-        first = store.compare_set(_KEY, "", mine).decode()
+        first = _store().compare_set(_KEY, "", mine).decode()
     except Exception:  # the store dies with rank 0: then there is nobody to ask, and nothing to add
         return
-    if first != mine:
-        error.add_note(f"This is a consequence. First, {first}")
+    if not first.endswith(f" raised {what}"):  # the same error on every rank follows from nothing
+        error.add_note(_CONSEQUENCE + first)
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether ``note`` has found that another rank's error came before this one."""
+    return any(text.startswith(_CONSEQUENCE) for text in getattr(error, "__notes__", ()))
+
+
+def meet_while_handling() -> None:
+    """While an exception is handled, wait a little for all ranks to come here too, and give up if they do not.
+
+    What all ranks do together (saving a checkpoint) would otherwise wait for ranks that know of no exception.
+
+    Raises:
+        RuntimeError: Some ranks did not come.
+    """
+    if sys.exception() is None:
+        return
+    key, world = f"lightning_megatron/meeting_{next(_meetings)}", dist.get_world_size()
+    store = _store()
+    here = store.add(key, 1)
+    deadline = time.monotonic() + _SECONDS_FOR_ALL
+    while here < world and time.monotonic() < deadline:
+        time.sleep(0.1)
+        here = store.add(key, 0)
+    if here < world:
+        raise RuntimeError(
+            f"No checkpoint was saved: {world - here} of {world} ranks did not raise the exception that is being"
+            " handled, and a checkpoint needs every rank."
+        )
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()  # private (torch 2.13), the only way to the store

@@ -15,6 +15,9 @@ from lightning_megatron.layout import ParallelLayout, RankCoordinates
 # Megatron's scheme: pipeline stages start 100 apart; tensor-parallel ranks follow inside `model_parallel_...seed`.
 _SEED_STEP_OF_PIPELINE_STAGES = 100
 
+# Given to ``self.log(sync_dist_group=)``: the value is the whole world's already.
+REDUCED = "reduced"
+
 T = TypeVar("T")
 
 _built: ParallelLayout | None = None
@@ -80,6 +83,11 @@ def on_host() -> dist.ProcessGroup:
     return _host
 
 
+def model_parallel() -> dist.ProcessGroup:
+    """The group of the ranks that hold one copy of the model together, and read the same data."""
+    return parallel_state.get_model_parallel_group()
+
+
 def tensor_parallel() -> dist.ProcessGroup:
     """The group of the ranks that share each layer."""
     return parallel_state.get_tensor_model_parallel_group()
@@ -110,6 +118,16 @@ def gather_from_stages(value: T) -> list[T]:
         return [value]
     values: list[T] = [value] * size
     dist.all_gather_object(values, value, group=parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
+def gather_from_replicas(value: T) -> list[T]:
+    """Each data-parallel replica's picklable ``value``, in their order, on every replica."""
+    size = dist.get_world_size(data_parallel())
+    if size == 1:
+        return [value]
+    values: list[T] = [value] * size
+    dist.all_gather_object(values, value, group=data_parallel())
     return values
 
 

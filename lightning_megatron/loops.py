@@ -60,6 +60,7 @@ class _ScheduleOptimization(_AutomaticOptimization):
             for count in (self.optim_progress.optimizer.step.total, self.optim_progress.optimizer.step.current):
                 count.ready -= 1
                 count.completed -= 1
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped -= 1  # the loggers' x-axis; raised again behind this
 
 
 def _was_skipped(trainer: pl.Trainer) -> bool:

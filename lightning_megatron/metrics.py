@@ -8,7 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_megatron import groups
@@ -48,12 +49,58 @@ def attribute_of(module: pl.LightningModule, metric: torch.nn.Module) -> str:
     )
 
 
-def mark_updated(metric: Any, batch_value: Any) -> None:
-    """Tell a metric that was updated on the last stage only that it was, and what it was on the whole batch."""
-    if isinstance(metric, Metric):
+class BatchStates:
+    """The states of a module's metrics over one batch, apart from what they held before.
+
+    While micro-batches run, metrics whose states can be merged hold the batch's own; ``finish`` takes their value on
+    the whole batch, and merges. Other metrics, which see everything at once (``full_state_update``) or belong to a
+    collection that shares states, go on as they were.
+
+    Args:
+        module: Whose metrics they are.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._before: dict[int, tuple[Metric, dict[str, Any], int]] = {}
+        shared = {id(m) for c in module.modules() if isinstance(c, MetricCollection) for m in c.modules()}
+        for metric in _metrics(module):
+            if id(metric) not in shared and _is_mergeable(metric):
+                self._before[id(metric)] = (metric, metric._copy_state_dict(), metric._update_count)
+                metric.reset()
+
+    def finish(self, metric: Metric, fallback: Any, *, shown: bool) -> None:
+        """Merge what ``metric`` held before the batch with the batch's, and set its value on the batch.
+
+        Args:
+            metric: Perhaps updated on the last pipeline stage only.
+            fallback: The value on the batch of a metric that cannot be merged.
+            shown: Whether its value on the batch is looked at; called alike on every rank, as replicas are synced.
+        """
+        value = fallback
+        if shown and id(metric) in self._before:
+            metric._update_count = max(metric._update_count, 1)
+            value = metric.compute()
+        self._merge(metric)
         metric._update_count = max(metric._update_count, 1)
         metric._computed = None
-        metric._forward_cache = batch_value
+        metric._forward_cache = value
+
+    def finish_all(self) -> None:
+        """Merge the metrics that were updated but not logged."""
+        for metric, _, _ in list(self._before.values()):
+            self._merge(metric)
+
+    def _merge(self, metric: Metric) -> None:
+        _, states, updates = self._before.pop(id(metric), (None, None, 0))
+        if states is not None:
+            metric._update_count += updates
+            metric.merge_state(states)
+
+
+def _is_mergeable(metric: Metric) -> bool:
+    """Whether states are sums, extremes or lists, which do not depend on the number of updates."""
+    simple = (dim_zero_sum, dim_zero_max, dim_zero_min, dim_zero_cat)
+    return metric.full_state_update is False and all(r in simple for r in metric._reductions.values())
 
 
 @contextmanager

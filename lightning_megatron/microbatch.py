@@ -24,10 +24,12 @@ class Cut:
         sizes: Rows of each; equal ones under a pipeline, whose messages have one shape.
         ghosts: Copies of the first that follow, with no weight: they fill up the interleaved schedule, which takes
             multiples of ``pp`` only.
+        counts: Whether the batch has any weight; without, all of it is computed and none of it counted.
     """
 
     sizes: tuple[int, ...]
     ghosts: int = 0
+    counts: bool = True
 
 
 def cut(layout: ParallelLayout, rows: int, micro_batch_size: int | None, num_microbatches: int | None) -> Cut:
@@ -49,7 +51,7 @@ def _even_count(layout: ParallelLayout, rows: int, micro_batch_size: int | None,
 
 
 def slices(batch: Any, sizes: Cut) -> Iterator[tuple[Any, float]]:
-    """Yield each micro-batch with its share of the rows; ghosts have none.
+    """Yield each micro-batch with its share of the rows; ghosts, and batches that do not count, have none.
 
     Raises:
         ValueError: A tensor is not batch first.
@@ -57,7 +59,7 @@ def slices(batch: Any, sizes: Cut) -> Iterator[tuple[Any, float]]:
     rows = sum(sizes.sizes)
     start = 0
     for size in sizes.sizes:
-        yield _rows(batch, start, start + size, rows), size / rows
+        yield _rows(batch, start, start + size, rows), size / rows if sizes.counts else 0.0
         start += size
     for _ in range(sizes.ghosts):
         yield _rows(batch, 0, sizes.sizes[0], rows), 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning_megatron.layout import ParallelLayout
 
 
@@ -9,7 +11,13 @@ class Placement:
     """The strategy's public sizes and ranks; known from a Trainer's construction on."""
 
     global_rank: int
+    sizes: dict[str, Any]
     _layout: ParallelLayout | None = None
+
+    def __repr__(self) -> str:
+        """Also what ``lightning.Fabric(strategy=)`` shows when it refuses the strategy, its one place to answer."""
+        sizes = ", ".join(f"{name}={size}" for name, size in self.sizes.items() if size not in (1, None, False))
+        return f"<{type(self).__name__}({sizes}) for lightning.pytorch.Trainer; Fabric has no loop that it could run>"
 
     @property
     def layout(self) -> ParallelLayout:

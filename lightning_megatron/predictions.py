@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_megatron import groups
@@ -19,17 +18,17 @@ def join_replicas(trainer: pl.Trainer) -> None:
     sample, stay as each replica made them.
     """
     loop = trainer.predict_loop
-    if not loop.return_predictions or dist.get_world_size(groups.data_parallel()) == 1:
+    if not loop.return_predictions or groups.data_parallel().size() == 1:
         return
     for loader, made in zip(loop._combined_loader.flattened, loop._predictions, strict=True):  # type: ignore[union-attr]
         seen = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", [])[: len(made)]
         mine = list(zip(seen, made, strict=False)) if len(seen) == len(made) else None
         if mine is not None and not all(_row_by_row(prediction, len(numbers)) for numbers, prediction in mine):
             mine = None
-        every: list[Any] = [None] * dist.get_world_size(groups.data_parallel())
-        dist.all_gather_object(every, mine, group=groups.data_parallel())
-        if all(replica is not None for replica in every) and any(every):
-            made[:] = _in_order([batch for replica in every for batch in replica])
+        every = groups.gather_from_replicas(mine)
+        batches = [batch for replica in every if replica is not None for batch in replica]
+        if batches and None not in every:
+            made[:] = _in_order(batches)
 
 
 def _row_by_row(prediction: Any, rows: int) -> bool:

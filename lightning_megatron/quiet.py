@@ -10,6 +10,7 @@ _IGNORED = (
     (UserWarning, r"When using async grad allreduce it is recommended"),  # advice on CUDA streams, at each layer
     (UserWarning, r"full scope is deprecated"),  # of CUDA graphs, which nobody asked for
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),  # Lightning's own, under torch 2.13
+    (UserWarning, r"If you are using transformer_engine as the transformer implementation"),  # recomputation: it is not
     (UserWarning, r"(Transformer Engine and )?Apex (is|are) not installed"),
     (DeprecationWarning, r"The following imports from `dynamic_context\.py`"),
     (DeprecationWarning, r"\s*The 'megatron\.core\.transformer\.custom_layers"),

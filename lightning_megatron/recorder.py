@@ -1,4 +1,4 @@
-"""``self.log`` inside a micro-batch: recorded, reduced over the micro-batches, then logged once on every rank."""
+"""``self.log`` inside a micro-batch: recorded, reduced over micro-batches and replicas, then logged on every rank."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
 from lightning_megatron import groups, metrics
+from lightning_megatron.modules.base import MegatronModule
 
 _SIGNATURE = inspect.signature(pl.LightningModule.log)
 
@@ -23,10 +24,10 @@ class _Entry:
 
     Args:
         chunk: The virtual stage that logged it.
-        values: Numbers, or of a metric its values on each micro-batch.
-        weights: Of each value.
         options: Of ``self.log``.
         metric: The attribute that holds the logged metric, if it is one.
+        values: Numbers; of a metric, its values on each micro-batch.
+        weights: Of each value: ``batch_size`` where it was given, else rows.
     """
 
     chunk: int
@@ -37,11 +38,18 @@ class _Entry:
 
 
 class LogRecorder:
-    """Stands in for ``module.log`` while a schedule runs."""
+    """Stands in for ``module.log`` while one batch runs.
 
-    def __init__(self, module: pl.LightningModule) -> None:
+    Args:
+        module: Whose ``log`` it is.
+        rows: Of the batch on this rank.
+    """
+
+    def __init__(self, module: pl.LightningModule, rows: int) -> None:
         self._module = module
+        self._rows = rows
         self._seen: dict[str, _Entry] = {}
+        self._states = metrics.BatchStates(module)
 
     @contextmanager
     def listening(self, share: float, chunk: int) -> Iterator[None]:
@@ -55,7 +63,7 @@ class LogRecorder:
         def record(*args: Any, **options: Any) -> None:
             given = _SIGNATURE.bind(self._module, *args, **options).arguments
             given.pop("self")
-            self._record(given.pop("name"), given.pop("value"), share, chunk, given)
+            self._record(given.pop("name"), given.pop("value"), share * self._rows, chunk, given)
 
         self._module.__dict__["log"] = record if share else lambda *_, **__: None
         try:
@@ -68,31 +76,55 @@ class LogRecorder:
             del self._module.__dict__["log"]
 
     def replay(self) -> None:
-        """Log each name once, the same names in the same order on every rank, as the latest stage gave it."""
-        module = self._module
-        for name, entry in _latest(groups.gather_from_stages(self._seen)).items():
-            options = dict(entry.options)
-            if options.get("batch_size") is not None:
-                options["batch_size"] = sum(entry.weights)
-            if entry.metric is None:
-                module.log(name, _reduce(entry.values, entry.weights, options.get("reduce_fx", "mean")), **options)
-            else:
-                metric: Any = module.get_submodule(entry.metric)
-                cached = [value for value in entry.values if value is not None]
-                metrics.mark_updated(metric, _reduce(cached, entry.weights, "mean") if cached else None)
-                module.log(name, metric, **{**options, "metric_attribute": entry.metric})
+        """Log each name once, the same names in the same order on every rank, as the latest stage gave it.
 
-    def _record(self, name: str, value: Any, share: float, chunk: int, options: dict[str, Any]) -> None:
+        An adapter's values are those of the global batch. A plain module's are this replica's, as in Lightning, and
+        ``sync_dist`` decides whether replicas are reduced.
+        """
+        module = self._module
+        whole = isinstance(module, MegatronModule)
+        seen = _over_replicas(self._seen) if whole and self._seen else self._seen
+        for name, entry in _latest(groups.gather_from_stages(seen)).items():
+            options = dict(entry.options)
+            if entry.metric is not None:
+                metric: Any = module.get_submodule(entry.metric)
+                fallback = _reduce(entry.values, entry.weights, "mean")
+                shown = options.get("on_step", module.trainer.training) is not False
+                self._states.finish(metric, fallback, shown=shown)
+                module.log(name, metric, **{**options, "metric_attribute": entry.metric})
+                continue
+            if whole:
+                options.update(batch_size=sum(entry.weights), sync_dist=True, sync_dist_group=groups.REDUCED)
+            elif options.get("batch_size") is not None:
+                options["batch_size"] = sum(entry.weights)
+            module.log(name, _reduce(entry.values, entry.weights, options.get("reduce_fx", "mean")), **options)
+        self._states.finish_all()
+
+    def _record(self, name: str, value: Any, rows: float, chunk: int, options: dict[str, Any]) -> None:
         entry = self._seen.get(name)
         if entry is None or entry.chunk < chunk:
             entry = self._seen[name] = _Entry(chunk, options)
-        if isinstance(value, Metric | MetricCollection):
+        if isinstance(value, Metric):
             entry.metric = metrics.attribute_of(self._module, value)
-            value = getattr(value, "_forward_cache", None)
-        elif isinstance(value, torch.Tensor):
-            value = value.detach()
-        entry.values.append(value)
-        entry.weights.append(options.get("batch_size") or share)
+            value = value._forward_cache
+        weight = options.get("batch_size")
+        entry.values.append(value.detach() if isinstance(value, torch.Tensor) else value)
+        entry.weights.append(float(rows if weight is None else weight))
+
+
+def _over_replicas(seen: dict[str, _Entry]) -> dict[str, _Entry]:
+    """What all replicas recorded on this stage, the entries' values and weights joined in the replicas' order."""
+    numbers = {
+        name: ([v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in e.values], e.weights)
+        for name, e in seen.items()
+    }
+    joined = {name: _Entry(e.chunk, e.options, e.metric) for name, e in seen.items()}
+    for replica in groups.gather_from_replicas(numbers):
+        for name, (values, weights) in replica.items():
+            if name in joined:
+                joined[name].values += values
+                joined[name].weights += weights
+    return joined
 
 
 def _latest(stages: list[dict[str, _Entry]]) -> dict[str, _Entry]:
@@ -109,8 +141,8 @@ def _reduce(values: list[Any], weights: list[float], reduce_fx: Any) -> Any:
     """One value of the micro-batches' values, as ``self.log(reduce_fx=)`` asks; a mean is weighted."""
     if len(values) == 1 or not all(isinstance(value, int | float | torch.Tensor) for value in values):
         return values[-1]  # Lightning says what it thinks of other types
-    several = torch.stack([torch.as_tensor(value, dtype=torch.float32).squeeze() for value in values])
+    several = torch.stack([torch.as_tensor(value, dtype=torch.float64).squeeze() for value in values])
     if reduce_fx in ("mean", "avg", torch.mean):
-        shares = torch.tensor(weights[: len(values)], dtype=several.dtype, device=several.device)
-        return (several * shares).sum() / shares.sum()
-    return getattr(torch, reduce_fx)(several) if isinstance(reduce_fx, str) else reduce_fx(several)
+        shares = torch.tensor(weights, dtype=several.dtype, device=several.device)
+        return ((several * shares).sum() / shares.sum()).float()
+    return (getattr(torch, reduce_fx)(several) if isinstance(reduce_fx, str) else reduce_fx(several)).float()

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from megatron.core.distributed import DistributedDataParallelConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_megatron.layout import ParallelLayout
 
-_CALLBACKS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning)
+_CALLBACKS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning, ModelPruning)
 
 
 def check_arguments(
@@ -39,6 +40,37 @@ def check_arguments(
         raise MisconfigurationException(
             f"MegatronStrategy(pipeline_split_rank={pipeline_split_rank}) splits encoder-decoder models, and there"
             " is no adapter for one yet. Leave it out."
+        )
+
+
+def check_settings(ddp: object, initial_loss_scale: float, process_group_backend: str | None) -> None:
+    """Refuse settings that would fail only once processes run.
+
+    Raises:
+        MisconfigurationException: With the values seen.
+    """
+    if ddp is not None and not isinstance(ddp, DistributedDataParallelConfig):
+        raise MisconfigurationException(
+            f"MegatronStrategy(ddp={ddp!r}): use megatron.core.distributed.DistributedDataParallelConfig(...)."
+        )
+    if not initial_loss_scale > 0:
+        raise MisconfigurationException(
+            f"MegatronStrategy(initial_loss_scale={initial_loss_scale}): use a positive number, such as 65536."
+        )
+    if process_group_backend not in (None, "gloo", "nccl"):
+        raise MisconfigurationException(
+            f"MegatronStrategy(process_group_backend={process_group_backend!r}): use 'gloo', 'nccl', or None, which"
+            " takes what fits the device."
+        )
+
+
+def check_some_batch(trainer: pl.Trainer) -> None:
+    """Refuse a training that has seen no batch at all, which a loader of unknown length shows only in the end."""
+    loop = trainer.fit_loop
+    if loop.epoch_loop.batch_progress.total.ready == 0 and loop.epoch_progress.total.ready > 0 and loop.max_batches:
+        raise MisconfigurationException(
+            "MegatronStrategy: the training loader gave no batch on any rank. Look at its dataset, or at what its"
+            " iterator filters out."
         )
 
 

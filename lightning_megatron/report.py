@@ -10,11 +10,11 @@ from lightning_megatron.engine import NonFiniteLossError, Outcome
 from lightning_megatron.optimizer import ShardedOptimizer
 
 
-def log_step(trainer: pl.Trainer, optimizer: ShardedOptimizer, *, grad_norm: bool, loss_scale: bool) -> None:
-    """Log what is known of a step only after it; Lightning has left ``training_step``'s logging by then.
+def log_step(module: pl.LightningModule, optimizer: ShardedOptimizer, *, grad_norm: bool, loss_scale: bool) -> None:
+    """Log what is known of a step only after it, beside what ``training_step`` logged.
 
     Args:
-        trainer: Whose loggers and ``callback_metrics`` take the values.
+        module: Whose ``log`` is used.
         optimizer: That has stepped.
         grad_norm: Whether to log the global norm before clipping.
         loss_scale: Whether to log fp16's loss scale and skipped steps.
@@ -24,11 +24,13 @@ def log_step(trainer: pl.Trainer, optimizer: ShardedOptimizer, *, grad_norm: boo
         values["grad_norm"] = optimizer.grad_norm
     if loss_scale:
         values.update(loss_scale=optimizer.loss_scale, skipped_steps=float(optimizer.skipped_steps))
-    if values:
-        tensors = {name: torch.tensor(value) for name, value in values.items()}
-        trainer.callback_metrics.update(tensors)
-        if trainer._logger_connector.should_update_logs:  # private: no hook of Lightning's logs from here
-            trainer._logger_connector.log_metrics(tensors)
+    if not values:
+        return
+    hook, module._current_fx_name = module._current_fx_name, "training_step"  # private (Lightning 2.6)
+    try:
+        module.log_dict(values, batch_size=1)
+    finally:
+        module._current_fx_name = hook
 
 
 def stop_on_bad_loss(outcome: Outcome, local_loss: torch.Tensor, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -10,22 +11,37 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
-from lightning_megatron import backend, first_error, groups, loops, metrics, predictions, refusals, report
+from lightning_megatron import (
+    backend,
+    evaluation_samples,
+    first_error,
+    groups,
+    launching,
+    loops,
+    metrics,
+    model_summary,
+    peers,
+    plugins,
+    predictions,
+    refusals,
+    report,
+)
 from lightning_megatron.checkpoint import Checkpointer, Run, local_path
 from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
@@ -73,6 +89,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
         on_save_error: When a checkpoint cannot be written (a full disk): "raise", or "warn" and train on.
         process_group_backend: "gloo" or "nccl"; follows from the device.
         timeout: Of collectives: how long ranks wait for one that is gone without a word.
+        launch: How the ranks start where nothing else (torchrun, SLURM) starts them: "subprocess" runs the script once
+            per rank; "forkserver" takes them from a preloaded server and hands results back, for notebooks. By default
+            the first, and in an interactive session or notebook the second.
     """
 
     strategy_name = "megatron"
@@ -101,6 +120,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         on_save_error: Literal["raise", "warn"] = "raise",
         process_group_backend: str | None = None,
         timeout: timedelta = _DEFAULT_TIMEOUT,
+        launch: launching.Launch | None = None,
     ) -> None:
         super().__init__()
         self.sizes: dict[str, Any] = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
@@ -119,7 +139,10 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self._timeout = timeout
         self._engine: Engine | None = None
         self._told_of: Cut | None = None
+        self.launch = launch
+        launching.check(launch)
         refusals.check_arguments(micro_batch_size, num_microbatches, recompute, pipeline_split_rank)
+        refusals.check_settings(ddp, initial_loss_scale, process_group_backend)
 
     # What is known of the run
 
@@ -173,13 +196,13 @@ class MegatronStrategy(Placement, ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         self._layout = ParallelLayout(world_size=self.world_size, **self.sizes)
 
     @override
     def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        plugins.check_checkpoint_io(self._checkpoint_io)
+        self._launcher = launching.choose(self, self.launch)
 
     # What trainer.fit, validate, test and predict call before the loops
 
@@ -187,10 +210,13 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         self._precision.plain_module = not isinstance(model, MegatronModule)
+        if isinstance(model, MegatronModule):
+            model.check_layout(self.layout)
         loops.install(model.trainer)
 
     @override
     def setup_environment(self) -> None:
+        refusals.check_callbacks(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
@@ -200,6 +226,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device)
         groups.build(self.layout)
+        peers.share_seed()
         groups.seed(torch.initial_seed())
         if isinstance(self.lightning_module, MegatronModule):
             self.lightning_module.settings = BuildSettings(
@@ -211,8 +238,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        refusals.check_callbacks(trainer)
         metrics.sync_over_replicas(self.lightning_module)
+        model_summary.install(trainer)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
@@ -250,11 +277,17 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
         """Refuse an empty or indivisible loader; seed its workers by replica, so that model-parallel peers agree."""
+        if self.lightning_module.trainer.evaluating:  # type: ignore[union-attr]
+            evaluation_samples.leave_out_repeats(dataloader)
         refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
         if getattr(dataloader, "worker_init_fn", self) is None:
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        return self.checkpointer.resumption.watch(dataloader) if trainer.training else dataloader
+        if trainer.training:
+            dataloader = self.checkpointer.resumption.watch(dataloader)
+        if sized_len(dataloader) is None and not trainer.predicting:
+            return peers.EvenLoader(dataloader, self.root_device)
+        return dataloader
 
     # What the loops call
 
@@ -267,11 +300,11 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        recorder = LogRecorder(self.lightning_module)  # type: ignore[arg-type]
+        recorder = self._recorder(batch)
         self.checkpointer.resumption.note_window(trainer)
         outcome = self.engine.train(
             batch,
-            *self._shape(batch),
+            *self._shape(batch, *args[:1]),
             self._step("training_step", recorder, *args, **kwargs),
             window=trainer.accumulate_grad_batches,
             last_of_window=not trainer.fit_loop._should_accumulate(),
@@ -292,7 +325,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         report.log_step(
-            self.lightning_module.trainer,  # type: ignore[union-attr]
+            self.lightning_module,  # type: ignore[arg-type]
             self.optimizers[0],  # type: ignore[arg-type]
             grad_norm=self.log_grad_norm,
             loss_scale=self._precision.scales_loss,
@@ -309,10 +342,10 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        step = self._step("predict_step", LogRecorder(self.lightning_module), *args, **kwargs)  # type: ignore[arg-type]
+        step = self._step("predict_step", self._recorder(batch), *args, **kwargs)
         if not isinstance(self.lightning_module, MegatronModule):
             return step(batch, 1.0, 0)
-        return self.engine.predict(batch, *self._shape(batch), step)
+        return self.engine.predict(batch, *self._shape(batch, *args[:1]), step)
 
     # Collectives
 
@@ -332,7 +365,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or group == groups.REDUCED:
             return tensor
         return _sync_ddp_if_available(tensor, group or groups.data_parallel(), reduce_op=reduce_op)
 
@@ -360,11 +393,14 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def on_train_end(self) -> None:
+        refusals.check_some_batch(self.lightning_module.trainer)  # type: ignore[union-attr]
         self.engine.finish_param_gather()
         self.checkpointer.wait()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        if launching.kept_checkpoint(self):
+            return {}  # the ranks that had it are gone; `save_checkpoint` copies what they left
         self.engine.finish_param_gather()
         return super().lightning_module_state_dict()
 
@@ -386,6 +422,10 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} writes to local paths and takes no storage_options.")
+        if kept := launching.kept_checkpoint(self):
+            kept.copy_to(local_path(filepath), checkpoint)
+            return
+        first_error.meet_while_handling()
         self.checkpointer.save(checkpoint, local_path(self.broadcast(filepath)), self._run)
 
     @override
@@ -446,14 +486,21 @@ class MegatronStrategy(Placement, ParallelStrategy):
                 chunks = [module.__dict__.setdefault("_plain_model", chunks[0])]
         return Engine(self.layout, chunks, config, ddp, by_token, self.root_device)
 
-    def _shape(self, batch: Any) -> tuple[Cut, int]:
+    def _shape(self, batch: Any, batch_idx: int) -> tuple[Cut, int]:
         """The micro-batches of ``batch`` and the length of its hidden states."""
+        if batch_idx == 0:
+            peers.check_same_batch(batch)
         chosen = cut(self.layout, count_rows(batch), self.micro_batch_size, self.num_microbatches)
         if self._told_of is None and self.layout.pp > 1:
             self._told_of = chosen
             rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
         module = self.lightning_module
         return chosen, module.sequence_length(batch) if isinstance(module, MegatronModule) else 1
+
+    def _recorder(self, batch: Any) -> LogRecorder:
+        module = self.lightning_module
+        assert module is not None
+        return LogRecorder(module, count_rows(batch) if isinstance(module, MegatronModule) else 1)
 
     def _step(self, hook: str, recorder: LogRecorder, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch through one chunk: the module's own hook, its logging recorded."""
@@ -470,13 +517,16 @@ class MegatronStrategy(Placement, ParallelStrategy):
         return step
 
     def _evaluate(self, kind: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder = LogRecorder(self.lightning_module)  # type: ignore[arg-type]
+        recorder = self._recorder(batch)
         step = self._step(f"{kind}_step", recorder, *args, **kwargs)
+        repeated = evaluation_samples.is_repeated_batch(self.lightning_module.trainer, *args)  # type: ignore[union-attr]
         if not isinstance(self.lightning_module, MegatronModule):
-            output = step(batch, 1.0, 0)
+            # A replica's only batch is logged whatever it is: Lightning reduces names that every rank has logged.
+            output = step(batch, 0.0 if repeated and args[0] else 1.0, 0)
             recorder.replay()
             return output
-        outcome = self.engine.evaluate(batch, *self._shape(batch), step)
+        chosen, length = self._shape(batch, *args[:1])
+        outcome = self.engine.evaluate(batch, replace(chosen, counts=not repeated), length, step)
         self._report(_EVALUATIONS[kind], outcome, recorder)
         return outcome.loss
 

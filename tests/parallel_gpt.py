@@ -85,18 +85,6 @@ class LoadedGPT(GPTModule):
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), **ADAM)
 
-    def named_shards(self) -> Any:
-        """This rank's parameters under the unsharded model's names."""
-        for chunk in self.chunks:
-            for name, parameter in chunk.named_parameters():
-                found = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
-                if found:
-                    number = chunk.decoder.layers[int(found[1])].layer_number - 1
-                    name = f"decoder.layers.{number}.{found[2]}"
-                elif name == "output_layer.weight" and self.config.tie_embeddings:
-                    name = "embedding.word_embeddings.weight"
-                yield name, parameter
-
     def shard_of(self, full: Weights, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
         value = full[name]
         layout, rank = self.build_settings.layout, self.trainer.strategy.tensor_parallel_rank

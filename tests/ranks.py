@@ -1,5 +1,6 @@
 """Runs a function on several ranks, as real processes over Gloo, started from a preloaded forkserver."""
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -31,7 +32,7 @@ def run_ranks(world_size: int, function: Any, *args: Any, timeout: float = 120) 
         try:
             for process in processes:
                 process.join(timeout)
-            results = [_result(Path(folder) / str(rank)) for rank in range(world_size)]
+            results = [_result(Path(folder) / str(rank), process) for rank, process in enumerate(processes)]
         finally:
             for process in processes:
                 process.kill()
@@ -54,6 +55,7 @@ def _rank(rank: int, world_size: int, port: int, folder: str, function: Any, arg
         TORCHELASTIC_RUN_ID="tests",
     )
     torch.set_num_threads(1)
+    faulthandler.enable()  # a crash in C++ says where
     try:
         result = {"value": function(*args)}
     except BaseException as error:
@@ -62,8 +64,10 @@ def _rank(rank: int, world_size: int, port: int, folder: str, function: Any, arg
     os._exit(0)
 
 
-def _result(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=False) if path.exists() else {"error": f"rank {path.name} gave no result"}
+def _result(path: Path, process: Any) -> dict[str, Any]:
+    if path.exists():
+        return torch.load(path, weights_only=False)
+    return {"error": f"rank {path.name} gave no result (exit code {process.exitcode}; None: it still ran)"}
 
 
 def _free_port() -> int:

@@ -2,7 +2,8 @@
 
 How: megatron-core's own modules (``_MODULES``) are given another module under their global name ``torch``: a copy of
 torch's namespace in which ``cuda`` answers for the CPU and four factory functions take ``device="cuda"`` to mean the
-CPU. Look-ups cost what they cost before, and torch itself, as everybody else sees it, is left alone.
+CPU. Look-ups cost what they cost before, and torch itself, as everybody else sees it, is left alone, but for
+``torch.Tensor.type`` and ``torch.Tensor.cuda`` while the functions run that are said below to call them.
 
 What is replaced, and why:
 
@@ -20,6 +21,8 @@ What is replaced, and why:
 ``DynamicGradScaler/ConstantGradScaler.load_state_dict``  calls ``.cuda()`` on the loaded scale
 ``schedules.deallocate_output_tensor``,                a stage's output is freed when it is sent, while Gloo still
 ``schedules.custom_backward``                          reads it: NaN and wrong gradients. CUDA's streams keep the order
+``p2p_communication._p2p_ops``                         a message over Gloo is lost when its handle goes before the peer
+                                                       has asked for it, as the last of an interleaved schedule's do
 ``tensor_parallel.random.logging``                     warns at every fork that the CPU's random state has changed
 ======================================================  ==============================================================
 """
@@ -28,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
@@ -60,6 +64,8 @@ _MODULES = (
     "utils",
 )
 _CPU = torch.device("cpu")
+# A schedule waits for all of its messages but the last in each direction; the peer takes those before it goes on.
+_HANDLES_KEPT = 8
 
 _undo: list[Callable[[], None]] = []
 _model_state: torch.Tensor | None = None
@@ -69,7 +75,7 @@ def bend() -> None:
     """Make megatron-core run on the CPU, over Gloo."""
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.optimizer import clip_grads, distrib_optimizer, grad_scaler, optimizer
-    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.pipeline_parallel import p2p_communication, schedules
     from megatron.core.tensor_parallel import random
 
     torch_on_cpu = _torch_on_cpu()
@@ -87,6 +93,7 @@ def bend() -> None:
 
     _replace(schedules, "deallocate_output_tensor", _nothing)
     _replace(schedules, "custom_backward", _backward)
+    _replace(p2p_communication, "_p2p_ops", _keeping_handles)
 
     _replace(LanguageModule, "setup_embeddings_and_output_layer", _staying_on_cpu)
     for scaler in (grad_scaler.DynamicGradScaler, grad_scaler.ConstantGradScaler):
@@ -116,7 +123,7 @@ def model_rng() -> Iterator[None]:
 def _replace(owner: Any, name: str, new: Any) -> None:
     """Set ``owner.name`` to ``new``, or to the wrapper that ``new`` makes where it is one of this file's decorators."""
     old = getattr(owner, name)
-    setattr(owner, name, new(old) if new in (_answering_as_cuda, _staying_on_cpu) else new)
+    setattr(owner, name, new(old) if new in _DECORATORS else new)
     _undo.append(lambda: setattr(owner, name, old))
 
 
@@ -197,3 +204,19 @@ def _staying_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
             del torch.Tensor.cuda
 
     return call
+
+
+def _keeping_handles(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Run ``function``, which starts messages, and hold on to their handles for a while."""
+    kept: deque[Any] = deque(maxlen=_HANDLES_KEPT)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        handles = function(*args, **kwargs)
+        kept.extend(handles.values())
+        return handles
+
+    return call
+
+
+_DECORATORS = (_answering_as_cuda, _staying_on_cpu, _keeping_handles)

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import megatron.core
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -187,7 +188,7 @@ class Checkpointer:
         state["state_dict"] = {**others, **state["state_dict"], **tensors}
         if full and run.optimizer is not None:
             state["optimizer_states"] = [{"hyper": state["optimizer_states"][0], "finish": finish}]
-        if full:
+        if full and run.trainer.state.fn == TrainerFn.FITTING:
             self._read_rank_state(path, about, run, state)
         return state
 

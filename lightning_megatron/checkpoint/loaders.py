@@ -65,6 +65,10 @@ class Resumption:
         for number, batches in enumerate(self.loaders):  # made early: `estimated_stepping_batches` was asked
             batches.resume = self._saved_for(number)
 
+    def forget(self) -> None:
+        """Take the weights that were loaded, and nothing else."""
+        self._saved = None
+
     def begin(self, trainer: pl.Trainer, data_parallel_size: int, same_layout: bool) -> None:
         """Bring loaders and random states to the saved place, just before the first step.
 

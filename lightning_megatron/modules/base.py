@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_megatron.backend import model_rng
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.modules import names
 from lightning_megatron.modules.settings import BuildSettings
+from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
+from lightning_megatron.schedule import LRSchedule
 
 LossReduction = Literal["token", "micro_batch"]
-OptimizerCallable = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+# Also returns a ReduceLROnPlateau, or Lightning's dictionary of a scheduler and when to step it.
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
 Batch = dict[str, torch.Tensor]
 # A sum over tokens and their number, or a plain mean.
 Loss = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
-
-
-def default_optimizer(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
-    """AdamW as GPT-3's authors set it (arXiv 2005.14165, appendix B), for models of up to a few hundred million."""
-    return torch.optim.AdamW(parameters, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 class MegatronModule(pl.LightningModule):
@@ -34,25 +33,34 @@ class MegatronModule(pl.LightningModule):
     the last stage asks ``loss`` for a sum and a token count. The strategy calls it; see ``docs/architecture.md``.
 
     Args:
-        optimizer: Makes the torch optimizer from the parameters. The default is ``default_optimizer``.
-        lr_schedule: Makes a torch (or transformers) scheduler from that optimizer, stepped once per optimizer step.
+        optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups`` with conditions for weight
+            decay and learning rates. The default is ``default_optimizer``.
+        lr_schedule: Megatron's schedule as ``LRSchedule``; or makes a torch (or transformers) scheduler from that
+            optimizer, stepped once per optimizer step. ``ReduceLROnPlateau`` follows ``val_loss``, per epoch. For other
+            intervals and metrics, return Lightning's dictionary (``scheduler``, ``interval``, ``monitor``, ...).
         loss_reduction: "token": every token of the global batch counts once, whatever the micro-batches, replicas and
             accumulated batches. "micro_batch": Megatron's mean over micro-batches of their means.
     """
 
     def __init__(
         self,
-        optimizer: OptimizerCallable | None = None,
-        lr_schedule: SchedulerCallable | None = None,
+        optimizer: ParameterGroups | OptimizerCallable | None = None,
+        lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
     ) -> None:
         super().__init__()
         if loss_reduction not in ("token", "micro_batch"):
             raise ValueError(f"loss_reduction={loss_reduction!r}: use 'token' or 'micro_batch'.")
+        if optimizer is not None and not callable(optimizer) and not hasattr(optimizer, "build"):
+            raise TypeError(
+                f"optimizer={optimizer!r} cannot make an optimizer: use a function of the parameters, such as"
+                " lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)."
+            )
         self.optimizer = optimizer or default_optimizer
         self.lr_schedule = lr_schedule
         self.loss_reduction = loss_reduction
         self.settings: BuildSettings | None = None
+        self.built_for: BuildSettings | None = None
         self.chunks = torch.nn.ModuleList()
         self.active_chunk = 0  # set by the strategy before each call: which virtual stage runs
 
@@ -96,19 +104,35 @@ class MegatronModule(pl.LightningModule):
     def sequence_length(self, batch: Batch) -> int:
         """Length of the hidden states that travel between pipeline stages, before any sharding."""
 
+    def check_layout(self, layout: ParallelLayout) -> None:
+        """Refuse sizes that ``layout`` cannot divide; called before a process group exists.
+
+        Raises:
+            LayoutError: With the nearest sizes that work.
+        """
+
     def configure_optimizers(self) -> Any:
         """The optimizer and, where there is one, the scheduler, as plain torch objects."""
-        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        if isinstance(self.optimizer, ParameterGroups):
+            optimizer = self.optimizer.build(self.named_shards())
+        else:
+            optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         if self.lr_schedule is None:
             return optimizer
-        return [optimizer], [{"scheduler": self.lr_schedule(optimizer), "interval": "step"}]
+        if isinstance(self.lr_schedule, LRSchedule):
+            scheduler: Any = self.lr_schedule.build(optimizer, self.trainer)
+        else:
+            scheduler = self.lr_schedule(optimizer)
+        return [optimizer], [_when_to_step(scheduler)]
 
     # What Lightning and the strategy call
 
     def configure_model(self) -> None:
         """Build this rank's chunks, once."""
         if len(self.chunks):
+            self._check_built_for(self.build_settings)
             return
+        self.built_for = self.build_settings
         layout = self.build_settings.layout
         stage = self._pipeline_stage
         for virtual in range(layout.vp or 1):
@@ -160,6 +184,11 @@ class MegatronModule(pl.LightningModule):
             )
         return self.settings
 
+    def named_shards(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's parameters, shards as they are, under the unsharded model's names."""
+        for chunk in self.chunks:
+            yield from names.named_shards(chunk)
+
     @property
     def active_model(self) -> torch.nn.Module:
         """The chunk that the strategy is running."""
@@ -170,6 +199,13 @@ class MegatronModule(pl.LightningModule):
         """Whether the active chunk gives the model's output."""
         return bool(self.active_model.post_process)
 
+    def _check_built_for(self, settings: BuildSettings) -> None:
+        if self.built_for != settings:
+            raise ValueError(
+                f"This {type(self).__name__} was built for {self.built_for}, and this run has {settings}. Make a new"
+                f" {type(self).__name__}, and carry the weights over in a checkpoint (ckpt_path=)."
+            )
+
     @property
     def _pipeline_stage(self) -> int:
         strategy = self.trainer.strategy
@@ -179,3 +215,11 @@ class MegatronModule(pl.LightningModule):
         inputs = self.get_batch(batch)
         output = self.active_model(**inputs)
         return self.loss(output, inputs) if self.on_last_stage else output
+
+
+def _when_to_step(scheduler: Any) -> dict[str, Any]:
+    """Lightning's dictionary: once per optimizer step, but per epoch where a metric is waited for."""
+    given = scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler}
+    if isinstance(given["scheduler"], ReduceLROnPlateau):
+        return {"interval": "epoch", "monitor": "val_loss", **given}
+    return {"interval": "step", **given}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,15 +10,17 @@ from megatron.core.models.gpt import GPTModel
 
 from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import gpt_block_spec, mask_padded_vocabulary
+from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.base import (
     Batch,
     Loss,
     LossReduction,
     MegatronModule,
-    OptimizerCallable,
     SchedulerCallable,
 )
 from lightning_megatron.modules.gpt_config import GPTConfig
+from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
+from lightning_megatron.schedule import LRSchedule
 
 IGNORED_LABEL = -100  # transformers' convention
 
@@ -32,25 +35,26 @@ class GPTModule(MegatronModule):
 
     Args:
         config: The shape of the model.
-        optimizer: Makes the torch optimizer from the parameters; AdamW by default.
-        lr_schedule: Makes a scheduler from that optimizer.
+        optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
+        lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
     """
 
     def __init__(
         self,
         config: GPTConfig,
-        optimizer: OptimizerCallable | None = None,
-        lr_schedule: SchedulerCallable | None = None,
+        optimizer: ParameterGroups | OptimizerCallable | None = None,
+        lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
     ) -> None:
         super().__init__(optimizer, lr_schedule, loss_reduction)
+        if not isinstance(config, GPTConfig):
+            raise TypeError(f"GPTModule(config={config!r}): use a GPTConfig, such as GPTConfig(num_layers=4, ...).")
         self.config = config
 
-    def configure_model(self) -> None:
-        """Check the sizes against the layout, then build."""
-        self.config.check(self.build_settings)
-        super().configure_model()
+    def check_layout(self, layout: ParallelLayout) -> None:
+        """Refuse sizes that the layout cannot divide."""
+        self.config.check(layout)
 
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
         """One chunk of megatron-core's ``GPTModel``."""
@@ -79,7 +83,7 @@ class GPTModule(MegatronModule):
         Raises:
             ValueError: With the values seen.
         """
-        if not isinstance(batch, dict):
+        if not isinstance(batch, Mapping):
             raise ValueError(
                 f"GPTModule takes batches that are dicts of tensors; this one is a {type(batch).__name__}."
             )
@@ -91,14 +95,10 @@ class GPTModule(MegatronModule):
                 f"GPTModule: sequences of {length} tokens, but GPTConfig(seq_length={self.config.seq_length})."
                 f" Cut the samples, or use seq_length={length} or more."
             )
-        high, low = int(tokens.max()), int(tokens.min())
-        if high >= self.config.vocab_size or low < 0:
-            wrong = high if high >= self.config.vocab_size else low
-            raise ValueError(
-                f"GPTModule: token id {wrong} in {name!r} is outside of the vocabulary of"
-                f" GPTConfig(vocab_size={self.config.vocab_size}), ids 0 to {self.config.vocab_size - 1}."
-                " Use the tokenizer's own vocab_size."
-            )
+        self._check_ids(name, tokens)
+        if "labels" in batch:
+            labels = batch["labels"]
+            self._check_ids("labels", labels[labels != IGNORED_LABEL])
 
     def sequence_length(self, batch: Batch) -> int:
         """Tokens per sequence, rounded up as ``get_batch`` pads."""
@@ -143,6 +143,16 @@ class GPTModule(MegatronModule):
         logits: torch.Tensor = self.predict_step(batch, 0)
         return logits
 
+    def _check_ids(self, name: str, ids: torch.Tensor) -> None:
+        vocab_size = self.config.vocab_size
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
+        if wrong.numel():
+            raise ValueError(
+                f"GPTModule: token id {int(wrong.max())} in {name!r} is outside of the vocabulary of"
+                f" GPTConfig(vocab_size={vocab_size}), ids 0 to {vocab_size - 1}. Use the tokenizer's own vocab_size."
+                f" Labels may be {IGNORED_LABEL}, too, which takes no part in the loss."
+            )
+
     def _padding(self, length: int) -> int:
         """Tokens to add so that sequence parallelism can share the sequence out."""
         layout = self.build_settings.layout
@@ -165,11 +175,13 @@ def _from_megatron(batch: Batch) -> Batch:
         tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     else:
         tokens, labels = batch["tokens"].long(), batch["labels"].long()
-    mask = batch.get("loss_mask")
+    mask = (labels != IGNORED_LABEL).float()
+    if "loss_mask" in batch:
+        mask = mask * batch["loss_mask"].float()
     return {
         "input_ids": tokens,
-        "labels": labels,
-        "loss_mask": torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float(),
+        "labels": labels.clamp(min=0),
+        "loss_mask": mask,
         "position_ids": batch.get("position_ids", _positions(tokens)),
     }
 

@@ -12,6 +12,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.transformer import TransformerConfig
 
 from lightning_megatron.layers import LayerKind
+from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.settings import BuildSettings
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu"]
@@ -66,7 +67,9 @@ class GPTConfig:
         extra: Further fields of megatron-core's ``TransformerConfig``, by its names; they win over what is above.
 
     Raises:
-        ValueError: An unknown activation, normalization, position embedding, or key of ``extra``.
+        LayoutError: Sizes that fit no layout, such as heads that do not divide ``hidden_size``.
+        ValueError: An unknown activation, normalization, position embedding, or key of ``extra``; a probability that is
+            none.
     """
 
     num_layers: int
@@ -102,14 +105,18 @@ class GPTConfig:
         known = [f.name for f in fields(TransformerConfig) if f.init]
         for key in self.extra:
             _one_of("extra key", key, known)
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"GPTConfig({name}={getattr(self, name)}): use a probability, from 0 to below 1.")
+        self.check(ParallelLayout(world_size=1))
 
-    def check(self, settings: BuildSettings) -> None:
-        """Refuse sizes that the run's layout cannot divide, before a model is built.
+    def check(self, layout: ParallelLayout) -> None:
+        """Refuse sizes that the run's layout cannot divide, before a process group exists.
 
         Raises:
             LayoutError: One line per broken rule, with the nearest values that work.
         """
-        settings.layout.check_model(
+        layout.check_model(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
             ffn_hidden_size=self.ffn_hidden_size or 4 * self.hidden_size,

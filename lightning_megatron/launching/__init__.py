@@ -1,0 +1,79 @@
+"""How the ranks of a run start: as copies of a script, from a preloaded server, or not here at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+if TYPE_CHECKING:
+    from lightning_megatron.launching.handed_back import KeptCheckpoint
+
+Launch = Literal["subprocess", "forkserver"]
+
+__all__ = ["Launch", "check", "choose", "kept_checkpoint"]
+
+
+def check(launch: str | None) -> None:
+    """Refuse a way of launching that there is not.
+
+    Raises:
+        MisconfigurationException: With the value seen.
+    """
+    if launch is not None and launch not in get_args(Launch):
+        raise MisconfigurationException(
+            f"MegatronStrategy(launch={launch!r}): use 'subprocess' (a script), 'forkserver' (a notebook), or leave it"
+            " out to have the one that fits."
+        )
+
+
+def choose(strategy: Any, launch: Launch | None) -> Any:
+    """The launcher for ``strategy``; None where the processes are there already, or one in a notebook is enough.
+
+    Args:
+        strategy: With its cluster environment and devices.
+        launch: What the user asked for; None for what fits: a server in an interactive session, else the script again.
+
+    Raises:
+        MisconfigurationException: The way asked for does not work here.
+    """
+    environment = strategy.cluster_environment
+    if environment.creates_processes_externally:
+        if launch == "forkserver":
+            raise MisconfigurationException(
+                f"MegatronStrategy(launch='forkserver'): {type(environment).__name__} says that the processes of this"
+                " run have been started already (by torchrun, SLURM, ...). Leave launch out."
+            )
+        return None
+    if launch == "subprocess" and _IS_INTERACTIVE:
+        raise MisconfigurationException(
+            "MegatronStrategy(launch='subprocess') runs the script again for each rank, and an interactive session or"
+            " notebook has none. Use launch='forkserver', or leave launch out."
+        )
+    if launch is None and _IS_INTERACTIVE and strategy.num_processes * strategy.num_nodes == 1:
+        return None
+    if launch == "forkserver" or (launch is None and _IS_INTERACTIVE):
+        from lightning_megatron.launching.launcher import ForkserverLauncher  # a script never needs it
+
+        return ForkserverLauncher(strategy)
+    return _SubprocessScriptLauncher(environment, strategy.num_processes, strategy.num_nodes)
+
+
+def kept_checkpoint(strategy: Any) -> KeptCheckpoint | None:
+    """What the ranks of the last ``fit`` left, in the process that launched them; None in a rank.
+
+    Raises:
+        RuntimeError: They have not fitted yet.
+    """
+    launcher = strategy.launcher
+    if not hasattr(launcher, "kept"):
+        return None
+    if launcher.kept is None:
+        raise RuntimeError(
+            "MegatronStrategy(launch='forkserver'): there is nothing to save before trainer.fit; the model lives in the"
+            " ranks, which have not trained yet."
+        )
+    kept: KeptCheckpoint = launcher.kept
+    return kept

@@ -1,0 +1,219 @@
+"""What the process that launched the ranks gets back of a run: metrics, callbacks, progress, weights."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
+from lightning_utilities.core.apply_func import apply_to_collection
+from typing_extensions import override
+
+_METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
+_KEPT = "_kept_checkpoint"
+
+
+class KeptCheckpoint:
+    """The checkpoint that a fit left in a temporary folder, deleted with the last reference where it was launched."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="lightning_megatron_")
+        self.path = Path(self._folder.name) / "checkpoint"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}  # a rank reads it, and leaves it
+
+    def copy_to(self, path: Path, asked_for: dict[str, Any]) -> None:
+        """What ``trainer.save_checkpoint`` does in the launching process.
+
+        Args:
+            path: Of the copy; what is there is replaced.
+            asked_for: What Lightning has collected here, of which only the kinds matter.
+
+        Raises:
+            ValueError: Asked for the weights alone.
+        """
+        if "optimizer_states" not in asked_for:
+            raise ValueError(
+                "trainer.save_checkpoint(weights_only=True) after a run with launch='forkserver': the ranks left their"
+                " checkpoint whole. Leave weights_only out."
+            )
+        unfinished = path.with_name(path.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(self.path, unfinished)
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
+
+
+class PutBack(pl.Callback):
+    """Gives each rank its weights of an earlier run, once the model is built."""
+
+    def __init__(self, kept: KeptCheckpoint) -> None:
+        self._kept = kept
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._load(trainer)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # in a fit it has been done
+            self._load(trainer)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._load(trainer)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._load(trainer)
+
+    def _load(self, trainer: pl.Trainer) -> None:
+        if trainer.ckpt_path is None:  # else the user names the weights
+            checkpoint = trainer.strategy.load_checkpoint(self._kept.path, weights_only=False)
+            trainer.strategy.load_model_state_dict(checkpoint, strict=True)
+            trainer.strategy.checkpointer.resumption.forget()  # type: ignore[attr-defined]
+
+
+@dataclass
+class HandedBack:
+    """Of a run, made on rank 0.
+
+    Args:
+        results: What the Trainer's method returned.
+        state: The Trainer's.
+        metrics: Its three dictionaries, by name.
+        progress: Of the fit loop.
+        objects: Its callbacks and loggers, in order, each pickled, or a callback's state, or nothing.
+        weights: Those of the parameters and buffers that the caller's module has, too.
+        is_whole: Whether those are all there are.
+    """
+
+    results: Any
+    state: TrainerState
+    metrics: dict[str, dict[str, Any]]
+    progress: dict[str, Any]
+    objects: list[bytes | dict[str, Any] | None]
+    weights: dict[str, torch.Tensor]
+    is_whole: bool
+
+    def give_to(self, trainer: pl.Trainer, kept: KeptCheckpoint | None) -> None:
+        """Bring the caller's Trainer, and what hangs on it, to where rank 0's stands.
+
+        Args:
+            trainer: The caller's.
+            kept: What a fit left, if this was one.
+        """
+        trainer.state = self.state
+        for name, values in self.metrics.items():
+            getattr(trainer, name).clear()
+            getattr(trainer, name).update(values)
+        _set_progress(trainer.fit_loop, self.progress)
+        for mine, theirs in zip(_objects(trainer), self.objects, strict=True):
+            if isinstance(theirs, bytes):
+                vars(mine).update(vars(_Unpickler(io.BytesIO(theirs), trainer).load()))
+            elif theirs is not None:
+                mine.load_state_dict(theirs)
+        module = trainer.lightning_module
+        if kept is not None:
+            module.load_state_dict(self.weights, strict=False)
+            module.__dict__[_KEPT] = None if self.is_whole else kept
+
+
+@dataclass
+class Baseline:
+    """What a rank has before the run: the same that the caller has.
+
+    Args:
+        names: Of the module's parameters and buffers.
+        objects: The Trainer's callbacks and loggers; a run may add to them.
+    """
+
+    names: list[str]
+    objects: list[Any]
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> Baseline:
+        """Before the run; puts back the weights of an earlier one."""
+        baseline = cls(list(trainer.lightning_module.state_dict()), _objects(trainer))
+        kept = trainer.lightning_module.__dict__.get(_KEPT)
+        if kept is not None:
+            trainer.callbacks.insert(0, PutBack(kept))  # type: ignore[attr-defined]
+        return baseline
+
+    def collect(self, trainer: pl.Trainer, results: Any) -> HandedBack:
+        """After the run, on rank 0."""
+        state = _on_host(trainer.lightning_module.state_dict())
+        weights = {name: state[name] for name in self.names if name in state}
+        return HandedBack(
+            results=_on_host(results),
+            state=trainer.state,
+            metrics={name: _on_host(dict(getattr(trainer, name))) for name in _METRICS},
+            progress=trainer.fit_loop.state_dict(),
+            objects=[_pickled(item, trainer) for item in self.objects],
+            weights=weights,
+            is_whole=len(weights) == len(state),
+        )
+
+
+def _objects(trainer: pl.Trainer) -> list[Any]:
+    return [*trainer.callbacks, *trainer.loggers]  # type: ignore[attr-defined]
+
+
+def _on_host(data: Any) -> Any:
+    return apply_to_collection(data, torch.Tensor, lambda tensor: tensor.detach().cpu())
+
+
+def _set_progress(loop: Any, state: dict[str, Any]) -> None:
+    """Put a loop where ``state`` says, as one that ran there: not as one that resumes (private in Lightning 2.6)."""
+    loop.load_state_dict(state)
+    loop._combined_loader_states_to_load = []
+    loop.restarting = False
+    for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        part._loaded_from_state_dict = part._resuming_from_checkpoint = False
+
+
+def _pickled(item: Any, trainer: pl.Trainer) -> bytes | dict[str, Any] | None:
+    buffer = io.BytesIO()
+    try:
+        _Pickler(buffer, trainer).dump(item)
+    except Exception:  # a progress bar's terminal, a logger's connection
+        return item.state_dict() if isinstance(item, pl.Callback) else None
+    return buffer.getvalue()
+
+
+def _known(trainer: pl.Trainer) -> dict[str, Any]:
+    """What the caller has of its own, and callbacks may point at."""
+    return {
+        "trainer": trainer,
+        "module": trainer.lightning_module,
+        "datamodule": getattr(trainer, "datamodule", None),
+        "strategy": trainer.strategy,
+    }
+
+
+class _Pickler(cloudpickle.Pickler):
+    def __init__(self, file: io.BytesIO, trainer: pl.Trainer) -> None:
+        super().__init__(file)
+        self._names = {id(value): name for name, value in _known(trainer).items() if value is not None}
+
+    def persistent_id(self, value: Any) -> str | None:
+        return self._names.get(id(value))
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, trainer: pl.Trainer) -> None:
+        super().__init__(file)
+        self._values = _known(trainer)
+
+    @override
+    def persistent_load(self, name: str) -> Any:
+        return self._values[name]

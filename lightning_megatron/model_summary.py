@@ -1,0 +1,78 @@
+"""ModelSummary under model parallelism: the whole model's parameters, of which a rank holds a shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
+from typing_extensions import override
+
+from lightning_megatron import groups
+from lightning_megatron.modules.base import MegatronModule
+
+
+def install(trainer: pl.Trainer) -> None:
+    """Have the Trainer's summary callbacks count the whole model (their private ``_summary``, Lightning 2.6)."""
+    if not isinstance(trainer.lightning_module, MegatronModule):
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelSummary):
+            callback._summary = partial(_summarize, callback._max_depth)  # type: ignore[method-assign]
+
+
+def count_parameters(module: torch.nn.Module, *, trainable_only: bool = False) -> int:
+    """Parameters that this pipeline stage adds to the whole model: shards count ``tp`` times, copies on one stage."""
+    tp = groups.tensor_parallel().size()
+    return sum(
+        p.numel() * (tp if getattr(p, "tensor_model_parallel", False) else 1)
+        for p in module.parameters()
+        if not getattr(p, "shared", False) and (p.requires_grad or not trainable_only)
+    )
+
+
+def _summarize(max_depth: int, _: pl.Trainer, module: pl.LightningModule) -> Summary:
+    return _WholeSummary(module, max_depth=max_depth)
+
+
+@dataclass
+class _Row:
+    """What a summary shows of one layer: as much of Lightning's ``LayerSummary`` as is sent between stages."""
+
+    num_parameters: int
+    layer_type: str
+    training: bool
+    total_flops: int = 0
+    in_size: Any = "?"
+    out_size: Any = "?"
+
+
+class _WholeSummary(Summary):
+    """Rows of every pipeline stage, with the parameters of all tensor-parallel ranks."""
+
+    @override
+    def summarize(self) -> dict[str, Any]:
+        own = super().summarize()
+        rows = {
+            name: _Row(count_parameters(layer._module), layer.layer_type, layer.training) for name, layer in own.items()
+        }
+        totals = tuple(count_parameters(self._model, trainable_only=only) for only in (False, True))
+        stages = groups.gather_from_stages((rows, totals))
+        self._totals = [sum(parts) for parts in zip(*(totals for _, totals in stages), strict=True)]
+        if len(stages) == 1:
+            return rows
+        return {f"stage {stage}: {name}": row for stage, (part, _) in enumerate(stages) for name, row in part.items()}
+
+    @property
+    @override
+    def total_parameters(self) -> int:
+        return self._totals[0]
+
+    @property
+    @override
+    def trainable_parameters(self) -> int:
+        return self._totals[1]

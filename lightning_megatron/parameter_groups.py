@@ -1,0 +1,115 @@
+"""``ParameterGroups``: which parameters have no weight decay, and which learn at another rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+OptimizerCallable = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+# Says of a parameter, by its name in the whole model and its number of dimensions, whether a condition holds.
+Predicate = Callable[[str, torch.nn.Parameter], bool]
+NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
+
+
+def default_optimizer(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
+    """AdamW as GPT-3's authors set it (arXiv 2005.14165, appendix B), for models of up to a few hundred million."""
+    return torch.optim.AdamW(parameters, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def biases_and_vectors(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Megatron's rule of what has no weight decay: biases, and all of one dimension, such as norms."""
+    return name.endswith(".bias") or parameter.dim() == 1
+
+
+@dataclass(frozen=True)
+class ParameterGroups:
+    """A torch optimizer over parameter groups, made by conditions on each parameter.
+
+    A condition is a function of the name and the parameter, or a list of patterns of names (``"*.bias"``). Under every
+    layout it sees the same: the name is the whole model's (layers numbered from 0 through all pipeline stages, a tied
+    output layer under the embedding's name), and the parameter has the whole model's number of dimensions. Its sizes
+    are this rank's: a condition on them would differ from layout to layout.
+
+    Args:
+        optimizer: Makes the torch optimizer. The default is ``default_optimizer``.
+        no_weight_decay: What has no weight decay; ``biases_and_vectors`` is Megatron's rule. None: all of it decays.
+        scale_lr: What learns at ``lr_mult`` times the learning rate.
+        lr_mult: See ``scale_lr``.
+
+    Raises:
+        ValueError: ``lr_mult`` without ``scale_lr`` or the reverse, or a negative one.
+    """
+
+    optimizer: OptimizerCallable | None = None
+    _: KW_ONLY
+    no_weight_decay: Predicate | list[str] | None = None
+    scale_lr: Predicate | list[str] | None = None
+    lr_mult: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a factor for nothing, and nothing for a factor."""
+        if (self.scale_lr is None) != (self.lr_mult == 1.0):
+            raise ValueError(
+                f"ParameterGroups(scale_lr={self.scale_lr}, lr_mult={self.lr_mult}): the one says which parameters, the"
+                " other by how much. Give both or neither."
+            )
+        if self.lr_mult < 0:
+            raise ValueError(f"ParameterGroups(lr_mult={self.lr_mult}) is negative. Use 0 or more.")
+
+    def split(self, parameters: NamedParameters) -> dict[str, dict[str, torch.nn.Parameter]]:
+        """The trainable parameters of each group, by name; the same groups on every rank, even where one is empty.
+
+        Args:
+            parameters: With their names in the whole model: ``MegatronModule.named_shards()``, or a plain module's
+                ``named_parameters()``.
+        """
+        groups: dict[str, dict[str, torch.nn.Parameter]] = {name: {} for name in self._names()}
+        for name, parameter in parameters:
+            if parameter.requires_grad:
+                scaled = _holds(self.scale_lr, name, parameter)
+                undecayed = _holds(self.no_weight_decay, name, parameter)
+                groups[_group_name(scaled, undecayed)][name] = parameter
+        return groups
+
+    def build(self, parameters: NamedParameters) -> Optimizer:
+        """The torch optimizer.
+
+        Its groups carry a ``name``, which LearningRateMonitor shows, and Megatron's ``wd_mult`` and ``lr_mult``.
+
+        Args:
+            parameters: As in ``split``.
+        """
+        groups: list[dict[str, Any]] = [
+            {"params": list(members.values()), "name": name} for name, members in self.split(parameters).items()
+        ]
+        made = (self.optimizer or default_optimizer)(groups)  # type: ignore[arg-type]
+        for group in made.param_groups:
+            scaled, undecayed = "scaled_lr" in group["name"], "no_weight_decay" in group["name"]
+            group["lr_mult"] = self.lr_mult if scaled else 1.0
+            group["wd_mult"] = 0.0 if undecayed else 1.0
+            group["lr"] = group["lr"] * group["lr_mult"]
+            if "weight_decay" in group:
+                group["weight_decay"] = group["weight_decay"] * group["wd_mult"]
+        return made
+
+    def _names(self) -> list[str]:
+        scales = [False] if self.scale_lr is None else [False, True]
+        decays = [False] if self.no_weight_decay is None else [False, True]
+        return [_group_name(scaled, undecayed) for scaled in scales for undecayed in decays]
+
+
+def _group_name(scaled: bool, undecayed: bool) -> str:
+    return "_".join(["scaled_lr"] * scaled + ["no_weight_decay"] * undecayed) or "default"
+
+
+def _holds(condition: Predicate | list[str] | None, name: str, parameter: torch.nn.Parameter) -> bool:
+    if condition is None:
+        return False
+    if callable(condition):
+        return bool(condition(name, parameter))
+    return any(fnmatchcase(name, pattern) for pattern in condition)

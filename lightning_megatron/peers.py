@@ -1,0 +1,115 @@
+"""What ranks must agree on about the data: model-parallel peers read the same batches, all ranks equally many."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+
+from lightning_megatron import groups
+
+_ADVICE = (
+    " A loader that shuffles needs the same seed on these ranks (seed_everything), one that is sharded by hand takes"
+    " strategy.data_parallel_rank and data_parallel_size, and random augmentation draws from torch's generator, or from"
+    " one that you seed by the sample's number."
+)
+
+
+class DataError(RuntimeError):
+    """Ranks that have to agree on their data do not."""
+
+
+def share_seed() -> None:
+    """Where the user has seeded nothing, seed torch alike on the ranks of a replica, so that they shuffle alike."""
+    group = groups.model_parallel()
+    seeds: list[int] = [0] * group.size()
+    dist.all_gather_object(seeds, torch.initial_seed(), group=group)
+    if len(set(seeds)) > 1:
+        torch.manual_seed(seeds[0])
+
+
+def check_same_batch(batch: Any) -> None:
+    """Compare a batch over the ranks of a replica.
+
+    Raises:
+        DataError: On each of them, when they have read different ones: the model would train on inputs and labels that
+            do not belong together.
+    """
+    group = groups.model_parallel()
+    if group.size() == 1:
+        return
+    sums: list[int] = [0] * group.size()
+    dist.all_gather_object(sums, _checksum(batch), group=group)
+    if len(set(sums)) > 1:
+        ranks = dist.get_process_group_ranks(group)
+        same = [rank for rank, seen in zip(ranks, sums, strict=True) if seen == sums[0]]
+        others = [rank for rank in ranks if rank not in same]
+        raise DataError(
+            f"Ranks {ranks} hold one model together, and have read different batches: {same} one, {others} another."
+            + _ADVICE
+        )
+
+
+class EvenLoader:
+    """A loader of unknown length, of which every rank must read as many batches as the others.
+
+    Args:
+        loader: The user's; everything but iteration is its own.
+        device: For the vote.
+    """
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self._loader = loader
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_loader", "_device"):  # while this object is copied
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate.
+
+        Raises:
+            DataError: On every rank, when one has no batch and another has.
+        """
+        batches, read = iter(self._loader), 0
+        while True:
+            try:
+                batch, here = next(batches), True
+            except StopIteration:
+                batch, here = None, False
+            votes = torch.tensor([int(here), -int(here)], device=self._device)
+            dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+            least, most = int(votes[0]), -int(votes[1])
+            if least != most:
+                self._complain(here, read)
+            if not here:
+                return
+            read += 1
+            yield batch
+
+    def _complain(self, here: bool, read: int) -> None:
+        every: list[bool] = [here] * dist.get_world_size()
+        dist.all_gather_object(every, here)
+        without = [rank for rank, has in enumerate(every) if not has]
+        raise DataError(
+            f"The loader of ranks {without} ended after {read} batches, that of the others goes on. Every rank has to"
+            " read equally many: cut the longer ones, repeat the shorter ones, or set limit_train_batches (or"
+            " limit_val_batches) to what all of them have."
+        )
+
+
+def _checksum(batch: Any) -> int:
+    total = [0]
+
+    def add(tensor: torch.Tensor) -> None:
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
+        total[0] = zlib.crc32(repr(tuple(tensor.shape)).encode() + data.numpy().tobytes(), total[0])
+
+    apply_to_collection(batch, torch.Tensor, add)
+    return total[0]

@@ -1,0 +1,280 @@
+"""Lightning's own callbacks under the strategy: each does what it does in Lightning, or is refused before training."""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BasePredictionWriter,
+    BatchSizeFinder,
+    DeviceStatsMonitor,
+    LambdaCallback,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    ModelSummary,
+    RichModelSummary,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+    TQDMProgressBar,
+)
+from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
+
+from tests.lightning_runs import CONFIG, OurGPT, VanillaGPT
+from tests.parallel_gpt import Layout, Rows, text_samples
+from tests.ranks import RankError, run_ranks
+from tests.test_training import QUIET
+
+LAYOUTS = [Layout(pp=2), Layout(tp=2, dp=2)]
+
+
+def _trainer(layout: Layout | None, folder: str, **options: Any) -> Trainer:
+    settings = {**QUIET, "default_root_dir": folder, "num_sanity_val_steps": 0, "max_steps": 4, **options}
+    strategy: Any = layout.strategy(log_grad_norm=False) if layout else "auto"
+    return Trainer(accelerator="cpu", devices=layout.world_size if layout else 1, strategy=strategy, **settings)
+
+
+def _loader(layout: Layout | None, rows: int = 32) -> DataLoader:
+    """Batches of four rows over all replicas, every one the same, so that their order does not matter."""
+    first = text_samples(CONFIG, 1)
+    same = {name: value.expand(rows, -1) for name, value in first.items()}
+    return DataLoader(Rows(same), batch_size=4 // (layout.dp if layout else 1))
+
+
+def _module(layout: Layout | None) -> Any:
+    return OurGPT(CONFIG) if layout else VanillaGPT()
+
+
+def _checkpoints(layout: Layout | None, folder: str) -> dict[str, Any]:
+    best = ModelCheckpoint(
+        f"{folder}/best",
+        "{step}-{val_loss:.3f}",
+        monitor="val_loss",
+        mode="max",
+        save_top_k=2,
+        save_last=True,
+        auto_insert_metric_name=False,
+    )
+    each = ModelCheckpoint(f"{folder}/each", "{step}", every_n_train_steps=3, save_top_k=-1, save_weights_only=True)
+    run = _trainer(layout, folder, max_steps=6, val_check_interval=2, callbacks=[best, each], enable_checkpointing=True)
+    run.fit(_module(layout), _loader(layout), _loader(layout, 8))
+    run.strategy.barrier()
+    return {
+        "best": Path(best.best_model_path).name,
+        "score": float(best.best_model_score),
+        "kept": sorted(Path(path).name for path in best.best_k_models),
+        "files": sorted(path.name for path in Path(folder).glob("*/*") if "metrics" not in path.name),
+        "last": Path(best.last_model_path).name,
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_model_checkpoint_keeps_what_lightning_keeps(layout, tmp_path):
+    expected = run_ranks(1, _checkpoints, None, str(tmp_path / "vanilla"))[0]
+    for seen in run_ranks(layout.world_size, _checkpoints, layout, str(tmp_path / "ours")):
+        assert seen["score"] == pytest.approx(expected["score"], rel=1e-5)
+        assert {**seen, "score": 0} == {**expected, "score": 0}
+
+
+class Fails(OurGPT):
+    """Raises on every rank, or on one."""
+
+    def __init__(self, rank: int | None) -> None:
+        super().__init__(CONFIG)
+        self.rank = rank
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.global_step == 2 and self.rank in (None, self.trainer.global_rank):
+            raise ValueError("the second step is refused")
+
+
+def _fail(layout: Layout, folder: str, rank: int | None) -> None:
+    keep = ModelCheckpoint(folder, "kept", save_on_exception=True)
+    _trainer(layout, folder, callbacks=[keep], enable_checkpointing=True).fit(Fails(rank), _loader(layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_checkpoint_on_an_exception_that_all_ranks_have(layout, tmp_path):
+    with pytest.raises(RankError, match="the second step is refused"):
+        run_ranks(layout.world_size, _fail, layout, str(tmp_path), None)
+    assert any(path.name.startswith("kept") for path in tmp_path.iterdir())
+
+
+def test_no_checkpoint_and_no_hanging_on_an_exception_that_one_rank_has(tmp_path):
+    with pytest.raises(RankError, match="the second step is refused") as error:
+        run_ranks(2, _fail, Layout(pp=2), str(tmp_path), 1, timeout=60)
+    assert "gave no result" not in str(error.value)
+    assert "No checkpoint was saved" in str(error.value)
+    assert not any(path.name.startswith("kept") for path in tmp_path.iterdir())
+
+
+def _summary(layout: Layout | None, kind: type[ModelSummary], depth: int) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+
+    class Kept(kind):  # type: ignore[misc,valid-type]
+        @staticmethod
+        def summarize(summary_data, total_parameters, trainable_parameters, *args: Any, **kwargs: Any) -> None:
+            kept.update(rows=dict(summary_data), total=total_parameters, trainable=trainable_parameters)
+            kind.summarize(summary_data, total_parameters, trainable_parameters, *args, **kwargs)
+
+    module = _module(layout)
+    run = _trainer(layout, ".", max_steps=1, callbacks=[Kept(max_depth=depth)], enable_model_summary=True)
+    run.fit(module, _loader(layout))
+    return kept
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, Layout(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize("kind", [ModelSummary, RichModelSummary])
+def test_the_summary_counts_the_whole_model(kind, layout):
+    expected = run_ranks(1, _summary, None, ModelSummary, 1)[0]
+    seen, *others = run_ranks(layout.world_size, _summary, layout, kind, 2)
+    assert (seen["total"], seen["trainable"]) == (expected["total"], expected["trainable"])
+    assert not any(others)
+    assert len([name for name in seen["rows"]["Name"] if name.endswith("chunks")]) == layout.pp
+
+
+def _bar(layout: Layout, kind: type, log: str) -> str:
+    import sys
+
+    with Path(log).open("a") as out:
+        sys.stdout = sys.stderr = out
+        bar = kind(refresh_rate=1)
+        run = _trainer(layout, ".", callbacks=[bar], enable_progress_bar=True, log_every_n_steps=1)
+        run.fit(_module(layout), _loader(layout), _loader(layout, 8))
+        shown = bar.get_metrics(run, run.lightning_module)
+    return str(sorted(name for name in shown if name != "v_num"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("kind", [TQDMProgressBar, RichProgressBar])
+def test_progress_bars_show_the_loss_once(kind, layout, tmp_path):
+    log = tmp_path / "log"
+    shown = run_ranks(layout.world_size, _bar, layout, kind, str(log))
+    assert set(shown) == {"['train_loss']"} or set(shown) == {"['train_loss', 'val_loss']"}
+    text = log.read_text()
+    assert "train_loss" in text
+    assert re.search(r"4/[48]", text)
+
+
+def _monitors(layout: Layout, folder: str) -> dict[str, Any]:
+    called: list[str] = []
+    callbacks: list[Callback] = [
+        LearningRateMonitor(),
+        DeviceStatsMonitor(cpu_stats=True),
+        ThroughputMonitor(batch_size_fn=lambda batch: batch["tokens"].size(0), window_size=2),
+        LambdaCallback(on_train_batch_end=lambda *_: called.append("end")),
+    ]
+    logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    run = _trainer(layout, folder, callbacks=callbacks, logger=logger, log_every_n_steps=1)
+    run.fit(_module(layout), _loader(layout))
+    header = (Path(folder) / "metrics.csv").read_text().splitlines()[0] if run.is_global_zero else ""
+    return {"called": len(called), "header": header}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_monitors_write_to_the_logger(layout, tmp_path):
+    seen, *others = run_ranks(layout.world_size, _monitors, layout, str(tmp_path))
+    assert {rank["called"] for rank in [seen, *others]} == {4}
+    for name in ("lr-AdamW", "cpu_percent", "train/batches", "train_loss"):
+        assert name in seen["header"]
+
+
+class WithRate(OurGPT):
+    lr = 1e-3
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+class VanillaWithRate(VanillaGPT):
+    lr = 1e-3
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def _rates(layout: Layout | None, folder: str, as_callback: bool) -> dict[str, Any]:
+    module = WithRate(CONFIG) if layout else VanillaWithRate()
+    options = {"num_training": 20, "min_lr": 1e-5, "max_lr": 1e-1}
+    if as_callback:
+        finder = LearningRateFinder(num_training_steps=20, min_lr=1e-5, max_lr=1e-1)
+        run = _trainer(layout, folder, callbacks=[finder], max_steps=2)
+        run.fit(module, _loader(layout, 200))
+        found = finder.optimal_lr
+    else:
+        run = _trainer(layout, folder)
+        found = Tuner(run).lr_find(module, _loader(layout, 200), **options)
+    left = [path.name for path in Path(folder).iterdir()]
+    return {"results": found.results, "suggestion": found.suggestion(), "lr": module.lr, "left": left}
+
+
+@pytest.mark.parametrize("as_callback", [False, True], ids=["tuner", "callback"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_learning_rate_finder(layout, as_callback, tmp_path):
+    for name in ("vanilla", "ours"):
+        (tmp_path / name).mkdir()
+    expected = run_ranks(1, _rates, None, str(tmp_path / "vanilla"), as_callback)[0]
+    for seen in run_ranks(layout.world_size, _rates, layout, str(tmp_path / "ours"), as_callback):
+        assert seen["results"]["lr"] == pytest.approx(expected["results"]["lr"])
+        assert seen["results"]["loss"] == pytest.approx(expected["results"]["loss"], rel=1e-4)
+        assert (seen["suggestion"], seen["lr"]) == pytest.approx((expected["suggestion"], expected["lr"]), rel=1e-4)
+        assert seen["left"] == []
+
+
+class Writer(BasePredictionWriter):
+    def __init__(self, folder: str) -> None:
+        super().__init__(write_interval="batch_and_epoch")
+        self.folder = folder
+        self.epoch: list[Any] = []
+
+    def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
+        torch.save((batch_indices, prediction), f"{self.folder}/{trainer.global_rank}-{batch_idx}")
+
+    def write_on_epoch_end(self, trainer, pl_module, predictions, batch_indices):
+        self.epoch = batch_indices
+
+
+def _write(layout: Layout, folder: str) -> list[Any]:
+    writer = Writer(folder)
+    rows = DataLoader(Rows(text_samples(CONFIG, 8)), batch_size=4 // layout.dp)
+    _trainer(layout, folder, callbacks=[writer]).predict(_module(layout), rows)
+    return writer.epoch
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_prediction_writers(layout, tmp_path):
+    indices = run_ranks(layout.world_size, _write, layout, str(tmp_path))
+    written = [torch.load(path) for path in tmp_path.iterdir()]
+    assert sorted({i for numbers, _ in written for i in numbers}) == list(range(8))
+    assert all(len(numbers) == len(prediction) for numbers, prediction in written)
+    assert len(indices[0][0]) == 2
+
+
+REFUSED = {
+    "BatchSizeFinder": BatchSizeFinder,
+    "StochasticWeightAveraging": functools.partial(StochasticWeightAveraging, swa_lrs=1e-3),
+    "WeightAveraging": WeightAveraging,
+    "BackboneFinetuning": BackboneFinetuning,
+    "ModelPruning": functools.partial(ModelPruning, "l1_unstructured"),
+}
+
+
+def _refused(layout: Layout, name: str) -> None:
+    _trainer(layout, ".", callbacks=[REFUSED[name]()]).fit(_module(layout), _loader(layout))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    with pytest.raises(RankError, match="(?i)not (work|supported).*" if name == "BatchSizeFinder" else name) as error:
+        run_ranks(2, _refused, Layout(pp=2), name, timeout=40)
+    assert "gave no result" not in str(error.value)

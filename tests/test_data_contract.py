@@ -1,0 +1,258 @@
+"""Data under the strategy: who reads what, augmentation, loaders of every kind, evaluations and predictions."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import DataCollatorForLanguageModeling
+
+from lightning_megatron import GPTModule
+from tests import plain_gpt
+from tests.lightning_runs import CONFIG, OurGPT, VanillaGPT
+from tests.parallel_gpt import Layout, Rows, text_samples
+from tests.ranks import RankError, run_ranks
+from tests.test_callbacks import _trainer
+
+LAYOUTS = [Layout(pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vp=2)]
+IDS = {"ids": str}
+
+
+class Seen(Callback):
+    """Keeps the numbers of the samples (their first token here) that this rank reads."""
+
+    def __init__(self) -> None:
+        self.train: list[list[float]] = []
+        self.val: list[list[float]] = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.train.append(batch["number"].tolist())
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
+        self.val.append(batch["number"].tolist())
+
+
+class Numbered(Dataset):
+    """Samples that know their number, and are augmented at random."""
+
+    def __init__(self, rows: int, augment: bool = False) -> None:
+        self.rows = Rows(text_samples(CONFIG, rows))
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        noise = torch.rand(()) if self.augment else 0.0
+        return {**self.rows[i], "number": torch.tensor(i + noise)}
+
+
+class Stream(IterableDataset):
+    """As many rows as it is told, of unknown number."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __iter__(self):
+        yield from (Numbered(self.rows)[i] for i in range(self.rows))
+
+
+class Stateful(DataLoader):
+    """A loader that says where it is, as torchdata's StatefulDataLoader does."""
+
+    start = read = 0
+
+    def __iter__(self):
+        start, self.start = self.start, 0
+        for number, batch in enumerate(super().__iter__()):
+            if number >= start:
+                self.read = number + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"read": self.read}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["read"]
+
+
+def _fit(layout: Layout, kind: str) -> dict[str, Any]:
+    if kind in ("seeded", "workers", "unsampled"):
+        seed_everything(3, workers=True)
+    options: dict[str, Any] = {"max_epochs": 2, "max_steps": -1, "limit_val_batches": 0}
+    loader: Any = DataLoader(Numbered(24, augment=True), batch_size=4, shuffle=True)
+    if kind == "workers":
+        loader = DataLoader(Numbered(24, augment=True), batch_size=4, num_workers=2)
+    elif kind in ("unsampled", "unsampled and unseeded"):
+        options["use_distributed_sampler"] = False
+    elif kind == "iterable":
+        loader = DataLoader(Stream(24), batch_size=4)
+    elif kind == "stateful":
+        loader = Stateful(Numbered(24), batch_size=4)
+    seen = Seen()
+    run = _trainer(layout, ".", callbacks=[seen], **options)
+    run.fit(OurGPT(CONFIG), loader)
+    return {"dp": run.strategy.data_parallel_rank, "train": seen.train, "steps": run.global_step}
+
+
+KINDS = ["seeded", "unseeded", "workers", "unsampled", "unsampled and unseeded", "iterable", "stateful"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS[:3], **IDS)
+def test_peers_read_the_same_and_replicas_share_the_samples(layout, kind):
+    ranks = run_ranks(layout.world_size, _fit, layout, kind)
+    replicas: dict[int, Any] = {}
+    for rank in ranks:
+        assert rank["train"] == replicas.setdefault(rank["dp"], rank["train"]), "peers differ"
+    whole = kind in ("iterable", "unsampled", "unsampled and unseeded")  # Lightning shares none of these out
+    epoch = ranks[0]["steps"] // 2
+    numbers = sorted(int(n) for batches in replicas.values() for batch in batches[:epoch] for n in batch)
+    assert numbers == sorted(list(range(24)) * (layout.dp if whole else 1))
+    if kind in ("seeded", "workers", "unsampled"):
+        first, second = replicas[0][:epoch], replicas[0][epoch:]
+        assert first != second, "augmentation repeats itself"
+
+
+class ByRank(IterableDataset):
+    """Sharded by the rank of the world: a mistake."""
+
+    def __init__(self, even: bool) -> None:
+        self.even = even
+
+    def __iter__(self):
+        import os
+
+        rank = int(os.environ["RANK"])
+        data = Numbered(64)
+        yield from (data[i] for i in (range(16 + 8 * rank) if not self.even else range(rank, 32, 2)))
+
+
+def _fit_by_rank(layout: Layout, even: bool) -> None:
+    _trainer(layout, ".").fit(OurGPT(CONFIG), DataLoader(ByRank(even), batch_size=4))
+
+
+def test_peers_that_read_different_data_are_told():
+    with pytest.raises(RankError, match=r"Ranks \[0, 1\] hold one model together.*\[0\] one, \[1\] another") as error:
+        run_ranks(2, _fit_by_rank, Layout(pp=2), True, timeout=40)
+    assert "gave no result" not in str(error.value)
+
+
+def _fit_unevenly(layout: Layout) -> None:
+    run = _trainer(layout, ".", max_steps=-1, max_epochs=1)
+    run.fit(OurGPT(CONFIG), DataLoader(ByRank(even=False), batch_size=4))
+
+
+def test_replicas_with_unequally_many_batches_are_told():
+    with pytest.raises(RankError, match=r"loader of ranks \[0\] ended after 4 batches") as error:
+        run_ranks(2, _fit_unevenly, Layout(dp=2), timeout=40)
+    assert "gave no result" not in str(error.value)
+
+
+def _fit_nothing(layout: Layout) -> None:
+    run = _trainer(layout, ".", max_steps=-1, max_epochs=1)
+    run.fit(OurGPT(CONFIG), DataLoader(Stream(0), batch_size=4))
+
+
+def test_an_empty_stream_is_refused():
+    with pytest.raises(RankError, match="gave no batch on any rank"):
+        run_ranks(2, _fit_nothing, Layout(pp=2), timeout=40)
+
+
+def _evaluate(layout: Layout | None, rows: list[int]) -> dict[str, Any]:
+    dp = layout.dp if layout else 1
+    loaders = [DataLoader(Rows(text_samples(CONFIG, n)), batch_size=4 // dp) for n in rows]
+    module: Any = OurGPT(CONFIG) if layout else VanillaGPT()
+    run = _trainer(layout, ".", max_steps=1, limit_val_batches=1.0)
+    results = run.validate(module, loaders, verbose=False)
+    results += run.test(module, loaders, verbose=False) if layout else []
+    run.fit(module, DataLoader(Rows(text_samples(CONFIG, 4)), batch_size=4 // dp), loaders)
+    results.append({name: float(v) for name, v in run.callback_metrics.items() if "val" in name})
+    return {"results": results}
+
+
+@pytest.mark.parametrize("rows", [[7], [9], [5, 11]], **IDS)
+@pytest.mark.parametrize("layout", LAYOUTS, **IDS)
+def test_each_sample_of_an_evaluation_counts_once(layout, rows):
+    validated = run_ranks(1, _evaluate, None, rows)[0]["results"]
+    expected = validated[: len(rows)]
+    for rank in run_ranks(layout.world_size, _evaluate, layout, rows):
+        got = rank["results"]
+        for mine, reference in zip(got[: len(rows)], expected, strict=True):
+            assert mine == pytest.approx(reference, rel=1e-5)
+        tested = {k: v for result in got[len(rows) : 2 * len(rows)] for k, v in result.items()}
+        assert sorted(tested.values()) == pytest.approx(
+            sorted(v for result in expected for v in result.values()), rel=1e-5
+        )
+        assert got[-1] == pytest.approx(validated[-1], rel=1e-5)
+
+
+def _predict(layout: Layout | None, rows: int) -> Any:
+    dp = layout.dp if layout else 1
+    data = [DataLoader(Rows(text_samples(CONFIG, n)), batch_size=4 // dp) for n in (rows, 6)]
+    first, second = _trainer(layout, ".").predict(OurGPT(CONFIG), data)
+    return torch.cat(first), torch.cat(second)
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+@pytest.mark.parametrize("layout", [*LAYOUTS, Layout(dp=4)], **IDS)
+def test_predictions_are_in_the_datas_order(layout, rows):
+    def truth(n: int) -> torch.Tensor:
+        weights = plain_gpt.initial_weights(CONFIG)
+        return plain_gpt.logits(CONFIG, weights, text_samples(CONFIG, n)["tokens"])
+
+    for first, second in run_ranks(layout.world_size, _predict, layout, rows):
+        torch.testing.assert_close(first, truth(rows), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(second, truth(6), rtol=1e-4, atol=1e-5)
+
+
+class Pads:
+    """As much of a tokenizer as the collator asks for."""
+
+    pad_token_id, padding_side, mask_token, pad_token = 0, "right", None, "<pad>"
+
+    def pad(self, features: Any, return_tensors: str, **_: Any) -> Any:
+        from transformers import BatchEncoding
+
+        length = max(len(f["input_ids"]) for f in features)
+        ids = [f["input_ids"] + [0] * (length - len(f["input_ids"])) for f in features]
+        keep = [[1] * len(f["input_ids"]) + [0] * (length - len(f["input_ids"])) for f in features]
+        return BatchEncoding({"input_ids": ids, "attention_mask": keep}, tensor_type=return_tensors)
+
+
+def _collated(layout: Layout) -> float:
+    rows = [{"input_ids": list(range(1, 2 + n % 11 + 4))} for n in range(8)]
+    loader = DataLoader(rows, batch_size=4, collate_fn=DataCollatorForLanguageModeling(Pads(), mlm=False))  # type: ignore[arg-type]
+    return _trainer(layout, ".").validate(OurGPT(CONFIG), loader, verbose=False)[0]["val_loss"]
+
+
+def test_transformers_own_collator():
+    one = run_ranks(1, _collated, Layout())
+    assert run_ranks(2, _collated, Layout(pp=2)) == pytest.approx(one * 2, rel=1e-5)
+
+
+def _ignored(labels_only: bool) -> float:
+    samples = text_samples(CONFIG, 4)
+    samples["loss_mask"][:, 5:] = 0
+    if labels_only:
+        samples["labels"] = samples["labels"].clone()
+        samples["labels"][:, 5:] = -100
+        del samples["loss_mask"]
+    data = DataLoader(Rows(samples), batch_size=4)
+    return _trainer(Layout(), ".").validate(OurGPT(CONFIG), data, verbose=False)[0]["val_loss"]
+
+
+def test_labels_of_minus_100_are_a_loss_mask():
+    assert run_ranks(1, _ignored, True) == pytest.approx(run_ranks(1, _ignored, False), rel=1e-6)
+
+
+def _two_layouts() -> None:
+    module, data = GPTModule(CONFIG), DataLoader(Rows(text_samples(CONFIG, 8)), batch_size=4)
+    _trainer(Layout(tp=2), ".").fit(module, data)
+    _trainer(Layout(pp=2), ".").fit(module, data)
+
+
+def test_a_module_of_another_layout_is_refused():
+    with pytest.raises(RankError, match="was built for .*tp=2.*and this run has .*pp=2.*Make a new GPTModule"):
+        run_ranks(2, _two_layouts, timeout=60)

@@ -1,0 +1,137 @@
+"""A plain module under ``MegatronStrategy`` behaves as under Lightning alone: hooks, counts, modes, names, resuming."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+
+from tests.parallel_gpt import Layout
+from tests.ranks import run_ranks
+from tests.test_training import QUIET, PlainModule, trainer
+
+OURS, THEIRS = "megatron", "vanilla"
+
+
+class Recorder(pl.Callback):
+    """The names of a callback's hooks, in the order in which they are called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattribute__(self, name):
+        found = super().__getattribute__(name)
+        if name.startswith("on_") and callable(found):
+            object.__getattribute__(self, "calls").append(name)
+        return found
+
+
+class Module(PlainModule):
+    """Counts its backward passes, and notes the mode of a submodule that the user froze."""
+
+    def __init__(self, raise_at: int | None = None):
+        super().__init__()
+        self.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=0.05)
+        self.raise_at, self.backwards, self.modes = raise_at, 0, []
+        self.layers[1].eval()
+
+    def training_step(self, batch, batch_idx):
+        self.modes.append((self.layers[0].training, self.layers[1].training))
+        if self.trainer.fit_loop.epoch_loop.total_batch_idx == self.raise_at:
+            raise RuntimeError("stop here")
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self):
+        self.backwards += 1
+
+
+def _make(kind, **options):
+    options["use_distributed_sampler"] = False  # Lightning's own shuffles, and one vanilla process has none
+    if kind == OURS:
+        return trainer(Layout(), {"log_grad_norm": False}, **options)
+    return Trainer(accelerator="cpu", devices=1, **{**QUIET, **options})
+
+
+def _data(rows=28):
+    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(5))
+    return DataLoader([{"x": row, "y": row[:1]} for row in x], batch_size=4)
+
+
+def _hooks(kind):
+    recorder, module = Recorder(), Module()
+    run = _make(kind, max_epochs=2, callbacks=[recorder], accumulate_grad_batches=3, val_check_interval=0.5)
+    run.fit(module, _data(), _data(8))
+    loss = float(run.callback_metrics["inside"])
+    run.validate(module, _data(8), verbose=False)
+    return {
+        "calls": recorder.calls,
+        "steps": run.global_step,  # windows of 3, 3 and 1 batches
+        "backwards": module.backwards,
+        "modes": module.modes,
+        "progress": run.fit_loop.state_dict()["epoch_loop.batch_progress"],
+        "optimized": run.fit_loop.state_dict()["epoch_loop.automatic_optimization.optim_progress"],
+        "loss": loss,
+    }
+
+
+def _on_exception(kind):
+    run = _make(kind, max_epochs=2)
+    with pytest.raises(RuntimeError, match="stop here"):
+        run.fit(Module(raise_at=9), _data())
+    state = run.fit_loop.state_dict()
+    # The one difference: gradients are zeroed before the step that raises (see loops.py), in Lightning after it.
+    state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].pop("zero_grad")
+    return {"steps": run.global_step, "state": {k: v for k, v in state.items() if k.endswith("progress")}}
+
+
+def _names(kind):
+    monitor = LearningRateMonitor()
+    _make(kind, max_epochs=1, callbacks=[monitor], logger=DummyLogger(), log_every_n_steps=1).fit(Module(), _data())
+    return monitor.lrs
+
+
+def _early_stopping(kind):
+    stopping = EarlyStopping("unseen", patience=0, mode="max")  # the loss falls, so it stops after two
+    run = _make(kind, max_epochs=9, callbacks=[stopping], num_sanity_val_steps=0)
+    run.fit(Module(), _data(), _data(8))
+    return {"epoch": run.current_epoch, "stopped": stopping.stopped_epoch, "waited": stopping.wait_count}
+
+
+def _resumed(kind, folder):
+    whole = _make(kind, max_epochs=3)
+    module = Module()
+    whole.fit(module, _data())
+    first = _make(kind, max_epochs=1)
+    first.fit(Module(), _data())
+    first.save_checkpoint(f"{folder}/{kind}.ckpt")
+    second, resumed = _make(kind, max_epochs=3), Module()
+    second.fit(resumed, _data(), ckpt_path=f"{folder}/{kind}.ckpt", weights_only=False)
+    pairs = zip(module.parameters(), resumed.parameters(), strict=True)
+    return {"steps": second.global_step, "equal": all(torch.equal(a, b) for a, b in pairs)}
+
+
+@pytest.mark.parametrize("behaviour", [_hooks, _on_exception, _names, _early_stopping], ids=lambda f: f.__name__[1:])
+def test_as_under_lightning_alone(behaviour):
+    ours, theirs = (run_ranks(1, behaviour, kind)[0] for kind in (OURS, THEIRS))
+    assert ours.keys() == theirs.keys() if isinstance(ours, dict) else True
+    loss = (ours.pop("loss", 0.0), theirs.pop("loss", 0.0))
+    assert loss[0] == pytest.approx(loss[1], rel=1e-5)
+    assert ours == theirs
+
+
+def test_a_resumed_run_is_the_whole_run(tmp_path):
+    for kind in (OURS, THEIRS):
+        assert run_ranks(1, _resumed, kind, str(tmp_path))[0] == {"steps": 21, "equal": True}
+
+
+def _samplers(replace):
+    run = trainer(Layout(dp=2), {}, max_steps=1, use_distributed_sampler=replace)
+    run.fit(Module(), _data())
+    return type(run.train_dataloader.sampler)
+
+
+@pytest.mark.parametrize(("replace", "kind"), [(True, DistributedSampler), (False, SequentialSampler)])
+def test_the_sampler_is_replaced_over_replicas_unless_forbidden(replace, kind):
+    assert run_ranks(2, _samplers, replace) == [kind, kind]
