@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 _built: ParallelLayout | None = None
 _host: dist.ProcessGroup | None = None
+_alone = False
 
 
 def build(layout: ParallelLayout) -> None:
@@ -42,6 +43,35 @@ def build(layout: ParallelLayout) -> None:
         create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
     )
     _built = layout
+
+
+def build_alone() -> ParallelLayout:
+    """Make the groups of this process alone, where there are none, for a model outside of any run.
+
+    Raises:
+        RuntimeError: This process is a rank of a larger run.
+    """
+    global _alone
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        _alone = True
+    if dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"A whole model is built on one process, and this is one of {dist.get_world_size()} ranks. Inside a run,"
+            " give the checkpoint to the Trainer (ckpt_path=)."
+        )
+    layout = ParallelLayout(world_size=1)
+    build(layout)
+    return layout
+
+
+def end_alone() -> None:
+    """Make room for a run's groups; models that were built alone cannot be called any more."""
+    global _alone, _built, _host
+    if _alone:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        _alone, _built, _host = False, None, None
 
 
 def coordinates() -> RankCoordinates:

@@ -218,6 +218,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def setup_environment(self) -> None:
         refusals.check_callbacks(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
+        groups.end_alone()
         reset_seed()
         self.set_world_ranks()
         backend.use_device(self.root_device)

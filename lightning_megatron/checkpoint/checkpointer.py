@@ -321,9 +321,7 @@ def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | st
     left = manifest.leftovers(path.parent)
     if left:
         names = ", ".join(sorted(p.name for p in left))
-        rank_zero_warn(
-            f"{path.parent}: {names} is what a killed save left; it is skipped, and removed by the next save."
-        )
+        rank_zero_warn(f"{path.parent}: a killed save left {names}; it is skipped, and removed by the next save.")
     try:
         about = manifest.read(path)
         wrong = manifest.damage(path, about, list(about["files"]), checksums=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,8 @@ class Resumption:
         saved, self._saved = self._saved, None
         if saved is None:
             return
+        # Lightning says so of every loader without `state_dict`; this one goes on where it was.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         if any(batches.resume is not None and not batches.resume.begun for batches in self.loaders):
             trainer.fit_loop._load_combined_loader_states()  # private, as `_drop`
             iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]

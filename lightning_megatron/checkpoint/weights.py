@@ -180,27 +180,37 @@ def read(shards: list[ShardedTensor], folder: Path) -> None:
     by_key: dict[str, list[ShardedTensor]] = {}
     for shard in shards:
         by_key.setdefault(shard.key, []).append(shard)
-    _load(mcore_to_pyt_state_dict(by_key, is_loading=True), folder, no_dist=False)
+    _load_state_dict(mcore_to_pyt_state_dict(by_key, is_loading=True), _Reader(folder), planner=MCoreLoadPlanner())
 
 
-def read_alone(key: str, tensor: torch.Tensor, folder: Path) -> torch.Tensor:
-    """Fill ``tensor`` with the whole tensor of ``key``, without a process group."""
-    _load({key: tensor}, folder, no_dist=True)
-    return tensor
+class OneByOne:
+    """Reads whole tensors, one at a time, without a process group."""
 
+    def __init__(self, folder: Path) -> None:
+        self._reader = _Reader(folder)
+        self.stored = stored(folder)
 
-def _load(state: dict[str, Any], folder: Path, no_dist: bool) -> None:
-    _load_state_dict(state, _Reader(folder), no_dist=no_dist, planner=MCoreLoadPlanner())
+    def read(self, key: str) -> torch.Tensor:
+        """The whole tensor of ``key``."""
+        about = self.stored[key]
+        tensor = torch.empty(about.size, dtype=about.properties.dtype)
+        _load_state_dict({key: tensor}, self._reader, no_dist=True, planner=MCoreLoadPlanner())
+        return tensor
 
 
 class _Reader(FileSystemReader):
     """torch's reader, but that its index may hold nothing but records."""
 
+    _metadata: Metadata | None = None
+
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Read the index."""
+        """Read the index, once."""
+        if self._metadata is not None:
+            return self._metadata
         with (Path(self.path) / METADATA).open("rb") as file:
             metadata: Metadata = _RecordUnpickler(file).load()
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        self._metadata = metadata
         return metadata
 
 
