@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.optimizer import distrib_optimizer
@@ -17,7 +18,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_megatron.engine import Engine
+from lightning_megatron.engine import Engine, NonFiniteLossError
 
 _SHARDABLE = (AdamW, Adam, SGD)
 
@@ -59,6 +60,7 @@ class ShardedOptimizer(Optimizer):
         self.grad_norm: float | None = None
         self.skipped_steps = 0
         self.last_step_was_skipped = False
+        self.on_nonfinite: Literal["raise", "skip"] | None = None  # set by the strategy; None goes on regardless
         self._optimizer_step_pre_hooks: Any = OrderedDict()
         self._optimizer_step_post_hooks: Any = OrderedDict()
 
@@ -91,10 +93,21 @@ class ShardedOptimizer(Optimizer):
         if self.last_step_was_skipped:
             self.skipped_steps += 1
             return result
+        self.grad_norm = None
         if self.clip_norm > 0:
             self.grad_norm = self.inner.clip_grad_norm(self.clip_norm)
-        elif self.watch_norm:
+        elif self.watch_norm or self.on_nonfinite == "skip":
             self.grad_norm = self.inner.get_grad_norm()
+        if self.grad_norm is not None and not math.isfinite(self.grad_norm):  # the norm is of all ranks: all are here
+            if self.on_nonfinite == "raise":
+                raise NonFiniteLossError(
+                    f"The gradients' norm is {self.grad_norm}; the weights are as the last step left them. Lower the"
+                    " learning rate, look at the batch, or leave such steps out: MegatronStrategy(on_nonfinite='skip')."
+                )
+            if self.on_nonfinite == "skip":
+                self.last_step_was_skipped = True
+                self.skipped_steps += 1
+                return result
         self.inner.step_with_ready_grads()
         return result
 

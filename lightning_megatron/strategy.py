@@ -39,6 +39,7 @@ from lightning_megatron import (
     peers,
     plugins,
     predictions,
+    preemption,
     refusals,
     report,
 )
@@ -82,6 +83,10 @@ class MegatronStrategy(Placement, ParallelStrategy):
         log_grad_norm: Log ``grad_norm``, the global norm before clipping, at each step.
         initial_loss_scale: First loss scale of ``precision="16-mixed"``.
         check_loss: Stop when the loss is NaN or infinite.
+        on_nonfinite: When a loss or gradient is NaN or infinite: "raise", or "skip" the step and go on with the next;
+            skipped steps are counted and logged as ``skipped_steps``.
+        skip_batches: After a resume, batches of data to leave out: those of a spike that the run was rewound before.
+        log_data_position: Log ``data_epoch`` and ``data_batch``, where in the data each step was, for ``skip_batches``.
         async_save: Write checkpoints beside training, which waits only while they are copied to host memory.
         verify_checkpoint: Check every file's checksum before a checkpoint is loaded.
         trust_checkpoint: Unpickle the objects in a checkpoint, which can run any code; without it a checkpoint that
@@ -114,6 +119,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
         log_grad_norm: bool = False,
         initial_loss_scale: float = 65536.0,
         check_loss: bool = True,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        skip_batches: int = 0,
+        log_data_position: bool = False,
         async_save: bool = False,
         verify_checkpoint: bool = True,
         trust_checkpoint: bool = False,
@@ -133,7 +141,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.log_grad_norm = log_grad_norm
         self.initial_loss_scale = initial_loss_scale
         self.check_loss = check_loss
-        self.checkpointer = Checkpointer(async_save, verify_checkpoint, trust_checkpoint, on_save_error)
+        self.on_nonfinite = on_nonfinite
+        self.log_data_position = log_data_position
+        self.checkpointer = Checkpointer(async_save, verify_checkpoint, trust_checkpoint, on_save_error, skip_batches)
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -142,7 +152,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.launch = launch
         launching.check(launch)
         refusals.check_arguments(micro_batch_size, num_microbatches, recompute, pipeline_split_rank)
-        refusals.check_settings(ddp, initial_loss_scale, process_group_backend)
+        refusals.check_settings(ddp, initial_loss_scale, process_group_backend, on_nonfinite)
 
     # What is known of the run
 
@@ -268,6 +278,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
                 watch_norm=self.log_grad_norm,
             )
         ]
+        self.optimizers[0].on_nonfinite = self.on_nonfinite if self.check_loss else None  # type: ignore[attr-defined]
         _optimizers_to_device([self.optimizers[0].inner.optimizer], self.root_device)  # type: ignore[attr-defined]
 
     @override
@@ -310,7 +321,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
             window=trainer.accumulate_grad_batches,
             last_of_window=not trainer.fit_loop._should_accumulate(),
         )
-        if self.check_loss:
+        if self.check_loss and self.on_nonfinite == "raise":
             report.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
         self._report("train", outcome, recorder)
         return outcome.loss
@@ -330,6 +341,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
             self.optimizers[0],  # type: ignore[arg-type]
             grad_norm=self.log_grad_norm,
             loss_scale=self._precision.scales_loss,
+            skipped=self.on_nonfinite == "skip",
+            position=self.log_data_position,
         )
         return result
 
@@ -390,6 +403,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def on_train_start(self) -> None:
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        preemption.install(trainer)
         self.checkpointer.begin_training(self._run)
 
     @override

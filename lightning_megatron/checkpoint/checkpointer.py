@@ -63,11 +63,24 @@ class Checkpointer:
         verify: Whether a load checks every file's checksum.
         trust: Whether a load may unpickle objects.
         on_save_error: "raise", or "warn" and go on training.
+        skip_batches: Batches to leave out after a load.
     """
 
     def __init__(
-        self, asynchronous: bool, verify: bool, trust: bool, on_save_error: Literal["raise", "warn"] = "raise"
+        self,
+        asynchronous: bool,
+        verify: bool,
+        trust: bool,
+        on_save_error: Literal["raise", "warn"] = "raise",
+        skip_batches: int = 0,
     ) -> None:
+        if on_save_error not in ("raise", "warn"):
+            raise MisconfigurationException(
+                f"MegatronStrategy(on_save_error={on_save_error!r}): use 'raise' or 'warn'."
+            )
+        if skip_batches < 0:
+            raise MisconfigurationException(f"MegatronStrategy(skip_batches={skip_batches}): use a number from 0.")
+        self.skip_batches = skip_batches
         self.asynchronous = asynchronous
         self.verify = verify
         self.trust = trust
@@ -267,6 +280,7 @@ class Checkpointer:
             )
         if loaders:
             state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = loaders
+        record["batches"] += self.skip_batches
         self.resumption.load(record)
 
 

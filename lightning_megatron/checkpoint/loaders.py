@@ -88,7 +88,7 @@ class Resumption:
             iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         if saved["batches"]:
             batches = self._batches_now(saved, data_parallel_size)
-            if batches != saved["batches"]:
+            if batches != progress.processed(trainer):
                 progress.set_batches(trainer, batches)
             if self.loaders and not self._skips_by_index:
                 _drop(trainer, batches)
