@@ -55,11 +55,16 @@ class HashedFile:
         self._file = file
         self.crc32 = 0
         self.size = 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write, and count it in."""
         self.crc32 = zlib.crc32(data, self.crc32)
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save turns it into an error that says nothing of disks
+            raise
         count = memoryview(data).nbytes
         self.size += count
         return count
@@ -143,7 +148,12 @@ def write(items: list[tuple[Any, torch.Tensor]], folder: Path, rank: int) -> tup
             start = file.size
             whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             # A view would take all of its storage along; one tensor's copy at a time is held.
-            torch.save(tensor.cpu() if whole else tensor.cpu().clone(), file)  # type: ignore[arg-type]
+            try:
+                torch.save(tensor.cpu() if whole else tensor.cpu().clone(), file)  # type: ignore[arg-type]
+            except RuntimeError:
+                if file.error is None:
+                    raise
+                raise file.error from None
             where[index] = _StorageInfo(name, start, file.size - start)
     return name, file, where
 
