@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -25,7 +26,7 @@ _host: dist.ProcessGroup | None = None
 _alone = False
 
 
-def build(layout: ParallelLayout) -> None:
+def build(layout: ParallelLayout, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Make the process groups of ``layout``, or keep them where they stand already.
 
     Groups of other sizes are replaced. Models built on the old groups hold on to them, so an earlier strategy in this
@@ -40,6 +41,7 @@ def build(layout: ParallelLayout) -> None:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vp,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
     )
     _built = layout

@@ -33,6 +33,7 @@ from lightning_megatron import (
     first_error,
     groups,
     launching,
+    liveness,
     loops,
     metrics,
     model_summary,
@@ -143,6 +144,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.check_loss = check_loss
         self.on_nonfinite = on_nonfinite
         self.log_data_position = log_data_position
+        self._heartbeat = liveness.Heartbeat()
         self.checkpointer = Checkpointer(async_save, verify_checkpoint, trust_checkpoint, on_save_error, skip_batches)
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
@@ -236,7 +238,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         device = None if self.root_device.type == "cpu" else self.root_device
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device)
-        groups.build(self.layout)
+        groups.build(self.layout, self._timeout)
         peers.share_seed()
         groups.seed(torch.initial_seed())
         if isinstance(self.lightning_module, MegatronModule):
@@ -405,6 +407,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def on_train_start(self) -> None:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         preemption.install(trainer)
+        self._heartbeat.start()
         self.checkpointer.begin_training(self._run)
 
     @override
@@ -425,6 +428,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.checkpointer.wait()
+        self._heartbeat.stop()
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -432,6 +436,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         first_error.note(exception)
+        liveness.explain(exception, self.layout)
         self.checkpointer.give_up()
 
     @override

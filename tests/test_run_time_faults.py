@@ -1,7 +1,10 @@
 """What a run does when it is told to end, and when a loss or a gradient is no number."""
 
 import os
+import re
 import signal
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -109,3 +112,41 @@ def _rewound(folder):
 
 def test_a_run_is_rewound_and_a_spike_left_out(tmp_path):
     run_ranks(1, _rewound, str(tmp_path))
+
+
+class Sleeper(Callback):
+    """One rank does not come back, or stops altogether."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 2 and trainer.global_rank == 1:
+            if self.how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(40)
+
+
+def _hang(how):
+    strategy = {"timeout": timedelta(seconds=4)}
+    with pytest.raises(Exception, match="imed out|imeout|closed by peer|reset by peer") as error:
+        fit(Layout(pp=2), 6, [Sleeper(how)], strategy=strategy)
+    return "\n".join(getattr(error.value, "__notes__", []))
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("asleep", r"rank 1 .pipeline stage 1, .* is in no collective; it is in on_train_batch_start .*faults.py"),
+        ("stopped", r"rank 1 .pipeline stage 1, .* is not heard of any more"),
+    ],
+)
+def test_a_time_out_names_the_rank_that_was_waited_for(how, told):
+    with pytest.raises(RankError) as error:  # the rank that hangs gives no result
+        run_ranks(2, _told, how, timeout=25)
+    assert re.search(told, str(error.value)), str(error.value)[-3000:]
+    assert "This rank waited in" in str(error.value)
+
+
+def _told(how):
+    raise AssertionError(_hang(how))

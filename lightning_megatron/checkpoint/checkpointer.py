@@ -177,7 +177,7 @@ class Checkpointer:
         if dist.get_rank() == 0:
             plain, objects, names = trainer_state.split(rest)
             files = {trainer_state.STATE: plain} | ({trainer_state.OBJECTS: objects} if objects else {})
-        return writing.Content(plan, trainer_state.dumps(rank_state), files, _about(state, run, full, names))
+        return writing.Content(plan, trainer_state.dumps(rank_state, loaders), files, _about(state, run, full, names))
 
     # Loading
 

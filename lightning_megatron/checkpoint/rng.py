@@ -19,13 +19,15 @@ def data_states() -> States:
     state: Any = np.random.get_state()
     name, keys, position, has_gauss, gauss = state
     numpy = (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss))
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+    version, internal, waiting = random.getstate()
+    python = (version, torch.tensor(internal), waiting)  # as a tensor: hundreds of numbers are slow to pickle
+    return {"python": python, "numpy": numpy, "torch": torch.get_rng_state()}
 
 
 def set_data_states(states: States) -> None:
     """Undo all draws since ``data_states``."""
     version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.tolist()), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])

@@ -73,15 +73,24 @@ def join(plain: bytes, objects: bytes | None, names: list[str], trust: bool) -> 
     return state
 
 
-def dumps(value: Any) -> bytes:
+def dumps(value: dict[str, Any], of_user: Any) -> bytes:
     """Serialise plain data.
+
+    Args:
+        value: The data.
+        of_user: The part of it that is the user's, and may be anything.
 
     Raises:
         CheckpointError: It is not plain.
     """
-    content = _dumps(value)
-    loads_plain(content)
-    return content
+    try:
+        if of_user is not None:
+            loads_plain(_dumps(of_user))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"The state_dict of a loader is no plain data (numbers, strings, tensors, containers of them): {error}"
+        ) from error
+    return _dumps(value)
 
 
 def loads_plain(content: bytes) -> Any:
