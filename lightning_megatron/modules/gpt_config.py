@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer import TransformerConfig
 
+from lightning_megatron.checkpoint import plain_class
 from lightning_megatron.layers import LayerKind
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.settings import BuildSettings
@@ -36,6 +37,7 @@ _PLAIN_KERNELS = dict.fromkeys(
 )  # fmt: skip
 
 
+@plain_class
 @dataclass(kw_only=True)
 class GPTConfig:
     """The shape of a GPT.
