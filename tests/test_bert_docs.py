@@ -32,7 +32,7 @@ def _run(folder: str) -> dict:
 
 def test_the_page(tmp_path):
     for seen in run_ranks(2, _run, str(tmp_path)):
-        assert seen["logits"].shape == (2, 12, 20)
-        assert seen["logits"].softmax(-1).amax(-1).mean() > 0.3  # 1/20 knows nothing
+        assert seen["logits"].shape == (2, 12, 21)
+        assert seen["logits"].softmax(-1).amax(-1).mean() > 0.3  # 1/21 knows nothing
         assert seen["steps"] == 16
         assert 0 <= seen["f1"] <= 1
