@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
@@ -45,19 +44,16 @@ from lightning_megatron import (
     report,
 )
 from lightning_megatron.checkpoint import Checkpointer, Run, local_path
-from lightning_megatron.engine import Engine, Outcome
+from lightning_megatron.engine import Engine
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.microbatch import Cut, count_rows, cut
 from lightning_megatron.modules.base import MegatronModule
-from lightning_megatron.modules.plain import PlainModel
 from lightning_megatron.modules.settings import BuildSettings
 from lightning_megatron.optimizer import ShardedOptimizer, shard
 from lightning_megatron.placement import Placement
 from lightning_megatron.precision import MegatronPrecision
-from lightning_megatron.recorder import LogRecorder
+from lightning_megatron.steps import Steps, make_engine
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
-_EVALUATIONS = {"validation": "val", "test": "test"}
 
 
 class MegatronStrategy(Placement, ParallelStrategy):
@@ -150,7 +146,6 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._engine: Engine | None = None
-        self._told_of: Cut | None = None
         self.launch = launch
         launching.check(launch)
         refusals.check_arguments(micro_batch_size, num_microbatches, recompute, pipeline_split_rank)
@@ -260,7 +255,11 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.checkpointer.resumption.loaders = []
-        self._engine = self._make_engine(self._ddp_config() if fitting else None)
+        ddp = self._ddp_config() if fitting else None
+        self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
+        self._steps = Steps(
+            self.lightning_module, self._engine, self._precision, self.micro_batch_size, self.num_microbatches
+        )
         self.optimizers = []
         if fitting:
             self.setup_optimizers(trainer)
@@ -314,18 +313,11 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        recorder = self._recorder(batch)
         self.checkpointer.resumption.note_window(trainer)
-        outcome = self.engine.train(
-            batch,
-            *self._shape(batch, *args[:1]),
-            self._step("training_step", recorder, *args, **kwargs),
-            window=trainer.accumulate_grad_batches,
-            last_of_window=not trainer.fit_loop._should_accumulate(),
-        )
+        outcome = self._steps.train(batch, *args, **kwargs)
         if self.check_loss and self.on_nonfinite == "raise":
             report.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
-        self._report("train", outcome, recorder)
+        self._steps.log(outcome)
         return outcome.loss
 
     @override
@@ -350,18 +342,15 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("validation", batch, *args, **kwargs)
+        return self._steps.evaluate("validation_step", batch, *args, **kwargs)
 
     @override
     def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("test", batch, *args, **kwargs)
+        return self._steps.evaluate("test_step", batch, *args, **kwargs)
 
     @override
     def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        step = self._step("predict_step", self._recorder(batch), *args, **kwargs)
-        if not isinstance(self.lightning_module, MegatronModule):
-            return step(batch, 1.0, 0)
-        return self.engine.predict(batch, *self._shape(batch, *args[:1]), step)
+        return self._steps.predict(batch, *args, **kwargs)
 
     # Collectives
 
@@ -492,68 +481,3 @@ class MegatronStrategy(Placement, ParallelStrategy):
             "grad_reduce_in_fp32": self._precision.grads_in_fp32,
         }
         return DistributedDataParallelConfig(**{**settings, **follows})
-
-    def _make_engine(self, ddp: DistributedDataParallelConfig | None) -> Engine:
-        module = self.lightning_module
-        by_token = False
-        if isinstance(module, MegatronModule):
-            chunks, config = list(module.chunks), module.chunks[0].config
-            by_token = module.loss_reduction == "token"
-        else:
-            refusals.check_stages(module, self.layout)  # type: ignore[arg-type]
-            chunks = [PlainModel(module)]  # type: ignore[arg-type]
-            config = chunks[0].config
-            if ddp is not None:
-                chunks = [module.__dict__.setdefault("_plain_model", chunks[0])]
-        return Engine(self.layout, chunks, config, ddp, by_token, self.root_device)
-
-    def _shape(self, batch: Any, batch_idx: int) -> tuple[Cut, int]:
-        """The micro-batches of ``batch`` and the length of its hidden states."""
-        if batch_idx == 0:
-            peers.check_same_batch(batch)
-        chosen = cut(self.layout, count_rows(batch), self.micro_batch_size, self.num_microbatches)
-        if self._told_of is None and self.layout.pp > 1:
-            self._told_of = chosen
-            rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
-        module = self.lightning_module
-        return chosen, module.sequence_length(batch) if isinstance(module, MegatronModule) else 1
-
-    def _recorder(self, batch: Any) -> LogRecorder:
-        module = self.lightning_module
-        assert module is not None
-        return LogRecorder(module, count_rows(batch) if isinstance(module, MegatronModule) else 1)
-
-    def _step(self, hook: str, recorder: LogRecorder, *args: Any, **kwargs: Any) -> Any:
-        """One micro-batch through one chunk: the module's own hook, its logging recorded."""
-        module = self.lightning_module
-        assert module is not None
-        method = getattr(module, hook)
-
-        def step(micro_batch: Any, share: float, chunk: int) -> Any:
-            if isinstance(module, MegatronModule):
-                module.active_chunk = chunk
-            with self._precision.step_context(self.root_device), recorder.listening(share, chunk):
-                return method(micro_batch, *args, **kwargs)
-
-        return step
-
-    def _evaluate(self, kind: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder = self._recorder(batch)
-        step = self._step(f"{kind}_step", recorder, *args, **kwargs)
-        repeated = evaluation_samples.is_repeated_batch(self.lightning_module.trainer, *args)  # type: ignore[union-attr]
-        if not isinstance(self.lightning_module, MegatronModule):
-            # A replica's only batch is logged whatever it is: Lightning reduces names that every rank has logged.
-            output = step(batch, 0.0 if repeated and args[0] else 1.0, 0)
-            recorder.replay()
-            return output
-        chosen, length = self._shape(batch, *args[:1])
-        outcome = self.engine.evaluate(batch, replace(chosen, counts=not repeated), length, step)
-        self._report(_EVALUATIONS[kind], outcome, recorder)
-        return outcome.loss
-
-    def _report(self, stage: str, outcome: Outcome, recorder: LogRecorder) -> None:
-        module = self.lightning_module
-        assert module is not None
-        recorder.replay()
-        if isinstance(module, MegatronModule):
-            module.log_loss(stage, outcome.loss, outcome.weight)

@@ -180,6 +180,52 @@ def test_a_plain_module_trains_as_under_lightning_alone(optimizer, precision):
         torch.testing.assert_close(our_metrics[name], reference, **exactness)
 
 
+class Shorthand(PlainModule):
+    """Its hooks take the batch alone."""
+
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+    def validation_step(self, batch):
+        return super().validation_step(batch, 0)
+
+    def predict_step(self, batch):
+        return self.layers(batch["x"])
+
+    optimizer = staticmethod(lambda parameters: torch.optim.SGD(parameters, lr=0.05))
+
+
+class ShorthandGPT(LoadedGPT):
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+    def validation_step(self, batch):
+        return super().validation_step(batch, 0)
+
+
+def _shorthand(layout: Layout | None) -> dict:
+    torch.manual_seed(5)
+    plain = DataLoader(Rows({"x": torch.randn(7, 4), "y": torch.randn(7, 1)}), batch_size=4)
+    options = {"max_epochs": 1, "use_distributed_sampler": False}
+    run = trainer(layout, **options) if layout else Trainer(accelerator="cpu", devices=1, **QUIET, **options)
+    module = Shorthand()
+    run.fit(module, plain, plain)
+    seen = {name: float(value) for name, value in run.callback_metrics.items() if name != "grad_norm"}
+    seen["predicted"] = torch.cat(run.predict(module, plain)).sum().item()
+    if layout:
+        run = trainer(layout, max_epochs=1)
+        data = DataLoader(Rows(text_samples(plain_gpt.GPT2, 7)), batch_size=2)
+        run.fit(ShorthandGPT(plain_gpt.GPT2), data, data)
+        assert {"train_loss", "val_loss"} <= run.callback_metrics.keys()
+    return seen
+
+
+def test_hooks_may_leave_the_batchs_number_out():
+    expected = run_ranks(1, _shorthand, None)[0]
+    for seen in run_ranks(2, _shorthand, Layout(dp=2)):
+        assert seen == pytest.approx(expected, rel=1e-4)
+
+
 def _transformers_batch(layout: Layout) -> float:
     module = LoadedGPT(plain_gpt.GPT2)
     tokens = text_samples(plain_gpt.GPT2, 4)["tokens"][:, :13]

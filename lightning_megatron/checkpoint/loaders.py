@@ -38,7 +38,9 @@ class Resumption:
         if inner is None:
             return loader
         if not isinstance(inner, _Batches):
-            # DataLoader refuses to have its samplers assigned; nothing else in it holds on to them.
+            # A copy, since the user's may be read elsewhere too. DataLoader refuses to have its samplers assigned;
+            # nothing else in it holds on to them.
+            loader = copy.copy(loader)
             loader.__dict__[name] = inner = _Batches(inner, loader)
         self.loaders.append(inner)
         inner.resume = self._saved_for(len(self.loaders) - 1)

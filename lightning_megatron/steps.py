@@ -1,0 +1,137 @@
+"""One batch through the engine: the module's own hook on each micro-batch, and what it logged, logged for the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from megatron.core.distributed import DistributedDataParallelConfig
+
+from lightning_megatron import evaluation_samples, peers, refusals
+from lightning_megatron.engine import Engine, Outcome
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.microbatch import Cut, count_rows, cut
+from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.modules.plain import PlainModel
+from lightning_megatron.precision import MegatronPrecision
+from lightning_megatron.recorder import LogRecorder
+
+_LOGGED_AS = {"validation_step": "val", "test_step": "test"}
+
+
+def make_engine(
+    module: pl.LightningModule, layout: ParallelLayout, ddp: DistributedDataParallelConfig | None, device: torch.device
+) -> Engine:
+    """The engine of an adapter's chunks, or of a plain module as the only chunk; without ``ddp`` it only evaluates."""
+    if isinstance(module, MegatronModule):
+        chunks, by_token = list(module.chunks), module.loss_reduction == "token"
+        return Engine(layout, chunks, module.chunks[0].config, ddp, by_token, device)
+    refusals.check_stages(module, layout)
+    plain = PlainModel(module)
+    if ddp is not None:
+        plain = module.__dict__.setdefault("_plain_model", plain)
+    return Engine(layout, [plain], plain.config, ddp, False, device)
+
+
+@dataclass
+class Steps:
+    """Runs the hooks of a module on batches.
+
+    Args:
+        module: An adapter or a plain module.
+        engine: Runs the schedules.
+        precision: Its context surrounds each micro-batch.
+        micro_batch_size: As the strategy was told.
+        num_microbatches: As the strategy was told.
+    """
+
+    module: pl.LightningModule
+    engine: Engine
+    precision: MegatronPrecision
+    micro_batch_size: int | None
+    num_microbatches: int | None
+    told: bool = False
+
+    def train(self, batch: Any, *args: Any, **kwargs: Any) -> Outcome:
+        """``training_step`` forward and backward; log it with ``log``, after a look at its loss."""
+        trainer = self.module.trainer
+        self._recorder = self._record(batch)
+        return self.engine.train(
+            batch,
+            *self._shape(batch, args),
+            self._step("training_step", self._recorder, args, kwargs),
+            window=trainer.accumulate_grad_batches,
+            last_of_window=not trainer.fit_loop._should_accumulate(),
+        )
+
+    def log(self, outcome: Outcome) -> None:
+        """Log what ``train`` recorded, and the loss."""
+        self._report("train", outcome, self._recorder)
+
+    def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """``validation_step`` or ``test_step``: the loss of the batch, or what a plain module returned."""
+        recorder = self._record(batch)
+        step = self._step(hook, recorder, args, kwargs)
+        batch_idx = self._batch_idx(args)
+        repeated = evaluation_samples.is_repeated_batch(self.module.trainer, batch_idx, *args[1:2])
+        if not isinstance(self.module, MegatronModule):
+            # A replica's only batch is logged whatever it is: Lightning reduces names that every rank has logged.
+            output = step(batch, 0.0 if repeated and batch_idx else 1.0, 0)
+            recorder.replay()
+            return output
+        chosen, length = self._shape(batch, args)
+        outcome = self.engine.evaluate(batch, replace(chosen, counts=not repeated), length, step)
+        self._report(_LOGGED_AS[hook], outcome, recorder)
+        return outcome.loss
+
+    def predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """``predict_step``: what the last stage returned, on every stage."""
+        recorder = self._record(batch)
+        step = self._step("predict_step", recorder, args, kwargs)
+        if isinstance(self.module, MegatronModule):
+            output = self.engine.predict(batch, *self._shape(batch, args), step)
+        else:
+            output = step(batch, 1.0, 0)
+        recorder.replay()
+        return output
+
+    def _step(self, hook: str, recorder: LogRecorder, args: Any, kwargs: Any) -> Any:
+        """One micro-batch through one chunk: the module's own hook, its logging recorded."""
+        module, device = self.module, self.engine.device
+        method = getattr(module, hook)
+
+        def step(micro_batch: Any, share: float, chunk: int) -> Any:
+            if isinstance(module, MegatronModule):
+                module.active_chunk = chunk
+            with self.precision.step_context(device), recorder.listening(share, chunk):
+                return method(micro_batch, *args, **kwargs)
+
+        return step
+
+    def _shape(self, batch: Any, args: Any) -> tuple[Cut, int]:
+        """The micro-batches of ``batch`` and the length of its hidden states."""
+        if self._batch_idx(args) == 0:
+            peers.check_same_batch(batch)
+        chosen = cut(self.engine.layout, count_rows(batch), self.micro_batch_size, self.num_microbatches)
+        if not self.told and self.engine.layout.pp > 1:
+            self.told = True
+            rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
+        return chosen, self.module.sequence_length(batch) if isinstance(self.module, MegatronModule) else 1
+
+    def _batch_idx(self, args: Any) -> int:
+        """The batch's number; the loop knows it where the hook does not take it."""
+        if args:
+            return int(args[0])
+        loop: Any = self.module.trainer._active_loop  # private (Lightning 2.6)
+        return int(getattr(loop, "epoch_loop", loop).batch_progress.current.ready) - 1
+
+    def _record(self, batch: Any) -> LogRecorder:
+        return LogRecorder(self.module, count_rows(batch) if isinstance(self.module, MegatronModule) else 1)
+
+    def _report(self, stage: str, outcome: Outcome, recorder: LogRecorder) -> None:
+        recorder.replay()
+        if isinstance(self.module, MegatronModule):
+            self.module.log_loss(stage, outcome.loss, outcome.weight)
