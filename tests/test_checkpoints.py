@@ -382,6 +382,15 @@ def test_top_k_and_last(tmp_path, asynchronous, save_last):
     assert UNFINISHED not in names
 
 
+def _linked(folder):
+    fit(steps=1, callbacks=[ModelCheckpoint(folder, save_last="link")], strategy={"async_save": True})
+
+
+def test_a_link_to_what_is_still_being_written_is_refused(tmp_path):
+    with pytest.raises(RankError, match="save_last='link'.*Use save_last=True"):
+        run_ranks(1, _linked, str(tmp_path))
+
+
 def _versions(folder):
     for _ in range(2):
         fit(steps=1, callbacks=[ModelCheckpoint(folder, filename="one", every_n_train_steps=1)])
