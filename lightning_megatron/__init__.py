@@ -16,13 +16,15 @@ from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
 
 from lightning_megatron.groups import average_losses_across_data_parallel_group
 from lightning_megatron.layout import LayoutError, ParallelLayout
-from lightning_megatron.modules import GPTConfig, GPTModule, MegatronModule
+from lightning_megatron.modules import BertConfig, BertModule, GPTConfig, GPTModule, MegatronModule
 from lightning_megatron.parameter_groups import ParameterGroups, biases_and_vectors
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.schedule import LRSchedule
 from lightning_megatron.strategy import MegatronStrategy
 
 __all__ = [
+    "BertConfig",
+    "BertModule",
     "GPTConfig",
     "GPTModule",
     "LRSchedule",

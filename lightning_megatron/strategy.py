@@ -241,7 +241,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device)
         groups.build(self.layout, self._timeout)
-        peers.share_seed()
+        peers.share_random_state()
         groups.seed(torch.initial_seed())
         if isinstance(self.lightning_module, MegatronModule):
             self.lightning_module.settings = BuildSettings(

@@ -1,6 +1,7 @@
 """Layer specs for megatron-core's models: plain PyTorch, or Transformer Engine where it is installed and asked for."""
 
+from lightning_megatron.layers.bert import NormPlacement
 from lightning_megatron.layers.gpt import LayerKind, gpt_block_spec
 from lightning_megatron.layers.vocabulary import mask_padded_vocabulary
 
-__all__ = ["LayerKind", "gpt_block_spec", "mask_padded_vocabulary"]
+__all__ = ["LayerKind", "NormPlacement", "gpt_block_spec", "mask_padded_vocabulary"]

@@ -1,0 +1,165 @@
+"""Masked language modelling's collator: pads samples, and masks tokens or whole words."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+IGNORED_LABEL = -100
+
+
+class MaskedLMCollator:
+    """Makes batches for ``BertModule`` of tokenised samples, masked anew each time (Devlin et al., 2018, section 3.1).
+
+    Of the chosen tokens 80 % become the mask, 10 % a random id and 10 % stay; ``labels`` are −100 but at them. Draws
+    depend on ``seed``, the samples and how many batches this object has made, so that model-parallel ranks, which read
+    the same samples, mask them alike. Worker processes add their own seed, which follows from ``seed_everything``.
+
+    Args:
+        vocab_size: Random ids are drawn below it.
+        mask_id: Id of the mask.
+        pad_id: Id behind the end of short samples.
+        special_ids: Ids that are never masked nor drawn.
+        probability: Share of the other tokens that is chosen.
+        mask_share: Share of the chosen that becomes the mask.
+        random_share: Share of the chosen that becomes a random id.
+        continuation_ids: Ids of tokens that go on with the word before them ("##ing"); with them, words are chosen
+            whole. None: tokens are chosen one by one.
+        seed: Of the draws.
+        pad_to_multiple_of: The length is rounded up to a multiple of it.
+
+    Raises:
+        ValueError: A share that is none, or ids that leave nothing to draw.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        mask_id: int,
+        pad_id: int = 0,
+        special_ids: Collection[int] = (),
+        probability: float = 0.15,
+        mask_share: float = 0.8,
+        random_share: float = 0.1,
+        continuation_ids: Collection[int] | None = None,
+        seed: int = 0,
+        pad_to_multiple_of: int = 1,
+    ) -> None:
+        if not 0 < probability <= 1:
+            raise ValueError(f"MaskedLMCollator(probability={probability}): use a share above 0, up to 1.")
+        if min(mask_share, random_share) < 0 or mask_share + random_share > 1:
+            raise ValueError(
+                f"MaskedLMCollator(mask_share={mask_share}, random_share={random_share}): use shares of 1; what they"
+                " leave stays as it is."
+            )
+        if not 0 <= mask_id < vocab_size:
+            raise ValueError(f"MaskedLMCollator(mask_id={mask_id}) is outside of vocab_size={vocab_size}.")
+        self.mask_id = mask_id
+        self.pad_id = pad_id
+        self.special_ids = np.asarray(sorted({*special_ids, pad_id, mask_id}))
+        self.drawn_ids = np.setdiff1d(np.arange(vocab_size), self.special_ids)
+        if not len(self.drawn_ids):
+            raise ValueError(f"MaskedLMCollator(vocab_size={vocab_size}): all ids are special, none can be drawn.")
+        self.probability = probability
+        self.mask_share = mask_share
+        self.random_share = random_share
+        self.continuation_ids = None if continuation_ids is None else np.asarray(sorted(continuation_ids))
+        self.seed = seed
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._batches = 0
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, whole_words: bool = False, **options: Any) -> MaskedLMCollator:
+        """With the ids of a transformers tokenizer.
+
+        Args:
+            tokenizer: Has a mask and a padding token.
+            whole_words: Choose whole words, by WordPiece's "##".
+            **options: Further arguments.
+
+        Raises:
+            ValueError: The tokenizer lacks one of the two, or for ``whole_words`` has no "##" pieces.
+        """
+        if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"MaskedLMCollator: {type(tokenizer).__name__} has mask_token={tokenizer.mask_token!r} and"
+                f" pad_token={tokenizer.pad_token!r}; both are needed. Add them with add_special_tokens."
+            )
+        if whole_words:
+            pieces = [id_ for token, id_ in tokenizer.get_vocab().items() if token.startswith("##")]
+            if not pieces:
+                raise ValueError(
+                    f"MaskedLMCollator(whole_words=True): {type(tokenizer).__name__} has no '##' before any piece."
+                    " Give continuation_ids to MaskedLMCollator itself."
+                )
+            options["continuation_ids"] = pieces
+        return cls(
+            len(tokenizer),
+            tokenizer.mask_token_id,
+            tokenizer.pad_token_id,
+            special_ids=tokenizer.all_special_ids,
+            **options,
+        )
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pad and mask.
+
+        Args:
+            samples: Mappings with ``input_ids`` ``[s]``, optional ``token_type_ids`` ``[s]``, and numbers such as
+                ``next_sentence_label``; other sequences in them are left out.
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``labels`` and ``token_type_ids`` ``[b, s]``, and the numbers ``[b]``.
+        """
+        rows = [np.asarray(sample["input_ids"], dtype=np.int64) for sample in samples]
+        length = max(map(len, rows))
+        length += -length % self.pad_to_multiple_of
+        ids = _padded(rows, length, self.pad_id)
+        inputs, labels = self._mask(ids, self._generator(ids))
+        batch = {
+            "input_ids": torch.from_numpy(inputs),
+            "attention_mask": torch.from_numpy(_padded([np.ones_like(row) for row in rows], length, 0)),
+            "labels": torch.from_numpy(labels),
+        }
+        for key in samples[0]:
+            if key == "token_type_ids":
+                types = [np.asarray(sample[key], dtype=np.int64) for sample in samples]
+                batch[key] = torch.from_numpy(_padded(types, length, 0))
+            elif key not in batch and np.ndim(samples[0][key]) == 0:
+                batch[key] = torch.as_tensor(np.asarray([sample[key] for sample in samples]))
+        return batch
+
+    def _generator(self, ids: np.ndarray) -> np.random.Generator:
+        worker = get_worker_info()
+        self._batches += 1
+        return np.random.default_rng(
+            [self.seed, worker.seed if worker else 0, self._batches, zlib.crc32(ids.tobytes())]
+        )
+
+    def _mask(self, ids: np.ndarray, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        chosen = self._choose(ids, draws)
+        fate = draws.random(ids.shape)
+        random_ids = draws.choice(self.drawn_ids, ids.shape)
+        inputs = np.where(chosen & (fate < self.mask_share), self.mask_id, ids)
+        randomised = chosen & (fate >= self.mask_share) & (fate < self.mask_share + self.random_share)
+        return np.where(randomised, random_ids, inputs), np.where(chosen, ids, IGNORED_LABEL)
+
+    def _choose(self, ids: np.ndarray, draws: np.random.Generator) -> np.ndarray:
+        """``[b, s]``, True at the tokens to predict."""
+        special = np.isin(ids, self.special_ids)
+        lots = draws.random(ids.shape)
+        if self.continuation_ids is not None:  # a word's tokens share its first one's lot
+            after_special = np.pad(special[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+            starts = ~np.isin(ids, self.continuation_ids) | after_special
+            first = np.maximum.accumulate(np.where(starts, np.arange(ids.shape[1]), 0), axis=1)
+            lots = np.take_along_axis(lots, first, axis=1)
+        return (lots < self.probability) & ~special
+
+
+def _padded(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
+    return np.stack([np.pad(row, (0, length - len(row)), constant_values=value) for row in rows])

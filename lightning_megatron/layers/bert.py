@@ -1,0 +1,74 @@
+"""The layer spec of a BERT's transformer block, with norms after or before the blocks, and its embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from lightning_megatron.layers.attention import TorchAttention
+from lightning_megatron.layers.norm import TorchNorm
+
+NormPlacement = Literal["post", "pre"]
+
+
+class NormedBiasDropoutAdd(torch.nn.Module):
+    """megatron-core's bias, dropout and residual sum, and a norm of the result: post-LayerNorm.
+
+    Args:
+        config: Megatron's transformer configuration.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.layer_norm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        """The function that a transformer layer calls with (output and bias, residual, probability)."""
+        add = get_bias_dropout_add(training, fused)
+        return lambda *args: self.layer_norm(add(*args))  # [s/tp, b, h]
+
+
+class NormedEmbedding(LanguageModelEmbedding):
+    """The sum of word, position and token-type embeddings, normalised before its dropout; of post-LayerNorm models."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.layer_norm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        # Dropout comes last, on this rank's part of the sequence.
+        self.embedding_dropout.register_forward_pre_hook(self._normalise)
+
+    def _normalise(self, _: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        return self.layer_norm(args[0])  # [s/tp, b, h]
+
+
+def bert_embedding(placement: NormPlacement) -> type[LanguageModelEmbedding]:
+    """The class of the embedding."""
+    return {"post": NormedEmbedding, "pre": LanguageModelEmbedding}[placement]
+
+
+def bert_block_spec(
+    config: TransformerConfig, placement: NormPlacement, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The block for the layers of this pipeline stage (and virtual stage)."""
+    layer = deepcopy(bert_layer_local_spec)
+    parts = layer.submodules
+    parts.self_attention.submodules.core_attention = TorchAttention
+    parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does
+    if placement == "post":
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+        parts.self_attn_bda = parts.mlp_bda = ModuleSpec(module=NormedBiasDropoutAdd, params={"config": config})
+    else:
+        parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
+        layer_norm=TorchNorm if placement == "pre" else None,
+    )

@@ -1,0 +1,234 @@
+"""BERT, chunk by chunk, from megatron-core's parts; a class for each kind of head.
+
+Parameters have the names of megatron-core's ``BertModel``. That class is not used: its head refuses sequence
+parallelism, its mask leaves padded queries with nothing to attend to, and it takes no positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.models.bert.pooler import Pooler
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.utils import get_linear_layer
+
+from lightning_megatron.layers.bert import NormPlacement, bert_block_spec, bert_embedding
+from lightning_megatron.layers.norm import TorchNorm
+from lightning_megatron.layers.vocabulary import mask_padded_vocabulary
+
+
+class BertPretrainingLogits(NamedTuple):
+    """What the two heads of pre-training give.
+
+    Args:
+        prediction_logits: ``[b, s, vocab]``, of each token.
+        seq_relationship_logits: ``[b, 2]``, of each pair of sentences; class 1 is "random" or "swapped".
+    """
+
+    prediction_logits: torch.Tensor
+    seq_relationship_logits: torch.Tensor
+
+
+class BertModel(LanguageModule):
+    """One chunk of an encoder: the embedding, layers, and on the last stage a subclass's head.
+
+    Args:
+        config: Megatron's transformer configuration.
+        vocab_size: Token ids that occur.
+        padded_vocab_size: Rows of the embedding.
+        seq_length: Rows of the position embedding.
+        num_token_types: Rows of the token-type embedding.
+        norm_placement: "post" or "pre".
+        num_labels: Outputs of a classification head.
+        pre_process: Whether the chunk holds the embedding.
+        post_process: Whether it holds the head.
+        vp_stage: Its number on this pipeline stage under interleaving, else None.
+    """
+
+    share_embeddings_and_output_weights = False
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        vocab_size: int,
+        padded_vocab_size: int,
+        seq_length: int,
+        num_token_types: int,
+        norm_placement: NormPlacement,
+        num_labels: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(config)
+        self.vocab_size = vocab_size
+        self.padded_vocab_size = padded_vocab_size
+        self.num_labels = num_labels
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        if pre_process:
+            self.embedding = bert_embedding(norm_placement)(
+                config, padded_vocab_size, seq_length, num_tokentypes=num_token_types
+            )
+        self.encoder = TransformerBlock(
+            config,
+            bert_block_spec(config, norm_placement, vp_stage),
+            post_layer_norm=norm_placement == "pre",
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.build_head()
+        if self.share_embeddings_and_output_weights and (pre_process or post_process):
+            self.setup_embeddings_and_output_layer()
+
+    def build_head(self) -> None:
+        """Make the layers that ``head`` uses."""
+        raise NotImplementedError
+
+    def head(self, hidden: torch.Tensor) -> Any:
+        """Logits, batch first, from the encoder's hidden states ``[s/tp, b, h]``."""
+        raise NotImplementedError
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the hidden states of the stage before; the schedules call it."""
+        self.encoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        **_: torch.Tensor,
+    ) -> Any:
+        """Run the chunk.
+
+        Args:
+            input_ids: ``[b, s]``.
+            attention_mask: ``[b, 1, 1, s]``, True where nobody may look; None where nothing is padded.
+            token_type_ids: ``[b, s]``.
+            position_ids: ``[b, s]``.
+            **_: What only the loss reads.
+
+        Returns:
+            Hidden states ``[s/tp, b, h]``, or on the last stage the head's logits.
+        """
+        hidden = self.embedding(input_ids, position_ids, token_type_ids) if self.pre_process else None
+        hidden = self.encoder(hidden_states=hidden, attention_mask=attention_mask)
+        return self.head(hidden) if self.post_process else hidden
+
+    def whole_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[s, b, h]`` of ``[s/tp, b, h]``, for a head that every tensor-parallel rank computes alike."""
+        if not self.config.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+
+    def linear(self, outputs: int) -> torch.nn.Linear:
+        """A layer of a head that is not shared out."""
+        config = self.config
+        return get_linear_layer(config.hidden_size, outputs, config.init_method, config.perform_initialization)
+
+    def pooler_layer(self) -> Pooler:
+        """The dense layer and tanh over the first token."""
+        config = self.config
+        return Pooler(config.hidden_size, config.init_method, config, config.sequence_parallel)
+
+
+class LanguageModelHead(torch.nn.Module):
+    """Dense, activation and norm before the output layer, on this rank's part of the sequence.
+
+    Args:
+        config: Megatron's transformer configuration.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.dense = get_linear_layer(width, width, config.init_method, config.perform_initialization)
+        for parameter in self.dense.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        self.activation = config.activation_func
+        self.layer_norm = TorchNorm(config, width, config.layernorm_epsilon)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[s/tp, b, h]`` to the same shape."""
+        return self.layer_norm(self.activation(self.dense(hidden)))
+
+
+class BertForMaskedLM(BertModel):
+    """Logits ``[b, s, vocab/tp]`` of each token; the output layer's weight is the embedding's."""
+
+    share_embeddings_and_output_weights = True
+
+    def build_head(self) -> None:
+        """Make the transform and the vocabulary-parallel output layer."""
+        config = self.config
+        self.lm_head = LanguageModelHead(config)
+        self.output_layer = ColumnParallelLinear(
+            config.hidden_size,
+            self.padded_vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=True,
+            skip_bias_add=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process,
+        )
+        mask_padded_vocabulary(self.output_layer, self.vocab_size)
+
+    def head(self, hidden: torch.Tensor) -> Any:
+        """Logits over this rank's shard of the vocabulary."""
+        weight = self.shared_embedding_or_output_weight()
+        return self.output_layer(self.lm_head(hidden), weight=weight)[0].transpose(0, 1)  # [b, s, vocab/tp]
+
+
+class BertForPretraining(BertForMaskedLM):
+    """As ``BertForMaskedLM``, and a binary head over the first token."""
+
+    def build_head(self) -> None:
+        """Make both heads."""
+        super().build_head()
+        self.pooler = self.pooler_layer()
+        self.binary_head = self.linear(2)
+
+    def head(self, hidden: torch.Tensor) -> BertPretrainingLogits:
+        """Logits of both heads."""
+        return BertPretrainingLogits(super().head(hidden), self.binary_head(self.pooler(hidden)))
+
+
+class BertForSequenceClassification(BertModel):
+    """Logits ``[b, num_labels]`` from the first token."""
+
+    def build_head(self) -> None:
+        """Make the pooler and the classifier."""
+        self.pooler = self.pooler_layer()
+        self.classification_dropout = torch.nn.Dropout(self.config.hidden_dropout)
+        self.classification_head = self.linear(self.num_labels)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, the same on every tensor-parallel rank."""
+        return self.classification_head(self.classification_dropout(self.pooler(hidden)))
+
+
+class BertForTokenClassification(BertModel):
+    """Logits ``[b, s, num_labels]`` of each token."""
+
+    def build_head(self) -> None:
+        """Make the classifier."""
+        self.classification_dropout = torch.nn.Dropout(self.config.hidden_dropout)
+        self.classification_head = self.linear(self.num_labels)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, the same on every tensor-parallel rank."""
+        whole = self.whole_sequence(hidden)
+        return self.classification_head(self.classification_dropout(whole)).transpose(0, 1)

@@ -1,0 +1,203 @@
+"""``BertModule``: masked language modelling, sentence pairs, and classification of sequences and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.modules.base import Batch, Loss, LossReduction, MegatronModule, SchedulerCallable
+from lightning_megatron.modules.bert_config import BertConfig
+from lightning_megatron.modules.bert_tasks import IGNORED_LABEL, TASKS, BertTask
+from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
+from lightning_megatron.schedule import LRSchedule
+
+# Megatron's names of what transformers calls otherwise; and ALBERT's.
+_NAMES = {
+    "text": "input_ids",
+    "types": "token_type_ids",
+    "padding_mask": "attention_mask",
+    "is_random": "next_sentence_label",
+    "sentence_order_label": "next_sentence_label",
+}
+
+
+class BertModule(MegatronModule):
+    """A BERT, trained for ``config.task``.
+
+    Batches are mappings of tensors, batch first, as transformers' collators make them: ``input_ids`` ``[b, s]``,
+    optional ``attention_mask`` (1: keep), ``token_type_ids``, ``position_ids``, and ``labels``: ``[b, s]`` for masked
+    language modelling and token classification (−100 is ignored), ``[b]`` or ``[b, num_labels]`` for sequence
+    classification; "pretraining" also takes ``next_sentence_label`` ``[b]``. Or as Megatron's datasets make them:
+    ``text``, ``types``, ``labels``, ``loss_mask``, ``padding_mask``, ``is_random``.
+
+    ``loss`` is given the logits: those of tokens over this rank's shard of the vocabulary, the others whole. Masked
+    language modelling logs ``train_mlm_loss`` and the binary head ``train_sop_loss`` (``val_``, ``test_``) beside their
+    sum, ``train_loss``.
+
+    Args:
+        config: The shape of the model, and the task.
+        optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
+        lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
+        loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        optimizer: ParameterGroups | OptimizerCallable | None = None,
+        lr_schedule: LRSchedule | SchedulerCallable | None = None,
+        loss_reduction: LossReduction = "token",
+    ) -> None:
+        super().__init__(optimizer, lr_schedule, loss_reduction)
+        if not isinstance(config, BertConfig):
+            raise TypeError(f"BertModule(config={config!r}): use a BertConfig, such as BertConfig(num_layers=4, ...).")
+        self.config = config
+        self.save_hyperparameters("config", "loss_reduction", logger=False)
+        self.task: BertTask = TASKS[config.task](config)
+
+    def check_layout(self, layout: ParallelLayout) -> None:
+        """Refuse sizes that the layout cannot divide."""
+        self.config.check(layout)
+
+    def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
+        """One chunk of the task's model."""
+        config, settings = self.config, self.build_settings
+        return self.task.model(
+            config.transformer_config(settings),
+            vocab_size=config.vocab_size,
+            padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
+            seq_length=config.seq_length,
+            num_token_types=config.num_token_types,
+            norm_placement=config.norm_placement,
+            num_labels=config.num_labels,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+
+    def check_batch(self, batch: Batch) -> None:
+        """Refuse a batch without tokens, with ids or labels out of range, or longer than the positions.
+
+        Raises:
+            ValueError: With the values seen.
+        """
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"BertModule takes batches that are mappings of tensors; this one is a {type(batch).__name__}."
+            )
+        batch = _renamed(batch)
+        tokens, config = batch["input_ids"], self.config
+        if tokens.size(1) > config.seq_length:
+            raise ValueError(
+                f"BertModule: sequences of {tokens.size(1)} tokens, but BertConfig(seq_length={config.seq_length})."
+                f" Cut the samples, or use seq_length={tokens.size(1)} or more."
+            )
+        _check_range("input_ids", tokens, config.vocab_size, "vocab_size")
+        if "token_type_ids" in batch:
+            _check_range("token_type_ids", batch["token_type_ids"], config.num_token_types, "num_token_types")
+        for key in ("attention_mask", "token_type_ids", "position_ids"):
+            if key in batch and batch[key].shape != tokens.shape:
+                raise ValueError(
+                    f"BertModule: {key!r} is {tuple(batch[key].shape)} and the tokens {tuple(tokens.shape)}; each token"
+                    " has one."
+                )
+        if not self.trainer.predicting:
+            self.task.check(batch)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Note what only the whole global batch says: how much the binary head's part of the loss weighs."""
+        if self.trainer.predicting or self.loss_reduction == "micro_batch":
+            return batch
+        return self.task.weigh(_renamed(batch))
+
+    def sequence_length(self, batch: Batch) -> int:
+        """Tokens per sequence, rounded up as ``get_batch`` pads."""
+        length = int(_renamed(batch)["input_ids"].size(1))
+        return length + self._padding(length)
+
+    def get_batch(self, batch: Batch) -> Batch:
+        """Tokens, types and positions ``[b, s]``, a mask ``[b, 1, 1, s]`` and the task's labels, from either form."""
+        batch = _renamed(batch)
+        tokens = batch["input_ids"].long()
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        padding = self._padding(tokens.size(1))
+        keep = F.pad(batch.get("attention_mask", torch.ones_like(tokens)), (0, padding)) > 0.5
+        keep = keep | ~keep.any(dim=1, keepdim=True)  # a row of padding only looks everywhere, rather than at nothing
+        inputs = {
+            "input_ids": tokens,
+            "token_type_ids": batch.get("token_type_ids", torch.zeros_like(tokens)).long(),
+            "position_ids": batch.get("position_ids", positions).long(),
+        }
+        inputs = {name: F.pad(value, (0, padding)) for name, value in inputs.items()}
+        mask: Any = None if bool(keep.all()) else ~keep[:, None, None, :]
+        return {**inputs, "attention_mask": mask, **self.task.labels(batch, padding)}
+
+    def loss(self, output: Any, batch: Batch) -> Loss:
+        """The sum and weight of the task's losses; ``output`` are the logits."""
+        parts = self.task.parts(output, batch)
+        for name, (total, count) in parts.items():
+            if name != "loss":
+                self._log_part(name, total, count)
+        return self.task.join(parts, batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Hidden states, or on the last stage the logits, unpadded and over the whole vocabulary."""
+        inputs = self.get_batch(batch)
+        output = self.active_model(**inputs)
+        if not self.on_last_stage:
+            return output
+        return self.task.predictions(output, _renamed(batch)["input_ids"].size(1))
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        """Logits where the model is whole on the rank: ``[b, s, vocab]``, ``[b, num_labels]``, ``[b, s, num_labels]``.
+
+        Pre-training gives ``BertPretrainingLogits``.
+
+        Raises:
+            RuntimeError: With pipeline stages; ``trainer.predict`` gives logits under every layout.
+        """
+        if self.build_settings.layout.pp > 1:
+            raise RuntimeError("BertModule.forward needs pp=1: here are pipeline stages. Use trainer.predict.")
+        return self.predict_step(batch, 0)
+
+    def _log_part(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
+        stage, training = self.trainer.state.stage, self.trainer.training
+        self.log(
+            f"{stage.dataloader_prefix if stage else 'train'}_{name}",
+            total.detach() / count.clamp(min=1),
+            on_step=training,
+            on_epoch=not training,
+            batch_size=max(float(count), 1e-6),  # type: ignore[arg-type]
+        )
+
+    def _padding(self, length: int) -> int:
+        """Tokens to add so that sequence parallelism can share the sequence out."""
+        layout = self.build_settings.layout
+        return -length % layout.tp if layout.uses_sequence_parallel else 0
+
+
+def _renamed(batch: Batch) -> Batch:
+    """The batch under transformers' names; labels that Megatron's loss mask leaves out are −100."""
+    found = {_NAMES.get(name, name): value for name, value in batch.items()}
+    if "input_ids" not in found:
+        raise ValueError(
+            f"BertModule needs 'input_ids' [b, s], or Megatron's 'text' [b, s]; this batch has {sorted(batch)}. Rename"
+            " the key in the collate function, or override get_batch."
+        )
+    mask = found.pop("loss_mask", None)
+    if mask is not None and "labels" in found:
+        found["labels"] = found["labels"].masked_fill(mask == 0, IGNORED_LABEL)
+    return found
+
+
+def _check_range(name: str, ids: torch.Tensor, size: int, argument: str) -> None:
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if wrong.numel():
+        raise ValueError(
+            f"BertModule: {int(wrong[0])} in {name!r} is outside of 0 to {size - 1}, as BertConfig({argument}={size})"
+            f" has it. Use the tokenizer's own {argument}."
+        )

@@ -1,0 +1,100 @@
+"""``BertConfig``: the shape of a BERT and what it is trained for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_megatron.checkpoint import plain_class
+from lightning_megatron.layers import NormPlacement
+from lightning_megatron.modules.model_config import ModelConfig
+
+BertTaskName = Literal["masked_lm", "pretraining", "sequence_classification", "token_classification"]
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+
+_TASKS = ("masked_lm", "pretraining", "sequence_classification", "token_classification")
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
+@plain_class
+@dataclass(kw_only=True)
+class BertConfig(ModelConfig):
+    """The shape of a BERT and what it is trained for.
+
+    Args:
+        num_layers: Transformer layers.
+        hidden_size: Width of the hidden states.
+        num_attention_heads: Attention heads.
+        vocab_size: Token ids that occur; the embedding is padded to a multiple of
+            ``make_vocab_size_divisible_by · tp``.
+        seq_length: Longest sequence, in tokens.
+        task: "masked_lm"; "pretraining": masked language modelling and the binary head (next sentence or sentence
+            order); "sequence_classification", regression included; or "token_classification".
+        num_labels: Outputs of a classification head.
+        problem_type: Loss of sequence classification, by transformers' names. None: "regression" for one label, else
+            "single_label_classification" for integer labels and "multi_label_classification" for floating ones.
+        norm_placement: "post": after each residual sum, as in the BERT that was published and in transformers'. "pre":
+            before each block, as in Megatron's and transformers' ``MegatronBert``.
+        num_token_types: Values of ``token_type_ids``.
+        ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
+        kv_channels: Size of a head. None: ``hidden_size / num_attention_heads``.
+        layernorm_epsilon: Added to the variance.
+        activation: Of the feed-forward layer and of the head.
+        hidden_dropout: Dropout after the embedding, attention and feed-forward, and before a classification head.
+        attention_dropout: Dropout of attention weights.
+        init_method_std: Standard deviation of the initial weights.
+        make_vocab_size_divisible_by: See ``vocab_size``.
+        layers: "torch"; Transformer Engine's are not built for BERT.
+        extra: Further fields of megatron-core's ``TransformerConfig``, by its names; they win over what is above.
+
+    Raises:
+        LayoutError: Sizes that fit no layout, such as heads that do not divide ``hidden_size``.
+        ValueError: An unknown choice or key of ``extra``; a number that is out of range.
+    """
+
+    task: BertTaskName = "masked_lm"
+    num_labels: int = 2
+    problem_type: ProblemType | None = None
+    norm_placement: NormPlacement = "post"
+    num_token_types: int = 2
+    layernorm_epsilon: float = 1e-12
+
+    def __post_init__(self) -> None:
+        """Refuse choices that do not exist."""
+        self._one_of("task", self.task, _TASKS)
+        self._one_of("norm_placement", self.norm_placement, ("post", "pre"))
+        if self.problem_type is not None:
+            self._one_of("problem_type", self.problem_type, _PROBLEMS)
+            if self.task != "sequence_classification":
+                raise ValueError(
+                    f"BertConfig(task={self.task!r}, problem_type={self.problem_type!r}): only"
+                    " task='sequence_classification' has problem types."
+                )
+        for name in ("num_labels", "num_token_types"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"BertConfig({name}={getattr(self, name)}): use a whole number from 1.")
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "BertConfig(problem_type='single_label_classification', num_labels=1): one class alone teaches nothing."
+                " Use num_labels=2, or problem_type='regression'."
+            )
+        if self.layers != "torch":
+            raise ValueError(f"BertConfig(layers={self.layers!r}): BERT has layers='torch' only.")
+        if "gated_linear_unit" in self.extra or self.activation in ("swiglu", "geglu"):
+            raise ValueError(
+                f"BertConfig(activation={self.activation!r}): BERT's head uses the activation too, and cannot gate it."
+                " Use 'gelu'."
+            )
+        super().__post_init__()
+
+    def problem(self, labels_are_floating: bool) -> ProblemType:
+        """The loss of sequence classification, by transformers' rule where none was asked for."""
+        if self.problem_type is not None:
+            return self.problem_type
+        if self.num_labels == 1:
+            return "regression"
+        return "multi_label_classification" if labels_are_floating else "single_label_classification"
+
+    def family_arguments(self) -> dict[str, Any]:
+        """LayerNorm, and biases everywhere."""
+        return {"normalization": "LayerNorm", "add_bias_linear": True, "add_qkv_bias": True}

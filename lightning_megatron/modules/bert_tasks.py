@@ -1,0 +1,248 @@
+"""What a BERT can be trained for: the labels of a batch, the loss, and the predictions of each task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from lightning_megatron.groups import average_losses_across_data_parallel_group, gather_vocabulary
+from lightning_megatron.layers.bert_models import (
+    BertForMaskedLM,
+    BertForPretraining,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertPretrainingLogits,
+)
+from lightning_megatron.modules.base import Batch
+from lightning_megatron.modules.bert_config import BertConfig, BertTaskName
+
+IGNORED_LABEL = -100  # transformers' convention; torch's too
+_NO_PAIR = -1  # Megatron's: a row that the binary head does not learn from
+
+# Sum and count, by the name under which the mean is logged; "loss" has its own logging.
+Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class BertTask:
+    """A task: its model, and what its labels mean.
+
+    Args:
+        config: Of the model.
+    """
+
+    model: type[BertModel]
+
+    def __init__(self, config: BertConfig) -> None:
+        self.config = config
+
+    def check(self, batch: Batch) -> None:
+        """Refuse labels that the task cannot learn from; ``batch`` has transformers' keys.
+
+        Raises:
+            ValueError: With the values seen.
+        """
+        raise NotImplementedError
+
+    def weigh(self, batch: Batch) -> Batch:
+        """The batch of this replica with what is known only of the whole global batch."""
+        return batch
+
+    def labels(self, batch: Batch, padding: int) -> Batch:
+        """The labels of a micro-batch, for sequences that got ``padding`` tokens more."""
+        return {"labels": batch["labels"]} if "labels" in batch else {}
+
+    def parts(self, output: Any, batch: Batch) -> Parts:
+        """The losses of a micro-batch."""
+        raise NotImplementedError
+
+    def join(self, parts: Parts, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum that is differentiated, and its weight."""
+        ((total, count),) = parts.values()
+        return total, count
+
+    def predictions(self, output: Any, length: int) -> Any:
+        """Logits without what was padded."""
+        return output
+
+    def _require(self, batch: Batch, key: str, why: str) -> torch.Tensor:
+        if key not in batch:
+            raise ValueError(
+                f"BertModule with task={self.config.task!r} needs {key!r} ({why}); this batch has {sorted(batch)}."
+                " Add it in the collate function, or choose another BertConfig(task=)."
+            )
+        return batch[key]
+
+    def _refuse(self, wrong: torch.Tensor, key: str, limit: int, size: str) -> None:
+        if wrong.numel():
+            raise ValueError(
+                f"BertModule: {int(wrong.flatten()[0])} in {key!r} is outside of 0 to {limit - 1}, as"
+                f" {size}={limit} has it. Correct the labels or the number; {IGNORED_LABEL} takes no part in the loss."
+            )
+
+
+class TokenLabels(BertTask):
+    """Labels ``[b, s]``, one to a token, −100 where there is none."""
+
+    def labels(self, batch: Batch, padding: int) -> Batch:
+        """Those of the tokens that were added are ignored."""
+        if "labels" not in batch:
+            return {}
+        return {"labels": F.pad(batch["labels"].long(), (0, padding), value=IGNORED_LABEL)}
+
+    def _check_labels(self, batch: Batch, classes: int, size: str) -> None:
+        labels = self._require(batch, "labels", f"[b, s], {IGNORED_LABEL} where a token has none")
+        if labels.shape != batch["input_ids"].shape:
+            raise ValueError(
+                f"BertModule: 'labels' are {tuple(labels.shape)} and the tokens {tuple(batch['input_ids'].shape)}; with"
+                f" task={self.config.task!r} each token has one label."
+            )
+        counted = labels[labels != IGNORED_LABEL]
+        self._refuse(counted[(counted < 0) | (counted >= classes)], "labels", classes, size)
+
+
+class MaskedLM(TokenLabels):
+    """Predict the tokens that were masked."""
+
+    model = BertForMaskedLM
+
+    def check(self, batch: Batch) -> None:
+        """Labels are token ids."""
+        self._check_labels(batch, self.config.vocab_size, "BertConfig.vocab_size")
+
+    def parts(self, output: Any, batch: Batch) -> Parts:
+        """Cross-entropy of the tokens that have a label."""
+        return {"mlm_loss": _cross_entropy_over_shards(output, batch["labels"])}
+
+    def predictions(self, output: Any, length: int) -> Any:
+        """``[b, s, vocab]`` over the whole vocabulary."""
+        return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
+
+
+class Pretraining(MaskedLM):
+    """Masked tokens, and whether the second sentence is the wrong one."""
+
+    model = BertForPretraining
+
+    def check(self, batch: Batch) -> None:
+        """Also a class for each pair."""
+        super().check(batch)
+        pairs = self._require(batch, "next_sentence_label", "[b], or Megatron's 'is_random'; 1: random or swapped")
+        counted = pairs[(pairs != IGNORED_LABEL) & (pairs != _NO_PAIR)]
+        self._refuse(counted[(counted < 0) | (counted > 1)], "next_sentence_label", 2, "the classes of the binary head")
+
+    def weigh(self, batch: Batch) -> Batch:
+        """Add what one pair weighs in tokens, so that the loss of the global batch is the sum of the two means."""
+        counts = [(self._tokens(batch) != IGNORED_LABEL).sum(), (self._pairs(batch) >= 0).sum()]
+        tokens, pairs = average_losses_across_data_parallel_group(counts)
+        rows = batch["input_ids"].size(0)
+        return {**batch, "pair_weight": (tokens / pairs.clamp(min=1e-6)).expand(rows)}
+
+    def labels(self, batch: Batch, padding: int) -> Batch:
+        """Those of both heads."""
+        found = super().labels(batch, padding)
+        return {**found, **{key: batch[key] for key in ("next_sentence_label", "pair_weight") if key in batch}}
+
+    def parts(self, output: BertPretrainingLogits, batch: Batch) -> Parts:
+        """Cross-entropy of both heads."""
+        pairs = self._pairs(batch)
+        logits = output.seq_relationship_logits.float()
+        sentence_order = F.cross_entropy(logits, pairs, ignore_index=_NO_PAIR, reduction="sum")
+        return {**super().parts(output.prediction_logits, batch), "sop_loss": (sentence_order, (pairs >= 0).sum())}
+
+    def join(self, parts: Parts, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens count one each; pairs as much as ``weigh`` found, or in a mean of micro-batches as all its tokens."""
+        (mlm, tokens), (sop, pairs) = parts["mlm_loss"], parts["sop_loss"]
+        each = batch["pair_weight"][0] if "pair_weight" in batch else tokens / pairs.clamp(min=1)
+        return mlm + sop * each, tokens
+
+    def predictions(self, output: BertPretrainingLogits, length: int) -> Any:
+        """Logits of both heads, ``BertPretrainingLogits``."""
+        return output._replace(prediction_logits=super().predictions(output.prediction_logits, length))
+
+    def _tokens(self, batch: Batch) -> torch.Tensor:
+        return batch["labels"]
+
+    def _pairs(self, batch: Batch) -> torch.Tensor:
+        pairs = batch["next_sentence_label"].view(-1).long()
+        return pairs.masked_fill(pairs == IGNORED_LABEL, _NO_PAIR)
+
+
+class TokenClassification(TokenLabels):
+    """A class for each token."""
+
+    model = BertForTokenClassification
+
+    def check(self, batch: Batch) -> None:
+        """Labels are classes."""
+        self._check_labels(batch, self.config.num_labels, "BertConfig.num_labels")
+
+    def parts(self, output: torch.Tensor, batch: Batch) -> Parts:
+        """Cross-entropy of the tokens that have a label."""
+        return {"loss": _cross_entropy(output.flatten(0, 1), batch["labels"].flatten())}
+
+    def predictions(self, output: torch.Tensor, length: int) -> Any:
+        """``[b, s, num_labels]``."""
+        return output[:, :length]
+
+
+class SequenceClassification(BertTask):
+    """A class, several classes or numbers for each sequence."""
+
+    model = BertForSequenceClassification
+
+    def check(self, batch: Batch) -> None:
+        """Labels fit the problem: ``[b]`` of classes, ``[b, num_labels]`` of zeros and ones, or numbers."""
+        labels = self._require(batch, "labels", "[b], or [b, num_labels]")
+        problem, classes, rows = self._problem(labels), self.config.num_labels, batch["input_ids"].size(0)
+        if problem == "single_label_classification":
+            if labels.is_floating_point() or labels.numel() != rows:
+                raise ValueError(self._misfit(problem, labels, "integers [b]"))
+            counted = labels[labels != IGNORED_LABEL]
+            self._refuse(counted[(counted < 0) | (counted >= classes)], "labels", classes, "BertConfig.num_labels")
+        elif labels.numel() != rows * classes:
+            raise ValueError(self._misfit(problem, labels, f"[b, {classes}]"))
+        elif problem == "multi_label_classification" and bool(((labels < 0) | (labels > 1)).any()):
+            raise ValueError("BertModule: labels of a multi-label classification are zeros and ones.")
+
+    def parts(self, output: torch.Tensor, batch: Batch) -> Parts:
+        """Cross-entropy, binary cross-entropy or squared error; each number counts once, as in transformers."""
+        logits, labels = output.float(), batch["labels"]
+        problem = self._problem(labels)
+        if problem == "single_label_classification":
+            return {"loss": _cross_entropy(logits, labels.view(-1).long())}
+        targets = labels.float().view_as(logits)
+        loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+        return {"loss": (loss(logits, targets, reduction="sum"), torch.tensor(logits.numel(), device=logits.device))}
+
+    def _problem(self, labels: torch.Tensor) -> str:
+        return self.config.problem(labels.is_floating_point())
+
+    def _misfit(self, problem: str, labels: torch.Tensor, wanted: str) -> str:
+        return (
+            f"BertModule: labels {tuple(labels.shape)} of {labels.dtype} do not fit {problem} with"
+            f" num_labels={self.config.num_labels}, which takes {wanted}. Set BertConfig(problem_type=, num_labels=)."
+        )
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    return total, (labels != IGNORED_LABEL).sum()
+
+
+def _cross_entropy_over_shards(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``_cross_entropy``, of ``[b, s, vocab/tp]``; a copy of the counted rows, as megatron-core writes over them."""
+    counted = labels != IGNORED_LABEL
+    losses = vocab_parallel_cross_entropy(logits[counted], labels[counted])  # [n]
+    return losses.float().sum(), counted.sum()
+
+
+TASKS: dict[BertTaskName, type[BertTask]] = {
+    "masked_lm": MaskedLM,
+    "pretraining": Pretraining,
+    "sequence_classification": SequenceClassification,
+    "token_classification": TokenClassification,
+}

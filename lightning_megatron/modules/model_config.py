@@ -1,0 +1,144 @@
+"""``ModelConfig``: what every family's configuration has, and its translation to megatron-core's configuration."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.transformer import TransformerConfig
+
+from lightning_megatron.layers import LayerKind
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.modules.settings import BuildSettings
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu"]
+
+# function, and whether the first projection is doubled and gates the other half
+_ACTIVATIONS: dict[str, tuple[Any, bool]] = {
+    "gelu": (F.gelu, False),
+    "gelu_tanh": (partial(F.gelu, approximate="tanh"), False),
+    "relu": (F.relu, False),
+    "squared_relu": (squared_relu, False),
+    "silu": (F.silu, False),
+    "swiglu": (F.silu, True),
+    "geglu": (F.gelu, True),
+}
+# Kernels that compile or need CUDA extensions; plain PyTorch runs everywhere and `extra` turns them on.
+_PLAIN_KERNELS = dict.fromkeys(
+    ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "persist_layer_norm",
+     "gradient_accumulation_fusion", "apply_rope_fusion"),
+    False,
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The shape of a transformer, whatever its family.
+
+    Args:
+        num_layers: Transformer layers.
+        hidden_size: Width of the hidden states.
+        num_attention_heads: Query heads.
+        vocab_size: Token ids that occur; the embedding is padded to a multiple of
+            ``make_vocab_size_divisible_by · tp``.
+        seq_length: Longest sequence, in tokens.
+        ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
+        kv_channels: Size of a head. None: ``hidden_size / num_attention_heads``.
+        layernorm_epsilon: Added to the variance.
+        activation: Of the feed-forward layer; "swiglu" and "geglu" are gated.
+        hidden_dropout: Dropout after the embedding, attention and feed-forward.
+        attention_dropout: Dropout of attention weights.
+        init_method_std: Standard deviation of the initial weights.
+        make_vocab_size_divisible_by: See ``vocab_size``.
+        layers: "torch", or "transformer_engine" where it is installed.
+        extra: Further fields of megatron-core's ``TransformerConfig``, by its names; they win over what is above.
+
+    Raises:
+        LayoutError: Sizes that fit no layout, such as heads that do not divide ``hidden_size``.
+        ValueError: An unknown activation, kind of layers, or key of ``extra``; a probability that is none.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    seq_length: int
+    ffn_hidden_size: int | None = None
+    kv_channels: int | None = None
+    layernorm_epsilon: float = 1e-5
+    activation: Activation = "gelu"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_method_std: float = 0.02
+    make_vocab_size_divisible_by: int = 128
+    layers: LayerKind = "torch"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse choices that do not exist."""
+        self._one_of("activation", self.activation, _ACTIVATIONS)
+        self._one_of("layers", self.layers, ("torch", "transformer_engine"))
+        known = [f.name for f in fields(TransformerConfig) if f.init]
+        for key in self.extra:
+            self._one_of("extra key", key, known)
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{type(self).__name__}({name}={getattr(self, name)}): use a probability, from 0 to below 1."
+                )
+        self.check(ParallelLayout(world_size=1))
+
+    def check(self, layout: ParallelLayout) -> None:
+        """Refuse sizes that the run's layout cannot divide, before a process group exists.
+
+        Raises:
+            LayoutError: One line per broken rule, with the nearest values that work.
+        """
+        layout.check_model(**self.sizes(), uneven_stages=any("pipeline" in key for key in self.extra))
+
+    def sizes(self) -> dict[str, Any]:
+        """What a layout has to divide, as ``ParallelLayout.check_model`` names it."""
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.ffn_hidden_size or 4 * self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_query_groups": self.num_attention_heads,
+            "vocab_size": self.vocab_size,
+        }
+
+    def transformer_config(self, settings: BuildSettings) -> TransformerConfig:
+        """megatron-core's configuration of this model in that run."""
+        function, gated = _ACTIVATIONS[self.activation]
+        arguments: dict[str, Any] = {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "kv_channels": self.kv_channels,
+            "layernorm_epsilon": self.layernorm_epsilon,
+            "activation_func": function,
+            "gated_linear_unit": gated,
+            "hidden_dropout": self.hidden_dropout,
+            "attention_dropout": self.attention_dropout,
+            "init_method_std": self.init_method_std,
+            **self.family_arguments(),
+            **_PLAIN_KERNELS,
+            **settings.transformer_config_arguments(),
+        }
+        return TransformerConfig(**{**arguments, **self.extra})
+
+    def family_arguments(self) -> dict[str, Any]:
+        """Further arguments of megatron-core's ``TransformerConfig`` that the family sets."""
+        return {}
+
+    def _one_of(self, name: str, value: str, known: Any) -> None:
+        if value in known:
+            return
+        near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.0)
+        choices = f" Choose from: {', '.join(sorted(known))}." if len(known) < 20 else ""
+        raise ValueError(f"{type(self).__name__}: unknown {name} {value!r}. Did you mean {near[0]!r}?{choices}")

@@ -1,0 +1,67 @@
+"""Every layout trains a BERT as transformers' does in one process.
+
+Tolerances as in ``test_truth``: fp32 sums are taken in another order by each layout. Dropout is 0.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from tests import parallel_bert, plain_bert
+from tests.parallel_gpt import Layout
+from tests.ranks import run_ranks
+
+ROWS, STEPS = 12, 10
+
+
+def layouts() -> list[Layout]:
+    found = []
+    for tp, pp, dp, vp, sp in itertools.product((1, 2), (1, 2, 4), (1, 2), (None, 2), (False, True)):
+        layout = Layout(tp=tp, pp=pp, dp=dp, vp=vp, sp=sp)
+        if layout.world_size <= 4 and not (vp and pp == 1) and not (sp and tp == 1):
+            found.append(layout)
+    return found
+
+
+def assert_same_training(name: str, layout: Layout, **strategy) -> None:
+    expected = plain_bert.train(name, ROWS, STEPS)
+    assert expected["losses"][0] != pytest.approx(expected["losses"][-1], rel=1e-2), "the truth does not train"
+    ranks = run_ranks(
+        layout.world_size, functools.partial(parallel_bert.train, **strategy), name, layout, ROWS, STEPS,
+        expected["weights"],
+    )  # fmt: skip
+    for seen in ranks:
+        for ours, theirs in zip(seen["logits"], expected["logits"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert [step["train_loss"] for step in seen["steps"]] == pytest.approx(expected["losses"], rel=1e-5)
+        assert seen["distance"] < 1e-4
+        for step in seen["steps"] if name in ("pretraining", "pre_norm") else ():
+            assert step["train_loss"] == pytest.approx(step["train_mlm_loss"] + step["train_sop_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", layouts(), ids=str)
+@pytest.mark.parametrize("name", ["pretraining", "classes"])
+def test_matches_transformers(name, layout):
+    assert_same_training(name, layout)
+
+
+FEW = [Layout(), Layout(tp=2, dp=2, sp=True), Layout(pp=2, vp=2)]
+
+
+@pytest.mark.parametrize("layout", FEW, ids=str)
+@pytest.mark.parametrize("name", ["pre_norm", "pre_norm_classes"])
+def test_norms_before_the_blocks_as_in_megatron_bert(name, layout):
+    assert_same_training(name, layout)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(pp=2, dp=2)], ids=str)
+@pytest.mark.parametrize("name", ["masked_lm", "several_labels", "one_number", "numbers", "tokens"])
+def test_every_task(name, layout):
+    assert_same_training(name, layout)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_and_micro_batches_change_nothing(recompute):
+    assert_same_training("pretraining", Layout(tp=2, sp=True), recompute=recompute, micro_batch_size=3)
