@@ -88,6 +88,16 @@ def check_callbacks(trainer: pl.Trainer) -> None:
             )
 
 
+def check_links(trainer: pl.Trainer) -> None:
+    """Refuse a link to a checkpoint that is still being written: a run killed then would have no ``last``."""
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "save_last", None) == "link":
+            raise MisconfigurationException(
+                "MegatronStrategy(async_save=True) with ModelCheckpoint(save_last='link'): the link would be made while"
+                " the checkpoint is still being written. Use save_last=True, or async_save=False."
+            )
+
+
 def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
     """Refuse several optimizers, and manual optimization: a schedule runs forward and backward in one go."""
     if len(optimizers) != 1 or not module.automatic_optimization:

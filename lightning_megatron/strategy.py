@@ -224,6 +224,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def setup_environment(self) -> None:
         refusals.check_callbacks(self.lightning_module.trainer)  # type: ignore[union-attr]
+        if self.checkpointer.asynchronous:
+            refusals.check_links(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
         groups.end_alone()
         reset_seed()

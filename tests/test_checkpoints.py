@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import threading
 import warnings
 from pathlib import Path
 
@@ -380,6 +381,37 @@ def test_top_k_and_last(tmp_path, asynchronous, save_last):
     assert step == 6
     assert steps[0] == 5
     assert UNFINISHED not in names
+
+
+def _kept_until_whole(folder):
+    """The second save is held up, while the first is due to be removed."""
+    folder, go, write, seen = Path(folder), threading.Event(), weights.write, []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 1:
+                trainer.strategy.checkpointer.wait()
+                weights.write = lambda *a: (go.wait(20), write(*a))[1]
+            elif trainer.global_step == 2:
+                seen.append(sorted(path.name for path in folder.glob("*.ckpt")))
+                go.set()
+
+    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="{step}")
+    fit(steps=3, callbacks=[Look(), keep], strategy={"async_save": True})
+    return seen, sorted(path.name for path in folder.glob("*.ckpt"))
+
+
+def test_the_last_good_one_stays_until_the_new_one_is_whole(tmp_path):
+    assert run_ranks(1, _kept_until_whole, str(tmp_path)) == [([["step=1.ckpt"]], ["step=3.ckpt"])]
+
+
+def _linked(folder):
+    fit(steps=1, callbacks=[ModelCheckpoint(folder, save_last="link")], strategy={"async_save": True})
+
+
+def test_a_link_to_what_is_still_being_written_is_refused(tmp_path):
+    with pytest.raises(RankError, match="save_last='link'.*Use save_last=True"):
+        run_ranks(1, _linked, str(tmp_path))
 
 
 def _versions(folder):

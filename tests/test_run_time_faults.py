@@ -134,6 +134,7 @@ def _hang(how):
     return "\n".join(getattr(error.value, "__notes__", []))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "told"),
     [
