@@ -21,6 +21,16 @@ class RankError(AssertionError):
 
 def run_ranks(world_size: int, function: Any, *args: Any, timeout: float = 120) -> list[Any]:
     """Call the module-level ``function(*args)`` on each rank under a torchrun-like environment; all their results."""
+    results = _launch(world_size, function, args, timeout)
+    if any("EADDRINUSE" in result.get("error", "") for result in results):  # somebody took the port meanwhile
+        results = _launch(world_size, function, args, timeout)
+    errors = [result["error"] for result in results if "error" in result]
+    if errors:
+        raise RankError("\n".join(errors))
+    return [result["value"] for result in results]
+
+
+def _launch(world_size: int, function: Any, args: Any, timeout: float) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         processes = [
@@ -32,15 +42,11 @@ def run_ranks(world_size: int, function: Any, *args: Any, timeout: float = 120) 
         try:
             for process in processes:
                 process.join(timeout)
-            results = [_result(Path(folder) / str(rank), process) for rank, process in enumerate(processes)]
+            return [_result(Path(folder) / str(rank), process) for rank, process in enumerate(processes)]
         finally:
             for process in processes:
                 process.kill()
                 process.join()
-    errors = [result["error"] for result in results if "error" in result]
-    if errors:
-        raise RankError("\n".join(errors))
-    return [result["value"] for result in results]
 
 
 def _rank(rank: int, world_size: int, port: int, folder: str, function: Any, args: Any) -> None:
