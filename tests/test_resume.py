@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -91,10 +91,12 @@ def loader(kind: str, layout: Layout, replica: int, workers: int):
     return make(samples, batch_size, replica, layout.dp)
 
 
-def _train(layout, kind, workers, precision, accumulate, steps, load=None, save=None, every=None, seed=11, epochs=-1):
+def _train(
+    layout, kind, workers, precision, accumulate, steps, load=None, save=None, every=None, seed=11, epochs=-1, extra=()
+):
     seed_everything(seed, verbose=False)
     watch = Watch()
-    callbacks = [watch]
+    callbacks = [watch, *extra]
     if every is not None:
         callbacks.append(ModelCheckpoint(every, every_n_train_steps=1, save_top_k=-1, filename="{step}"))
     run = trainer(
@@ -194,28 +196,31 @@ def test_from_any_step_that_a_callback_saved(tmp_path, layout, accumulate):
     run_ranks(2, _from_any_step, layout, accumulate, str(tmp_path))
 
 
-class Inside(ModelCheckpoint):
+class Inside(Callback):
     """Saves in the middle of an accumulation window: after its second batch of three."""
+
+    def __init__(self, path):
+        self.path = path
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx == 4:
-            trainer.save_checkpoint(f"{self.dirpath}/inside.ckpt")
+            trainer.save_checkpoint(self.path)
 
 
-def _mid_window(folder, monkeyed):
-    layout = Layout(dp=2)
-    whole = _train(layout, "shuffled", 0, "32-true", 3, 6)
-    monkey = ModelCheckpoint.on_train_batch_end
-    ModelCheckpoint.on_train_batch_end = Inside.on_train_batch_end
-    try:
-        _train(layout, "shuffled", 0, "32-true", 3, 3, every=folder)
-    finally:
-        ModelCheckpoint.on_train_batch_end = monkey
-    assert_same(_train(layout, "shuffled", 0, "32-true", 3, 6, load=f"{folder}/inside.ckpt", seed=99), whole)
+def _mid_window(kind, path):
+    run = functools.partial(_train, Layout(dp=2), kind, 0, "32-true", 3)
+    whole = run(6)
+    run(3, extra=[Inside(path)])
+    assert_same(run(6, load=path, seed=99), whole)
 
 
 def test_from_the_middle_of_an_accumulation_window(tmp_path):
-    run_ranks(2, _mid_window, str(tmp_path), True)
+    run_ranks(2, _mid_window, "shuffled", f"{tmp_path}/inside.ckpt")
+
+
+def test_a_loader_that_cannot_go_back_is_not_saved_inside_a_window(tmp_path):
+    with pytest.raises(RankError, match="2 batches into an accumulation window.*cannot go back"):
+        run_ranks(2, _mid_window, "sized", f"{tmp_path}/inside.ckpt", timeout=60)
 
 
 class Seeing(GPTModule):

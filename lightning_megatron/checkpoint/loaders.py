@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_megatron.checkpoint import progress, rng
+from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.progress import Position
 
 Record = dict[str, Any]
@@ -26,10 +27,12 @@ class Resumption:
         self.loaders: list[_Batches] = []
         self._saved: Record | None = None
         self._mid_window: rng.States | None = None
+        self._keeps_its_place = False
 
     def watch(self, loader: Any) -> Any:
         """Have a training loader take part; one that has ``state_dict`` keeps its own place."""
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+            self._keeps_its_place = True
             return loader if sized_len(loader) is not None else _OneAhead(loader)
         if not isinstance(loader, DataLoader):
             return loader
@@ -53,7 +56,17 @@ class Resumption:
             self._mid_window = rng.snapshot()
 
     def record(self, where: Position, data_parallel_size: int) -> Record:
-        """What a checkpoint keeps of this rank's loaders and random states."""
+        """What a checkpoint keeps of this rank's loaders and random states.
+
+        Raises:
+            CheckpointError: The window's batches would have to be read again, by a loader that cannot go back.
+        """
+        if where.redo and self._keeps_its_place:
+            raise CheckpointError(
+                f"A checkpoint {where.redo} batches into an accumulation window has to read them again, and this loader,"
+                " which has a state_dict of its own, cannot go back. Save between windows: every_n_train_steps counts"
+                " them, and time and exceptions do not."
+            )
         return {
             "epoch": where.epoch,
             "batches": where.batches,
