@@ -92,8 +92,9 @@ def loader(kind: str, layout: Layout, replica: int, workers: int):
 
 
 def _train(
-    layout, kind, workers, precision, accumulate, steps, load=None, save=None, every=None, seed=11, epochs=-1, extra=()
-):
+    layout, kind, workers, precision, accumulate, steps,
+    load=None, save=None, every=None, seed=11, epochs=-1, extra=(),
+):  # fmt: skip
     seed_everything(seed, verbose=False)
     watch = Watch()
     callbacks = [watch, *extra]
