@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -21,9 +22,11 @@ REDUCED = "reduced"
 T = TypeVar("T")
 
 _built: ParallelLayout | None = None
+_host: dist.ProcessGroup | None = None
+_alone = False
 
 
-def build(layout: ParallelLayout) -> None:
+def build(layout: ParallelLayout, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Make the process groups of ``layout``, or keep them where they stand already.
 
     Groups of other sizes are replaced. Models built on the old groups hold on to them, so an earlier strategy in this
@@ -38,9 +41,39 @@ def build(layout: ParallelLayout) -> None:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vp,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
     )
     _built = layout
+
+
+def build_alone() -> ParallelLayout:
+    """Make the groups of this process alone, where there are none, for a model outside of any run.
+
+    Raises:
+        RuntimeError: This process is a rank of a larger run.
+    """
+    global _alone
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        _alone = True
+    if dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"A whole model is built on one process, and this is one of {dist.get_world_size()} ranks. Inside a run,"
+            " give the checkpoint to the Trainer (ckpt_path=)."
+        )
+    layout = ParallelLayout(world_size=1)
+    build(layout)
+    return layout
+
+
+def end_alone() -> None:
+    """Make room for a run's groups; models that were built alone cannot be called any more."""
+    global _alone, _built, _host
+    if _alone:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        _alone, _built, _host = False, None, None
 
 
 def coordinates() -> RankCoordinates:
@@ -69,6 +102,17 @@ def seed(base: int) -> None:
 def data_parallel() -> dist.ProcessGroup:
     """The group of the ranks that hold the same weights and read other data."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def on_host() -> dist.ProcessGroup:
+    """A group of all ranks over Gloo, for what a checkpoint says on the host, in a thread of its own or not.
+
+    Made at the first call, by all ranks.
+    """
+    global _host
+    if _host is None:
+        _host = dist.new_group(backend="gloo")
+    return _host
 
 
 def model_parallel() -> dist.ProcessGroup:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from megatron.core.optimizer import distrib_optimizer
@@ -16,9 +18,24 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_megatron.engine import Engine
+from lightning_megatron.engine import Engine, NonFiniteLossError
 
 _SHARDABLE = (AdamW, Adam, SGD)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank updates of a parameter.
+
+    Args:
+        parameter: The model's.
+        main: What the torch optimizer steps: the parameter itself, its fp32 copy, or a flat part of either.
+        start: Of a part, its first element within the parameter; None for the whole.
+    """
+
+    parameter: torch.nn.Parameter
+    main: torch.Tensor
+    start: int | None
 
 
 class ShardedOptimizer(Optimizer):
@@ -43,6 +60,7 @@ class ShardedOptimizer(Optimizer):
         self.grad_norm: float | None = None
         self.skipped_steps = 0
         self.last_step_was_skipped = False
+        self.on_nonfinite: Literal["raise", "skip"] | None = None  # set by the strategy; None goes on regardless
         self._optimizer_step_pre_hooks: Any = OrderedDict()
         self._optimizer_step_post_hooks: Any = OrderedDict()
 
@@ -75,10 +93,21 @@ class ShardedOptimizer(Optimizer):
         if self.last_step_was_skipped:
             self.skipped_steps += 1
             return result
+        self.grad_norm = None
         if self.clip_norm > 0:
             self.grad_norm = self.inner.clip_grad_norm(self.clip_norm)
-        elif self.watch_norm:
+        elif self.watch_norm or self.on_nonfinite == "skip":
             self.grad_norm = self.inner.get_grad_norm()
+        if self.grad_norm is not None and not math.isfinite(self.grad_norm):  # the norm is of all ranks: all are here
+            if self.on_nonfinite == "raise":
+                raise NonFiniteLossError(
+                    f"The gradients' norm is {self.grad_norm}; the weights are as the last step left them. Lower the"
+                    " learning rate, look at the batch, or leave such steps out: MegatronStrategy(on_nonfinite='skip')."
+                )
+            if self.on_nonfinite == "skip":
+                self.last_step_was_skipped = True
+                self.skipped_steps += 1
+                return result
         self.inner.step_with_ready_grads()
         return result
 
@@ -88,22 +117,42 @@ class ShardedOptimizer(Optimizer):
         self.inner.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state, main weights included."""
-        state: dict[str, Any] = {"torch": self.inner.optimizer.state_dict(), "skipped_steps": self.skipped_steps}
-        state["main_weights"] = [[p.detach() for p in group["params"]] for group in self.param_groups]
+        """The groups' hyper-parameters and the loss scale; the tensors' way into a checkpoint is ``held``."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        state: dict[str, Any] = {"name": type(self).__name__, "groups": groups, "skipped_steps": self.skipped_steps}
         if getattr(self.inner, "grad_scaler", None) is not None:
             state["grad_scaler"] = self.inner.grad_scaler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` gave on a rank at the same place of the same layout."""
-        self.inner.optimizer.load_state_dict(state_dict["torch"])
+        """Take back what ``state_dict`` gave, under any layout and precision.
+
+        Raises:
+            ValueError: It is the state of another kind of optimizer, or has other groups.
+        """
+        if state_dict["name"] != type(self).__name__ or len(state_dict["groups"]) != len(self.param_groups):
+            raise ValueError(
+                f"The checkpoint has the state of {state_dict['name']} with {len(state_dict['groups'])} groups, and"
+                f" this run's optimizer is {type(self).__name__} with {len(self.param_groups)}. Use the same one, or"
+                " start from the weights alone (GPTModule.load_from_checkpoint, then fit without ckpt_path)."
+            )
+        for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
+            group.update(saved)
         self.skipped_steps = state_dict["skipped_steps"]
-        for group, saved in zip(self.param_groups, state_dict["main_weights"], strict=True):
-            for parameter, value in zip(group["params"], saved, strict=True):
-                parameter.data.copy_(value)
-        if "grad_scaler" in state_dict:
+        if "grad_scaler" in state_dict and getattr(self.inner, "grad_scaler", None) is not None:
             self.inner.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+    def held(self) -> Iterator[Held]:
+        """Every parameter, or part of one, that this rank updates."""
+        if isinstance(self.inner, DistributedOptimizer):
+            for parameter, (group, number) in self.inner.model_param_group_index_map.items():
+                part = self.inner._get_model_param_range_map(parameter)["param"]
+                yield Held(parameter, self.param_groups[group]["params"][number], int(part.start))
+        else:
+            for chunk in self.engine.chunks:
+                for parameter in chunk.parameters():
+                    if parameter.requires_grad:
+                        yield Held(parameter, getattr(parameter, "main_param", parameter), None)
 
 
 def shard(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -23,13 +25,20 @@ class DataError(RuntimeError):
     """Ranks that have to agree on their data do not."""
 
 
-def share_seed() -> None:
-    """Where the user has seeded nothing, seed torch alike on the ranks of a replica, so that they shuffle alike."""
+def share_random_state() -> None:
+    """Give the ranks of a replica the random state of its first one, so that they shuffle and augment alike.
+
+    The model's own random numbers are kept apart: see ``backend.model_rng`` and megatron-core's tracker.
+    """
     group = groups.model_parallel()
-    seeds: list[int] = [0] * group.size()
-    dist.all_gather_object(seeds, torch.initial_seed(), group=group)
-    if len(set(seeds)) > 1:
-        torch.manual_seed(seeds[0])
+    if group.size() == 1:
+        return
+    box: list[Any] = [(random.getstate(), np.random.get_state(), torch.get_rng_state())]
+    dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group)
+    python, numpy, of_torch = box[0]
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(of_torch)
 
 
 def check_same_batch(batch: Any) -> None:

@@ -43,7 +43,9 @@ def check_arguments(
         )
 
 
-def check_settings(ddp: object, initial_loss_scale: float, process_group_backend: str | None) -> None:
+def check_settings(
+    ddp: object, initial_loss_scale: float, process_group_backend: str | None, on_nonfinite: str
+) -> None:
     """Refuse settings that would fail only once processes run.
 
     Raises:
@@ -57,6 +59,8 @@ def check_settings(ddp: object, initial_loss_scale: float, process_group_backend
         raise MisconfigurationException(
             f"MegatronStrategy(initial_loss_scale={initial_loss_scale}): use a positive number, such as 65536."
         )
+    if on_nonfinite not in ("raise", "skip"):
+        raise MisconfigurationException(f"MegatronStrategy(on_nonfinite={on_nonfinite!r}): use 'raise' or 'skip'.")
     if process_group_backend not in (None, "gloo", "nccl"):
         raise MisconfigurationException(
             f"MegatronStrategy(process_group_backend={process_group_backend!r}): use 'gloo', 'nccl', or None, which"

@@ -10,7 +10,15 @@ from lightning_megatron.engine import NonFiniteLossError, Outcome
 from lightning_megatron.optimizer import ShardedOptimizer
 
 
-def log_step(module: pl.LightningModule, optimizer: ShardedOptimizer, *, grad_norm: bool, loss_scale: bool) -> None:
+def log_step(
+    module: pl.LightningModule,
+    optimizer: ShardedOptimizer,
+    *,
+    grad_norm: bool,
+    loss_scale: bool,
+    skipped: bool,
+    position: bool,
+) -> None:
     """Log what is known of a step only after it, beside what ``training_step`` logged.
 
     Args:
@@ -18,12 +26,19 @@ def log_step(module: pl.LightningModule, optimizer: ShardedOptimizer, *, grad_no
         optimizer: That has stepped.
         grad_norm: Whether to log the global norm before clipping.
         loss_scale: Whether to log fp16's loss scale and skipped steps.
+        skipped: Whether to log the number of skipped steps under any precision.
+        position: Whether to log where in the data the step's last batch was.
     """
     values: dict[str, float] = {}
     if grad_norm and optimizer.grad_norm is not None:
         values["grad_norm"] = optimizer.grad_norm
     if loss_scale:
         values.update(loss_scale=optimizer.loss_scale, skipped_steps=float(optimizer.skipped_steps))
+    if skipped:
+        values["skipped_steps"] = float(optimizer.skipped_steps)
+    if position:
+        loop = module.trainer.fit_loop
+        values.update(data_epoch=float(module.trainer.current_epoch), data_batch=float(loop.epoch_loop.batch_idx))
     if not values:
         return
     hook, module._current_fx_name = module._current_fx_name, "training_step"  # private (Lightning 2.6)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -30,20 +29,22 @@ from typing_extensions import override
 
 from lightning_megatron import (
     backend,
-    checkpoint,
     evaluation_samples,
     first_error,
     groups,
     launching,
+    liveness,
     loops,
     metrics,
     model_summary,
     peers,
     plugins,
     predictions,
+    preemption,
     refusals,
     report,
 )
+from lightning_megatron.checkpoint import Checkpointer, Run, local_path
 from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.microbatch import Cut, count_rows, cut
@@ -83,6 +84,15 @@ class MegatronStrategy(Placement, ParallelStrategy):
         log_grad_norm: Log ``grad_norm``, the global norm before clipping, at each step.
         initial_loss_scale: First loss scale of ``precision="16-mixed"``.
         check_loss: Stop when the loss is NaN or infinite.
+        on_nonfinite: When a loss or gradient is NaN or infinite: "raise", or "skip" the step and go on with the next;
+            skipped steps are counted and logged as ``skipped_steps``.
+        skip_batches: After a resume, batches of data to leave out: those of a spike that the run was rewound before.
+        log_data_position: Log ``data_epoch`` and ``data_batch``, where in the data each step was, for ``skip_batches``.
+        async_save: Write checkpoints beside training, which waits only while they are copied to host memory.
+        verify_checkpoint: Check every file's checksum before a checkpoint is loaded.
+        trust_checkpoint: Unpickle the objects in a checkpoint, which can run any code; without it a checkpoint that
+            needs it is refused. Weights, optimizer, loops and random states are plain data and need no trust.
+        on_save_error: When a checkpoint cannot be written (a full disk): "raise", or "warn" and train on.
         process_group_backend: "gloo" or "nccl"; follows from the device.
         timeout: Of collectives: how long ranks wait for one that is gone without a word.
         launch: How the ranks start where nothing else (torchrun, SLURM) starts them: "subprocess" runs the script once
@@ -110,6 +120,13 @@ class MegatronStrategy(Placement, ParallelStrategy):
         log_grad_norm: bool = False,
         initial_loss_scale: float = 65536.0,
         check_loss: bool = True,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        skip_batches: int = 0,
+        log_data_position: bool = False,
+        async_save: bool = False,
+        verify_checkpoint: bool = True,
+        trust_checkpoint: bool = False,
+        on_save_error: Literal["raise", "warn"] = "raise",
         process_group_backend: str | None = None,
         timeout: timedelta = _DEFAULT_TIMEOUT,
         launch: launching.Launch | None = None,
@@ -125,6 +142,10 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.log_grad_norm = log_grad_norm
         self.initial_loss_scale = initial_loss_scale
         self.check_loss = check_loss
+        self.on_nonfinite = on_nonfinite
+        self.log_data_position = log_data_position
+        self._heartbeat = liveness.Heartbeat()
+        self.checkpointer = Checkpointer(async_save, verify_checkpoint, trust_checkpoint, on_save_error, skip_batches)
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -133,7 +154,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.launch = launch
         launching.check(launch)
         refusals.check_arguments(micro_batch_size, num_microbatches, recompute, pipeline_split_rank)
-        refusals.check_settings(ddp, initial_loss_scale, process_group_backend)
+        refusals.check_settings(ddp, initial_loss_scale, process_group_backend, on_nonfinite)
 
     # What is known of the run
 
@@ -209,6 +230,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def setup_environment(self) -> None:
         refusals.check_callbacks(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
+        groups.end_alone()
         reset_seed()
         self.set_world_ranks()
         backend.use_device(self.root_device)
@@ -216,8 +238,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         device = None if self.root_device.type == "cpu" else self.root_device
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device)
-        groups.build(self.layout)
-        peers.share_seed()
+        groups.build(self.layout, self._timeout)
+        peers.share_random_state()
         groups.seed(torch.initial_seed())
         if isinstance(self.lightning_module, MegatronModule):
             self.lightning_module.settings = BuildSettings(
@@ -237,7 +259,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
+        self.checkpointer.resumption.loaders = []
         self._engine = self._make_engine(self._ddp_config() if fitting else None)
+        self.optimizers = []
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -256,6 +280,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
                 watch_norm=self.log_grad_norm,
             )
         ]
+        self.optimizers[0].on_nonfinite = self.on_nonfinite if self.check_loss else None  # type: ignore[attr-defined]
         _optimizers_to_device([self.optimizers[0].inner.optimizer], self.root_device)  # type: ignore[attr-defined]
 
     @override
@@ -271,8 +296,10 @@ class MegatronStrategy(Placement, ParallelStrategy):
         refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
         if getattr(dataloader, "worker_init_fn", self) is None:
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
-        predicting = self.lightning_module.trainer.predicting  # type: ignore[union-attr]
-        if sized_len(dataloader) is None and not predicting:
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        if trainer.training:
+            dataloader = self.checkpointer.resumption.watch(dataloader)
+        if sized_len(dataloader) is None and not trainer.predicting:
             return peers.EvenLoader(dataloader, self.root_device)
         return dataloader
 
@@ -288,6 +315,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         recorder = self._recorder(batch)
+        self.checkpointer.resumption.note_window(trainer)
         outcome = self.engine.train(
             batch,
             *self._shape(batch, *args[:1]),
@@ -295,7 +323,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
             window=trainer.accumulate_grad_batches,
             last_of_window=not trainer.fit_loop._should_accumulate(),
         )
-        if self.check_loss:
+        if self.check_loss and self.on_nonfinite == "raise":
             report.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
         self._report("train", outcome, recorder)
         return outcome.loss
@@ -315,6 +343,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
             self.optimizers[0],  # type: ignore[arg-type]
             grad_norm=self.log_grad_norm,
             loss_scale=self._precision.scales_loss,
+            skipped=self.on_nonfinite == "skip",
+            position=self.log_data_position,
         )
         return result
 
@@ -374,9 +404,17 @@ class MegatronStrategy(Placement, ParallelStrategy):
         predictions.join_replicas(self.lightning_module.trainer)  # type: ignore[union-attr]
 
     @override
+    def on_train_start(self) -> None:
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        preemption.install(trainer)
+        self._heartbeat.start()
+        self.checkpointer.begin_training(self._run)
+
+    @override
     def on_train_end(self) -> None:
         refusals.check_some_batch(self.lightning_module.trainer)  # type: ignore[union-attr]
         self.engine.finish_param_gather()
+        self.checkpointer.wait()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -389,6 +427,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def teardown(self) -> None:
         assert self.cluster_environment is not None
         assert self.accelerator is not None
+        self.checkpointer.wait()
+        self._heartbeat.stop()
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -396,20 +436,22 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         first_error.note(exception)
+        liveness.explain(exception, self.layout)
+        self.checkpointer.give_up()
 
     @override
-    def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} writes to local paths and takes no storage_options.")
         if kept := launching.kept_checkpoint(self):
-            kept.copy_to(Path(filepath), checkpoint_)
+            kept.copy_to(local_path(filepath), checkpoint)
             return
         first_error.meet_while_handling()
-        checkpoint.save(checkpoint_, Path(self.broadcast(filepath)), self.layout)
+        self.checkpointer.save(checkpoint, local_path(self.broadcast(filepath)), self._run)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return checkpoint.load(Path(self.broadcast(checkpoint_path)), self.layout, weights_only)
+        return self.checkpointer.load(local_path(self.broadcast(checkpoint_path)), self._run)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -421,13 +463,21 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(state["hyper"])
+            state["finish"]()
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        checkpoint.remove(Path(filepath))
+        self.checkpointer.remove(local_path(filepath))
 
     # Steps of the hooks above
+
+    @property
+    def _run(self) -> Run:
+        assert self.lightning_module is not None
+        optimizer = self.optimizers[0] if self.optimizers else None
+        sharded = optimizer if isinstance(optimizer, ShardedOptimizer) else None
+        return Run(self.lightning_module.trainer, self.layout, sharded)
 
     @property
     def _precision(self) -> MegatronPrecision:

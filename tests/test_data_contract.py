@@ -1,7 +1,10 @@
 """Data under the strategy: who reads what, augmentation, loaders of every kind, evaluations and predictions."""
 
+import os
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
@@ -44,7 +47,7 @@ class Numbered(Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        noise = torch.rand(()) if self.augment else 0.0
+        noise = (torch.rand(()) + random.random() + float(np.random.rand())) / 3 if self.augment else 0.0
         return {**self.rows[i], "number": torch.tensor(i + noise)}
 
 
@@ -80,6 +83,9 @@ class Stateful(DataLoader):
 def _fit(layout: Layout, kind: str) -> dict[str, Any]:
     if kind in ("seeded", "workers", "unsampled"):
         seed_everything(3, workers=True)
+    else:  # whatever a script may have drawn before
+        rank = int(os.environ["RANK"])
+        random.seed(rank), np.random.seed(rank), torch.rand(rank)
     options: dict[str, Any] = {"max_epochs": 2, "max_steps": -1, "limit_val_batches": 0}
     loader: Any = DataLoader(Numbered(24, augment=True), batch_size=4, shuffle=True)
     if kind == "workers":
@@ -122,8 +128,6 @@ class ByRank(IterableDataset):
         self.even = even
 
     def __iter__(self):
-        import os
-
         rank = int(os.environ["RANK"])
         data = Numbered(64)
         yield from (data[i] for i in (range(16 + 8 * rank) if not self.even else range(rank, 32, 2)))

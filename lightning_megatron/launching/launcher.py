@@ -97,6 +97,7 @@ def _on_rank(
     results = _call_and_handle_interrupt(trainer, function)
     if kept is not None:
         trainer.save_checkpoint(kept.path)
+        strategy.checkpointer.wait()
     outcome = baseline.collect(trainer, results) if strategy.global_rank == 0 else None
     if dist.is_initialized():
         if torch.cuda.is_available():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_megatron.backend import model_rng
+from lightning_megatron import groups
+from lightning_megatron.backend import model_rng, use_device
+from lightning_megatron.checkpoint import alone, local_path
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules import names
 from lightning_megatron.modules.settings import BuildSettings
@@ -173,6 +175,38 @@ class MegatronModule(pl.LightningModule):
             batch_size=weight,  # type: ignore[arg-type]
         )
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Make the module of a checkpoint of any layout on this process alone: the whole model, in fp32.
+
+        Args:
+            checkpoint_path: A checkpoint's directory.
+            map_location: The device; the CPU by default.
+            hparams_file: Refused: the checkpoint has the arguments.
+            strict: Whether every weight must be in both. None: as the module's ``strict_loading``.
+            weights_only: False trusts the checkpoint and unpickles arguments that are no plain data.
+            **kwargs: Arguments of ``__init__`` that were not saved (the optimizer), or are to differ.
+        """
+        if hparams_file is not None:
+            raise TypeError(f"{cls.__name__}.load_from_checkpoint takes no hparams_file; name the arguments.")
+        device = torch.device("cpu" if map_location is None else map_location)
+        path = local_path(checkpoint_path)
+        module = alone.construct(cls, path, weights_only is False, kwargs)
+        use_device(device)
+        module.settings = BuildSettings(layout=groups.build_alone())
+        groups.seed(torch.initial_seed())
+        module.configure_model()
+        alone.fill(module, path, module.strict_loading if strict is None else strict)
+        return module.to(device)
+
     # What is the same for all
 
     @property
@@ -209,8 +243,7 @@ class MegatronModule(pl.LightningModule):
 
     @property
     def _pipeline_stage(self) -> int:
-        strategy = self.trainer.strategy
-        return int(strategy.pipeline_parallel_rank)  # type: ignore[attr-defined]
+        return groups.coordinates().pp
 
     def _padding(self, length: int) -> int:
         """Tokens to add so that sequence parallelism can share the sequence out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_megatron.checkpoint import plain_class
 from lightning_megatron.layers import NormPlacement
 from lightning_megatron.modules.model_config import ModelConfig
 
@@ -15,6 +16,7 @@ _TASKS = ("masked_lm", "pretraining", "sequence_classification", "token_classifi
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
+@plain_class
 @dataclass(kw_only=True)
 class BertConfig(ModelConfig):
     """The shape of a BERT and what it is trained for.

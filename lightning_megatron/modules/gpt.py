@@ -50,6 +50,7 @@ class GPTModule(MegatronModule):
         if not isinstance(config, GPTConfig):
             raise TypeError(f"GPTModule(config={config!r}): use a GPTConfig, such as GPTConfig(num_layers=4, ...).")
         self.config = config
+        self.save_hyperparameters("config", "loss_reduction", logger=False)
 
     def check_layout(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the layout cannot divide."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_megatron.checkpoint import plain_class
 from lightning_megatron.modules.model_config import ModelConfig
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
 
 
+@plain_class
 @dataclass(kw_only=True)
 class GPTConfig(ModelConfig):
     """The shape of a GPT.

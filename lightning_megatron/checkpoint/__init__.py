@@ -1,0 +1,16 @@
+"""Checkpoints: sharded, atomic, asynchronous, for any layout. ``docs/checkpoints.md`` says what is promised.
+
+A checkpoint is a directory::
+
+    manifest.json    sizes and checksums of all files, the layout, versions; written last
+    trainer.pt       Lightning's state: loops, callbacks, schedules, hyper-parameters; plain data
+    objects.pt       what of it is no plain data, if anything: a pickle, read only when trusted
+    ranks/00000.pt   random states and loaders of each rank; plain data
+    weights/         weights, moments and main weights: a torch_dist checkpoint of megatron-core
+"""
+
+from lightning_megatron.checkpoint.checkpointer import Checkpointer, Run, local_path
+from lightning_megatron.checkpoint.manifest import CheckpointError, newest
+from lightning_megatron.checkpoint.trainer_state import plain_class
+
+__all__ = ["CheckpointError", "Checkpointer", "Run", "local_path", "newest", "plain_class"]

@@ -1,0 +1,352 @@
+"""``Checkpointer``: what the strategy's checkpoint hooks call."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import megatron.core
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_megatron import groups
+from lightning_megatron.checkpoint import (
+    comparison,
+    manifest,
+    optimizer_state,
+    progress,
+    trainer_state,
+    weights,
+    writing,
+)
+from lightning_megatron.checkpoint.loaders import Resumption
+from lightning_megatron.checkpoint.manifest import CheckpointError
+from lightning_megatron.checkpoint.places import Place, places
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.optimizer import ShardedOptimizer
+
+State = dict[str, Any]
+_SHARDED = ("state_dict", "optimizer_states")
+
+
+@dataclass
+class Run:
+    """What a checkpoint is of.
+
+    Args:
+        trainer: Whose.
+        layout: The sizes of the run.
+        optimizer: None outside of a fit.
+    """
+
+    trainer: pl.Trainer
+    layout: ParallelLayout
+    optimizer: ShardedOptimizer | None
+
+    @property
+    def module(self) -> pl.LightningModule:
+        """The module that is trained."""
+        return self.trainer.lightning_module
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one strategy.
+
+    Args:
+        asynchronous: Whether files are written beside training.
+        verify: Whether a load checks every file's checksum.
+        trust: Whether a load may unpickle objects.
+        on_save_error: "raise", or "warn" and go on training.
+        skip_batches: Batches to leave out after a load.
+    """
+
+    def __init__(
+        self,
+        asynchronous: bool,
+        verify: bool,
+        trust: bool,
+        on_save_error: Literal["raise", "warn"] = "raise",
+        skip_batches: int = 0,
+    ) -> None:
+        if on_save_error not in ("raise", "warn"):
+            raise MisconfigurationException(
+                f"MegatronStrategy(on_save_error={on_save_error!r}): use 'raise' or 'warn'."
+            )
+        if skip_batches < 0:
+            raise MisconfigurationException(f"MegatronStrategy(skip_batches={skip_batches}): use a number from 0.")
+        self.skip_batches = skip_batches
+        self.asynchronous = asynchronous
+        self.verify = verify
+        self.trust = trust
+        self.on_save_error = on_save_error
+        self.resumption = Resumption()
+        self._same_layout = False
+        self._last_save_failed = False
+        self._background = writing.Background()
+        self._copies = writing.HostCopies()
+        self._planners: dict[bool, weights.Planner] = {}
+
+    # Saving
+
+    def save(self, state: State, path: Path, run: Run) -> None:
+        """Save; when this returns the checkpoint is whole, or being written in the background.
+
+        Args:
+            state: What Lightning collected on this rank.
+            path: The same on every rank.
+            run: What it is of.
+        """
+        try:
+            self.wait()
+            staging = writing.prepare(path)
+            content = self._content(state, run)
+            if self.asynchronous:
+                content.plan.items = self._copies.of(content.plan.items)
+                self._background.start(lambda: writing.write(content, path, staging))
+            else:
+                writing.write(content, path, staging)
+                self._last_save_failed = False
+        except CheckpointError as error:
+            self._failed(error)
+
+    def wait(self) -> None:
+        """Wait for a save that goes on in the background.
+
+        Raises:
+            CheckpointError: It failed; on every rank.
+        """
+        if not self._background.busy:
+            return
+        try:
+            self._background.wait()
+            self._last_save_failed = False
+        except CheckpointError as error:
+            self._failed(error)
+
+    def give_up(self) -> None:
+        """After an error: let a save in the background end, and say so if it failed; the error is what is raised."""
+        try:
+            self.wait()
+        except Exception as error:
+            rank_zero_warn(str(error))
+
+    def remove(self, path: Path) -> None:
+        """Delete a checkpoint; called by every rank, done by the first, and not before a newer one is whole."""
+        if self._last_save_failed:
+            rank_zero_warn(f"{path} is kept: the save after it failed.")
+        elif dist.get_rank() != 0:
+            return
+        elif self._background.busy:
+            self._background.after(lambda: manifest.remove(path))
+        else:
+            manifest.remove(path)
+
+    def _failed(self, error: CheckpointError) -> None:
+        self._last_save_failed = True
+        if self.on_save_error == "raise":
+            raise error
+        rank_zero_warn(f"{error} Training goes on without it.")
+
+    def _content(self, state: State, run: Run) -> writing.Content:
+        full = "optimizer_states" in state
+        where = places(run.module)
+        shards = []
+        for name, value in state["state_dict"].items():
+            if isinstance(value, torch.Tensor):
+                place = _place(where, name)
+                shards += place.shards(value.detach(), f"model.{place.key}")
+        if full and run.optimizer is not None:
+            shards += optimizer_state.shards(run.optimizer, _by_parameter(run.module, where))
+        plan = self._planners.setdefault(full, weights.Planner()).plan(shards)
+        position = progress.position(run.trainer)
+        progress.put_right(state["loops"], position)
+        rest = {key: value for key, value in state.items() if key not in _SHARDED}
+        rest["optimizer_states"] = state.get("optimizer_states")
+        others = {n: v for n, v in state["state_dict"].items() if not isinstance(v, torch.Tensor) and v is not None}
+        rest["state_dict"] = others
+        loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
+        rank_state = self.resumption.record(position, run.layout.dp) | {"combined_loader": loaders}
+        files: dict[str, bytes] = {}
+        names: list[str] = []
+        if dist.get_rank() == 0:
+            plain, objects, names = trainer_state.split(rest)
+            files = {trainer_state.STATE: plain} | ({trainer_state.OBJECTS: objects} if objects else {})
+        return writing.Content(plan, trainer_state.dumps(rank_state, loaders), files, _about(state, run, full, names))
+
+    # Loading
+
+    def load(self, path: Path, run: Run) -> State:
+        """Read a checkpoint for this rank: whole and of this architecture, or an error on every rank.
+
+        Raises:
+            CheckpointError: It is not whole, is damaged, or does not fit.
+        """
+        self.wait()
+        path, about = self._choose(path, run)
+        self._check(path, about)
+        state = self._trainer_state(path, about)
+        full = state["optimizer_states"] is not None
+        if not full:
+            del state["optimizer_states"]
+        where = places(run.module)
+        stored = weights.stored(path / writing.WEIGHTS)
+        tensors, finish = self._read_tensors(path, run, where, stored, full)
+        others = {n: v for n, v in run.module.state_dict().items() if not isinstance(v, torch.Tensor)}
+        state["state_dict"] = {**others, **state["state_dict"], **tensors}
+        if full and run.optimizer is not None:
+            state["optimizer_states"] = [{"hyper": state["optimizer_states"][0], "finish": finish}]
+        if full and run.trainer.state.fn == TrainerFn.FITTING:
+            self._read_rank_state(path, about, run, state)
+        return state
+
+    def begin_training(self, run: Run) -> None:
+        """Put data and random states in their saved places, just before the first step."""
+        self.resumption.begin(run.trainer, run.layout.dp, self._same_layout)
+
+    def _choose(self, path: Path, run: Run) -> tuple[Path, dict[str, Any]]:
+        """The first rank looks; for a damaged ``last`` it takes the newest whole one beside it."""
+        answer: list[Any] = [None]
+        if dist.get_rank() == 0:
+            answer = [_choose(path, run.trainer)]
+        dist.broadcast_object_list(answer, src=0, group=groups.on_host())
+        if isinstance(answer[0], str):
+            raise CheckpointError(answer[0])
+        return answer[0]
+
+    def _check(self, path: Path, about: dict[str, Any]) -> None:
+        """Each rank checks its share of the files; what one finds, all raise."""
+        names = sorted(about["files"])[dist.get_rank() :: dist.get_world_size()]
+        every: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(every, manifest.damage(path, about, names, self.verify), group=groups.on_host())
+        found = [line for lines in every for line in lines]
+        if found:
+            raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{comparison.listed(found)}")
+
+    def _trainer_state(self, path: Path, about: dict[str, Any]) -> State:
+        objects = path / trainer_state.OBJECTS
+        return trainer_state.join(
+            (path / trainer_state.STATE).read_bytes(),
+            objects.read_bytes() if objects.is_file() else None,
+            about["objects"],
+            self.trust,
+        )
+
+    def _read_tensors(
+        self, path: Path, run: Run, where: dict[str, Place], stored: dict[str, Any], full: bool
+    ) -> tuple[dict[str, torch.Tensor], Any]:
+        """Into buffers, so that nothing has changed if a file turns out unreadable."""
+        shapes = {key: tuple(value.size) for key, value in stored.items() if key.startswith("model.")}
+        lines = comparison.differences({f"model.{p.key}": p.shape for p in where.values()}, shapes)
+        if lines and run.module.strict_loading:
+            comparison.refuse(path, lines)
+        if lines:
+            rank_zero_warn(f"Not loaded from {path}, for they differ:\n{comparison.listed(lines.values())}")
+        tensors: dict[str, torch.Tensor] = {}
+        shards = []
+        for name, tensor in run.module.state_dict().items():
+            if not isinstance(tensor, torch.Tensor) or f"model.{where[name].key}" in lines:
+                continue
+            tensors[name] = torch.zeros_like(tensor) if where[name].is_padded else torch.empty_like(tensor)
+            shards += where[name].shards(tensors[name], _source(where[name], tensor, stored))
+        finish = None
+        if full and run.optimizer is not None:
+            types = {key: value.properties.dtype for key, value in stored.items()}
+            loading = optimizer_state.Loading(run.optimizer, _by_parameter(run.module, where), types)
+            shards += loading.shards
+            finish = loading.finish
+        weights.read(shards, path / writing.WEIGHTS)
+        return tensors, finish
+
+    def _read_rank_state(self, path: Path, about: dict[str, Any], run: Run, state: State) -> None:
+        """This rank's random states and loaders, or under another layout those of a rank with the same data."""
+        before = ParallelLayout(**about["layout"])
+        self._same_layout = before == run.layout
+        rank = dist.get_rank()
+        if not self._same_layout:
+            replica = run.layout.coordinates(rank).dp % before.dp
+            rank = next(r for r in range(before.world_size) if before.coordinates(r).dp == replica)
+        record = trainer_state.loads_plain((path / writing.RANKS / f"{rank:05d}.pt").read_bytes())
+        loaders = record.pop("combined_loader")
+        if loaders and before.dp != run.layout.dp:
+            raise MisconfigurationException(
+                f"The loader keeps its own place (state_dict), of which {path} has one per replica, {before.dp} of"
+                f" them; this run has {run.layout.dp} replicas. Resume with as many, or with a plain DataLoader."
+            )
+        if loaders:
+            state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = loaders
+        record["batches"] += self.skip_batches
+        self.resumption.load(record)
+
+
+def local_path(path: Any) -> Path:
+    """A path on a file system that is mounted.
+
+    Raises:
+        MisconfigurationException: It is the address of something else.
+    """
+    text = os.fspath(path)
+    if "://" in text and not text.startswith("file://"):
+        raise MisconfigurationException(
+            f"MegatronStrategy cannot save to or load from {text!r}: every rank writes its part of a directory, which"
+            " is then renamed, and object stores rename nothing. Use a directory that all nodes mount (ModelCheckpoint("
+            "dirpath=...)), and copy finished checkpoints from there."
+        )
+    return Path(text.removeprefix("file://"))
+
+
+def _place(where: dict[str, Place], name: str) -> Place:
+    if name not in where:
+        raise CheckpointError(
+            f"on_save_checkpoint added {name!r} to the checkpoint's state_dict, which is no tensor of the module. Put"
+            " it under a key of its own: checkpoint['mine'] = ..."
+        )
+    return where[name]
+
+
+def _by_parameter(module: pl.LightningModule, where: dict[str, Place]) -> dict[int, Place]:
+    return {id(p): where[name] for name, p in module.state_dict(keep_vars=True).items() if name in where}
+
+
+def _source(place: Place, tensor: torch.Tensor, stored: dict[str, Any]) -> str:
+    """The stored tensor for a weight: fp32 runs take the fp32 main weights of others, where there are any."""
+    main = f"optimizer.{optimizer_state.MAIN_WEIGHT}.{place.key}"
+    return main if tensor.dtype == torch.float32 and main in stored else f"model.{place.key}"
+
+
+def _about(state: State, run: Run, full: bool, objects: list[str]) -> dict[str, Any]:
+    versions = {"lightning": pl.__version__, "megatron-core": megatron.core.__version__, "torch": torch.__version__}
+    return {
+        "layout": asdict(run.layout),
+        "global_step": state["global_step"],
+        "epoch": state["epoch"],
+        "weights_only": not full,
+        "objects": objects,
+        "versions": versions,
+    }
+
+
+def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | str:
+    left = manifest.leftovers(path.parent)
+    if left:
+        names = ", ".join(sorted(p.name for p in left))
+        rank_zero_warn(f"{path.parent}: a killed save left {names}; it is skipped, and removed by the next save.")
+    try:
+        about = manifest.read(path)
+        wrong = manifest.damage(path, about, list(about["files"]), checksums=False)
+        if wrong:
+            raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{comparison.listed(wrong)}")
+        return path, about
+    except CheckpointError as error:
+        last = tuple(getattr(callback, "CHECKPOINT_NAME_LAST", "last") for callback in trainer.checkpoint_callbacks)
+        other = manifest.newest(path.parent) if path.name.startswith(last) else None
+        if other is None:
+            return str(error)
+        rank_zero_warn(f"{error}\nIt is skipped; the newest whole checkpoint beside it is {other}.")
+        rank_zero_info(f"Resuming from {other}.")
+        return other, manifest.read(other)

@@ -1,0 +1,110 @@
+"""A sharded checkpoint as one file, without the processes that wrote it; tensor by tensor, so memory stays small."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_megatron.checkpoint import comparison, manifest, trainer_state, weights, writing
+from lightning_megatron.checkpoint.manifest import CheckpointError
+
+# Names of types in a safetensors file: https://github.com/huggingface/safetensors#format
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_MODEL = "model."
+
+
+def export(checkpoint: str | Path, out: str | Path) -> Path:
+    """Merge the weights of a checkpoint into one file, under the whole model's names.
+
+    Args:
+        checkpoint: A checkpoint's directory.
+        out: A ``.safetensors`` file, written tensor by tensor; or a ``.ckpt`` or ``.pt`` file as Lightning writes it on
+            one process, for ``load_from_checkpoint`` of a plain LightningModule, which is held in memory.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole.
+        ValueError: A name that says no format.
+    """
+    path, out = Path(checkpoint), Path(out)
+    if out.suffix not in (".safetensors", ".ckpt", ".pt"):
+        raise ValueError(f"{out}: name a .safetensors file, or a .ckpt file for Lightning's load_from_checkpoint.")
+    checked(path)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if out.suffix == ".safetensors":
+            _write_safetensors(path, unfinished)
+        else:
+            torch.save({**state_of(path, trust=False), "state_dict": dict(tensors(path))}, unfinished)
+        unfinished.replace(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return out
+
+
+def checked(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all as they were written.
+
+    Raises:
+        CheckpointError: It is not whole, or damaged.
+    """
+    about = manifest.read(path)
+    wrong = manifest.damage(path, about, sorted(about["files"]), checksums=True)
+    if wrong:
+        raise CheckpointError(f"{path} is damaged:\n{comparison.listed(wrong)}")
+    return about
+
+
+def state_of(path: Path, trust: bool) -> dict[str, Any]:
+    """Lightning's state in a checkpoint, without any tensor of the model."""
+    objects = path / trainer_state.OBJECTS
+    content = objects.read_bytes() if objects.is_file() else None
+    names = manifest.read(path)["objects"]
+    return trainer_state.join((path / trainer_state.STATE).read_bytes(), content, names, trust)
+
+
+def tensors(path: Path, prefer_main: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """The whole model's tensors, one after the other.
+
+    Args:
+        path: A checkpoint's directory.
+        prefer_main: Whether to give fp32 main weights where a run of low precision has them.
+    """
+    reader = weights.OneByOne(path / writing.WEIGHTS)
+    for key in sorted(reader.stored):
+        if key.startswith(_MODEL):
+            name = key.removeprefix(_MODEL)
+            main = f"optimizer.main_weight.{name}"
+            yield name, reader.read(main if prefer_main and main in reader.stored else key)
+
+
+def _write_safetensors(path: Path, out: Path) -> None:
+    reader = weights.OneByOne(path / writing.WEIGHTS)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    keys = sorted(key for key in reader.stored if key.startswith(_MODEL))
+    for key in keys:
+        about = reader.stored[key]
+        dtype = about.properties.dtype
+        start, end = end, end + math.prod(about.size) * dtype.itemsize
+        shape = list(about.size)
+        header[key.removeprefix(_MODEL)] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with out.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            tensor = reader.read(key).contiguous()
+            if tensor.numel():
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

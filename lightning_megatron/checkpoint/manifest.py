@@ -1,0 +1,243 @@
+"""What makes a checkpoint whole: a list of its files with their checksums, written last; one rename makes it visible.
+
+A save goes on in ``<folder>/.unfinished/<name>``. What a killed save leaves there is recognised by its place, whatever
+was written, and removed by the next save into the folder; a lock tells it from a save that another run is making.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+FORMAT = 1
+_LOCK = "lock"
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_AT_FDCWD = -100
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, or is not whole."""
+
+
+class Staging:
+    """The directory in which a checkpoint is written, on the first rank.
+
+    Args:
+        path: Where it will be visible.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = staging_folder(path)
+
+    def begin(self) -> None:
+        """Clean up what killed saves have left, and make the directory."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        clean(self.path.parent)
+        self.folder.mkdir(parents=True, exist_ok=False)
+        self._lock = (self.folder / _LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def publish(self, content: dict[str, Any], files: dict[str, tuple[int, int]]) -> None:
+        """Write the manifest, see to it that all is on disk, and put the directory in its place.
+
+        Args:
+            content: What the manifest says beside the files.
+            files: Size and CRC-32 of each file, by its name within the directory.
+        """
+        listed = {name: {"bytes": size, "crc32": crc32} for name, (size, crc32) in sorted(files.items())}
+        _write_json(self.folder / MANIFEST, {"format": FORMAT, **content, "files": listed})
+        (self.folder / _LOCK).unlink()
+        for folder in {self.folder, *((self.folder / name).parent for name in files)}:
+            sync_folder(folder)
+        _put(self.folder, self.path)
+        sync_folder(self.path.parent)
+        self.close()
+
+    def abandon(self) -> None:
+        """Remove what was written so far."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock, and of the common directory where nothing else is in it."""
+        if getattr(self, "_lock", None) is not None:
+            self._lock.close()
+        _remove_empty(self.folder.parent)
+
+
+def staging_folder(path: Path) -> Path:
+    """Where the checkpoint ``path`` is written until it is whole."""
+    return path.parent / UNFINISHED / path.name
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged; says which.
+    """
+    file = path / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"There is no checkpoint {path}.")
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} is no whole checkpoint of MegatronStrategy: it has no {MANIFEST}, which is written last."
+        )
+    try:
+        record = json.loads(file.read_text())
+        manifest: dict[str, Any] = record["manifest"]
+        if zlib.crc32(_canonical(manifest)) != record["crc32"]:
+            raise ValueError("its checksum differs")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}).") from error
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}.")
+    return manifest
+
+
+def damage(path: Path, manifest: dict[str, Any], names: list[str], checksums: bool) -> list[str]:
+    """What is wrong with the files ``names``, a line each; checksums cost a read of each file."""
+    found = []
+    for name in names:
+        expected, file = manifest["files"][name], path / name
+        if not file.is_file():
+            found.append(f"{file} is missing")
+        elif file.stat().st_size != expected["bytes"]:
+            found.append(f"{file} has {file.stat().st_size} bytes, and {expected['bytes']} were written")
+        elif checksums and checksum(file) != expected["crc32"]:
+            found.append(f"{file} has changed since it was written (its checksum differs)")
+    return found
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file."""
+    crc32 = 0
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed saves and removals have left in a folder of checkpoints."""
+    held = folder / UNFINISHED
+    return sorted(path for path in held.iterdir() if not _is_locked(path)) if held.is_dir() else []
+
+
+def clean(folder: Path) -> list[Path]:
+    """Remove the leftovers of a folder; what was removed."""
+    found = leftovers(folder)
+    for path in found:
+        _delete(path)
+    _remove_empty(folder / UNFINISHED)
+    return found
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, which is gone from its place before its first file goes."""
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+        return
+    aside = path.parent / UNFINISHED / f"removed-{path.name}"
+    aside.parent.mkdir(exist_ok=True)
+    _delete(aside)
+    path.rename(aside)
+    _delete(aside)
+    _remove_empty(aside.parent)
+
+
+def newest(folder: Path) -> Path | None:
+    """The whole checkpoint of a folder that was saved last, or None."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and (path / MANIFEST).is_file():
+            try:
+                manifest = read(path)
+            except CheckpointError:
+                continue
+            if not damage(path, manifest, list(manifest["files"]), checksums=False):
+                found.append((manifest["saved_at"], path))
+    return max(found)[1] if found else None
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put(new: Path, path: Path) -> None:
+    """Put ``new`` at ``path``, in one step even where something is there already; that is removed."""
+    if not path.exists() and not path.is_symlink():
+        new.rename(path)
+        return
+    if not _exchange(new, path):  # a file system that cannot: between two renames there is none under the name
+        old = new.with_name(f"replaced-{path.name}")
+        _delete(old)
+        path.rename(old)
+        new.rename(path)
+        new = old
+    sync_folder(path.parent)
+    _delete(new)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically, where the system can (Linux 3.15, most local file systems)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    done = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    if done != 0 and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    return bool(done == 0)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with (path / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _write_json(file: Path, manifest: dict[str, Any]) -> None:
+    with file.open("w") as opened:
+        json.dump({"crc32": zlib.crc32(_canonical(manifest)), "manifest": manifest}, opened, indent=1)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _canonical(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, sort_keys=True).encode()
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return

@@ -1,0 +1,181 @@
+"""Where a rank's tensors lie in the tensors of the whole model, whatever the layout.
+
+megatron-core's ``sharded_state_dict`` says it for weights. Optimizer state follows the weights: of the distributed
+optimizer a rank holds a flat range of a weight, which is cut into rectangles here (megatron-core 0.16.1 has no flat
+shards any more; its own ``fully_reshardable`` format gathers them on one rank, which costs memory and time).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+from lightning_megatron import groups
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
+
+# Names of layers by their number in the whole model, not a stack of all layers, so that stages need not be alike.
+_METADATA = {"non_homogeneous_layers": True}
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of a local tensor, and where it begins in the whole model's."""
+
+    local: Box
+    offset: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A local tensor in the whole model.
+
+    Args:
+        key: The whole tensor's name.
+        shape: The whole tensor's shape, without the padding of a vocabulary.
+        local_shape: The local tensor's shape.
+        regions: What of the local tensor belongs to the whole one; the rest is padding.
+        replica: All zeros where this rank's copy is the one to write: (pipeline, tensor, data parallel).
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    regions: tuple[Region, ...]
+    replica: tuple[int, int, int]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some of the local tensor is padding."""
+        return sum(math.prod(region.local[1]) for region in self.regions) < math.prod(self.local_shape)
+
+    def in_parts(self) -> Place:
+        """The place of a tensor of which data-parallel ranks hold parts, not copies."""
+        return replace(self, replica=(*self.replica[:2], 0))
+
+    def shards(self, tensor: torch.Tensor, key: str) -> list[ShardedTensor]:
+        """Views of ``tensor``, which has the local shape, as megatron-core's shards of ``key``."""
+        return [_shard(key, tensor[_slices(r.local)], self.shape, r.offset, self.replica) for r in self.regions]
+
+    def flat_shards(self, flat: torch.Tensor, start: int, key: str) -> list[ShardedTensor]:
+        """Views of ``flat``, the elements of the local tensor from ``start`` on, as shards of ``key``."""
+        found = []
+        done = 0
+        for offset, sizes in _boxes(self.local_shape, start, start + flat.numel()):
+            count = math.prod(sizes)
+            part = flat[done : done + count].view(sizes)
+            done += count
+            for region in self.regions:
+                common = _intersection((offset, sizes), region.local)
+                if common is not None:
+                    inside = tuple(c - o for c, o in zip(common[0], offset, strict=True))
+                    shift = (g - r for g, r in zip(region.offset, region.local[0], strict=True))
+                    where = tuple(c + s for c, s in zip(common[0], shift, strict=True))
+                    view = part[_slices((inside, common[1]))]
+                    found.append(_shard(key, view, self.shape, where, self.replica))
+        return found
+
+    def scalar_shard(self, value: torch.Tensor, key: str, is_first: bool) -> ShardedTensor:
+        """A number that goes with the tensor; written by the rank that has the beginning of it."""
+        begins = is_first and bool(self.regions) and not any(self.regions[0].offset)
+        return _shard(key, value.reshape(1), (1,), (0,), self.replica if begins else (1, *self.replica[1:]))
+
+
+def places(module: pl.LightningModule) -> dict[str, Place]:
+    """The place of each tensor of ``module.state_dict()`` on this rank, by its name there."""
+    found: dict[str, Place] = {}
+    chunks = getattr(module, "chunks", ()) if hasattr(module, "build_settings") else ()
+    rows = getattr(getattr(module, "config", None), "vocab_size", None)
+    for number, chunk in enumerate(chunks):
+        for name, entry in chunk.sharded_state_dict(metadata=dict(_METADATA)).items():
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+                found[f"chunks.{number}.{name}"] = _place(entry, rows)
+    replica = groups.coordinates()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name not in found and isinstance(tensor, torch.Tensor):
+            shape = tuple(tensor.shape)
+            whole = (Region((_zeros(shape), shape), _zeros(shape)),)
+            found[name] = Place(name, shape, shape, whole, (replica.pp, replica.tp, replica.dp))
+    return found
+
+
+def _place(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -> Place:
+    """Read a place from megatron-core's description; ``rows`` of a padded vocabulary are real."""
+    tensor = entry.data
+    shape = tuple(tensor.shape)
+    if isinstance(entry, ShardedTensor):
+        parts = [((_zeros(shape), shape), entry)]
+    else:
+        # Build it on a tensor without memory, whose views tell where they begin.
+        empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        built = entry.build_fn(entry.key, empty, entry.replica_id, None)
+        parts = [(_box_of_view(part.data, empty), part) for part in built]
+    whole = parts[0][1].global_shape
+    if parts[0][1].allow_shape_mismatch and rows is not None:
+        whole = (min(rows, whole[0]), *whole[1:])
+    regions = []
+    for local, part in parts:
+        if part.prepend_axis_num:
+            raise ValueError(f"{part.key}: stacked layers are not written; megatron-core ignored {_METADATA}.")
+        inside = _intersection((part.global_offset, local[1]), (_zeros(whole), whole))
+        if inside is not None:
+            regions.append(Region((local[0], inside[1]), inside[0]))
+    return Place(entry.key, tuple(whole), shape, tuple(regions), tuple(entry.replica_id))
+
+
+def _shard(key: str, view: torch.Tensor, shape: Any, offset: Any, replica: Any) -> ShardedTensor:
+    # `axis_fragmentations=None`: no regular grid is promised.
+    return ShardedTensor(key, view, view.dtype, tuple(view.shape), tuple(shape), tuple(offset), None, replica)
+
+
+def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Cut elements ``start`` to ``stop`` of a row-major tensor into rectangles, in order; at most 2·dimensions - 1."""
+    if start >= stop:
+        return
+    if len(shape) < 2:
+        yield ((start,), (stop - start,)) if shape else ((), ())
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows
+    if first > last:  # inside one row
+        for offset, sizes in _boxes(shape[1:], start - last * row, stop - last * row):
+            yield (last, *offset), (1, *sizes)
+        return
+    for offset, sizes in _boxes(shape[1:], start - (first - 1) * row, row) if start < first * row else ():
+        yield (first - 1, *offset), (1, *sizes)
+    if first < last:
+        yield (first, *_zeros(shape[1:])), (last - first, *shape[1:])
+    for offset, sizes in _boxes(shape[1:], 0, stop - last * row):
+        yield (last, *offset), (1, *sizes)
+
+
+def _box_of_view(view: torch.Tensor, base: torch.Tensor) -> Box:
+    if view.stride() != base.stride():
+        raise ValueError(f"A part of shape {tuple(view.shape)} is no rectangle of a {tuple(base.shape)} tensor.")
+    rest, offset = int(view.storage_offset()), []
+    for stride in base.stride():
+        offset.append(rest // stride)
+        rest %= stride
+    return tuple(offset), tuple(view.shape)
+
+
+def _intersection(one: Box, other: Box) -> Box | None:
+    starts = tuple(max(a, b) for a, b in zip(one[0], other[0], strict=True))
+    stops = (min(a + n, b + m) for a, n, b, m in zip(*one, *other, strict=True))
+    sizes = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+    return None if any(size <= 0 for size in sizes) else (starts, sizes)
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(*box, strict=True))
+
+
+def _zeros(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (0,) * len(shape)

@@ -1,0 +1,121 @@
+"""Lightning's own state: plain data in one file, which loads without running any code, and objects in another.
+
+torch's ``weights_only`` unpickler decides what is plain: tensors, numbers, strings and containers of them, and the
+classes that this package declares with :func:`plain_class`. Objects of other classes (of a user's callback, say) go
+into ``objects.pt``, which is a pickle, and loads only where the user trusts the checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_megatron.checkpoint.manifest import CheckpointError
+
+STATE = "trainer.pt"
+OBJECTS = "objects.pt"
+# A run goes on without them: they are read by `load_from_checkpoint` only.
+_NOT_NEEDED = ("hyper_parameters", "datamodule_hyper_parameters")
+
+C = TypeVar("C", bound=type)
+_plain_classes: list[type] = []
+
+
+def plain_class(cls: C) -> C:
+    """Declare that objects of a class are nothing but their attributes, and may be loaded from any checkpoint."""
+    _plain_classes.append(cls)
+    return cls
+
+
+def split(state: dict[str, Any]) -> tuple[bytes, bytes | None, list[str]]:
+    """Serialise a state.
+
+    Returns:
+        The plain part, the objects (None if there are none), and the names of the objects.
+    """
+    plain: dict[str, Any] = {}
+    objects: list[tuple[list[str], Any]] = []
+    for key, value in state.items():
+        if isinstance(value, dict):
+            plain[key] = {}
+            for name, entry in value.items():
+                _sort(plain[key], objects, [key, name], entry)
+        else:
+            _sort(plain, objects, [key], value)
+    names = [".".join(map(str, path)) for path, _ in objects]
+    return _dumps(plain), _dumps(objects) if objects else None, names
+
+
+def join(plain: bytes, objects: bytes | None, names: list[str], trust: bool) -> dict[str, Any]:
+    """Read a state; objects only where they are trusted.
+
+    Raises:
+        CheckpointError: There are objects that the run needs, and no trust.
+    """
+    state: dict[str, Any] = loads_plain(plain)
+    needed = [name for name in names if not name.startswith(_NOT_NEEDED)]
+    if objects is None or (not trust and not needed):
+        return state
+    if not trust:
+        raise CheckpointError(
+            f"The checkpoint holds objects ({', '.join(needed)}) whose loading can run any code. If you trust where it"
+            " comes from: MegatronStrategy(trust_checkpoint=True)."
+        )
+    for path, value in torch.load(io.BytesIO(objects), map_location="cpu", weights_only=False):
+        target = state
+        for name in path[:-1]:
+            target = target[name]
+        target[path[-1]] = value
+    return state
+
+
+def dumps(value: dict[str, Any], of_user: Any) -> bytes:
+    """Serialise plain data.
+
+    Args:
+        value: The data.
+        of_user: The part of it that is the user's, and may be anything.
+
+    Raises:
+        CheckpointError: It is not plain.
+    """
+    try:
+        if of_user is not None:
+            loads_plain(_dumps(of_user))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"The state_dict of a loader is no plain data (numbers, strings, tensors, containers of them): {error}"
+        ) from error
+    return _dumps(value)
+
+
+def loads_plain(content: bytes) -> Any:
+    """Read plain data; anything else is an error."""
+    with torch.serialization.safe_globals(list(_plain_classes)):
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _sort(plain: dict[str, Any], objects: list[Any], path: list[str], value: Any) -> None:
+    try:
+        content = _dumps(value)
+    except Exception as error:
+        name = ".".join(map(str, path))
+        if path[0] not in _NOT_NEEDED:
+            raise CheckpointError(f"{name} of the checkpoint cannot be saved: {error}") from error
+        rank_zero_warn(f"{name} cannot be saved ({error}) and is left out of the checkpoint.")
+        return
+    try:
+        loads_plain(content)
+        plain[path[-1]] = value
+    except pickle.UnpicklingError:
+        objects.append((path, value))
+
+
+def _dumps(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

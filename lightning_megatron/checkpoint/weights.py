@@ -1,0 +1,241 @@
+"""Shards written to and read from a ``torch_dist`` directory, the format of ``megatron.core.dist_checkpointing``.
+
+Its shards, plans and files are used as they are (its own ``load_plain_tensors`` reads what is written here); its writer
+is not: that starts processes, which a script without ``if __name__ == "__main__"`` does not survive, and ends in
+collectives that cannot run beside training.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    MCoreSavePlanner,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from lightning_megatron import groups
+
+METADATA = ".metadata"
+# What `.metadata`, a pickle, may name: torch's own records of shapes and offsets, and no code.
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
+        "StorageMeta", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+}  # fmt: skip
+
+
+class HashedFile:
+    """A file opened for writing that keeps the CRC-32 and the number of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.crc32 = 0
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write, and count it in."""
+        self.crc32 = zlib.crc32(data, self.crc32)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save turns it into an error that says nothing of disks
+            raise
+        count = memoryview(data).nbytes
+        self.size += count
+        return count
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self._file.flush()
+
+
+@dataclass
+class Plan:
+    """What this rank writes.
+
+    Args:
+        items: Each shard's index in the checkpoint, and its tensor.
+        metadata: Of the whole checkpoint, on rank 0.
+    """
+
+    items: list[tuple[Any, torch.Tensor]]
+    metadata: Metadata | None
+
+
+class Planner:
+    """Says who writes what; planned once for a structure, then reused as long as every rank's stays the same."""
+
+    def __init__(self) -> None:
+        self._structure: Any = None
+        self._distribution: Any = None
+        self._metadata: Metadata | None = None
+
+    def plan(self, shards: list[ShardedTensor]) -> Plan:
+        """Share the shards out over their replicas and plan this rank's writes; called by all ranks.
+
+        Raises:
+            ValueError: The shards of all ranks overlap, or leave a part of a tensor out.
+        """
+        structure = [(s.key, s.dtype, s.local_shape, s.global_offset, s.global_shape, s.replica_id) for s in shards]
+        known = torch.tensor(int(structure == self._structure))
+        dist.all_reduce(known, op=dist.ReduceOp.MIN, group=groups.on_host())
+        named = {f"{s.key}/{number}": s for number, s in enumerate(shards)}
+        if not known:
+            self._structure, self._metadata = structure, None
+            self._distribution = determine_main_replica_uniform_distribution(named, groups.data_parallel())
+        distribute_main_replicas_with_precomputed_distribution(named, groups.data_parallel(), self._distribution)
+        mine: dict[str, list[ShardedTensor]] = {}
+        for shard in shards:
+            if is_main_replica(shard.replica_id):
+                mine.setdefault(shard.key, []).append(shard)
+        planner = MCoreSavePlanner(flatten_state_dict=False)
+        planner.set_up_planner(mcore_to_pyt_state_dict(mine), is_coordinator=dist.get_rank() == 0)
+        local = planner.create_local_plan()
+        if not known:
+            self._metadata = _whole_metadata(planner, local)
+        return Plan([(item.index, planner.resolve_data(item).detach()) for item in local.items], self._metadata)
+
+
+def _whole_metadata(planner: MCoreSavePlanner, local: Any) -> Metadata | None:
+    """The plans of all ranks as one, checked, on the first; an error there is one on all ranks."""
+    first = dist.get_rank() == 0
+    plans: list[Any] | None = [None] * dist.get_world_size() if first else None
+    dist.gather_object(local, plans, group=groups.on_host())
+    metadata, problem = None, [""]
+    if first:
+        try:
+            _, metadata = planner.create_global_plan(plans)
+        except ValueError as error:
+            problem = [f"The shards of all ranks do not make whole tensors: {error}"]
+    dist.broadcast_object_list(problem, src=0, group=groups.on_host())
+    if problem[0]:
+        raise ValueError(problem[0])
+    return metadata
+
+
+def write(items: list[tuple[Any, torch.Tensor]], folder: Path, rank: int) -> tuple[str, HashedFile, dict[Any, Any]]:
+    """Write this rank's file; its name, what is known of it, and where each shard is in it."""
+    name = f"__{rank}_0.distcp"
+    where: dict[Any, Any] = {}
+    with (folder / name).open("wb") as raw:
+        file = HashedFile(raw)
+        for index, tensor in items:
+            start = file.size
+            whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            # A view would take all of its storage along; one tensor's copy at a time is held.
+            try:
+                torch.save(tensor.cpu() if whole else tensor.cpu().clone(), file)  # type: ignore[arg-type]
+            except RuntimeError:
+                if file.error is None:
+                    raise
+                raise file.error from None
+            where[index] = _StorageInfo(name, start, file.size - start)
+    return name, file, where
+
+
+def write_index(folder: Path, metadata: Metadata, where: dict[Any, Any]) -> dict[str, HashedFile]:
+    """Write what names the shards of all ranks' files, on the first rank."""
+    record = Metadata(
+        state_dict_metadata=metadata.state_dict_metadata, storage_data=where, storage_meta=StorageMeta(str(folder))
+    )
+    written = {}
+    for name, content in ((METADATA, pickle.dumps(record)), ("common.pt", _nothing_in_common())):
+        with (folder / name).open("wb") as raw:
+            written[name] = HashedFile(raw)
+            written[name].write(content)
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    config = (folder / "metadata.json").read_bytes()
+    written["metadata.json"] = HashedFile(raw)
+    written["metadata.json"].crc32, written["metadata.json"].size = zlib.crc32(config), len(config)
+    return written
+
+
+def stored(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Shape, type and pieces of every tensor of a checkpoint."""
+    found = _Reader(folder).read_metadata().state_dict_metadata
+    return {key: value for key, value in found.items() if isinstance(value, TensorStorageMetadata)}
+
+
+def read(shards: list[ShardedTensor], folder: Path) -> None:
+    """Fill the shards' tensors, on all ranks together.
+
+    Raises:
+        CheckpointException: A rank could not read, with its cause.
+    """
+    by_key: dict[str, list[ShardedTensor]] = {}
+    for shard in shards:
+        by_key.setdefault(shard.key, []).append(shard)
+    _load_state_dict(mcore_to_pyt_state_dict(by_key, is_loading=True), _Reader(folder), planner=MCoreLoadPlanner())
+
+
+class OneByOne:
+    """Reads whole tensors, one at a time, without a process group."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = _Reader(folder)
+        self.stored = stored(folder)
+
+    def read(self, key: str) -> torch.Tensor:
+        """The whole tensor of ``key``."""
+        about = self.stored[key]
+        tensor = torch.empty(about.size, dtype=about.properties.dtype)
+        _load_state_dict({key: tensor}, self._reader, no_dist=True, planner=MCoreLoadPlanner())
+        return tensor
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, but that its index may hold nothing but records."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Read the index, once."""
+        if self._metadata is not None:
+            return self._metadata
+        with (Path(self.path) / METADATA).open("rb") as file:
+            metadata: Metadata = _RecordUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        self._metadata = metadata
+        return metadata
+
+
+class _RecordUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Look a name up, if it is one of a record."""
+        if name not in _RECORDS.get(module, ()):
+            raise pickle.UnpicklingError(
+                f"{METADATA} of a checkpoint names {module}.{name}, which is none of torch's records of tensors:"
+                " it is damaged, or made to run code. It was not loaded."
+            )
+        return super().find_class(module, name)
+
+
+def _nothing_in_common() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    return buffer.getvalue()

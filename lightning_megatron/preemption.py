@@ -1,0 +1,95 @@
+"""A signal that ends the run (SIGTERM, or SLURM's before a requeue): end the step, save, stop, on all ranks together.
+
+Lightning 2.6's own handlers start collectives from wherever the signal finds a rank, in the middle of a pipeline
+schedule too, which then waits for ever. Here the handler only notes the signal.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+_EXIT_CODE = 128 + signal.SIGTERM  # what a process that SIGTERM ended reports; torchrun then restarts the ranks
+
+
+class Preemption:
+    """Listens for signals during one fit.
+
+    Args:
+        trainer: Whose signals and checkpoints.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._signal = 0
+        self._requeue: int | None = None
+        environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue = int(environment.requeue_signal or signal.SIGUSR1)
+
+    def listen(self) -> None:
+        """Take the place of Lightning's handlers, which it puts back itself when the fit ends."""
+        if threading.current_thread() is threading.main_thread():
+            for number in {signal.SIGTERM, *([self._requeue] if self._requeue else [])}:
+                signal.signal(number, self._note)
+
+    def act(self) -> None:
+        """After a batch, where all ranks are: save and stop if any of them has been told to.
+
+        Raises:
+            SIGTERMException: On every rank, once the checkpoint is whole.
+        """
+        trainer = self._trainer
+        if trainer.fit_loop._should_accumulate():
+            return
+        if not trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
+            return
+        requeue = self._requeue is not None and trainer.strategy.reduce_boolean_decision(
+            self._signal == self._requeue, all=False
+        )
+        if requeue:
+            trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue, None)  # type: ignore[arg-type]
+        elif (path := _path(trainer)) is not None:
+            rank_zero_info(f"Told to end: saving {path}.")
+            trainer.save_checkpoint(path)
+        trainer.strategy.checkpointer.wait()  # type: ignore[attr-defined]
+        raise SIGTERMException(_EXIT_CODE)
+
+    def _note(self, number: int, _: Any) -> None:
+        if not self._signal:
+            launcher = self._trainer.strategy.launcher
+            if launcher is not None and hasattr(launcher, "kill"):
+                launcher.kill(signal.Signals(number))  # hands it on to the ranks that this process started
+        self._signal = number
+
+
+def install(trainer: pl.Trainer) -> None:
+    """Listen during this fit, and act after each batch."""
+    preemption = Preemption(trainer)
+    preemption.listen()
+    loop = trainer.fit_loop.epoch_loop
+    advance_end = type(loop).on_advance_end
+
+    def act_first(data_fetcher: Any) -> None:
+        preemption.act()
+        advance_end(loop, data_fetcher)
+
+    loop.on_advance_end = act_first  # type: ignore[method-assign]
+
+
+def _path(trainer: pl.Trainer) -> Path | None:
+    """Where ``ckpt_path="last"`` looks; nowhere without a ModelCheckpoint."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            path = Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+            callback.last_model_path = str(path)
+            return path
+    return None

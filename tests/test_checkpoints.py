@@ -1,0 +1,490 @@
+"""What a checkpoint is, what is refused, and what is left when a save or a file goes wrong."""
+
+import json
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from lightning_megatron import GPTModule
+from lightning_megatron.checkpoint import CheckpointError, manifest, newest, weights
+from lightning_megatron.checkpoint.export import export
+from lightning_megatron.checkpoint.manifest import UNFINISHED
+from lightning_megatron.cli import main
+from tests import plain_gpt
+from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
+from tests.ranks import RankError, run_ranks
+from tests.test_training import PlainModule, trainer
+
+SMALL = plain_gpt.replace(plain_gpt.GPT2, num_layers=2, vocab_size=61)
+
+
+def fit(layout=None, steps=2, load=None, callbacks=(), module=None, precision="32-true", strategy=None, **options):
+    layout = layout or Layout()
+    module = module or LoadedGPT(SMALL)
+    options = {
+        "max_steps": steps,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        **options,
+    }
+    run = trainer(layout, strategy, precision, callbacks=list(callbacks), max_epochs=-1, **options)
+    run.fit(module, DataLoader(Rows(text_samples(SMALL, 48)), batch_size=4), ckpt_path=load)
+    return run, module
+
+
+def _save(layout, path, precision="32-true", weights_only=False, steps=2):
+    run, _ = fit(layout, steps, precision=precision)
+    run.save_checkpoint(path, weights_only=weights_only)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A checkpoint of two tensor-parallel ranks, at step 2."""
+    path = tmp_path_factory.mktemp("good") / "good.ckpt"
+    run_ranks(2, _save, Layout(tp=2), path)
+    return path
+
+
+@pytest.fixture
+def copy(good, tmp_path):
+    """A copy to spoil."""
+    import shutil
+
+    return Path(shutil.copytree(good, tmp_path / "copy.ckpt"))
+
+
+def _load(layout, path, **options):
+    run, _ = fit(layout, 3, load=path, **options)
+    return run.global_step
+
+
+# What is in it
+
+
+def test_each_rank_has_written_its_part_and_the_manifest_names_all(good):
+    about = manifest.read(good)
+    files = {str(file.relative_to(good)) for file in good.rglob("*") if file.is_file()}
+    assert files == {*about["files"], "manifest.json"}
+    assert {"weights/__0_0.distcp", "weights/__1_0.distcp", "ranks/00001.pt", "trainer.pt"} <= files
+    assert (about["global_step"], about["layout"]["tp"], about["objects"]) == (2, 2, [])
+    sizes = [about["files"][f"weights/__{rank}_0.distcp"]["bytes"] for rank in (0, 1)]
+    assert max(sizes) < 0.75 * sum(sizes), (
+        "what both ranks have (norms, positions) is one's to write, the rest is shared"
+    )
+
+
+def _stock(path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return dist_checkpointing.load_plain_tensors(f"{path}/weights")
+
+
+def test_megatron_core_itself_reads_it(good):
+    tensors = run_ranks(1, _stock, good)[0]
+    assert tensors["model.embedding.word_embeddings.weight"].shape == (61, 32)  # without padding
+    assert tensors[
+        "optimizer.exp_avg.model.x" if False else "optimizer.exp_avg.decoder.layers.1.mlp.linear_fc1.weight"
+    ].any()
+
+
+def _weights_only(path):
+    with pytest.raises(KeyError, match="contains only the model"):
+        fit(Layout(tp=2), 3, load=path)
+    run = trainer(Layout(tp=2))
+    return run.validate(LoadedGPT(SMALL), _data(), ckpt_path=path, verbose=False)[0]["val_loss"]
+
+
+def _data():
+    return DataLoader(Rows(text_samples(SMALL, 8)), batch_size=4)
+
+
+def _validate(layout, path):
+    return trainer(layout).validate(LoadedGPT(SMALL), _data(), ckpt_path=path, verbose=False)[0]["val_loss"]
+
+
+def test_weights_alone_and_validation(good, tmp_path):
+    run_ranks(2, _save, Layout(tp=2), tmp_path / "weights.ckpt", "32-true", True)
+    assert not any("optimizer" in key for key in weights.stored(tmp_path / "weights.ckpt" / "weights"))
+    loss = run_ranks(2, _weights_only, tmp_path / "weights.ckpt")[0]
+    whole = run_ranks(2, _validate, Layout(pp=2), good)[0]
+    assert loss == pytest.approx(whole, rel=1e-5)
+    untrained = run_ranks(1, _untrained)[0]
+    assert abs(untrained - whole) > 1e-3
+
+
+def _untrained():
+    return trainer(Layout()).validate(LoadedGPT(SMALL), _data(), verbose=False)[0]["val_loss"]
+
+
+PRECISIONS = [
+    ("32-true", "bf16-mixed"),
+    ("bf16-mixed", "32-true"),
+    ("bf16-mixed", "bf16-true"),
+    ("16-mixed", "32-true"),
+    ("bf16-true", "16-mixed"),
+]
+
+
+def _main_weights(layout, path, precision, save):
+    run, module = fit(
+        layout, 2, load=None if save else path, precision=precision, strategy={"initial_loss_scale": 256.0}
+    )
+    if save:
+        run.save_checkpoint(path)
+    optimizer = run.strategy.optimizers[0]
+    names = {id(p): name for name, p in module.named_parameters()}
+    return {
+        names[id(h.parameter)]: (h.main.detach().clone(), optimizer.state[h.main]["exp_avg"]) for h in optimizer.held()
+    }
+
+
+@pytest.mark.parametrize(("before", "after"), PRECISIONS)
+def test_main_weights_and_moments_come_over_exactly_between_precisions(tmp_path, before, after):
+    layout = Layout(tp=2, sharded=False)  # main weights are whole there, and easily compared
+    path = tmp_path / "one.ckpt"
+    saved = run_ranks(2, _main_weights, layout, path, before, True)
+    loaded = run_ranks(2, _main_weights, layout, path, after, False)
+    for before_rank, after_rank in zip(saved, loaded, strict=True):
+        for name, (weight, moment) in before_rank.items():
+            real = slice(None) if "embed" not in name else slice(0, 29)  # the second rank's last rows are padding
+            assert torch.equal(after_rank[name][0][real], weight[real]), name
+            assert torch.equal(after_rank[name][1][real], moment[real]), name
+
+
+def test_a_plain_process_gets_a_working_module(good):
+    loss = run_ranks(1, _validate, Layout(), good)[0]
+    seen = run_ranks(1, _alone, good)[0]
+    assert seen["loss"] == pytest.approx(loss, rel=1e-5)
+    assert seen["config"] == SMALL
+    assert seen["steps"] == 1
+
+
+def _alone(path):
+    module = GPTModule.load_from_checkpoint(path)
+    samples = text_samples(SMALL, 8)
+    with torch.no_grad():
+        logits = module.eval()(tokens=samples["tokens"], labels=samples["labels"])
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples["labels"], reduction="none")
+    loss = (each * samples["loss_mask"]).sum() / samples["loss_mask"].sum()
+    with pytest.raises(CheckpointError, match="decoder.layers.2"):
+        GPTModule.load_from_checkpoint(path, config=plain_gpt.replace(SMALL, num_layers=3))
+    run = trainer(Layout(), max_steps=1)  # a run afterwards has the process to itself
+    run.fit(LoadedGPT(SMALL), _data())
+    return {"loss": float(loss), "config": module.config, "steps": run.global_step}
+
+
+def test_export_gives_the_whole_model_in_one_file(good, tmp_path, capsys):
+    main(["export", str(good), str(tmp_path / "out.safetensors")])
+    assert "out.safetensors" in capsys.readouterr().out
+    exported = load_file(tmp_path / "out.safetensors")
+    assert set(exported) == set(plain_gpt.initial_weights(SMALL))
+    expected = {k: v for k, v in run_ranks(1, _stock, good)[0].items() if k.startswith("model.")}
+    for name, value in exported.items():
+        assert torch.equal(value, expected[f"model.{name}"]), name
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        main(["export", str(tmp_path / "none"), str(tmp_path / "out.safetensors")])
+
+
+def _plain(path):
+    module = PlainModule()
+    module.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=0.1)
+    rows = Rows({"x": torch.randn(24, 4), "y": torch.randn(24, 1)})
+    run = trainer(Layout(dp=2), {"log_grad_norm": False}, max_epochs=1)
+    run.fit(module, DataLoader(rows, batch_size=4))
+    run.save_checkpoint(path)
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_a_plain_module_exports_to_a_file_that_lightning_loads(tmp_path):
+    trained = run_ranks(2, _plain, tmp_path / "plain.ckpt")[0]
+    loaded = PlainModule.load_from_checkpoint(export(tmp_path / "plain.ckpt", tmp_path / "one.ckpt"))
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, trained[name])
+
+
+# What is refused
+
+
+def _spoil(path: Path, how: str) -> str:
+    name = "weights/__1_0.distcp"
+    file = path / name
+    if how == "missing":
+        file.unlink()
+    elif how == "truncated":
+        os.truncate(file, file.stat().st_size // 2)
+    elif how == "flipped":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == "manifest":
+        (path / "manifest.json").write_text((path / "manifest.json").read_text().replace("crc32", "crc23", 1))
+        return "manifest.json is damaged"
+    else:
+        (path / "manifest.json").unlink()
+        return "no whole checkpoint"
+    return f"{name} {'is missing' if how == 'missing' else 'has'}"
+
+
+class Untouched(LoadedGPT):
+    """Fails if anything was loaded before the error."""
+
+    def load_state_dict(self, *_, **__):
+        raise AssertionError("half loaded")
+
+
+def _load_spoilt(path):
+    fit(Layout(tp=2), 3, load=path, module=Untouched(SMALL))
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "flipped", "manifest", "no manifest"])
+def test_damage_is_found_and_the_file_named(copy, how):
+    message = _spoil(copy, how)
+    with pytest.raises(RankError, match=message) as error:
+        run_ranks(2, _load_spoilt, copy)
+    assert str(error.value).count("CheckpointError") >= 2, "every rank says so"
+    assert "half loaded" not in str(error.value)
+
+
+def test_checksums_can_be_left_out(copy):
+    file = copy / "trainer.pt"
+    about = json.loads((copy / "manifest.json").read_text())["manifest"]
+    about["files"]["trainer.pt"]["crc32"] ^= 1
+    manifest._write_json(copy / "manifest.json", about)
+    assert file.is_file()
+    with pytest.raises(RankError, match="its checksum differs"):
+        run_ranks(2, _load, Layout(tp=2), copy)
+    assert run_ranks(2, _load_unverified, copy) == [3, 3]
+
+
+def _load_unverified(path):
+    return _load(Layout(tp=2), path, strategy={"verify_checkpoint": False})
+
+
+def _other_architecture(path, strict):
+    config = plain_gpt.replace(SMALL, ffn_hidden_size=64, num_layers=4)
+    module = GPTModule(config)
+    module.strict_loading = strict
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run = trainer(Layout(tp=2))
+        run.validate(module, _data(), ckpt_path=path, verbose=False)
+    told = [str(w.message) for w in seen if "Not loaded" in str(w.message)]
+    return told, module.chunks[0].embedding.position_embeddings.weight.detach()
+
+
+def test_another_architecture_is_listed_shortest_first_and_the_rest_loads_if_asked(good):
+    with pytest.raises(RankError) as error:
+        run_ranks(2, _other_architecture, good, True)
+    lines = [
+        line
+        for line in str(error.value).split("another architecture")[1].splitlines()[1:]
+        if line.startswith("  model.")
+    ]
+    assert "  model.decoder.layers.0.mlp.linear_fc1.bias is [64] in the model and [128] in the checkpoint" in lines
+    assert [len(line) for line in lines] == sorted(len(line) for line in lines)
+    assert any("layers.3" in line and "not in the checkpoint" in line for line in lines)
+    told, positions = run_ranks(2, _other_architecture, good, False)[0]
+    assert "linear_fc1.bias is [64]" in told[0]
+    assert torch.equal(positions, run_ranks(1, _stock, good)[0]["model.embedding.position_embeddings.weight"])
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/lightning_megatron_was_here",))
+
+
+class Own:
+    """A class of the user's."""
+
+
+class Stubborn(Callback):
+    def state_dict(self):
+        return {"object": Own()}
+
+    def load_state_dict(self, state):
+        self.loaded = state["object"]
+
+
+def _objects(path, trust):
+    if not path.exists():
+        run, _ = fit(steps=1, callbacks=[Stubborn()])
+        run.save_checkpoint(path)
+        return None
+    callback = Stubborn()
+    fit(steps=2, load=path, callbacks=[callback], strategy={"trust_checkpoint": trust})
+    return type(callback.loaded).__name__
+
+
+def test_objects_load_only_where_they_are_trusted(tmp_path):
+    path = tmp_path / "objects.ckpt"
+    run_ranks(1, _objects, path, False)
+    with pytest.raises(RankError, match="holds objects .callbacks.Stubborn.*trust_checkpoint=True"):
+        run_ranks(1, _objects, path, False)
+    assert run_ranks(1, _objects, path, True) == ["Own"]
+
+
+@pytest.mark.parametrize("name", ["weights/.metadata", "trainer.pt", "ranks/00000.pt"])
+def test_no_code_runs_from_a_checkpoint(copy, name, tmp_path):
+    mark = Path("/tmp/lightning_megatron_was_here")
+    mark.unlink(missing_ok=True)
+    content = pickle.dumps(Evil())
+    if name != "weights/.metadata":
+        torch.save(Evil(), tmp_path / "evil")
+        content = (tmp_path / "evil").read_bytes()
+    (copy / name).write_bytes(content)
+    about = json.loads((copy / "manifest.json").read_text())["manifest"]
+    about["files"][name] = {"bytes": len(content), "crc32": manifest.checksum(copy / name)}
+    manifest._write_json(copy / "manifest.json", about)
+    with pytest.raises(RankError, match="none of torch's records|Weights only load failed"):
+        run_ranks(2, _load, Layout(tp=2), copy)
+    assert not mark.exists()
+
+
+def _remote(path):
+    run, _ = fit(steps=1)
+    run.save_checkpoint(path)
+
+
+def test_addresses_of_object_stores_are_refused():
+    with pytest.raises(RankError, match="cannot save to or load from 's3://bucket/one.ckpt'"):
+        run_ranks(1, _remote, "s3://bucket/one.ckpt")
+
+
+# What a save leaves
+
+
+def _retention(folder, asynchronous, save_last):
+    callback = ModelCheckpoint(
+        folder, monitor="train_loss", save_top_k=2, every_n_train_steps=1, save_last=save_last, filename="{step}"
+    )
+    run, _ = fit(Layout(dp=2), 5, callbacks=[callback], strategy={"async_save": asynchronous})
+    names = sorted(path.name for path in Path(folder).iterdir())
+    best = callback.best_model_path
+    resumed, _ = fit(Layout(dp=2), 6, load="last", callbacks=[ModelCheckpoint(folder, save_last=True)])
+    return names, Path(best).name, resumed.global_step, [manifest.read(Path(folder) / n)["global_step"] for n in names]
+
+
+@pytest.mark.parametrize(("asynchronous", "save_last"), [(False, True), (True, True), (False, "link")])
+def test_top_k_and_last(tmp_path, asynchronous, save_last):
+    names, best, step, steps = run_ranks(2, _retention, str(tmp_path), asynchronous, save_last)[0]
+    assert names[0] == "last.ckpt"
+    assert len(names) == 3
+    assert best in names
+    assert step == 6
+    assert steps[0] == 5
+    assert UNFINISHED not in names
+
+
+def _versions(folder):
+    for _ in range(2):
+        fit(steps=1, callbacks=[ModelCheckpoint(folder, filename="one", every_n_train_steps=1)])
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_the_version_counter_and_weights_alone(tmp_path):
+    assert run_ranks(1, _versions, str(tmp_path)) == [["one-v1.ckpt", "one.ckpt"]]
+
+
+def _leftovers(folder):
+    folder = Path(folder)
+    callback = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=0)
+    fit(steps=2, callbacks=[callback])
+    killed = manifest.staging_folder(folder / "last.ckpt")
+    (killed / "weights").mkdir(parents=True)
+    (killed / "weights" / "__0_0.distcp").write_bytes(b"half")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run, _ = fit(steps=3, load="last", callbacks=[ModelCheckpoint(folder, save_top_k=0)])
+    assert any("a killed save left last.ckpt; it is skipped" in str(w.message) for w in seen)
+    assert killed.exists()
+    run.save_checkpoint(folder / "next.ckpt")
+    assert not killed.exists()
+    # A `last` that is damaged is passed over, too.
+    (folder / "last.ckpt" / "manifest.json").unlink()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run, _ = fit(steps=4, load="last", callbacks=[ModelCheckpoint(folder, save_top_k=0)])
+    assert any("the newest whole checkpoint beside it is" in str(w.message) for w in seen)
+    assert newest(folder) == folder / "next.ckpt"
+    return run.global_step
+
+
+def test_what_a_killed_save_left_is_skipped_and_cleaned(tmp_path):
+    assert run_ranks(1, _leftovers, str(tmp_path)) == [4]
+
+
+def _failing(folder, asynchronous, on_save_error):
+    """The second save finds a file where its directory should be."""
+    folder = Path(folder)
+    callback = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="{step}")
+
+    class Block(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 1 and trainer.is_global_zero:
+                trainer.strategy.checkpointer.wait()
+                (folder / UNFINISHED).write_text("in the way")
+
+    strategy = {"async_save": asynchronous, "on_save_error": on_save_error}
+    run, _ = fit(Layout(), 3, callbacks=[Block(), callback], strategy=strategy)
+    return run.global_step, newest(folder).name
+
+
+def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path):
+    with pytest.raises(RankError, match="Nothing can be saved to .*step=2.ckpt"):
+        run_ranks(1, _failing, str(tmp_path / "a"), False, "raise")
+    assert newest(tmp_path / "a").name == "step=1.ckpt"
+    assert run_ranks(1, _failing, str(tmp_path / "b"), False, "warn") == [(3, "step=1.ckpt")]
+    assert run_ranks(1, _failing, str(tmp_path / "c"), True, "warn") == [(3, "step=1.ckpt")]
+
+
+def _background_failure(folder):
+    """The disk breaks on one rank while training goes on."""
+
+    def broken(*_):
+        if int(os.environ["RANK"]) == 1:
+            raise OSError(28, "No space left on device")
+        return write(*_)
+
+    write, weights.write = weights.write, broken
+    callback = ModelCheckpoint(folder, every_n_train_steps=1, filename="{step}")
+    try:
+        fit(Layout(dp=2), 4, callbacks=[callback], strategy={"async_save": True})
+    finally:
+        weights.write = write
+
+
+def test_a_failure_in_the_background_reaches_all_ranks(tmp_path):
+    with pytest.raises(RankError, match="Rank 1 failed: OSError: .Errno 28. No space left") as error:
+        run_ranks(2, _background_failure, str(tmp_path))
+    assert str(error.value).count("was not saved; earlier checkpoints are as they were") >= 2
+    assert newest(tmp_path) is None
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def _asynchronous(folder, layout):
+    weights_at = {}
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            trainer.save_checkpoint(f"{folder}/{trainer.global_step}.ckpt")
+            weights_at[trainer.global_step] = {n: p.detach().clone() for n, p in module.named_parameters()}
+
+    fit(layout, 4, callbacks=[Keep()], strategy={"async_save": True})
+    for step in (1, 4):
+        module = LoadedGPT(SMALL)
+        trainer(layout).validate(module, _data(), ckpt_path=f"{folder}/{step}.ckpt", verbose=False)
+        for name, value in module.named_parameters():
+            rows = 61 if "embed" in name and value.size(0) == 64 else None
+            assert torch.equal(value[:rows], weights_at[step][name][:rows]), (step, name)
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(pp=2, sharded=False)], ids=str)
+def test_the_background_writes_what_was_there_when_it_was_asked(tmp_path, layout):
+    run_ranks(2, _asynchronous, str(tmp_path), layout)
