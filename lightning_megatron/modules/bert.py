@@ -57,6 +57,7 @@ class BertModule(MegatronModule):
         if not isinstance(config, BertConfig):
             raise TypeError(f"BertModule(config={config!r}): use a BertConfig, such as BertConfig(num_layers=4, ...).")
         self.config = config
+        self.save_hyperparameters("config", "loss_reduction", logger=False)
         self.task: BertTask = TASKS[config.task](config)
 
     def check_layout(self, layout: ParallelLayout) -> None:

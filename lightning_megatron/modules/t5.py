@@ -50,6 +50,7 @@ class T5Module(MegatronModule):
         if not isinstance(config, T5Config):
             raise TypeError(f"T5Module(config={config!r}): use a T5Config, such as T5Config(num_layers=4, ...).")
         self.config = config
+        self.save_hyperparameters("config", "loss_reduction", logger=False)
 
     def check_layout(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the layout cannot divide, and pipelines."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from megatron.core.transformer import TransformerConfig
 
+from lightning_megatron.checkpoint import plain_class
 from lightning_megatron.layout import LayoutError, ParallelLayout
 from lightning_megatron.modules.model_config import Activation, ModelConfig
 from lightning_megatron.modules.settings import BuildSettings
@@ -14,6 +15,7 @@ from lightning_megatron.modules.settings import BuildSettings
 _NORMS = ("RMSNorm", "LayerNorm")
 
 
+@plain_class
 @dataclass(kw_only=True)
 class T5Config(ModelConfig):
     """The shape of a T5: relative position bias, norms before the blocks, attention scores that are not scaled.
