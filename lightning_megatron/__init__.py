@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
 
 from lightning_megatron.groups import average_losses_across_data_parallel_group
 from lightning_megatron.layout import LayoutError, ParallelLayout
-from lightning_megatron.modules import BertConfig, BertModule, GPTConfig, GPTModule, MegatronModule
+from lightning_megatron.modules import BertConfig, BertModule, GPTConfig, GPTModule, MegatronModule, T5Config, T5Module
 from lightning_megatron.parameter_groups import ParameterGroups, biases_and_vectors
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.schedule import LRSchedule
@@ -34,6 +34,8 @@ __all__ = [
     "MegatronStrategy",
     "ParallelLayout",
     "ParameterGroups",
+    "T5Config",
+    "T5Module",
     "average_losses_across_data_parallel_group",
     "biases_and_vectors",
 ]

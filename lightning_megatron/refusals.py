@@ -38,8 +38,8 @@ def check_arguments(
         raise MisconfigurationException(f"MegatronStrategy(recompute={recompute!r}): use None, 'selective' or 'full'.")
     if pipeline_split_rank is not None:
         raise MisconfigurationException(
-            f"MegatronStrategy(pipeline_split_rank={pipeline_split_rank}) splits encoder-decoder models, and there"
-            " is no adapter for one yet. Leave it out."
+            f"MegatronStrategy(pipeline_split_rank={pipeline_split_rank}) splits encoder-decoder models, whose"
+            " pipeline is not built yet: T5Module trains with pp=1. Leave it out."
         )
 
 

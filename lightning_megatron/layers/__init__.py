@@ -2,6 +2,6 @@
 
 from lightning_megatron.layers.bert import NormPlacement
 from lightning_megatron.layers.gpt import LayerKind, gpt_block_spec
-from lightning_megatron.layers.vocabulary import mask_padded_vocabulary
+from lightning_megatron.layers.vocabulary import cross_entropy_over_shards, mask_padded_vocabulary
 
-__all__ = ["LayerKind", "NormPlacement", "gpt_block_spec", "mask_padded_vocabulary"]
+__all__ = ["LayerKind", "NormPlacement", "cross_entropy_over_shards", "gpt_block_spec", "mask_padded_vocabulary"]

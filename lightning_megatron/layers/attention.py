@@ -61,14 +61,14 @@ class TorchAttention(torch.nn.Module):
             attention_mask: ``[b, 1, s, s]``, True where a query may not look (Megatron's convention); includes the
                 causal part. None is plain causal attention, or none masked.
             attn_mask_type: Overrides the kind that the layer was built with.
-            attention_bias: Refused.
+            attention_bias: ``[1, heads/tp, s, s]``, added to the scores; the mask then has to hold the causal part.
             packed_seq_params: Refused.
 
         Returns:
             ``[s, b, heads/tp · head]``.
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("TorchAttention takes no attention bias and no packed sequences.")
+        if packed_seq_params is not None:
+            raise ValueError("TorchAttention takes no packed sequences.")
         length, batch = query.shape[:2]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, head]
         causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
@@ -79,10 +79,17 @@ class TorchAttention(torch.nn.Module):
                 q,
                 k,
                 v,
-                attn_mask=None if attention_mask is None else ~attention_mask,
-                is_causal=causal and attention_mask is None,
+                attn_mask=_added_to_scores(attention_mask, attention_bias),
+                is_causal=causal and attention_mask is None and attention_bias is None,
                 dropout_p=dropout,
                 scale=self.softmax_scale,
                 enable_gqa=q.size(1) != k.size(1),
             )
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+
+def _added_to_scores(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """torch's ``attn_mask``: True where a query may look, or numbers where there is a bias."""
+    if bias is None:
+        return None if mask is None else ~mask
+    return bias if mask is None else bias.masked_fill(mask, float("-inf"))

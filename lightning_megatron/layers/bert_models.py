@@ -14,6 +14,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import get_linear_layer
 
@@ -51,6 +52,7 @@ class BertModel(LanguageModule):
     """
 
     share_embeddings_and_output_weights = False
+    sharded_state_dict = MegatronModule.sharded_state_dict  # a language module's own wants an output layer
 
     def __init__(
         self,
@@ -169,6 +171,7 @@ class BertForMaskedLM(BertModel):
     """Logits ``[b, s, vocab/tp]`` of each token; the output layer's weight is the embedding's."""
 
     share_embeddings_and_output_weights = True
+    sharded_state_dict = LanguageModule.sharded_state_dict
 
     def build_head(self) -> None:
         """Make the transform and the vocabulary-parallel output layer."""

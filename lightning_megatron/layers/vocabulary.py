@@ -1,4 +1,4 @@
-"""The rows that pad a vocabulary for tensor parallelism, kept out of the softmax."""
+"""A vocabulary shared out over tensor-parallel ranks: its padding kept out of the softmax, and the loss over shards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.utils import VocabUtility
 
 
@@ -27,6 +27,21 @@ def mask_padded_vocabulary(output_layer: ColumnParallelLinear, vocab_size: int) 
     real = min(max(vocab_size - first, 0), shard)
     if real < shard:
         output_layer.register_forward_hook(partial(_mask, real))
+
+
+def cross_entropy_over_shards(
+    logits: torch.Tensor, labels: torch.Tensor, ignored: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the cross-entropy of the tokens that have a label, and their number.
+
+    Args:
+        logits: ``[b, s, vocab/tp]``; kept: megatron-core writes over what it is given, here a copy of the counted rows.
+        labels: ``[b, s]``.
+        ignored: The label of tokens that are not counted.
+    """
+    counted = labels != ignored
+    losses = vocab_parallel_cross_entropy(logits[counted], labels[counted])  # [n]
+    return losses.float().sum(), counted.sum()
 
 
 def _mask(real: int, _: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:

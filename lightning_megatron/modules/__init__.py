@@ -5,5 +5,7 @@ from lightning_megatron.modules.bert import BertModule
 from lightning_megatron.modules.bert_config import BertConfig
 from lightning_megatron.modules.gpt import GPTModule
 from lightning_megatron.modules.gpt_config import GPTConfig
+from lightning_megatron.modules.t5 import T5Module
+from lightning_megatron.modules.t5_config import T5Config
 
-__all__ = ["BertConfig", "BertModule", "GPTConfig", "GPTModule", "MegatronModule"]
+__all__ = ["BertConfig", "BertModule", "GPTConfig", "GPTModule", "MegatronModule", "T5Config", "T5Module"]

@@ -24,6 +24,7 @@ LossReduction = Literal["token", "micro_batch"]
 # Also returns a ReduceLROnPlateau, or Lightning's dictionary of a scheduler and when to step it.
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
 Batch = dict[str, torch.Tensor]
+IGNORED_LABEL = -100  # transformers' convention; torch's too
 # A sum over tokens and their number, or a plain mean.
 Loss = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 
@@ -243,6 +244,11 @@ class MegatronModule(pl.LightningModule):
     @property
     def _pipeline_stage(self) -> int:
         return groups.coordinates().pp
+
+    def _padding(self, length: int) -> int:
+        """Tokens to add so that sequence parallelism can share the sequence out."""
+        layout = self.build_settings.layout
+        return -length % layout.tp if layout.uses_sequence_parallel else 0
 
     def _chunk_step(self, batch: Batch) -> Any:
         inputs = self.get_batch(batch)

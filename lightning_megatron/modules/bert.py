@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.modules.base import Batch, Loss, LossReduction, MegatronModule, SchedulerCallable
+from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, MegatronModule, SchedulerCallable
+from lightning_megatron.modules.batch_checks import check_range
 from lightning_megatron.modules.bert_config import BertConfig
-from lightning_megatron.modules.bert_tasks import IGNORED_LABEL, TASKS, BertTask
+from lightning_megatron.modules.bert_tasks import TASKS, BertTask
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
 
@@ -96,9 +97,10 @@ class BertModule(MegatronModule):
                 f"BertModule: sequences of {tokens.size(1)} tokens, but BertConfig(seq_length={config.seq_length})."
                 f" Cut the samples, or use seq_length={tokens.size(1)} or more."
             )
-        _check_range("input_ids", tokens, config.vocab_size, "vocab_size")
+        check_range("BertModule", "input_ids", tokens, config.vocab_size, "BertConfig.vocab_size")
         if "token_type_ids" in batch:
-            _check_range("token_type_ids", batch["token_type_ids"], config.num_token_types, "num_token_types")
+            types = batch["token_type_ids"]
+            check_range("BertModule", "token_type_ids", types, config.num_token_types, "BertConfig.num_token_types")
         for key in ("attention_mask", "token_type_ids", "position_ids"):
             if key in batch and batch[key].shape != tokens.shape:
                 raise ValueError(
@@ -174,11 +176,6 @@ class BertModule(MegatronModule):
             batch_size=max(float(count), 1e-6),  # type: ignore[arg-type]
         )
 
-    def _padding(self, length: int) -> int:
-        """Tokens to add so that sequence parallelism can share the sequence out."""
-        layout = self.build_settings.layout
-        return -length % layout.tp if layout.uses_sequence_parallel else 0
-
 
 def _renamed(batch: Batch) -> Batch:
     """The batch under transformers' names; labels that Megatron's loss mask leaves out are −100."""
@@ -192,12 +189,3 @@ def _renamed(batch: Batch) -> Batch:
     if mask is not None and "labels" in found:
         found["labels"] = found["labels"].masked_fill(mask == 0, IGNORED_LABEL)
     return found
-
-
-def _check_range(name: str, ids: torch.Tensor, size: int, argument: str) -> None:
-    wrong = ids[(ids < 0) | (ids >= size)]
-    if wrong.numel():
-        raise ValueError(
-            f"BertModule: {int(wrong[0])} in {name!r} is outside of 0 to {size - 1}, as BertConfig({argument}={size})"
-            f" has it. Use the tokenizer's own {argument}."
-        )

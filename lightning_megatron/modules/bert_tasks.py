@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from lightning_megatron.groups import average_losses_across_data_parallel_group, gather_vocabulary
+from lightning_megatron.layers import cross_entropy_over_shards
 from lightning_megatron.layers.bert_models import (
     BertForMaskedLM,
     BertForPretraining,
@@ -17,10 +17,10 @@ from lightning_megatron.layers.bert_models import (
     BertModel,
     BertPretrainingLogits,
 )
-from lightning_megatron.modules.base import Batch
+from lightning_megatron.modules.base import IGNORED_LABEL, Batch
+from lightning_megatron.modules.batch_checks import check_range
 from lightning_megatron.modules.bert_config import BertConfig, BertTaskName
 
-IGNORED_LABEL = -100  # transformers' convention; torch's too
 _NO_PAIR = -1  # Megatron's: a row that the binary head does not learn from
 
 # Sum and count, by the name under which the mean is logged; "loss" has its own logging.
@@ -76,13 +76,6 @@ class BertTask:
             )
         return batch[key]
 
-    def _refuse(self, wrong: torch.Tensor, key: str, limit: int, size: str) -> None:
-        if wrong.numel():
-            raise ValueError(
-                f"BertModule: {int(wrong.flatten()[0])} in {key!r} is outside of 0 to {limit - 1}, as"
-                f" {size}={limit} has it. Correct the labels or the number; {IGNORED_LABEL} takes no part in the loss."
-            )
-
 
 class TokenLabels(BertTask):
     """Labels ``[b, s]``, one to a token, −100 where there is none."""
@@ -101,7 +94,7 @@ class TokenLabels(BertTask):
                 f" task={self.config.task!r} each token has one label."
             )
         counted = labels[labels != IGNORED_LABEL]
-        self._refuse(counted[(counted < 0) | (counted >= classes)], "labels", classes, size)
+        check_range("BertModule", "labels", counted, classes, size)
 
 
 class MaskedLM(TokenLabels):
@@ -115,7 +108,7 @@ class MaskedLM(TokenLabels):
 
     def parts(self, output: Any, batch: Batch) -> Parts:
         """Cross-entropy of the tokens that have a label."""
-        return {"mlm_loss": _cross_entropy_over_shards(output, batch["labels"])}
+        return {"mlm_loss": cross_entropy_over_shards(output, batch["labels"], IGNORED_LABEL)}
 
     def predictions(self, output: Any, length: int) -> Any:
         """``[b, s, vocab]`` over the whole vocabulary."""
@@ -132,7 +125,7 @@ class Pretraining(MaskedLM):
         super().check(batch)
         pairs = self._require(batch, "next_sentence_label", "[b], or Megatron's 'is_random'; 1: random or swapped")
         counted = pairs[(pairs != IGNORED_LABEL) & (pairs != _NO_PAIR)]
-        self._refuse(counted[(counted < 0) | (counted > 1)], "next_sentence_label", 2, "the classes of the binary head")
+        check_range("BertModule", "next_sentence_label", counted, 2, "the binary head's classes")
 
     def weigh(self, batch: Batch) -> Batch:
         """Add what one pair weighs in tokens, so that the loss of the global batch is the sum of the two means."""
@@ -202,7 +195,7 @@ class SequenceClassification(BertTask):
             if labels.is_floating_point() or labels.numel() != rows:
                 raise ValueError(self._misfit(problem, labels, "integers [b]"))
             counted = labels[labels != IGNORED_LABEL]
-            self._refuse(counted[(counted < 0) | (counted >= classes)], "labels", classes, "BertConfig.num_labels")
+            check_range("BertModule", "labels", counted, classes, "BertConfig.num_labels")
         elif labels.numel() != rows * classes:
             raise ValueError(self._misfit(problem, labels, f"[b, {classes}]"))
         elif problem == "multi_label_classification" and bool(((labels < 0) | (labels > 1)).any()):
@@ -231,13 +224,6 @@ class SequenceClassification(BertTask):
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
     return total, (labels != IGNORED_LABEL).sum()
-
-
-def _cross_entropy_over_shards(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``_cross_entropy``, of ``[b, s, vocab/tp]``; a copy of the counted rows, as megatron-core writes over them."""
-    counted = labels != IGNORED_LABEL
-    losses = vocab_parallel_cross_entropy(logits[counted], labels[counted])  # [n]
-    return losses.float().sum(), counted.sum()
 
 
 TASKS: dict[BertTaskName, type[BertTask]] = {

@@ -12,6 +12,7 @@ from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import gpt_block_spec, mask_padded_vocabulary
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.base import (
+    IGNORED_LABEL,
     Batch,
     Loss,
     LossReduction,
@@ -21,8 +22,6 @@ from lightning_megatron.modules.base import (
 from lightning_megatron.modules.gpt_config import GPTConfig
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
-
-IGNORED_LABEL = -100  # transformers' convention
 
 
 class GPTModule(MegatronModule):
@@ -153,11 +152,6 @@ class GPTModule(MegatronModule):
                 f" GPTConfig(vocab_size={vocab_size}), ids 0 to {vocab_size - 1}. Use the tokenizer's own vocab_size."
                 f" Labels may be {IGNORED_LABEL}, too, which takes no part in the loss."
             )
-
-    def _padding(self, length: int) -> int:
-        """Tokens to add so that sequence parallelism can share the sequence out."""
-        layout = self.build_settings.layout
-        return -length % layout.tp if layout.uses_sequence_parallel else 0
 
 
 def _token_key(batch: Batch) -> str:

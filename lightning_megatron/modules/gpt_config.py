@@ -31,7 +31,7 @@ class GPTConfig(ModelConfig):
         rotary_percent: Share of a head's channels that is rotated.
         normalization: LayerNorm or RMSNorm.
         layernorm_epsilon: Added to the variance.
-        activation: Of the feed-forward layer; "swiglu" and "geglu" are gated.
+        activation: Of the feed-forward layer; "swiglu", "geglu" and "geglu_tanh" are gated.
         bias: Whether linear layers have biases.
         qkv_bias: Whether the query, key and value projection has one. None: as ``bias``.
         tie_embeddings: Whether the output layer's weight is the embedding's.

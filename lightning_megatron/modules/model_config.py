@@ -15,7 +15,7 @@ from lightning_megatron.layers import LayerKind
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.settings import BuildSettings
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "geglu_tanh"]
 
 # function, and whether the first projection is doubled and gates the other half
 _ACTIVATIONS: dict[str, tuple[Any, bool]] = {
@@ -26,6 +26,7 @@ _ACTIVATIONS: dict[str, tuple[Any, bool]] = {
     "silu": (F.silu, False),
     "swiglu": (F.silu, True),
     "geglu": (F.gelu, True),
+    "geglu_tanh": (partial(F.gelu, approximate="tanh"), True),
 }
 # Kernels that compile or need CUDA extensions; plain PyTorch runs everywhere and `extra` turns them on.
 _PLAIN_KERNELS = dict.fromkeys(
@@ -49,7 +50,7 @@ class ModelConfig:
         ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
         kv_channels: Size of a head. None: ``hidden_size / num_attention_heads``.
         layernorm_epsilon: Added to the variance.
-        activation: Of the feed-forward layer; "swiglu" and "geglu" are gated.
+        activation: Of the feed-forward layer; "swiglu", "geglu" and "geglu_tanh" are gated.
         hidden_dropout: Dropout after the embedding, attention and feed-forward.
         attention_dropout: Dropout of attention weights.
         init_method_std: Standard deviation of the initial weights.
@@ -131,6 +132,11 @@ class ModelConfig:
             **settings.transformer_config_arguments(),
         }
         return TransformerConfig(**{**arguments, **self.extra})
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward layer's first projection is doubled, one half the gate of the other."""
+        return _ACTIVATIONS[self.activation][1]
 
     def family_arguments(self) -> dict[str, Any]:
         """Further arguments of megatron-core's ``TransformerConfig`` that the family sets."""

@@ -1,0 +1,54 @@
+"""T5's layer specs, with a relative position bias that the layers of a stack share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.relative_pos_embedding import RelativePositionEmbedding
+from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
+from megatron.core.tensor_parallel import scatter_to_tensor_model_parallel_region
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+
+from lightning_megatron.layers.attention import TorchAttention
+from lightning_megatron.layers.norm import TorchNorm
+
+
+class RelativeAttention(TorchAttention):
+    """Self-attention that adds its stack's position bias; each layer computes it anew, recomputed layers too."""
+
+    position_bias: RelativePositionEmbedding
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As ``TorchAttention``, with this rank's heads of the bias."""
+        bias = self.position_bias(query.size(0), key.size(0))  # [1, heads, s, s]
+        bias = scatter_to_tensor_model_parallel_region(bias.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # heads/tp
+        return super().forward(query, key, *args, **{**kwargs, "attention_bias": bias.to(query.dtype)})
+
+
+def t5_encoder_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Self-attention in both directions."""
+    return _block(encoder_model_with_local_spec(), num_layers)
+
+
+def t5_decoder_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Self-attention, and attention to the encoder's output."""
+    layer = decoder_model_with_local_spec()
+    layer.submodules.pre_cross_attn_layernorm = TorchNorm
+    layer.submodules.cross_attention.submodules.core_attention = TorchAttention
+    return _block(layer, num_layers)
+
+
+def share_position_bias(block: TransformerBlock, bias: RelativePositionEmbedding) -> None:
+    """Have every layer of the stack add ``bias``, which stays the model's own."""
+    for layer in block.layers:
+        layer.self_attention.core_attention.__dict__["position_bias"] = bias  # not registered once per layer
+
+
+def _block(layer: ModuleSpec, num_layers: int) -> TransformerBlockSubmodules:
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
+    parts.self_attention.submodules.core_attention = RelativeAttention
+    parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TorchNorm)

@@ -1,0 +1,194 @@
+"""``T5Module``: sequence-to-sequence training of an encoder-decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lightning_megatron.groups import gather_vocabulary
+from lightning_megatron.layers import cross_entropy_over_shards
+from lightning_megatron.layers.t5_model import T5Model
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, MegatronModule, SchedulerCallable
+from lightning_megatron.modules.batch_checks import check_range
+from lightning_megatron.modules.t5_config import T5Config
+from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
+from lightning_megatron.schedule import LRSchedule
+
+# Megatron's names of what transformers calls otherwise.
+_NAMES = {"text_enc": "input_ids", "text_dec": "decoder_input_ids"}
+
+
+class T5Module(MegatronModule):
+    """A T5, trained to give the labels; ``pp`` is 1.
+
+    Batches are mappings of tensors, batch first, as transformers' collators make them: ``input_ids`` ``[b, se]``,
+    ``labels`` ``[b, sd]`` (−100 is ignored), optional ``attention_mask``, ``decoder_input_ids`` (without them the
+    labels, shifted) and ``decoder_attention_mask``. Or as Megatron's datasets make them: ``text_enc``, ``text_dec``,
+    ``labels``, ``loss_mask``, and the masks ``enc_mask``, ``dec_mask`` and ``enc_dec_mask``, 1 where a query may look.
+
+    ``loss`` is given the logits over this rank's shard of the vocabulary.
+
+    Args:
+        config: The shape of the model.
+        optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
+        lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
+        loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        optimizer: ParameterGroups | OptimizerCallable | None = None,
+        lr_schedule: LRSchedule | SchedulerCallable | None = None,
+        loss_reduction: LossReduction = "token",
+    ) -> None:
+        super().__init__(optimizer, lr_schedule, loss_reduction)
+        if not isinstance(config, T5Config):
+            raise TypeError(f"T5Module(config={config!r}): use a T5Config, such as T5Config(num_layers=4, ...).")
+        self.config = config
+        self.save_hyperparameters("config", "loss_reduction", logger=False)
+
+    def check_layout(self, layout: ParallelLayout) -> None:
+        """Refuse sizes that the layout cannot divide, and pipelines."""
+        self.config.check(layout)
+
+    def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
+        """The model; there is one chunk only."""
+        config, settings = self.config, self.build_settings
+        return T5Model(
+            config.encoder_config(settings),
+            config.decoder_config(settings),
+            vocab_size=config.vocab_size,
+            padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
+            tie_embeddings=config.tie_embeddings,
+            buckets=config.relative_attention_num_buckets,
+            max_distance=config.relative_attention_max_distance,
+        )
+
+    def check_batch(self, batch: Batch) -> None:
+        """Refuse a batch without tokens or targets, with ids out of range, or longer than the configuration says.
+
+        Raises:
+            ValueError: With the values seen.
+        """
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"T5Module takes batches that are mappings of tensors; this one is a {type(batch).__name__}."
+            )
+        batch, config = _renamed(batch), self.config
+        if "labels" not in batch and not (self.trainer.predicting and "decoder_input_ids" in batch):
+            raise ValueError(
+                f"T5Module needs 'labels' [b, sd] (to predict, 'decoder_input_ids' do); this batch has {sorted(batch)}."
+            )
+        lengths = {"input_ids": config.seq_length}
+        lengths["decoder_input_ids"] = lengths["labels"] = config.decoder_seq_length or config.seq_length
+        for name, longest in lengths.items():
+            if name not in batch:
+                continue
+            ids = batch[name]
+            if ids.size(1) > longest:
+                side = "seq_length" if name == "input_ids" else "decoder_seq_length"
+                raise ValueError(
+                    f"T5Module: {name!r} has {ids.size(1)} tokens, but T5Config({side}={longest}). Cut the samples, or"
+                    f" use {side}={ids.size(1)} or more."
+                )
+            ids = ids[ids != IGNORED_LABEL] if name == "labels" else ids
+            check_range("T5Module", name, ids, config.vocab_size, "T5Config.vocab_size")
+        if "decoder_input_ids" in batch and "labels" in batch:
+            _check_alike(batch, "labels", "decoder_input_ids")
+        if "attention_mask" in batch:
+            _check_alike(batch, "attention_mask", "input_ids")
+
+    def sequence_length(self, batch: Batch) -> int:
+        """The encoder's tokens, rounded up as ``get_batch`` pads."""
+        length = int(_renamed(batch)["input_ids"].size(1))
+        return length + self._padding(length)
+
+    def get_batch(self, batch: Batch) -> Batch:
+        """Tokens of both sides, masks (True where a query may not look), and labels, from either form."""
+        batch = _renamed(batch)
+        tokens, targets = batch["input_ids"].long(), self._decoder_inputs(batch)
+        more, more_targets = self._padding(tokens.size(1)), self._padding(targets.size(1))
+        inputs = {
+            "input_ids": F.pad(tokens, (0, more)),
+            "decoder_input_ids": F.pad(targets, (0, more_targets)),
+            "encoder_mask": _mask(batch, "enc_mask", "attention_mask", tokens, more, more),
+            "decoder_mask": _decoder_mask(batch, targets, more_targets),
+            "cross_mask": _mask(batch, "enc_dec_mask", "attention_mask", tokens, more_targets, more),
+        }
+        if "labels" in batch:
+            inputs["labels"] = F.pad(batch["labels"].long(), (0, more_targets), value=IGNORED_LABEL)
+        return inputs
+
+    def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
+        """Sum and count over the labels that are not ignored; ``output`` are the logits ``[b, sd, vocab/tp]``."""
+        return cross_entropy_over_shards(output, batch["labels"], IGNORED_LABEL)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
+        """Logits ``[b, sd, vocab]`` over the whole vocabulary."""
+        length = self._decoder_inputs(_renamed(batch)).size(1)
+        output = self.active_model(**self.get_batch(batch))
+        return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        """Logits ``[b, sd, vocab]``."""
+        return self.predict_step(batch, 0)
+
+    def _decoder_inputs(self, batch: Batch) -> torch.Tensor:
+        """Those that are given, or the labels one place later, behind the start."""
+        if "decoder_input_ids" in batch:
+            return batch["decoder_input_ids"].long()
+        start = self.config.decoder_start_id
+        shifted = F.pad(batch["labels"][:, :-1].long(), (1, 0), value=start)
+        return shifted.masked_fill(shifted == IGNORED_LABEL, start)
+
+
+def _renamed(batch: Batch) -> Batch:
+    """The batch under transformers' names; labels that Megatron's loss mask leaves out are −100."""
+    found = {_NAMES.get(name, name): value for name, value in batch.items()}
+    if "input_ids" not in found:
+        raise ValueError(
+            f"T5Module needs 'input_ids' [b, s], or Megatron's 'text_enc' [b, s]; this batch has {sorted(batch)}."
+            " Rename the key in the collate function, or override get_batch."
+        )
+    mask = found.pop("loss_mask", None)
+    if mask is not None and "labels" in found:
+        found["labels"] = found["labels"].masked_fill(mask == 0, IGNORED_LABEL)
+    return found
+
+
+def _mask(batch: Batch, key: str, keep_key: str, tokens: torch.Tensor, queries: int, keys: int) -> Any:
+    """Megatron's mask where there is one, else from which tokens to keep; for so many more queries and keys."""
+    if key in batch:
+        return ~_looks_somewhere(F.pad(batch[key], (0, keys, 0, queries)) > 0.5)[:, None]
+    keep = _looks_somewhere(F.pad(batch.get(keep_key, torch.ones_like(tokens)), (0, keys)) > 0.5)
+    return None if bool(keep.all()) else ~keep[:, None, None, :]
+
+
+def _decoder_mask(batch: Batch, targets: torch.Tensor, padding: int) -> torch.Tensor:
+    """As ``_mask``, and nobody looks ahead."""
+    length = targets.size(1) + padding
+    ahead = torch.ones(length, length, dtype=torch.bool, device=targets.device).triu(1)
+    itself = torch.eye(length, dtype=torch.bool, device=targets.device)
+    mask = _mask(batch, "dec_mask", "decoder_attention_mask", targets, padding, padding)
+    if mask is None:
+        return ahead[None, None]
+    mask = ahead | mask
+    return mask & ~(mask.all(dim=-1, keepdim=True) & itself)  # a softmax needs one key
+
+
+def _looks_somewhere(keep: torch.Tensor) -> torch.Tensor:
+    """A query that may look at nothing looks at everything: its output is not used, and a softmax needs one key."""
+    return keep | ~keep.any(dim=-1, keepdim=True)
+
+
+def _check_alike(batch: Batch, one: str, other: str) -> None:
+    if batch[one].shape != batch[other].shape:
+        raise ValueError(
+            f"T5Module: {one!r} is {tuple(batch[one].shape)} and {other!r} {tuple(batch[other].shape)}; each token has"
+            " one of both."
+        )

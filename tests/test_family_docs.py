@@ -1,0 +1,54 @@
+"""The code of docs/bert.md and docs/t5.md runs."""
+
+import os
+import re
+from pathlib import Path
+
+from tests.parallel_bert import loader
+from tests.parallel_gpt import Layout
+from tests.plain_bert import CONFIGS, samples
+from tests.ranks import run_ranks
+from tests.test_training import trainer
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def run(page: str, folder: str) -> dict:
+    """The names that the page's code leaves behind, run as a script in ``folder``."""
+    os.chdir(folder)
+    names: dict = {"__name__": "__main__"}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL):
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+def _bert(folder: str) -> dict:
+    names, layout = run("bert.md", folder), Layout(pp=2)
+    classifying = trainer(layout, max_epochs=1)
+    rows = loader(samples("classes", 12, 1), layout, 12, classifying)
+    classifying.fit(names["Classifier"](CONFIGS["classes"]), rows)
+    return {
+        "logits": names["logits"],
+        "steps": names["trainer"].global_step,
+        "f1": float(classifying.callback_metrics["f1"]),
+    }
+
+
+def test_bert(tmp_path):
+    for seen in run_ranks(2, _bert, str(tmp_path)):
+        assert seen["logits"].shape == (2, 12, 21)
+        assert seen["logits"].softmax(-1).amax(-1).mean() > 0.3  # 1/21 knows nothing
+        assert seen["steps"] == 16
+        assert 0 <= seen["f1"] <= 1
+
+
+def _t5(folder: str) -> dict:
+    names = run("t5.md", folder)
+    return {"logits": names["logits"], "steps": names["trainer"].global_step}
+
+
+def test_t5(tmp_path):
+    for seen in run_ranks(2, _t5, str(tmp_path)):
+        assert seen["logits"].shape == (2, 6, 20)
+        assert seen["logits"].softmax(-1).amax(-1).mean() > 0.1  # 1/20 knows nothing
+        assert seen["steps"] == 24

@@ -1,0 +1,208 @@
+"""Every layout trains a T5 as transformers' does in one process; tolerances as in ``test_bert``."""
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding, BertTokenizerFast, DataCollatorForSeq2Seq
+
+from lightning_megatron import T5Config, T5Module
+from tests import parallel_t5, plain_t5
+from tests.parallel_bert import Watch, loader
+from tests.parallel_gpt import Layout
+from tests.parallel_t5 import LoadedT5
+from tests.ranks import RankError, run_ranks
+from tests.test_training import trainer
+
+ROWS, STEPS = 12, 10
+
+
+def layouts() -> list[Layout]:
+    several = itertools.product((1, 2), (1, 2), (False, True))
+    return [Layout(tp=tp, dp=dp, sp=sp) for tp, dp, sp in several if not (sp and tp == 1)]
+
+
+def assert_same_training(name: str, layout: Layout, **strategy: Any) -> None:
+    expected = plain_t5.train(name, ROWS, STEPS)
+    assert expected["moved"] > 1e-2, "the truth does not train"
+    train = functools.partial(parallel_t5.train, **strategy)
+    for seen in run_ranks(layout.world_size, train, name, layout, ROWS, STEPS, expected["weights"]):
+        torch.testing.assert_close(seen["logits"], expected["logits"], rtol=0, atol=1e-5)
+        assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert seen["distance"] < 1e-4
+
+
+@pytest.mark.parametrize("layout", layouts(), ids=str)
+@pytest.mark.parametrize("name", plain_t5.CONFIGS)
+def test_matches_transformers(name, layout):
+    assert_same_training(name, layout)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_and_micro_batches_change_nothing(recompute):
+    assert_same_training("t5_v1_1", Layout(tp=2, sp=True), recompute=recompute, micro_batch_size=3)
+
+
+def collate(samples: list[dict]) -> Any:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(206))]
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+    return DataCollatorForSeq2Seq(tokenizer)(samples)
+
+
+def _collated(layout: Layout) -> dict:
+    samples = [
+        {
+            "input_ids": list(range(5, 16 + i % 3)),
+            "attention_mask": [1] * (11 + i % 3),
+            "labels": list(range(9, 14 + i)),
+        }
+        for i in range(6)
+    ]
+    batch = collate(samples)
+    with torch.no_grad():
+        expected = plain_t5.new_model("t5")(**batch)
+    data = DataLoader(samples, batch_size=6, collate_fn=collate)
+    run, module = trainer(layout), LoadedT5("t5")
+    predicted = run.predict(module, data)[0]
+    loss = run.validate(module, data, verbose=False)[0]["val_loss"]
+    return {"type": type(batch), "logits": (predicted, expected.logits), "loss": (loss, float(expected.loss))}
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True)], ids=str)
+def test_batches_as_transformers_collators_make_them(layout):
+    for seen in run_ranks(layout.world_size, _collated, layout):
+        assert issubclass(seen["type"], BatchEncoding)  # a Mapping, not a dict
+        torch.testing.assert_close(*seen["logits"], rtol=0, atol=1e-5)
+        assert seen["loss"][0] == pytest.approx(seen["loss"][1], rel=1e-5)
+
+
+def with_decoder_inputs(sample: dict) -> dict:
+    shifted = torch.nn.functional.pad(sample["labels"][:-1], (1, 0))
+    keep = shifted != -100
+    keep[2] = False  # a mask that takes something away
+    return {**sample, "decoder_input_ids": shifted.clamp(min=0), "decoder_attention_mask": keep.long()}
+
+
+def megatron(sample: dict) -> dict:
+    """The same sample as Megatron's datasets name it."""
+    given = with_decoder_inputs(sample)
+    keep, keep_targets = given["attention_mask"], given["decoder_attention_mask"]
+    counted = sample["labels"] != -100
+    targets = len(keep_targets)
+    return {
+        "text_enc": given["input_ids"],
+        "text_dec": given["decoder_input_ids"],
+        "labels": sample["labels"].where(counted, 5),
+        "loss_mask": counted.long(),
+        "enc_mask": torch.outer(keep, keep),
+        "dec_mask": torch.ones(targets, targets).tril().long() * keep_targets,
+        "enc_dec_mask": keep.expand(targets, -1),
+    }
+
+
+def _losses(layout: Layout, change: Any) -> list[float]:
+    run, watch = trainer(layout, max_steps=2), Watch()
+    run.callbacks.append(watch)
+    samples = [change(sample) for sample in plain_t5.samples("t5", ROWS, 2)]
+    run.fit(LoadedT5("t5"), loader(samples, layout, ROWS, run))
+    return [step["train_loss"] for step in watch.steps]
+
+
+@pytest.mark.parametrize("change", [with_decoder_inputs, megatron])
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True)], ids=str)
+def test_decoder_inputs_and_masks_that_are_given(layout, change):
+    (batch, _) = plain_t5.batches("t5", ROWS, 2)
+    rows = [with_decoder_inputs({key: value[i] for key, value in batch.items()}) for i in range(ROWS)]
+    with torch.no_grad():
+        expected = plain_t5.new_model("t5")(**{key: torch.stack([row[key] for row in rows]) for key in rows[0]}).loss
+    assert float(expected) != pytest.approx(plain_t5.train("t5", ROWS, STEPS)["losses"][0], rel=1e-5)
+    for seen in run_ranks(layout.world_size, _losses, layout, change):
+        assert seen[0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def _dropping(layout: Layout) -> dict:
+    module = LoadedT5("t5_v1_1")
+    module.config = T5Config(**{**vars(module.config), "hidden_dropout": 0.3, "attention_dropout": 0.3})
+    run, watch = trainer(layout, max_steps=3), Watch()
+    run.callbacks.append(watch)
+    run.fit(module, loader(plain_t5.samples("t5_v1_1", ROWS, 3), layout, ROWS, run))
+    alike = {n: p.detach() for n, p in module.named_shards() if not getattr(p, "tensor_model_parallel", False)}
+    return {"alike": alike, "losses": [step["train_loss"] for step in watch.steps]}
+
+
+@pytest.mark.parametrize("sp", [False, True])
+def test_dropout_leaves_replicated_weights_alike(sp):
+    first, second = run_ranks(2, _dropping, Layout(tp=2, sp=sp))
+    assert first["losses"] == second["losses"]
+    assert first["losses"][0] != pytest.approx(plain_t5.train("t5_v1_1", ROWS, STEPS)["losses"][0], rel=1e-4)
+    for key, value in first["alike"].items():
+        torch.testing.assert_close(value, second["alike"][key], rtol=0, atol=1e-7)
+
+
+def _refused(change: str) -> None:
+    samples = plain_t5.samples("t5", ROWS, 1)
+    if change == "keys":
+        samples = [{"ids": sample["input_ids"]} for sample in samples]
+    elif change == "labels":
+        samples = [{"input_ids": sample["input_ids"]} for sample in samples]
+    elif change == "ids":
+        samples[5]["input_ids"][4] = 211
+    elif change == "length":
+        samples = [{**sample, "input_ids": torch.ones(38, dtype=torch.long)} for sample in samples]
+    elif change == "targets":
+        samples = [{**sample, "labels": torch.ones(24, dtype=torch.long)} for sample in samples]
+    elif change == "inputs":
+        samples = [{**sample, "decoder_input_ids": torch.ones(5, dtype=torch.long)} for sample in samples]
+    trainer(Layout(tp=2), max_steps=1).fit(LoadedT5("t5"), DataLoader(samples, batch_size=ROWS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("keys", "'text_enc'.*\\['ids'\\]"),
+        ("labels", "needs 'labels'"),
+        ("ids", "211 in 'input_ids' is outside of 0 to 210"),
+        ("length", "'input_ids' has 38 tokens, but T5Config.seq_length=37"),
+        ("targets", "'labels' has 24 tokens, but T5Config.decoder_seq_length=23"),
+        ("inputs", "'labels' is .12, 23. and 'decoder_input_ids' .12, 5."),
+    ],
+)
+def test_every_rank_says_what_is_wrong(change, message):
+    with pytest.raises(RankError, match=message) as error:
+        run_ranks(2, _refused, change, timeout=40)
+    assert "gave no result" not in str(error.value)
+
+
+def _pipelined() -> None:
+    trainer(Layout(pp=2), max_steps=1).fit(LoadedT5("t5"), DataLoader(plain_t5.samples("t5", ROWS, 1), batch_size=ROWS))
+
+
+def test_a_pipeline_is_refused_by_name():
+    with pytest.raises(RankError, match="pp=2: its pipeline is not built yet. Use pp=1"):
+        run_ranks(2, _pipelined, timeout=40)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalization": "RMS"}, "Did you mean 'RMSNorm'"),
+        ({"activation": "relux"}, "Did you mean 'relu'"),
+        ({"layers": "transformer_engine"}, "'torch' only"),
+        ({"decoder_num_layers": 0}, "decoder_num_layers=0"),
+        ({"relative_attention_num_buckets": 7}, "multiple of 4"),
+        ({"relative_attention_max_distance": 4}, "above half"),
+        ({"decoder_start_id": 211}, "decoder_start_id=211"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+    ],
+)
+def test_configurations_that_do_not_exist(options, message):
+    with pytest.raises(ValueError, match=message):
+        T5Config(**{**plain_t5.SIZES, **options})
+
+
+def test_the_module_wants_its_config():
+    with pytest.raises(TypeError, match="use a T5Config"):
+        T5Module({"num_layers": 2})
