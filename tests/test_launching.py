@@ -175,13 +175,19 @@ TWO_RANKS = str(HERE / "two_ranks_script.py")
 
 def _told(*runs: subprocess.Popen) -> dict:
     """What rank 0 printed last, once all have ended well."""
-    outputs = [run.communicate(timeout=120) for run in runs]
+    try:
+        outputs = [run.communicate(timeout=120) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
     assert all(run.returncode == 0 for run in runs), outputs
     return next(json.loads(out.splitlines()[-1]) for out, _ in outputs if out.strip().endswith("}"))
 
 
 def _start(*command: str, **variables: str) -> subprocess.Popen:
-    environment = _environment(OMP_NUM_THREADS="1", **variables)
+    # Lightning's environments, asked in the tests above, leave an address behind in this process.
+    environment = {name: value for name, value in _environment().items() if not name.startswith("MASTER_")}
+    environment |= {"OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
