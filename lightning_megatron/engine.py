@@ -173,6 +173,11 @@ class Engine:
             return total / tokens.clamp(min=1) * share, share
         if isinstance(output, dict):
             output = output["loss"]
+        if output is None:
+            raise TypeError(
+                "training_step (or validation_step, ...) returned None. MegatronStrategy skips no batch: replicas and"
+                " stages wait for one another. Return a loss; zero (loss * 0.0) where a batch shall count for nothing."
+            )
         return output * share, share
 
     def _finalize(self, window: int, model: Any, _: Any, pg_collection: Any = None, **__: Any) -> None:

@@ -19,11 +19,13 @@ from lightning_megatron.optimizer import ShardedOptimizer
 
 
 def install(trainer: pl.Trainer) -> None:
-    """Give the Trainer's epoch loop the re-ordered optimization, once."""
+    """Give the Trainer's epoch loop the re-ordered optimization, once; it counts on from where the other stood."""
     epoch_loop = trainer.fit_loop.epoch_loop
-    if isinstance(epoch_loop.automatic_optimization, _ScheduleOptimization):
+    before = epoch_loop.automatic_optimization
+    if isinstance(before, _ScheduleOptimization):
         return
     epoch_loop.automatic_optimization = _ScheduleOptimization(trainer)
+    epoch_loop.automatic_optimization.optim_progress = before.optim_progress
     step_schedulers = epoch_loop.update_lr_schedulers
 
     def unless_skipped(interval: str, update_plateau_schedulers: bool) -> None:

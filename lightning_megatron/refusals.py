@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from megatron.core.distributed import DistributedDataParallelConfig
+
+from lightning_megatron.modules.base import MegatronModule
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -78,7 +83,29 @@ def check_some_batch(trainer: pl.Trainer) -> None:
         )
 
 
-def check_callbacks(trainer: pl.Trainer) -> None:
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuse what the Trainer was given and has no place here, before its process groups are built.
+
+    Raises:
+        MisconfigurationException: By name.
+    """
+    _check_callbacks(trainer)
+    _check_module(trainer)
+    device = trainer.strategy.root_device.type
+    if device not in ("cpu", "cuda"):
+        raise MisconfigurationException(
+            f"MegatronStrategy trains on CPU and CUDA devices; Trainer(accelerator=) gave {device!r}. Use 'cpu' or"
+            " 'gpu'."
+        )
+    if trainer.strategy._layer_sync is not None:  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            "Trainer(sync_batchnorm=True): MegatronStrategy does not convert layers, and a batch norm would still see"
+            " one micro-batch at a time. Leave it out; a model can convert itself in configure_model"
+            " (torch.nn.SyncBatchNorm.convert_sync_batchnorm)."
+        )
+
+
+def _check_callbacks(trainer: pl.Trainer) -> None:
     """Refuse callbacks that copy or re-group whole models."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, _CALLBACKS):
@@ -96,6 +123,27 @@ def check_links(trainer: pl.Trainer) -> None:
                 "MegatronStrategy(async_save=True) with ModelCheckpoint(save_last='link'): the link would be made while"
                 " the checkpoint is still being written. Use save_last=True, or async_save=False."
             )
+
+
+def _check_module(trainer: pl.Trainer) -> None:
+    """Refuse hooks that no schedule calls, and a graph that rank 0 would draw alone."""
+    module, name = trainer.lightning_module, type(trainer.lightning_module).__name__
+    fits = trainer.state.fn == TrainerFn.FITTING
+    if fits and is_overridden("backward", module):
+        raise MisconfigurationException(
+            f"{name}.backward would never be called: MegatronStrategy's schedule runs forward and backward of all"
+            " micro-batches in one go. Leave it out; on_before_backward and on_after_backward are called once a batch."
+        )
+    if fits and is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            f"{name}.training_step(dataloader_iter): MegatronStrategy cuts a batch into micro-batches, so it needs the"
+            " batch. Use training_step(batch, batch_idx)."
+        )
+    if isinstance(module, MegatronModule) and any(getattr(logger, "_log_graph", False) for logger in trainer.loggers):
+        raise MisconfigurationException(
+            f"TensorBoardLogger(log_graph=True): only rank 0 would run {name}, and wait for the others' shards. Leave"
+            " log_graph out."
+        )
 
 
 def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:

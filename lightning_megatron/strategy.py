@@ -223,7 +223,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        refusals.check_callbacks(self.lightning_module.trainer)  # type: ignore[union-attr]
+        refusals.check_trainer(self.lightning_module.trainer)  # type: ignore[union-attr]
         if self.checkpointer.asynchronous:
             refusals.check_links(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
@@ -385,8 +385,10 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
-        """Over the data-parallel replicas, as ``reduce``."""
-        return super().all_gather(tensor, group or groups.data_parallel(), sync_grads)
+        """Over the data-parallel replicas, as ``reduce``, also where ``LightningModule.all_gather`` says the world."""
+        if group in (None, dist.group.WORLD):
+            group = groups.data_parallel()
+        return super().all_gather(tensor, group, sync_grads)
 
     # The end, and checkpoints
 

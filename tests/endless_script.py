@@ -1,4 +1,6 @@
-"""Trains until it is interrupted; started by ``test_interrupts.py``."""
+"""Trains until it is interrupted; started by ``test_interrupts.py``, with a way of launching."""
+
+import sys
 
 from lightning.pytorch import Callback, Trainer
 
@@ -17,7 +19,7 @@ if __name__ == "__main__":
     trainer = Trainer(
         accelerator="cpu",
         devices=4,
-        strategy=MegatronStrategy(tp=2, pp=2),
+        strategy=MegatronStrategy(tp=2, pp=2, launch=sys.argv[1]),
         max_epochs=-1,
         callbacks=[Tell()],
         logger=False,

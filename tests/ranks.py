@@ -32,7 +32,7 @@ def run_ranks(world_size: int, function: Any, *args: Any, timeout: float = 120) 
 
 def _launch(world_size: int, function: Any, args: Any, timeout: float) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         processes = [
             _context.Process(target=_rank, args=(rank, world_size, port, folder, function, args), daemon=False)
             for rank in range(world_size)
@@ -76,7 +76,7 @@ def _result(path: Path, process: Any) -> dict[str, Any]:
     return {"error": f"rank {path.name} gave no result (exit code {process.exitcode}; None: it still ran)"}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

@@ -27,19 +27,20 @@ def processes(group: int) -> list[int]:
     return sorted(found)
 
 
-@pytest.fixture
-def training(tmp_path):
+@pytest.fixture(params=["subprocess", "forkserver"])
+def training(tmp_path, request):
     """``endless_script.py`` in the middle of its training, in a process group of its own."""
     log = tmp_path / "log"
     with log.open("w") as out:
-        run = subprocess.Popen([sys.executable, SCRIPT], stdout=out, stderr=out, start_new_session=True, cwd=tmp_path)
+        command = [sys.executable, SCRIPT, request.param]
+        run = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, cwd=tmp_path)
     try:
         deadline = time.monotonic() + 120
         while "step 3" not in log.read_text():
             assert run.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        yield run, log
+        yield run, log, request.param
     finally:
         for process in processes(run.pid):
             os.kill(process, signal.SIGKILL)
@@ -56,7 +57,7 @@ def wait_for_all(run: subprocess.Popen) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_ends_all_ranks(training):
-    run, log = training
+    run, log, _ = training
     assert len(processes(run.pid)) >= 4
     os.killpg(run.pid, signal.SIGINT)
     wait_for_all(run)
@@ -66,7 +67,9 @@ def test_ctrl_c_ends_all_ranks(training):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_rank_ends_all_ranks(training):
-    run, _ = training
+    run, log, launch = training
     os.kill(processes(run.pid)[-1], signal.SIGKILL)
     wait_for_all(run)
     assert run.wait() != 0
+    if launch == "forkserver":
+        assert "was ended by SIGKILL, without a Python error; the other ranks were ended" in log.read_text()

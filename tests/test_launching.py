@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_megatron import MegatronPrecision, MegatronStrategy
 from lightning_megatron.launching import forkserver
+from tests.ranks import free_port
 from tests.test_training import QUIET, PlainModule
 
 HERE = Path(__file__).parent
@@ -167,3 +168,52 @@ def test_the_constructor_leaves_torch_distributed_alone():
         "assert not dist.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
+
+
+TWO_RANKS = str(HERE / "two_ranks_script.py")
+
+
+def _told(*runs: subprocess.Popen) -> dict:
+    """What rank 0 printed last, once all have ended well."""
+    try:
+        outputs = [run.communicate(timeout=120) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert all(run.returncode == 0 for run in runs), outputs
+    return next(json.loads(out.splitlines()[-1]) for out, _ in outputs if out.strip().endswith("}"))
+
+
+def _start(*command: str, **variables: str) -> subprocess.Popen:
+    # Lightning's environments, asked in the tests above, leave an address behind in this process.
+    environment = {name: value for name, value in _environment().items() if not name.startswith("MASTER_")}
+    environment |= {"OMP_NUM_THREADS": "1", **variables}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_script_torchrun_and_slurm_train_the_same():
+    alone = _told(_start(sys.executable, TWO_RANKS))
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    by_torchrun = _told(_start(*launcher, TWO_RANKS))
+    job = {
+        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"},
+        **{"SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(free_port())},
+    }
+    tasks = [{**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
+    by_slurm = _told(*[_start(sys.executable, TWO_RANKS, **task) for task in tasks])
+    assert [told["by"] for told in (alone, by_torchrun, by_slurm)] == [
+        "LightningEnvironment",
+        "TorchElasticEnvironment",
+        "SLURMEnvironment",
+    ]
+    assert len(alone["losses"]) == 3
+    assert alone["losses"] == by_torchrun["losses"] == by_slurm["losses"]

@@ -6,8 +6,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
+from lightning_megatron import MegatronStrategy
 from tests.parallel_gpt import Layout
 from tests.ranks import run_ranks
 from tests.test_training import QUIET, PlainModule, trainer
@@ -124,6 +126,76 @@ def test_as_under_lightning_alone(behaviour):
 def test_a_resumed_run_is_the_whole_run(tmp_path):
     for kind in (OURS, THEIRS):
         assert run_ranks(1, _resumed, kind, str(tmp_path))[0] == {"steps": 21, "equal": True}
+
+
+def _stops_and_goes_on(kind, folder):
+    """A run that stopped early goes on from its checkpoint when it is given more patience."""
+    path = f"{folder}/{kind}.ckpt"
+
+    def fit(patience, ckpt_path=None):
+        stopping = EarlyStopping("unseen", patience=patience, mode="max")  # the loss falls: every epoch waits
+        run = _make(kind, max_epochs=9, callbacks=[stopping], num_sanity_val_steps=0)
+        run.fit(Module(), _data(), _data(8), ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
+        return run, {"epoch": run.current_epoch, "step": run.global_step, "waited": stopping.wait_count}
+
+    first, seen = fit(2)
+    first.save_checkpoint(path)
+    return {"first": seen, "then": fit(4, path)[1]}
+
+
+def test_an_early_stop_goes_on_with_more_patience(tmp_path):
+    ours, theirs = (run_ranks(1, _stops_and_goes_on, kind, str(tmp_path))[0] for kind in (OURS, THEIRS))
+    assert ours == theirs
+    assert ours["then"]["epoch"] > ours["first"]["epoch"]
+
+
+class Grown(Module):
+    """Has a layer that older checkpoints do not have."""
+
+    def __init__(self, strict):
+        super().__init__()
+        self.added = torch.nn.Linear(2, 2)
+        if strict is not None:
+            self.strict_loading = strict
+
+
+def _strictness(kind, folder):
+    path, seen = f"{folder}/{kind}.ckpt", {}
+    run, module = _make(kind, max_epochs=1), Module()
+    run.fit(module, _data())
+    run.save_checkpoint(path)
+    for strict in (None, True, False):
+        grown = Grown(strict)
+        try:
+            _make(kind).validate(grown, _data(8), ckpt_path=path, weights_only=False, verbose=False)
+        except Exception as error:
+            seen[strict] = "refused" if "added" in str(error) else str(error)
+        else:
+            seen[strict] = "loaded" if torch.equal(grown.layers[0].weight, module.layers[0].weight) else "lost"
+    return seen
+
+
+def test_strict_loading(tmp_path):
+    ours, theirs = (run_ranks(1, _strictness, kind, str(tmp_path))[0] for kind in (OURS, THEIRS))
+    assert ours == theirs == {None: "refused", True: "refused", False: "loaded"}
+
+
+class Named(MegatronStrategy):
+    """A subclass with a name of its own."""
+
+    def __init__(self, tp=2, **options):
+        super().__init__(tp=tp, **options)
+
+
+def _registered():
+    StrategyRegistry.register("mine", Named, description="a test's")
+    run = Trainer(accelerator="cpu", devices=2, strategy="mine", max_steps=1, **QUIET)
+    run.fit(Module(), _data())
+    return type(run.strategy).__name__, run.strategy.layout.tp, run.global_step
+
+
+def test_a_subclass_under_a_name_of_its_own():
+    assert run_ranks(2, _registered) == [("Named", 2, 1)] * 2
 
 
 def _samplers(replace):

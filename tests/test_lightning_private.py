@@ -2,16 +2,27 @@
 
 import dataclasses
 import inspect
+import multiprocessing.forkserver
 
 import torch.distributed as dist
+from lightning.fabric.strategies.launchers.multiprocessing import _check_missing_main_guard
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot, _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.call import _call_and_handle_interrupt
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from tests.test_training import QUIET
 
 
 def test_closure_takes_the_three_functions():
@@ -55,3 +66,36 @@ def test_what_a_checkpoint_leans_on():
 
 def test_the_default_store():
     assert callable(dist.distributed_c10d._get_default_store)
+
+
+def test_what_the_launchers_are_made_of():
+    def names(function):
+        return list(inspect.signature(function).parameters)
+
+    assert names(_SubprocessScriptLauncher.__init__) == ["self", "cluster_environment", "num_processes", "num_nodes"]
+    assert names(_MultiProcessingLauncher.__init__) == ["self", "strategy", "start_method"]
+    assert names(_call_and_handle_interrupt)[:2] == ["trainer", "trainer_fn"]
+    assert names(_set_num_threads_if_needed) == ["num_processes"]
+    assert names(_check_missing_main_guard) == []
+    assert _IS_INTERACTIVE is False
+    _GlobalStateSnapshot.capture().restore()
+
+
+def test_the_forkserver_says_what_it_preloads():
+    assert multiprocessing.forkserver.ForkServer()._preload_modules == ["__main__"]
+
+
+def test_where_a_loop_keeps_that_it_resumes():
+    loop = Trainer(accelerator="cpu", **QUIET).fit_loop
+    loop.load_state_dict(loop.state_dict())
+    assert loop._combined_loader_states_to_load == []
+    assert isinstance(type(loop).restarting, property)
+    for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        assert part._loaded_from_state_dict is True
+        assert part._resuming_from_checkpoint is True
+    assert loop.epoch_loop.automatic_optimization.optim_progress is not None
+
+
+def test_where_refusals_look():
+    assert ParallelStrategy.__init__.__code__.co_names.count("_layer_sync") == 1
+    assert TensorBoardLogger(".", log_graph=True)._log_graph

@@ -64,8 +64,8 @@ class Resumption:
         if where.redo and self._keeps_its_place:
             raise CheckpointError(
                 f"A checkpoint {where.redo} batches into an accumulation window has to read them again, and this"
-                " loader has a state_dict of its own and cannot go back. Save between windows: every_n_train_steps counts them,"
-                " time and exceptions do not."
+                " loader has a state_dict of its own and cannot go back. Save between windows: every_n_train_steps"
+                " counts them, time and exceptions do not."
             )
         return {
             "epoch": where.epoch,

@@ -18,7 +18,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_megatron import loops
 from lightning_megatron.launching import forkserver
 from lightning_megatron.launching.handed_back import Baseline, HandedBack, KeptCheckpoint
 
@@ -93,7 +92,6 @@ def _on_rank(
     if trainer is None:
         return function()
     baseline = Baseline.of(trainer)
-    _install_loops(trainer)
     results = _call_and_handle_interrupt(trainer, function)
     if kept is not None:
         trainer.save_checkpoint(kept.path)
@@ -104,10 +102,3 @@ def _on_rank(
             torch.cuda.synchronize()
         dist.destroy_process_group()
     return outcome
-
-
-def _install_loops(trainer: pl.Trainer) -> None:
-    """Re-order the optimization as ``connect`` would, and let it count on from where the caller's stands."""
-    counted = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
-    loops.install(trainer)
-    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress = counted
