@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ModelPruning,
     ModelSummary,
+    OnExceptionCheckpoint,
     RichModelSummary,
     RichProgressBar,
     StochasticWeightAveraging,
@@ -98,15 +99,22 @@ class Fails(OurGPT):
             raise ValueError("the second step is refused")
 
 
-def _fail(layout: Layout, folder: str, rank: int | None) -> None:
-    keep = ModelCheckpoint(folder, "kept", save_on_exception=True)
+SAVING = {
+    "ModelCheckpoint": functools.partial(ModelCheckpoint, save_on_exception=True),
+    "OnExceptionCheckpoint": OnExceptionCheckpoint,
+}
+
+
+def _fail(layout: Layout, folder: str, rank: int | None, kind: str = "ModelCheckpoint") -> None:
+    keep = SAVING[kind](folder, filename="kept")
     _trainer(layout, folder, callbacks=[keep], enable_checkpointing=True).fit(Fails(rank), _loader(layout))
 
 
+@pytest.mark.parametrize("kind", SAVING)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_checkpoint_on_an_exception_that_all_ranks_have(layout, tmp_path):
+def test_a_checkpoint_on_an_exception_that_all_ranks_have(layout, kind, tmp_path):
     with pytest.raises(RankError, match="the second step is refused"):
-        run_ranks(layout.world_size, _fail, layout, str(tmp_path), None)
+        run_ranks(layout.world_size, _fail, layout, str(tmp_path), None, kind)
     assert any(path.name.startswith("kept") for path in tmp_path.iterdir())
 
 
