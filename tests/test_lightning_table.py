@@ -103,7 +103,7 @@ class Spiked(OurGPT):
 
 
 def _spike(layout: Layout, folder: str) -> bool:
-    watch = SpikeDetection(mode="max", window=4, warmup=2, exclude_batches_path=f"{folder}/skip.json")
+    watch = SpikeDetection(window=4, warmup=2, exclude_batches_path=f"{folder}/skip.json")
     run = trainer(layout, max_steps=8, callbacks=[watch])
     try:
         run.fit(Spiked(CONFIG), DataLoader(Rows(text_samples(CONFIG, 64)), batch_size=4))

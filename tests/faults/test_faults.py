@@ -46,7 +46,7 @@ def killed(function, *args, mark: Path, after: float | None, one: bool) -> bool:
     world = victim.LAYOUT.world_size
     mark.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as results:
-        port = ranks._free_port()
+        port = ranks.free_port()
         processes = [
             ranks._context.Process(target=ranks._rank, args=(rank, world, port, results, function, args))
             for rank in range(world)
