@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -139,11 +140,15 @@ def _check_module(trainer: pl.Trainer) -> None:
             f"{name}.training_step(dataloader_iter): MegatronStrategy cuts a batch into micro-batches, so it needs the"
             " batch. Use training_step(batch, batch_idx)."
         )
-    if isinstance(module, MegatronModule) and any(getattr(logger, "_log_graph", False) for logger in trainer.loggers):
+    if isinstance(module, MegatronModule) and any(_draws(logger) for logger in trainer.loggers):
         raise MisconfigurationException(
             f"TensorBoardLogger(log_graph=True): only rank 0 would run {name}, and wait for the others' shards. Leave"
             " log_graph out."
         )
+
+
+def _draws(logger: object) -> bool:
+    return isinstance(logger, TensorBoardLogger) and bool(logger._log_graph)  # private (Lightning 2.6)
 
 
 def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:

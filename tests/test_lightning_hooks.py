@@ -35,6 +35,11 @@ DATA_HOOKS = [
 ]
 
 
+def of_the_user(hyperparameters: Any) -> dict[str, Any]:
+    """What the user saved: an adapter keeps its own arguments beside it, for ``load_from_checkpoint``."""
+    return {name: value for name, value in dict(hyperparameters).items() if name not in ("config", "loss_reduction")}
+
+
 class Counter(Callback):
     """Counts batches, keeps the count in checkpoints, and fails when it is asked to."""
 
@@ -179,7 +184,7 @@ class Spy(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params, *_) -> None:
-        self.calls.append(("hyperparams", dict(params)))
+        self.calls.append(("hyperparams", of_the_user(params)))
 
     @rank_zero_only
     def log_graph(self, model, input_array=None) -> None:
@@ -247,7 +252,7 @@ def run(layout: Layout | None, folder: str) -> dict[str, Any]:
         "steps": [first.global_step, resumed.global_step],
         "told": (spy.calls, saving.logger.calls),
         "root": first.default_root_dir == folder,
-        "hparams": (dict(module.hparams), dict(data.hparams)),
+        "hparams": (of_the_user(module.hparams), dict(data.hparams)),
     }
 
 
