@@ -83,6 +83,13 @@ class Engine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
+    def rest(self) -> None:
+        """Leave the parameters' gradients alone until the next engine: another strategy may train the module."""
+        if self.trains:
+            for chunk in self.chunks:
+                chunk.__dict__["resting"] = chunk.param_to_bucket_group
+                chunk.param_to_bucket_group = {}
+
     def finish_param_gather(self) -> None:
         """Bring weights up to date whose gathering ``overlap_param_gather`` puts off to the next forward pass."""
         if self.trains and self.chunks[0].ddp_config.overlap_param_gather:
@@ -214,7 +221,9 @@ def _wrap(
         _equalise_replicated(chunk)
         wrapped.__dict__["asked_for"] = ddp
         chunk.__dict__["_data_parallel"] = wrapped  # not a submodule: the wrapper holds the chunk already
-    elif wrapped.__dict__["asked_for"] != ddp:
+    elif wrapped.__dict__.get("resting"):
+        wrapped.param_to_bucket_group = wrapped.__dict__.pop("resting")
+    if wrapped.__dict__["asked_for"] != ddp:
         raise ValueError(
             "This model was trained before, in this process, with other data-parallel settings"
             f" ({wrapped.__dict__['asked_for']}), whose gradient hooks cannot be taken off. Train it on with the same"

@@ -85,7 +85,11 @@ def count_rows(batch: Any) -> int:
 
 
 def _rows(batch: Any, start: int, stop: int, rows: int) -> Any:
-    def take(tensor: torch.Tensor) -> torch.Tensor:
+    def take(tensor: Any) -> Any:
+        if isinstance(tensor, list):
+            if any(isinstance(leaf, torch.Tensor) for leaf in tree_flatten(tensor)[0]):
+                return [apply_to_collection(part, (torch.Tensor, list), take) for part in tensor]
+            return tensor[start:stop] if len(tensor) == rows else tensor  # strings and the like, one a row
         if tensor.dim() == 0:
             return tensor
         if tensor.size(0) != rows:
@@ -95,4 +99,4 @@ def _rows(batch: Any, start: int, stop: int, rows: int) -> Any:
             )
         return tensor[start:stop]
 
-    return batch if stop - start == rows else apply_to_collection(batch, torch.Tensor, take)
+    return batch if stop - start == rows else apply_to_collection(batch, (torch.Tensor, list), take)

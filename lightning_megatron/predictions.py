@@ -28,7 +28,8 @@ def join_replicas(trainer: pl.Trainer) -> None:
         every = groups.gather_from_replicas(mine)
         batches = [batch for replica in every if replica is not None for batch in replica]
         alike = all(replica and [n for n, _ in replica] == [n for n, _ in every[0] or []] for replica in every)
-        if batches and None not in every and not alike:  # alike: each replica has read the whole set
+        shapes = {tuple(x.shape[1:] for x in tree_flatten(made)[0]) for _, made in batches}
+        if len(shapes) == 1 and None not in every and not alike:  # alike: each replica has read the whole set
             made[:] = _in_order(batches)
 
 

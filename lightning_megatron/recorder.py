@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -83,7 +83,7 @@ class LogRecorder:
         """
         module = self._module
         whole = isinstance(module, MegatronModule)
-        seen = _over_replicas(self._seen) if whole and self._seen else self._seen
+        seen = _over_replicas(self._seen) if whole else self._seen
         for name, entry in _latest(groups.gather_from_stages(seen)).items():
             options = dict(entry.options)
             if entry.metric is not None:
@@ -100,6 +100,12 @@ class LogRecorder:
             module.log(name, _reduce(entry.values, entry.weights, options.get("reduce_fx", "mean")), **options)
         self._states.finish_all()
 
+    def end_prediction(self) -> None:
+        """Log nothing, as in Lightning, which says so; no collectives: replicas may have unequally many batches."""
+        for name, entry in self._seen.items():
+            self._module.log(name, entry.values[-1])
+        self._states.finish_all()
+
     def _record(self, name: str, value: Any, rows: float, chunk: int, options: dict[str, Any]) -> None:
         entry = self._seen.get(name)
         if entry is None or entry.chunk < chunk:
@@ -113,18 +119,21 @@ class LogRecorder:
 
 
 def _over_replicas(seen: dict[str, _Entry]) -> dict[str, _Entry]:
-    """What all replicas recorded on this stage, the entries' values and weights joined in the replicas' order."""
-    numbers = {
-        name: ([v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in e.values], e.weights)
-        for name, e in seen.items()
-    }
-    joined = {name: _Entry(e.chunk, e.options, e.metric) for name, e in seen.items()}
-    for replica in groups.gather_from_replicas(numbers):
-        for name, (values, weights) in replica.items():
-            if name in joined:
-                joined[name].values += values
-                joined[name].weights += weights
+    """What all replicas recorded on this stage, values and weights joined; also names that only some have logged."""
+    joined: dict[str, _Entry] = {}
+    for replica in groups.gather_from_replicas({name: _on_the_host(entry) for name, entry in seen.items()}):
+        for name, entry in replica.items():
+            if name not in joined:
+                joined[name] = entry
+            else:
+                joined[name].values += entry.values
+                joined[name].weights += entry.weights
     return joined
+
+
+def _on_the_host(entry: _Entry) -> _Entry:
+    values = [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in entry.values]
+    return replace(entry, values=values, weights=list(entry.weights))
 
 
 def _latest(stages: list[dict[str, _Entry]]) -> dict[str, _Entry]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -158,6 +159,11 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) ->
             "MegatronStrategy trains with one optimizer and automatic optimization; seen:"
             f" {len(optimizers)} optimizers, automatic_optimization={module.automatic_optimization}. Put the parameters"
             " into groups of one optimizer."
+        )
+    if isinstance(optimizers[0], torch.optim.LBFGS):
+        raise MisconfigurationException(
+            "MegatronStrategy does not train with LBFGS, which runs forward and backward several times in one step. Use"
+            " AdamW, Adam or SGD."
         )
 
 

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from lightning_megatron import evaluation_samples, peers, refusals
 from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.microbatch import Cut, count_rows, cut
+from lightning_megatron.microbatch import Cut, count_rows, cut, join
 from lightning_megatron.modules.base import MegatronModule
 from lightning_megatron.modules.plain import PlainModel
 from lightning_megatron.precision import MegatronPrecision
@@ -56,9 +56,10 @@ class Steps:
     told: bool = False
 
     def train(self, batch: Any, *args: Any, **kwargs: Any) -> Outcome:
-        """``training_step`` forward and backward; log it with ``log``, after a look at its loss."""
+        """``training_step`` forward and backward; ``finish`` it after a look at its loss."""
         trainer = self.module.trainer
         self._recorder = self._record(batch)
+        self._returned: list[Any] = []
         return self.engine.train(
             batch,
             *self._shape(batch, args),
@@ -67,21 +68,24 @@ class Steps:
             last_of_window=not trainer.fit_loop._should_accumulate(),
         )
 
-    def log(self, outcome: Outcome) -> None:
-        """Log what ``train`` recorded, and the loss."""
+    def finish(self, outcome: Outcome) -> Any:
+        """Log what ``train`` recorded and the loss; give what ``on_train_batch_end`` is told."""
         self._report("train", outcome, self._recorder)
+        extra = join(self._returned) if self._returned else {}
+        if isinstance(extra, dict):
+            return {**extra, "loss": outcome.loss} if extra else outcome.loss
+        names = extra[0]  # of micro-batches, values that do not join: a list of each
+        return {**{name: [part.get(name) for part in extra] for name in names}, "loss": outcome.loss}
 
     def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """``validation_step`` or ``test_step``: the loss of the batch, or what a plain module returned."""
         recorder = self._record(batch)
         step = self._step(hook, recorder, args, kwargs)
-        batch_idx = self._batch_idx(args)
-        repeated = evaluation_samples.is_repeated_batch(self.module.trainer, batch_idx, *args[1:2])
         if not isinstance(self.module, MegatronModule):
-            # A replica's only batch is logged whatever it is: Lightning reduces names that every rank has logged.
-            output = step(batch, 0.0 if repeated and batch_idx else 1.0, 0)
+            output = step(batch, 1.0, 0)
             recorder.replay()
             return output
+        repeated = evaluation_samples.is_repeated_batch(self.module.trainer, self._batch_idx(args), *args[1:2])
         chosen, length = self._shape(batch, args)
         outcome = self.engine.evaluate(batch, replace(chosen, counts=not repeated), length, step)
         self._report(_LOGGED_AS[hook], outcome, recorder)
@@ -95,7 +99,7 @@ class Steps:
             output = self.engine.predict(batch, *self._shape(batch, args), step)
         else:
             output = step(batch, 1.0, 0)
-        recorder.replay()
+        recorder.end_prediction()
         return output
 
     def _step(self, hook: str, recorder: LogRecorder, args: Any, kwargs: Any) -> Any:
@@ -107,7 +111,10 @@ class Steps:
             if isinstance(module, MegatronModule):
                 module.active_chunk = chunk
             with self.precision.step_context(device), recorder.listening(share, chunk):
-                return method(micro_batch, *args, **kwargs)
+                output = method(micro_batch, *args, **kwargs)
+            if hook == "training_step" and isinstance(output, dict):
+                self._returned.append({name: value for name, value in output.items() if name != "loss"})
+            return output
 
         return step
 
@@ -115,7 +122,10 @@ class Steps:
         """The micro-batches of ``batch`` and the length of its hidden states."""
         if self._batch_idx(args) == 0:
             peers.check_same_batch(batch)
-        chosen = cut(self.engine.layout, count_rows(batch), self.micro_batch_size, self.num_microbatches)
+        asked = (self.micro_batch_size, self.num_microbatches)
+        if not isinstance(self.module, MegatronModule) and asked == (None, None):
+            return Cut((1,)), 1  # one micro-batch, whatever the batch is made of
+        chosen = cut(self.engine.layout, count_rows(batch), *asked)
         if not self.told and self.engine.layout.pp > 1:
             self.told = True
             rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")

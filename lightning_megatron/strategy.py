@@ -292,8 +292,9 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
         """Refuse an empty or indivisible loader; seed its workers by replica, so that model-parallel peers agree."""
-        if self.lightning_module.trainer.evaluating:  # type: ignore[union-attr]
-            evaluation_samples.leave_out_repeats(dataloader)
+        # A plain module's evaluation is reduced by Lightning, which wants as many samples on every replica.
+        if self.lightning_module.trainer.evaluating and isinstance(self.lightning_module, MegatronModule):  # type: ignore[union-attr]
+            dataloader = evaluation_samples.leave_out_repeats(dataloader)
         refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
         if getattr(dataloader, "worker_init_fn", self) is None:
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
@@ -319,8 +320,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         outcome = self._steps.train(batch, *args, **kwargs)
         if self.check_loss and self.on_nonfinite == "raise":
             report.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
-        self._steps.log(outcome)
-        return outcome.loss
+        return self._steps.finish(outcome)
 
     @override
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -422,6 +422,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.accelerator is not None
         self.checkpointer.wait()
         self._heartbeat.stop()
+        if self._engine is not None:
+            self._engine.rest()
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()

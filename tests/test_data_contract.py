@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling
 
@@ -17,6 +17,7 @@ from tests.lightning_runs import CONFIG, OurGPT, VanillaGPT
 from tests.parallel_gpt import Layout, Rows, text_samples
 from tests.ranks import RankError, run_ranks
 from tests.test_callbacks import _trainer
+from tests.test_training import QUIET, PlainModule, trainer
 
 LAYOUTS = [Layout(pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vp=2)]
 IDS = {"ids": str}
@@ -190,6 +191,81 @@ def test_each_sample_of_an_evaluation_counts_once(layout, rows):
             sorted(v for result in expected for v in result.values()), rel=1e-5
         )
         assert got[-1] == pytest.approx(validated[-1], rel=1e-5)
+
+
+class LogsInside(OurGPT):
+    """Logs in its loss, and on some ranks only."""
+
+    def loss(self, output: torch.Tensor, batch: Any) -> Any:
+        self.log("rows", float(len(output)), reduce_fx="sum", on_step=True, on_epoch=True)
+        if self.trainer.is_global_zero or self.trainer.strategy.data_parallel_rank == 1:
+            self.log("some", 3.0, rank_zero_only=True)
+        return super().loss(output, batch)
+
+
+def _log_inside(layout: Layout) -> Any:
+    run = _trainer(layout, ".", max_steps=2)
+    data = DataLoader(Rows(text_samples(CONFIG, 9)), batch_size=4 // layout.dp)
+    [validated] = run.validate(LogsInside(CONFIG), data, verbose=False)
+    run.fit(LogsInside(CONFIG), data)
+    return {name: value for name, value in validated.items() if "rows" in name}
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2), Layout(pp=2, dp=2)], **IDS)
+def test_logging_by_some_replicas_only(layout):
+    for seen in run_ranks(layout.world_size, _log_inside, layout, timeout=60):
+        assert seen == {"rows_epoch": 9.0}
+
+
+def _drop_last(layout: Layout) -> int:
+    seen = Seen()
+    data = DataLoader(Numbered(15), batch_size=4, drop_last=True)
+    _trainer(layout, ".", callbacks=[seen]).validate(OurGPT(CONFIG), data, verbose=False)
+    return len(seen.val)
+
+
+def test_replicas_drop_equally_many_last_batches():
+    assert run_ranks(2, _drop_last, Layout(dp=2), timeout=60) == [2, 2]
+
+
+class Named(Dataset):
+    """Samples with a string, whose length the loss counts."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int) -> Any:
+        return {"x": torch.full((4,), i / 16), "y": torch.tensor([i / 8]), "name": str(i)}
+
+
+class Reads(PlainModule):
+    optimizer = staticmethod(lambda parameters: torch.optim.SGD(parameters, lr=0.05))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        assert [float(name) / 16 for name in batch["name"]] == batch["x"][:, 0].tolist()
+        return {"loss": super().training_step(batch, batch_idx), "guess": self.layers(batch["x"])}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.__dict__.setdefault("told", []).append(tuple(outputs["guess"].shape))
+
+
+def _read_names() -> Any:
+    module, data = Reads(), DataLoader(Named(), batch_size=4)
+    trainer(Layout(), {"num_microbatches": 2, "log_grad_norm": False}, max_steps=2).fit(module, data)
+    before = [p.detach().clone() for p in module.parameters()]
+    Trainer(accelerator="cpu", devices=1, max_steps=2, **QUIET).fit(module, data)
+    moved = [not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
+    before = [p.detach().clone() for p in module.parameters()]
+    trainer(Layout(), {"num_microbatches": 2, "log_grad_norm": False}, max_steps=2).fit(module, data)
+    again = [not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
+    return module.told, all(moved), all(again)
+
+
+def test_strings_are_cut_too_outputs_come_back_and_another_strategy_goes_on():
+    [(told, moved, again)] = run_ranks(1, _read_names)
+    assert told == [(4, 1)] * 6
+    assert moved
+    assert again
 
 
 def _predict(layout: Layout | None, rows: int) -> Any:
