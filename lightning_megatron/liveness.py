@@ -23,27 +23,30 @@ class Heartbeat:
     """Tells where this rank's main thread is, from a thread of its own, until it is stopped."""
 
     def __init__(self) -> None:
-        self._stop = threading.Event()
+        # None until it runs: a strategy is pickled on its way to a forkserver's ranks.
+        self._stop: threading.Event | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin; nothing happens where it has begun."""
         if self._thread is None and dist.is_initialized() and dist.get_world_size() > 1:
-            self._stop.clear()
+            self._stop = threading.Event()
             store: Any = dist.distributed_c10d._get_default_store()  # private; a copy is a connection of its own
-            self._thread = threading.Thread(target=self._tell, args=(store.clone(), dist.get_rank()), daemon=True)
+            self._thread = threading.Thread(
+                target=self._tell, args=(self._stop, store.clone(), dist.get_rank()), daemon=True
+            )
             self._thread.start()
 
     def stop(self) -> None:
         """End."""
-        self._stop.set()
-        if self._thread is not None:
+        if self._stop is not None and self._thread is not None:
+            self._stop.set()
             self._thread.join(2 * _PERIOD)
-        self._thread = None
+        self._stop = self._thread = None
 
-    def _tell(self, store: dist.Store, rank: int) -> None:
+    def _tell(self, stop: threading.Event, store: dist.Store, rank: int) -> None:
         main, beats = threading.main_thread().ident, 0
-        while not self._stop.wait(_PERIOD):
+        while not stop.wait(_PERIOD):
             beats += 1
             frame = sys._current_frames().get(main or 0)
             try:
