@@ -145,21 +145,20 @@ def broadcast_object_from_last_stage(value: T) -> T:
 
 def gather_from_stages(value: T) -> list[T]:
     """Each pipeline stage's picklable ``value``, first to last, on every stage."""
-    size = parallel_state.get_pipeline_model_parallel_world_size()
-    if size == 1:
-        return [value]
-    values: list[T] = [value] * size
-    dist.all_gather_object(values, value, group=parallel_state.get_pipeline_model_parallel_group())
-    return values
+    return gather(value, parallel_state.get_pipeline_model_parallel_group())
 
 
 def gather_from_replicas(value: T) -> list[T]:
     """Each data-parallel replica's picklable ``value``, in their order, on every replica."""
-    size = dist.get_world_size(data_parallel())
-    if size == 1:
+    return gather(value, data_parallel())
+
+
+def gather(value: T, group: dist.ProcessGroup) -> list[T]:
+    """The picklable ``value`` of each rank of ``group``, in its order, on all of them."""
+    if group.size() == 1:
         return [value]
-    values: list[T] = [value] * size
-    dist.all_gather_object(values, value, group=data_parallel())
+    values: list[T] = [value] * group.size()
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

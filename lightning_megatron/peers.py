@@ -51,8 +51,7 @@ def check_same_batch(batch: Any) -> None:
     group = groups.model_parallel()
     if group.size() == 1:
         return
-    sums: list[int] = [0] * group.size()
-    dist.all_gather_object(sums, _checksum(batch), group=group)
+    sums = groups.gather(_checksum(batch), group)
     if len(set(sums)) > 1:
         ranks = dist.get_process_group_ranks(group)
         same = [rank for rank, seen in zip(ranks, sums, strict=True) if seen == sums[0]]
