@@ -415,11 +415,8 @@ def test_epochs_differ_and_runs_repeat_under_the_trainer(tmp_path: Path) -> None
 @pytest.fixture
 def process_group() -> Iterator[None]:
     """Takes away what a distributed strategy leaves behind for the tests that come later."""
-    environment = dict(os.environ)
     yield
     torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @pytest.mark.usefixtures("process_group")
