@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _environment_variables_stay() -> Iterator[None]:
-    """Puts `os.environ` back: Lightning's environments write MASTER_ADDR and their like, where the next test would obey."""
+    """Puts `os.environ` back: Lightning's environments write MASTER_ADDR, which the next test would obey."""
     before = dict(os.environ)
     yield
     os.environ.clear()
