@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from lightning_megatron import groups
+from lightning_megatron import copies, groups
 from lightning_megatron.backend import model_rng
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.microbatch import Cut, join, slices
@@ -194,6 +194,7 @@ class Engine:
         """
         weight = self._window_weight if self.by_token else float(window)
         finalize_model_grads(model, torch.tensor(weight, device=self.device), pg_collection=pg_collection)
+        copies.sum_gradients(model)
 
     def _outcome(self, records: list[Any]) -> Outcome:
         """The mean loss of the global batch, given to every rank."""

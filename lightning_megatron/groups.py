@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,14 @@ _SEED_STEP_OF_PIPELINE_STAGES = 100
 # Given to ``self.log(sync_dist_group=)``: the value is the whole world's already.
 REDUCED = "reduced"
 
+# The halves of an encoder-decoder model.
+Stack = Literal["encoder", "decoder"]
+
 T = TypeVar("T")
 
 _built: ParallelLayout | None = None
 _host: dist.ProcessGroup | None = None
+_stacks: dict[Stack, dist.ProcessGroup] = {}
 _alone = False
 
 
@@ -44,7 +48,24 @@ def build(layout: ParallelLayout, timeout: timedelta = timedelta(minutes=30)) ->
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
     )
+    _build_stacks(layout, timeout)
     _built = layout
+
+
+def _build_stacks(layout: ParallelLayout, timeout: timedelta) -> None:
+    """Make the groups of the pipeline ranks that hold the encoder's stages, and the decoder's; all ranks make all."""
+    _stacks.clear()
+    split = layout.pipeline_split_rank
+    if split is None:
+        return
+    stages: dict[Stack, range] = {"encoder": range(split), "decoder": range(split, layout.num_stages)}
+    pipelines = [layout.group("pp", rank) for rank in range(layout.world_size // layout.pp)]  # pp is the slowest
+    for name, numbers in stages.items():
+        for pipeline in pipelines:
+            ranks = sorted({pipeline[number % layout.pp] for number in numbers})
+            group = dist.new_group(ranks, timeout=timeout)
+            if dist.get_rank() in ranks:
+                _stacks[name] = group
 
 
 def build_alone() -> ParallelLayout:
@@ -118,6 +139,11 @@ def on_host() -> dist.ProcessGroup:
 def model_parallel() -> dist.ProcessGroup:
     """The group of the ranks that hold one copy of the model together, and read the same data."""
     return parallel_state.get_model_parallel_group()
+
+
+def stack(name: Stack) -> dist.ProcessGroup:
+    """The group of the pipeline ranks that hold stages of the encoder, or of the decoder, this one among them."""
+    return _stacks[name]
 
 
 def tensor_parallel() -> dist.ProcessGroup:

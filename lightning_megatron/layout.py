@@ -59,6 +59,8 @@ class ParallelLayout:
         etp: Expert-tensor-parallel size, or None for Megatron's default.
         sequence_parallel: Whether activations between tensor-parallel regions are sharded over the sequence. Without
             tensor parallelism it has no effect; see ``uses_sequence_parallel``.
+        pipeline_split_rank: Of encoder-decoder models, the decoder's first pipeline rank; with ``vp``, its first
+            virtual stage, counted as ``num_stages`` counts them. None: there is one stack, or one stage.
     """
 
     world_size: int
@@ -69,11 +71,13 @@ class ParallelLayout:
     ep: int = 1
     etp: int | None = None
     sequence_parallel: bool = False
+    pipeline_split_rank: int | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
         self._check_built()
         self._check_interleaving()
+        self._check_split()
         self._check_world()
 
     @property
@@ -85,6 +89,11 @@ class ParallelLayout:
     def dp(self) -> int:
         """Data-parallel size: copies of the model."""
         return self.world_size // self.num_model_ranks
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages, virtual ones included: stage ``i`` is chunk ``i // pp`` of pipeline rank ``i % pp``."""
+        return self.pp * (self.vp or 1)
 
     @property
     def uses_sequence_parallel(self) -> bool:
@@ -243,6 +252,16 @@ class ParallelLayout:
             smallest = _choices("pp", self._legal_sizes("pp")[:1])
             raise self._error(f"vp={self.vp} interleaves pipeline stages, but pp=1. {_use(smallest, 'vp=None')}")
 
+    def _check_split(self) -> None:
+        split, stages = self.pipeline_split_rank, self.num_stages
+        if split is None or (_is_positive_int(split) and split < stages):
+            return
+        some = "1" if stages == 2 else f"1 to {stages - 1}"
+        raise self._error(
+            f"of {stages} pipeline stages in all, both sides of an encoder-decoder model need one. "
+            + _use("pp=2 or more, or leave it out" if stages == 1 else f"pipeline_split_rank={some}")
+        )
+
     def _check_world(self) -> None:
         if self.world_size % self.num_model_ranks == 0:
             return
@@ -293,7 +312,7 @@ class ParallelLayout:
             rules.append(_Rule("num_attention_heads", groups, f"num_query_groups={groups}", changeable))
         if not uneven_stages:
             text = f"pp={self.pp}" if self.vp is None else f"pp={self.pp} × vp={self.vp}"
-            rules.append(_Rule("num_layers", self.pp * (self.vp or 1), text, ("num_layers", "pp")))
+            rules.append(_Rule("num_layers", self.num_stages, text, ("num_layers", "pp")))
         if "seq_length" in model and self.uses_sequence_parallel:
             text = f"tp={tp}" if self.cp == 1 else f"tp={tp} × cp={self.cp}"
             rules.append(_Rule("seq_length", tp * self.cp, f"{text} under sequence_parallel", ("seq_length", "tp")))

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 _CALLBACKS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning, ModelPruning)
 
 
-def check_arguments(
-    micro_batch_size: int | None, num_microbatches: int | None, recompute: str | None, pipeline_split_rank: int | None
-) -> None:
+def check_arguments(micro_batch_size: int | None, num_microbatches: int | None, recompute: str | None) -> None:
     """Refuse arguments that contradict each other, or that nothing answers to.
 
     Raises:
@@ -43,11 +41,6 @@ def check_arguments(
             raise MisconfigurationException(f"MegatronStrategy({name}={value!r}): use a whole number from 1.")
     if recompute not in (None, "selective", "full"):
         raise MisconfigurationException(f"MegatronStrategy(recompute={recompute!r}): use None, 'selective' or 'full'.")
-    if pipeline_split_rank is not None:
-        raise MisconfigurationException(
-            f"MegatronStrategy(pipeline_split_rank={pipeline_split_rank}) splits encoder-decoder models, whose"
-            " pipeline is not built yet: T5Module trains with pp=1. Leave it out."
-        )
 
 
 def check_settings(

@@ -74,7 +74,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         num_microbatches: Micro-batches per batch.
         distributed_optimizer: Shard optimizer state and main weights over the data-parallel ranks.
         recompute: Compute activations again in the backward pass: "selective" (attention) or "full".
-        pipeline_split_rank: First pipeline rank of the decoder, for encoder-decoder models; refused for the others.
+        pipeline_split_rank: Of encoder-decoder models, the first pipeline rank of the decoder (with ``vp``, its first
+            virtual stage, counted through the ranks). None: where the slowest stage is fastest. Refused for others.
         ddp: Settings of megatron-core's data parallelism; ``use_distributed_optimizer`` and ``grad_reduce_in_fp32``
             follow from ``distributed_optimizer`` and ``Trainer(precision=)``.
         log_grad_norm: Log ``grad_norm``, the global norm before clipping, at each step.
@@ -130,6 +131,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         super().__init__()
         self.sizes: dict[str, Any] = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
         self.sizes["sequence_parallel"] = sequence_parallel
+        self.sizes["pipeline_split_rank"] = pipeline_split_rank
         self.micro_batch_size = micro_batch_size
         self.num_microbatches = num_microbatches
         self.distributed_optimizer = distributed_optimizer
@@ -148,7 +150,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self._engine: Engine | None = None
         self.launch = launch
         launching.check(launch)
-        refusals.check_arguments(micro_batch_size, num_microbatches, recompute, pipeline_split_rank)
+        refusals.check_arguments(micro_batch_size, num_microbatches, recompute)
         refusals.check_settings(ddp, initial_loss_scale, process_group_backend, on_nonfinite)
 
     # What is known of the run
@@ -205,6 +207,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         self._layout = ParallelLayout(world_size=self.world_size, **self.sizes)
+        if isinstance(self.lightning_module, MegatronModule):
+            self._layout = self.lightning_module.complete_layout(self._layout)
 
     @override
     def _configure_launcher(self) -> None:
@@ -218,6 +222,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         super().connect(model)
         self._precision.plain_module = not isinstance(model, MegatronModule)
         if isinstance(model, MegatronModule):
+            self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))
             model.check_layout(self.layout)
         loops.install(model.trainer)
 

@@ -21,14 +21,16 @@ class Layout:
     pp: int = 1
     dp: int = 1
     vp: int | None = None
+    split: int | None = None
     sp: bool = False
     sharded: bool = True
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         parts = [
-            f"{name}{getattr(self, name)}" for name in ("tp", "pp", "dp", "vp") if getattr(self, name) not in (1, None)
+            f"{name}{value}" for name in ("tp", "pp", "dp", "vp") if (value := getattr(self, name)) not in (1, None)
         ]
+        parts += [] if self.split is None else [f"split{self.split}"]
         return "-".join(parts + ["sp"] * self.sp + ["replicated"] * (not self.sharded)) or "one"
 
     @property
@@ -40,6 +42,7 @@ class Layout:
             tp=self.tp,
             pp=self.pp,
             vp=self.vp,
+            pipeline_split_rank=self.split,
             sequence_parallel=self.sp,
             distributed_optimizer=self.sharded,
             **{"log_grad_norm": True, **self.extra, **options},

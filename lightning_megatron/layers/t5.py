@@ -1,4 +1,4 @@
-"""T5's layer specs, with a relative position bias that the layers of a stack share."""
+"""T5's layer specs, with or without a relative position bias that the layers of a stack share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import torch
 from megatron.core.models.common.embeddings.relative_pos_embedding import RelativePositionEmbedding
 from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
 from megatron.core.tensor_parallel import scatter_to_tensor_model_parallel_region
-from megatron.core.transformer import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 from lightning_megatron.layers.attention import TorchAttention
 from lightning_megatron.layers.norm import TorchNorm
@@ -27,17 +31,21 @@ class RelativeAttention(TorchAttention):
         return super().forward(query, key, *args, **{**kwargs, "attention_bias": bias.to(query.dtype)})
 
 
-def t5_encoder_spec(num_layers: int) -> TransformerBlockSubmodules:
-    """Self-attention in both directions."""
-    return _block(encoder_model_with_local_spec(), num_layers)
+def t5_encoder_spec(
+    config: TransformerConfig, attention: type[TorchAttention], vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Self-attention in both directions, on this pipeline stage (and virtual stage)."""
+    return _block(encoder_model_with_local_spec(), config, attention, vp_stage)
 
 
-def t5_decoder_spec(num_layers: int) -> TransformerBlockSubmodules:
+def t5_decoder_spec(
+    config: TransformerConfig, attention: type[TorchAttention], vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """Self-attention, and attention to the encoder's output."""
     layer = decoder_model_with_local_spec()
     layer.submodules.pre_cross_attn_layernorm = TorchNorm
     layer.submodules.cross_attention.submodules.core_attention = TorchAttention
-    return _block(layer, num_layers)
+    return _block(layer, config, attention, vp_stage)
 
 
 def share_position_bias(block: TransformerBlock, bias: RelativePositionEmbedding) -> None:
@@ -46,9 +54,13 @@ def share_position_bias(block: TransformerBlock, bias: RelativePositionEmbedding
         layer.self_attention.core_attention.__dict__["position_bias"] = bias  # not registered once per layer
 
 
-def _block(layer: ModuleSpec, num_layers: int) -> TransformerBlockSubmodules:
+def _block(
+    layer: ModuleSpec, config: TransformerConfig, attention: type[TorchAttention], vp_stage: int | None
+) -> TransformerBlockSubmodules:
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
-    parts.self_attention.submodules.core_attention = RelativeAttention
+    parts.self_attention.submodules.core_attention = attention
     parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TorchNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=TorchNorm
+    )

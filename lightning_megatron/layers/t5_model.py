@@ -1,12 +1,17 @@
-"""T5 from megatron-core's parts, whole on a pipeline stage.
+"""T5, chunk by chunk, from megatron-core's parts.
 
 Parameters have the names of megatron-core's ``T5Model``, but for the output layer, which is no part of a head here.
-That class is not used: it scales no tied logits, and its bias is lost to recomputed layers.
+That class is not used: it scales no tied logits, its bias is lost to recomputed layers, and it has no pipeline.
+
+Between pipeline stages travels one tensor: the encoder's hidden states, and behind them, along the sequence, the
+decoder's, which are embedded on the first stage and wait until the encoder is done. A stage transforms its stack's part
+and hands the other on; autograd brings the gradients of both back.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -17,64 +22,108 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from lightning_megatron.layers.t5 import share_position_bias, t5_decoder_spec, t5_encoder_spec
+from lightning_megatron import copies
+from lightning_megatron.groups import Stack
+from lightning_megatron.layers.attention import TorchAttention
+from lightning_megatron.layers.t5 import RelativeAttention, share_position_bias, t5_decoder_spec, t5_encoder_spec
 from lightning_megatron.layers.vocabulary import mask_padded_vocabulary
+
+PositionEmbedding = Literal["relative", "learned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Stage:
+    """What one pipeline stage holds of a T5.
+
+    Args:
+        encoder: Whether it has layers of the encoder.
+        decoder: Whether it has layers of the decoder; both where there are no pipeline stages.
+        ends_stack: Whether its layers are the last of their stack.
+        copy: Its number within its stack, from 0; None without pipeline stages.
+    """
+
+    encoder: bool
+    decoder: bool
+    ends_stack: bool
+    copy: int | None = None
 
 
 class T5Model(LanguageModule):
-    """An encoder and a decoder that share the word embedding, each with a relative position bias.
+    """One chunk of an encoder and a decoder that share their embedding.
 
     Args:
         encoder_config: Megatron's transformer configuration of the encoder.
         config: That of the decoder.
+        stage: Which layers the chunk has.
         vocab_size: Token ids that occur.
         padded_vocab_size: Rows of the embedding.
         tie_embeddings: Whether the output layer's weight is the embedding's; the decoder's output is then scaled by one
             over the root of its width.
+        positions: "relative": a bias in each stack's attention. "learned": a table of positions that both stacks share.
+        max_length: Rows of that table.
         buckets: Distances that the bias tells apart.
         max_distance: Distances from here on share the last bucket.
+        pre_process: Whether the chunk holds the embedding.
+        post_process: Whether it holds the output layer.
+        vp_stage: Its number on this pipeline stage under interleaving, else None.
     """
-
-    pre_process = True
-    post_process = True
 
     def __init__(
         self,
         encoder_config: TransformerConfig,
         config: TransformerConfig,
         *,
+        stage: T5Stage,
         vocab_size: int,
         padded_vocab_size: int,
         tie_embeddings: bool,
+        positions: PositionEmbedding,
+        max_length: int,
         buckets: int,
         max_distance: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
     ) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = tie_embeddings
-        self.embedding = LanguageModelEmbedding(config, padded_vocab_size, 0, position_embedding_type="none")
-        heads, init = config.num_attention_heads, config.init_method
-        self.encoder_relative_pos_emb = RelativePositionEmbedding(True, init, heads, buckets, max_distance)
-        self.decoder_relative_pos_emb = RelativePositionEmbedding(False, init, heads, buckets, max_distance)
-        self.encoder = TransformerBlock(encoder_config, t5_encoder_spec(encoder_config.num_layers))
-        self.decoder = TransformerBlock(config, t5_decoder_spec(config.num_layers))
-        share_position_bias(self.encoder, self.encoder_relative_pos_emb)
-        share_position_bias(self.decoder, self.decoder_relative_pos_emb)
-        self.output_layer = ColumnParallelLinear(
-            config.hidden_size,
-            padded_vocab_size,
-            config=config,
-            init_method=init,
-            bias=False,
-            skip_bias_add=False,
-            gather_output=False,
-            skip_weight_param_allocation=tie_embeddings,
-        )
-        mask_padded_vocabulary(self.output_layer, vocab_size)
-        self.setup_embeddings_and_output_layer()
+        self.stage = stage
+        self.max_length = max_length
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        self._input: torch.Tensor | None = None
+        kind = {"relative": "none", "learned": "learned_absolute"}[positions]
+        attention: type[TorchAttention] = {"relative": RelativeAttention, "learned": TorchAttention}[positions]
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(config, padded_vocab_size, max_length, position_embedding_type=kind)
+        if stage.encoder:
+            spec = t5_encoder_spec(encoder_config, attention, vp_stage)
+            self.encoder = TransformerBlock(encoder_config, spec, post_process=stage.ends_stack, vp_stage=vp_stage)
+        if stage.decoder:
+            spec = t5_decoder_spec(config, attention, vp_stage)
+            self.decoder = TransformerBlock(config, spec, post_process=stage.ends_stack, vp_stage=vp_stage)
+        if positions == "relative":
+            self._build_position_bias(buckets, max_distance)
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=tie_embeddings and pre_process,
+            )
+            mask_padded_vocabulary(self.output_layer, vocab_size)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
 
-    def set_input_tensor(self, _: Any) -> None:
-        """Nothing comes from an earlier stage; the schedules call it."""
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the hidden states of the stage before; the schedules call it."""
+        self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(
         self,
@@ -85,7 +134,7 @@ class T5Model(LanguageModule):
         cross_mask: torch.Tensor | None,
         **_: torch.Tensor,
     ) -> torch.Tensor:
-        """Run the model.
+        """Run the chunk.
 
         Args:
             input_ids: ``[b, se]``.
@@ -96,15 +145,52 @@ class T5Model(LanguageModule):
             **_: What only the loss reads.
 
         Returns:
-            Logits ``[b, sd, vocab/tp]``.
+            Hidden states ``[se/tp + sd/tp, b, h]``, or on the last stage logits ``[b, sd, vocab/tp]``.
         """
-        encoded = self.encoder(hidden_states=self.embedding(input_ids, None), attention_mask=encoder_mask)
-        hidden = self.decoder(  # [sd/tp, b, h]
-            hidden_states=self.embedding(decoder_input_ids, None),
-            attention_mask=decoder_mask,
-            context=encoded,
-            context_mask=cross_mask,
-        )
+        if self.pre_process:
+            encoded, hidden = self._embed(input_ids), self._embed(decoder_input_ids)
+        else:
+            assert self._input is not None
+            parts = 1 if not self.config.sequence_parallel else self.config.tensor_model_parallel_size
+            encoded, hidden = self._input.split([ids.size(1) // parts for ids in (input_ids, decoder_input_ids)])
+        if self.stage.encoder:
+            encoded = self.encoder(hidden_states=encoded, attention_mask=encoder_mask)  # [se/tp, b, h]
+        if self.stage.decoder:
+            hidden = self.decoder(  # [sd/tp, b, h]
+                hidden_states=hidden, attention_mask=decoder_mask, context=encoded, context_mask=cross_mask
+            )
+        return self._logits(hidden) if self.post_process else torch.cat([encoded, hidden])
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """megatron-core's description of the tensors; of a position bias the stack's first stage has the original."""
+        found = super().sharded_state_dict(*args, **kwargs)
+        for name, entry in found.items():
+            if "relative_pos_emb" in name and self.stage.copy is not None:
+                entry.replica_id = (self.stage.copy, *entry.replica_id[1:])
+        return found
+
+    def _build_position_bias(self, buckets: int, max_distance: int) -> None:
+        """A table for each stack that has layers here."""
+        init, heads = self.config.init_method, self.config.num_attention_heads
+        if self.stage.encoder:
+            self.encoder_relative_pos_emb = RelativePositionEmbedding(True, init, heads, buckets, max_distance)
+            self._share_position_bias("encoder", self.encoder, self.encoder_relative_pos_emb)
+        if self.stage.decoder:
+            self.decoder_relative_pos_emb = RelativePositionEmbedding(False, init, heads, buckets, max_distance)
+            self._share_position_bias("decoder", self.decoder, self.decoder_relative_pos_emb)
+
+    def _share_position_bias(self, stack: Stack, block: TransformerBlock, bias: RelativePositionEmbedding) -> None:
+        share_position_bias(block, bias)
+        if self.stage.copy is not None:
+            copies.mark(bias.relative_attention_bias.weight, stack, self.stage.copy)
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """``[s/tp, b, h]`` of ``[b, s]``; what sequence parallelism pads may lie beyond the last learned position."""
+        positions = torch.arange(ids.size(1), device=ids.device).clamp(max=self.max_length - 1)
+        return self.embedding(ids, positions.expand_as(ids))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[b, sd, vocab/tp]`` of ``[sd/tp, b, h]``."""
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_megatron import groups
 from lightning_megatron.backend import model_rng, use_device
 from lightning_megatron.checkpoint import alone, local_path
-from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.layout import LayoutError, ParallelLayout
 from lightning_megatron.modules import names
 from lightning_megatron.modules.settings import BuildSettings
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
@@ -106,6 +106,19 @@ class MegatronModule(pl.LightningModule):
     @abstractmethod
     def sequence_length(self, batch: Batch) -> int:
         """Length of the hidden states that travel between pipeline stages, before any sharding."""
+
+    def complete_layout(self, layout: ParallelLayout) -> ParallelLayout:
+        """Add to the sizes what only the model knows: of an encoder-decoder, the split of its pipeline.
+
+        Raises:
+            LayoutError: A split was asked for, and the model has nothing to split; or the split does not fit it.
+        """
+        if layout.pipeline_split_rank is not None:
+            raise LayoutError(
+                f"MegatronStrategy(pipeline_split_rank={layout.pipeline_split_rank}) splits the pipeline of"
+                f" encoder-decoder models, and {type(self).__name__} is none. Leave it out."
+            )
+        return layout
 
     def check_layout(self, layout: ParallelLayout) -> None:
         """Refuse sizes that ``layout`` cannot divide; called before a process group exists.

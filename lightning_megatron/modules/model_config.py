@@ -112,8 +112,13 @@ class ModelConfig:
             "vocab_size": self.vocab_size,
         }
 
-    def transformer_config(self, settings: BuildSettings) -> TransformerConfig:
-        """megatron-core's configuration of this model in that run."""
+    def transformer_config(self, settings: BuildSettings, **stack: Any) -> TransformerConfig:
+        """megatron-core's configuration of this model in that run.
+
+        Args:
+            settings: Of the run.
+            **stack: Fields that one of several stacks has for itself; they win over all others.
+        """
         function, gated = _ACTIVATIONS[self.activation]
         arguments: dict[str, Any] = {
             "num_layers": self.num_layers,
@@ -131,7 +136,7 @@ class ModelConfig:
             **_PLAIN_KERNELS,
             **settings.transformer_config_arguments(),
         }
-        return TransformerConfig(**{**arguments, **self.extra})
+        return TransformerConfig(**{**arguments, **self.extra, **stack})
 
     @property
     def is_gated(self) -> bool:

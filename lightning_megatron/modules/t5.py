@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lightning_megatron import copies
 from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import cross_entropy_over_shards
 from lightning_megatron.layers.t5_model import T5Model
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.modules import t5_stages
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, MegatronModule, SchedulerCallable
 from lightning_megatron.modules.batch_checks import check_range
 from lightning_megatron.modules.t5_config import T5Config
@@ -23,7 +25,7 @@ _NAMES = {"text_enc": "input_ids", "text_dec": "decoder_input_ids"}
 
 
 class T5Module(MegatronModule):
-    """A T5, trained to give the labels; ``pp`` is 1.
+    """A T5, trained to give the labels.
 
     Batches are mappings of tensors, batch first, as transformers' collators make them: ``input_ids`` ``[b, se]``,
     ``labels`` ``[b, sd]`` (−100 is ignored), optional ``attention_mask``, ``decoder_input_ids`` (without them the
@@ -52,21 +54,43 @@ class T5Module(MegatronModule):
         self.config = config
         self.save_hyperparameters("config", "loss_reduction", logger=False)
 
+    def complete_layout(self, layout: ParallelLayout) -> ParallelLayout:
+        """The layout with a split between encoder and decoder.
+
+        Raises:
+            LayoutError: A stage would have no layer.
+        """
+        return t5_stages.with_split(layout, self.config)
+
     def check_layout(self, layout: ParallelLayout) -> None:
-        """Refuse sizes that the layout cannot divide, and pipelines."""
+        """Refuse sizes that the layout cannot divide."""
         self.config.check(layout)
 
+    def configure_model(self) -> None:
+        """Build this rank's chunks, once; stages of a stack start with the same position bias."""
+        built = len(self.chunks) > 0
+        super().configure_model()
+        if not built:
+            copies.equalise(self.chunks)
+
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
-        """The model; there is one chunk only."""
+        """One chunk: layers of the encoder, or of the decoder, or the whole model where there are no stages."""
         config, settings = self.config, self.build_settings
+        number = (vp_stage or 0) * settings.layout.pp + self._pipeline_stage
         return T5Model(
             config.encoder_config(settings),
             config.decoder_config(settings),
+            stage=t5_stages.stage(settings.layout, number),
             vocab_size=config.vocab_size,
             padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
             tie_embeddings=config.tie_embeddings,
+            positions=config.position_embedding,
+            max_length=config.longest,
             buckets=config.relative_attention_num_buckets,
             max_distance=config.relative_attention_max_distance,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
         )
 
     def check_batch(self, batch: Batch) -> None:
@@ -104,9 +128,10 @@ class T5Module(MegatronModule):
             _check_alike(batch, "attention_mask", "input_ids")
 
     def sequence_length(self, batch: Batch) -> int:
-        """The encoder's tokens, rounded up as ``get_batch`` pads."""
-        length = int(_renamed(batch)["input_ids"].size(1))
-        return length + self._padding(length)
+        """Tokens of both sides, which travel one behind the other, each rounded up as ``get_batch`` pads."""
+        batch = _renamed(batch)
+        lengths = (int(batch["input_ids"].size(1)), self._decoder_inputs(batch).size(1))
+        return sum(length + self._padding(length) for length in lengths)
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens of both sides, masks (True where a query may not look), and labels, from either form."""
@@ -129,13 +154,21 @@ class T5Module(MegatronModule):
         return cross_entropy_over_shards(output, batch["labels"], IGNORED_LABEL)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
-        """Logits ``[b, sd, vocab]`` over the whole vocabulary."""
+        """Hidden states, or on the last stage the logits ``[b, sd, vocab]`` over the whole vocabulary."""
         length = self._decoder_inputs(_renamed(batch)).size(1)
-        output = self.active_model(**self.get_batch(batch))
+        output: torch.Tensor = self.active_model(**self.get_batch(batch))
+        if not self.on_last_stage:
+            return output
         return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Logits ``[b, sd, vocab]``."""
+        """Logits ``[b, sd, vocab]`` where the model is whole on the rank.
+
+        Raises:
+            RuntimeError: With pipeline stages; ``trainer.predict`` gives logits under every layout.
+        """
+        if self.build_settings.layout.pp > 1:
+            raise RuntimeError("T5Module.forward needs pp=1: here are pipeline stages. Use trainer.predict.")
         return self.predict_step(batch, 0)
 
     def _decoder_inputs(self, batch: Batch) -> torch.Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron.core.transformer import TransformerConfig
 
 from lightning_megatron.checkpoint import plain_class
-from lightning_megatron.layout import LayoutError, ParallelLayout
+from lightning_megatron.layers.t5_model import PositionEmbedding
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.modules import t5_stages
 from lightning_megatron.modules.model_config import Activation, ModelConfig
 from lightning_megatron.modules.settings import BuildSettings
 
@@ -18,7 +20,7 @@ _NORMS = ("RMSNorm", "LayerNorm")
 @plain_class
 @dataclass(kw_only=True)
 class T5Config(ModelConfig):
-    """The shape of a T5: relative position bias, norms before the blocks, attention scores that are not scaled.
+    """The shape of a T5: an encoder and a decoder with norms before the blocks.
 
     Args:
         num_layers: Layers of the encoder, and of the decoder.
@@ -32,6 +34,9 @@ class T5Config(ModelConfig):
         decoder_num_layers: Layers of the decoder. None: ``num_layers``.
         ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
         kv_channels: Size of a head. None: ``hidden_size / num_attention_heads``.
+        position_embedding: "relative": T5's bias, which the layers of a stack share, on attention scores that are not
+            scaled. "learned": Megatron's table of positions, which both stacks share; scores are then scaled by one
+            over the root of the head's size.
         relative_attention_num_buckets: Distances that the position bias tells apart.
         relative_attention_max_distance: Distances from here on share the last bucket.
         normalization: RMSNorm, as in T5, or LayerNorm.
@@ -55,6 +60,7 @@ class T5Config(ModelConfig):
     decoder_seq_length: int | None = None
     encoder_num_layers: int | None = None
     decoder_num_layers: int | None = None
+    position_embedding: PositionEmbedding = "relative"
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
@@ -66,6 +72,7 @@ class T5Config(ModelConfig):
     def __post_init__(self) -> None:
         """Refuse choices that do not exist."""
         self._one_of("normalization", self.normalization, _NORMS)
+        self._one_of("position_embedding", self.position_embedding, ("relative", "learned"))
         if self.layers != "torch":
             raise ValueError(f"T5Config(layers={self.layers!r}): T5 has layers='torch' only.")
         for name in ("decoder_seq_length", "encoder_num_layers", "decoder_num_layers"):
@@ -81,30 +88,50 @@ class T5Config(ModelConfig):
             )
         if not 0 <= self.decoder_start_id < self.vocab_size:
             raise ValueError(f"T5Config(decoder_start_id={self.decoder_start_id}): not below vocab_size.")
+        pipeline = [key for key in self.extra if "pipeline" in key]
+        if pipeline:
+            raise ValueError(
+                f"T5Config(extra={{{pipeline[0]!r}: ...}}): a T5's layers are shared out evenly on each side of"
+                " MegatronStrategy(pipeline_split_rank=). Leave it out."
+            )
         super().__post_init__()
 
+    @property
+    def encoder_layers(self) -> int:
+        """Layers of the encoder."""
+        return self.encoder_num_layers or self.num_layers
+
+    @property
+    def decoder_layers(self) -> int:
+        """Layers of the decoder."""
+        return self.decoder_num_layers or self.num_layers
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, of either side."""
+        return max(self.seq_length, self.decoder_seq_length or 0)
+
     def check(self, layout: ParallelLayout) -> None:
-        """Refuse sizes that the layout cannot divide, and pipelines."""
-        if layout.pp > 1:
-            raise LayoutError(
-                f"T5Module runs whole on each pipeline stage, and the layout has pp={layout.pp}: its pipeline is not"
-                " built yet. Use pp=1, with tp and data parallelism."
-            )
-        super().check(layout)
+        """Refuse sizes that the layout cannot divide; stages may differ in their number of layers."""
+        layout.check_model(**self.sizes(), uneven_stages=True)
 
     def encoder_config(self, settings: BuildSettings) -> TransformerConfig:
         """megatron-core's configuration of the encoder."""
-        return replace(self, num_layers=self.encoder_num_layers or self.num_layers).transformer_config(settings)
+        layers = self.encoder_layers
+        stages = t5_stages.encoder_stages(settings.layout, layers)
+        return self.transformer_config(settings, num_layers=layers, pipeline_model_parallel_layout=stages)
 
     def decoder_config(self, settings: BuildSettings) -> TransformerConfig:
         """megatron-core's configuration of the decoder."""
-        return replace(self, num_layers=self.decoder_num_layers or self.num_layers).transformer_config(settings)
+        layers = self.decoder_layers
+        stages = t5_stages.decoder_stages(settings.layout, layers)
+        return self.transformer_config(settings, num_layers=layers, pipeline_model_parallel_layout=stages)
 
     def family_arguments(self) -> dict[str, Any]:
-        """No biases, and scores as they are."""
+        """No biases, and with relative positions scores as they are."""
         return {
             "normalization": self.normalization,
             "add_bias_linear": False,
             "add_qkv_bias": False,
-            "softmax_scale": 1.0,
+            "softmax_scale": {"relative": 1.0, "learned": None}[self.position_embedding],
         }

@@ -1,0 +1,59 @@
+"""Weights of which each pipeline stage of a stack holds a copy: equal at the start, and their gradients summed.
+
+megatron-core does it for the embedding that the first and the last stage share. T5's position bias, one table for all
+layers of a stack, has a copy on each of the stack's stages, so several on one rank under interleaving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from lightning_megatron import groups
+from lightning_megatron.groups import Stack
+
+
+def mark(weight: torch.nn.Parameter, stack: Stack, number: int) -> None:
+    """Say that ``weight`` is copy ``number``, from 0, of a weight that all stages of ``stack`` hold.
+
+    Its stack has one such weight. megatron-core reads two of the marks: ``shared``, of all copies but one, leaves them
+    out of norms; ``shared_embedding`` gives a weight a bucket of its own, so that the distributed optimizer cuts all
+    copies alike.
+    """
+    weight.copy_on_stages_of = stack  # type: ignore[attr-defined]
+    weight.shared = number > 0  # type: ignore[attr-defined]
+    weight.shared_embedding = True  # type: ignore[attr-defined]
+
+
+def equalise(chunks: Iterable[torch.nn.Module]) -> None:
+    """Give all copies the values of the stack's first rank."""
+    for stack, weights in _by_stack(chunks):
+        group = groups.stack(stack)
+        dist.broadcast(weights[0].data, src=dist.get_global_rank(group, 0), group=group)
+        for other in weights[1:]:
+            other.data.copy_(weights[0].data)
+
+
+def sum_gradients(chunks: Iterable[torch.nn.Module]) -> None:
+    """Give all copies the sum of their gradients, once those are reduced over the replicas."""
+    for stack, weights in _by_stack(chunks):
+        gradients = [weight.main_grad for weight in weights if weight.requires_grad]  # type: ignore[attr-defined]
+        if gradients:
+            for other in gradients[1:]:
+                gradients[0].add_(other)
+            dist.all_reduce(gradients[0], group=groups.stack(stack))
+            for other in gradients[1:]:
+                other.copy_(gradients[0])
+
+
+def _by_stack(chunks: Iterable[torch.nn.Module]) -> list[tuple[Stack, list[torch.nn.Parameter]]]:
+    """This rank's copies, in one order of stacks on all ranks."""
+    found: dict[Stack, list[torch.nn.Parameter]] = {"encoder": [], "decoder": []}
+    for chunk in chunks:
+        for weight in chunk.parameters():
+            stack = getattr(weight, "copy_on_stages_of", None)
+            if stack is not None:
+                found[stack].append(weight)
+    return [(stack, weights) for stack, weights in found.items() if weights]
