@@ -1,4 +1,7 @@
-"""The truth: transformers' T5 in one process, fp32; and its weights under megatron-core's names."""
+"""The truth: transformers' T5 in one process, fp32; and its weights under megatron-core's names.
+
+transformers has no T5 with learned positions: here it is composed from its parts.
+"""
 
 import copy
 import functools
@@ -33,6 +36,7 @@ SIZES: dict[str, Any] = {
 CONFIGS = {
     "t5": T5Config(**SIZES),
     "t5_v1_1": T5Config(**SIZES, activation="geglu_tanh", tie_embeddings=False),
+    "learned": T5Config(**SIZES, position_embedding="learned"),
 }
 
 
@@ -57,16 +61,43 @@ def _model(name: str) -> Any:
         use_cache=False,
         attn_implementation="eager",
     )
-    model = T5ForConditionalGeneration(config)
+    model: Any = T5ForConditionalGeneration(config)
     if not c.tie_embeddings:  # transformers 5 ties what it makes new, and unties what it loads
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    if c.position_embedding == "learned":
+        model = WithLearnedPositions(model, c.seq_length)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             size = 0.5 if "relative_attention_bias" in key or "shared" in key else 0.1
+            size *= parameter.requires_grad
             drawn = torch.randn(parameter.shape, generator=generator) * size
             parameter.copy_(1 + drawn if key.endswith("layer_norm.weight") else drawn)
     return model
+
+
+class WithLearnedPositions(torch.nn.Module):
+    """A table of positions, added to the embeddings of both stacks; no bias, and scores that are scaled."""
+
+    def __init__(self, t5: Any, length: int) -> None:
+        super().__init__()
+        self.t5 = t5
+        self.config = t5.config
+        self.positions = torch.nn.Embedding(length, t5.config.d_model)
+        for key, part in t5.named_modules():
+            if key.endswith("relative_attention_bias"):
+                part.weight.requires_grad_(False)
+            elif key.endswith(".q"):
+                part.register_forward_hook(lambda _, __, q: q * self.config.d_kv**-0.5)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **masks: torch.Tensor) -> Any:
+        targets = self.t5.prepare_decoder_input_ids_from_labels(labels)
+        return self.t5(
+            inputs_embeds=self._embed(input_ids), decoder_inputs_embeds=self._embed(targets), labels=labels, **masks
+        )
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.t5.shared(ids) + self.positions.weight[: ids.size(1)]
 
 
 def new_model(name: str) -> Any:
@@ -104,28 +135,32 @@ def train(name: str, rows: int, steps: int) -> dict[str, Any]:
     with torch.no_grad():
         first = model(**data[0]).logits
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
-    losses = []
+    losses, norms = [], []
     for batch in data:
         loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
         optimizer.step()
         losses.append(float(loss.detach()))
     weights, before = megatron_weights(model), megatron_weights(new_model(name))
     moved = max(float((weights[key] - before[key]).abs().max()) for key in weights)
-    return {"losses": losses, "logits": first, "weights": weights, "moved": moved}
+    return {"losses": losses, "norms": norms, "logits": first, "weights": weights, "moved": moved}
 
 
 def megatron_weights(model: Any) -> Weights:
-    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    state = {key.removeprefix("t5."): value.detach().clone() for key, value in model.state_dict().items()}
     heads = model.config.num_heads
     weights = {"embedding.word_embeddings.weight": state["shared.weight"]}
+    if "positions.weight" in state:
+        weights["embedding.position_embeddings.weight"] = state["positions.weight"]
     if not torch.equal(state["lm_head.weight"], state["shared.weight"]):
         weights["output_layer.weight"] = state["lm_head.weight"]
     for stack in ("encoder", "decoder"):
         weights[f"{stack}.final_layernorm.weight"] = state[f"{stack}.final_layer_norm.weight"]
-        bias = state[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-        weights[f"{stack}_relative_pos_emb.relative_attention_bias.weight"] = bias
+        if "positions.weight" not in state:
+            bias = state[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+            weights[f"{stack}_relative_pos_emb.relative_attention_bias.weight"] = bias
     for stack, count in (("encoder", model.config.num_layers), ("decoder", model.config.num_decoder_layers)):
         for n in range(count):
             _layer(weights, state, f"{stack}.block.{n}.layer.", f"{stack}.layers.{n}.", heads, stack == "decoder")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import parallel_bert, plain_bert
-from tests.parallel_gpt import Layout
+from tests.parallel import Layout
 from tests.ranks import run_ranks
 
 ROWS, STEPS = 12, 10

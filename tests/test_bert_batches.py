@@ -17,11 +17,10 @@ from transformers import (
 
 from lightning_megatron import BertConfig, BertModule
 from tests import plain_bert
-from tests.parallel_bert import LoadedBert, Watch, loader
-from tests.parallel_gpt import Layout
+from tests.parallel import Layout, Logged, loader, trainer
+from tests.parallel_bert import LoadedBert
 from tests.plain_gpt import ADAM
 from tests.ranks import RankError, run_ranks
-from tests.test_training import trainer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(206))]
 LAYOUTS = [Layout(), Layout(tp=2, sp=True), Layout(pp=2)]
@@ -92,7 +91,7 @@ def megatron(sample: dict) -> dict:
 
 
 def _megatron_keys(layout: Layout) -> dict:
-    run, watch = trainer(layout, max_steps=3), Watch()
+    run, watch = trainer(layout, max_steps=3), Logged()
     run.callbacks.append(watch)
     samples = [megatron(sample) for sample in plain_bert.samples("pretraining", 12, 3)]
     run.fit(LoadedBert("pretraining"), loader(samples, layout, 12, run))
@@ -161,7 +160,7 @@ def test_the_two_losses_of_an_evaluation(layout):
 
 
 def _options(name: str, layout: Layout, accumulate: int, reduction: str, **strategy: Any) -> list[float]:
-    module, watch = LoadedBert(name, loss_reduction=reduction), Watch()
+    module, watch = LoadedBert(name, loss_reduction=reduction), Logged()
     run = trainer(layout, strategy, max_steps=4, accumulate_grad_batches=accumulate, callbacks=[watch])
     samples = plain_bert.samples(name, 12, 4)
     run.fit(module, loader(samples, layout, 12 // accumulate, run))
@@ -195,7 +194,7 @@ class Dropping(LoadedBert):
 
 
 def _drop(name: str, layout: Layout) -> dict:
-    module, watch = Dropping(name), Watch()
+    module, watch = Dropping(name), Logged()
     run = trainer(layout, max_steps=4, callbacks=[watch])
     run.fit(module, loader(plain_bert.samples(name, 12, 4), layout, 12, run))
     alike = {n: p.detach() for n, p in module.named_shards() if not getattr(p, "tensor_model_parallel", False)}

@@ -7,11 +7,10 @@ import torch
 
 from lightning_megatron import BertModule, T5Module
 from tests import plain_bert, plain_t5
-from tests.parallel_bert import LoadedBert, loader
-from tests.parallel_gpt import Layout
+from tests.parallel import Layout, loader, trainer
+from tests.parallel_bert import LoadedBert
 from tests.parallel_t5 import LoadedT5
 from tests.ranks import run_ranks
-from tests.test_training import trainer
 
 FAMILIES: dict[str, Any] = {
     "pretraining": (LoadedBert, BertModule, plain_bert),

@@ -4,11 +4,9 @@ import os
 import re
 from pathlib import Path
 
-from tests.parallel_bert import loader
-from tests.parallel_gpt import Layout
+from tests.parallel import Layout, loader, trainer
 from tests.plain_bert import CONFIGS, samples
 from tests.ranks import run_ranks
-from tests.test_training import trainer
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -11,11 +11,9 @@ from transformers import BatchEncoding, BertTokenizerFast, DataCollatorForSeq2Se
 
 from lightning_megatron import T5Config, T5Module
 from tests import parallel_t5, plain_t5
-from tests.parallel_bert import Watch, loader
-from tests.parallel_gpt import Layout
+from tests.parallel import Layout, Logged, loader, trainer
 from tests.parallel_t5 import LoadedT5
 from tests.ranks import RankError, run_ranks
-from tests.test_training import trainer
 
 ROWS, STEPS = 12, 10
 
@@ -104,7 +102,7 @@ def megatron(sample: dict) -> dict:
 
 
 def _losses(layout: Layout, change: Any) -> list[float]:
-    run, watch = trainer(layout, max_steps=2), Watch()
+    run, watch = trainer(layout, max_steps=2), Logged()
     run.callbacks.append(watch)
     samples = [change(sample) for sample in plain_t5.samples("t5", ROWS, 2)]
     run.fit(LoadedT5("t5"), loader(samples, layout, ROWS, run))
@@ -126,7 +124,7 @@ def test_decoder_inputs_and_masks_that_are_given(layout, change):
 def _dropping(layout: Layout) -> dict:
     module = LoadedT5("t5_v1_1")
     module.config = T5Config(**{**vars(module.config), "hidden_dropout": 0.3, "attention_dropout": 0.3})
-    run, watch = trainer(layout, max_steps=3), Watch()
+    run, watch = trainer(layout, max_steps=3), Logged()
     run.callbacks.append(watch)
     run.fit(module, loader(plain_t5.samples("t5_v1_1", ROWS, 3), layout, ROWS, run))
     alike = {n: p.detach() for n, p in module.named_shards() if not getattr(p, "tensor_model_parallel", False)}

@@ -10,22 +10,11 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
-from lightning_megatron import GPTModule, MegatronPrecision
+from lightning_megatron import GPTModule
 from tests import parallel_gpt, plain_gpt
+from tests.parallel import QUIET, trainer
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
 from tests.ranks import run_ranks
-
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-def trainer(layout: Layout, strategy: dict | None = None, precision: str = "32-true", **options) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        devices=layout.world_size,
-        strategy=layout.strategy(**(strategy or {})),
-        plugins=MegatronPrecision(precision),
-        **{**QUIET, **options},
-    )
 
 
 # The band: bf16 keeps 8 bits of mantissa, so a loss near 4 moves by some 0.02; fifty steps may add up to twice that.
