@@ -115,15 +115,22 @@ def loader(samples: Any, layout: Layout, rows: int, run: Trainer, **options: Any
 
 
 def predict_and_train(
-    module: FromTruth, samples: list[Any], layout: Layout, rows: int, steps: int, full: Weights, **strategy: Any
+    module: FromTruth,
+    samples: list[Any],
+    layout: Layout,
+    rows: int,
+    steps: int,
+    full: Weights,
+    accumulate: int = 1,
+    **strategy: Any,
 ) -> dict[str, Any]:
     """Predict the first batch, then train, on this rank."""
     logged = Logged()
-    run = trainer(layout, strategy, max_steps=steps, callbacks=[logged])
+    run = trainer(layout, strategy, max_steps=steps, callbacks=[logged], accumulate_grad_batches=accumulate)
     predicted = [
         p if isinstance(p, tuple) else (p,) for p in run.predict(module, loader(samples[:rows], layout, rows, run))
     ]
-    run.fit(module, loader(samples, layout, rows, run))
+    run.fit(module, loader(samples, layout, rows // accumulate, run))
     return {
         "logits": [torch.cat(parts) for parts in zip(*predicted, strict=True)],  # of all replicas
         "steps": logged.steps,

@@ -19,7 +19,9 @@ class LoadedT5(FromTruth, T5Module):
         return plain_t5.megatron_weights(plain_t5.new_model(self.truth))
 
 
-def train(name: str, layout: Layout, rows: int, steps: int, full: Weights, **strategy: Any) -> dict[str, Any]:
-    """Predict the first batch, then train, on this rank."""
-    samples = plain_t5.samples(name, rows, steps)
-    return predict_and_train(LoadedT5(name), samples, layout, rows, steps, full, **strategy)
+def train(
+    name: str, layout: Layout, rows: int, steps: int, full: Weights, total: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Predict the first batch, then train on the first ``total`` samples, on this rank."""
+    samples = plain_t5.samples(name, rows, steps)[:total]
+    return predict_and_train(LoadedT5(name), samples, layout, rows, steps, full, **options)

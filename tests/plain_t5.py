@@ -120,18 +120,19 @@ def samples(name: str, rows: int, steps: int) -> list[Batch]:
     return found
 
 
-def batches(name: str, rows: int, steps: int) -> list[Batch]:
-    each = samples(name, rows, steps)
+def batches(name: str, rows: int, steps: int, total: int | None = None) -> list[Batch]:
+    """Those of the first ``total`` samples; the last may be short."""
+    each = samples(name, rows, steps)[:total]
     return [
-        {key: torch.stack([sample[key] for sample in each[step * rows : (step + 1) * rows]]) for key in each[0]}
-        for step in range(steps)
+        {key: torch.stack([sample[key] for sample in each[start : start + rows]]) for key in each[0]}
+        for start in range(0, len(each), rows)
     ]
 
 
 @functools.cache
-def train(name: str, rows: int, steps: int) -> dict[str, Any]:
-    """Logits of the first batch, then losses and final weights of AdamW."""
-    model, data = new_model(name), batches(name, rows, steps)
+def train(name: str, rows: int, steps: int, total: int | None = None) -> dict[str, Any]:
+    """Logits of the first batch, then losses, gradient norms and final weights of AdamW."""
+    model, data = new_model(name), batches(name, rows, steps, total)
     with torch.no_grad():
         first = model(**data[0]).logits
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
