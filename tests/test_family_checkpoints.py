@@ -1,11 +1,13 @@
-"""A BERT's or T5's checkpoint of one layout: resumed in another, and loaded without a strategy."""
+"""A BERT's or T5's checkpoint of one layout: resumed in another, loaded without a strategy, and exported."""
 
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lightning_megatron import BertModule, T5Module
+from lightning_megatron.checkpoint.export import export
 from tests import plain_bert, plain_t5
 from tests.parallel import Layout, loader, trainer
 from tests.parallel_bert import LoadedBert
@@ -15,7 +17,7 @@ from tests.ranks import run_ranks
 FAMILIES: dict[str, Any] = {
     "pretraining": (LoadedBert, BertModule, plain_bert),
     "classes": (LoadedBert, BertModule, plain_bert),
-    "t5": (LoadedT5, T5Module, plain_t5),
+    **dict.fromkeys(plain_t5.CONFIGS, (LoadedT5, T5Module, plain_t5)),
 }
 
 
@@ -52,11 +54,33 @@ def _expected(name: str) -> torch.Tensor:
     return output[1]  # behind the loss: logits, or those of the first head
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_another_layout_and_none(name, tmp_path):
+PAIRS = [
+    ("pretraining", Layout(tp=2, sp=True), Layout(pp=2)),
+    ("classes", Layout(tp=2, sp=True), Layout(pp=2)),
+    ("t5", Layout(tp=2, sp=True), Layout(pp=2)),
+    ("t5", Layout(pp=4, split=2), Layout(tp=2, dp=2)),
+    ("t5", Layout(pp=2, vp=2, split=3, dp=2), Layout(pp=4, split=2)),
+    ("t5", Layout(tp=2, pp=2, sp=True), Layout(pp=2, vp=2, split=2)),
+    ("learned", Layout(pp=4, split=3), Layout(tp=2, pp=2, sp=True)),
+    ("t5_v1_1", Layout(pp=2, dp=2), Layout(pp=3, split=1, sharded=False)),
+]
+
+
+@pytest.mark.parametrize(("name", "written", "other"), PAIRS, ids=str)
+def test_another_layout_and_none(name, written, other, tmp_path):
     path = str(tmp_path / "three.ckpt")
-    run_ranks(2, _train, name, Layout(tp=2, sp=True), path, False)
-    other = Layout(dp=2) if name == "t5" else Layout(pp=2)
-    assert max(run_ranks(2, _train, name, other, path, True)) < 1e-4
+    run_ranks(written.world_size, _train, name, written, path, False)
+    assert max(run_ranks(other.world_size, _train, name, other, path, True)) < 1e-4
     (logits,) = run_ranks(1, _alone, name, path)
     torch.testing.assert_close(logits, _expected(name), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(tp=2, pp=2, vp=2, split=3)], ids=str)
+def test_export_of_a_t5s_pipeline(layout, tmp_path):
+    path = str(tmp_path / "three.ckpt")
+    run_ranks(layout.world_size, _train, "t5", layout, path, False)
+    exported = load_file(export(path, tmp_path / "t5.safetensors"))
+    expected = plain_t5.train("t5", 12, 3)["weights"]
+    assert exported.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(exported[name], weight, rtol=0, atol=1e-4)

@@ -104,7 +104,7 @@ class Planner:
         structure = [(s.key, s.dtype, s.local_shape, s.global_offset, s.global_shape, s.replica_id) for s in shards]
         known = torch.tensor(int(structure == self._structure))
         dist.all_reduce(known, op=dist.ReduceOp.MIN, group=groups.on_host())
-        named = {f"{s.key}/{number}": s for number, s in enumerate(shards)}
+        named = {f"{s.key}/{number}": s for number, s in enumerate(_one_copy(shards))}
         if not known:
             self._structure, self._metadata = structure, None
             self._distribution = determine_main_replica_uniform_distribution(named, groups.data_parallel())
@@ -119,6 +119,16 @@ class Planner:
         if not known:
             self._metadata = _whole_metadata(planner, local)
         return Plan([(item.index, planner.resolve_data(item).detach()) for item in local.items], self._metadata)
+
+
+def _one_copy(shards: list[ShardedTensor]) -> list[ShardedTensor]:
+    """Of a weight of which several of this rank's chunks hold a copy, the one that comes first in the pipeline."""
+    found: dict[Any, ShardedTensor] = {}
+    for shard in shards:
+        known = found.setdefault((shard.key, shard.global_offset), shard)
+        if shard.replica_id < known.replica_id:
+            found[shard.key, shard.global_offset] = shard
+    return list(found.values())
 
 
 def _whole_metadata(planner: MCoreSavePlanner, local: Any) -> Metadata | None:
