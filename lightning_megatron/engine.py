@@ -75,20 +75,24 @@ class Engine:
             chunk.__dict__["chunk_number"] = number
         self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
         self._window_weight = 0.0
+        self._opens_window = True
+        self._state = [t for chunk in chunks for t in _buffers(chunk)] if ddp and layout.dp > 1 else []
         self.local_loss = torch.zeros((), device=device)  # the last batch's sum on this rank, 0 before the last stage
 
     def zero_grad(self) -> None:
         """Forget the gradients, and what the accumulation window has weighed so far."""
         self._window_weight = 0.0
+        self._opens_window = True
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
     def rest(self) -> None:
-        """Leave the parameters' gradients alone until the next engine: another strategy may train the module."""
-        if self.trains:
-            for chunk in self.chunks:
-                chunk.__dict__["resting"] = chunk.param_to_bucket_group
-                chunk.param_to_bucket_group = {}
+        """Take the hooks off the model: another engine, or another strategy, may train it next."""
+        for chunk in self.chunks if self.trains else ():
+            if chunk.remove_forward_pre_hook_handles:
+                chunk.disable_forward_pre_hook(param_sync=False)
+            chunk.param_to_bucket_group = {}
+            chunk.grad_accs.clear()  # the only hold on the autograd nodes that the gradient hooks are on
 
     def finish_param_gather(self) -> None:
         """Bring weights up to date whose gathering ``overlap_param_gather`` puts off to the next forward pass."""
@@ -111,6 +115,9 @@ class Engine:
             The loss of the global batch.
         """
         config = self.config
+        if self._opens_window:
+            groups.broadcast_from_first_replica(self._state)
+            self._opens_window = False
         with ExitStack() as stack:
             config.finalize_model_grads_func = None
             config.no_sync_func = None
@@ -213,23 +220,17 @@ class Engine:
 def _wrap(
     chunk: torch.nn.Module, config: ModelParallelConfig, ddp: DistributedDataParallelConfig, number: int
 ) -> DistributedDataParallel:
-    """The chunk's data-parallel wrapper; one for its lifetime, since its gradient hooks cannot be taken off."""
-    wrapped = chunk.__dict__.get("_data_parallel")
-    if wrapped is None:
-        wrapped = DistributedDataParallel(config, replace(ddp), chunk, disable_bucketing=number > 0)
-        wrapped.broadcast_params()
-        _equalise_replicated(chunk)
-        wrapped.__dict__["asked_for"] = ddp
-        chunk.__dict__["_data_parallel"] = wrapped  # not a submodule: the wrapper holds the chunk already
-    elif wrapped.__dict__.get("resting"):
-        wrapped.param_to_bucket_group = wrapped.__dict__.pop("resting")
-    if wrapped.__dict__["asked_for"] != ddp:
-        raise ValueError(
-            "This model was trained before, in this process, with other data-parallel settings"
-            f" ({wrapped.__dict__['asked_for']}), whose gradient hooks cannot be taken off. Train it on with the same"
-            " MegatronStrategy(ddp=, distributed_optimizer=) and precision, or build the module anew."
-        )
+    """The chunk with gradient buffers and their hooks, which ``Engine.rest`` takes off again."""
+    wrapped = DistributedDataParallel(config, replace(ddp), chunk, disable_bucketing=number > 0)
+    wrapped.broadcast_params()
+    _equalise_replicated(chunk)
     return wrapped
+
+
+def _buffers(chunk: torch.nn.Module) -> list[torch.Tensor]:
+    """What layers keep beside their weights and checkpoints save, such as a batch norm's running mean."""
+    kept = ((module, name, b) for module in chunk.modules() for name, b in module._buffers.items() if b is not None)
+    return [buffer for module, name, buffer in kept if name not in module._non_persistent_buffers_set]
 
 
 def _equalise_replicated(chunk: torch.nn.Module) -> None:

@@ -143,6 +143,17 @@ def broadcast_object_from_last_stage(value: T) -> T:
     return box[0]
 
 
+def broadcast_from_first_replica(tensors: list[torch.Tensor]) -> None:
+    """Give every data-parallel replica the first one's ``tensors``, in place, in one message for each type."""
+    first = dist.get_global_rank(data_parallel(), 0)
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        joined = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+        dist.broadcast(joined, src=first, group=data_parallel())
+        for tensor, values in zip(alike, joined.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.detach().copy_(values.view_as(tensor))
+
+
 def gather_from_stages(value: T) -> list[T]:
     """Each pipeline stage's picklable ``value``, first to last, on every stage."""
     return gather(value, parallel_state.get_pipeline_model_parallel_group())

@@ -31,8 +31,6 @@ def make_engine(
         return Engine(layout, chunks, module.chunks[0].config, ddp, by_token, device)
     refusals.check_stages(module, layout)
     plain = PlainModel(module)
-    if ddp is not None:
-        plain = module.__dict__.setdefault("_plain_model", plain)
     return Engine(layout, [plain], plain.config, ddp, False, device)
 
 
@@ -54,18 +52,20 @@ class Steps:
     micro_batch_size: int | None
     num_microbatches: int | None
     told: bool = False
+    ends_window: bool = False  # whether the optimizer steps after the batch that was trained last
 
     def train(self, batch: Any, *args: Any, **kwargs: Any) -> Outcome:
         """``training_step`` forward and backward; ``finish`` it after a look at its loss."""
         trainer = self.module.trainer
         self._recorder = self._record(batch)
         self._returned: list[Any] = []
+        self.ends_window = not trainer.fit_loop._should_accumulate()
         return self.engine.train(
             batch,
             *self._shape(batch, args),
             self._step("training_step", self._recorder, args, kwargs),
             window=trainer.accumulate_grad_batches,
-            last_of_window=not trainer.fit_loop._should_accumulate(),
+            last_of_window=self.ends_window,
         )
 
     def finish(self, outcome: Outcome) -> Any:
