@@ -75,14 +75,15 @@ class Engine:
             chunk.__dict__["chunk_number"] = number
         self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
         self._window_weight = 0.0
-        self._opens_window = True
-        self._state = [t for chunk in chunks for t in _buffers(chunk)] if ddp and layout.dp > 1 else []
+        self.has_gradients = False  # of batches since the last step
+        self._buffers = [pair for chunk in chunks for pair in _kept_buffers(chunk)] if layout.dp > 1 else []
+        self.share_buffers()
         self.local_loss = torch.zeros((), device=device)  # the last batch's sum on this rank, 0 before the last stage
 
     def zero_grad(self) -> None:
         """Forget the gradients, and what the accumulation window has weighed so far."""
         self._window_weight = 0.0
-        self._opens_window = True
+        self.has_gradients = False
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
@@ -93,6 +94,10 @@ class Engine:
                 chunk.disable_forward_pre_hook(param_sync=False)
             chunk.param_to_bucket_group = {}
             chunk.grad_accs.clear()  # the only hold on the autograd nodes that the gradient hooks are on
+
+    def share_buffers(self) -> None:
+        """Give every replica the first one's batch norms' means and their like, which differ after a training step."""
+        groups.broadcast_from_first_replica([getattr(module, name) for module, name in self._buffers])
 
     def finish_param_gather(self) -> None:
         """Bring weights up to date whose gathering ``overlap_param_gather`` puts off to the next forward pass."""
@@ -115,9 +120,9 @@ class Engine:
             The loss of the global batch.
         """
         config = self.config
-        if self._opens_window:
-            groups.broadcast_from_first_replica(self._state)
-            self._opens_window = False
+        if not self.has_gradients:
+            self.share_buffers()
+            self.has_gradients = True
         with ExitStack() as stack:
             config.finalize_model_grads_func = None
             config.no_sync_func = None
@@ -227,10 +232,10 @@ def _wrap(
     return wrapped
 
 
-def _buffers(chunk: torch.nn.Module) -> list[torch.Tensor]:
+def _kept_buffers(chunk: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
     """What layers keep beside their weights and checkpoints save, such as a batch norm's running mean."""
-    kept = ((module, name, b) for module in chunk.modules() for name, b in module._buffers.items() if b is not None)
-    return [buffer for module, name, buffer in kept if name not in module._non_persistent_buffers_set]
+    named = [(module, name) for module in chunk.modules() for name, b in module._buffers.items() if b is not None]
+    return [(module, name) for module, name in named if name not in module._non_persistent_buffers_set]
 
 
 def _equalise_replicated(chunk: torch.nn.Module) -> None:

@@ -93,6 +93,9 @@ class ShardedOptimizer(Optimizer):
         self.clip_norm = 0.0  # the closure's hooks say anew whether this step is clipped
         result = closure() if closure is not None else None
         self._hide_gradients()
+        self.last_step_was_skipped = False
+        if not self.engine.has_gradients:
+            return result
         self.last_step_was_skipped = self.inner.prepare_grads()
         if self.last_step_was_skipped:
             self.skipped_steps += 1
@@ -113,6 +116,7 @@ class ShardedOptimizer(Optimizer):
                 self.skipped_steps += 1
                 return result
         self.inner.step_with_ready_grads()
+        self.engine.has_gradients = False
         return result
 
     def show_gradients(self) -> None:

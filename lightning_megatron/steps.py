@@ -60,10 +60,13 @@ class Steps:
         self._recorder = self._record(batch)
         self._returned: list[Any] = []
         self.ends_window = not trainer.fit_loop._should_accumulate()
+        step = self._step("training_step", self._recorder, args, kwargs)
+        if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for batch norms
+            return self.engine.evaluate(batch, *self._shape(batch, args), step)
         return self.engine.train(
             batch,
             *self._shape(batch, args),
-            self._step("training_step", self._recorder, args, kwargs),
+            step,
             window=trainer.accumulate_grad_batches,
             last_of_window=self.ends_window,
         )
@@ -81,6 +84,8 @@ class Steps:
         """``validation_step`` or ``test_step``: the loss of the batch, or what a plain module returned."""
         recorder = self._record(batch)
         step = self._step(hook, recorder, args, kwargs)
+        if self.engine.trains and self._batch_idx(args) == 0:
+            self.engine.share_buffers()
         if not isinstance(self.module, MegatronModule):
             output = step(batch, 1.0, 0)
             recorder.replay()

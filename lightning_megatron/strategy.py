@@ -417,6 +417,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         if launching.kept_checkpoint(self):
             return {}  # the ranks that had it are gone; `save_checkpoint` copies what they left
         self.engine.finish_param_gather()
+        self.engine.share_buffers()
         return super().lightning_module_state_dict()
 
     @override
