@@ -27,6 +27,9 @@ from lightning_megatron.microbatch import Cut, join, slices
 Step = Callable[[Any, float, int], Any]
 
 
+_TINY = torch.finfo(torch.float64).tiny  # in place of no weight at all
+
+
 class NonFiniteLossError(RuntimeError):
     """A loss that is NaN or infinite, raised on every rank."""
 
@@ -38,10 +41,12 @@ class Outcome:
     Args:
         loss: Mean over the global batch, a float32 scalar.
         weight: What it was weighed by: tokens over all data-parallel replicas, or for means the number of replicas.
+        noted: Whether any rank noted something (``Engine.has_notes``), so that all may gather it.
     """
 
     loss: torch.Tensor
     weight: float
+    noted: bool
 
 
 class Engine:
@@ -74,6 +79,7 @@ class Engine:
         for number, chunk in enumerate(self.chunks):
             chunk.__dict__["chunk_number"] = number
         self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
+        self.has_notes: Callable[[], bool] = lambda: False  # asked after each batch, answered in its outcome
         self._window_weight = 0.0
         self.has_gradients = False  # of batches since the last step
         self._buffers = [pair for chunk in chunks for pair in _kept_buffers(chunk)] if layout.dp > 1 else []
@@ -213,13 +219,13 @@ class Engine:
         total = sum((r[0].double() for r in records), zero)
         weight = sum((torch.as_tensor(r[1], device=self.device).double() for r in records), zero)
         self.local_loss = total
-        summed = torch.stack([total, weight])
-        if records:
-            dist.all_reduce(summed, group=groups.data_parallel())
-        groups.broadcast_from_last_stage(summed)
-        total, weight = summed
-        loss = (total / weight.clamp(min=torch.finfo(torch.float64).tiny)).float()
-        return Outcome(loss, weight.item())
+        summed = torch.stack([total, weight, torch.full_like(total, self.has_notes())])
+        for group in (groups.data_parallel(), groups.stages()):  # stages before the last have no records: zeros
+            if group.size() > 1:
+                dist.all_reduce(summed, group=group)
+        total, weight, notes = summed.tolist()
+        loss = torch.tensor(total / max(weight, _TINY), dtype=torch.float32, device=self.device)
+        return Outcome(loss, weight, notes > 0)
 
 
 def _wrap(

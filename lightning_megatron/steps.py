@@ -57,10 +57,10 @@ class Steps:
     def train(self, batch: Any, *args: Any, **kwargs: Any) -> Outcome:
         """``training_step`` forward and backward; ``finish`` it after a look at its loss."""
         trainer = self.module.trainer
-        self._recorder = self._record(batch)
+        self._recorder = recorder = self._record(batch)
         self._returned: list[Any] = []
         self.ends_window = not trainer.fit_loop._should_accumulate()
-        step = self._step("training_step", self._recorder, args, kwargs)
+        step = self._step("training_step", recorder, args, kwargs)
         if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for batch norms
             return self.engine.evaluate(batch, *self._shape(batch, args), step)
         return self.engine.train(
@@ -144,9 +144,11 @@ class Steps:
         return int(getattr(loop, "epoch_loop", loop).batch_progress.current.ready) - 1
 
     def _record(self, batch: Any) -> LogRecorder:
-        return LogRecorder(self.module, count_rows(batch) if isinstance(self.module, MegatronModule) else 1)
+        recorder = LogRecorder(self.module, count_rows(batch) if isinstance(self.module, MegatronModule) else 1)
+        self.engine.has_notes = recorder.has_entries
+        return recorder
 
     def _report(self, stage: str, outcome: Outcome, recorder: LogRecorder) -> None:
-        recorder.replay()
+        recorder.replay(gather=outcome.noted)
         if isinstance(self.module, MegatronModule):
             self.module.log_loss(stage, outcome.loss, outcome.weight)
