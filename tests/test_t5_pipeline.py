@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary
 
 from lightning_megatron import MegatronStrategy, ParallelLayout, T5Config, T5Module
+from lightning_megatron.checkpoint.places import places
 from lightning_megatron.layout import LayoutError
 from tests import plain_gpt, plain_t5
 from tests.parallel import QUIET, Layout, loader, trainer
@@ -16,6 +17,7 @@ from tests.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.parallel_t5 import LoadedT5
 from tests.ranks import RankError, run_ranks
 
+STACKS = ("encoder", "decoder")
 CONFIG = T5Config(**{**plain_t5.SIZES, "num_layers": 12, "decoder_num_layers": None, "decoder_seq_length": 37})
 
 
@@ -98,13 +100,26 @@ def test_stages_start_and_stay_with_the_same_position_bias(layout, steps):
     for rank in run_ranks(layout.world_size, _tables, layout, steps):
         for name, copies in rank.items():
             by_name.setdefault(name, []).extend(copies)
-    name = "{}_relative_pos_emb.relative_attention_bias.weight"
-    encoder, decoder = by_name[name.format("encoder")], by_name[name.format("decoder")]
+    encoder, decoder = (by_name[f"{stack}_relative_pos_emb.relative_attention_bias.weight"] for stack in STACKS)
     assert (len(encoder), len(decoder)) == (layout.split, 4 - layout.split)
     for first, *others in (encoder, decoder):
         assert first.std() > 0
         for other in others:
             assert torch.equal(first, other)
+
+
+def _written(layout: Layout) -> list[str]:
+    """The position biases of which this rank has the copy that a checkpoint has."""
+    module, run = LoadedT5("t5"), trainer(layout)
+    run.validate(module, loader(plain_t5.samples("t5", 12, 1), layout, 12, run), verbose=False)
+    found = places(module).values()
+    return [place.key for place in found if "relative" in place.key and not any(place.replica)]
+
+
+@pytest.mark.parametrize("layout", [Layout(pp=4, split=2), Layout(tp=2, pp=2, vp=2, split=3)], ids=str)
+def test_one_copy_is_the_one_to_write(layout):
+    written = [key for rank in run_ranks(4, _written, layout) for key in rank]
+    assert sorted(written) == sorted(f"{s}_relative_pos_emb.relative_attention_bias.weight" for s in STACKS)
 
 
 class Kept(ModelSummary):
@@ -138,5 +153,5 @@ def _forward(layout: Layout) -> None:
 
 
 def test_forward_is_of_whole_models():
-    with pytest.raises(RankError, match="T5Module.forward needs pp=1.*trainer.predict"):
+    with pytest.raises(RankError, match="forward needs pp=1.*trainer.predict"):
         run_ranks(2, _forward, Layout(pp=2), timeout=40)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, MegatronModule, SchedulerCallable
+from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.modules.batch_checks import check_range
 from lightning_megatron.modules.bert_config import BertConfig
 from lightning_megatron.modules.bert_tasks import TASKS, BertTask
+from lightning_megatron.modules.configured import ConfiguredModule
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
 
@@ -26,7 +26,7 @@ _NAMES = {
 }
 
 
-class BertModule(MegatronModule):
+class BertModule(ConfiguredModule):
     """A BERT, trained for ``config.task``.
 
     Batches are mappings of tensors, batch first, as transformers' collators make them: ``input_ids`` ``[b, s]``,
@@ -46,6 +46,9 @@ class BertModule(MegatronModule):
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
     """
 
+    config: BertConfig
+    config_type = BertConfig
+
     def __init__(
         self,
         config: BertConfig,
@@ -53,16 +56,8 @@ class BertModule(MegatronModule):
         lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
     ) -> None:
-        super().__init__(optimizer, lr_schedule, loss_reduction)
-        if not isinstance(config, BertConfig):
-            raise TypeError(f"BertModule(config={config!r}): use a BertConfig, such as BertConfig(num_layers=4, ...).")
-        self.config = config
-        self.save_hyperparameters("config", "loss_reduction", logger=False)
+        super().__init__(config, optimizer, lr_schedule, loss_reduction)
         self.task: BertTask = TASKS[config.task](config)
-
-    def check_layout(self, layout: ParallelLayout) -> None:
-        """Refuse sizes that the layout cannot divide."""
-        self.config.check(layout)
 
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
         """One chunk of the task's model."""
@@ -153,18 +148,6 @@ class BertModule(MegatronModule):
         if not self.on_last_stage:
             return output
         return self.task.predictions(output, _renamed(batch)["input_ids"].size(1))
-
-    def forward(self, **batch: torch.Tensor) -> Any:
-        """Logits where the model is whole on the rank: ``[b, s, vocab]``, ``[b, num_labels]``, ``[b, s, num_labels]``.
-
-        Pre-training gives ``BertPretrainingLogits``.
-
-        Raises:
-            RuntimeError: With pipeline stages; ``trainer.predict`` gives logits under every layout.
-        """
-        if self.build_settings.layout.pp > 1:
-            raise RuntimeError("BertModule.forward needs pp=1: here are pipeline stages. Use trainer.predict.")
-        return self.predict_step(batch, 0)
 
     def _log_part(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         stage, training = self.trainer.state.stage, self.trainer.training

@@ -11,22 +11,21 @@ from megatron.core.models.gpt import GPTModel
 
 from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import gpt_block_spec, mask_padded_vocabulary
-from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.base import (
     IGNORED_LABEL,
     Batch,
     Loss,
     LossReduction,
-    MegatronModule,
     SchedulerCallable,
 )
+from lightning_megatron.modules.configured import ConfiguredModule
 from lightning_megatron.modules.documents import Documents
 from lightning_megatron.modules.gpt_config import GPTConfig
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
 
 
-class GPTModule(MegatronModule):
+class GPTModule(ConfiguredModule):
     """A GPT, trained to predict the next token.
 
     Batches are dicts of tensors, batch first, in one of two forms: transformers' ``input_ids`` ``[b, s]`` with optional
@@ -45,6 +44,9 @@ class GPTModule(MegatronModule):
         eod_mask_loss: Whether the token behind the end of a document is left out of the loss.
     """
 
+    config: GPTConfig
+    config_type = GPTConfig
+
     def __init__(
         self,
         config: GPTConfig,
@@ -56,16 +58,9 @@ class GPTModule(MegatronModule):
         reset_attention_mask: bool = False,
         eod_mask_loss: bool = False,
     ) -> None:
-        super().__init__(optimizer, lr_schedule, loss_reduction)
-        if not isinstance(config, GPTConfig):
-            raise TypeError(f"GPTModule(config={config!r}): use a GPTConfig, such as GPTConfig(num_layers=4, ...).")
-        self.config = config
+        super().__init__(config, optimizer, lr_schedule, loss_reduction)
         self.documents = Documents(eod_id, reset_position_ids, reset_attention_mask, eod_mask_loss)
-        self.save_hyperparameters("config", "loss_reduction", *vars(self.documents), logger=False)
-
-    def check_layout(self, layout: ParallelLayout) -> None:
-        """Refuse sizes that the layout cannot divide."""
-        self.config.check(layout)
+        self.save_hyperparameters(*vars(self.documents), logger=False)
 
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
         """One chunk of megatron-core's ``GPTModel``."""
@@ -145,17 +140,6 @@ class GPTModule(MegatronModule):
         if not self.on_last_stage:
             return output
         return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
-
-    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Logits ``[b, s, vocab]`` where the model is whole on the rank.
-
-        Raises:
-            RuntimeError: With pipeline stages; ``trainer.predict`` gives logits under every layout.
-        """
-        if self.build_settings.layout.pp > 1:
-            raise RuntimeError("GPTModule.forward needs pp=1: here are pipeline stages. Use trainer.predict.")
-        logits: torch.Tensor = self.predict_step(batch, 0)
-        return logits
 
     def _check_ids(self, name: str, ids: torch.Tensor) -> None:
         vocab_size = self.config.vocab_size

@@ -14,8 +14,9 @@ from lightning_megatron.layers import cross_entropy_over_shards
 from lightning_megatron.layers.t5_model import T5Model
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules import t5_stages
-from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, MegatronModule, SchedulerCallable
+from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.modules.batch_checks import check_range
+from lightning_megatron.modules.configured import ConfiguredModule
 from lightning_megatron.modules.t5_config import T5Config
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
@@ -24,7 +25,7 @@ from lightning_megatron.schedule import LRSchedule
 _NAMES = {"text_enc": "input_ids", "text_dec": "decoder_input_ids"}
 
 
-class T5Module(MegatronModule):
+class T5Module(ConfiguredModule):
     """A T5, trained to give the labels.
 
     Batches are mappings of tensors, batch first, as transformers' collators make them: ``input_ids`` ``[b, se]``,
@@ -41,6 +42,9 @@ class T5Module(MegatronModule):
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
     """
 
+    config: T5Config
+    config_type = T5Config
+
     def __init__(
         self,
         config: T5Config,
@@ -48,11 +52,7 @@ class T5Module(MegatronModule):
         lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
     ) -> None:
-        super().__init__(optimizer, lr_schedule, loss_reduction)
-        if not isinstance(config, T5Config):
-            raise TypeError(f"T5Module(config={config!r}): use a T5Config, such as T5Config(num_layers=4, ...).")
-        self.config = config
-        self.save_hyperparameters("config", "loss_reduction", logger=False)
+        super().__init__(config, optimizer, lr_schedule, loss_reduction)
 
     def complete_layout(self, layout: ParallelLayout) -> ParallelLayout:
         """The layout with a split between encoder and decoder.
@@ -61,10 +61,6 @@ class T5Module(MegatronModule):
             LayoutError: A stage would have no layer.
         """
         return t5_stages.with_split(layout, self.config)
-
-    def check_layout(self, layout: ParallelLayout) -> None:
-        """Refuse sizes that the layout cannot divide."""
-        self.config.check(layout)
 
     def configure_model(self) -> None:
         """Build this rank's chunks, once; stages of a stack start with the same position bias."""
@@ -160,16 +156,6 @@ class T5Module(MegatronModule):
         if not self.on_last_stage:
             return output
         return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
-
-    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Logits ``[b, sd, vocab]`` where the model is whole on the rank.
-
-        Raises:
-            RuntimeError: With pipeline stages; ``trainer.predict`` gives logits under every layout.
-        """
-        if self.build_settings.layout.pp > 1:
-            raise RuntimeError("T5Module.forward needs pp=1: here are pipeline stages. Use trainer.predict.")
-        return self.predict_step(batch, 0)
 
     def _decoder_inputs(self, batch: Batch) -> torch.Tensor:
         """Those that are given, or the labels one place later, behind the start."""
