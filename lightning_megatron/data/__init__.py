@@ -2,8 +2,18 @@
 
 from lightning_megatron.data.masking import MaskedLMCollator
 from lightning_megatron.data.packed_text import PackedTextDataset
+from lightning_megatron.data.sentence_pairs import SentencePairCollator
+from lightning_megatron.data.span_corruption import SpanCorruptionCollator
 from lightning_megatron.data.text_datamodule import TextDataModule
 from lightning_megatron.data.text_sources import standard_library_sources
 from lightning_megatron.data.text_tokenizer import ByteTokenizer
 
-__all__ = ["ByteTokenizer", "MaskedLMCollator", "PackedTextDataset", "TextDataModule", "standard_library_sources"]
+__all__ = [
+    "ByteTokenizer",
+    "MaskedLMCollator",
+    "PackedTextDataset",
+    "SentencePairCollator",
+    "SpanCorruptionCollator",
+    "TextDataModule",
+    "standard_library_sources",
+]
