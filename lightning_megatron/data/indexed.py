@@ -81,7 +81,7 @@ def writing(prefix: str | Path, vocab_size: int) -> Iterator[IndexedWriter]:
     """
     bin_path, idx_path = files(prefix)
     bin_path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(bin_path) as bin_file, atomic_path(idx_path) as idx_file:
+    with atomic_path(idx_path) as idx_file, atomic_path(bin_path) as bin_file:  # the index comes last
         builder = IndexedDatasetBuilder(str(bin_file), dtype=DType.optimal_dtype(vocab_size))
         try:
             writer = IndexedWriter(builder, vocab_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-# Behind a full stop and the like, with what closes around it; where no space follows, as in Chinese; between paragraphs.
+# Behind a full stop and the like, with what closes around it, also without a space, as in Chinese; between paragraphs.
 _END = re.compile(r"""(?<=[.!?…])\s+|(?<=[.!?…]["'”’)\]])\s+|(?<=[。！？])\s*|\n\s*\n\s*""")
 
 
