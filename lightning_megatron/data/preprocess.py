@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +35,10 @@ class Document(NamedTuple):
     place: str
     texts: dict[str, Any]
     size: int
+
+
+# Its place, the bytes read for it, and its items by their keys.
+_Encoded = tuple[str, int, dict[str, list[list[int]]]]
 
 
 @dataclass
@@ -104,7 +111,7 @@ def preprocess(
         total = sum(file.stat().st_size for file in files)
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc=str(out)))
         documents = chain.from_iterable(_documents(file, json_keys) for file in files)
-        for place, size, encoded in _encode(documents, encoder, workers, stack):
+        for place, size, encoded in _encode(documents, encoder, workers):
             for key, items in encoded.items():
                 _add(writers[key], summaries[key], place, items)
             bar.update(size)
@@ -146,7 +153,7 @@ class _Encoder:
         self.append_eod = append_eod
         self.sentences = sentences
 
-    def __call__(self, document: Document) -> tuple[str, int, dict[str, list[list[int]]]]:
+    def __call__(self, document: Document) -> _Encoded:
         items = {key: self._items(value) for key, value in document.texts.items()}
         return document.place, document.size, items
 
@@ -154,9 +161,7 @@ class _Encoder:
         if not self.sentences:
             found = [list(chain.from_iterable(self.tokenizer.encode(text) for text in _texts(value)))]
         else:
-            sentences = [
-                s for text in _texts(value) for s in (split_sentences(text) if isinstance(value, str) else [text])
-            ]
+            sentences = split_sentences(value) if isinstance(value, str) else value
             longest = LONGEST_SENTENCE - self.append_eod
             found = [piece for s in sentences for piece in pieces(self.tokenizer.encode(s), longest)]
         found = [item for item in found if item]
@@ -199,12 +204,24 @@ def _add(writer: IndexedWriter, summary: Summary, place: str, items: list[list[i
         summary.empty.append(place)
 
 
-def _encode(documents: Iterator[Document], encoder: _Encoder, workers: int, stack: ExitStack) -> Iterator[Any]:
+def _encode(documents: Iterator[Document], encoder: _Encoder, workers: int) -> Iterator[_Encoded]:
     """The encoded documents in their order."""
     if workers == 1:
-        return map(encoder, documents)
-    pool = stack.enter_context(multiprocessing.Pool(workers, _take, (encoder,)))
-    return pool.imap(_encode_one, documents, chunksize=_DOCUMENTS_AT_ONCE)
+        yield from map(encoder, documents)
+        return
+    with ProcessPoolExecutor(workers, initializer=_take, initargs=(encoder,)) as pool:
+        waiting: deque[Future[list[_Encoded]]] = deque()
+        try:
+            while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+                waiting.append(pool.submit(_encode_all, batch))
+                if len(waiting) > 4 * workers:  # not all of the input is held in memory
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "A tokenising process was killed, as happens where memory runs out. Use fewer workers."
+            ) from None
 
 
 _worker: _Encoder | None = None
@@ -213,8 +230,9 @@ _worker: _Encoder | None = None
 def _take(encoder: _Encoder) -> None:
     global _worker
     _worker = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process each; its threads do not survive a fork
 
 
-def _encode_one(document: Document) -> Any:
+def _encode_all(documents: list[Document]) -> list[_Encoded]:
     assert _worker is not None
-    return _worker(document)
+    return [_worker(document) for document in documents]
