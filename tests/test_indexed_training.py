@@ -1,16 +1,23 @@
 """GPT, BERT and T5 trained from indexed data: alike in every layout, and resumed at the next sample."""
 
 import functools
+import os
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
+from lightning_megatron.data import SpanCorruptionCollator
 from lightning_megatron.data.indexed import files
 from tests.indexed import MODULES, Seen, make, train, write_all
 from tests.parallel_gpt import Layout
 from tests.ranks import RankError, run_ranks
-from tests.test_training import trainer
+from tests.test_training import QUIET, trainer
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +120,16 @@ def test_another_order_is_refused_at_a_resume(folder):
     assert longer[0]["step"] == 10
 
 
+def _tested(folder: str, path: str) -> float:
+    run = trainer(Layout())
+    return run.test(MODULES["gpt"](), datamodule=make("gpt", folder), ckpt_path=path, verbose=False)[0]["test_loss"]
+
+
+def test_an_evaluation_of_a_checkpoint_is_no_resume(folder):
+    begun = run_ranks(1, _fit, folder, Layout(), 8, 3)
+    assert run_ranks(1, _tested, folder, begun[0]["path"])[0] > 0
+
+
 def _refused(folder: str) -> None:
     train("gpt", folder, Layout(tp=2), 1)
 
@@ -124,6 +141,74 @@ def test_a_corrupt_index_leaves_no_rank_waiting(tmp_path):
     with pytest.raises(RankError, match="gpt.idx has .* cut short") as error:
         run_ranks(2, _refused, str(tmp_path), timeout=60)
     assert "it still ran" not in str(error.value)
+
+
+def _on_two_machines(folder: str) -> list:
+    rank = int(os.environ["RANK"])
+    module = make("bert", folder, cache_dir=f"{folder}/cache-{rank}", train_samples=16)
+    dist.init_process_group("gloo")
+    module.prepare_data()  # each is the first rank of its machine
+    module.setup()
+    return [batch["text"].tolist() for batch in module.train_dataloader()]
+
+
+def test_machines_without_a_shared_folder_build_their_own_cache(folder):
+    """megatron-core's builders build on rank 0 alone: another machine's ranks would look for files that it has not."""
+    first, second = run_ranks(2, _on_two_machines, folder)
+    assert first == second
+    assert all(len(list(Path(folder, f"cache-{rank}").iterdir())) == 3 for rank in range(2))
+
+
+class _Reader(BoringModel):
+    def training_step(self, batch, batch_idx):
+        self.__dict__.setdefault("rows", []).extend(batch["tokens"].tolist())
+        return self.layer(torch.ones(1, 32)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def _ddp(folder: str) -> list:
+    model = _Reader()
+    run = Trainer(accelerator="cpu", strategy="ddp", devices=2, max_steps=5, num_sanity_val_steps=0, **QUIET)
+    run.fit(model, datamodule=make("gpt", folder))
+    return model.rows
+
+
+def test_lightnings_ddp_reads_the_same_samples(folder):
+    first, second = run_ranks(2, _ddp, folder)
+    (alone,) = run_ranks(1, _fit, folder, Layout(), 5)
+    assert len(first) == len(second) == 20
+    assert sorted(first + second) == sorted(row for batch in alone["batches"] for row in batch)
+
+
+def _corrupted(folder: str, layout: Layout, steps: int, resume: str | None = None) -> list[float]:
+    """T5 on spans that a loader's workers take out."""
+    seed_everything(3)
+    g = torch.Generator().manual_seed(2)
+    samples = [{"input_ids": torch.randint(20, 200, (30,), generator=g)} for _ in range(36)]
+    seen = Seen()
+    saving = ModelCheckpoint(f"{folder}/spans-{layout}", filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    loader = DataLoader(
+        samples,
+        batch_size=4,
+        shuffle=True,
+        num_workers=2,
+        collate_fn=SpanCorruptionCollator(range(5, 15), 30, eos_id=4),
+    )
+    run = trainer(layout, max_steps=steps, callbacks=[seen, saving], enable_checkpointing=True)
+    run.fit(MODULES["t5"](), loader, ckpt_path=resume)
+    return seen.losses
+
+
+def test_a_resumed_run_takes_out_the_same_spans(tmp_path):
+    """Two ranks of one replica, in the middle of an epoch of nine batches; then the next epoch."""
+    layout = Layout(tp=2)
+    whole = run_ranks(2, _corrupted, str(tmp_path), layout, 12)
+    resumed = run_ranks(2, _corrupted, str(tmp_path), layout, 12, f"{tmp_path}/spans-{layout}/step=6.ckpt")
+    for rank in range(2):
+        assert len(whole[rank]) == 12
+        assert resumed[rank] == whole[rank][6:]
 
 
 def _accumulated(folder: str) -> torch.Tensor:

@@ -13,9 +13,10 @@ from torch.utils.data import get_worker_info
 class Draws:
     """Makes a generator for each batch.
 
-    It follows from ``seed``, the samples and how many batches this object was asked for, so that model-parallel ranks,
-    which read the same samples, draw alike. Worker processes add their own seed, which follows from
-    ``seed_everything``.
+    It follows from ``seed`` and the samples, so that model-parallel ranks, which read the same samples, draw alike. In
+    the training process how many batches this object was asked for comes to it. In a loader's workers it is the
+    loader's own seed, which is another one in each epoch, follows from ``seed_everything``, and is put back by a
+    resume: a resumed run draws what it would have drawn.
 
     Args:
         seed: Of all draws.
@@ -33,10 +34,12 @@ class Draws:
         """
         worker = get_worker_info()
         self._batches += 1
+        # Nothing of the worker itself: after a resume others make the same batches.
+        turn = [0, self._batches] if worker is None else [1, worker.seed - worker.id]
         checksum = 0
         for row in rows:
             checksum = zlib.crc32(row.tobytes(), checksum)
-        return np.random.default_rng([self.seed, worker.seed if worker else 0, self._batches, checksum])
+        return np.random.default_rng([self.seed, *turn, checksum])
 
 
 def padded(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
 from megatron.core.datasets.utils import normalize
@@ -188,6 +189,8 @@ class MegatronDataModule(LightningDataModule):
         Raises:
             MisconfigurationException: Something is another than when the checkpoint was saved.
         """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # nothing is resumed
         now = self.state_dict()
         changed = [
             f"{name}={value!r}, and now {now[name]!r}" for name, value in state_dict.items() if value != now[name]
