@@ -32,13 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _add_preprocess(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", help="files and folders; a .jsonl file has a document in each line")
+    parser.add_argument(
+        "inputs", nargs="+", help="files and folders; .jsonl and .json files have a document in each line"
+    )
     parser.add_argument("--out", required=True, help="prefix of the .bin and .idx files")
     parser.add_argument("--tokenizer", default="bytes", help="'bytes', a tokenizer.json, a transformers folder or name")
     parser.add_argument(
         "--train-bpe", type=int, metavar="SIZE", help="train a tokenizer on the text: OUT.tokenizer.json"
     )
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the .jsonl files' objects")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the lines' objects")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end of document (GPT)")
     parser.add_argument("--split-sentences", action="store_true", help="an item for each sentence (BERT, T5)")
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from lightning_megatron.data import BertSamples, GPTSamples, IndexedDataError, MegatronDataModule, T5Samples
 from lightning_megatron.data.indexed import check_contents, files, open_indexed, writing
+from lightning_megatron.data.indexed_samples import LONGEST_SENTENCE
 from lightning_megatron.data.preprocess import preprocess, train_tokenizer
 from lightning_megatron.data.sentences import split_sentences
 from lightning_megatron.data.text_sources import standard_library_sources
@@ -120,7 +122,7 @@ def test_keys_empty_documents_and_whole_texts(tmp_path):
 
 def test_nothing_is_left_of_a_run_that_failed(tmp_path):
     source = lines(tmp_path / "rows.jsonl", [{"text": "30"}, {"text": "31 999"}])
-    with pytest.raises(ValueError, match="Document 1 has ids from 31 to 999, outside the vocab_size of 200"):
+    with pytest.raises(ValueError, match="rows.jsonl:2 has ids from 31 to 999, outside the vocab_size of 200"):
         preprocess([source], tmp_path / "out", Numbers(), progress=False)
     with pytest.raises(ValueError, match=r"rows.jsonl:1 has no text under 'body', but \['text'\].*--json-keys"):
         preprocess([source], tmp_path / "out", Numbers(), json_keys=["body"], workers=2, progress=False)
@@ -527,6 +529,48 @@ def test_a_broken_cache_is_named(tmp_path):
     shuffle.write_bytes(shuffle.read_bytes()[:-50])
     with pytest.raises(RuntimeError, match="cannot be read: .*Remove the folder"):
         module.setup()
+
+
+def test_without_the_compiled_helper(tmp_path):
+    """All else imports and works; what needs it says so."""
+    write(tmp_path / "gpt", 90, vocab_size=64)
+    script = f"""
+import sys
+sys.modules["megatron.core.datasets.helpers_cpp"] = None
+from tests.indexed import make
+make("gpt", {str(tmp_path)!r}).prepare_data()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert "RuntimeError: megatron-core has come without its compiled helper" in done.stderr
+    assert "pip install --force-reinstall" in done.stderr
+
+
+def test_megatron_leaves_out_documents_with_long_sentences():
+    """What ``LONGEST_SENTENCE`` says of its C++."""
+    from megatron.core.datasets import helpers
+
+    def samples(longest: int) -> int:
+        bounds, sizes = np.array([0, 2, 4], np.int64), np.array([longest, 3, 4, 5], np.int32)
+        return len(helpers.build_mapping(bounds, sizes, 1, 10, 600, 0.0, 1, False, 1))
+
+    assert (samples(LONGEST_SENTENCE), samples(LONGEST_SENTENCE + 1)) == (2, 1)
+
+
+def test_the_command_line_of_lightning():
+    module = LightningCLI(
+        BoringModel,
+        MegatronDataModule,
+        run=False,
+        save_config_callback=None,
+        args=[
+            "--data.paths=[a,b]",
+            "--data.weights=[0.3,0.7]",
+            "--data.samples=lightning_megatron.data.T5Samples",
+            "--data.samples.seq_length=64",
+            "--data.global_batch_size=4",
+        ],
+    ).datamodule
+    assert (module.paths, module.weights, module.samples.decoder_seq_length) == (["a", "b"], [0.3, 0.7], 24)
 
 
 # Under other strategies, and mistakes

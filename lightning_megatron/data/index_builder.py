@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets import helpers
 from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -39,6 +38,8 @@ class _OnceWithoutSize(MaskedWordPieceDataset):
         return super()._build_sample_index(sequence_length, min_sentences_per_sample)
 
     def _count(self, sequence_length: int, min_sentences_per_sample: int) -> int:
+        from megatron.core.datasets import helpers  # compiled, and only here: without it all else works
+
         mapping = helpers.build_mapping(
             self.dataset.document_indices[np.append(self.indices, self.indices[-1] + 1)],
             self.dataset.sequence_lengths,

@@ -42,21 +42,23 @@ class IndexedWriter:
         self.documents = 0
         self.tokens = 0
 
-    def add(self, items: list[list[int]]) -> None:
+    def add(self, items: list[list[int]], name: str | None = None) -> None:
         """Add one document.
 
         Args:
             items: Its items: one, or one for each sentence.
+            name: What errors call it; by default its number.
 
         Raises:
             ValueError: It is empty, or an id is outside of the vocabulary, and would be written as another one.
         """
+        name = f"Document {self.documents}" if name is None else name
         if not all(items) or not items:
-            raise ValueError(f"Document {self.documents} is empty, or has an empty item. Leave it out.")
+            raise ValueError(f"{name} is empty, or has an empty item. Leave it out.")
         for item in items:
             if min(item) < 0 or max(item) >= self._vocab_size:
                 raise ValueError(
-                    f"Document {self.documents} has ids from {min(item)} to {max(item)}, outside the vocab_size of"
+                    f"{name} has ids from {min(item)} to {max(item)}, outside the vocab_size of"
                     f" {self._vocab_size}. Correct the tokenizer's `vocab_size`."
                 )
             self._builder.add_item(torch.tensor(item))

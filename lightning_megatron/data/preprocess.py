@@ -78,7 +78,7 @@ def preprocess(
 ) -> list[Summary]:
     """Writes ``.bin`` and ``.idx`` files with megatron-core's builder, which appear when they are complete.
 
-    A ``.jsonl`` file has a document in each line, any other file is one document. Documents keep their order; empty
+    A line of a ``.jsonl`` or ``.json`` file is a document, and so is any other file. Documents keep their order; empty
     ones are left out, and named.
 
     Args:
@@ -175,7 +175,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _documents(file: Path, json_keys: Sequence[str]) -> Iterator[Document]:
-    if file.suffix != ".jsonl":
+    if file.suffix not in (".jsonl", ".json"):
         yield Document(str(file), {json_keys[0]: read_text(file)}, file.stat().st_size)
         return
     with file.open("rb") as lines:
@@ -188,7 +188,7 @@ def _from_json(line: bytes, place: str, keys: Sequence[str]) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{place} is no JSON: {error}. Each line of a .jsonl file is an object.") from None
+        raise ValueError(f"{place} is no JSON: {error}. Each line of a .jsonl or .json file is an object.") from None
     for key in keys:
         value = row.get(key) if isinstance(row, dict) else None
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
@@ -199,7 +199,7 @@ def _from_json(line: bytes, place: str, keys: Sequence[str]) -> dict[str, Any]:
 
 def _add(writer: IndexedWriter, summary: Summary, place: str, items: list[list[int]]) -> None:
     if items:
-        writer.add(items)
+        writer.add(items, place)
     else:
         summary.empty.append(place)
 
