@@ -107,7 +107,7 @@ def _run_builder(asked: list[tuple[Description, str]]) -> None:
         input=json.dumps(asked),
         capture_output=True,
         text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""},
     )
     if done.returncode:
         paths = sorted({path for about, _ in asked for path in about["paths"]})
