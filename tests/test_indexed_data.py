@@ -107,14 +107,14 @@ def test_bytes_are_those_of_megatrons_own_tool(tmp_path, workers, vocab_size):
 
 
 def test_keys_empty_documents_and_whole_texts(tmp_path):
-    source = lines(tmp_path / "rows.jsonl", [{"a": "30 31", "b": "40"}, {"a": "", "b": "41 42"}, {"a": [], "b": "43"}])
+    source = lines(tmp_path / "rows.jsonl", [{"a": "30 31", "b": "40"}, {"a": "", "b": "41 42"}, {"a": [], "b": ["43", "44"]}])
     text = tmp_path / "one.txt"
     text.write_text("50 51\n52")
     first, second = preprocess([source], tmp_path / "out", Numbers(), json_keys=["a", "b"], progress=False)
     assert str(first) == (
         f"{tmp_path}/out_a: 1 documents, 2 tokens; left out 2 empty documents: {source}:2, {source}:3"
     )
-    assert items(tmp_path / "out_b") == [[40], [41, 42], [43]]
+    assert items(tmp_path / "out_b") == [[40], [41, 42], [43, 44]]
     assert second.documents == 3
     preprocess([source, text], tmp_path / "both", Numbers(), json_keys=["b"], append_eod=True, progress=False)
     assert items(tmp_path / "both")[3] == [50, 51, 52, 4]
@@ -507,6 +507,7 @@ def test_two_processes_that_build_at_once_leave_one_right_cache(tmp_path):
     left = list((tmp_path / "cache").iterdir())
     assert len(left) == 3  # one for each part of the split, and no temporary ones
     assert not [path for path in left if path.name.startswith(".")]
+    assert {len(list(path.iterdir())) for path in left} == {4}  # three indices and what they are of
     shutil.rmtree(tmp_path / "cache")
     assert batches(ready(make("gpt", tmp_path, train_samples=64)).train_dataloader())["tokens"].tolist() == first
 

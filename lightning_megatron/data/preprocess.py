@@ -159,7 +159,7 @@ class _Encoder:
 
     def _items(self, value: Any) -> list[list[int]]:
         if not self.sentences:
-            found = [list(chain.from_iterable(self.tokenizer.encode(text) for text in _texts(value)))]
+            found = [self.tokenizer.encode(" ".join(_texts(value)))]
         else:
             sentences = split_sentences(value) if isinstance(value, str) else value
             longest = LONGEST_SENTENCE - self.append_eod
