@@ -27,6 +27,9 @@ from lightning_megatron.microbatch import Cut, join, slices
 Step = Callable[[Any, float, int], Any]
 
 
+_TINY = torch.finfo(torch.float64).tiny  # in place of no weight at all
+
+
 class NonFiniteLossError(RuntimeError):
     """A loss that is NaN or infinite, raised on every rank."""
 
@@ -38,10 +41,12 @@ class Outcome:
     Args:
         loss: Mean over the global batch, a float32 scalar.
         weight: What it was weighed by: tokens over all data-parallel replicas, or for means the number of replicas.
+        noted: Whether any rank noted something (``Engine.has_notes``), so that all may gather it.
     """
 
     loss: torch.Tensor
     weight: float
+    noted: bool
 
 
 class Engine:
@@ -74,21 +79,31 @@ class Engine:
         for number, chunk in enumerate(self.chunks):
             chunk.__dict__["chunk_number"] = number
         self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
+        self.has_notes: Callable[[], bool] = lambda: False  # asked after each batch, answered in its outcome
         self._window_weight = 0.0
+        self.has_gradients = False  # of batches since the last step
+        self._buffers = [pair for chunk in chunks for pair in _kept_buffers(chunk)] if layout.dp > 1 else []
+        self.share_buffers()
         self.local_loss = torch.zeros((), device=device)  # the last batch's sum on this rank, 0 before the last stage
 
     def zero_grad(self) -> None:
         """Forget the gradients, and what the accumulation window has weighed so far."""
         self._window_weight = 0.0
+        self.has_gradients = False
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
     def rest(self) -> None:
-        """Leave the parameters' gradients alone until the next engine: another strategy may train the module."""
-        if self.trains:
-            for chunk in self.chunks:
-                chunk.__dict__["resting"] = chunk.param_to_bucket_group
-                chunk.param_to_bucket_group = {}
+        """Take the hooks off the model: another engine, or another strategy, may train it next."""
+        for chunk in self.chunks if self.trains else ():
+            if chunk.remove_forward_pre_hook_handles:
+                chunk.disable_forward_pre_hook(param_sync=False)
+            chunk.param_to_bucket_group = {}
+            chunk.grad_accs.clear()  # the only hold on the autograd nodes that the gradient hooks are on
+
+    def share_buffers(self) -> None:
+        """Give every replica the first one's batch norms' means and their like, which differ after a training step."""
+        groups.broadcast_from_first_replica([getattr(module, name) for module, name in self._buffers])
 
     def finish_param_gather(self) -> None:
         """Bring weights up to date whose gathering ``overlap_param_gather`` puts off to the next forward pass."""
@@ -111,6 +126,9 @@ class Engine:
             The loss of the global batch.
         """
         config = self.config
+        if not self.has_gradients:
+            self.share_buffers()
+            self.has_gradients = True
         with ExitStack() as stack:
             config.finalize_model_grads_func = None
             config.no_sync_func = None
@@ -201,35 +219,29 @@ class Engine:
         total = sum((r[0].double() for r in records), zero)
         weight = sum((torch.as_tensor(r[1], device=self.device).double() for r in records), zero)
         self.local_loss = total
-        summed = torch.stack([total, weight])
-        if records:
-            dist.all_reduce(summed, group=groups.data_parallel())
-        groups.broadcast_from_last_stage(summed)
-        total, weight = summed
-        loss = (total / weight.clamp(min=torch.finfo(torch.float64).tiny)).float()
-        return Outcome(loss, weight.item())
+        summed = torch.stack([total, weight, torch.full_like(total, self.has_notes())])
+        for group in (groups.data_parallel(), groups.stages()):  # stages before the last have no records: zeros
+            if group.size() > 1:
+                dist.all_reduce(summed, group=group)
+        total, weight, notes = summed.tolist()
+        loss = torch.tensor(total / max(weight, _TINY), dtype=torch.float32, device=self.device)
+        return Outcome(loss, weight, notes > 0)
 
 
 def _wrap(
     chunk: torch.nn.Module, config: ModelParallelConfig, ddp: DistributedDataParallelConfig, number: int
 ) -> DistributedDataParallel:
-    """The chunk's data-parallel wrapper; one for its lifetime, since its gradient hooks cannot be taken off."""
-    wrapped = chunk.__dict__.get("_data_parallel")
-    if wrapped is None:
-        wrapped = DistributedDataParallel(config, replace(ddp), chunk, disable_bucketing=number > 0)
-        wrapped.broadcast_params()
-        _equalise_replicated(chunk)
-        wrapped.__dict__["asked_for"] = ddp
-        chunk.__dict__["_data_parallel"] = wrapped  # not a submodule: the wrapper holds the chunk already
-    elif wrapped.__dict__.get("resting"):
-        wrapped.param_to_bucket_group = wrapped.__dict__.pop("resting")
-    if wrapped.__dict__["asked_for"] != ddp:
-        raise ValueError(
-            "This model was trained before, in this process, with other data-parallel settings"
-            f" ({wrapped.__dict__['asked_for']}), whose gradient hooks cannot be taken off. Train it on with the same"
-            " MegatronStrategy(ddp=, distributed_optimizer=) and precision, or build the module anew."
-        )
+    """The chunk with gradient buffers and their hooks, which ``Engine.rest`` takes off again."""
+    wrapped = DistributedDataParallel(config, replace(ddp), chunk, disable_bucketing=number > 0)
+    wrapped.broadcast_params()
+    _equalise_replicated(chunk)
     return wrapped
+
+
+def _kept_buffers(chunk: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """What layers keep beside their weights and checkpoints save, such as a batch norm's running mean."""
+    named = [(module, name) for module in chunk.modules() for name, b in module._buffers.items() if b is not None]
+    return [(module, name) for module, name in named if name not in module._non_persistent_buffers_set]
 
 
 def _equalise_replicated(chunk: torch.nn.Module) -> None:

@@ -125,12 +125,9 @@ def tensor_parallel() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
-    """Give every pipeline stage the last stage's ``tensor``, in place; all pass the same shape and dtype."""
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(tensor, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    return tensor
+def stages() -> dist.ProcessGroup:
+    """The group of the pipeline stages of one copy of the model."""
+    return parallel_state.get_pipeline_model_parallel_group()
 
 
 def broadcast_object_from_last_stage(value: T) -> T:
@@ -139,13 +136,24 @@ def broadcast_object_from_last_stage(value: T) -> T:
         return value
     box = [value]
     last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast_object_list(box, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    dist.broadcast_object_list(box, src=last, group=stages())
     return box[0]
+
+
+def broadcast_from_first_replica(tensors: list[torch.Tensor]) -> None:
+    """Give every data-parallel replica the first one's ``tensors``, in place, in one message for each type."""
+    first = dist.get_global_rank(data_parallel(), 0)
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        joined = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+        dist.broadcast(joined, src=first, group=data_parallel())
+        for tensor, values in zip(alike, joined.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.detach().copy_(values.view_as(tensor))
 
 
 def gather_from_stages(value: T) -> list[T]:
     """Each pipeline stage's picklable ``value``, first to last, on every stage."""
-    return gather(value, parallel_state.get_pipeline_model_parallel_group())
+    return gather(value, stages())
 
 
 def gather_from_replicas(value: T) -> list[T]:

@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_megatron.engine import Engine, NonFiniteLossError
+from lightning_megatron.gradients import ShownGradients
 
 _SHARDABLE = (AdamW, Adam, SGD)
 
@@ -60,6 +61,7 @@ class ShardedOptimizer(Optimizer):
         self.grad_norm: float | None = None
         self.skipped_steps = 0
         self.last_step_was_skipped = False
+        self._shown: ShownGradients | None = None
         self.on_nonfinite: Literal["raise", "skip"] | None = None  # set by the strategy; None goes on regardless
         self._optimizer_step_pre_hooks: Any = OrderedDict()
         self._optimizer_step_post_hooks: Any = OrderedDict()
@@ -88,7 +90,12 @@ class ShardedOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure (zero, forward, backward), then clip and update, unless fp16 gradients overflowed."""
+        self.clip_norm = 0.0  # the closure's hooks say anew whether this step is clipped
         result = closure() if closure is not None else None
+        self._hide_gradients()
+        self.last_step_was_skipped = False
+        if not self.engine.has_gradients:
+            return result
         self.last_step_was_skipped = self.inner.prepare_grads()
         if self.last_step_was_skipped:
             self.skipped_steps += 1
@@ -109,10 +116,21 @@ class ShardedOptimizer(Optimizer):
                 self.skipped_steps += 1
                 return result
         self.inner.step_with_ready_grads()
+        self.engine.has_gradients = False
         return result
+
+    def show_gradients(self) -> None:
+        """Put the finished gradients into ``parameter.grad`` until the step goes on."""
+        self._shown = ShownGradients(self.engine, self.loss_scale)
+
+    def _hide_gradients(self) -> None:
+        if self._shown is not None:
+            self._shown.take_back()
+            self._shown = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of parameters and buffers."""
+        self._hide_gradients()  # of a step that an exception has ended
         self.engine.zero_grad()
         self.inner.zero_grad(set_to_none)
 
@@ -185,6 +203,8 @@ def shard(
             " shards. Use one of these, or distributed_optimizer=False."
         )
     _check_groups(optimizer, engine)
+    for group in optimizer.param_groups:  # torch passes frozen ones over in each step; megatron-core does not take them
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     config = OptimizerConfig(
         optimizer="sgd" if isinstance(optimizer, SGD) else "adam",
         lr=optimizer.defaults["lr"],

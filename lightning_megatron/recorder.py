@@ -75,16 +75,25 @@ class LogRecorder:
         finally:
             del self._module.__dict__["log"]
 
-    def replay(self) -> None:
+    def has_entries(self) -> bool:
+        """Whether this rank has recorded anything."""
+        return bool(self._seen)
+
+    def replay(self, gather: bool = True) -> None:
         """Log each name once, the same names in the same order on every rank, as the latest stage gave it.
 
         An adapter's values are those of the global batch. A plain module's are this replica's, as in Lightning, and
         ``sync_dist`` decides whether replicas are reduced.
+
+        Args:
+            gather: Whether any rank has recorded something; the same on all of them.
         """
         module = self._module
         whole = isinstance(module, MegatronModule)
-        seen = _over_replicas(self._seen) if whole else self._seen
-        for name, entry in _latest(groups.gather_from_stages(seen)).items():
+        stages: list[dict[str, _Entry]] = []
+        if gather:
+            stages = groups.gather_from_stages(_over_replicas(self._seen) if whole else self._seen)
+        for name, entry in _latest(stages).items():
             options = dict(entry.options)
             if entry.metric is not None:
                 metric: Any = module.get_submodule(entry.metric)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from lightning_megatron.layout import ParallelLayout
 
-_CALLBACKS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning, ModelPruning)
+_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+_REGROUPING = (BaseFinetuning, ModelPruning)
 
 
 def check_arguments(
@@ -108,12 +109,25 @@ def check_trainer(trainer: pl.Trainer) -> None:
 
 
 def _check_callbacks(trainer: pl.Trainer) -> None:
-    """Refuse callbacks that copy or re-group whole models."""
+    """Refuse callbacks that copy models in shards, or change what the optimizer holds while it trains."""
+    ddp = trainer.strategy.ddp  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, _CALLBACKS):
+        name = type(callback).__name__
+        if isinstance(callback, _REGROUPING):
             raise MisconfigurationException(
-                f"MegatronStrategy does not work with {type(callback).__name__} yet: it copies or re-groups whole"
-                " models, of which each rank has a shard. Leave the callback out."
+                f"MegatronStrategy does not work with {name}: it changes which parameters are trained, in the middle of"
+                " a run, and megatron-core's gradient buffers are laid out at its start. Freeze parameters before fit"
+                " (requires_grad_(False)), and call fit again for the next phase."
+            )
+        if isinstance(callback, _AVERAGING) and isinstance(trainer.lightning_module, MegatronModule):
+            raise MisconfigurationException(
+                f"MegatronStrategy does not work with {name} and {type(trainer.lightning_module).__name__}: it copies a"
+                " whole model, of which each rank has a shard. Leave the callback out; plain LightningModules take it."
+            )
+        if isinstance(callback, _AVERAGING) and ddp is not None and ddp.overlap_param_gather:
+            raise MisconfigurationException(
+                f"MegatronStrategy(ddp=DistributedDataParallelConfig(overlap_param_gather=True)) with {name}: it would"
+                " average weights that are still on their way. Use overlap_param_gather=False."
             )
 
 

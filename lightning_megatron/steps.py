@@ -31,8 +31,6 @@ def make_engine(
         return Engine(layout, chunks, module.chunks[0].config, ddp, by_token, device)
     refusals.check_stages(module, layout)
     plain = PlainModel(module)
-    if ddp is not None:
-        plain = module.__dict__.setdefault("_plain_model", plain)
     return Engine(layout, [plain], plain.config, ddp, False, device)
 
 
@@ -54,18 +52,23 @@ class Steps:
     micro_batch_size: int | None
     num_microbatches: int | None
     told: bool = False
+    ends_window: bool = False  # whether the optimizer steps after the batch that was trained last
 
     def train(self, batch: Any, *args: Any, **kwargs: Any) -> Outcome:
         """``training_step`` forward and backward; ``finish`` it after a look at its loss."""
         trainer = self.module.trainer
-        self._recorder = self._record(batch)
+        self._recorder = recorder = self._record(batch)
         self._returned: list[Any] = []
+        self.ends_window = not trainer.fit_loop._should_accumulate()
+        step = self._step("training_step", recorder, args, kwargs)
+        if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for batch norms
+            return self.engine.evaluate(batch, *self._shape(batch, args), step)
         return self.engine.train(
             batch,
             *self._shape(batch, args),
-            self._step("training_step", self._recorder, args, kwargs),
+            step,
             window=trainer.accumulate_grad_batches,
-            last_of_window=not trainer.fit_loop._should_accumulate(),
+            last_of_window=self.ends_window,
         )
 
     def finish(self, outcome: Outcome) -> Any:
@@ -81,6 +84,8 @@ class Steps:
         """``validation_step`` or ``test_step``: the loss of the batch, or what a plain module returned."""
         recorder = self._record(batch)
         step = self._step(hook, recorder, args, kwargs)
+        if self.engine.trains and self._batch_idx(args) == 0:
+            self.engine.share_buffers()
         if not isinstance(self.module, MegatronModule):
             output = step(batch, 1.0, 0)
             recorder.replay()
@@ -139,9 +144,11 @@ class Steps:
         return int(getattr(loop, "epoch_loop", loop).batch_progress.current.ready) - 1
 
     def _record(self, batch: Any) -> LogRecorder:
-        return LogRecorder(self.module, count_rows(batch) if isinstance(self.module, MegatronModule) else 1)
+        recorder = LogRecorder(self.module, count_rows(batch) if isinstance(self.module, MegatronModule) else 1)
+        self.engine.has_notes = recorder.has_entries
+        return recorder
 
     def _report(self, stage: str, outcome: Outcome, recorder: LogRecorder) -> None:
-        recorder.replay()
+        recorder.replay(gather=outcome.noted)
         if isinstance(self.module, MegatronModule):
             self.module.log_loss(stage, outcome.loss, outcome.weight)

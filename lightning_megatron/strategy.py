@@ -30,6 +30,7 @@ from lightning_megatron import (
     backend,
     evaluation_samples,
     first_error,
+    gradients,
     groups,
     launching,
     liveness,
@@ -327,6 +328,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         """The schedule has run backward; fire the hooks around it."""
         assert self.lightning_module is not None
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        if self._steps.ends_window and gradients.has_onlookers(self.lightning_module.trainer):
+            self.optimizers[0].show_gradients()  # type: ignore[attr-defined]
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     @override
@@ -414,6 +417,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         if launching.kept_checkpoint(self):
             return {}  # the ranks that had it are gone; `save_checkpoint` copies what they left
         self.engine.finish_param_gather()
+        self.engine.share_buffers()
         return super().lightning_module_state_dict()
 
     @override

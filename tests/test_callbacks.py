@@ -1,5 +1,6 @@
 """Lightning's own callbacks under the strategy: each does what it does in Lightning, or is refused before training."""
 
+import csv
 import functools
 import re
 from pathlib import Path
@@ -170,8 +171,11 @@ def test_progress_bars_show_the_loss_once(kind, layout, tmp_path):
     shown = run_ranks(layout.world_size, _bar, layout, kind, str(log))
     assert set(shown) == {"['train_loss']"} or set(shown) == {"['train_loss', 'val_loss']"}
     text = log.read_text()
-    assert "train_loss" in text
     assert re.search(r"4/[48]", text)
+    # Rank 0 alone draws the bar, and each drawing of it names the loss once.
+    drawings = [line for line in re.split(r"[\r\n]", text) if re.search(r"\b[1-4]/4\b.*train_loss", line)]
+    assert drawings
+    assert {line.count("train_loss") for line in drawings} == {1}
 
 
 def _monitors(layout: Layout, folder: str) -> dict[str, Any]:
@@ -185,16 +189,25 @@ def _monitors(layout: Layout, folder: str) -> dict[str, Any]:
     logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
     run = _trainer(layout, folder, callbacks=callbacks, logger=logger, log_every_n_steps=1)
     run.fit(_module(layout), _loader(layout))
-    header = (Path(folder) / "metrics.csv").read_text().splitlines()[0] if run.is_global_zero else ""
-    return {"called": len(called), "header": header}
+    rows = list(csv.DictReader((Path(folder) / "metrics.csv").open())) if run.is_global_zero else []
+    return {"called": len(called), "rows": rows, "rate": run.optimizers[0].param_groups[0]["lr"]}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_monitors_write_to_the_logger(layout, tmp_path):
     seen, *others = run_ranks(layout.world_size, _monitors, layout, str(tmp_path))
     assert {rank["called"] for rank in [seen, *others]} == {4}
-    for name in ("lr-AdamW", "cpu_percent", "train/batches", "train_loss"):
-        assert name in seen["header"]
+    for name, values in {
+        "lr-AdamW": [100 * seen["rate"]] * 2 + [10 * seen["rate"]] * 2,  # a tenth of it after each epoch of two batches
+        "train/batches": [1, 2, 3, 4],
+        "train/samples": [rows * (4 // layout.dp) for rows in (1, 2, 3, 4)],  # of this replica
+    }.items():
+        logged = [float(row[name]) for row in seen["rows"] if row.get(name)]
+        assert logged == pytest.approx(values)
+    name = "DeviceStatsMonitor.on_train_batch_end/cpu_percent"
+    used = [float(row[name]) for row in seen["rows"] if row.get(name)]
+    assert used
+    assert all(0 <= value <= 100 for value in used)
 
 
 class WithRate(OurGPT):

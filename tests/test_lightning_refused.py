@@ -85,7 +85,7 @@ CASES: dict[str, tuple[Any, Any, str]] = {
     "manual_backward": (ManualBackward, dict, "automatic optimization"),
     "sync_batchnorm": (Module, lambda: {"sync_batchnorm": True}, r"Trainer\(sync_batchnorm=True\)"),
     "compiled module": (lambda: torch.compile(Module(), backend="eager"), dict, "avoid passing in compiled model"),
-    "EMAWeightAveraging": (Module, _with_averages, "does not work with EMAWeightAveraging"),
+    "EMAWeightAveraging": (lambda: OurGPT(CONFIG), _with_averages, "does not work with EMAWeightAveraging and OurGPT"),
     "log_graph": (lambda: OurGPT(CONFIG), _with_graph, "only rank 0 would run OurGPT"),
     "accelerator": (Module, lambda: {"accelerator": MetaAccelerator()}, "Use 'cpu' or 'gpu'"),
 }

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from tests import plain_gpt
@@ -27,6 +27,7 @@ def add_metrics(module: LightningModule) -> None:
     module.rows = SumMetric()
     module.mean_id = MeanMetric()
     module.accuracy = MulticlassAccuracy(CONFIG.vocab_size, average="micro")
+    module.together = MetricCollection({"mean": MeanMetric(), "sum": SumMetric()}, prefix="all_")
 
 
 def log_a_step(module: LightningModule, batch: dict[str, torch.Tensor]) -> None:
@@ -42,6 +43,8 @@ def log_a_step(module: LightningModule, batch: dict[str, torch.Tensor]) -> None:
     module.log("rows", module.rows, on_step=True, on_epoch=True)
     module.mean_id(ids)
     module.log("mean_id", module.mean_id, on_step=False, on_epoch=True, prog_bar=True)
+    module.together(ids)
+    module.log_dict(module.together, on_step=False, on_epoch=True)
 
 
 class VanillaLogs(VanillaGPT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_megatron.modules.base import (
     MegatronModule,
     SchedulerCallable,
 )
+from lightning_megatron.modules.documents import Documents
 from lightning_megatron.modules.gpt_config import GPTConfig
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
@@ -30,13 +32,17 @@ class GPTModule(MegatronModule):
     Batches are dicts of tensors, batch first, in one of two forms: transformers' ``input_ids`` ``[b, s]`` with optional
     ``labels`` (−100 is ignored, the shift is made here; without them the inputs are the labels), ``attention_mask``,
     ``position_ids`` and ``loss_mask``; or Megatron's ``text`` ``[b, s+1]``, or ``tokens``, ``labels``, ``loss_mask``
-    and ``position_ids``, shifted already.
+    ``position_ids`` and ``attention_mask`` (``[b, 1, s, s]``, True where a query may not look), shifted already.
 
     Args:
         config: The shape of the model.
         optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
         lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
+        eod_id: The token that ends a document, for rows that several documents share.
+        reset_position_ids: Whether positions start at 0 in each document.
+        reset_attention_mask: Whether a token looks only at tokens of its own document.
+        eod_mask_loss: Whether the token behind the end of a document is left out of the loss.
     """
 
     def __init__(
@@ -45,12 +51,17 @@ class GPTModule(MegatronModule):
         optimizer: ParameterGroups | OptimizerCallable | None = None,
         lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
+        eod_id: int | None = None,
+        reset_position_ids: bool = False,
+        reset_attention_mask: bool = False,
+        eod_mask_loss: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_schedule, loss_reduction)
         if not isinstance(config, GPTConfig):
             raise TypeError(f"GPTModule(config={config!r}): use a GPTConfig, such as GPTConfig(num_layers=4, ...).")
         self.config = config
-        self.save_hyperparameters("config", "loss_reduction", logger=False)
+        self.documents = Documents(eod_id, reset_position_ids, reset_attention_mask, eod_mask_loss)
+        self.save_hyperparameters("config", "loss_reduction", *vars(self.documents), logger=False)
 
     def check_layout(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the layout cannot divide."""
@@ -109,12 +120,15 @@ class GPTModule(MegatronModule):
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens, labels, loss mask and positions ``[b, s]`` from either form of batch."""
         inputs = _from_megatron(batch) if _token_key(batch) != "input_ids" else _from_transformers(batch)
-        padding = self._padding(inputs["input_ids"].size(1))
+        tokens = inputs["input_ids"]
+        inputs["position_ids"] = self.documents.positions(tokens, inputs["position_ids"])
+        inputs["loss_mask"] = self.documents.kept(tokens, inputs["loss_mask"])
+        unseen = [mask for mask in (inputs.pop("unseen", None), self.documents.apart(tokens)) if mask is not None]
+        padding = self._padding(tokens.size(1))
         if padding:  # behind the text, and masked: a causal model never sees it
             for name in ("input_ids", "position_ids", "labels", "loss_mask"):
                 inputs[name] = torch.nn.functional.pad(inputs[name], (0, padding))
-        keep = inputs.pop("keep", None)
-        inputs["attention_mask"] = None if keep is None else _causal_mask(torch.nn.functional.pad(keep, (0, padding)))  # type: ignore[assignment]
+        inputs["attention_mask"] = _causal_mask(unseen, padding)  # type: ignore[assignment]
         return inputs
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
@@ -173,12 +187,15 @@ def _from_megatron(batch: Batch) -> Batch:
     mask = (labels != IGNORED_LABEL).float()
     if "loss_mask" in batch:
         mask = mask * batch["loss_mask"].float()
-    return {
+    inputs = {
         "input_ids": tokens,
         "labels": labels.clamp(min=0),
         "loss_mask": mask,
         "position_ids": batch.get("position_ids", _positions(tokens)),
     }
+    if "attention_mask" in batch:
+        inputs["unseen"] = batch["attention_mask"].bool()
+    return inputs
 
 
 def _from_transformers(batch: Batch) -> Batch:
@@ -198,7 +215,7 @@ def _from_transformers(batch: Batch) -> Batch:
         "position_ids": batch.get("position_ids", _positions(tokens)),
     }
     if attention is not None and not bool(attention.all()):
-        inputs["keep"] = attention.bool()
+        inputs["unseen"] = ~attention.bool()[:, None, None, :]
     return inputs
 
 
@@ -206,9 +223,16 @@ def _positions(tokens: torch.Tensor) -> torch.Tensor:
     return torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
 
 
-def _causal_mask(keep: torch.Tensor) -> torch.Tensor:
-    """``[b, 1, s, s]``, True where a query may not look: ahead, and at padding, but always at itself."""
-    length = keep.size(1)
-    ahead = torch.ones(length, length, dtype=torch.bool, device=keep.device).triu(1)
-    itself = torch.eye(length, dtype=torch.bool, device=keep.device)
-    return (ahead | ~keep[:, None, None, :]) & ~itself
+def _causal_mask(unseen: list[torch.Tensor], padding: int) -> torch.Tensor | None:
+    """``[b, 1, s, s]``, True where a query may not look: ahead and at what is ``unseen``, but always at itself.
+
+    None where nothing but what lies ahead is unseen, which attention has a faster way for.
+    """
+    if not unseen:
+        return None
+    blocked = functools.reduce(torch.logical_or, unseen)
+    length = blocked.size(-1) + padding
+    blocked = torch.nn.functional.pad(blocked, (0, padding, 0, padding if blocked.size(-2) > 1 else 0))
+    ahead = torch.ones(length, length, dtype=torch.bool, device=blocked.device).triu(1)
+    itself = torch.eye(length, dtype=torch.bool, device=blocked.device)
+    return (ahead | blocked) & ~itself

@@ -1,0 +1,94 @@
+"""Gradients where users look for them: megatron-core's buffers, shown as ``parameter.grad`` to Lightning's hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_megatron.engine import Engine
+
+_OF_CALLBACKS = ("on_after_backward", "on_before_optimizer_step")
+_OF_MODULES = (*_OF_CALLBACKS, "configure_gradient_clipping")
+
+
+def has_onlookers(trainer: pl.Trainer) -> bool:
+    """Whether a hook of the user's runs between the backward pass and the optimizer's step."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(is_overridden(name, trainer.lightning_module) for name in _OF_MODULES) or any(
+        is_overridden(name, callback, parent=pl.Callback) for callback in callbacks for name in _OF_CALLBACKS
+    )
+
+
+class ShownGradients:
+    """Shows the finished gradients of an accumulation window, and takes back what hooks have made of them.
+
+    They are those of the global batch, without a loss scale, and on each rank those of its own shards. Sharded
+    gradients are gathered first, which costs one more message of their size.
+
+    Args:
+        engine: Whose gradients are finished.
+        loss_scale: What they are multiplied by.
+    """
+
+    def __init__(self, engine: Engine, loss_scale: float) -> None:
+        self._loss_scale = loss_scale
+        self._parts_of_models = engine.layout.tp * engine.layout.pp > 1
+        self._buffers = [b for chunk in engine.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        for buffer in self._buffers:
+            _gather(buffer)
+            if loss_scale != 1.0:
+                buffer.grad_data.div_(loss_scale)
+            for parameter in buffer.params:
+                _set(parameter, parameter.main_grad)
+        self._versions = self._seen_versions()
+
+    def take_back(self) -> None:
+        """Hide the gradients again; what hooks changed in them, or put in their place, is what the optimizer gets."""
+        changed = self._seen_versions() != self._versions
+        for buffer in self._buffers:
+            for parameter in buffer.params:
+                if parameter.grad is None and _can_show(parameter):
+                    parameter.main_grad.zero_()
+                elif parameter.grad is not None and parameter.grad is not parameter.main_grad:
+                    parameter.main_grad.copy_(parameter.grad)
+                    changed = True
+                _set(parameter, None)
+            if self._loss_scale != 1.0:
+                buffer.grad_data.mul_(self._loss_scale)
+        if changed and self._parts_of_models:
+            rank_zero_warn(
+                "A hook has changed gradients. Each rank sees those of its own part of the model: a norm of them is not"
+                " the model's, and differs from rank to rank. Clip with self.clip_gradients or gradient_clip_val."
+            )
+
+    def _seen_versions(self) -> list[int]:
+        return [buffer.grad_data._version for buffer in self._buffers]
+
+
+def _gather(buffer: Any) -> None:
+    """Every replica's finished shard of the gradients, on all of them."""
+    group = buffer.data_parallel_group
+    if buffer.ddp_config.use_distributed_optimizer and group.size() > 1:
+        for bucket in buffer.buckets:
+            shards = bucket.grad_data.view(group.size(), -1)
+            dist.all_gather_into_tensor(bucket.grad_data, shards[group.rank()].clone(), group=group)
+
+
+def _can_show(parameter: torch.nn.Parameter) -> bool:
+    """torch before 2.10 keeps no gradient of another type than its parameter's."""
+    return parameter.main_grad.dtype == parameter.dtype or hasattr(parameter, "grad_dtype")  # type: ignore[attr-defined]
+
+
+def _set(parameter: torch.nn.Parameter, gradient: torch.Tensor | None) -> None:
+    if not _can_show(parameter):
+        return
+    if gradient is None:
+        parameter.grad = None
+    if parameter.main_grad.dtype != parameter.dtype:  # type: ignore[attr-defined]
+        parameter.grad_dtype = parameter.dtype if gradient is None else gradient.dtype
+    parameter.grad = gradient

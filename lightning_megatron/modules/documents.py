@@ -1,0 +1,59 @@
+"""Documents that share a row of tokens, kept apart: positions, attention and loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents end, and what must not cross their ends; Megatron's options of the same names.
+
+    Args:
+        eod_id: The token that ends a document, and belongs to it.
+        reset_position_ids: Positions start at 0 in each document.
+        reset_attention_mask: A token looks only at tokens of its own document.
+        eod_mask_loss: What follows the end of a document is not to be predicted from it.
+
+    Raises:
+        ValueError: An option without ``eod_id``.
+    """
+
+    eod_id: int | None = None
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    eod_mask_loss: bool = False
+
+    def __post_init__(self) -> None:
+        asked = [name for name, value in vars(self).items() if name != "eod_id" and value]
+        if asked and self.eod_id is None:
+            raise ValueError(
+                f"GPTModule({asked[0]}=True) needs eod_id, the token that ends a document (a TextDataModule's is"
+                " datamodule.tokenizer.eod_id)."
+            )
+
+    def positions(self, tokens: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """Position of each token ``[b, s]`` in its document, or as ``given``."""
+        if not self.reset_position_ids:
+            return given
+        index = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        starts = torch.where(self._starts(tokens), index, 0)
+        return index - starts.cummax(dim=1).values
+
+    def apart(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """``[b, 1, s, s]``, True where query and key are of different documents; None where that does not matter."""
+        if not self.reset_attention_mask:
+            return None
+        number = self._starts(tokens).cumsum(dim=1)
+        return (number[:, :, None] != number[:, None, :]).unsqueeze(1)
+
+    def kept(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The loss mask ``[b, s]``, without the predictions made at documents' ends."""
+        return mask * (tokens != self.eod_id) if self.eod_mask_loss else mask
+
+    def _starts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """True at the first token behind each end of a document."""
+        ends = tokens.new_tensor(self.eod_id).eq(tokens[:, :-1])
+        return torch.nn.functional.pad(ends, (1, 0))
