@@ -52,7 +52,7 @@ def write(prefix: Path, documents: int, vocab_size: int = 200, sentences: int = 
 
 def make(kind: str, folder: str | Path, **options: Any) -> MegatronDataModule:
     """A data module over ``folder``'s data for the tests' small models."""
-    samples = {"gpt": GPTSamples(16), "bert": BertSamples(32), "t5": T5Samples(32)}[kind]
+    samples = options.pop("samples", {"gpt": GPTSamples(16), "bert": BertSamples(32), "t5": T5Samples(32)}[kind])
     path = Path(folder) / ("gpt" if kind == "gpt" else "sentences")
     tokenizer = Numbers(64 if kind == "gpt" else 200)
     chosen = {"split": "8,1,1", "cache_dir": Path(folder) / "cache", "global_batch_size": 8, **options}

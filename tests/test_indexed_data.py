@@ -107,7 +107,9 @@ def test_bytes_are_those_of_megatrons_own_tool(tmp_path, workers, vocab_size):
 
 
 def test_keys_empty_documents_and_whole_texts(tmp_path):
-    source = lines(tmp_path / "rows.jsonl", [{"a": "30 31", "b": "40"}, {"a": "", "b": "41 42"}, {"a": [], "b": ["43", "44"]}])
+    source = lines(
+        tmp_path / "rows.jsonl", [{"a": "30 31", "b": "40"}, {"a": "", "b": "41 42"}, {"a": [], "b": ["43", "44"]}]
+    )
     text = tmp_path / "one.txt"
     text.write_text("50 51\n52")
     first, second = preprocess([source], tmp_path / "out", Numbers(), json_keys=["a", "b"], progress=False)

@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
-from lightning_megatron.data import SpanCorruptionCollator
+from lightning_megatron.data import GPTSamples, SpanCorruptionCollator
 from lightning_megatron.data.indexed import files
 from tests.indexed import MODULES, Seen, make, train, write_all
-from tests.parallel_gpt import Layout
+from tests.parallel_gpt import Layout, LoadedGPT
+from tests.plain_gpt import GPT2
 from tests.ranks import RankError, run_ranks
 from tests.test_training import QUIET, trainer
 
@@ -212,6 +213,23 @@ def test_a_resumed_run_takes_out_the_same_spans(tmp_path):
     for rank in range(2):
         assert len(whole[rank]) == 12
         assert resumed[rank] == whole[rank][5:]
+
+
+def _packed(folder: str, samples: GPTSamples, resets: dict) -> list[float]:
+    seen = Seen()
+    run = trainer(Layout(), max_steps=3, limit_val_batches=0, callbacks=[seen])
+    run.fit(LoadedGPT(GPT2, **resets), datamodule=make("gpt", folder, samples=samples))
+    return seen.losses
+
+
+def test_documents_are_kept_apart_by_the_data_as_by_the_module(folder):
+    """Megatron's masks and positions, against those that ``GPTModule`` makes of the same tokens."""
+    resets = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
+    (by_data,) = run_ranks(1, _packed, folder, GPTSamples(16, **resets), {})
+    (by_module,) = run_ranks(1, _packed, folder, GPTSamples(16), {"eod_id": 4, **resets})
+    (joined,) = run_ranks(1, _packed, folder, GPTSamples(16), {})
+    assert by_data == pytest.approx(by_module, rel=1e-6)
+    assert by_data != pytest.approx(joined, rel=1e-3)
 
 
 def _accumulated(folder: str) -> torch.Tensor:
