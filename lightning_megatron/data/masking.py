@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
+
+from lightning_megatron.data.draws import Draws, ids_of, padded
 
 IGNORED_LABEL = -100
 
@@ -17,8 +17,7 @@ class MaskedLMCollator:
     """Makes batches for ``BertModule`` of tokenised samples, masked anew each time (Devlin et al., 2018, section 3.1).
 
     Of the chosen tokens 80 % become the mask, 10 % a random id and 10 % stay; ``labels`` are −100 but at them. Draws
-    depend on ``seed``, the samples and how many batches this object has made, so that model-parallel ranks, which read
-    the same samples, mask them alike. Worker processes add their own seed, which follows from ``seed_everything``.
+    are ``Draws``': alike on model-parallel ranks, anew in each batch.
 
     Args:
         vocab_size: Random ids are drawn below it.
@@ -69,9 +68,8 @@ class MaskedLMCollator:
         self.mask_share = mask_share
         self.random_share = random_share
         self.continuation_ids = None if continuation_ids is None else np.asarray(sorted(continuation_ids))
-        self.seed = seed
         self.pad_to_multiple_of = pad_to_multiple_of
-        self._batches = 0
+        self._draws = Draws(seed)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, whole_words: bool = False, **options: Any) -> MaskedLMCollator:
@@ -115,31 +113,27 @@ class MaskedLMCollator:
 
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` and ``token_type_ids`` ``[b, s]``, and the numbers ``[b]``.
+
+        Raises:
+            ValueError: A sample is empty.
         """
-        rows = [np.asarray(sample["input_ids"], dtype=np.int64) for sample in samples]
+        rows = ids_of("MaskedLMCollator", samples)
         length = max(map(len, rows))
         length += -length % self.pad_to_multiple_of
-        ids = _padded(rows, length, self.pad_id)
-        inputs, labels = self._mask(ids, self._generator(ids))
+        ids = padded(rows, length, self.pad_id)
+        inputs, labels = self._mask(ids, self._draws.generator(rows))
         batch = {
             "input_ids": torch.from_numpy(inputs),
-            "attention_mask": torch.from_numpy(_padded([np.ones_like(row) for row in rows], length, 0)),
+            "attention_mask": torch.from_numpy(padded([np.ones_like(row) for row in rows], length, 0)),
             "labels": torch.from_numpy(labels),
         }
         for key in samples[0]:
             if key == "token_type_ids":
                 types = [np.asarray(sample[key], dtype=np.int64) for sample in samples]
-                batch[key] = torch.from_numpy(_padded(types, length, 0))
+                batch[key] = torch.from_numpy(padded(types, length, 0))
             elif key not in batch and np.ndim(samples[0][key]) == 0:
                 batch[key] = torch.as_tensor(np.asarray([sample[key] for sample in samples]))
         return batch
-
-    def _generator(self, ids: np.ndarray) -> np.random.Generator:
-        worker = get_worker_info()
-        self._batches += 1
-        return np.random.default_rng(
-            [self.seed, worker.seed if worker else 0, self._batches, zlib.crc32(ids.tobytes())]
-        )
 
     def _mask(self, ids: np.ndarray, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         chosen = self._choose(ids, draws)
@@ -159,7 +153,3 @@ class MaskedLMCollator:
             first = np.maximum.accumulate(np.where(starts, np.arange(ids.shape[1]), 0), axis=1)
             lots = np.take_along_axis(lots, first, axis=1)
         return (lots < self.probability) & ~special
-
-
-def _padded(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
-    return np.stack([np.pad(row, (0, length - len(row)), constant_values=value) for row in rows])

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -70,6 +70,7 @@ class _TokenizersTokenizer:
                 f"{len(vocab)} tokens. Add one: `tokenizer.add_special_tokens(['{END_OF_DOCUMENT}'])`."
             )
         self.eod_id = vocab[names[0]]
+        self.vocabulary = vocab
         self.vocab_size = max(vocab.values()) + 1
         self.identity = f"tokenizers:{_digest(self._tokenizer.to_str())}"
 
@@ -96,6 +97,9 @@ class _TransformersTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)  # fast tokenizers only
         rules = json.dumps(sorted(vocab.items())) if backend is None else backend.to_str()
         self.eod_id: int = eod_id
+        self.vocabulary = vocab
+        roles = ("cls", "sep", "mask", "bos", "eos")
+        self.special_ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in roles}
         # Not `len(tokenizer)`: ids may have gaps.
         self.vocab_size = max(vocab.values()) + 1
         self.identity = f"transformers:{type(tokenizer).__name__}:{eod_id}:{_digest(rules)}"
@@ -150,13 +154,31 @@ def train_bpe(files: Sequence[str | Path], vocab_size: int, path: str | Path) ->
     Raises:
         ValueError: ``vocab_size`` has no room for the bytes, or ``path`` does not end in ``.json``.
     """
+    return train_bpe_on((read_text(Path(file)) for file in files), vocab_size, path)
+
+
+def train_bpe_on(texts: Iterable[str], vocab_size: int, path: str | Path, special: Sequence[str] = ()) -> Path:
+    """As :func:`train_bpe`, on texts that are no files.
+
+    Args:
+        texts: To learn from.
+        vocab_size: The largest number of ids, as for :func:`train_bpe`, the ``special`` ones among them.
+        path: The ``tokenizer.json`` to write.
+        special: Further tokens that no text gives, such as BERT's.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: As :func:`train_bpe`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     path = Path(path)
-    if vocab_size < ByteTokenizer.vocab_size:
+    if vocab_size < ByteTokenizer.vocab_size + len(special):
         raise ValueError(
             f"train_bpe(vocab_size={vocab_size}) has no room for 256 bytes and the end of document. "
-            f"Use {ByteTokenizer.vocab_size} or more."
+            f"Use {ByteTokenizer.vocab_size + len(special)} or more."
         )
     if path.suffix != ".json":
         raise ValueError(
@@ -167,12 +189,12 @@ def train_bpe(files: Sequence[str | Path], vocab_size: int, path: str | Path) ->
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
+        special_tokens=[END_OF_DOCUMENT, *special],
         # Every byte, seen or not, so that no text is unknown.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((read_text(Path(file)) for file in files), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         tokenizer.save(str(temporary))

@@ -1,0 +1,333 @@
+"""What a sample of indexed data is: GPT's, BERT's or T5's, each megatron-core's own dataset."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from lightning_megatron.data.index_builder import PAD
+from lightning_megatron.data.masking import IGNORED_LABEL
+from lightning_megatron.data.span_corruption import sentinels
+from lightning_megatron.data.special_tokens import special_ids, vocabulary
+from lightning_megatron.data.text_tokenizer import Tokenizer
+
+Sample = dict[str, Any]
+
+# megatron-core's build_mapping leaves out documents with a longer sentence (helpers.cpp, LONG_SENTENCE_LEN).
+LONGEST_SENTENCE = 512
+
+
+class IndexedSamples(ABC):
+    """How samples are made of indexed data. Use one of its subclasses."""
+
+    kind: ClassVar[Literal["gpt", "bert", "t5"]]
+    seq_length: int
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """Arguments of megatron-core's config class."""
+
+    @abstractmethod
+    def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """What megatron-core's dataset asks of the tokenizer, as plain data.
+
+        Raises:
+            ValueError: The tokenizer lacks it.
+        """
+
+    @abstractmethod
+    def convert(self, sample: Sample) -> Sample:
+        """The dataset's sample as the adapters take it."""
+
+    @abstractmethod
+    def too_little(self, data: IndexedDataset, begin: float, end: float) -> str | None:
+        """Why there is no sample between these shares of the data, if so."""
+
+
+class GPTSamples(IndexedSamples):
+    """Runs of ``seq_length`` tokens, shuffled, over the ends of documents.
+
+    Batches have ``tokens``, ``labels``, ``loss_mask`` and ``position_ids`` ``[b, s]``, shifted already.
+
+    Args:
+        seq_length: Tokens that the model sees at once.
+        reset_position_ids: Positions begin anew behind each end of a document.
+        reset_attention_mask: No token looks at a document before its own; batches have ``attention_mask``
+            ``[b, 1, s, s]``, True where a query may not look.
+        eod_mask_loss: What follows on an end of a document is not learned from.
+
+    Raises:
+        ValueError: ``seq_length`` is not positive.
+    """
+
+    kind = "gpt"
+
+    def __init__(
+        self,
+        seq_length: int,
+        reset_position_ids: bool = False,
+        reset_attention_mask: bool = False,
+        eod_mask_loss: bool = False,
+    ) -> None:
+        if seq_length < 1:
+            raise ValueError(f"GPTSamples(seq_length={seq_length}) must be at least 1.")
+        self.seq_length = seq_length
+        self.reset_position_ids = reset_position_ids
+        self.reset_attention_mask = reset_attention_mask
+        self.eod_mask_loss = eod_mask_loss
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of ``GPTDatasetConfig``."""
+        return {
+            "reset_position_ids": self.reset_position_ids,
+            "reset_attention_mask": self.reset_attention_mask,
+            "eod_mask_loss": self.eod_mask_loss,
+            "create_attention_mask": self.reset_attention_mask,
+        }
+
+    def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The end of documents."""
+        return {"identity": tokenizer.identity, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod_id}
+
+    def convert(self, sample: Sample) -> Sample:
+        """As it is."""
+        return {name: value for name, value in sample.items() if name != "dataset_id"}
+
+    def too_little(self, data: IndexedDataset, begin: float, end: float) -> str | None:
+        """A sample takes a token more than the model sees."""
+        start, stop = (round(share * len(data.sequence_lengths)) for share in (begin, end))
+        tokens = int(data.sequence_lengths[start:stop].sum(dtype=np.int64))
+        if tokens > self.seq_length:
+            return None
+        return (
+            f"its {stop - start} of {len(data.sequence_lengths)} documents have {tokens} tokens, and a sample takes"
+            f" seq_length + 1 = {self.seq_length + 1}"
+        )
+
+
+class _Masked(IndexedSamples):
+    """What BERT's and T5's samples share: whole sentences of one document, up to a length."""
+
+    minimum_sentences: int
+
+    def convert(self, sample: Sample) -> Sample:
+        """Padding that no model sees; labels that are not learned from are −100."""
+        names = self.names
+        found = {names[name]: torch.as_tensor(value) for name, value in sample.items() if name in names}
+        found["labels"] = found["labels"].masked_fill(found["loss_mask"] == 0, IGNORED_LABEL)
+        return found
+
+    @property
+    @abstractmethod
+    def names(self) -> dict[str, str]:
+        """The keys that are kept, and their names in the batch."""
+
+    def too_little(self, data: IndexedDataset, begin: float, end: float) -> str | None:
+        """megatron-core would look for a sample forever."""
+        bounds = data.document_indices
+        start, stop = (round(share * (len(bounds) - 1)) for share in (begin, end))
+        sizes = np.diff(bounds[start : stop + 1])
+        enough = sizes >= self.minimum_sentences
+        if stop <= start or not enough.any():
+            return (
+                f"of its {stop - start} of {len(bounds) - 1} documents none has {self.minimum_sentences} sentences;"
+                " make the data with `lightning-megatron preprocess --split-sentences`"
+            )
+        longest = np.maximum.reduceat(data.sequence_lengths[: bounds[stop]], bounds[start:stop])
+        if not (enough & ((longest <= LONGEST_SENTENCE) | (sizes == 1))).any():
+            return (
+                f"each of its {stop - start} documents has a sentence of more than {LONGEST_SENTENCE} tokens, and"
+                " megatron-core leaves such documents out; split sentences finer"
+            )
+        return None
+
+
+class BertSamples(_Masked):
+    """Two segments of whole sentences, swapped in half of the samples, and masked n-grams of words.
+
+    Batches have ``text``, ``types``, ``padding_mask``, ``labels`` and ``loss_mask`` ``[b, s]``, and ``is_random``
+    ``[b]``: the segments were swapped. Masks are drawn by the number of the sample.
+
+    Args:
+        seq_length: Tokens of a sample, [CLS] and two [SEP] among them.
+        binary_head: Whether samples are pairs. Then documents need two sentences, and without it ``is_random`` is left
+            out.
+        masking_probability: Share of the tokens to predict; 80 % become [MASK], 10 % a random id.
+        short_sequence_probability: Share of the samples that are cut shorter, to a random length.
+        max_ngram: The most words that are masked together; n of them 1/n as often as one.
+        whole_words: Words are masked whole, by WordPiece's "##". Other tokenizers' tokens are words each.
+
+    Raises:
+        ValueError: A number that is out of range.
+    """
+
+    kind = "bert"
+
+    def __init__(
+        self,
+        seq_length: int,
+        binary_head: bool = True,
+        masking_probability: float = 0.15,
+        short_sequence_probability: float = 0.1,
+        max_ngram: int = 3,
+        whole_words: bool = True,
+    ) -> None:
+        _check_masking("BertSamples", seq_length, masking_probability, short_sequence_probability, max_ngram)
+        self.seq_length = seq_length
+        self.binary_head = binary_head
+        self.masking_probability = masking_probability
+        self.short_sequence_probability = short_sequence_probability
+        self.max_ngram = max_ngram
+        self.whole_words = whole_words
+        self.minimum_sentences = 2 if binary_head else 1
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The keys that are kept."""
+        kept = ["text", "types", "labels", "padding_mask", "loss_mask", *["is_random"] * self.binary_head]
+        return {name: name for name in kept}
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of ``BERTMaskedWordPieceDatasetConfig``."""
+        return {
+            "masking_probability": self.masking_probability,
+            "short_sequence_probability": self.short_sequence_probability,
+            "masking_max_ngram": self.max_ngram,
+            "masking_do_full_word": self.whole_words,
+            "masking_do_permutation": False,
+            "masking_use_longer_ngrams": False,
+            "masking_use_geometric_distribution": False,
+            "classification_head": self.binary_head,
+        }
+
+    def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """BERT's special tokens, and all tokens by their ids."""
+        return {**_named(tokenizer), **special_ids(tokenizer, "cls", "sep", "mask")}
+
+    def convert(self, sample: Sample) -> Sample:
+        """megatron-core pads types and mask with the padding's id."""
+        found = super().convert(sample)
+        found["padding_mask"] = (found["padding_mask"] != PAD).long()
+        found["types"] = found["types"].clamp(min=0)
+        return found
+
+
+class T5Samples(_Masked):
+    """Sentences of which spans give way to sentinels, and those spans for the decoder.
+
+    Batches have ``text_enc`` and ``attention_mask`` ``[b, se]``, and ``text_dec``, ``labels``, ``loss_mask`` and
+    ``decoder_attention_mask`` ``[b, sd]``. Spans are drawn by the number of the sample, with geometric lengths as
+    SpanBERT's (Joshi et al., 2020, section 3.1): about four words on average where up to 10 are allowed.
+
+    Args:
+        seq_length: Tokens of the encoder.
+        decoder_seq_length: Tokens of the decoder. By default as many as a sample can need, up to a multiple of 8:
+            0.31 of ``seq_length``.
+        masking_probability: Share of the tokens that is taken out.
+        short_sequence_probability: Share of the samples that are cut shorter, to a random length.
+        max_ngram: The most words in a span.
+        whole_words: Words are taken out whole, by WordPiece's "##". Other tokenizers' tokens are words each.
+
+    Raises:
+        ValueError: A number that is out of range.
+    """
+
+    kind = "t5"
+    minimum_sentences = 1
+
+    def __init__(
+        self,
+        seq_length: int,
+        decoder_seq_length: int | None = None,
+        masking_probability: float = 0.15,
+        short_sequence_probability: float = 0.1,
+        max_ngram: int = 10,
+        whole_words: bool = True,
+    ) -> None:
+        _check_masking("T5Samples", seq_length, masking_probability, short_sequence_probability, max_ngram)
+        self.seq_length = seq_length
+        self.masking_probability = masking_probability
+        self.short_sequence_probability = short_sequence_probability
+        self.max_ngram = max_ngram
+        self.whole_words = whole_words
+        most = max(math.ceil(masking_probability * seq_length), 1)
+        self.decoder_seq_length = decoder_seq_length or math.ceil((2 * most + 1) / 8) * 8
+        if self.decoder_seq_length <= most + self.most_spans:
+            raise ValueError(
+                f"T5Samples(decoder_seq_length={decoder_seq_length}): of seq_length={seq_length}, {most} tokens are"
+                f" taken out, in up to {self.most_spans} spans with a sentinel each. Use {most + self.most_spans + 1}"
+                " or more."
+            )
+
+    @property
+    def most_spans(self) -> int:
+        """Spans in a sample: six standard deviations above their mean, or one for each token that is taken out."""
+        most = max(math.ceil(self.masking_probability * self.seq_length), 1)
+        mean = most * 0.2 / (1 - 0.8**self.max_ngram)  # lengths are min(geometric(0.2), max_ngram)
+        return min(most, math.ceil(mean + 6 * mean**0.5))
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The keys that are kept; the masks under transformers' names, as they are of tokens and not of pairs."""
+        kept = {name: name for name in ("text_enc", "text_dec", "labels", "loss_mask")}
+        return {**kept, "enc_mask": "attention_mask", "dec_mask": "decoder_attention_mask"}
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of ``T5MaskedWordPieceDatasetConfig``."""
+        return {
+            "masking_probability": self.masking_probability,
+            "short_sequence_probability": self.short_sequence_probability,
+            "masking_max_ngram": self.max_ngram,
+            "masking_do_full_word": self.whole_words,
+            "masking_do_permutation": False,
+            "masking_use_longer_ngrams": False,
+            "masking_use_geometric_distribution": True,
+            "sequence_length_decoder": self.decoder_seq_length,
+        }
+
+    def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The sentinels, the ends, and all tokens by their ids.
+
+        Raises:
+            ValueError: There are fewer sentinels than a sample can have spans.
+        """
+        found = sentinels(vocabulary(tokenizer))
+        if len(found) < self.most_spans:
+            raise ValueError(
+                f"T5Samples(seq_length={self.seq_length}): the tokenizer has {len(found)} sentinels, and a sample can"
+                f" have {self.most_spans} spans. Add the tokens <extra_id_0> to <extra_id_{self.most_spans - 1}>, or"
+                " use a smaller seq_length."
+            )
+        # T5 has no [CLS], [SEP] or [MASK]; the dataset compares with the first two and hides the third.
+        none = {"cls": PAD, "sep": PAD, "mask": PAD}
+        return {
+            **_named(tokenizer),
+            **special_ids(tokenizer, "bos", "eos"),
+            **none,
+            "additional_special_tokens_ids": found,
+        }
+
+
+def _named(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "identity": tokenizer.identity,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod_id,
+        "tokens": sorted((id_, token) for token, id_ in vocabulary(tokenizer).items()),
+    }
+
+
+def _check_masking(name: str, seq_length: int, masking: float, short: float, max_ngram: int) -> None:
+    if seq_length < 8:
+        raise ValueError(f"{name}(seq_length={seq_length}) must be at least 8: special tokens take three.")
+    if not 0 < masking < 1:
+        raise ValueError(f"{name}(masking_probability={masking}) must be a share between 0 and 1.")
+    if not 0 <= short <= 1:
+        raise ValueError(f"{name}(short_sequence_probability={short}) must be a share from 0 to 1.")
+    if max_ngram < 1:
+        raise ValueError(f"{name}(max_ngram={max_ngram}) must be at least 1.")

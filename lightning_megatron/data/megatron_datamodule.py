@@ -1,0 +1,356 @@
+"""A data module over Megatron's indexed data: blends, splits and sample maps, read by megatron-core's own classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
+from megatron.core.datasets.utils import normalize
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from typing_extensions import override
+
+from lightning_megatron.data import index_cache
+from lightning_megatron.data.indexed import check_contents, open_indexed
+from lightning_megatron.data.indexed_samples import IndexedSamples, Sample
+from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer
+
+_PARTS = ("train", "val", "test")
+
+# The parts of the data that each stage of the Trainer uses; it cannot do without the first.
+_USED = {None: _PARTS, "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+
+Loader = DataLoader[Sample]
+
+
+class MegatronDataModule(LightningDataModule):
+    """Samples of ``.bin`` and ``.idx`` files, as ``lightning-megatron preprocess`` and Megatron's tools write them.
+
+    Training reads ``train_samples`` samples in Megatron's order: it is shuffled once, over as many passes through the
+    data as it takes, and consumed in turn. That is one epoch for Lightning. Global batch ``k`` holds the same samples
+    whatever the data-parallel size, so a run goes on at the next sample on other sizes, too. Evaluation reads its part
+    of the data once. Prediction runs over the test part.
+
+    Args:
+        paths: Prefixes of the files, without their ending: one, or several to blend.
+        samples: ``GPTSamples``, ``BertSamples`` or ``T5Samples``.
+        weights: How often each of several ``paths`` is drawn from, relative to the others. Without them each sample is
+            read as often as any other.
+        tokenizer: What made the data: ``"bytes"``, the path of a ``tokenizer.json``, a transformers folder or hub name,
+            or a tokenizer.
+        batch_size: Samples of one optimizer step on one data-parallel rank; the strategy cuts them into micro-batches.
+        global_batch_size: Instead, those of all data-parallel ranks together.
+        split: Weights of training, validation and test; the data is cut in this order. With 0, Lightning skips one.
+        train_samples: Training samples. By default what ``Trainer(max_steps=)`` will take, and without it each sample
+            once in an epoch, in another order in each.
+        seed: Of order, masks and spans; 1 or more.
+        cache_dir: Where indices are kept. By default ``lightning_megatron/indices`` in the user's cache folder.
+        num_workers: Processes that load samples; 0 loads them in the training process.
+
+    Raises:
+        ValueError: A number that is out of range, weights that do not fit the paths, or a split that is none.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        samples: IndexedSamples,
+        weights: Sequence[float] | None = None,
+        tokenizer: str | Path | Tokenizer = "bytes",
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
+        split: str = "969,30,1",
+        train_samples: int | None = None,
+        seed: int = 1234,
+        cache_dir: str | Path | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        given = {"batch_size": batch_size, "global_batch_size": global_batch_size, "train_samples": train_samples}
+        for name, value in {**given, "seed": seed}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{type(self).__name__}({name}={value}) must be at least 1.")
+        if (batch_size is None) == (global_batch_size is None):
+            raise ValueError(
+                f"{type(self).__name__}(batch_size={batch_size}, global_batch_size={global_batch_size}): give one of"
+                " the two, samples of a data-parallel rank or of all of them."
+            )
+        if not isinstance(samples, IndexedSamples):
+            raise TypeError(
+                f"{type(self).__name__}(samples={samples!r}): use GPTSamples(seq_length=...), BertSamples or T5Samples."
+            )
+        self.paths = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        self.samples = samples
+        self.weights = _weights(self.paths, weights)
+        self.batch_size = batch_size
+        self.global_batch_size = global_batch_size
+        self.split = split
+        self.train_samples = train_samples
+        self.seed = seed
+        self.cache_dir = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.num_workers = num_workers
+        self._bounds = dict(zip(_PARTS, _bounds(split), strict=True))
+        self._tokenizer_source = tokenizer
+        self._datasets: dict[str, _Samples] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded on first use: only then may a name on the hub be reached for."""
+        return load_tokenizer(self._tokenizer_source)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id in a batch: the model's ``vocab_size``."""
+        return self.tokenizer.vocab_size
+
+    @override
+    def prepare_data(self) -> None:
+        """Checks the data and builds indices that are not there. Lightning calls this on one process of each machine.
+
+        Raises:
+            IndexedDataError: Files are missing, corrupt, or have an empty document.
+            ValueError: A part of the data has no sample.
+        """
+        stage = None if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
+        data = {path: open_indexed(path) for path in self.paths}
+        for path in self.paths:
+            check_contents(path, data[path])
+            for part in self._used(stage):
+                if (why := self.samples.too_little(data[path], *self._share(part))) is not None:
+                    raise ValueError(
+                        f"{type(self).__name__}: the {part} part of {path} has no sample, with split={self.split!r}:"
+                        f" {why}. Enlarge its part of `split`{'' if part == 'train' else ', or give it 0'}."
+                    )
+        index_cache.build([self._description(part) for part in self._used(stage)], self.cache_dir)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the data and their indices, on every rank.
+
+        Raises:
+            RuntimeError: ``prepare_data`` was not called.
+        """
+        for path in self.paths:
+            open_indexed(path)
+        for part in self._used(stage):
+            about = self._description(part)
+            dataset = index_cache.open_dataset(about, self.cache_dir)
+            self._datasets[part] = _Samples(dataset, about["samples"], self.samples)
+
+    @override
+    def train_dataloader(self) -> Loader:
+        """Returns the training batches of this data-parallel rank; what does not fill a batch is left out.
+
+        Raises:
+            ValueError: There are fewer samples than one batch takes.
+        """
+        dataset, rows = self._dataset("train"), self._rows
+        order: type[DistributedSampler[Any]] = DistributedSampler if self._train_samples is None else _InTurn
+        sampler = order(dataset, shuffle=self._train_samples is None, seed=self.seed, drop_last=True, **self._replicas)
+        if len(sampler) < rows:
+            raise ValueError(
+                f"{type(self).__name__}: {len(dataset)} training samples give each of {sampler.num_replicas}"
+                f" data-parallel ranks {len(sampler)}, too few for one batch of {rows}. Use a smaller batch, more data,"
+                " or set train_samples, which reads the data as often as it takes."
+            )
+        return DataLoader(dataset, rows, sampler=sampler, drop_last=True, num_workers=self.num_workers)
+
+    @override
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Returns the validation batches, in order; an empty list, which Lightning skips, where the split has none."""
+        return self._ordered("val")
+
+    @override
+    def test_dataloader(self) -> Loader | list[Loader]:
+        """Returns the test batches, in order; an empty list where the split has none."""
+        return self._ordered("test")
+
+    @override
+    def predict_dataloader(self) -> Loader | list[Loader]:
+        """Returns the test batches, as :meth:`test_dataloader` does."""
+        return self._ordered("test")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of the training samples follows from."""
+        about = {"paths": len(self.paths), "weights": self.weights, "split": self.split, "seed": self.seed}
+        return {**about, "seq_length": self.samples.seq_length, "train_samples": self._train_samples}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compares: with another order, a resumed run would see some samples twice and others never.
+
+        Raises:
+            MisconfigurationException: Something is another than when the checkpoint was saved.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # nothing is resumed
+        now = self.state_dict()
+        changed = [
+            f"{name}={value!r}, and now {now[name]!r}" for name, value in state_dict.items() if value != now[name]
+        ]
+        if not changed:
+            return
+        advice = "Set it as it was."
+        if now["train_samples"] != state_dict["train_samples"] and self.train_samples is None:
+            advice = (
+                f"It follows from Trainer(max_steps=): give train_samples={state_dict['train_samples']}, or for a"
+                " longer run give the first run train_samples enough for both."
+            )
+        raise MisconfigurationException(
+            f"{type(self).__name__}: the order of the samples follows from numbers that the checkpoint has otherwise:"
+            f" {'; '.join(changed)}. {advice}"
+        )
+
+    @property
+    def _replicas(self) -> dict[str, int]:
+        replicas = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return replicas or {"num_replicas": 1, "rank": 0}
+
+    @property
+    def _rows(self) -> int:
+        """Samples of a batch of one data-parallel rank."""
+        if self.batch_size is not None:
+            return self.batch_size
+        assert self.global_batch_size is not None
+        replicas = self._replicas["num_replicas"]
+        if self.global_batch_size % replicas:
+            raise ValueError(
+                f"{type(self).__name__}(global_batch_size={self.global_batch_size}) does not divide by the"
+                f" {replicas} data-parallel ranks. Use {max(self.global_batch_size // replicas, 1) * replicas}."
+            )
+        return self.global_batch_size // replicas
+
+    @property
+    def _train_samples(self) -> int | None:
+        """Training samples of the run; None: the data once in each epoch."""
+        if self.train_samples is not None or self.trainer is None or self.trainer.max_steps < 0:
+            return self.train_samples
+        steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        return steps * self._rows * self._replicas["num_replicas"]
+
+    def _samples_of(self, part: str) -> int | None:
+        if part == "train":
+            if self._train_samples is None and self.weights is not None:
+                raise ValueError(
+                    f"{type(self).__name__}(weights={self.weights}): with weights some data is read more often than"
+                    " other, so an epoch has no natural length. Set Trainer(max_steps=) or train_samples."
+                )
+            return self._train_samples
+        limit = None if self.trainer is None else getattr(self.trainer, f"limit_{part}_batches")
+        if self.weights is None or not isinstance(limit, int):
+            return None  # the part once; Lightning applies the limit
+        return limit * self._rows * self._replicas["num_replicas"]
+
+    def _description(self, part: str) -> index_cache.Description:
+        count = self._samples_of(part)
+        return {
+            "kind": self.samples.kind,
+            "paths": self.paths,
+            "weights": None if count is None else self.weights,
+            "split": self.split,
+            "part": _PARTS.index(part),
+            "samples": count,
+            "seed": self.seed,
+            "seq_length": self.samples.seq_length,
+            "tokenizer": self.samples.tokenizer_fields(self.tokenizer),
+            "options": self.samples.options(),
+        }
+
+    def _used(self, stage: str | None) -> list[str]:
+        """The parts that a stage needs, of those that the split has."""
+        parts = _USED[stage]
+        if stage is not None and self._bounds[parts[0]] is None:
+            raise ValueError(
+                f"{type(self).__name__}(split={self.split!r}) gives nothing to {parts[0]}, and this run needs it."
+            )
+        return [part for part in parts if self._is_read(part)]
+
+    def _is_read(self, part: str) -> bool:
+        limit = 1 if self.trainer is None else getattr(self.trainer, f"limit_{part}_batches")
+        return self._bounds[part] is not None and limit != 0
+
+    def _share(self, part: str) -> tuple[float, float]:
+        bounds = self._bounds[part]
+        assert bounds is not None
+        return bounds
+
+    def _dataset(self, part: str) -> _Samples:
+        if part not in self._datasets:
+            raise RuntimeError(f"{type(self).__name__} has no {part} data yet: call prepare_data() and setup() first.")
+        return self._datasets[part]
+
+    def _ordered(self, part: str) -> Loader | list[Loader]:
+        # Lightning spreads these over the data-parallel ranks.
+        if not self._is_read(part):
+            return []
+        return DataLoader(self._dataset(part), self._rows, num_workers=self.num_workers)
+
+
+class _Samples(Dataset[Sample]):
+    """The first ``length`` samples of megatron-core's dataset, as the adapters take them."""
+
+    def __init__(self, dataset: Any, length: int | None, samples: IndexedSamples) -> None:
+        self.dataset = dataset
+        self.samples = samples
+        self._length = len(dataset) if length is None else length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            sample = self.dataset[index]
+        except (AssertionError, IndexError, KeyError) as error:  # megatron-core checks with these, without a word
+            raise ValueError(
+                f"Sample {index} of {getattr(self.dataset, 'dataset_path', 'the blend')} cannot be made ({error!r}). An"
+                " id may be outside of the tokenizer's vocabulary, if the data was made with another one."
+            ) from error
+        return self.samples.convert(sample)
+
+
+class _InTurn(DistributedSampler[int]):
+    """Every ``num_replicas``-th sample, without a list of them all: there may be billions."""
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.total_size, self.num_replicas))
+
+
+def _weights(paths: list[str], weights: Sequence[float] | None) -> list[float] | None:
+    if not paths:
+        raise ValueError("MegatronDataModule(paths=[]): give the prefix of the data, or several.")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"MegatronDataModule(paths={paths}) names one twice. Give it twice the weight.")
+    if weights is None:
+        return None
+    if len(weights) != len(paths) or min(weights) <= 0:
+        raise ValueError(
+            f"MegatronDataModule(weights={list(weights)}): {len(paths)} paths take {len(paths)} weights, all above 0;"
+            f" the paths are {paths}."
+        )
+    return [float(weight) for weight in weights] if len(paths) > 1 else None
+
+
+def _bounds(split: str) -> list[tuple[float, float] | None]:
+    """Where in the data each of the three parts begins and ends, as shares; None: it has nothing."""
+    try:
+        parts = [float(part) for part in split.split(",")]
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= 3 or min(parts) < 0 or sum(parts) == 0:
+        raise ValueError(
+            f"MegatronDataModule(split={split!r}) must be up to three weights, of training, validation and test, none"
+            " negative, such as '969,30,1'."
+        )
+    return convert_split_vector_to_split_matrix(normalize([*parts, 0.0, 0.0][:3]))
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_megatron" / "indices"

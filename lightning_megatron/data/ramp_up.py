@@ -1,0 +1,107 @@
+"""Batches that grow in the first part of a training, by Megatron's rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DistributedSampler, Sampler
+
+
+@dataclass(frozen=True)
+class RampUp:
+    """How a global batch grows; Megatron's ``--rampup-batch-size START INCREMENT SAMPLES``.
+
+    Args:
+        start: Samples of the first global batches.
+        increment: By how many they grow at a time.
+        samples: Over how many samples of training they grow, in steps of equal length.
+
+    Raises:
+        ValueError: A number below 1.
+    """
+
+    start: int
+    increment: int
+    samples: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"RampUp({name}={value}) must be at least 1.")
+
+    def check(self, full: int, replicas: int) -> None:
+        """Refuse a global batch of ``full`` samples on ``replicas`` that the rule does not lead to.
+
+        Raises:
+            ValueError: With the numbers seen.
+        """
+        if full < self.start or (full - self.start) % self.increment:
+            steps = max((full - self.start) // self.increment, 0)
+            raise ValueError(
+                f"RampUp(start={self.start}, increment={self.increment}) does not lead to a global batch of {full}."
+                f" Use a global batch of {self.start + steps * self.increment} or"
+                f" {self.start + (steps + 1) * self.increment}."
+            )
+        for name in ("start", "increment"):
+            if getattr(self, name) % replicas:
+                raise ValueError(
+                    f"RampUp({name}={getattr(self, name)}) does not divide by the {replicas} data-parallel ranks, which"
+                    " share each batch out."
+                )
+
+    def size(self, consumed: int, full: int) -> int:
+        """Samples of the global batch that follows ``consumed`` samples, and is ``full`` in the end.
+
+        As megatron-core's ``RampupBatchsizeNumMicroBatchesCalculator``.
+        """
+        steps = (full - self.start) // self.increment
+        if steps == 0 or consumed > self.samples:
+            return full
+        return min(self.start + int(consumed / (self.samples / steps)) * self.increment, full)
+
+    def consumed(self, batches: int, full: int) -> int:
+        """Samples of the first ``batches`` global batches."""
+        total = 0
+        for _ in range(batches):
+            total += self.size(total, full)
+        return total
+
+
+class RampUpBatches(Sampler[list[int]]):
+    """A loader's ``batch_sampler`` whose batches grow; each is one optimizer step, so all counters stay right.
+
+    Args:
+        sampler: The samples of this data-parallel rank, in order.
+        batch_size: Samples of a batch of this rank in the end.
+        ramp_up: The rule.
+
+    Raises:
+        ValueError: The rule does not lead to ``batch_size``, or its numbers do not divide by the ranks.
+    """
+
+    global_batches = True  # a resumed run may have other replicas: as many batches are the same samples
+
+    def __init__(self, sampler: DistributedSampler[Any], batch_size: int, ramp_up: RampUp) -> None:
+        ramp_up.check(batch_size * sampler.num_replicas, sampler.num_replicas)
+        self.sampler = sampler
+        self.full = batch_size * sampler.num_replicas
+        self.ramp_up = ramp_up
+
+    def __iter__(self) -> Iterator[list[int]]:
+        samples = iter(self.sampler)
+        for size in self._sizes():
+            yield [next(samples) for _ in range(size)]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._sizes())
+
+    def _sizes(self) -> Iterator[int]:
+        """Of each batch of this rank that the epoch's samples fill."""
+        replicas, left = self.sampler.num_replicas, len(self.sampler)
+        consumed = self.sampler.epoch * left * replicas
+        while (size := self.ramp_up.size(consumed, self.full) // replicas) <= left:
+            yield size
+            left -= size
+            consumed += size * replicas

@@ -1,0 +1,82 @@
+"""Growing batches: megatron-core's sizes, each sample once, and Lightning's counters."""
+
+import pytest
+import torch
+from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_megatron.data import RampUp, RampUpBatches
+from tests import plain_gpt
+from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
+from tests.ranks import run_ranks
+from tests.test_training import trainer
+
+
+@pytest.mark.parametrize(("start", "increment", "samples", "full"), [(2, 2, 40, 8), (4, 4, 100, 24), (8, 8, 7, 8)])
+def test_sizes_are_megatrons(start, increment, samples, full):
+    rule = RampUp(start, increment, samples)
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(0, full, 1, 1, False, start, increment, samples)
+    for consumed in range(3 * samples):
+        theirs.update(consumed, consistency_check=True, verbose=False)
+        assert rule.size(consumed, full) == theirs.current_running_global_batch_size
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_each_sample_once_in_the_same_global_batches(replicas):
+    def global_batches(count):
+        samplers = [DistributedSampler(range(50), count, rank, shuffle=False) for rank in range(count)]
+        each = [list(RampUpBatches(sampler, 8 // count, RampUp(2, 2, 20))) for sampler in samplers]
+        assert {len(batches) for batches in each} == {len(RampUpBatches(samplers[0], 8 // count, RampUp(2, 2, 20)))}
+        return [sorted(sum(parts, [])) for parts in zip(*each, strict=True)]
+
+    seen = global_batches(replicas)
+    assert [len(batch) for batch in seen[:6]] == [2, 2, 2, 2, 4, 4]
+    assert sorted(sum(seen, [])) == list(range(len(sum(seen, []))))
+    assert seen == global_batches(1)
+
+
+def _train(layout: Layout) -> tuple[list[int], list[float], int]:
+    rows, watch, sizes = Rows(text_samples(plain_gpt.GPT2, 40)), Watch(), []
+
+    class Counting(LoadedGPT):
+        def on_train_batch_start(self, batch, batch_idx):
+            sizes.append(len(batch["tokens"]))
+
+    run = trainer(layout, {"micro_batch_size": 1}, max_epochs=1, use_distributed_sampler=False, callbacks=[watch])
+    sampler = DistributedSampler(rows, layout.dp, run.strategy.data_parallel_rank, shuffle=False)
+    batches = RampUpBatches(sampler, 8 // layout.dp, RampUp(2, 2, 20))
+    run.fit(Counting(plain_gpt.GPT2), DataLoader(rows, batch_sampler=batches))
+    return sizes, watch.losses, run.global_step
+
+
+def test_every_batch_is_a_step_of_all_its_tokens():
+    samples, expected = text_samples(plain_gpt.GPT2, 40), []
+    weights = {n: w.clone().requires_grad_() for n, w in plain_gpt.initial_weights(plain_gpt.GPT2).items()}
+    optimizer = torch.optim.AdamW(weights.values(), **plain_gpt.ADAM)
+    sizes = [2, 2, 2, 2, 4, 4, 6, 8, 8]
+    for indices in torch.arange(sum(sizes)).split(sizes):
+        logits = plain_gpt.logits(plain_gpt.GPT2, weights, samples["tokens"][indices]).transpose(1, 2)
+        each = torch.nn.functional.cross_entropy(logits, samples["labels"][indices], reduction="none")
+        loss = (each * samples["loss_mask"][indices]).sum() / samples["loss_mask"][indices].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(float(loss.detach()))
+    for layout in (Layout(pp=2), Layout(tp=2, dp=2)):
+        for seen, losses, steps in run_ranks(layout.world_size, _train, layout):
+            assert seen == [size // layout.dp for size in sizes]
+            assert losses == pytest.approx(expected, rel=1e-5)
+            assert steps == len(sizes)
+
+
+@pytest.mark.parametrize(
+    ("rule", "full", "replicas", "message"),
+    [
+        ((4, 3, 10), 8, 1, "global batch of 7 or 10"),
+        ((3, 3, 10), 6, 2, "start=3. does not divide by the 2"),
+        ((0, 3, 10), 6, 2, "start=0. must be at least 1"),
+    ],
+)
+def test_rules_that_lead_nowhere_are_refused(rule, full, replicas, message):
+    with pytest.raises(ValueError, match=message):
+        RampUp(*rule).check(full, replicas)
