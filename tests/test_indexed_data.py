@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from lightning_megatron.data import BertSamples, GPTSamples, IndexedDataError, MegatronDataModule, T5Samples
+from lightning_megatron.data import BertSamples, GPTSamples, IndexedDataError, MegatronDataModule, RampUp, T5Samples
 from lightning_megatron.data.indexed import check_contents, files, open_indexed, writing
 from lightning_megatron.data.indexed_samples import LONGEST_SENTENCE
 from lightning_megatron.data.preprocess import preprocess, train_tokenizer
@@ -633,6 +633,8 @@ def test_refusals(tmp_path):
         ready(gpt(both, split="9999,1"))
     with pytest.raises(ValueError, match="too few for one batch of 500"):
         ready(gpt(both, batch_size=500)).train_dataloader()
+    with pytest.raises(ValueError, match="grows batches over a counted run"):
+        ready(gpt(both, ramp_up=RampUp(1, 1, 10))).train_dataloader()
     with pytest.raises(RuntimeError, match="has no train data yet"):
         gpt(both).train_dataloader()
 

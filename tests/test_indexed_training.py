@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
-from lightning_megatron.data import GPTSamples, SpanCorruptionCollator
+from lightning_megatron.data import GPTSamples, RampUp, SpanCorruptionCollator
 from lightning_megatron.data.indexed import files
 from tests.indexed import MODULES, Seen, make, train, write_all
 from tests.parallel_gpt import Layout, LoadedGPT
@@ -108,6 +108,22 @@ def test_a_run_goes_on_at_the_next_sample_on_other_sizes(folder, uninterrupted, 
         assert sorted(batch) == sorted(both)
     assert resumed[0]["losses"] == pytest.approx(uninterrupted[0]["losses"][3:], rel=1e-5)
     assert len(resumed[0]["losses"]) == 5
+
+
+GROWING = RampUp(start=2, increment=2, samples=12)
+
+
+def test_batches_that_grow_are_counted_and_resumed(folder):
+    """Eight steps of 2, 2, 4, 4, 6, 8, 8, 8 samples; after the third, one replica goes on where two were."""
+    fit = functools.partial(_fit, ramp_up=GROWING)
+    whole = run_ranks(2, fit, folder, Layout(dp=2), 8)
+    begun = run_ranks(2, fit, folder, Layout(dp=2), 8, 3)
+    both = [whole[0]["batches"][step] + whole[1]["batches"][step] for step in range(8)]
+    assert [len(batch) for batch in both] == [GROWING.size(GROWING.consumed(step, 8), 8) for step in range(8)]
+    assert whole[0]["step"] == 8
+    resumed = run_ranks(1, fit, folder, Layout(), 8, None, begun[0]["path"])[0]
+    assert [sorted(batch) for batch in resumed["batches"]] == [sorted(batch) for batch in both[3:]]
+    assert resumed["losses"] == pytest.approx(whole[0]["losses"][3:], rel=1e-5)
 
 
 def test_another_order_is_refused_at_a_resume(folder):

@@ -135,6 +135,8 @@ def batches_now(saved: Record, rows: int | None, replicas: int) -> int:
     Raises:
         MisconfigurationException: They are no whole number, or not known.
     """
+    if saved["loaders"] and saved["loaders"][0].get("global_batches"):
+        return int(saved["batches"])
     before = saved["loaders"][0]["rows"] if saved["loaders"] else None
     if before is None or rows is None:
         raise MisconfigurationException(
@@ -220,7 +222,10 @@ class _Batches:
         """What a checkpoint keeps."""
         seed = getattr(getattr(self.inner, "sampler", self.inner), "seed", None)
         seed = seed if isinstance(seed, int) else None
-        return {"rows": self.rows, "seed": seed, "at_iter": self._at_iter, "at_first": self._at_first}
+        # Of a sampler whose global batches are the same on any number of replicas.
+        whole = bool(getattr(self.inner, "global_batches", False))
+        place = {"at_iter": self._at_iter, "at_first": self._at_first}
+        return {"rows": self.rows, "seed": seed, "global_batches": whole, **place}
 
     def _begin(self) -> Iterator[Any]:
         self._untouched = False

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_megatron.data import index_cache
 from lightning_megatron.data.indexed import check_contents, open_indexed
 from lightning_megatron.data.indexed_samples import IndexedSamples, Sample
+from lightning_megatron.data.ramp_up import RampUp, RampUpBatches, ramp_up_loader
 from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer
 
 _PARTS = ("train", "val", "test")
@@ -52,6 +53,8 @@ class MegatronDataModule(LightningDataModule):
         seed: Of order, masks and spans; 1 or more.
         cache_dir: Where indices are kept. By default ``lightning_megatron/indices`` in the user's cache folder.
         num_workers: Processes that load samples; 0 loads them in the training process.
+        ramp_up: How training's batches grow to the size above; needs a run whose samples are counted (``max_steps`` or
+            ``train_samples``).
 
     Raises:
         ValueError: A number that is out of range, weights that do not fit the paths, or a split that is none.
@@ -70,6 +73,7 @@ class MegatronDataModule(LightningDataModule):
         seed: int = 1234,
         cache_dir: str | Path | None = None,
         num_workers: int = 0,
+        ramp_up: RampUp | None = None,
     ) -> None:
         super().__init__()
         given = {"batch_size": batch_size, "global_batch_size": global_batch_size, "train_samples": train_samples}
@@ -95,6 +99,7 @@ class MegatronDataModule(LightningDataModule):
         self.seed = seed
         self.cache_dir = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self.num_workers = num_workers
+        self.ramp_up = ramp_up
         self._bounds = dict(zip(_PARTS, _bounds(split), strict=True))
         self._tokenizer_source = tokenizer
         self._datasets: dict[str, _Samples] = {}
@@ -159,6 +164,14 @@ class MegatronDataModule(LightningDataModule):
                 f" data-parallel ranks {len(sampler)}, too few for one batch of {rows}. Use a smaller batch, more data,"
                 " or set train_samples, which reads the data as often as it takes."
             )
+        if self.ramp_up is not None:
+            if self._train_samples is None:
+                raise ValueError(
+                    f"{type(self).__name__}(ramp_up={self.ramp_up}) grows batches over a counted run. Set"
+                    " Trainer(max_steps=) or train_samples."
+                )
+            batches = RampUpBatches(sampler, rows, self.ramp_up)
+            return ramp_up_loader(dataset, batches, num_workers=self.num_workers)
         return DataLoader(dataset, rows, sampler=sampler, drop_last=True, num_workers=self.num_workers)
 
     @override
@@ -180,7 +193,12 @@ class MegatronDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What the order of the training samples follows from."""
         about = {"paths": len(self.paths), "weights": self.weights, "split": self.split, "seed": self.seed}
-        return {**about, "seq_length": self.samples.seq_length, "train_samples": self._train_samples}
+        return {
+            **about,
+            "seq_length": self.samples.seq_length,
+            "train_samples": self._train_samples,
+            "ramp_up": self.ramp_up and vars(self.ramp_up),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -232,8 +250,9 @@ class MegatronDataModule(LightningDataModule):
         """Training samples of the run; None: the data once in each epoch."""
         if self.train_samples is not None or self.trainer is None or self.trainer.max_steps < 0:
             return self.train_samples
-        steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        return steps * self._rows * self._replicas["num_replicas"]
+        batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        full = self._rows * self._replicas["num_replicas"]
+        return batches * full if self.ramp_up is None else self.ramp_up.consumed(batches, full)
 
     def _samples_of(self, part: str) -> int | None:
         if part == "train":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 
 @dataclass(frozen=True)
@@ -105,3 +105,11 @@ class RampUpBatches(Sampler[list[int]]):
             yield size
             left -= size
             consumed += size * replicas
+
+
+def ramp_up_loader(dataset: Dataset[Any], batches: RampUpBatches, **options: Any) -> DataLoader[Any]:
+    """A loader of growing batches, to which Lightning gives no sampler of its own."""
+    loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=batches, **options)
+    # Where there is a batch sampler, torch sets a sampler that nobody reads but Lightning; it cannot be assigned.
+    loader.__dict__["sampler"] = batches.sampler
+    return loader
