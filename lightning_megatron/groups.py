@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -194,6 +194,29 @@ def gather(value: T, group: dist.ProcessGroup) -> list[T]:
     values: list[T] = [value] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_with_gradients(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Each rank's ``tensor``, of one shape, as ``[ranks, ...]``; a rank's gradient is the sum of what all ranks' is."""
+    gathered: torch.Tensor = _Gathering.apply(tensor, group)
+    return gathered
+
+
+class _Gathering(torch.autograd.Function):
+    """torch's own takes ranks of a group for ranks of the world in its backward over Gloo (2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        each = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(each, tensor.contiguous(), group=group)
+        return torch.stack(each)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed, group=ctx.group)
+        return summed[ctx.group.rank()], None
 
 
 def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:

@@ -396,6 +396,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         """Over the data-parallel replicas, as ``reduce``, also where ``LightningModule.all_gather`` says the world."""
         if group in (None, dist.group.WORLD):
             group = groups.data_parallel()
+        if sync_grads:
+            return groups.gather_with_gradients(tensor, group)
         return super().all_gather(tensor, group, sync_grads)
 
     # The end, and checkpoints

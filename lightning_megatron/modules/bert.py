@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -81,11 +80,7 @@ class BertModule(ConfiguredModule):
         Raises:
             ValueError: With the values seen.
         """
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"BertModule takes batches that are mappings of tensors; this one is a {type(batch).__name__}."
-            )
-        batch = _renamed(batch)
+        batch = _renamed(self.readable(batch))
         tokens, config = batch["input_ids"], self.config
         if tokens.size(1) > config.seq_length:
             raise ValueError(
@@ -97,23 +92,23 @@ class BertModule(ConfiguredModule):
             types = batch["token_type_ids"]
             check_range("BertModule", "token_type_ids", types, config.num_token_types, "BertConfig.num_token_types")
         for key in ("attention_mask", "token_type_ids", "position_ids"):
-            if key in batch and batch[key].shape != tokens.shape:
+            if key in batch and not self.has_own_get_batch and batch[key].shape != tokens.shape:
                 raise ValueError(
                     f"BertModule: {key!r} is {tuple(batch[key].shape)} and the tokens {tuple(tokens.shape)}; each token"
                     " has one."
                 )
-        if not self.trainer.predicting:
+        if not self.trainer.predicting and type(self).loss is BertModule.loss:  # another loss may need no labels
             self.task.check(batch)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Note what only the whole global batch says: how much the binary head's part of the loss weighs."""
-        if self.trainer.predicting or self.loss_reduction == "micro_batch":
+        if self.trainer.predicting or self.loss_reduction == "micro_batch" or self.has_own_get_batch:
             return batch
         return self.task.weigh(_renamed(batch))
 
     def sequence_length(self, batch: Batch) -> int:
         """Tokens per sequence, rounded up as ``get_batch`` pads."""
-        length = int(_renamed(batch)["input_ids"].size(1))
+        length = int(_renamed(self.readable(batch))["input_ids"].size(1))
         return length + self._padding(length)
 
     def get_batch(self, batch: Batch) -> Batch:
@@ -147,7 +142,7 @@ class BertModule(ConfiguredModule):
         output = self.active_model(**inputs)
         if not self.on_last_stage:
             return output
-        return self.task.predictions(output, _renamed(batch)["input_ids"].size(1))
+        return self.task.predictions(output, _renamed(self.readable(batch))["input_ids"].size(1))
 
     def _log_part(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         stage, training = self.trainer.state.stage, self.trainer.training

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.modules.base import LossReduction, MegatronModule, SchedulerCallable
+from lightning_megatron.modules.base import Batch, LossReduction, MegatronModule, SchedulerCallable
 from lightning_megatron.modules.model_config import ModelConfig
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
@@ -45,6 +46,26 @@ class ConfiguredModule(MegatronModule):
     def check_layout(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the layout cannot divide."""
         self.config.check(layout)
+
+    @property
+    def has_own_get_batch(self) -> bool:
+        """Whether a class of the user's has overridden ``get_batch``: then its batches may look like anything."""
+        return not type(self).get_batch.__module__.startswith("lightning_megatron.")
+
+    def readable(self, batch: Any) -> Batch:
+        """A batch in a form that the family knows: as the loader gave it, or as an overridden ``get_batch`` makes it.
+
+        Raises:
+            ValueError: It is no mapping of tensors.
+        """
+        if self.has_own_get_batch:
+            return self.get_batch(batch)
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"{type(self).__name__} takes batches that are dicts of tensors; this one is a {type(batch).__name__}."
+                " Return a dict from the collate function, or override get_batch."
+            )
+        return dict(batch)
 
     def forward(self, **batch: Any) -> Any:
         """What ``predict_step`` gives, where the model is whole on the rank.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -89,10 +88,7 @@ class GPTModule(ConfiguredModule):
         Raises:
             ValueError: With the values seen.
         """
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"GPTModule takes batches that are dicts of tensors; this one is a {type(batch).__name__}."
-            )
+        batch = self.readable(batch)
         name = _token_key(batch)
         tokens = batch[name]
         length = tokens.size(1) - (name == "text")
@@ -108,6 +104,7 @@ class GPTModule(ConfiguredModule):
 
     def sequence_length(self, batch: Batch) -> int:
         """Tokens per sequence, rounded up as ``get_batch`` pads."""
+        batch = self.readable(batch)
         name = _token_key(batch)
         length = int(batch[name].size(1)) - (name == "text")
         return length + self._padding(length)
@@ -134,6 +131,7 @@ class GPTModule(ConfiguredModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Hidden states, or on the last stage the logits ``[b, s, vocab]`` over the whole vocabulary."""
         inputs = self.get_batch(batch)
+        batch = self.readable(batch)
         length = batch[_token_key(batch)].size(1)
         inputs["labels"] = None  # type: ignore[assignment]
         output = self.active_model(**inputs)

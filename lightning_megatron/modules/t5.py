@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -95,11 +94,7 @@ class T5Module(ConfiguredModule):
         Raises:
             ValueError: With the values seen.
         """
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"T5Module takes batches that are mappings of tensors; this one is a {type(batch).__name__}."
-            )
-        batch, config = _renamed(batch), self.config
+        batch, config = _renamed(self.readable(batch)), self.config
         if "labels" not in batch and not (self.trainer.predicting and "decoder_input_ids" in batch):
             raise ValueError(
                 f"T5Module needs 'labels' [b, sd] (to predict, 'decoder_input_ids' do); this batch has {sorted(batch)}."
@@ -125,7 +120,7 @@ class T5Module(ConfiguredModule):
 
     def sequence_length(self, batch: Batch) -> int:
         """Tokens of both sides, which travel one behind the other, each rounded up as ``get_batch`` pads."""
-        batch = _renamed(batch)
+        batch = _renamed(self.readable(batch))
         lengths = (int(batch["input_ids"].size(1)), self._decoder_inputs(batch).size(1))
         return sum(length + self._padding(length) for length in lengths)
 
@@ -151,7 +146,7 @@ class T5Module(ConfiguredModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
         """Hidden states, or on the last stage the logits ``[b, sd, vocab]`` over the whole vocabulary."""
-        length = self._decoder_inputs(_renamed(batch)).size(1)
+        length = self._decoder_inputs(_renamed(self.readable(batch))).size(1)
         output: torch.Tensor = self.active_model(**self.get_batch(batch))
         if not self.on_last_stage:
             return output

@@ -1,0 +1,122 @@
+"""The examples of docs/custom.md: one override each, and what it changes."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_megatron import BertConfig
+from tests import plain_gpt
+from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
+from tests.ranks import run_ranks
+from tests.test_training import trainer
+
+CONFIG = plain_gpt.replace(plain_gpt.GPT2, tie_embeddings=False)
+LAYOUTS = [Layout(), Layout(tp=2, dp=2), Layout(tp=2, pp=2, sp=True), Layout(pp=2, vp=2)]
+
+
+def example(name: str, *bases: type) -> Any:
+    """A class of the page, on top of ``bases``."""
+    page = (Path(__file__).parents[1] / "docs" / "custom.md").read_text()
+    names: dict[str, Any] = {"__name__": "custom"}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "custom.md", "exec"), names)
+    return type(name, (*bases, names[name]), {}) if bases else names[name]
+
+
+def _fit(layout: Layout, module: Any, rows: Any, **strategy: Any) -> Any:
+    watch = Watch()
+    run = trainer(layout, strategy, max_steps=3, callbacks=[watch])
+    sampler = DistributedSampler(rows, layout.dp, run.strategy.data_parallel_rank, shuffle=False)
+    run.fit(module, DataLoader(rows, batch_size=4 // layout.dp, sampler=sampler))
+    return watch.losses, {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+def _answers(layout: Layout) -> Any:
+    tokens = text_samples(CONFIG, 12)["tokens"]
+    ours = Rows({"prompt": tokens[:, :6], "answer": tokens[:, 6:]})
+    masked = tokens.clone()
+    masked[:, :6] = -100
+    theirs = Rows({"input_ids": tokens, "labels": masked})
+    return _fit(layout, example("Answers", LoadedGPT)(CONFIG), ours)[0], _fit(layout, LoadedGPT(CONFIG), theirs)[0]
+
+
+def _losses(layout: Layout, name: str) -> Any:
+    return _fit(layout, example(name, LoadedGPT)(CONFIG), Rows(text_samples(CONFIG, 12)))
+
+
+def _frozen(layout: Layout) -> Any:
+    module = example("FrozenEmbedding", LoadedGPT)(CONFIG)
+    _fit(layout, module, Rows(text_samples(CONFIG, 12)))
+    full = plain_gpt.initial_weights(CONFIG)
+    return {n: torch.equal(p.detach(), module.shard_of(full, n, p)) for n, p in module.named_shards()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_batches_of_another_form(layout):
+    for ours, theirs in run_ranks(layout.world_size, _answers, layout):
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_another_loss(layout):
+    samples = {name: value[:4] for name, value in text_samples(CONFIG, 12).items()}
+    logits = plain_gpt.logits(CONFIG, plain_gpt.initial_weights(CONFIG), samples["tokens"])
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples["labels"], reduction="none")
+    expected = (each * (1 - torch.exp(-each)) ** 2 * samples["loss_mask"]).sum() / samples["loss_mask"].sum()
+    for losses, _ in run_ranks(layout.world_size, _losses, layout, "Focal"):
+        assert losses[0] == pytest.approx(float(expected), rel=1e-5)
+        assert losses[2] < losses[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_another_model(layout):
+    for unchanged in run_ranks(layout.world_size, _frozen, layout):
+        assert {name for name, same in unchanged.items() if same} == {n for n in unchanged if "embedding" in n}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_step_that_is_looked_at(layout):
+    for losses, metrics in run_ranks(layout.world_size, _losses, layout, "Perplexity"):
+        # A mean of micro-batches' exponentials is a little more than the exponential of the mean.
+        assert metrics["perplexity"] == pytest.approx(float(torch.tensor(losses[-1]).exp()), rel=0.05)
+
+
+def _side_by_side(pairs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.cat([pair["input_ids"] for pair in pairs])}
+
+
+def _contrastive(layout: Layout) -> Any:
+    torch.manual_seed(1)
+    config = BertConfig(
+        num_layers=2, hidden_size=24, num_attention_heads=6, vocab_size=50, seq_length=12,
+        task="sequence_classification", num_labels=10, make_vocab_size_divisible_by=10,
+        hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    ids = torch.randint(50, (24, 2, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, 1, 2:] = ids[:, 0, 2:]  # the second differs in two words
+    pairs, watch = Rows({"input_ids": ids}), Watch()
+    run = trainer(layout, {"num_microbatches": 1}, max_steps=3, callbacks=[watch])
+    sampler = DistributedSampler(pairs, layout.dp, run.strategy.data_parallel_rank, shuffle=False)
+    data = DataLoader(
+        pairs,
+        8 // layout.dp,
+        sampler=sampler,
+        collate_fn=lambda rows: {"input_ids": torch.cat([r["input_ids"] for r in rows])},
+    )
+    run.fit(example("Contrastive")(config), data)
+    return watch.losses, watch.norms
+
+
+# One replica and two that start from the same weights: pipeline stages draw theirs from seeds of their own.
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(tp=2)], ids=str)
+def test_a_new_task_over_the_replicas(layout):
+    (losses, norms), *_ = run_ranks(layout.world_size, _contrastive, layout)
+    assert min(norms) > 0
+    for seen in run_ranks(2 * layout.world_size, _contrastive, replace(layout, dp=2)):
+        assert seen[0] == pytest.approx(losses, rel=1e-5)
+        assert seen[1] == pytest.approx(norms, rel=1e-4)
