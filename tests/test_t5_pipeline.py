@@ -31,6 +31,10 @@ def test_layers_of_the_decoder_cost_more(pp, first):
     assert split(CONFIG, pp=pp) == first
 
 
+def test_cross_attention_is_counted():
+    assert split(replace(CONFIG, decoder_seq_length=33), pp=3) == 1  # for its shorter targets alone it would be 2
+
+
 def test_the_split_follows_lengths_and_layers():
     assert split(replace(CONFIG, seq_length=512, decoder_seq_length=16), pp=5) == 4
     assert split(replace(CONFIG, seq_length=16, decoder_seq_length=512), pp=5) == 1
