@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_megatron.checkpoint import comparison, export
-from lightning_megatron.checkpoint.places import places
+from lightning_megatron.checkpoint import comparison, export, weights, writing
+from lightning_megatron.checkpoint.places import Place, places
 
 M = TypeVar("M", bound=pl.LightningModule)
 
@@ -25,23 +27,43 @@ def construct(cls: type[M], path: Path, trust: bool, changes: dict[str, Any]) ->
     return cls(**{**known, **changes})
 
 
+def whole(path: Path) -> Path:
+    """The path of a checkpoint whose files are all as they were written.
+
+    Raises:
+        CheckpointError: It is not whole, or damaged.
+    """
+    export.checked(path)
+    return path
+
+
 def fill(module: pl.LightningModule, path: Path, strict: bool) -> None:
-    """Give the built module the checkpoint's weights, the fp32 ones where there are any.
+    """Give a built module the checkpoint's weights, the fp32 ones where there are any; one whole tensor at a time.
+
+    Under a layout each rank takes its shards, and all ranks call this.
 
     Raises:
         CheckpointError: The architectures differ, and ``strict`` is set.
     """
-    where = {place.key: (name, place) for name, place in places(module).items()}
-    state = module.state_dict()
-    found = dict(export.tensors(path, prefer_main=True))
-    wanted = {f"model.{key}": place.shape for key, (_, place) in where.items()}
-    lines = comparison.differences(wanted, {f"model.{key}": tuple(tensor.shape) for key, tensor in found.items()})
+    where: dict[str, list[tuple[str, Place]]] = {}
+    for name, place in places(module).items():
+        where.setdefault(place.key, []).append((name, place))
+    stored = {key: tuple(value.size) for key, value in weights.stored(path / writing.WEIGHTS).items()}
+    wanted = {f"model.{key}": held[0][1].shape for key, held in where.items()}
+    lines = comparison.differences(wanted, {key: size for key, size in stored.items() if key.startswith("model.")})
     if lines and strict:
         comparison.refuse(path, lines)
-    for key, (name, place) in where.items():
-        if f"model.{key}" not in lines:
-            if place.is_padded:
-                state[name].zero_()
-            with torch.no_grad():
+    if lines:
+        rank_zero_warn(f"Not loaded from {path}, for they differ:\n{comparison.listed(lines.values())}")
+    state = module.state_dict()
+    with torch.no_grad():
+        for key, tensor in export.tensors(path, prefer_main=True, only=where.keys() - _without_model(lines)):
+            for name, place in where[key]:
+                if place.is_padded:
+                    state[name].zero_()
                 for shard in place.shards(state[name], key):
-                    shard.data.copy_(found[key][shard.global_slice()])
+                    shard.data.copy_(tensor[shard.global_slice()])
+
+
+def _without_model(keys: Iterable[str]) -> set[str]:
+    return {key.removeprefix("model.") for key in keys}

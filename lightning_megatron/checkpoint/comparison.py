@@ -51,5 +51,6 @@ def refuse(path: object, lines: dict[str, str]) -> None:
     """
     raise CheckpointError(
         f"{path} is of another architecture; {len(lines)} tensors differ:\n{listed(lines.values())}\n"
-        "Build the model that wrote it, or set strict_loading=False on the module to load the rest."
+        "Build the model that wrote it, or load the rest: strict_loading=False on the module, or in load_weights"
+        " strict=False."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +74,18 @@ def state_of(path: Path, trust: bool) -> dict[str, Any]:
     return trainer_state.join((path / trainer_state.STATE).read_bytes(), content, names, trust)
 
 
-def tensors(path: Path, prefer_main: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(path: Path, prefer_main: bool = False, only: Set[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """The whole model's tensors, one after the other.
 
     Args:
         path: A checkpoint's directory.
         prefer_main: Whether to give fp32 main weights where a run of low precision has them.
+        only: Names of those to give; None gives all.
     """
     reader = weights.OneByOne(path / writing.WEIGHTS)
     for key in sorted(reader.stored):
-        if key.startswith(_MODEL):
-            name = key.removeprefix(_MODEL)
+        name = key.removeprefix(_MODEL)
+        if key.startswith(_MODEL) and (only is None or name in only):
             main = f"optimizer.main_weight.{name}"
             yield name, reader.read(main if prefer_main and main in reader.stored else key)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
@@ -64,6 +65,7 @@ class MegatronModule(pl.LightningModule):
         self.loss_reduction = loss_reduction
         self.settings: BuildSettings | None = None
         self.built_for: BuildSettings | None = None
+        self._start_from: tuple[Path, bool] | None = None
         self.chunks = torch.nn.ModuleList()
         self.active_chunk = 0  # set by the strategy before each call: which virtual stage runs
 
@@ -156,6 +158,8 @@ class MegatronModule(pl.LightningModule):
             last = stage == layout.pp - 1 and virtual == (layout.vp or 1) - 1
             with model_rng():
                 self.chunks.append(self.build_model(first, last, virtual if layout.vp else None))
+        if self._start_from is not None:
+            alone.fill(self, *self._start_from)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
         """One micro-batch through the active chunk: the loss on the last stage, hidden states before it."""
@@ -187,6 +191,31 @@ class MegatronModule(pl.LightningModule):
             sync_dist=not training,  # it is equal everywhere; Lightning warns of evaluations that do not say so
             batch_size=weight,  # type: ignore[arg-type]
         )
+
+    def load_weights(self, path: Any, strict: bool = True) -> Self:
+        """Start from the weights of a checkpoint that any layout wrote, and from nothing else of it.
+
+        Call it before ``fit``; each rank reads its shards when the model is built.
+
+        Args:
+            path: A checkpoint's directory.
+            strict: Whether every weight must be in both. With False what differs (a task's head) starts as it would
+                have, and is listed.
+
+        Returns:
+            The module.
+
+        Raises:
+            CheckpointError: The checkpoint is not whole, or damaged.
+            RuntimeError: The model is built already.
+        """
+        if len(self.chunks):
+            raise RuntimeError(
+                f"{type(self).__name__}.load_weights comes too late: the model is built. Call it on a new"
+                f" {type(self).__name__}, before fit."
+            )
+        self._start_from = (alone.whole(local_path(path)), strict)
+        return self
 
     @classmethod
     def load_from_checkpoint(

@@ -1,0 +1,92 @@
+"""A new run that starts from the weights of a checkpoint, and from nothing else of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_megatron import BertConfig, BertModule, GPTModule
+from lightning_megatron.checkpoint.export import tensors
+from tests import plain_gpt
+from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
+from tests.ranks import RankError, run_ranks
+from tests.test_training import trainer
+
+CONFIG = plain_gpt.ODD_UNTIED  # a vocabulary that is padded, to other sizes by other layouts
+
+
+class Started(LoadedGPT):
+    """Keeps what it starts from, in place of the truth's weights."""
+
+    def configure_model(self) -> None:
+        GPTModule.configure_model(self)
+
+    def on_train_start(self) -> None:
+        full = self.full
+        shards = [(parameter.detach(), self.shard_of(full, name, parameter)) for name, parameter in self.named_shards()]
+        self.distance = max(float((mine - theirs).abs().max()) for mine, theirs in shards)
+
+
+def _save(layout: Layout, path: str, precision: str) -> None:
+    run = trainer(layout, {}, precision, max_steps=2)
+    run.fit(LoadedGPT(CONFIG), DataLoader(Rows(text_samples(CONFIG, 16)), batch_size=8))
+    run.save_checkpoint(path)
+
+
+def _start(layout: Layout, path: str) -> Any:
+    module = Started(CONFIG).load_weights(path)
+    module.full = dict(tensors(Path(path), prefer_main=True))
+    run = trainer(layout, max_steps=1)
+    run.fit(module, DataLoader(Rows(text_samples(CONFIG, 8)), batch_size=8))
+    return module.distance, run.global_step
+
+
+@pytest.mark.parametrize(
+    ("before", "precision", "now"),
+    [
+        (Layout(tp=2, pp=2), "32-true", Layout(tp=3, sp=True)),
+        (Layout(pp=2, vp=2), "bf16-mixed", Layout(tp=2, dp=2)),  # the fp32 main weights
+    ],
+    ids=str,
+)
+def test_any_layout_starts_from_any(before, precision, now, tmp_path):
+    path = str(tmp_path / "saved.ckpt")
+    run_ranks(before.world_size, _save, before, path, precision)
+    for distance, steps in run_ranks(now.world_size, _start, now, path):
+        assert distance == 0.0
+        assert steps == 1
+
+
+def _bert(task: str, layout: Layout, path: str, strict: bool | None) -> Any:
+    sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 60, "seq_length": 8}
+    sizes["make_vocab_size_divisible_by"] = 10
+    module = BertModule(BertConfig(**sizes, task=task, num_labels=3))
+    if strict is not None:
+        module.load_weights(path, strict)
+    rows = {"input_ids": torch.arange(32).view(4, 8)}
+    rows["labels"] = rows["input_ids"] if task == "masked_lm" else torch.tensor([0, 1, 2, 0])
+    run = trainer(layout, max_steps=1)
+    first: dict[str, torch.Tensor] = {}
+    module.on_train_start = lambda: first.update({n: p.detach().clone() for n, p in module.named_shards()})
+    run.fit(module, DataLoader(Rows(rows), batch_size=4))
+    if strict is None:
+        run.save_checkpoint(path)
+    return first, {n: p.detach().clone() for n, p in module.named_shards()}
+
+
+def test_another_head_starts_anew(tmp_path):
+    path = str(tmp_path / "mlm.ckpt")
+    (_, trained), _ = run_ranks(2, _bert, "masked_lm", Layout(tp=2), path, None)
+    (first, _), _ = run_ranks(2, _bert, "sequence_classification", Layout(tp=2), path, False)
+    same = {name for name in first if name in trained and torch.equal(first[name], trained[name])}
+    assert {name for name in first if name.startswith(("embedding", "encoder"))} <= same
+    assert any(name not in trained for name in first)
+    with pytest.raises(RankError, match=r"of another architecture.*in load_weights\s+strict=False"):
+        run_ranks(2, _bert, "sequence_classification", Layout(tp=2), path, True)
+
+
+def test_mistakes_are_named_at_once(tmp_path):
+    with pytest.raises(Exception, match="no whole checkpoint"):
+        GPTModule(CONFIG).load_weights(tmp_path)
