@@ -43,7 +43,7 @@ from lightning_megatron import (
     refusals,
     report,
 )
-from lightning_megatron.checkpoint import Checkpointer, Run, local_path
+from lightning_megatron.checkpoint import Checkpointer, Run, link_when_whole, local_path
 from lightning_megatron.engine import Engine
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.base import MegatronModule
@@ -224,8 +224,6 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def setup_environment(self) -> None:
         refusals.check_trainer(self.lightning_module.trainer)  # type: ignore[union-attr]
-        if self.checkpointer.asynchronous:
-            refusals.check_links(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
         groups.end_alone()
         reset_seed()
@@ -250,6 +248,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.accelerator.setup(trainer)
         metrics.sync_over_replicas(self.lightning_module)
         model_summary.install(trainer)
+        link_when_whole(trainer)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
@@ -421,6 +420,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.checkpointer.wait()
+        self.checkpointer.rest()
         self._heartbeat.stop()
         if self._engine is not None:
             self._engine.rest()

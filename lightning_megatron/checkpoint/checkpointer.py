@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,11 @@ import lightning.pytorch as pl
 import megatron.core
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from lightning_megatron import groups
 from lightning_megatron.checkpoint import (
@@ -103,15 +106,17 @@ class Checkpointer:
             run: What it is of.
         """
         try:
-            self.wait()
-            staging = writing.prepare(path)
             content = self._content(state, run)
-            if self.asynchronous:
-                content.plan.items = self._copies.of(content.plan.items)
-                self._background.start(lambda: writing.write(content, path, staging))
-            else:
-                writing.write(content, path, staging)
+            if not self.asynchronous:
+                self.wait()
+                writing.write(content, path)
                 self._last_save_failed = False
+                return
+            if not self._is_copied(content.part.items):
+                self.wait()
+                self._copies.take(content.part.items)
+            content.part = self._copies.part
+            self._background.start(lambda: writing.write(content, path))
         except CheckpointError as error:
             self._failed(error)
 
@@ -140,12 +145,36 @@ class Checkpointer:
         """Delete a checkpoint; called by every rank, done by the first, and not before a newer one is whole."""
         if self._last_save_failed:
             rank_zero_warn(f"{path} is kept: the save after it failed.")
-        elif dist.get_rank() != 0:
-            return
-        elif self._background.busy:
-            self._background.after(lambda: manifest.remove(path))
+        elif dist.get_rank() == 0:
+            self._in_turn(lambda: manifest.remove(path), f"{path} could not be removed")
+
+    def link(self, path: Path, target: Path) -> None:
+        """Have ``path`` be a link to ``target`` once that is whole; called by every rank, done by the first."""
+        if dist.get_rank() == 0 and path != target and not self._last_save_failed:
+            self._in_turn(lambda: manifest.make_link(path, target), f"{path} could not be linked to {target}")
+
+    def rest(self) -> None:
+        """Let go of the memory that is kept for the next save."""
+        self._copies = writing.HostCopies()
+        self._planners = {}
+
+    def _in_turn(self, action: Callable[[], None], otherwise: str) -> None:
+        """Do something now, or once the save that goes on has succeeded; the training is worth more than that."""
+
+        def attempt() -> None:
+            try:
+                action()
+            except OSError as error:
+                rank_zero_warn(f"{otherwise}: {error}")
+
+        if self._background.busy:
+            self._background.start(attempt)
         else:
-            manifest.remove(path)
+            attempt()
+
+    def _is_copied(self, items: list[tuple[Any, torch.Tensor]]) -> bool:
+        """Whether every rank has these very values in host memory, from the save before (as with ``save_last``)."""
+        return self._background.busy and writing.agree("", self._copies.hold(items))
 
     def _failed(self, error: CheckpointError) -> None:
         self._last_save_failed = True
@@ -154,30 +183,36 @@ class Checkpointer:
         rank_zero_warn(f"{error} Training goes on without it.")
 
     def _content(self, state: State, run: Run) -> writing.Content:
+        """What to write, on all ranks, or an error on all ranks."""
         full = "optimizer_states" in state
-        where = places(run.module)
-        shards = []
-        for name, value in state["state_dict"].items():
-            if isinstance(value, torch.Tensor):
-                place = _place(where, name)
-                shards += place.shards(value.detach(), f"model.{place.key}")
-        if full and run.optimizer is not None:
-            shards += optimizer_state.shards(run.optimizer, _by_parameter(run.module, where))
-        plan = self._planners.setdefault(full, weights.Planner()).plan(shards)
+        optimizer = run.optimizer if full else None
+        planner = self._planners.setdefault(full, weights.Planner())
+        known, problem = planner.knows(_tensors(state, optimizer)), ""
+        try:
+            rank_state, files, about = self._rest(state, run, full)
+            shards = [] if known else _shards(state, run.module, optimizer)
+        except Exception as error:
+            problem = str(error) if isinstance(error, CheckpointError) else writing.describe(error)
+        plan = planner.last if writing.agree(problem, known) else None
+        if plan is None:
+            plan = planner.plan(_shards(state, run.module, optimizer) if known else shards)
+        return writing.Content(writing.Part(plan.items), plan.metadata, rank_state, files, about)
+
+    def _rest(self, state: State, run: Run, full: bool) -> tuple[bytes, dict[str, bytes], State]:
+        """All but the tensors: this rank's own state, and of the first rank its files and the manifest."""
         position = progress.position(run.trainer)
         progress.put_right(state["loops"], position)
+        loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
+        own = self.resumption.record(position, run.layout.dp) | {"combined_loader": loaders}
+        rank_state = trainer_state.dumps(own, loaders)
+        if dist.get_rank() != 0:
+            return rank_state, {}, {}
         rest = {key: value for key, value in state.items() if key not in _SHARDED}
         rest["optimizer_states"] = state.get("optimizer_states")
         others = {n: v for n, v in state["state_dict"].items() if not isinstance(v, torch.Tensor) and v is not None}
-        rest["state_dict"] = others
-        loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
-        rank_state = self.resumption.record(position, run.layout.dp) | {"combined_loader": loaders}
-        files: dict[str, bytes] = {}
-        names: list[str] = []
-        if dist.get_rank() == 0:
-            plain, objects, names = trainer_state.split(rest)
-            files = {trainer_state.STATE: plain} | ({trainer_state.OBJECTS: objects} if objects else {})
-        return writing.Content(plan, trainer_state.dumps(rank_state, loaders), files, _about(state, run, full, names))
+        plain, objects, names = trainer_state.split({**rest, "state_dict": others})
+        files = {trainer_state.STATE: plain} | ({trainer_state.OBJECTS: objects} if objects else {})
+        return rank_state, files, _about(state, run, full, names)
 
     # Loading
 
@@ -284,6 +319,24 @@ class Checkpointer:
         self.resumption.load(record)
 
 
+def link_when_whole(trainer: pl.Trainer) -> None:
+    """Have the links of ``ModelCheckpoint(save_last="link")`` made by the checkpointer.
+
+    Lightning makes them at once, to a checkpoint that may still be being written.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "save_last", None) == "link":
+            callback._link_checkpoint = _link  # type: ignore[attr-defined]  # private (Lightning 2.6)
+
+
+def _link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+    checkpointer = getattr(trainer.strategy, "checkpointer", None)
+    if checkpointer is None:  # the callback has come to a run under another strategy
+        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+    else:
+        checkpointer.link(local_path(linkpath), local_path(filepath))
+
+
 def local_path(path: Any) -> Path:
     """A path on a file system that is mounted.
 
@@ -298,6 +351,29 @@ def local_path(path: Any) -> Path:
             "dirpath=...)), and copy finished checkpoints from there."
         )
     return Path(text.removeprefix("file://"))
+
+
+def _tensors(state: State, optimizer: ShardedOptimizer | None) -> list[tuple[str, Any]]:
+    """All that is written as shards, by names that tell one from the other."""
+    found = list(state["state_dict"].items())
+    if optimizer is not None:
+        for number, held in enumerate(optimizer.held()):
+            found.append((f"{number}", held.main))
+            found += [(f"{number}.{name}", value) for name, value in optimizer.state.get(held.main, {}).items()]
+    return found
+
+
+def _shards(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer | None) -> list[ShardedTensor]:
+    """This rank's tensors, with their places in the whole model's."""
+    where = places(module)
+    shards = []
+    for name, value in state["state_dict"].items():
+        if isinstance(value, torch.Tensor):
+            place = _place(where, name)
+            shards += place.shards(value.detach(), f"model.{place.key}")
+    if optimizer is not None:
+        shards += optimizer_state.shards(optimizer, _by_parameter(module, where))
+    return shards
 
 
 def _place(where: dict[str, Place], name: str) -> Place:
