@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import threading
 import warnings
 from pathlib import Path
@@ -57,8 +58,6 @@ def good(tmp_path_factory):
 @pytest.fixture
 def copy(good, tmp_path):
     """A copy to spoil."""
-    import shutil
-
     return Path(shutil.copytree(good, tmp_path / "copy.ckpt"))
 
 
@@ -93,6 +92,27 @@ def test_megatron_core_itself_reads_it(good):
     assert tensors[
         "optimizer.exp_avg.model.x" if False else "optimizer.exp_avg.decoder.layers.1.mlp.linear_fc1.weight"
     ].any()
+
+
+def _bytes_read(layout, path):
+    read = []
+    read_data = weights._Reader.read_data
+
+    def counted(self, plan, planner):
+        read.append(sum(self.storage_data[item.storage_index].length for item in plan.items))
+        return read_data(self, plan, planner)
+
+    weights._Reader.read_data = counted
+    _load(layout, path)
+    return sum(read)
+
+
+@pytest.mark.parametrize(("layout", "share"), [(Layout(dp=2, sharded=False), 0.55), (Layout(dp=2), 0.7)], ids=str)
+def test_replicas_share_the_reading(good, layout, share):
+    """Of one replica's bytes. A flat part of the distributed optimizer cuts through pieces, which are read whole."""
+    whole = run_ranks(1, _bytes_read, Layout(), good)[0]
+    for part in run_ranks(layout.world_size, _bytes_read, layout, good):
+        assert part < share * whole
 
 
 def _weights_only(path):
@@ -366,13 +386,14 @@ def _retention(folder, asynchronous, save_last):
         folder, monitor="train_loss", save_top_k=2, every_n_train_steps=1, save_last=save_last, filename="{step}"
     )
     run, _ = fit(Layout(dp=2), 5, callbacks=[callback], strategy={"async_save": asynchronous})
+    torch.distributed.barrier()  # the first rank links and removes
     names = sorted(path.name for path in Path(folder).iterdir())
     best = callback.best_model_path
     resumed, _ = fit(Layout(dp=2), 6, load="last", callbacks=[ModelCheckpoint(folder, save_last=True)])
     return names, Path(best).name, resumed.global_step, [manifest.read(Path(folder) / n)["global_step"] for n in names]
 
 
-@pytest.mark.parametrize(("asynchronous", "save_last"), [(False, True), (True, True), (False, "link")])
+@pytest.mark.parametrize(("asynchronous", "save_last"), [(False, True), (True, True), (False, "link"), (True, "link")])
 def test_top_k_and_last(tmp_path, asynchronous, save_last):
     names, best, step, steps = run_ranks(2, _retention, str(tmp_path), asynchronous, save_last)[0]
     assert names[0] == "last.ckpt"
@@ -405,13 +426,114 @@ def test_the_last_good_one_stays_until_the_new_one_is_whole(tmp_path):
     assert run_ranks(1, _kept_until_whole, str(tmp_path)) == [([["step=1.ckpt"]], ["step=3.ckpt"])]
 
 
-def _linked(folder):
-    fit(steps=1, callbacks=[ModelCheckpoint(folder, save_last="link")], strategy={"async_save": True})
+def _linked(folder, asynchronous):
+    """What ``last.ckpt`` names while the second save is held up, and after the removal of the first."""
+    folder, go, write, seen = Path(folder), threading.Event(), weights.write, []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 1:
+                trainer.strategy.checkpointer.wait()
+                if asynchronous:
+                    weights.write = lambda *a: (go.wait(20), write(*a))[1]
+            elif trainer.global_step == 2:
+                seen.append(manifest.read(folder / "last.ckpt")["global_step"])
+                go.set()
+
+    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, save_last="link", filename="{step}")
+    fit(steps=3, callbacks=[Look(), keep], strategy={"async_save": asynchronous})
+    pickle.dumps(keep._link_checkpoint)  # a launcher hands callbacks back
+    return seen, os.readlink(folder / "last.ckpt"), sorted(path.name for path in folder.iterdir())
 
 
-def test_a_link_to_what_is_still_being_written_is_refused(tmp_path):
-    with pytest.raises(RankError, match="save_last='link'.*Use save_last=True"):
-        run_ranks(1, _linked, str(tmp_path))
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_link_names_a_whole_checkpoint_at_all_times(tmp_path, asynchronous):
+    seen, target, names = run_ranks(1, _linked, str(tmp_path), asynchronous)[0]
+    assert seen == [1 if asynchronous else 2]
+    assert (target, names) == ("step=3.ckpt", ["last.ckpt", "step=3.ckpt"])
+
+
+def test_a_link_to_what_is_removed_names_the_next_newest(good, tmp_path):
+    for name in ("old", "new"):
+        shutil.copytree(good, tmp_path / name)
+    (tmp_path / "last.ckpt").symlink_to("new")
+    manifest.remove(tmp_path / "new")
+    assert os.readlink(tmp_path / "last.ckpt") == "old"
+    manifest.make_link(tmp_path / "old", tmp_path / "last.ckpt")  # a directory is in the link's place
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "old"]
+
+
+def _saved_twice(folder, change):
+    """Two saves at one step; in between the weights are changed, or not."""
+    folder, written, write = Path(folder), [], weights.write
+    weights.write = lambda *a: (written.append(a[1].parent.name), write(*a))[1]
+
+    class Twice(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            trainer.save_checkpoint(folder / f"{trainer.global_step}.ckpt")
+            if change:
+                next(module.parameters()).data.add_(1)
+            trainer.save_checkpoint(folder / f"{trainer.global_step}-again.ckpt")
+
+    fit(Layout(dp=2), 2, callbacks=[Twice()], strategy={"async_save": True})
+    names = ["1.ckpt", "1-again.ckpt", "2.ckpt", "2-again.ckpt"]
+    files = [folder / name / f"weights/__{os.environ['RANK']}_0.distcp" for name in names]
+    damaged = [
+        manifest.damage(folder / n, manifest.read(folder / n), [*manifest.read(folder / n)["files"]], True)
+        for n in names
+    ]
+    assert damaged == [[]] * 4
+    return written, [file.stat().st_nlink for file in files], [file.read_bytes() for file in files]
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_what_was_just_written_is_not_written_again(tmp_path, change):
+    for written, links, (one, again, _, _) in run_ranks(2, _saved_twice, str(tmp_path), change):
+        assert len(written) == (4 if change else 2)
+        assert links == [1 if change else 2] * 4
+        assert change or one == again
+
+
+def _planned(folder):
+    plans, plan = [], weights.Planner.plan
+    weights.Planner.plan = lambda *a: (plans.append(1), plan(*a))[1]
+    seen = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            optimizer = trainer.strategy.optimizers[0]
+            if trainer.global_step == 3:  # as a load does it
+                for state in optimizer.state.values():
+                    state["exp_avg"] = state["exp_avg"].clone().fill_(7)
+            trainer.save_checkpoint(f"{folder}/{trainer.global_step}.ckpt")
+            seen.append(len(plans))
+
+    fit(Layout(dp=2), 4, callbacks=[Keep()], strategy={"async_save": True})
+    return seen
+
+
+def test_a_save_is_planned_once_and_again_when_tensors_are_others(tmp_path):
+    assert run_ranks(2, _planned, str(tmp_path)) == [[1, 1, 2, 2]] * 2
+    moments = run_ranks(1, _stock, tmp_path / "3.ckpt")[0]["optimizer.exp_avg.decoder.final_layernorm.weight"]
+    assert torch.equal(moments, torch.full_like(moments, 7))
+
+
+class Unsavable(Callback):
+    def state_dict(self):
+        return {"function": lambda: 0}
+
+
+def _cannot(folder, on_save_error):
+    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
+    run, _ = fit(Layout(dp=2), 2, callbacks=[Unsavable(), keep], strategy={"on_save_error": on_save_error})
+    return run.global_step
+
+
+def test_what_only_the_first_rank_cannot_save_stops_all_ranks(tmp_path):
+    with pytest.raises(RankError, match="Unsavable.* of the checkpoint cannot be saved") as error:
+        run_ranks(2, _cannot, str(tmp_path), "raise", timeout=60)
+    assert str(error.value).count("CheckpointError: callbacks.Unsavable") >= 2
+    assert run_ranks(2, _cannot, str(tmp_path), "warn", timeout=60) == [2, 2]
 
 
 def _versions(folder):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +120,15 @@ class Checkpointer:
             self._background.start(lambda: writing.write(content, path))
         except CheckpointError as error:
             self._failed(error)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Have saves be whole when they return, where what follows may end the run."""
+        before, self.asynchronous = self.asynchronous, False
+        try:
+            yield
+        finally:
+            self.asynchronous = before
 
     def wait(self) -> None:
         """Wait for a save that goes on in the background.
