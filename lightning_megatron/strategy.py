@@ -232,7 +232,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         name = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
         device = None if self.root_device.type == "cpu" else self.root_device
         assert self.cluster_environment is not None
-        _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device)
+        store = launching.store_of_this_attempt(self._timeout)
+        _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device, store=store)
         groups.build(self.layout, self._timeout)
         peers.share_random_state()
         groups.seed(torch.initial_seed())

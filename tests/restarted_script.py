@@ -1,4 +1,4 @@
-"""Eight steps on two ranks; where a file says so, rank 1 is killed in the sixth, once. For ``torchrun --max-restarts``."""
+"""Eight steps on two ranks; where a file says so, rank 1 is killed in the sixth, once. For ``torchrun``'s restarts."""
 
 import os
 import signal
@@ -47,4 +47,4 @@ if __name__ == "__main__":
     data = DataLoader(Rows(text_samples(CONFIG, 48)), batch_size=4, shuffle=True)
     run.fit(module, data, ckpt_path="last")
     if run.is_global_zero:
-        torch.save({"from": killed.began, "weights": module.state_dict()}, folder / "end.pt")
+        torch.save({"from": killed.began, "weights": dict(module.named_parameters())}, folder / "end.pt")
