@@ -230,6 +230,44 @@ def test_a_plain_module_exports_to_a_file_that_lightning_loads(tmp_path):
         assert torch.equal(value, trained[name])
 
 
+class Factored(LoadedGPT):
+    """Adafactor keeps a row and a column for each matrix."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adafactor(self.parameters(), lr=1e-2)
+
+
+def _factored(layout, path):
+    whole, _ = fit(layout, 4, module=Factored(SMALL))
+    run, _ = fit(layout, 2, module=Factored(SMALL))
+    run.save_checkpoint(path)
+    again, _ = fit(layout, 4, load=path, module=Factored(SMALL))
+    assert again.global_step == 4
+    return [
+        torch.equal(one, other)
+        for one, other in zip(whole.lightning_module.parameters(), again.lightning_module.parameters(), strict=True)
+    ]
+
+
+def _factored_elsewhere(layout, path):
+    run, module = fit(layout, 2, load=path, module=Factored(SMALL))
+    states = [run.strategy.optimizers[0].state[parameter] for parameter in module.parameters()]
+    return [(tuple(state["row_var"].shape), state["row_var"].sum().item()) for state in states if "row_var" in state]
+
+
+def test_state_of_another_shape_goes_with_whole_weights(tmp_path):
+    for same in run_ranks(2, _factored, Layout(dp=2, sharded=False), tmp_path / "dp.ckpt"):
+        assert all(same)
+    rows = run_ranks(1, _factored_elsewhere, Layout(sharded=False), tmp_path / "dp.ckpt")[0]
+    assert (64, 1) in dict(rows)  # the vocabulary's padding has rows, too
+    assert all(total > 0 for _, total in rows)
+    with pytest.raises(RankError, match="such state cannot be cut. Use tp=1") as error:
+        run_ranks(2, _factored, Layout(tp=2, sharded=False), tmp_path / "tp.ckpt")
+    assert str(error.value).count("CheckpointError: The optimizer's state") >= 2
+    with pytest.raises(RankError, match="dp.ckpt was not loaded. The optimizer's state 'col_var'"):
+        run_ranks(2, _factored_elsewhere, Layout(tp=2, sharded=False), tmp_path / "dp.ckpt")
+
+
 # What is refused
 
 

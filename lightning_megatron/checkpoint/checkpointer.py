@@ -301,10 +301,14 @@ class Checkpointer:
             shards += where[name].shards(tensors[name], _source(where[name], tensor, stored))
         finish = None
         if full and run.optimizer is not None:
-            types = {key: value.properties.dtype for key, value in stored.items()}
-            loading = optimizer_state.Loading(run.optimizer, _by_parameter(run.module, where), types)
-            shards += loading.shards
-            finish = loading.finish
+            problem = ""
+            try:
+                loading = optimizer_state.Loading(run.optimizer, _by_parameter(run.module, where), stored)
+                shards += loading.shards
+                finish = loading.finish
+            except CheckpointError as error:
+                problem = f"{path} was not loaded. {error}"
+            writing.agree(problem, True)
         weights.read(shards, path / writing.WEIGHTS)
         return tensors, finish
 

@@ -56,6 +56,11 @@ class Place:
         """Whether some of the local tensor is padding."""
         return sum(math.prod(region.local[1]) for region in self.regions) < math.prod(self.local_shape)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the local tensor is the whole model's, padding apart."""
+        return self.regions == (Region((_zeros(self.shape), self.shape), _zeros(self.shape)),)
+
     def in_parts(self) -> Place:
         """The place of a tensor of which data-parallel ranks hold parts, not copies."""
         return replace(self, replica=(*self.replica[:2], 0))
@@ -81,6 +86,10 @@ class Place:
                     view = part[_slices((inside, common[1]))]
                     found.append(_shard(key, view, self.shape, where, self.replica))
         return found
+
+    def own_shard(self, tensor: torch.Tensor, key: str) -> ShardedTensor:
+        """A tensor of another shape that goes with this one, where that is whole."""
+        return _shard(key, tensor, tensor.shape, _zeros(tuple(tensor.shape)), self.replica)
 
     def scalar_shard(self, value: torch.Tensor, key: str, is_first: bool) -> ShardedTensor:
         """A number that goes with the tensor; written by the rank that has the beginning of it."""
