@@ -1,7 +1,7 @@
 """What a checkpoint costs: seconds for which training waits, against a step, a copy in memory and a plain torch.save.
 
     python benchmarks/checkpoint.py                # two ranks on CPUs, dp=2 with the distributed optimizer
-    HIDDEN=1536 python benchmarks/checkpoint.py    # eight times as large
+    HIDDEN=1024 DEVICES=1 python benchmarks/checkpoint.py    # four times as large, on one rank: no peer is waited for
 
 All sides run in turn, in each of several rounds of one run: a machine's speed changes from one minute to the next.
 Prints a table; ``benchmarks/README.md`` keeps the figures with the machine they are from.
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_megatron import GPTConfig, GPTModule, MegatronStrategy
 
-HIDDEN = int(os.environ.get("HIDDEN", "512"))
+HIDDEN, DEVICES = int(os.environ.get("HIDDEN", "512")), int(os.environ.get("DEVICES", "2"))
 CONFIG = GPTConfig(num_layers=6, hidden_size=HIDDEN, num_attention_heads=8, vocab_size=8192, seq_length=64)
 ROUNDS, STEPS_BETWEEN, INTERVAL = int(os.environ.get("ROUNDS", "7")), 2, 100
 COPY = "a copy in memory"
@@ -43,6 +43,7 @@ class Rounds(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.busy: dict[str, list[float]] = defaultdict(list)  # of this thread, whatever else the machine does
         self.rise: dict[str, int] = {}
         self.size = 0
         self.warm: list[torch.Tensor] = []
@@ -78,9 +79,10 @@ class Rounds(Callback):
     ) -> None:
         trainer.strategy.barrier()
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of memory begins anew
-        before, start = memory("VmRSS"), time.perf_counter()
+        before, start, busy = memory("VmRSS"), time.perf_counter(), time.thread_time()
         action()
         self.seconds[name].append(time.perf_counter() - start)
+        self.busy[name].append(time.thread_time() - busy)
         wait()
         self.rise[name] = max(self.rise.get(name, 0), memory("VmHWM") - before)
 
@@ -104,7 +106,7 @@ def main() -> None:
     folder = Path(os.environ.setdefault("CHECKPOINT_BENCHMARK", tempfile.mkdtemp()))
     rounds = Rounds(folder)
     trainer = Trainer(
-        accelerator="cpu", devices=2, strategy=MegatronStrategy(async_save=True), callbacks=[rounds],
+        accelerator="cpu", devices=DEVICES, strategy=MegatronStrategy(async_save=True), callbacks=[rounds],
         max_steps=(ROUNDS + 1) * STEPS_BETWEEN, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
@@ -118,16 +120,21 @@ def main() -> None:
 def report(rounds: Rounds) -> None:
     step, first = middle(rounds.seconds.pop("a step")[STEPS_BETWEEN:]), rounds.seconds["asynchronous save"][0]
     print(f"\nthis rank's part: {rounds.size / 1e6:.0f} MB; a step: {step:.3f} s; load: {os.getloadavg()[0]:.1f}")
-    print(f"| {ROUNDS} rounds | median, s | least, s | of 100 steps | of a copy: median | least | memory |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        f"| {ROUNDS} rounds | median, s | least, s | of 100 steps | of a copy: median | least | of processor | memory |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     copies = rounds.seconds[COPY][1:]
     for name, every in rounds.seconds.items():
         seconds = every[1:]  # the first makes plans and buffers
+        busy = middle(rounds.busy[name][1:]) / middle(rounds.busy[COPY][1:])
         ratio = middle([a / b for a, b in zip(seconds, copies, strict=True)])
         print(
             f"| {name} | {middle(seconds):.4f} | {min(seconds):.4f} | {100 * middle(seconds) / (INTERVAL * step):.2f} %"
-            f" | {ratio:.2f} | {min(seconds) / min(copies):.2f} | {100 * rounds.rise[name] / rounds.size:.0f} % |"
+            f" | {ratio:.2f} | {min(seconds) / min(copies):.2f} | {busy:.2f}"
+            f" | {100 * rounds.rise[name] / rounds.size:.0f} % |"
         )
+    print("of a copy, of processor: this thread's processor time over that of a copy, medians")
     print("memory: by how much the peak rose, of this rank's part")
     print(f"the first asynchronous save, into memory that is new: {first:.3f} s, {first / middle(copies):.1f} copies")
 

@@ -556,6 +556,25 @@ def test_a_save_is_planned_once_and_again_when_tensors_are_others(tmp_path):
     assert torch.equal(moments, torch.full_like(moments, 7))
 
 
+def test_a_plan_that_was_not_made_is_not_kept():
+    planner, one, other = weights.Planner(), torch.zeros(2), torch.zeros(2)
+    planner.knows([("weight", one)])
+    planner.last = weights.Plan([], None)
+    assert planner.knows([("weight", one)])
+    assert not planner.knows([("weight", other)])
+    assert not planner.knows([("weight", other)]), "the save before it has failed"
+
+
+def _after_the_run(path):
+    run, _ = fit(steps=1, strategy={"async_save": True})
+    run.save_checkpoint(path)
+    return manifest.read(Path(path))["global_step"]
+
+
+def test_a_save_after_the_run_is_whole_at_once(tmp_path):
+    assert run_ranks(1, _after_the_run, str(tmp_path / "after.ckpt")) == [1]
+
+
 class Unsavable(Callback):
     def state_dict(self):
         return {"function": lambda: 0}

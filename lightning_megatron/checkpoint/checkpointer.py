@@ -14,7 +14,7 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -108,7 +108,8 @@ class Checkpointer:
         """
         try:
             content = self._content(state, run)
-            if not self.asynchronous:
+            # After a run nobody is there to wait: the script may end.
+            if not self.asynchronous or run.trainer.state.status != TrainerStatus.RUNNING:
                 self.wait()
                 writing.write(content, path)
                 self._last_save_failed = False
@@ -199,7 +200,7 @@ class Checkpointer:
         planner = self._planners.setdefault(full, weights.Planner())
         known, problem = planner.knows(_tensors(state, optimizer)), ""
         try:
-            rank_state, files, about = self._rest(state, run, full)
+            rank_state, files, about = self._all_but_tensors(state, run, full)
             shards = [] if known else _shards(state, run.module, optimizer)
         except Exception as error:
             problem = str(error) if isinstance(error, CheckpointError) else writing.describe(error)
@@ -208,8 +209,8 @@ class Checkpointer:
             plan = planner.plan(_shards(state, run.module, optimizer) if known else shards)
         return writing.Content(writing.Part(plan.items), plan.metadata, rank_state, files, about)
 
-    def _rest(self, state: State, run: Run, full: bool) -> tuple[bytes, dict[str, bytes], State]:
-        """All but the tensors: this rank's own state, and of the first rank its files and the manifest."""
+    def _all_but_tensors(self, state: State, run: Run, full: bool) -> tuple[bytes, dict[str, bytes], State]:
+        """This rank's own state, and of the first rank its files and the manifest."""
         position = progress.position(run.trainer)
         progress.put_right(state["loops"], position)
         loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")

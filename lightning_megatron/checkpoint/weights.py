@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -102,9 +103,10 @@ class Planner:
     def knows(self, tensors: list[tuple[str, Any]]) -> bool:
         """Whether the last plan stands for these tensors of this rank; they are remembered."""
         seen = [(name, _memory(value)) for name, value in tensors]
-        known = self.last is not None and seen == self._seen
+        if seen != self._seen:
+            self.last = None
         self._seen = seen
-        return known
+        return self.last is not None
 
     def plan(self, shards: list[ShardedTensor]) -> Plan:
         """Share the shards out over their replicas and plan this rank's writes; called by all ranks.
@@ -256,17 +258,19 @@ def _broadcast(shards: list[ShardedTensor], distribution: ShardDistribution, gro
 
     As megatron-core's ``FullyParallelLoadStrategyWrapper``, which needs CUDA.
     """
-    held = {_sharded_tensor_shard_id(shard): shard.data for shard in shards}
+    held: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    for shard in shards:
+        held[_sharded_tensor_shard_id(shard)].append(shard.data)
     for name, source in distribution.main_rank_for_shard.items():
         if len(distribution.all_ranks_for_shard[name]) == 1:
             continue
         about = distribution.shard_to_metadata[name]
-        target = held.get(name)
-        buffer = torch.empty(about.local_shape, dtype=about.dtype, device=device) if target is None else target
-        sent = buffer.contiguous()
+        targets = held[name] or [torch.empty(about.local_shape, dtype=about.dtype, device=device)]
+        sent = targets[0].contiguous()
         dist.broadcast(sent, src=dist.get_global_rank(group, source), group=group)
-        if target is not None and sent is not target:
-            target.copy_(sent)
+        for target in targets:
+            if sent is not target:
+                target.copy_(sent)
 
 
 class OneByOne:
