@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -89,9 +90,19 @@ def _stock(path):
 def test_megatron_core_itself_reads_it(good):
     tensors = run_ranks(1, _stock, good)[0]
     assert tensors["model.embedding.word_embeddings.weight"].shape == (61, 32)  # without padding
-    assert tensors[
-        "optimizer.exp_avg.model.x" if False else "optimizer.exp_avg.decoder.layers.1.mlp.linear_fc1.weight"
-    ].any()
+    assert tensors["optimizer.exp_avg.decoder.layers.1.mlp.linear_fc1.weight"].any()
+    halves = run_ranks(2, _stock_halves, good)
+    whole = tensors["model.decoder.layers.0.mlp.linear_fc1.weight"]
+    assert torch.equal(torch.cat([half["first"] for half in halves]), whole)
+
+
+def _stock_halves(path):
+    """``dist_checkpointing.load`` gives each of two ranks its half of a weight."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    key = "model.decoder.layers.0.mlp.linear_fc1.weight"
+    half = ShardedTensor.from_rank_offsets(key, torch.empty(64, 32), (0, rank, 2))
+    return {"first": dist_checkpointing.load({"first": half}, f"{path}/weights")["first"]}
 
 
 def _bytes_read(layout, path):
