@@ -191,7 +191,7 @@ class Checkpointer:
         self._last_save_failed = True
         if self.on_save_error == "raise":
             raise error
-        rank_zero_warn(f"{error} Training goes on without it.")
+        rank_zero_warn(f"{str(error).rstrip(chr(46))}. Training goes on without it.")
 
     def _content(self, state: State, run: Run) -> writing.Content:
         """What to write, on all ranks, or an error on all ranks."""
