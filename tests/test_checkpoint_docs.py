@@ -26,3 +26,14 @@ def test_the_code_of_the_page_runs(tmp_path):
     assert {"last.ckpt", "step=4.ckpt"} <= set(os.listdir(tmp_path / "kept"))
     with safe_open(tmp_path / "gpt.safetensors", "pt") as exported:
         assert exported.get_tensor("decoder.final_layernorm.weight").shape == (32,)
+
+
+def test_the_tests_that_the_page_names_are_there():
+    named = 0
+    for line in (ROOT / "docs" / "checkpoints.md").read_text().splitlines():
+        file = ""
+        for page, name in re.findall(r"`(\w+\.py)?::(test_\w+)\.*`", line):
+            file = page or file
+            assert f"\ndef {name}" in (ROOT / "tests" / file).read_text(), (file, name)
+            named += 1
+    assert named >= 20

@@ -16,12 +16,11 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from lightning_megatron import groups
 from lightning_megatron.checkpoint import (
-    comparison,
+    loading,
     manifest,
     optimizer_state,
     progress,
@@ -31,7 +30,7 @@ from lightning_megatron.checkpoint import (
 )
 from lightning_megatron.checkpoint.loaders import Resumption
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.checkpoint.places import Place, places
+from lightning_megatron.checkpoint.places import Place, by_parameter, places
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.optimizer import ShardedOptimizer
 
@@ -234,15 +233,13 @@ class Checkpointer:
             CheckpointError: It is not whole, is damaged, or does not fit.
         """
         self.wait()
-        path, about = self._choose(path, run)
-        self._check(path, about)
-        state = self._trainer_state(path, about)
+        path, about = loading.choose(path, run.trainer)
+        loading.check(path, about, self.verify)
+        state = loading.trainer_state_of(path, about, self.trust)
         full = state["optimizer_states"] is not None
         if not full:
             del state["optimizer_states"]
-        where = places(run.module)
-        stored = weights.stored(path / writing.WEIGHTS)
-        tensors, finish = self._read_tensors(path, run, where, stored, full)
+        tensors, finish = loading.read(path, run.module, run.optimizer if full else None)
         others = {n: v for n, v in run.module.state_dict().items() if not isinstance(v, torch.Tensor)}
         state["state_dict"] = {**others, **state["state_dict"], **tensors}
         if full and run.optimizer is not None:
@@ -254,64 +251,6 @@ class Checkpointer:
     def begin_training(self, run: Run) -> None:
         """Put data and random states in their saved places, just before the first step."""
         self.resumption.begin(run.trainer, run.layout.dp, self._same_layout)
-
-    def _choose(self, path: Path, run: Run) -> tuple[Path, dict[str, Any]]:
-        """The first rank looks; for a damaged ``last`` it takes the newest whole one beside it."""
-        answer: list[Any] = [None]
-        if dist.get_rank() == 0:
-            answer = [_choose(path, run.trainer)]
-        dist.broadcast_object_list(answer, src=0, group=groups.on_host())
-        if isinstance(answer[0], str):
-            raise CheckpointError(answer[0])
-        return answer[0]
-
-    def _check(self, path: Path, about: dict[str, Any]) -> None:
-        """Each rank checks its share of the files; what one finds, all raise."""
-        names = sorted(about["files"])[dist.get_rank() :: dist.get_world_size()]
-        every: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(every, manifest.damage(path, about, names, self.verify), group=groups.on_host())
-        found = [line for lines in every for line in lines]
-        if found:
-            raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{comparison.listed(found)}")
-
-    def _trainer_state(self, path: Path, about: dict[str, Any]) -> State:
-        objects = path / trainer_state.OBJECTS
-        return trainer_state.join(
-            (path / trainer_state.STATE).read_bytes(),
-            objects.read_bytes() if objects.is_file() else None,
-            about["objects"],
-            self.trust,
-        )
-
-    def _read_tensors(
-        self, path: Path, run: Run, where: dict[str, Place], stored: dict[str, Any], full: bool
-    ) -> tuple[dict[str, torch.Tensor], Any]:
-        """Into buffers, so that nothing has changed if a file turns out unreadable."""
-        shapes = {key: tuple(value.size) for key, value in stored.items() if key.startswith("model.")}
-        lines = comparison.differences({f"model.{p.key}": p.shape for p in where.values()}, shapes)
-        if lines and run.module.strict_loading:
-            comparison.refuse(path, lines)
-        if lines:
-            rank_zero_warn(f"Not loaded from {path}, for they differ:\n{comparison.listed(lines.values())}")
-        tensors: dict[str, torch.Tensor] = {}
-        shards = []
-        for name, tensor in run.module.state_dict().items():
-            if not isinstance(tensor, torch.Tensor) or f"model.{where[name].key}" in lines:
-                continue
-            tensors[name] = torch.zeros_like(tensor) if where[name].is_padded else torch.empty_like(tensor)
-            shards += where[name].shards(tensors[name], _source(where[name], tensor, stored))
-        finish = None
-        if full and run.optimizer is not None:
-            problem = ""
-            try:
-                loading = optimizer_state.Loading(run.optimizer, _by_parameter(run.module, where), stored)
-                shards += loading.shards
-                finish = loading.finish
-            except CheckpointError as error:
-                problem = f"{path} was not loaded. {error}"
-            writing.agree(problem, True)
-        weights.read(shards, path / writing.WEIGHTS)
-        return tensors, finish
 
     def _read_rank_state(self, path: Path, about: dict[str, Any], run: Run, state: State) -> None:
         """This rank's random states and loaders, or under another layout those of a rank with the same data."""
@@ -387,7 +326,7 @@ def _shards(state: State, module: pl.LightningModule, optimizer: ShardedOptimize
             place = _place(where, name)
             shards += place.shards(value.detach(), f"model.{place.key}")
     if optimizer is not None:
-        shards += optimizer_state.shards(optimizer, _by_parameter(module, where))
+        shards += optimizer_state.shards(optimizer, by_parameter(module, where))
     return shards
 
 
@@ -400,16 +339,6 @@ def _place(where: dict[str, Place], name: str) -> Place:
     return where[name]
 
 
-def _by_parameter(module: pl.LightningModule, where: dict[str, Place]) -> dict[int, Place]:
-    return {id(p): where[name] for name, p in module.state_dict(keep_vars=True).items() if name in where}
-
-
-def _source(place: Place, tensor: torch.Tensor, stored: dict[str, Any]) -> str:
-    """The stored tensor for a weight: fp32 runs take the fp32 main weights of others, where there are any."""
-    main = f"optimizer.{optimizer_state.MAIN_WEIGHT}.{place.key}"
-    return main if tensor.dtype == torch.float32 and main in stored else f"model.{place.key}"
-
-
 def _about(state: State, run: Run, full: bool, objects: list[str]) -> dict[str, Any]:
     versions = {"lightning": pl.__version__, "megatron-core": megatron.core.__version__, "torch": torch.__version__}
     return {
@@ -420,24 +349,3 @@ def _about(state: State, run: Run, full: bool, objects: list[str]) -> dict[str, 
         "objects": objects,
         "versions": versions,
     }
-
-
-def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | str:
-    left = manifest.leftovers(path.parent)
-    if left:
-        names = ", ".join(sorted(p.name for p in left))
-        rank_zero_warn(f"{path.parent}: a killed save left {names}; it is skipped, and removed by the next save.")
-    try:
-        about = manifest.read(path)
-        wrong = manifest.damage(path, about, list(about["files"]), checksums=False)
-        if wrong:
-            raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{comparison.listed(wrong)}")
-        return path, about
-    except CheckpointError as error:
-        last = tuple(getattr(callback, "CHECKPOINT_NAME_LAST", "last") for callback in trainer.checkpoint_callbacks)
-        other = manifest.newest(path.parent) if path.name.startswith(last) else None
-        if other is None:
-            return str(error)
-        rank_zero_warn(f"{error}\nIt is skipped; the newest whole checkpoint beside it is {other}.")
-        rank_zero_info(f"Resuming from {other}.")
-        return other, manifest.read(other)

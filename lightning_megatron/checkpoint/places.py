@@ -115,6 +115,11 @@ def places(module: pl.LightningModule) -> dict[str, Place]:
     return found
 
 
+def by_parameter(module: pl.LightningModule, where: dict[str, Place]) -> dict[int, Place]:
+    """The places of a module's parameters by their ``id``; ``where`` has them by their names."""
+    return {id(p): where[name] for name, p in module.state_dict(keep_vars=True).items() if name in where}
+
+
 def _place(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -> Place:
     """Read a place from megatron-core's description; ``rows`` of a padded vocabulary are real."""
     tensor = entry.data
