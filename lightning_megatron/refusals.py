@@ -124,16 +124,6 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
             )
 
 
-def check_links(trainer: pl.Trainer) -> None:
-    """Refuse a link to a checkpoint that is still being written: a run killed then would have no ``last``."""
-    for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "save_last", None) == "link":
-            raise MisconfigurationException(
-                "MegatronStrategy(async_save=True) with ModelCheckpoint(save_last='link'): the link would be made while"
-                " the checkpoint is still being written. Use save_last=True, or async_save=False."
-            )
-
-
 def _check_module(trainer: pl.Trainer) -> None:
     """Refuse hooks that no schedule calls, and a graph that rank 0 would draw alone."""
     module, name = trainer.lightning_module, type(trainer.lightning_module).__name__

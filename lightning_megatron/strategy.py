@@ -44,7 +44,7 @@ from lightning_megatron import (
     refusals,
     report,
 )
-from lightning_megatron.checkpoint import Checkpointer, Run, local_path
+from lightning_megatron.checkpoint import Checkpointer, Run, link_when_whole, local_path
 from lightning_megatron.engine import Engine
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.base import MegatronModule
@@ -230,8 +230,6 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def setup_environment(self) -> None:
         refusals.check_trainer(self.lightning_module.trainer)  # type: ignore[union-attr]
-        if self.checkpointer.asynchronous:
-            refusals.check_links(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
         groups.end_alone()
         reset_seed()
@@ -240,7 +238,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         name = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
         device = None if self.root_device.type == "cpu" else self.root_device
         assert self.cluster_environment is not None
-        _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device)
+        store = launching.store_of_this_attempt(self._timeout)
+        _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device, store=store)
         groups.build(self.layout, self._timeout)
         peers.share_random_state()
         groups.seed(torch.initial_seed())
@@ -256,6 +255,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.accelerator.setup(trainer)
         metrics.sync_over_replicas(self.lightning_module)
         model_summary.install(trainer)
+        link_when_whole(trainer)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
@@ -432,6 +432,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.checkpointer.wait()
+        self.checkpointer.rest()
         self._heartbeat.stop()
         if self._engine is not None:
             self._engine.rest()

@@ -56,6 +56,11 @@ class Place:
         """Whether some of the local tensor is padding."""
         return sum(math.prod(region.local[1]) for region in self.regions) < math.prod(self.local_shape)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the local tensor is the whole model's, padding apart."""
+        return self.regions == (Region((_zeros(self.shape), self.shape), _zeros(self.shape)),)
+
     def in_parts(self) -> Place:
         """The place of a tensor of which data-parallel ranks hold parts, not copies."""
         return replace(self, replica=(*self.replica[:2], 0))
@@ -82,6 +87,10 @@ class Place:
                     found.append(_shard(key, view, self.shape, where, self.replica))
         return found
 
+    def own_shard(self, tensor: torch.Tensor, key: str) -> ShardedTensor:
+        """A tensor of another shape that goes with this one, where that is whole."""
+        return _shard(key, tensor, tensor.shape, _zeros(tuple(tensor.shape)), self.replica)
+
     def scalar_shard(self, value: torch.Tensor, key: str, is_first: bool) -> ShardedTensor:
         """A number that goes with the tensor; written by the rank that has the beginning of it."""
         begins = is_first and bool(self.regions) and not any(self.regions[0].offset)
@@ -104,6 +113,11 @@ def places(module: pl.LightningModule) -> dict[str, Place]:
             whole = (Region((_zeros(shape), shape), _zeros(shape)),)
             found[name] = Place(name, shape, shape, whole, (replica.pp, replica.tp, replica.dp))
     return found
+
+
+def by_parameter(module: pl.LightningModule, where: dict[str, Place]) -> dict[int, Place]:
+    """The places of a module's parameters by their ``id``; ``where`` has them by their names."""
+    return {id(p): where[name] for name, p in module.state_dict(keep_vars=True).items() if name in where}
 
 
 def _place(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -> Place:
