@@ -56,9 +56,9 @@ def check_settings(
         raise MisconfigurationException(
             f"MegatronStrategy(ddp={ddp!r}): use megatron.core.distributed.DistributedDataParallelConfig(...)."
         )
-    if not initial_loss_scale > 0:
+    if not isinstance(initial_loss_scale, int | float) or not initial_loss_scale > 0:
         raise MisconfigurationException(
-            f"MegatronStrategy(initial_loss_scale={initial_loss_scale}): use a positive number, such as 65536."
+            f"MegatronStrategy(initial_loss_scale={initial_loss_scale!r}): use a positive number, such as 65536."
         )
     if on_nonfinite not in ("raise", "skip"):
         raise MisconfigurationException(f"MegatronStrategy(on_nonfinite={on_nonfinite!r}): use 'raise' or 'skip'.")
@@ -151,6 +151,11 @@ def _draws(logger: object) -> bool:
 
 def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
     """Refuse several optimizers, and manual optimization: a schedule runs forward and backward in one go."""
+    if any(type(optimizer).__name__ == "_MockOptimizer" for optimizer in optimizers):
+        raise MisconfigurationException(
+            f"{type(module).__name__}.configure_optimizers returned None. MegatronStrategy trains with one optimizer;"
+            " return one, such as torch.optim.AdamW(self.parameters())."
+        )
     if len(optimizers) != 1 or not module.automatic_optimization:
         raise MisconfigurationException(
             "MegatronStrategy trains with one optimizer and automatic optimization; seen:"

@@ -409,6 +409,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def on_train_start(self) -> None:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        for optimizer in self.optimizers:
+            optimizer.take_changed_weights()  # type: ignore[attr-defined]
         preemption.install(trainer)
         self._heartbeat.start()
         self.checkpointer.begin_training(self._run)
@@ -423,6 +425,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if launching.kept_checkpoint(self):
             return {}  # the ranks that had it are gone; `save_checkpoint` copies what they left
+        first_error.meet_while_handling()
         self.engine.finish_param_gather()
         self.engine.share_buffers()
         return super().lightning_module_state_dict()
@@ -436,6 +439,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self._heartbeat.stop()
         if self._engine is not None:
             self._engine.rest()
+        metrics.stop_syncing(self.lightning_module)  # type: ignore[arg-type]
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()

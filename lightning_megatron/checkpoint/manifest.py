@@ -89,6 +89,12 @@ def read(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint {path}.")
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file, and checkpoints of MegatronStrategy are directories. If another strategy of Lightning's"
+            " wrote it, a plain LightningModule takes its weights before fit, without ckpt_path:"
+            " module.load_state_dict(torch.load(path)['state_dict'])."
+        )
     if not file.is_file():
         raise CheckpointError(
             f"{path} is no whole checkpoint of MegatronStrategy: it has no {MANIFEST}, which is written last."

@@ -98,7 +98,7 @@ class Place:
 
 
 def places(module: pl.LightningModule) -> dict[str, Place]:
-    """The place of each tensor of ``module.state_dict()`` on this rank, by its name there."""
+    """The place of each tensor of the module on this rank, by its name in ``state_dict()``."""
     found: dict[str, Place] = {}
     chunks = getattr(module, "chunks", ()) if hasattr(module, "build_settings") else ()
     rows = getattr(getattr(module, "config", None), "vocab_size", None)
@@ -107,7 +107,8 @@ def places(module: pl.LightningModule) -> dict[str, Place]:
             if isinstance(entry, ShardedTensor | ShardedTensorFactory):
                 found[f"chunks.{number}.{name}"] = _place(entry, rows)
     replica = groups.coordinates()
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    everything = torch.nn.Module.state_dict(module, keep_vars=True)  # also what an override leaves out
+    for name, tensor in {**everything, **module.state_dict(keep_vars=True)}.items():
         if name not in found and isinstance(tensor, torch.Tensor):
             shape = tuple(tensor.shape)
             whole = (Region((_zeros(shape), shape), _zeros(shape)),)
@@ -117,7 +118,8 @@ def places(module: pl.LightningModule) -> dict[str, Place]:
 
 def by_parameter(module: pl.LightningModule, where: dict[str, Place]) -> dict[int, Place]:
     """The places of a module's parameters by their ``id``; ``where`` has them by their names."""
-    return {id(p): where[name] for name, p in module.state_dict(keep_vars=True).items() if name in where}
+    everything = torch.nn.Module.state_dict(module, keep_vars=True)
+    return {id(p): where[name] for name, p in everything.items() if name in where}
 
 
 def _place(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -> Place:
