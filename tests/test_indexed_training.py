@@ -211,7 +211,7 @@ def _corrupted(folder: str, layout: Layout, steps: int, resume: str | None = Non
         batch_size=4,
         shuffle=True,
         num_workers=2,
-        collate_fn=SpanCorruptionCollator(range(5, 15), 30, eos_id=4),
+        collate_fn=SpanCorruptionCollator(range(5, 15), 30, eos_id=4, mean_span_length=1.0),
     )
     run = trainer(layout, max_steps=steps, callbacks=[seen, saving], enable_checkpointing=True)
     run.fit(MODULES["t5"](), loader, ckpt_path=resume)
