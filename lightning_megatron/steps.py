@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from lightning_megatron import evaluation_samples, peers, refusals
+from lightning_megatron import evaluation_samples, peers
 from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.microbatch import Cut, count_rows, cut, join
@@ -30,7 +30,6 @@ def make_engine(
     if isinstance(module, MegatronModule):
         chunks, by_token = list(module.chunks), module.loss_reduction == "token"
         return Engine(layout, chunks, module.chunks[0].config, ddp, by_token, device)
-    refusals.check_stages(module, layout)
     plain = PlainModel(module)
     return Engine(layout, [plain], plain.config, ddp, False, device, draws=nullcontext)  # the user's own generators
 

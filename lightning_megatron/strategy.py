@@ -225,6 +225,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         if isinstance(model, MegatronModule):
             self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))
             model.check_layout(self.layout)
+        else:
+            refusals.check_stages(model, self.layout)
         loops.install(model.trainer)
 
     @override
