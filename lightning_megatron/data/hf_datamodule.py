@@ -279,7 +279,10 @@ class HFDataModule(LightningDataModule):
         return self._stream(samples, None, False) if hf_source.is_stream(samples) else self._loader(samples)
 
     def _loader(self, samples: Any, **options: Any) -> Loader:
-        return DataLoader(samples, self.batch_size, collate_fn=self._collator, num_workers=self.num_workers, **options)
+        # `batch_size` by name: Lightning makes the loader of a prediction again, with one of its own.
+        return DataLoader(
+            samples, batch_size=self.batch_size, collate_fn=self._collator, num_workers=self.num_workers, **options
+        )
 
     def _stream(self, rows: IterableDataset, seed: int | None, drop_last: bool) -> StreamLoader:
         from datasets.distributed import split_dataset_by_node
@@ -290,7 +293,14 @@ class HFDataModule(LightningDataModule):
         if self.packing:
             stream = PackedStream(stream, self.seq_length)
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        return StreamLoader(stream, self.batch_size, self._collator, drop_last, replicas["num_replicas"], device)
+        return StreamLoader(
+            stream,
+            replicas=replicas["num_replicas"],
+            device=device,
+            batch_size=self.batch_size,
+            collate_fn=self._collator,
+            drop_last=drop_last,
+        )
 
     def _refuse_odd_arguments(self) -> None:
         name, numbers = type(self).__name__, [part for part in self.split if isinstance(part, (int, float))]

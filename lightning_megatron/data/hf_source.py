@@ -71,7 +71,8 @@ def open_splits(dataset: Any, streaming: bool, **options: Any) -> dict[str, Rows
             " datasets, or a mapping of them by split."
         )
     if streaming:
-        return {name: rows if is_stream(rows) else rows.to_iterable_dataset() for name, rows in splits.items()}
+        mapped = [name for name, rows in splits.items() if not is_stream(rows) and len(rows)]
+        return {**splits, **{name: splits[name].to_iterable_dataset() for name in mapped}}
     return dict(splits)
 
 
@@ -128,7 +129,7 @@ def _shares(splits: Mapping[str, Rows], shares: list[float]) -> list[Rows | None
         )
     stops = [round(len(rows) * part) for part in accumulate(shares)]
     return [
-        rows.select(range(start, stop)) if share else None
+        _rows_between(rows, start, stop) if share else None
         for share, start, stop in zip(shares, [0, *stops], stops, strict=False)
     ]
 
@@ -150,7 +151,11 @@ def _named(splits: Mapping[str, Rows], name: str) -> Rows:
             f"HFDataModule(split={name!r}): a stream is read whole. Name one of {list(splits)}, or give the stream's"
             " take() and skip() as dataset={'train': ..., 'validation': ...}."
         )
-    return datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_, p.to)) for p in slices])
+    return datasets.concatenate_datasets([_rows_between(splits[p.splitname], p.from_, p.to) for p in slices])
+
+
+def _rows_between(rows: Any, start: int, stop: int) -> Any:
+    return rows.select(range(start, stop) if start < stop else [])  # `select` has no empty range at the end
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

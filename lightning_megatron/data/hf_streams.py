@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -117,25 +117,17 @@ class StreamLoader(DataLoader[Any]):
 
     Args:
         dataset: This replica's stream.
-        batch_size: Samples of a batch.
-        collate_fn: Makes the batch.
-        drop_last: Whether a shorter last batch is left out.
         replicas: How many there are.
         device: On which they agree on the end.
+        **options: Of a ``DataLoader``.
     """
 
     def __init__(
-        self,
-        dataset: DocumentStream | PackedStream,
-        batch_size: int,
-        collate_fn: Callable[[Any], Any] | None,
-        drop_last: bool,
-        replicas: int,
-        device: torch.device,
+        self, dataset: DocumentStream | PackedStream, replicas: int, device: torch.device, **options: Any
     ) -> None:
         # A generator of its own: an iterator draws a number, and the run's shall stay as they are.
-        super().__init__(dataset, batch_size, collate_fn=collate_fn, drop_last=drop_last, generator=torch.Generator())
-        self.replicas = replicas  # Lightning makes a loader again from attributes named as the arguments
+        super().__init__(dataset, **{"generator": torch.Generator(), **options})
+        self.replicas = replicas
         self.device = device
         self._resumed = False
 
