@@ -171,6 +171,8 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) ->
 
 def check_loader(layout: ParallelLayout, loader: Any, micro_batch_size: int | None, num: int | None) -> None:
     """Refuse a loader without batches, or with a ``batch_size`` that the asked-for micro-batches do not divide."""
+    if isinstance(loader, list) and not loader:  # a data module's way to say that there is none: Lightning goes on
+        return
     if sized_len(loader) == 0:
         rows = sized_len(getattr(loader, "dataset", None))
         raise MisconfigurationException(

@@ -309,7 +309,8 @@ class MegatronDataModule(LightningDataModule):
         # Lightning spreads these over the data-parallel ranks.
         if not self._is_read(part):
             return []
-        return DataLoader(self._dataset(part), self._rows, num_workers=self.num_workers)
+        # Named: for a prediction Lightning makes the loader anew, with a batch_size of its own.
+        return DataLoader(self._dataset(part), batch_size=self._rows, num_workers=self.num_workers)
 
 
 class _Samples(Dataset[Sample]):

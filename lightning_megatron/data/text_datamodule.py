@@ -172,9 +172,9 @@ class TextDataModule(LightningDataModule):
         return self._datasets[name]
 
     def _ordered(self, name: str) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
-        # Lightning spreads these over the data-parallel ranks.
+        # Lightning spreads these over the data-parallel ranks, and makes a prediction's again with another batch_size.
         dataset = self._dataset(name)
-        return DataLoader(dataset, self.batch_size, num_workers=self.num_workers) if len(dataset) else []
+        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers) if len(dataset) else []
 
     def _refuse_empty(self, stage: str | None, ranges: dict[str, range]) -> None:
         num_samples = sum(map(len, ranges.values()))
