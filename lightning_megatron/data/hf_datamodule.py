@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_megatron.data import hf_source
 from lightning_megatron.data.hf_documents import Encoder, PackedDocuments, tokenise
 from lightning_megatron.data.hf_streams import DocumentStream, PackedStream, StreamLoader
 from lightning_megatron.data.padding import PaddingCollator
-from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer
+from lightning_megatron.data.text_tokenizer import Tokenizer
+from lightning_megatron.data.tokenized import PARTS, USED, Loader, TokenizedDataModule
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from lightning_megatron.data.hf_source import Rows
 
-_SPLITS = ("train", "val", "test")
 
-# The splits that each stage of the Trainer uses; it cannot do without the first. None is a call of `setup()` by hand.
-_USED = {None: _SPLITS, "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
-
-Loader = DataLoader[Any]
 Collator = Callable[[list[Any]], Any]
 
 
-class HFDataModule(LightningDataModule):
+class HFDataModule(TokenizedDataModule):
     """Samples of a Hugging Face dataset, tokenised.
 
     With ``packing``, rows stand one after another and batches are ``{"text": int64 [batch_size, seq_length + 1]}``.
@@ -103,7 +97,7 @@ class HFDataModule(LightningDataModule):
         num_workers: int = 0,
         cache_dir: str | Path | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer)
         positive = {"seq_length": seq_length, "batch_size": batch_size, "shuffle_block": shuffle_block}
         for name, value in {**positive, "num_proc": num_proc}.items():
             if value is not None and value < 1:
@@ -128,19 +122,8 @@ class HFDataModule(LightningDataModule):
         self.num_proc = num_proc
         self.num_workers = num_workers
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
-        self._tokenizer_source = tokenizer
         self._opened: dict[str, Any] = {}
         self._refuse_odd_arguments()
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded on first use: only then may a name on the hub be reached for."""
-        return load_tokenizer(self._tokenizer_source)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id in a batch: the model's ``vocab_size``."""
-        return self.tokenizer.vocab_size
 
     @override
     def prepare_data(self) -> None:
@@ -157,12 +140,12 @@ class HFDataModule(LightningDataModule):
         Raises:
             ValueError: A split that ``stage`` needs is not named, empty, or too short for ``seq_length``.
         """
-        splits, needed = self._rows(), _USED[stage][0]
+        splits, needed = self._rows(), USED[stage][0]
         if needed not in splits:
             raise ValueError(
                 f"{type(self).__name__}(split={self.split}) names no {needed} split, and this run needs it."
             )
-        for name in _USED[stage]:
+        for name in USED[stage]:
             if name in splits and name not in self._opened:
                 self._check(name, splits[name])
                 self._opened[name] = self._open(name, splits[name])
@@ -180,36 +163,8 @@ class HFDataModule(LightningDataModule):
         samples = self._samples("train")
         if hf_source.is_stream(samples):
             return self._stream(samples, self.seed if self.shuffle else None, self.drop_last)
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            samples, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last, **self._replicas
-        )
-        if self.drop_last and len(sampler) < self.batch_size:
-            raise ValueError(
-                f"{type(self).__name__}(drop_last=True): the {len(samples)} training samples give each of "
-                f"{sampler.num_replicas} data-parallel ranks {len(sampler)}, too few for one batch of "
-                f"{self.batch_size}. Lower `batch_size`, or use more text."
-            )
+        sampler = self._sampler(samples, self.batch_size, self.shuffle, self.seed, self.drop_last)
         return self._loader(samples, sampler=sampler, drop_last=self.drop_last)
-
-    @override
-    def val_dataloader(self) -> Loader | list[Loader]:
-        """Returns the validation batches, in order; an empty list, which Lightning skips, where there is no split."""
-        return self._ordered("val")
-
-    @override
-    def test_dataloader(self) -> Loader | list[Loader]:
-        """Returns the test batches, in order; an empty list where there is no split."""
-        return self._ordered("test")
-
-    @override
-    def predict_dataloader(self) -> Loader | list[Loader]:
-        """Returns the test batches, as :meth:`test_dataloader` does."""
-        return self._ordered("test")
-
-    @property
-    def _replicas(self) -> dict[str, int]:
-        replicas = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return replicas or {"num_replicas": 1, "rank": 0}
 
     @property
     def _encoder(self) -> Encoder:
@@ -226,7 +181,7 @@ class HFDataModule(LightningDataModule):
         """The rows of each split that has a name."""
         options = dict(self.options) if self.cache_dir is None else {**self.options, "cache_dir": str(self.cache_dir)}
         splits = hf_source.open_splits(self.dataset, self.streaming, **options)
-        chosen = zip(_SPLITS, hf_source.choose(splits, self.split), strict=True)
+        chosen = zip(PARTS, hf_source.choose(splits, self.split), strict=True)
         return {name: rows for name, rows in chosen if rows is not None}
 
     def _check(self, name: str, rows: Any) -> None:
@@ -304,8 +259,8 @@ class HFDataModule(LightningDataModule):
 
     def _refuse_odd_arguments(self) -> None:
         name, numbers = type(self).__name__, [part for part in self.split if isinstance(part, (int, float))]
-        if len(self.split) != len(_SPLITS) or (
-            numbers and (len(numbers) < len(_SPLITS) or min(numbers) < 0 or abs(sum(numbers) - 1) > 1e-6)
+        if len(self.split) != len(PARTS) or (
+            numbers and (len(numbers) < len(PARTS) or min(numbers) < 0 or abs(sum(numbers) - 1) > 1e-6)
         ):
             raise ValueError(
                 f"{name}(split={self.split}) must be three names (train, val, test), None for none, such as"
