@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import (
@@ -276,3 +277,49 @@ def test_configurations_that_do_not_exist(options, message):
 def test_the_module_wants_its_config():
     with pytest.raises(TypeError, match="use a BertConfig"):
         BertModule({"num_layers": 2}, optimizer=lambda p: torch.optim.AdamW(p, **ADAM))
+
+
+ODD_BATCHES = {
+    "input_ids of floats": ({"input_ids": torch.ones(2, 4)}, "'input_ids' is .2, 4. of torch.float32"),
+    "input_ids without rows": ({"input_ids": torch.arange(4)}, "'input_ids' is .4. of torch.int64"),
+    "no token": ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "'input_ids' is .2, 0."),
+    "a list": ({"input_ids": [[1, 2]]}, "'input_ids' is a list"),
+    "positions": ({"position_ids": torch.full((2, 4), 400)}, "400 in 'position_ids' is outside"),
+    "loss_mask": ({"loss_mask": torch.ones(2, 3)}, "'loss_mask' is .2, 3. and 'labels' .2, 4."),
+    "labels of floats": ({"labels": torch.ones(2, 4)}, "'labels' is .2, 4. of torch.float32"),
+    "pairs": ({"next_sentence_label": torch.zeros(2, 2, dtype=torch.long)}, "'next_sentence_label' is .2, 2."),
+}
+
+
+@pytest.mark.parametrize("name", ODD_BATCHES)
+def test_odd_batches_are_named(name):
+    changes, message = ODD_BATCHES[name]
+    ids = torch.arange(8).view(2, 4)
+    batch = {"input_ids": ids, "labels": ids, "next_sentence_label": torch.zeros(2, dtype=torch.long), **changes}
+    sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 50, "seq_length": 8}
+    module = BertModule(BertConfig(**sizes, task="pretraining"))
+    module.trainer = Trainer(accelerator="cpu", logger=False)
+    with pytest.raises(ValueError, match=message):
+        module.check_batch(batch)
+
+
+def test_transformers_name_wins_over_megatrons():
+    sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 50, "seq_length": 8}
+    module = BertModule(BertConfig(**sizes, task="masked_lm"))
+    module.trainer = Trainer(accelerator="cpu", logger=False)
+    ids = torch.arange(8).view(2, 4)
+    module.check_batch({"input_ids": ids, "labels": ids, "text": ["a raw", "column"]})
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [("regression", [float("nan"), 1.0]), ("multi_label_classification", [[1.0, float("nan")], [0.0, 1.0]])],
+)
+def test_labels_that_are_no_numbers(problem, labels):
+    sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 50, "seq_length": 8}
+    count = 1 if problem == "regression" else 2
+    config = BertConfig(**sizes, task="sequence_classification", problem_type=problem, num_labels=count)
+    module = BertModule(config)
+    module.trainer = Trainer(accelerator="cpu", logger=False)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        module.check_batch({"input_ids": torch.arange(8).view(2, 4), "labels": torch.tensor(labels)})

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_megatron import BertConfig
+from lightning_megatron import BertConfig, BertModule, GPTModule, T5Config, T5Module
 from tests import plain_gpt
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 from tests.test_training import trainer
 
 CONFIG = plain_gpt.replace(plain_gpt.GPT2, tie_embeddings=False)
@@ -49,10 +49,10 @@ def _losses(layout: Layout, name: str) -> Any:
     return _fit(layout, example(name, LoadedGPT)(CONFIG), Rows(text_samples(CONFIG, 12)))
 
 
-def _frozen(layout: Layout) -> Any:
-    module = example("FrozenEmbedding", LoadedGPT)(CONFIG)
-    _fit(layout, module, Rows(text_samples(CONFIG, 12)))
-    full = plain_gpt.initial_weights(CONFIG)
+def _frozen(layout: Layout, config: Any) -> Any:
+    module = example("FrozenEmbedding", LoadedGPT)(config)
+    _fit(layout, module, Rows(text_samples(config, 12)))
+    full = plain_gpt.initial_weights(config)
     return {n: torch.equal(p.detach(), module.shard_of(full, n, p)) for n, p in module.named_shards()}
 
 
@@ -73,10 +73,53 @@ def test_another_loss(layout):
         assert losses[2] < losses[0]
 
 
+# Tied, the last stage has a copy of the embedding as its output layer, which is frozen along.
+@pytest.mark.parametrize("config", [CONFIG, plain_gpt.GPT2], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_another_model(layout):
-    for unchanged in run_ranks(layout.world_size, _frozen, layout):
+def test_another_model(layout, config):
+    for unchanged in run_ranks(layout.world_size, _frozen, layout, config):
         assert {name for name, same in unchanged.items() if same} == {n for n in unchanged if "embedding" in n}
+
+
+def _all_of_a_stage_frozen() -> None:
+    module = GPTModule(CONFIG)
+    build = module.build_model
+    module.build_model = lambda first, last, virtual: build(first, last, virtual).requires_grad_(last)
+    _fit(Layout(pp=2), module, Rows(text_samples(CONFIG, 12)))
+
+
+def test_a_stage_without_anything_to_train_is_refused_on_all():
+    with pytest.raises(RankError, match="pipeline stage 0 of 2 has no parameter to train") as error:
+        run_ranks(2, _all_of_a_stage_frozen)
+    assert str(error.value).count("pipeline stage 0 of 2") >= 2
+
+
+class OddBert(BertModule):
+    def get_batch(self, batch: Any) -> Any:
+        return super().get_batch({"input_ids": batch["x"], "labels": batch["x"]})
+
+
+class OddT5(T5Module):
+    def get_batch(self, batch: Any) -> Any:
+        return super().get_batch({"input_ids": batch["x"], "labels": batch["y"]})
+
+
+def _odd(kind: type, config: Any) -> Any:
+    rows = Rows({"x": torch.arange(4 * 13).view(4, 13), "y": torch.arange(4 * 7).view(4, 7)})
+    run = trainer(Layout(tp=2, sp=True), max_steps=1)
+    module = kind(config)
+    run.fit(module, DataLoader(rows, batch_size=4))
+    return [list(logits.shape) for logits in run.predict(module, DataLoader(rows, batch_size=4))]
+
+
+@pytest.mark.parametrize("kind", [OddBert, OddT5])
+def test_odd_lengths_of_another_form_under_sequence_parallelism(kind):
+    sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 60, "seq_length": 13}
+    if kind is OddBert:
+        config, shape = BertConfig(**sizes, task="masked_lm"), [4, 13, 60]
+    else:
+        config, shape = T5Config(**sizes, decoder_seq_length=7), [4, 7, 60]
+    assert run_ranks(2, _odd, kind, config) == [[shape], [shape]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

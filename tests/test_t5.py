@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding, BertTokenizerFast, DataCollatorForSeq2Seq
@@ -246,3 +247,22 @@ def test_configurations_that_do_not_exist(options, message):
 def test_the_module_wants_its_config():
     with pytest.raises(TypeError, match="use a T5Config"):
         T5Module({"num_layers": 2})
+
+
+ODD_BATCHES = {
+    "decoder_attention_mask": ({"decoder_attention_mask": torch.ones(2, 3)}, "'decoder_attention_mask' is .2, 3."),
+    "enc_mask": ({"enc_mask": torch.ones(2, 6)}, r"'enc_mask' is .2, 6.*\(2, 6, 6\) \(\[b, se, se\]\)"),
+    "no label": ({"labels": torch.zeros(2, 0, dtype=torch.long)}, "'labels' is .2, 0."),
+    "labels of labels": ({"labels": torch.zeros(2, 1, 4, dtype=torch.long)}, "'labels' is .2, 1, 4."),
+}
+
+
+@pytest.mark.parametrize("name", ODD_BATCHES)
+def test_odd_batches_are_named(name):
+    changes, message = ODD_BATCHES[name]
+    batch = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(8).view(2, 4), **changes}
+    sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 50, "seq_length": 8}
+    module = T5Module(T5Config(**sizes))
+    module.trainer = Trainer(accelerator="cpu", logger=False)
+    with pytest.raises(ValueError, match=message):
+        module.check_batch(batch)

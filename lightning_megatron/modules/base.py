@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -65,6 +66,7 @@ class MegatronModule(pl.LightningModule):
         self.loss_reduction = loss_reduction
         self.settings: BuildSettings | None = None
         self.built_for: BuildSettings | None = None
+        self._pads = True
         self._start_from: tuple[Path, bool] | None = None
         self.chunks = torch.nn.ModuleList()
         self.active_chunk = 0  # set by the strategy before each call: which virtual stage runs
@@ -134,7 +136,14 @@ class MegatronModule(pl.LightningModule):
         if isinstance(self.optimizer, ParameterGroups):
             optimizer = self.optimizer.build(self.named_shards())
         else:
-            optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            every = groups.gather_from_stages(len(trained))
+            if not all(every):
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: pipeline stage {every.index(0)} of {len(every)} has no parameter to train"
+                    f" (the stages have {every}). Freeze less, use pp=1, or another split of the layers."
+                )
+            optimizer = self.optimizer(parameter for parameter in trained)
         if self.lr_schedule is None:
             return optimizer
         if isinstance(self.lr_schedule, LRSchedule):
@@ -290,7 +299,7 @@ class MegatronModule(pl.LightningModule):
     def _padding(self, length: int) -> int:
         """Tokens to add so that sequence parallelism can share the sequence out."""
         layout = self.build_settings.layout
-        return -length % layout.tp if layout.uses_sequence_parallel else 0
+        return -length % layout.tp if layout.uses_sequence_parallel and self._pads else 0
 
     def _chunk_step(self, batch: Batch) -> Any:
         inputs = self.get_batch(batch)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
-from lightning_megatron.modules.batch_checks import check_range
+from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens
 from lightning_megatron.modules.bert_config import BertConfig
 from lightning_megatron.modules.bert_tasks import TASKS, BertTask
 from lightning_megatron.modules.configured import ConfiguredModule
@@ -82,6 +82,7 @@ class BertModule(ConfiguredModule):
         """
         batch = _renamed(self.readable(batch))
         tokens, config = batch["input_ids"], self.config
+        check_tokens("BertModule", "input_ids", tokens)
         if tokens.size(1) > config.seq_length:
             raise ValueError(
                 f"BertModule: sequences of {tokens.size(1)} tokens, but BertConfig(seq_length={config.seq_length})."
@@ -91,12 +92,11 @@ class BertModule(ConfiguredModule):
         if "token_type_ids" in batch:
             types = batch["token_type_ids"]
             check_range("BertModule", "token_type_ids", types, config.num_token_types, "BertConfig.num_token_types")
-        for key in ("attention_mask", "token_type_ids", "position_ids"):
-            if key in batch and not self.has_own_get_batch and batch[key].shape != tokens.shape:
-                raise ValueError(
-                    f"BertModule: {key!r} is {tuple(batch[key].shape)} and the tokens {tuple(tokens.shape)}; each token"
-                    " has one."
-                )
+        if not self.has_own_get_batch:
+            for key in ("attention_mask", "token_type_ids", "position_ids"):
+                check_alike("BertModule", batch, key, "input_ids")
+        if "position_ids" in batch:
+            check_range("BertModule", "position_ids", batch["position_ids"], config.seq_length, "BertConfig.seq_length")
         if not self.trainer.predicting and type(self).loss is BertModule.loss:  # another loss may need no labels
             self.task.check(batch)
 
@@ -157,7 +157,8 @@ class BertModule(ConfiguredModule):
 
 def _renamed(batch: Batch) -> Batch:
     """The batch under transformers' names; labels that Megatron's loss mask leaves out are −100."""
-    found = {_NAMES.get(name, name): value for name, value in batch.items()}
+    theirs = {_NAMES[name]: value for name, value in batch.items() if name in _NAMES}
+    found = {**theirs, **{name: value for name, value in batch.items() if name not in _NAMES}}
     if "input_ids" not in found:
         raise ValueError(
             f"BertModule needs 'input_ids' [b, s], or Megatron's 'text' [b, s]; this batch has {sorted(batch)}. Rename"
@@ -165,5 +166,6 @@ def _renamed(batch: Batch) -> Batch:
         )
     mask = found.pop("loss_mask", None)
     if mask is not None and "labels" in found:
+        check_alike("BertModule", {**found, "loss_mask": mask}, "loss_mask", "labels")
         found["labels"] = found["labels"].masked_fill(mask == 0, IGNORED_LABEL)
     return found

@@ -18,7 +18,7 @@ from lightning_megatron.layers.bert_models import (
     BertPretrainingLogits,
 )
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch
-from lightning_megatron.modules.batch_checks import check_range
+from lightning_megatron.modules.batch_checks import check_range, check_tokens
 from lightning_megatron.modules.bert_config import BertConfig, BertTaskName
 
 _NO_PAIR = -1  # Megatron's: a row that the binary head does not learn from
@@ -88,6 +88,7 @@ class TokenLabels(BertTask):
 
     def _check_labels(self, batch: Batch, classes: int, size: str) -> None:
         labels = self._require(batch, "labels", f"[b, s], {IGNORED_LABEL} where a token has none")
+        check_tokens("BertModule", "labels", labels)
         if labels.shape != batch["input_ids"].shape:
             raise ValueError(
                 f"BertModule: 'labels' are {tuple(labels.shape)} and the tokens {tuple(batch['input_ids'].shape)}; with"
@@ -124,6 +125,12 @@ class Pretraining(MaskedLM):
         """Also a class for each pair."""
         super().check(batch)
         pairs = self._require(batch, "next_sentence_label", "[b], or Megatron's 'is_random'; 1: random or swapped")
+        rows = batch["input_ids"].size(0)
+        if pairs.numel() != rows:
+            raise ValueError(
+                f"BertModule: 'next_sentence_label' is {tuple(pairs.shape)}, and the batch has {rows} rows, which"
+                " have one each."
+            )
         counted = pairs[(pairs != IGNORED_LABEL) & (pairs != _NO_PAIR)]
         check_range("BertModule", "next_sentence_label", counted, 2, "the binary head's classes")
 
@@ -198,6 +205,8 @@ class SequenceClassification(BertTask):
             check_range("BertModule", "labels", counted, classes, "BertConfig.num_labels")
         elif labels.numel() != rows * classes:
             raise ValueError(self._misfit(problem, labels, f"[b, {classes}]"))
+        elif not bool(torch.isfinite(labels).all()):
+            raise ValueError("BertModule: labels are NaN or infinite. Leave such samples out, or correct them.")
         elif problem == "multi_label_classification" and bool(((labels < 0) | (labels > 1)).any()):
             raise ValueError("BertModule: labels of a multi-label classification are zeros and ones.")
 

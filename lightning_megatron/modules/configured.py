@@ -53,13 +53,17 @@ class ConfiguredModule(MegatronModule):
         return not type(self).get_batch.__module__.startswith("lightning_megatron.")
 
     def readable(self, batch: Any) -> Batch:
-        """A batch in a form that the family knows: as the loader gave it, or as an overridden ``get_batch`` makes it.
+        """A batch in a form that the family knows, not padded: as the loader or an overridden ``get_batch`` made it.
 
         Raises:
             ValueError: It is no mapping of tensors.
         """
         if self.has_own_get_batch:
-            return self.get_batch(batch)
+            self._pads = False
+            try:
+                return self.get_batch(batch)
+            finally:
+                self._pads = True
         if not isinstance(batch, Mapping):
             raise ValueError(
                 f"{type(self).__name__} takes batches that are dicts of tensors; this one is a {type(batch).__name__}."

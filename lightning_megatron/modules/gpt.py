@@ -17,6 +17,7 @@ from lightning_megatron.modules.base import (
     LossReduction,
     SchedulerCallable,
 )
+from lightning_megatron.modules.batch_checks import check_tokens
 from lightning_megatron.modules.configured import ConfiguredModule
 from lightning_megatron.modules.documents import Documents
 from lightning_megatron.modules.gpt_config import GPTConfig
@@ -91,6 +92,7 @@ class GPTModule(ConfiguredModule):
         batch = self.readable(batch)
         name = _token_key(batch)
         tokens = batch[name]
+        check_tokens("GPTModule", name, tokens)
         length = tokens.size(1) - (name == "text")
         if length > self.config.seq_length:
             raise ValueError(

@@ -14,7 +14,7 @@ from lightning_megatron.layers.t5_model import T5Model
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules import t5_stages
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
-from lightning_megatron.modules.batch_checks import check_range
+from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens
 from lightning_megatron.modules.configured import ConfiguredModule
 from lightning_megatron.modules.t5_config import T5Config
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
@@ -22,6 +22,13 @@ from lightning_megatron.schedule import LRSchedule
 
 # Megatron's names of what transformers calls otherwise.
 _NAMES = {"text_enc": "input_ids", "text_dec": "decoder_input_ids"}
+
+# Megatron's masks, 1 where a query may look: rows, queries, keys.
+_MEGATRON_MASKS = {
+    "enc_mask": ("b", "se", "se"),
+    "dec_mask": ("b", "sd", "sd"),
+    "enc_dec_mask": ("b", "sd", "se"),
+}
 
 
 class T5Module(ConfiguredModule):
@@ -105,6 +112,7 @@ class T5Module(ConfiguredModule):
             if name not in batch:
                 continue
             ids = batch[name]
+            check_tokens("T5Module", name, ids)
             if ids.size(1) > longest:
                 side = "seq_length" if name == "input_ids" else "decoder_seq_length"
                 raise ValueError(
@@ -113,10 +121,20 @@ class T5Module(ConfiguredModule):
                 )
             ids = ids[ids != IGNORED_LABEL] if name == "labels" else ids
             check_range("T5Module", name, ids, config.vocab_size, "T5Config.vocab_size")
-        if "decoder_input_ids" in batch and "labels" in batch:
-            _check_alike(batch, "labels", "decoder_input_ids")
-        if "attention_mask" in batch:
-            _check_alike(batch, "attention_mask", "input_ids")
+        target = "labels" if "labels" in batch else "decoder_input_ids"
+        if "decoder_input_ids" in batch:
+            check_alike("T5Module", batch, target, "decoder_input_ids")
+        check_alike("T5Module", batch, "attention_mask", "input_ids")
+        check_alike("T5Module", batch, "decoder_attention_mask", target)
+        rows, encoder, decoder = *batch["input_ids"].shape, batch[target].size(1)
+        for key, shape in _MEGATRON_MASKS.items():
+            sizes = {"b": rows, "se": encoder, "sd": decoder}
+            wanted = tuple(sizes[letter] for letter in shape)
+            if key in batch and tuple(batch[key].shape) != wanted:
+                raise ValueError(
+                    f"T5Module: {key!r} is {tuple(batch[key].shape)}, and this batch's tokens ask for {wanted}"
+                    f" ([{', '.join(shape)}])."
+                )
 
     def sequence_length(self, batch: Batch) -> int:
         """Tokens of both sides, which travel one behind the other, each rounded up as ``get_batch`` pads."""
@@ -198,11 +216,3 @@ def _decoder_mask(batch: Batch, targets: torch.Tensor, padding: int) -> torch.Te
 def _looks_somewhere(keep: torch.Tensor) -> torch.Tensor:
     """A query that may look at nothing looks at everything: its output is not used, and a softmax needs one key."""
     return keep | ~keep.any(dim=-1, keepdim=True)
-
-
-def _check_alike(batch: Batch, one: str, other: str) -> None:
-    if batch[one].shape != batch[other].shape:
-        raise ValueError(
-            f"T5Module: {one!r} is {tuple(batch[one].shape)} and {other!r} {tuple(batch[other].shape)}; each token has"
-            " one of both."
-        )
