@@ -1,13 +1,10 @@
 """Draw the curves of runs from Lightning's ``metrics.csv``: the pictures of ``docs/examples.md``."""
 
 import argparse
+import csv
 from pathlib import Path
 
-import matplotlib
-import pandas
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 LABELS = {"train_loss": "training", "val_loss": "validation", "val_accuracy": "validation"}
 
@@ -25,12 +22,14 @@ def main() -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for run in args.runs:
         name, _, path = run.rpartition("=")
-        table = pandas.read_csv(path)
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
         for metric in args.metrics:
-            rows = table.dropna(subset=[metric])
+            # Lightning counts steps from 0, and leaves a field empty where a row has no such value.
+            points = [(int(row["step"]) + 1, float(row[metric])) for row in rows if row[metric]]
             label = ", ".join(part for part in (name, LABELS.get(metric, metric)) if part)
-            # Validations are few: their points are marked. Lightning counts steps from 0.
-            axes.plot(rows["step"] + 1, rows[metric], label=label, marker="o" if metric.startswith("val") else None)
+            marker = "o" if metric.startswith("val") else None  # validations are few
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
     axes.set(title=args.title, xlabel="step", ylabel=args.ylabel)
     axes.grid(alpha=0.3)
     axes.legend()

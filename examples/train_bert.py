@@ -52,6 +52,8 @@ class LabelledCode(LightningDataModule):
             random.Random(0).shuffle(parts[0])
             self.train += parts[0][: self.labelled]
             self.val += parts[1]
+        random.Random(0).shuffle(self.val)
+        self.val = self.val[:512]
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the training files, in random order."""
@@ -63,12 +65,12 @@ class LabelledCode(LightningDataModule):
 
 
 class MaskedCode(LabelledCode):
-    """The same pieces with masks in the place of words, which are the labels."""
+    """The same pieces with masks in the place of tokens, which are the labels."""
 
     def setup(self, stage: str) -> None:
         """Cut, and make the collator."""
         super().setup(stage)
-        self.collate = MaskedLMCollator.from_tokenizer(self.tokenizer, whole_words=True)
+        self.collate = MaskedLMCollator.from_tokenizer(self.tokenizer)
 
 
 class Classifier(BertModule):
@@ -94,14 +96,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--packages", nargs="+", default=PACKAGES, help="of the standard library")
-    parser.add_argument("--steps", type=int, default=400, help="of pre-training")
+    parser.add_argument("--steps", type=int, default=1500, help="of pre-training")
     parser.add_argument("--classify-steps", type=int, default=60, help="of the classifier's training")
     parser.add_argument("--labelled", type=int, default=64, help="pieces of each package that the classifier sees")
     parser.add_argument("--from-scratch", action="store_true", help="the classifier alone, without pre-training")
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--vocab-size", type=int, default=3000)
-    parser.add_argument("--seq-length", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--vocab-size", type=int, default=1000)
+    parser.add_argument("--seq-length", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--output", default="checkpoints/bert-stdlib", help="directory of checkpoints and curves")
     return parser.parse_args()
 
@@ -116,7 +118,7 @@ def fit(name: str, module: BertModule, data: LabelledCode, steps: int, args: arg
         val_check_interval=max(1, steps // 6),
         check_val_every_n_epoch=None,
         gradient_clip_val=1.0,
-        log_every_n_steps=5,
+        log_every_n_steps=10,
         enable_checkpointing=False,
         logger=CSVLogger(args.output, name, version=""),
     )
@@ -130,9 +132,10 @@ def main() -> None:
     args = parse()
     seed_everything(1234)
     sizes = {name: getattr(args, name) for name in ("hidden_size", "vocab_size", "seq_length")}
-    sizes |= {"num_layers": 4, "num_attention_heads": 4, "norm_placement": "pre", "num_labels": len(args.packages)}
+    sizes |= {"num_layers": 2, "num_attention_heads": 4, "norm_placement": "pre", "num_labels": len(args.packages)}
+    sizes["init_method_std"] = args.hidden_size**-0.5  # BERT's 0.02 is for wide models
     options = {
-        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
         "lr_schedule": LRSchedule("linear", warmup_fraction=0.1),
     }
     classifier = Classifier(BertConfig(task="sequence_classification", hidden_dropout=0.1, **sizes), **options)

@@ -1,4 +1,4 @@
-"""Train a small T5 to fill in what was taken out of Python's own source, encoder and decoder on a stage each, on a CPU."""
+"""Train a small T5 to fill in what was taken out of Python's source, encoder and decoder on a stage each, on a CPU."""
 
 import argparse
 import math
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--text", help="a folder with .py files; by default the standard library")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--vocab-size", type=int, default=2000)
+    parser.add_argument("--vocab-size", type=int, default=700)
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--output", default="checkpoints/t5-stdlib", help="directory of the checkpoint and the curves")
@@ -69,13 +69,14 @@ def main() -> None:
     seed_everything(1234)
     data = CorruptedCode(args)
     config = T5Config(
-        num_layers=3,
+        num_layers=2,
         hidden_size=args.hidden_size,
         num_attention_heads=4,
         vocab_size=args.vocab_size,
         seq_length=args.seq_length,
         activation="geglu_tanh",  # as in T5 1.1
         tie_embeddings=False,  # likewise
+        init_method_std=0.06,  # 0.02 is for wide models
     )
     module = T5Module(
         config,

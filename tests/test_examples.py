@@ -1,12 +1,12 @@
 """The examples run as their readers run them: a few steps of tiny models, in processes of their own."""
 
+import csv
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pandas
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,9 @@ def number(name: str, printed: str) -> float:
 
 def curves(file: Path) -> dict[str, int]:
     """How many points each curve has."""
-    return pandas.read_csv(file).count().to_dict()
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    return {name: sum(bool(row[name]) for row in rows) for name in rows[0]}
 
 
 @pytest.mark.slow
