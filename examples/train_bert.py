@@ -4,6 +4,7 @@ import argparse
 import math
 import random
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -147,10 +148,12 @@ def main() -> None:
             loss, uniform = trainer.callback_metrics["val_mlm_loss"], math.log(args.vocab_size)
             print(f"val_mlm_loss {loss:.3f} (a uniform guess has {uniform:.3f})")
         classifier.load_weights(Path(args.output, "pretraining", "checkpoint"), strict=False)
-    trainer = fit(name, classifier, LabelledCode(args, args.labelled), args.classify_steps, args)
+    data = LabelledCode(args, args.labelled)
+    trainer = fit(name, classifier, data, args.classify_steps, args)
     if trainer.is_global_zero:
-        accuracy, chance = trainer.callback_metrics["val_accuracy"], 1 / len(args.packages)
-        print(f"val_accuracy {accuracy:.3f} (a blind guess has {chance:.3f}), checkpoint in {args.output}/{name}")
+        accuracy = trainer.callback_metrics["val_accuracy"]
+        ((_, largest),) = Counter(sample["labels"] for sample in data.val).most_common(1)
+        print(f"val_accuracy {accuracy:.3f} (the largest package has {largest / len(data.val):.3f} of the pieces)")
 
 
 if __name__ == "__main__":

@@ -58,11 +58,11 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=2)
     parser.add_argument("--text", help="a folder with .py files; by default the standard library")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=700)
-    parser.add_argument("--seq-length", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seq-length", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--output", default="checkpoints/t5-stdlib", help="directory of the checkpoint and the curves")
     args = parser.parse_args()
 
@@ -76,7 +76,7 @@ def main() -> None:
         seq_length=args.seq_length,
         activation="geglu_tanh",  # as in T5 1.1
         tie_embeddings=False,  # likewise
-        init_method_std=0.06,  # 0.02 is for wide models
+        init_method_std=args.hidden_size**-0.5,  # 0.02 is for wide models
     )
     module = T5Module(
         config,
@@ -92,7 +92,7 @@ def main() -> None:
         check_val_every_n_epoch=None,
         limit_val_batches=8,
         gradient_clip_val=1.0,
-        log_every_n_steps=5,
+        log_every_n_steps=10,
         enable_checkpointing=False,
         logger=CSVLogger(args.output, "denoising", version=""),
     )

@@ -24,7 +24,7 @@ def run(script: str, folder: Path, *options: str) -> str:
 
 def number(name: str, printed: str) -> float:
     """What follows ``name`` in the one line that begins with it."""
-    (value,) = re.findall(rf"^{name} (\S+)", printed, re.MULTILINE)
+    (value,) = re.findall(rf"^{name} ([\d.]+)", printed, re.MULTILINE)
     return float(value)
 
 
