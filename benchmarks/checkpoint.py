@@ -1,16 +1,21 @@
 """What a checkpoint costs: seconds for which training waits, against a step, a copy in memory and a plain torch.save.
 
     python benchmarks/checkpoint.py                # two ranks on CPUs, dp=2 with the distributed optimizer
-    HIDDEN=1024 python benchmarks/checkpoint.py    # four times as large
+    HIDDEN=1024 DEVICES=1 python benchmarks/checkpoint.py    # four times as large, on one rank: no peer is waited for
 
+All sides run in turn, in each of several rounds of one run: a machine's speed changes from one minute to the next.
 Prints a table; ``benchmarks/README.md`` keeps the figures with the machine they are from.
 """
 
 import os
-import resource
+import re
+import shutil
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -18,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_megatron import GPTConfig, GPTModule, MegatronStrategy
 
-HIDDEN = int(os.environ.get("HIDDEN", "512"))
+HIDDEN, DEVICES = int(os.environ.get("HIDDEN", "512")), int(os.environ.get("DEVICES", "2"))
 CONFIG = GPTConfig(num_layers=6, hidden_size=HIDDEN, num_attention_heads=8, vocab_size=8192, seq_length=64)
-SAVES, STEPS_BETWEEN, INTERVAL = 4, 4, 100
+ROUNDS, STEPS_BETWEEN, INTERVAL = int(os.environ.get("ROUNDS", "7")), 2, 100
+COPY = "a copy in memory"
 
 
 class Tokens(Dataset):
@@ -31,71 +37,106 @@ class Tokens(Dataset):
         return {"input_ids": torch.randint(0, CONFIG.vocab_size, (CONFIG.seq_length,))}
 
 
-class Saves(Callback):
-    """Saves every few steps, and keeps the seconds of steps and of saves."""
+class Rounds(Callback):
+    """Saves in each way every few steps, and keeps the seconds of steps and saves, and what they did to the peak."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.steps, self.blocked, self.peak = folder, [], [], 0
+        self.folder = folder
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.busy: dict[str, list[float]] = defaultdict(list)  # of this thread, whatever else the machine does
+        self.rise: dict[str, int] = {}
+        self.size = 0
+        self.warm: list[torch.Tensor] = []
 
-    def on_train_batch_start(self, *_) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self.began = time.perf_counter()
 
-    def on_train_batch_end(self, trainer, *_) -> None:
-        self.steps.append(time.perf_counter() - self.began)
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.seconds["a step"].append(time.perf_counter() - self.began)
         if trainer.global_step % STEPS_BETWEEN == 0:
-            trainer.strategy.checkpointer.wait()  # what is measured is one save, not the queue of two
-            trainer.strategy.barrier()
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            start = time.perf_counter()
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-            self.blocked.append(time.perf_counter() - start)
-            self.peak = max(self.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+            self._round(trainer, trainer.strategy.checkpointer)
+
+    def _round(self, trainer: Trainer, checkpointer: Any) -> None:
+        number = len(self.seconds[COPY])
+        for name, asynchronous in (("synchronous save", False), ("asynchronous save", True)):
+            path = self.folder / f"{name}-{number}.ckpt"
+            checkpointer.asynchronous = asynchronous
+            self._time(trainer, name, lambda path=path: trainer.save_checkpoint(path), checkpointer.wait)
+        tensors = [tensor for _, tensor in checkpointer._planners[True].last.items]
+        self.size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.warm = self.warm or [torch.zeros_like(tensor) for tensor in tensors]
+        self._time(trainer, COPY, lambda: [a.copy_(b) for a, b in zip(self.warm, tensors, strict=True)])
+        file = self.folder / f"plain-{trainer.global_rank}-{number}.pt"
+        self._time(trainer, "torch.save of the same bytes", lambda: self._plain(file))
+        file.unlink()
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            for path in self.folder.glob("*.ckpt"):
+                shutil.rmtree(path)
+
+    def _time(
+        self, trainer: Trainer, name: str, action: Callable[[], Any], wait: Callable[[], Any] = lambda: None
+    ) -> None:
+        trainer.strategy.barrier()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of memory begins anew
+        before, start, busy = memory("VmRSS"), time.perf_counter(), time.thread_time()
+        action()
+        self.seconds[name].append(time.perf_counter() - start)
+        self.busy[name].append(time.thread_time() - busy)
+        wait()
+        self.rise[name] = max(self.rise.get(name, 0), memory("VmHWM") - before)
+
+    def _plain(self, path: Path) -> None:
+        with path.open("wb") as file:
+            torch.save(self.warm, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def run(asynchronous: bool, folder: Path) -> tuple[Saves, Trainer]:
-    saves = Saves(folder)
-    trainer = Trainer(
-        accelerator="cpu", devices=2, strategy=MegatronStrategy(async_save=asynchronous), callbacks=[saves],
-        max_steps=SAVES * STEPS_BETWEEN, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(GPTModule(CONFIG), DataLoader(Tokens(), batch_size=4))
-    return saves, trainer
+def memory(name: str) -> int:
+    """Bytes of this process's memory now (VmRSS) or at its peak (VmHWM)."""
+    return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def copied_and_saved(trainer: Trainer, folder: Path) -> tuple[float, float, int]:
-    """Seconds to copy this rank's part in memory, and to torch.save it, and its bytes."""
-    kept = trainer.strategy.checkpointer._copies._kept
-    warm = [torch.empty_like(tensor) for tensor in kept]
-    copies = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for to, tensor in zip(warm, kept, strict=True):
-            to.copy_(tensor)
-        copies.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    with (folder / f"plain-{trainer.global_rank}.pt").open("wb") as file:
-        torch.save(kept, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return min(copies[1:]), time.perf_counter() - start, sum(t.numel() * t.element_size() for t in kept)
+def middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def main() -> None:
     folder = Path(os.environ.setdefault("CHECKPOINT_BENCHMARK", tempfile.mkdtemp()))
-    plain, trainer = run(False, folder / "sync")
-    beside, trainer = run(True, folder / "async")
-    copy, saved, size = copied_and_saved(trainer, folder)
+    rounds = Rounds(folder)
+    trainer = Trainer(
+        accelerator="cpu", devices=DEVICES, strategy=MegatronStrategy(async_save=True), callbacks=[rounds],
+        max_steps=(ROUNDS + 1) * STEPS_BETWEEN, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(GPTModule(CONFIG), DataLoader(Tokens(), batch_size=4))
+    trainer.strategy.barrier()
     if trainer.is_global_zero:
-        step = sorted(plain.steps)[len(plain.steps) // 2]
-        blocked = {"synchronous": plain.blocked[1:], "asynchronous": beside.blocked[1:]}
-        print(f"\nthis rank's part: {size / 1e6:.0f} MB; a step: {step:.3f} s; load: {os.getloadavg()[0]:.1f}")
-        print("| what waits | seconds (median, saves 2 to 4) | of 100 steps | of a copy in memory |\n|---|---|---|---|")
-        for name, seconds in {**blocked, "a copy in memory": [copy], "torch.save of the same bytes": [saved]}.items():
-            middle = sorted(seconds)[len(seconds) // 2]
-            print(f"| {name} | {middle:.3f} | {100 * middle / (INTERVAL * step):.2f} % | {middle / copy:.2f} |")
-        rise = plain.peak * 1024 / size
-        print(f"the synchronous saves raised the peak of memory by {100 * rise:.0f} % of the part that was written")
+        report(rounds)
+        shutil.rmtree(folder)
+
+
+def report(rounds: Rounds) -> None:
+    step, first = middle(rounds.seconds.pop("a step")[STEPS_BETWEEN:]), rounds.seconds["asynchronous save"][0]
+    print(f"\nthis rank's part: {rounds.size / 1e6:.0f} MB; a step: {step:.3f} s; load: {os.getloadavg()[0]:.1f}")
+    print(
+        f"| {ROUNDS} rounds | median, s | least, s | of 100 steps | of a copy: median | least | of processor | memory |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    copies = rounds.seconds[COPY][1:]
+    for name, every in rounds.seconds.items():
+        seconds = every[1:]  # the first makes plans and buffers
+        busy = middle(rounds.busy[name][1:]) / middle(rounds.busy[COPY][1:])
+        ratio = middle([a / b for a, b in zip(seconds, copies, strict=True)])
+        print(
+            f"| {name} | {middle(seconds):.4f} | {min(seconds):.4f} | {100 * middle(seconds) / (INTERVAL * step):.2f} %"
+            f" | {ratio:.2f} | {min(seconds) / min(copies):.2f} | {busy:.2f}"
+            f" | {100 * rounds.rise[name] / rounds.size:.0f} % |"
+        )
+    print("of a copy, of processor: this thread's processor time over that of a copy, medians")
+    print("memory: by how much the peak rose, of this rank's part")
+    print(f"the first asynchronous save, into memory that is new: {first:.3f} s, {first / middle(copies):.1f} copies")
 
 
 if __name__ == "__main__":

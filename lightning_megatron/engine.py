@@ -6,7 +6,7 @@ Knows neither Lightning nor any task: a ``step`` function runs one micro-batch t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -59,6 +59,7 @@ class Engine:
         ddp: Settings of megatron-core's data parallelism; None for an engine that only evaluates.
         by_token: Whether losses are weighed by their tokens, else every micro-batch by its rows.
         device: Where the model is.
+        draws: Where the model's random numbers come from: a context around each schedule.
     """
 
     def __init__(
@@ -69,16 +70,23 @@ class Engine:
         ddp: DistributedDataParallelConfig | None,
         by_token: bool,
         device: torch.device,
+        draws: Callable[[], AbstractContextManager[Any]] = model_rng,
     ) -> None:
         self.layout = layout
         self.config = config
         self.by_token = by_token
         self.device = device
+        self._draws = draws
         self.trains = ddp is not None
         self.chunks: list[Any] = [_wrap(c, config, ddp, i) for i, c in enumerate(chunks)] if ddp else list(chunks)
         for number, chunk in enumerate(self.chunks):
             chunk.__dict__["chunk_number"] = number
         self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
+        # Whether a rank's parameters are parts of the model, of other sizes than its neighbours'.
+        self.has_parts = layout.pp > 1 or any(
+            getattr(p, "tensor_model_parallel", False) for p in chunks[0].parameters()
+        )
+        self._homes = [(p, p.data, p.requires_grad) for chunk in self.chunks for p in chunk.parameters()]
         self.has_notes: Callable[[], bool] = lambda: False  # asked after each batch, answered in its outcome
         self._window_weight = 0.0
         self.has_gradients = False  # of batches since the last step
@@ -100,6 +108,22 @@ class Engine:
                 chunk.disable_forward_pre_hook(param_sync=False)
             chunk.param_to_bucket_group = {}
             chunk.grad_accs.clear()  # the only hold on the autograd nodes that the gradient hooks are on
+
+    def bring_home(self) -> bool:
+        """Put weights back into megatron-core's buffers that ``parameter.data = ...`` took out; whether any was."""
+        moved = [(p, home) for p, home, _ in self._homes if p.data_ptr() != home.data_ptr() or p.dtype != home.dtype]
+        for parameter, home in moved:
+            home.copy_(parameter.data)
+            parameter.data = home
+        return bool(moved)
+
+    def _check_trained(self) -> None:
+        """Refuse a ``requires_grad`` that has changed since the gradients' buffers were laid out."""
+        if any(parameter.requires_grad != trained for parameter, _, trained in self._homes):
+            raise RuntimeError(
+                "requires_grad of a parameter has changed in the middle of a run, and megatron-core's gradient buffers"
+                " are laid out at its start. Freeze and unfreeze before fit, and call fit again for the next phase."
+            )
 
     def share_buffers(self) -> None:
         """Give every replica the first one's batch norms' means and their like, which differ after a training step."""
@@ -128,6 +152,7 @@ class Engine:
         config = self.config
         if not self.has_gradients:
             self.share_buffers()
+            self._check_trained()
             self.has_gradients = True
         with ExitStack() as stack:
             config.finalize_model_grads_func = None
@@ -176,7 +201,7 @@ class Engine:
 
         iterators = [slices(batch, cut) for _ in self.chunks]
         several = len(self.chunks) > 1
-        with model_rng():
+        with self._draws():
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if several else iterators[0],
@@ -203,7 +228,7 @@ class Engine:
                 "training_step (or validation_step, ...) returned None. MegatronStrategy skips no batch: replicas and"
                 " stages wait for one another. Return a loss; zero (loss * 0.0) where a batch shall count for nothing."
             )
-        return output * share, share
+        return output.reshape(()) * share, share
 
     def _finalize(self, window: int, model: Any, _: Any, pg_collection: Any = None, **__: Any) -> None:
         """Reduce the gradients and divide by the weight of the whole window, over all replicas.

@@ -8,12 +8,15 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import WarningCache
 
 from lightning_megatron.engine import Engine
 
 _OF_CALLBACKS = ("on_after_backward", "on_before_optimizer_step")
-_OF_MODULES = (*_OF_CALLBACKS, "configure_gradient_clipping")
+_OF_MODULES = (*_OF_CALLBACKS, "configure_gradient_clipping", "optimizer_step")
+
+
+_warnings = WarningCache()
 
 
 def has_onlookers(trainer: pl.Trainer) -> bool:
@@ -37,7 +40,7 @@ class ShownGradients:
 
     def __init__(self, engine: Engine, loss_scale: float) -> None:
         self._loss_scale = loss_scale
-        self._parts_of_models = engine.layout.tp * engine.layout.pp > 1
+        self._parts_of_models = engine.has_parts
         self._buffers = [b for chunk in engine.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         for buffer in self._buffers:
             _gather(buffer)
@@ -47,8 +50,13 @@ class ShownGradients:
                 _set(parameter, parameter.main_grad)
         self._versions = self._seen_versions()
 
-    def take_back(self) -> None:
-        """Hide the gradients again; what hooks changed in them, or put in their place, is what the optimizer gets."""
+    def take_back(self) -> bool:
+        """Hide the gradients again; what hooks changed in them, or put in their place, is what the optimizer gets.
+
+        Returns:
+            Whether any is left: hooks may have set all to None, as ``module.zero_grad()`` does.
+        """
+        left = [p for buffer in self._buffers for p in buffer.params if p.grad is not None or not _can_show(p)]
         changed = self._seen_versions() != self._versions
         for buffer in self._buffers:
             for parameter in buffer.params:
@@ -61,10 +69,11 @@ class ShownGradients:
             if self._loss_scale != 1.0:
                 buffer.grad_data.mul_(self._loss_scale)
         if changed and self._parts_of_models:
-            rank_zero_warn(
+            _warnings.warn(
                 "A hook has changed gradients. Each rank sees those of its own part of the model: a norm of them is not"
                 " the model's, and differs from rank to rank. Clip with self.clip_gradients or gradient_clip_val."
             )
+        return bool(left)
 
     def _seen_versions(self) -> list[int]:
         return [buffer.grad_data._version for buffer in self._buffers]

@@ -25,7 +25,7 @@ Stack = Literal["encoder", "decoder"]
 T = TypeVar("T")
 
 _built: ParallelLayout | None = None
-_host: dist.ProcessGroup | None = None
+_host: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 _stacks: dict[Stack, dist.ProcessGroup] = {}
 _alone = False
 
@@ -126,13 +126,22 @@ def data_parallel() -> dist.ProcessGroup:
 
 
 def on_host() -> dist.ProcessGroup:
-    """A group of all ranks over Gloo, for what a checkpoint says on the host, in a thread of its own or not.
+    """A group of all ranks over Gloo, for what they say to each other on the host.
 
     Made at the first call, by all ranks.
     """
+    return _hosts()[0]
+
+
+def beside_training() -> dist.ProcessGroup:
+    """As ``on_host``, for a thread of its own: two threads on one group would take each other's messages."""
+    return _hosts()[1]
+
+
+def _hosts() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     global _host
     if _host is None:
-        _host = dist.new_group(backend="gloo")
+        _host = (dist.new_group(backend="gloo"), dist.new_group(backend="gloo"))
     return _host
 
 

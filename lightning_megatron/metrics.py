@@ -25,6 +25,13 @@ def sync_over_replicas(module: pl.LightningModule) -> None:
             metric.dist_sync_fn = gather
 
 
+def stop_syncing(module: pl.LightningModule) -> None:
+    """Undo ``sync_over_replicas``: another strategy has other replicas."""
+    for metric in _metrics(module):
+        if metric.dist_sync_fn is gather:
+            metric.dist_sync_fn = None
+
+
 def gather(tensor: torch.Tensor, group: Any | None = None) -> list[torch.Tensor]:
     """A metric's state on each replica, as the last pipeline stage has it: a ``dist_sync_fn`` of torchmetrics.
 

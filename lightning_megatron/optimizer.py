@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
@@ -90,6 +91,8 @@ class ShardedOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure (zero, forward, backward), then clip and update, unless fp16 gradients overflowed."""
+        if self.engine.bring_home():
+            self.take_changed_weights()
         self.clip_norm = 0.0  # the closure's hooks say anew whether this step is clipped
         result = closure() if closure is not None else None
         self._hide_gradients()
@@ -119,14 +122,49 @@ class ShardedOptimizer(Optimizer):
         self.engine.has_gradients = False
         return result
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: gradient buffers are laid out at the start of a run."""
+        raise MisconfigurationException(
+            "MegatronStrategy: the optimizer takes no further parameters in the middle of a run, since megatron-core's"
+            " gradient buffers are laid out at its start. Give it all that is trained in configure_optimizers, and call"
+            " fit again for the next phase."
+        )
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """The wrapped optimizer's, which makes the step."""
+        return self.inner.optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """The wrapped optimizer's, which makes the step."""
+        return self.inner.optimizer.register_step_post_hook(hook)
+
+    @torch.no_grad()
+    def take_changed_weights(self) -> None:
+        """Have main weights follow weights that hooks have set; those that only rounding parts stay as exact."""
+        for held in self.held():
+            weight = held.parameter.detach().view(-1)
+            if held.start is not None:
+                weight = weight[held.start : held.start + held.main.numel()]
+            main = held.main.detach().view(-1)
+            main.copy_(torch.where(main.to(weight.dtype) == weight, main, weight.to(main.dtype)))
+
     def show_gradients(self) -> None:
-        """Put the finished gradients into ``parameter.grad`` until the step goes on."""
+        """Put the finished gradients into ``parameter.grad`` until the step goes on; parts into the groups' shards."""
         self._shown = ShownGradients(self.engine, self.loss_scale)
+        for held in self.held():
+            gradient = held.parameter.main_grad.view(-1)  # type: ignore[attr-defined]
+            if held.start is not None and gradient.dtype == held.main.dtype:
+                held.main.grad = gradient[held.start : held.start + held.main.numel()].view_as(held.main)
 
     def _hide_gradients(self) -> None:
-        if self._shown is not None:
-            self._shown.take_back()
-            self._shown = None
+        if self._shown is None:
+            return
+        if not self._shown.take_back():
+            self.engine.has_gradients = False
+        self._shown = None
+        for held in self.held():
+            if held.start is not None:
+                held.main.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of parameters and buffers."""
@@ -203,6 +241,7 @@ def shard(
             " shards. Use one of these, or distributed_optimizer=False."
         )
     _check_groups(optimizer, engine)
+    _check_types(engine, params_dtype)
     for group in optimizer.param_groups:  # torch passes frozen ones over in each step; megatron-core does not take them
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     config = OptimizerConfig(
@@ -287,3 +326,14 @@ def _check_groups(optimizer: Optimizer, engine: Engine) -> None:
             f"{len(missing)} parameters require gradients but are in no group of the optimizer, {missing[0]!r} first."
             " Pass them to the optimizer, or freeze them (requires_grad_(False)) in configure_model."
         )
+
+
+def _check_types(engine: Engine, params_dtype: torch.dtype) -> None:
+    others = [(n, p) for c in engine.chunks for n, p in c.module.named_parameters() if p.dtype != params_dtype]
+    for name, parameter in others:
+        if parameter.requires_grad:
+            raise TypeError(
+                f"{name} is {parameter.dtype}, and this run trains {params_dtype} weights: megatron-core's buffers have"
+                f" one type. Make it {params_dtype} in configure_model, freeze it, or choose another"
+                " Trainer(precision=)."
+            )

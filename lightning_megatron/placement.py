@@ -16,7 +16,11 @@ class Placement:
 
     def __repr__(self) -> str:
         """Also what ``lightning.Fabric(strategy=)`` shows when it refuses the strategy, its one place to answer."""
-        sizes = ", ".join(f"{name}={size}" for name, size in self.sizes.items() if size not in (1, None, False))
+        sizes = ", ".join(
+            f"{name}={size}"
+            for name, size in self.sizes.items()
+            if size not in (None, False) and (size != 1 or name == "pipeline_split_rank")
+        )
         return f"<{type(self).__name__}({sizes}) for lightning.pytorch.Trainer; Fabric has no loop that it could run>"
 
     @property

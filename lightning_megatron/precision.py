@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.precision.utils import _convert_fp_tensor
+from lightning.fabric.plugins.precision.utils import _convert_fp_tensor, _DtypeContextManager
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -69,18 +69,22 @@ class MegatronPrecision(Precision):
 
     @override
     def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
-        return module.to(self.params_dtype)
+        return module if self.params_dtype == torch.float32 else module.to(self.params_dtype)
 
     @override
     def convert_input(self, data: Any) -> Any:
         """A plain module's floats follow its weights; an adapter's (loss masks) are counted with, and stay exact."""
-        if not self.plain_module or self._autocasts:
+        if not self.plain_module or self.params_dtype == torch.float32:
             return data
         return apply_to_collection(data, function=_convert_fp_tensor, dtype=torch.Tensor, dst_type=self.params_dtype)
 
     def step_context(self, device: torch.device) -> AbstractContextManager[Any]:
         """Around each micro-batch."""
-        return torch.autocast(device.type, self.compute_dtype) if self._autocasts else nullcontext()
+        if self._autocasts:
+            return torch.autocast(device.type, self.compute_dtype)
+        if self.plain_module and self.params_dtype != torch.float32:
+            return _DtypeContextManager(self.params_dtype)  # what the step makes is of the weights' type
+        return nullcontext()
 
     @override
     def clip_gradients(

@@ -55,12 +55,12 @@ class Preemption:
         requeue = self._requeue is not None and trainer.strategy.reduce_boolean_decision(
             self._signal == self._requeue, all=False
         )
-        if requeue:
-            trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue, None)  # type: ignore[arg-type]
-        elif (path := _path(trainer)) is not None:
-            rank_zero_info(f"Told to end: saving {path}.")
-            trainer.save_checkpoint(path)
-        trainer.strategy.checkpointer.wait()  # type: ignore[attr-defined]
+        with trainer.strategy.checkpointer.at_once():  # type: ignore[attr-defined]
+            if requeue:  # private (Lightning 2.6): saves, then asks SLURM to start the job anew, which ends this one
+                trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue, None)  # type: ignore[arg-type]
+            elif (path := _path(trainer)) is not None:
+                rank_zero_info(f"Told to end: saving {path}.")
+                trainer.save_checkpoint(path)
         raise SIGTERMException(_EXIT_CODE)
 
     def _note(self, number: int, _: Any) -> None:

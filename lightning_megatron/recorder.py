@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,24 @@ class _Entry:
     metric: str | None = None
     values: list[Any] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+
+
+class AtOnce:
+    """In place of a recorder where a batch is one micro-batch of a plain module: ``self.log`` is Lightning's own."""
+
+    def listening(self, share: float, chunk: int) -> AbstractContextManager[None]:
+        """Nothing is recorded."""
+        return nullcontext()
+
+    def has_entries(self) -> bool:
+        """Nothing is."""
+        return False
+
+    def replay(self, gather: bool = True) -> None:
+        """Nothing is left to log."""
+
+    def end_prediction(self) -> None:
+        """Nothing is left to do."""
 
 
 class LogRecorder:

@@ -56,9 +56,9 @@ def check_settings(
         raise MisconfigurationException(
             f"MegatronStrategy(ddp={ddp!r}): use megatron.core.distributed.DistributedDataParallelConfig(...)."
         )
-    if not initial_loss_scale > 0:
+    if not isinstance(initial_loss_scale, int | float) or not initial_loss_scale > 0:
         raise MisconfigurationException(
-            f"MegatronStrategy(initial_loss_scale={initial_loss_scale}): use a positive number, such as 65536."
+            f"MegatronStrategy(initial_loss_scale={initial_loss_scale!r}): use a positive number, such as 65536."
         )
     if on_nonfinite not in ("raise", "skip"):
         raise MisconfigurationException(f"MegatronStrategy(on_nonfinite={on_nonfinite!r}): use 'raise' or 'skip'.")
@@ -124,16 +124,6 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
             )
 
 
-def check_links(trainer: pl.Trainer) -> None:
-    """Refuse a link to a checkpoint that is still being written: a run killed then would have no ``last``."""
-    for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "save_last", None) == "link":
-            raise MisconfigurationException(
-                "MegatronStrategy(async_save=True) with ModelCheckpoint(save_last='link'): the link would be made while"
-                " the checkpoint is still being written. Use save_last=True, or async_save=False."
-            )
-
-
 def _check_module(trainer: pl.Trainer) -> None:
     """Refuse hooks that no schedule calls, and a graph that rank 0 would draw alone."""
     module, name = trainer.lightning_module, type(trainer.lightning_module).__name__
@@ -161,6 +151,11 @@ def _draws(logger: object) -> bool:
 
 def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
     """Refuse several optimizers, and manual optimization: a schedule runs forward and backward in one go."""
+    if any(type(optimizer).__name__ == "_MockOptimizer" for optimizer in optimizers):
+        raise MisconfigurationException(
+            f"{type(module).__name__}.configure_optimizers returned None. MegatronStrategy trains with one optimizer;"
+            " return one, such as torch.optim.AdamW(self.parameters())."
+        )
     if len(optimizers) != 1 or not module.automatic_optimization:
         raise MisconfigurationException(
             "MegatronStrategy trains with one optimizer and automatic optimization; seen:"
@@ -176,6 +171,8 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) ->
 
 def check_loader(layout: ParallelLayout, loader: Any, micro_batch_size: int | None, num: int | None) -> None:
     """Refuse a loader without batches, or with a ``batch_size`` that the asked-for micro-batches do not divide."""
+    if isinstance(loader, list) and not loader:  # a data module's way to say that there is none: Lightning goes on
+        return
     if sized_len(loader) == 0:
         rows = sized_len(getattr(loader, "dataset", None))
         raise MisconfigurationException(

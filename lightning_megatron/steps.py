@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from lightning_megatron import evaluation_samples, peers, refusals
+from lightning_megatron import evaluation_samples, peers
 from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.microbatch import Cut, count_rows, cut, join
 from lightning_megatron.modules.base import MegatronModule
-from lightning_megatron.modules.plain import PlainModel
+from lightning_megatron.modules.plain import PlainModel, check_output
 from lightning_megatron.precision import MegatronPrecision
-from lightning_megatron.recorder import LogRecorder
+from lightning_megatron.recorder import AtOnce, LogRecorder
 
 _LOGGED_AS = {"validation_step": "val", "test_step": "test"}
 
@@ -29,9 +30,8 @@ def make_engine(
     if isinstance(module, MegatronModule):
         chunks, by_token = list(module.chunks), module.loss_reduction == "token"
         return Engine(layout, chunks, module.chunks[0].config, ddp, by_token, device)
-    refusals.check_stages(module, layout)
     plain = PlainModel(module)
-    return Engine(layout, [plain], plain.config, ddp, False, device)
+    return Engine(layout, [plain], plain.config, ddp, False, device, draws=nullcontext)  # the user's own generators
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Steps:
         recorder.end_prediction()
         return output
 
-    def _step(self, hook: str, recorder: LogRecorder, args: Any, kwargs: Any) -> Any:
+    def _step(self, hook: str, recorder: LogRecorder | AtOnce, args: Any, kwargs: Any) -> Any:
         """One micro-batch through one chunk: the module's own hook, its logging recorded."""
         module, device = self.module, self.engine.device
         method = getattr(module, hook)
@@ -117,6 +117,8 @@ class Steps:
                 module.active_chunk = chunk
             with self.precision.step_context(device), recorder.listening(share, chunk):
                 output = method(micro_batch, *args, **kwargs)
+            if hook == "training_step" and not isinstance(module, MegatronModule):
+                check_output(output)
             if hook == "training_step" and isinstance(output, dict):
                 self._returned.append({name: value for name, value in output.items() if name != "loss"})
             return output
@@ -127,14 +129,17 @@ class Steps:
         """The micro-batches of ``batch`` and the length of its hidden states."""
         if self._batch_idx(args) == 0:
             peers.check_same_batch(batch)
-        asked = (self.micro_batch_size, self.num_microbatches)
-        if not isinstance(self.module, MegatronModule) and asked == (None, None):
+        if not isinstance(self.module, MegatronModule) and self._asked == (None, None):
             return Cut((1,)), 1  # one micro-batch, whatever the batch is made of
-        chosen = cut(self.engine.layout, count_rows(batch), *asked)
+        chosen = cut(self.engine.layout, count_rows(batch), *self._asked)
         if not self.told and self.engine.layout.pp > 1:
             self.told = True
             rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
         return chosen, self.module.sequence_length(batch) if isinstance(self.module, MegatronModule) else 1
+
+    @property
+    def _asked(self) -> tuple[int | None, int | None]:
+        return self.micro_batch_size, self.num_microbatches
 
     def _batch_idx(self, args: Any) -> int:
         """The batch's number; the loop knows it where the hook does not take it."""
@@ -143,12 +148,16 @@ class Steps:
         loop: Any = self.module.trainer._active_loop  # private (Lightning 2.6)
         return int(getattr(loop, "epoch_loop", loop).batch_progress.current.ready) - 1
 
-    def _record(self, batch: Any) -> LogRecorder:
-        recorder = LogRecorder(self.module, count_rows(batch) if isinstance(self.module, MegatronModule) else 1)
+    def _record(self, batch: Any) -> LogRecorder | AtOnce:
+        if isinstance(self.module, MegatronModule):
+            recorder: LogRecorder | AtOnce = LogRecorder(self.module, count_rows(batch))
+        else:
+            several = self.module.trainer.training and self._asked != (None, None)
+            recorder = LogRecorder(self.module, 1) if several else AtOnce()
         self.engine.has_notes = recorder.has_entries
         return recorder
 
-    def _report(self, stage: str, outcome: Outcome, recorder: LogRecorder) -> None:
+    def _report(self, stage: str, outcome: Outcome, recorder: LogRecorder | AtOnce) -> None:
         recorder.replay(gather=outcome.noted)
         if isinstance(self.module, MegatronModule):
             self.module.log_loss(stage, outcome.loss, outcome.weight)

@@ -44,7 +44,7 @@ from lightning_megatron import (
     refusals,
     report,
 )
-from lightning_megatron.checkpoint import Checkpointer, Run, local_path
+from lightning_megatron.checkpoint import Checkpointer, Run, link_when_whole, local_path
 from lightning_megatron.engine import Engine
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.base import MegatronModule
@@ -225,13 +225,13 @@ class MegatronStrategy(Placement, ParallelStrategy):
         if isinstance(model, MegatronModule):
             self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))
             model.check_layout(self.layout)
+        else:
+            refusals.check_stages(model, self.layout)
         loops.install(model.trainer)
 
     @override
     def setup_environment(self) -> None:
         refusals.check_trainer(self.lightning_module.trainer)  # type: ignore[union-attr]
-        if self.checkpointer.asynchronous:
-            refusals.check_links(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
         groups.end_alone()
         reset_seed()
@@ -240,7 +240,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
         name = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
         device = None if self.root_device.type == "cpu" else self.root_device
         assert self.cluster_environment is not None
-        _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device)
+        store = launching.store_of_this_attempt(self._timeout)
+        _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device, store=store)
         groups.build(self.layout, self._timeout)
         peers.share_random_state()
         groups.seed(torch.initial_seed())
@@ -256,6 +257,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.accelerator.setup(trainer)
         metrics.sync_over_replicas(self.lightning_module)
         model_summary.install(trainer)
+        link_when_whole(trainer)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
@@ -409,6 +411,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def on_train_start(self) -> None:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        for optimizer in self.optimizers:
+            optimizer.take_changed_weights()  # type: ignore[attr-defined]
         preemption.install(trainer)
         self._heartbeat.start()
         self.checkpointer.begin_training(self._run)
@@ -423,6 +427,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if launching.kept_checkpoint(self):
             return {}  # the ranks that had it are gone; `save_checkpoint` copies what they left
+        first_error.meet_while_handling()
         self.engine.finish_param_gather()
         self.engine.share_buffers()
         return super().lightning_module_state_dict()
@@ -432,9 +437,11 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.checkpointer.wait()
+        self.checkpointer.rest()
         self._heartbeat.stop()
         if self._engine is not None:
             self._engine.rest()
+        metrics.stop_syncing(self.lightning_module)  # type: ignore[arg-type]
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()

@@ -3,7 +3,7 @@
 import json
 import os
 import pickle
-import threading
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTModule
-from lightning_megatron.checkpoint import CheckpointError, manifest, newest, weights
+from lightning_megatron.checkpoint import CheckpointError, manifest, weights
 from lightning_megatron.checkpoint.export import export
-from lightning_megatron.checkpoint.manifest import UNFINISHED
 from lightning_megatron.cli import main
 from tests import plain_gpt
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
@@ -57,8 +57,6 @@ def good(tmp_path_factory):
 @pytest.fixture
 def copy(good, tmp_path):
     """A copy to spoil."""
-    import shutil
-
     return Path(shutil.copytree(good, tmp_path / "copy.ckpt"))
 
 
@@ -90,9 +88,40 @@ def _stock(path):
 def test_megatron_core_itself_reads_it(good):
     tensors = run_ranks(1, _stock, good)[0]
     assert tensors["model.embedding.word_embeddings.weight"].shape == (61, 32)  # without padding
-    assert tensors[
-        "optimizer.exp_avg.model.x" if False else "optimizer.exp_avg.decoder.layers.1.mlp.linear_fc1.weight"
-    ].any()
+    assert tensors["optimizer.exp_avg.decoder.layers.1.mlp.linear_fc1.weight"].any()
+    halves = run_ranks(2, _stock_halves, good)
+    whole = tensors["model.decoder.layers.0.mlp.linear_fc1.weight"]
+    assert torch.equal(torch.cat([half["first"] for half in halves]), whole)
+
+
+def _stock_halves(path):
+    """``dist_checkpointing.load`` gives each of two ranks its half of a weight."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    key = "model.decoder.layers.0.mlp.linear_fc1.weight"
+    half = ShardedTensor.from_rank_offsets(key, torch.empty(64, 32), (0, rank, 2))
+    return {"first": dist_checkpointing.load({"first": half}, f"{path}/weights")["first"]}
+
+
+def _bytes_read(layout, path):
+    read = []
+    read_data = weights._Reader.read_data
+
+    def counted(self, plan, planner):
+        read.append(sum(self.storage_data[item.storage_index].length for item in plan.items))
+        return read_data(self, plan, planner)
+
+    weights._Reader.read_data = counted
+    _load(layout, path)
+    return sum(read)
+
+
+@pytest.mark.parametrize(("layout", "share"), [(Layout(dp=2, sharded=False), 0.55), (Layout(dp=2), 0.7)], ids=str)
+def test_replicas_share_the_reading(good, layout, share):
+    """Of one replica's bytes. A flat part of the distributed optimizer cuts through pieces, which are read whole."""
+    whole = run_ranks(1, _bytes_read, Layout(), good)[0]
+    for part in run_ranks(layout.world_size, _bytes_read, layout, good):
+        assert part < share * whole
 
 
 def _weights_only(path):
@@ -208,6 +237,44 @@ def test_a_plain_module_exports_to_a_file_that_lightning_loads(tmp_path):
     loaded = PlainModule.load_from_checkpoint(export(tmp_path / "plain.ckpt", tmp_path / "one.ckpt"))
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, trained[name])
+
+
+class Factored(LoadedGPT):
+    """Adafactor keeps a row and a column for each matrix."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adafactor(self.parameters(), lr=1e-2)
+
+
+def _factored(layout, path):
+    whole, _ = fit(layout, 4, module=Factored(SMALL))
+    run, _ = fit(layout, 2, module=Factored(SMALL))
+    run.save_checkpoint(path)
+    again, _ = fit(layout, 4, load=path, module=Factored(SMALL))
+    assert again.global_step == 4
+    return [
+        torch.equal(one, other)
+        for one, other in zip(whole.lightning_module.parameters(), again.lightning_module.parameters(), strict=True)
+    ]
+
+
+def _factored_elsewhere(layout, path):
+    run, module = fit(layout, 2, load=path, module=Factored(SMALL))
+    states = [run.strategy.optimizers[0].state[parameter] for parameter in module.parameters()]
+    return [(tuple(state["row_var"].shape), state["row_var"].sum().item()) for state in states if "row_var" in state]
+
+
+def test_state_of_another_shape_goes_with_whole_weights(tmp_path):
+    for same in run_ranks(2, _factored, Layout(dp=2, sharded=False), tmp_path / "dp.ckpt"):
+        assert all(same)
+    rows = run_ranks(1, _factored_elsewhere, Layout(sharded=False), tmp_path / "dp.ckpt")[0]
+    assert (64, 1) in dict(rows)  # the vocabulary's padding has rows, too
+    assert all(total > 0 for _, total in rows)
+    with pytest.raises(RankError, match="such state cannot be cut. Use tp=1") as error:
+        run_ranks(2, _factored, Layout(tp=2, sharded=False), tmp_path / "tp.ckpt")
+    assert str(error.value).count("CheckpointError: The optimizer's state") >= 2
+    with pytest.raises(RankError, match="dp.ckpt was not loaded. The optimizer's state 'col_var'"):
+        run_ranks(2, _factored_elsewhere, Layout(tp=2, sharded=False), tmp_path / "dp.ckpt")
 
 
 # What is refused
@@ -356,167 +423,3 @@ def _remote(path):
 def test_addresses_of_object_stores_are_refused():
     with pytest.raises(RankError, match="cannot save to or load from 's3://bucket/one.ckpt'"):
         run_ranks(1, _remote, "s3://bucket/one.ckpt")
-
-
-# What a save leaves
-
-
-def _retention(folder, asynchronous, save_last):
-    callback = ModelCheckpoint(
-        folder, monitor="train_loss", save_top_k=2, every_n_train_steps=1, save_last=save_last, filename="{step}"
-    )
-    run, _ = fit(Layout(dp=2), 5, callbacks=[callback], strategy={"async_save": asynchronous})
-    names = sorted(path.name for path in Path(folder).iterdir())
-    best = callback.best_model_path
-    resumed, _ = fit(Layout(dp=2), 6, load="last", callbacks=[ModelCheckpoint(folder, save_last=True)])
-    return names, Path(best).name, resumed.global_step, [manifest.read(Path(folder) / n)["global_step"] for n in names]
-
-
-@pytest.mark.parametrize(("asynchronous", "save_last"), [(False, True), (True, True), (False, "link")])
-def test_top_k_and_last(tmp_path, asynchronous, save_last):
-    names, best, step, steps = run_ranks(2, _retention, str(tmp_path), asynchronous, save_last)[0]
-    assert names[0] == "last.ckpt"
-    assert len(names) == 3
-    assert best in names
-    assert step == 6
-    assert steps[0] == 5
-    assert UNFINISHED not in names
-
-
-def _kept_until_whole(folder):
-    """The second save is held up, while the first is due to be removed."""
-    folder, go, write, seen = Path(folder), threading.Event(), weights.write, []
-
-    class Look(Callback):
-        def on_train_batch_start(self, trainer, *_):
-            if trainer.global_step == 1:
-                trainer.strategy.checkpointer.wait()
-                weights.write = lambda *a: (go.wait(20), write(*a))[1]
-            elif trainer.global_step == 2:
-                seen.append(sorted(path.name for path in folder.glob("*.ckpt")))
-                go.set()
-
-    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="{step}")
-    fit(steps=3, callbacks=[Look(), keep], strategy={"async_save": True})
-    return seen, sorted(path.name for path in folder.glob("*.ckpt"))
-
-
-def test_the_last_good_one_stays_until_the_new_one_is_whole(tmp_path):
-    assert run_ranks(1, _kept_until_whole, str(tmp_path)) == [([["step=1.ckpt"]], ["step=3.ckpt"])]
-
-
-def _linked(folder):
-    fit(steps=1, callbacks=[ModelCheckpoint(folder, save_last="link")], strategy={"async_save": True})
-
-
-def test_a_link_to_what_is_still_being_written_is_refused(tmp_path):
-    with pytest.raises(RankError, match="save_last='link'.*Use save_last=True"):
-        run_ranks(1, _linked, str(tmp_path))
-
-
-def _versions(folder):
-    for _ in range(2):
-        fit(steps=1, callbacks=[ModelCheckpoint(folder, filename="one", every_n_train_steps=1)])
-    return sorted(path.name for path in Path(folder).iterdir())
-
-
-def test_the_version_counter_and_weights_alone(tmp_path):
-    assert run_ranks(1, _versions, str(tmp_path)) == [["one-v1.ckpt", "one.ckpt"]]
-
-
-def _leftovers(folder):
-    folder = Path(folder)
-    callback = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=0)
-    fit(steps=2, callbacks=[callback])
-    killed = manifest.staging_folder(folder / "last.ckpt")
-    (killed / "weights").mkdir(parents=True)
-    (killed / "weights" / "__0_0.distcp").write_bytes(b"half")
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        run, _ = fit(steps=3, load="last", callbacks=[ModelCheckpoint(folder, save_top_k=0)])
-    assert any("a killed save left last.ckpt; it is skipped" in str(w.message) for w in seen)
-    assert killed.exists()
-    run.save_checkpoint(folder / "next.ckpt")
-    assert not killed.exists()
-    # A `last` that is damaged is passed over, too.
-    (folder / "last.ckpt" / "manifest.json").unlink()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        run, _ = fit(steps=4, load="last", callbacks=[ModelCheckpoint(folder, save_top_k=0)])
-    assert any("the newest whole checkpoint beside it is" in str(w.message) for w in seen)
-    assert newest(folder) == folder / "next.ckpt"
-    return run.global_step
-
-
-def test_what_a_killed_save_left_is_skipped_and_cleaned(tmp_path):
-    assert run_ranks(1, _leftovers, str(tmp_path)) == [4]
-
-
-def _failing(folder, asynchronous, on_save_error):
-    """The second save finds a file where its directory should be."""
-    folder = Path(folder)
-    callback = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="{step}")
-
-    class Block(Callback):
-        def on_train_batch_start(self, trainer, *_):
-            if trainer.global_step == 1 and trainer.is_global_zero:
-                trainer.strategy.checkpointer.wait()
-                (folder / UNFINISHED).write_text("in the way")
-
-    strategy = {"async_save": asynchronous, "on_save_error": on_save_error}
-    run, _ = fit(Layout(), 3, callbacks=[Block(), callback], strategy=strategy)
-    return run.global_step, newest(folder).name
-
-
-def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path):
-    with pytest.raises(RankError, match="Nothing can be saved to .*step=2.ckpt"):
-        run_ranks(1, _failing, str(tmp_path / "a"), False, "raise")
-    assert newest(tmp_path / "a").name == "step=1.ckpt"
-    assert run_ranks(1, _failing, str(tmp_path / "b"), False, "warn") == [(3, "step=1.ckpt")]
-    assert run_ranks(1, _failing, str(tmp_path / "c"), True, "warn") == [(3, "step=1.ckpt")]
-
-
-def _background_failure(folder):
-    """The disk breaks on one rank while training goes on."""
-
-    def broken(*_):
-        if int(os.environ["RANK"]) == 1:
-            raise OSError(28, "No space left on device")
-        return write(*_)
-
-    write, weights.write = weights.write, broken
-    callback = ModelCheckpoint(folder, every_n_train_steps=1, filename="{step}")
-    try:
-        fit(Layout(dp=2), 4, callbacks=[callback], strategy={"async_save": True})
-    finally:
-        weights.write = write
-
-
-def test_a_failure_in_the_background_reaches_all_ranks(tmp_path):
-    with pytest.raises(RankError, match="Rank 1 failed: OSError: .Errno 28. No space left") as error:
-        run_ranks(2, _background_failure, str(tmp_path))
-    assert str(error.value).count("was not saved; earlier checkpoints are as they were") >= 2
-    assert newest(tmp_path) is None
-    assert not (tmp_path / UNFINISHED).exists()
-
-
-def _asynchronous(folder, layout):
-    weights_at = {}
-
-    class Keep(Callback):
-        def on_train_batch_end(self, trainer, module, *_):
-            trainer.save_checkpoint(f"{folder}/{trainer.global_step}.ckpt")
-            weights_at[trainer.global_step] = {n: p.detach().clone() for n, p in module.named_parameters()}
-
-    fit(layout, 4, callbacks=[Keep()], strategy={"async_save": True})
-    for step in (1, 4):
-        module = LoadedGPT(SMALL)
-        trainer(layout).validate(module, _data(), ckpt_path=f"{folder}/{step}.ckpt", verbose=False)
-        for name, value in module.named_parameters():
-            rows = 61 if "embed" in name and value.size(0) == 64 else None
-            assert torch.equal(value[:rows], weights_at[step][name][:rows]), (step, name)
-
-
-@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(pp=2, sharded=False)], ids=str)
-def test_the_background_writes_what_was_there_when_it_was_asked(tmp_path, layout):
-    run_ranks(2, _asynchronous, str(tmp_path), layout)

@@ -211,7 +211,7 @@ def _corrupted(folder: str, layout: Layout, steps: int, resume: str | None = Non
         batch_size=4,
         shuffle=True,
         num_workers=2,
-        collate_fn=SpanCorruptionCollator(range(5, 15), 30, eos_id=4),
+        collate_fn=SpanCorruptionCollator(range(5, 15), 30, eos_id=4, mean_span_length=1.0),
     )
     run = trainer(layout, max_steps=steps, callbacks=[seen, saving], enable_checkpointing=True)
     run.fit(MODULES["t5"](), loader, ckpt_path=resume)
@@ -256,3 +256,14 @@ def test_samples_follow_from_steps_and_accumulation(folder):
     (batches,) = run_ranks(1, _accumulated, folder)
     rows = [tuple(row) for batch in batches for row in batch]
     assert (len(batches), len(rows), len(set(rows))) == (6, 48, 48)
+
+
+def _predicted(folder: str) -> int:
+    run = trainer(Layout(tp=2))
+    logits = run.predict(MODULES["gpt"](), datamodule=make("gpt", folder))
+    return sum(len(batch) for batch in logits)
+
+
+def test_predictions_run_over_the_test_part(folder):
+    seen = run_ranks(2, _predicted, folder)
+    assert seen[0] == seen[1] > 0

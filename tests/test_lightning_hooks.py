@@ -2,6 +2,7 @@
 order, and with the same effect. Losses differ by fp32 rounding (see ``test_lightning_loops.py``)."""
 
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
+from lightning_megatron import GPTModule
 from tests.lightning_runs import CONFIG, HOOKS, MODULE_HOOKS, OurGPT, VanillaGPT, seen_by
 from tests.parallel_gpt import Layout, Rows, text_samples
 from tests.ranks import run_ranks
@@ -37,7 +39,8 @@ DATA_HOOKS = [
 
 def of_the_user(hyperparameters: Any) -> dict[str, Any]:
     """What the user saved: an adapter keeps its own arguments beside it, for ``load_from_checkpoint``."""
-    return {name: value for name, value in dict(hyperparameters).items() if name not in ("config", "loss_reduction")}
+    own = inspect.signature(GPTModule.__init__).parameters
+    return {name: value for name, value in dict(hyperparameters).items() if name not in own}
 
 
 class Counter(Callback):

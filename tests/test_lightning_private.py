@@ -9,6 +9,7 @@ from lightning.fabric.strategies.launchers.multiprocessing import _check_missing
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -99,3 +100,8 @@ def test_where_a_loop_keeps_that_it_resumes():
 def test_where_refusals_look():
     assert ParallelStrategy.__init__.__code__.co_names.count("_layer_sync") == 1
     assert TensorBoardLogger(".", log_graph=True)._log_graph
+
+
+def test_a_checkpoint_callback_makes_its_links_by_a_method_of_its_own():
+    assert list(inspect.signature(ModelCheckpoint._link_checkpoint).parameters) == ["trainer", "filepath", "linkpath"]
+    assert "self._link_checkpoint(trainer, " in inspect.getsource(ModelCheckpoint._save_last_checkpoint)

@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Any, Any, str]] = {
         r"one optimizer and automatic optimization; seen: 1 optimizers, automatic_op",
     ),
     "several optimizers": (Several, dict, "Training with multiple optimizers"),
-    "no optimizer": (NoOptimizer, dict, "not _MockOptimizer"),
+    "no optimizer": (NoOptimizer, dict, "configure_optimizers returned None"),
     "manual_backward": (ManualBackward, dict, "automatic optimization"),
     "sync_batchnorm": (Module, lambda: {"sync_batchnorm": True}, r"Trainer\(sync_batchnorm=True\)"),
     "compiled module": (lambda: torch.compile(Module(), backend="eager"), dict, "avoid passing in compiled model"),

@@ -3,13 +3,16 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader
 
 from lightning_megatron.checkpoint import manifest
@@ -19,10 +22,10 @@ from tests.test_checkpoints import SMALL
 from tests.test_training import trainer
 
 
-def fit(layout, steps, callbacks, load=None, strategy=None, module=None, accumulate=1):
+def fit(layout, steps, callbacks, load=None, strategy=None, module=None, accumulate=1, **options):
     run = trainer(
         layout, strategy, max_steps=steps, max_epochs=-1, callbacks=callbacks, accumulate_grad_batches=accumulate,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks), **options,
     )  # fmt: skip
     run.fit(module or LoadedGPT(SMALL), DataLoader(Rows(text_samples(SMALL, 48)), batch_size=4), ckpt_path=load)
     return run
@@ -54,6 +57,103 @@ def test_sigterm_saves_stops_and_resumes(tmp_path, accumulate, asynchronous):
         assert (code, step) == (143, 8)
         assert batches == {1: 4, 3: 18}[accumulate]
     assert manifest.read(tmp_path / "last.ckpt")["global_step"] == {1: 4, 3: 2}[accumulate]
+
+
+class Requeued(Signal):
+    """SLURM's signal before the end of a job's time, which comes to one rank only."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 3 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _under_slurm(folder, asynchronous, resumed):
+    rank = os.environ["RANK"]
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        del os.environ[name]
+    os.environ.update(SLURM_NTASKS="2", SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NODEID="0")
+    os.environ.update(SLURM_JOB_ID="4711", SLURM_JOB_NAME="train", SLURM_NTASKS_PER_NODE="2")
+    os.environ["PATH"] = f"{folder}/bin:{os.environ['PATH']}"
+    watch = Watch()
+    run = trainer(
+        Layout(tp=2), {"async_save": asynchronous}, max_steps=8, max_epochs=-1, default_root_dir=folder,
+        callbacks=[watch] if resumed else [watch, Requeued()],
+    )  # fmt: skip
+    data = DataLoader(Rows(text_samples(SMALL, 48)), batch_size=4, shuffle=True)
+    stop = None
+    try:
+        run.fit(LoadedGPT(SMALL), data)
+    except SystemExit as error:
+        stop = error.code
+    return type(run.strategy.cluster_environment).__name__, stop, run.global_step, watch.losses
+
+
+def _uninterrupted():
+    watch = Watch()
+    run = trainer(Layout(tp=2), max_steps=8, max_epochs=-1, callbacks=[watch])
+    run.fit(LoadedGPT(SMALL), DataLoader(Rows(text_samples(SMALL, 48)), batch_size=4, shuffle=True))
+    return watch.losses
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_slurm_requeues_a_job_once_its_checkpoint_is_whole(tmp_path, asynchronous):
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/asked; ls {tmp_path}/hpc_ckpt_1.ckpt >> {tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    first = run_ranks(2, _under_slurm, str(tmp_path), asynchronous, False)
+    assert (tmp_path / "asked").read_text().split()[:3] == ["requeue", "4711", "manifest.json"]
+    second = run_ranks(2, _under_slurm, str(tmp_path), asynchronous, True)
+    whole = run_ranks(2, _uninterrupted)[0]
+    for before, after in zip(first, second, strict=True):
+        assert before[:3] == ("SLURMEnvironment", 143, 4)
+        assert after[:3] == ("SLURMEnvironment", None, 8)
+        assert before[3] + after[3] == whole
+
+
+class TimeIsUp(Callback):
+    """The clock of one rank is ahead."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 3 and trainer.global_rank == 0:
+            timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))
+            timer._offset = 3600  # private (Lightning 2.6): seconds of the runs before
+
+
+def _max_time(folder):
+    whole, watch, after = Watch(), Watch(), Watch()
+    fit(Layout(tp=2), 8, [whole])
+    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
+    stopped = fit(Layout(tp=2), 8, [watch, TimeIsUp(), keep], max_time={"hours": 1})
+    fit(Layout(tp=2), 8, [after, ModelCheckpoint(folder)], load="last")
+    return stopped.global_step, watch.losses + after.losses == whole.losses
+
+
+def test_max_time_stops_all_ranks_at_one_step_and_the_run_resumes(tmp_path):
+    assert run_ranks(2, _max_time, str(tmp_path)) == [(4, True)] * 2
+
+
+def _restarts(folder, *options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [*command, "-m", "tests.restarted_script", folder], capture_output=True, text=True, cwd=root, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return torch.load(folder / "end.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_torchrun_restarts_after_a_kill_and_ends_with_the_same_weights(tmp_path, asynchronous):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ("kill-async" if asynchronous else "kill")).touch()
+    whole = _restarts(tmp_path / "whole")
+    killed = _restarts(tmp_path / "killed", "--max-restarts=1")
+    assert (whole["from"], killed["from"]) == (0, 4)
+    for name, value in whole["weights"].items():
+        assert torch.equal(killed["weights"][name], value), name
 
 
 class Bad(LoadedGPT):

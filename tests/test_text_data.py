@@ -412,6 +412,20 @@ def test_epochs_differ_and_runs_repeat_under_the_trainer(tmp_path: Path) -> None
     assert run(shuffle=False)["train"][1] == sorted(first, key=lambda t: 13 if t == 95 else t)
 
 
+class PredictingModel(RecordingModel):
+    """Predicts a sample's first token to be what it is."""
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return batch["text"][:, 0]
+
+
+def test_prediction_runs_over_the_test_split(tmp_path: Path) -> None:
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", devices=1, **options)  # type: ignore[arg-type]
+    predicted = trainer.predict(PredictingModel(), numbered(tmp_path, 2, batch_size=7, split=(0.5, 0.4, 0.1)))
+    assert torch.cat(predicted).tolist() == list(range(108, 120))  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def process_group() -> Iterator[None]:
     """Takes away what a distributed strategy leaves behind for the tests that come later."""

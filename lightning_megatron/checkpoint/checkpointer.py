@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +13,14 @@ import lightning.pytorch as pl
 import megatron.core
 import torch
 import torch.distributed as dist
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from megatron.core.dist_checkpointing import ShardedTensor
 
-from lightning_megatron import groups
 from lightning_megatron.checkpoint import (
-    comparison,
+    loading,
     manifest,
     optimizer_state,
     progress,
@@ -27,7 +30,7 @@ from lightning_megatron.checkpoint import (
 )
 from lightning_megatron.checkpoint.loaders import Resumption
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.checkpoint.places import Place, places
+from lightning_megatron.checkpoint.places import Place, by_parameter, places
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.optimizer import ShardedOptimizer
 
@@ -103,17 +106,29 @@ class Checkpointer:
             run: What it is of.
         """
         try:
-            self.wait()
-            staging = writing.prepare(path)
             content = self._content(state, run)
-            if self.asynchronous:
-                content.plan.items = self._copies.of(content.plan.items)
-                self._background.start(lambda: writing.write(content, path, staging))
-            else:
-                writing.write(content, path, staging)
+            # After a run nobody is there to wait: the script may end.
+            if not self.asynchronous or run.trainer.state.status != TrainerStatus.RUNNING:
+                self.wait()
+                writing.write(content, path)
                 self._last_save_failed = False
+                return
+            if not self._is_copied(content.part.items):
+                self.wait()
+                self._copies.take(content.part.items)
+            content.part = self._copies.part
+            self._background.start(lambda: writing.write(content, path))
         except CheckpointError as error:
             self._failed(error)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Have saves be whole when they return, where what follows may end the run."""
+        before, self.asynchronous = self.asynchronous, False
+        try:
+            yield
+        finally:
+            self.asynchronous = before
 
     def wait(self) -> None:
         """Wait for a save that goes on in the background.
@@ -140,44 +155,74 @@ class Checkpointer:
         """Delete a checkpoint; called by every rank, done by the first, and not before a newer one is whole."""
         if self._last_save_failed:
             rank_zero_warn(f"{path} is kept: the save after it failed.")
-        elif dist.get_rank() != 0:
-            return
-        elif self._background.busy:
-            self._background.after(lambda: manifest.remove(path))
+        elif dist.get_rank() == 0:
+            self._in_turn(lambda: manifest.remove(path), f"{path} could not be removed")
+
+    def link(self, path: Path, target: Path) -> None:
+        """Have ``path`` be a link to ``target`` once that is whole; called by every rank, done by the first."""
+        if dist.get_rank() == 0 and path != target and not self._last_save_failed:
+            self._in_turn(lambda: manifest.make_link(path, target), f"{path} could not be linked to {target}")
+
+    def rest(self) -> None:
+        """Let go of the memory that is kept for the next save."""
+        self._copies = writing.HostCopies()
+        self._planners = {}
+
+    def _in_turn(self, action: Callable[[], None], otherwise: str) -> None:
+        """Do something now, or once the save that goes on has succeeded; the training is worth more than that."""
+
+        def attempt() -> None:
+            try:
+                action()
+            except OSError as error:
+                rank_zero_warn(f"{otherwise}: {error}")
+
+        if self._background.busy:
+            self._background.start(attempt)
         else:
-            manifest.remove(path)
+            attempt()
+
+    def _is_copied(self, items: list[tuple[Any, torch.Tensor]]) -> bool:
+        """Whether every rank has these very values in host memory, from the save before (as with ``save_last``)."""
+        return self._background.busy and writing.agree("", self._copies.hold(items))
 
     def _failed(self, error: CheckpointError) -> None:
         self._last_save_failed = True
         if self.on_save_error == "raise":
             raise error
-        rank_zero_warn(f"{error} Training goes on without it.")
+        rank_zero_warn(f"{str(error).rstrip(chr(46))}. Training goes on without it.")
 
     def _content(self, state: State, run: Run) -> writing.Content:
+        """What to write, on all ranks, or an error on all ranks."""
         full = "optimizer_states" in state
-        where = places(run.module)
-        shards = []
-        for name, value in state["state_dict"].items():
-            if isinstance(value, torch.Tensor):
-                place = _place(where, name)
-                shards += place.shards(value.detach(), f"model.{place.key}")
-        if full and run.optimizer is not None:
-            shards += optimizer_state.shards(run.optimizer, _by_parameter(run.module, where))
-        plan = self._planners.setdefault(full, weights.Planner()).plan(shards)
+        optimizer = run.optimizer if full else None
+        planner = self._planners.setdefault(full, weights.Planner())
+        known, problem = planner.knows(_tensors(state, optimizer)), ""
+        try:
+            rank_state, files, about = self._all_but_tensors(state, run, full)
+            shards = [] if known else _shards(state, run.module, optimizer)
+        except Exception as error:
+            problem = str(error) if isinstance(error, CheckpointError) else writing.describe(error)
+        plan = planner.last if writing.agree(problem, known) else None
+        if plan is None:
+            plan = planner.plan(_shards(state, run.module, optimizer) if known else shards)
+        return writing.Content(writing.Part(plan.items), plan.metadata, rank_state, files, about)
+
+    def _all_but_tensors(self, state: State, run: Run, full: bool) -> tuple[bytes, dict[str, bytes], State]:
+        """This rank's own state, and of the first rank its files and the manifest."""
         position = progress.position(run.trainer)
         progress.put_right(state["loops"], position)
+        loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
+        own = self.resumption.record(position, run.layout.dp) | {"combined_loader": loaders}
+        rank_state = trainer_state.dumps(own, loaders)
+        if dist.get_rank() != 0:
+            return rank_state, {}, {}
         rest = {key: value for key, value in state.items() if key not in _SHARDED}
         rest["optimizer_states"] = state.get("optimizer_states")
         others = {n: v for n, v in state["state_dict"].items() if not isinstance(v, torch.Tensor) and v is not None}
-        rest["state_dict"] = others
-        loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
-        rank_state = self.resumption.record(position, run.layout.dp) | {"combined_loader": loaders}
-        files: dict[str, bytes] = {}
-        names: list[str] = []
-        if dist.get_rank() == 0:
-            plain, objects, names = trainer_state.split(rest)
-            files = {trainer_state.STATE: plain} | ({trainer_state.OBJECTS: objects} if objects else {})
-        return writing.Content(plan, trainer_state.dumps(rank_state, loaders), files, _about(state, run, full, names))
+        plain, objects, names = trainer_state.split({**rest, "state_dict": others})
+        files = {trainer_state.STATE: plain} | ({trainer_state.OBJECTS: objects} if objects else {})
+        return rank_state, files, _about(state, run, full, names)
 
     # Loading
 
@@ -188,15 +233,13 @@ class Checkpointer:
             CheckpointError: It is not whole, is damaged, or does not fit.
         """
         self.wait()
-        path, about = self._choose(path, run)
-        self._check(path, about)
-        state = self._trainer_state(path, about)
+        path, about = loading.choose(path, run.trainer)
+        loading.check(path, about, self.verify)
+        state = loading.trainer_state_of(path, about, self.trust)
         full = state["optimizer_states"] is not None
         if not full:
             del state["optimizer_states"]
-        where = places(run.module)
-        stored = weights.stored(path / writing.WEIGHTS)
-        tensors, finish = self._read_tensors(path, run, where, stored, full)
+        tensors, finish = loading.read(path, run.module, run.optimizer if full else None)
         others = {n: v for n, v in run.module.state_dict().items() if not isinstance(v, torch.Tensor)}
         state["state_dict"] = {**others, **state["state_dict"], **tensors}
         if full and run.optimizer is not None:
@@ -208,60 +251,6 @@ class Checkpointer:
     def begin_training(self, run: Run) -> None:
         """Put data and random states in their saved places, just before the first step."""
         self.resumption.begin(run.trainer, run.layout.dp, self._same_layout)
-
-    def _choose(self, path: Path, run: Run) -> tuple[Path, dict[str, Any]]:
-        """The first rank looks; for a damaged ``last`` it takes the newest whole one beside it."""
-        answer: list[Any] = [None]
-        if dist.get_rank() == 0:
-            answer = [_choose(path, run.trainer)]
-        dist.broadcast_object_list(answer, src=0, group=groups.on_host())
-        if isinstance(answer[0], str):
-            raise CheckpointError(answer[0])
-        return answer[0]
-
-    def _check(self, path: Path, about: dict[str, Any]) -> None:
-        """Each rank checks its share of the files; what one finds, all raise."""
-        names = sorted(about["files"])[dist.get_rank() :: dist.get_world_size()]
-        every: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(every, manifest.damage(path, about, names, self.verify), group=groups.on_host())
-        found = [line for lines in every for line in lines]
-        if found:
-            raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{comparison.listed(found)}")
-
-    def _trainer_state(self, path: Path, about: dict[str, Any]) -> State:
-        objects = path / trainer_state.OBJECTS
-        return trainer_state.join(
-            (path / trainer_state.STATE).read_bytes(),
-            objects.read_bytes() if objects.is_file() else None,
-            about["objects"],
-            self.trust,
-        )
-
-    def _read_tensors(
-        self, path: Path, run: Run, where: dict[str, Place], stored: dict[str, Any], full: bool
-    ) -> tuple[dict[str, torch.Tensor], Any]:
-        """Into buffers, so that nothing has changed if a file turns out unreadable."""
-        shapes = {key: tuple(value.size) for key, value in stored.items() if key.startswith("model.")}
-        lines = comparison.differences({f"model.{p.key}": p.shape for p in where.values()}, shapes)
-        if lines and run.module.strict_loading:
-            comparison.refuse(path, lines)
-        if lines:
-            rank_zero_warn(f"Not loaded from {path}, for they differ:\n{comparison.listed(lines.values())}")
-        tensors: dict[str, torch.Tensor] = {}
-        shards = []
-        for name, tensor in run.module.state_dict().items():
-            if not isinstance(tensor, torch.Tensor) or f"model.{where[name].key}" in lines:
-                continue
-            tensors[name] = torch.zeros_like(tensor) if where[name].is_padded else torch.empty_like(tensor)
-            shards += where[name].shards(tensors[name], _source(where[name], tensor, stored))
-        finish = None
-        if full and run.optimizer is not None:
-            types = {key: value.properties.dtype for key, value in stored.items()}
-            loading = optimizer_state.Loading(run.optimizer, _by_parameter(run.module, where), types)
-            shards += loading.shards
-            finish = loading.finish
-        weights.read(shards, path / writing.WEIGHTS)
-        return tensors, finish
 
     def _read_rank_state(self, path: Path, about: dict[str, Any], run: Run, state: State) -> None:
         """This rank's random states and loaders, or under another layout those of a rank with the same data."""
@@ -284,6 +273,24 @@ class Checkpointer:
         self.resumption.load(record)
 
 
+def link_when_whole(trainer: pl.Trainer) -> None:
+    """Have the links of ``ModelCheckpoint(save_last="link")`` made by the checkpointer.
+
+    Lightning makes them at once, to a checkpoint that may still be being written.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "save_last", None) == "link":
+            callback._link_checkpoint = _link  # type: ignore[attr-defined]  # private (Lightning 2.6)
+
+
+def _link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+    checkpointer = getattr(trainer.strategy, "checkpointer", None)
+    if checkpointer is None:  # the callback has come to a run under another strategy
+        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+    else:
+        checkpointer.link(local_path(linkpath), local_path(filepath))
+
+
 def local_path(path: Any) -> Path:
     """A path on a file system that is mounted.
 
@@ -300,6 +307,29 @@ def local_path(path: Any) -> Path:
     return Path(text.removeprefix("file://"))
 
 
+def _tensors(state: State, optimizer: ShardedOptimizer | None) -> list[tuple[str, Any]]:
+    """All that is written as shards, by names that tell one from the other."""
+    found = list(state["state_dict"].items())
+    if optimizer is not None:
+        for number, held in enumerate(optimizer.held()):
+            found.append((f"{number}", held.main))
+            found += [(f"{number}.{name}", value) for name, value in optimizer.state.get(held.main, {}).items()]
+    return found
+
+
+def _shards(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer | None) -> list[ShardedTensor]:
+    """This rank's tensors, with their places in the whole model's."""
+    where = places(module)
+    shards = []
+    for name, value in state["state_dict"].items():
+        if isinstance(value, torch.Tensor):
+            place = _place(where, name)
+            shards += place.shards(value.detach(), f"model.{place.key}")
+    if optimizer is not None:
+        shards += optimizer_state.shards(optimizer, by_parameter(module, where))
+    return shards
+
+
 def _place(where: dict[str, Place], name: str) -> Place:
     if name not in where:
         raise CheckpointError(
@@ -307,16 +337,6 @@ def _place(where: dict[str, Place], name: str) -> Place:
             " it under a key of its own: checkpoint['mine'] = ..."
         )
     return where[name]
-
-
-def _by_parameter(module: pl.LightningModule, where: dict[str, Place]) -> dict[int, Place]:
-    return {id(p): where[name] for name, p in module.state_dict(keep_vars=True).items() if name in where}
-
-
-def _source(place: Place, tensor: torch.Tensor, stored: dict[str, Any]) -> str:
-    """The stored tensor for a weight: fp32 runs take the fp32 main weights of others, where there are any."""
-    main = f"optimizer.{optimizer_state.MAIN_WEIGHT}.{place.key}"
-    return main if tensor.dtype == torch.float32 and main in stored else f"model.{place.key}"
 
 
 def _about(state: State, run: Run, full: bool, objects: list[str]) -> dict[str, Any]:
@@ -329,24 +349,3 @@ def _about(state: State, run: Run, full: bool, objects: list[str]) -> dict[str, 
         "objects": objects,
         "versions": versions,
     }
-
-
-def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | str:
-    left = manifest.leftovers(path.parent)
-    if left:
-        names = ", ".join(sorted(p.name for p in left))
-        rank_zero_warn(f"{path.parent}: a killed save left {names}; it is skipped, and removed by the next save.")
-    try:
-        about = manifest.read(path)
-        wrong = manifest.damage(path, about, list(about["files"]), checksums=False)
-        if wrong:
-            raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{comparison.listed(wrong)}")
-        return path, about
-    except CheckpointError as error:
-        last = tuple(getattr(callback, "CHECKPOINT_NAME_LAST", "last") for callback in trainer.checkpoint_callbacks)
-        other = manifest.newest(path.parent) if path.name.startswith(last) else None
-        if other is None:
-            return str(error)
-        rank_zero_warn(f"{error}\nIt is skipped; the newest whole checkpoint beside it is {other}.")
-        rank_zero_info(f"Resuming from {other}.")
-        return other, manifest.read(other)

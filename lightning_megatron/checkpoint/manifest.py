@@ -89,6 +89,12 @@ def read(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint {path}.")
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file, and checkpoints of MegatronStrategy are directories. If another strategy of Lightning's"
+            " wrote it, a plain LightningModule takes its weights before fit, without ckpt_path:"
+            " module.load_state_dict(torch.load(path)['state_dict'])."
+        )
     if not file.is_file():
         raise CheckpointError(
             f"{path} is no whole checkpoint of MegatronStrategy: it has no {MANIFEST}, which is written last."
@@ -150,6 +156,9 @@ def remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
         return
+    for link in path.parent.iterdir():  # what was linked to it names the next newest
+        if link.is_symlink() and link.resolve() == path.resolve() and (other := newest(path.parent, but=path)):
+            make_link(link, other)
     aside = path.parent / UNFINISHED / f"removed-{path.name}"
     aside.parent.mkdir(exist_ok=True)
     _delete(aside)
@@ -158,11 +167,22 @@ def remove(path: Path) -> None:
     _remove_empty(aside.parent)
 
 
-def newest(folder: Path) -> Path | None:
-    """The whole checkpoint of a folder that was saved last, or None."""
+def make_link(path: Path, target: Path) -> None:
+    """Have ``path`` be a link to the checkpoint ``target``, in one step even where something is there already."""
+    made = path.parent / UNFINISHED / f"link-{path.name}"
+    made.parent.mkdir(exist_ok=True)
+    _delete(made)
+    made.symlink_to(os.path.relpath(target, path.parent))
+    _put(made, path)
+    sync_folder(path.parent)
+    _remove_empty(made.parent)
+
+
+def newest(folder: Path, but: Path | None = None) -> Path | None:
+    """The whole checkpoint of a folder that was saved last (``but`` one), or None."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and (path / MANIFEST).is_file():
+        if (but is None or path.resolve() != but.resolve()) and (path / MANIFEST).is_file():
             try:
                 manifest = read(path)
             except CheckpointError:

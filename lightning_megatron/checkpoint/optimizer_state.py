@@ -2,6 +2,7 @@
 
 A state tensor of the weight ``k`` is the whole tensor ``optimizer.<state>.k``, the main weight is
 ``optimizer.main_weight.k``. So the state of any layout, sharded or replicated, of any precision, loads into any other.
+State of another shape than its weight's (Adafactor's rows and columns) goes with weights that no layout has cut.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.places import Place
 from lightning_megatron.optimizer import Held, ShardedOptimizer
 
 MAIN_WEIGHT = "main_weight"
+# Kinds of state that are not as large as their weight, at the end of its key.
+_NUMBER, _WHOLE = ":number", ":whole"
 
 
 def shards(optimizer: ShardedOptimizer, where: dict[int, Place]) -> list[ShardedTensor]:
@@ -26,7 +31,7 @@ def shards(optimizer: ShardedOptimizer, where: dict[int, Place]) -> list[Sharded
         where: Places of the model's parameters, by their ``id``.
 
     Raises:
-        TypeError: A state that is neither one number nor as large as its weight, so that no other layout could read it.
+        CheckpointError: A state that is neither one number nor as large as its weight, of a weight that is cut.
     """
     found: list[ShardedTensor] = []
     for held in optimizer.held():
@@ -45,10 +50,15 @@ class Loading:
     Args:
         optimizer: That takes the state.
         where: Places of the model's parameters, by their ``id``.
-        stored: Keys of the checkpoint's tensors, with their types.
+        stored: The checkpoint's tensors, by their keys.
+
+    Raises:
+        CheckpointError: A state that goes with whole weights, of a weight that is cut here.
     """
 
-    def __init__(self, optimizer: ShardedOptimizer, where: dict[int, Place], stored: dict[str, torch.dtype]) -> None:
+    def __init__(
+        self, optimizer: ShardedOptimizer, where: dict[int, Place], stored: dict[str, TensorStorageMetadata]
+    ) -> None:
         self._optimizer = optimizer
         self.shards: list[ShardedTensor] = []
         self._finish: list[Callable[[], None]] = []
@@ -58,9 +68,15 @@ class Loading:
             place = where[id(held.parameter)]
             state: dict[str, Any] = {}
             for name in names:
-                scalar, tensor = _key(name, place, scalar=True), _key(name, place)
+                scalar, whole, tensor = _key(name, place, _NUMBER), _key(name, place, _WHOLE), _key(name, place)
                 if scalar in stored:
-                    self._expect_scalar(state, name, scalar, stored[scalar], held, groups[id(held.main)])
+                    dtype = stored[scalar].properties.dtype
+                    self._expect_scalar(state, name, scalar, dtype, held, groups[id(held.main)])
+                elif whole in stored:
+                    _check_whole(name, held, place)
+                    shape = stored[whole].size
+                    state[name] = torch.zeros(shape, dtype=stored[whole].properties.dtype, device=held.main.device)
+                    self.shards.append(place.own_shard(state[name], whole))
                 elif tensor in stored:
                     state[name] = torch.zeros_like(held.main)
                     self.shards += _like_main(state[name], held, place, tensor)
@@ -84,7 +100,7 @@ class Loading:
         device = held.main.device if on_device else torch.device("cpu")
         self._finish.append(lambda: state.__setitem__(name, number.reshape(()).to(device)))
 
-    def _expect_main_weight(self, held: Held, place: Place, stored: dict[str, torch.dtype]) -> None:
+    def _expect_main_weight(self, held: Held, place: Place, stored: dict[str, TensorStorageMetadata]) -> None:
         """Main weights come from main weights, or from the weights of a run that had none."""
         if held.main.dtype == held.parameter.dtype:
             return
@@ -102,14 +118,21 @@ class Loading:
 def _state_shards(name: str, value: torch.Tensor, held: Held, place: Place) -> Iterator[ShardedTensor]:
     if value.shape == held.main.shape:
         yield from _like_main(value, held, place, _key(name, place))
-    elif value.numel() == 1:
-        whole = place if held.start is None else place.in_parts()
-        yield whole.scalar_shard(value, _key(name, place, scalar=True), is_first=not held.start)
+    elif value.numel() == 1 and value.dim() < 2:
+        parts = place if held.start is None else place.in_parts()
+        yield parts.scalar_shard(value, _key(name, place, _NUMBER), is_first=not held.start)
     else:
-        raise TypeError(
-            f"The optimizer's state {name!r} of {place.key} has the shape {tuple(value.shape)}, and the weight"
-            f" {place.local_shape}: such state cannot be cut for another layout, and is not written. Use an optimizer"
-            " whose state is as large as the weights (AdamW, Adam, SGD), or save weights only (save_weights_only=True)."
+        _check_whole(name, held, place)
+        yield place.own_shard(value, _key(name, place, _WHOLE))
+
+
+def _check_whole(name: str, held: Held, place: Place) -> None:
+    if held.start is not None or not place.is_whole:
+        raise CheckpointError(
+            f"The optimizer's state {name!r} of {place.key} has another shape than the weight, {place.shape}, of which"
+            " this layout gives a rank a part: such state cannot be cut. Use tp=1 and distributed_optimizer=False, an"
+            " optimizer whose state is as large as the weights (AdamW, Adam, SGD), or weights only"
+            " (save_weights_only=True)."
         )
 
 
@@ -119,5 +142,5 @@ def _like_main(tensor: torch.Tensor, held: Held, place: Place, key: str) -> list
     return place.in_parts().flat_shards(tensor, held.start, key)
 
 
-def _key(state: str, place: Place, scalar: bool = False) -> str:
-    return f"optimizer.{state}.{place.key}{':number' if scalar else ''}"
+def _key(state: str, place: Place, kind: str = "") -> str:
+    return f"optimizer.{state}.{place.key}{kind}"

@@ -56,6 +56,11 @@ class Place:
         """Whether some of the local tensor is padding."""
         return sum(math.prod(region.local[1]) for region in self.regions) < math.prod(self.local_shape)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the local tensor is the whole model's, padding apart."""
+        return self.regions == (Region((_zeros(self.shape), self.shape), _zeros(self.shape)),)
+
     def in_parts(self) -> Place:
         """The place of a tensor of which data-parallel ranks hold parts, not copies."""
         return replace(self, replica=(*self.replica[:2], 0))
@@ -82,6 +87,10 @@ class Place:
                     found.append(_shard(key, view, self.shape, where, self.replica))
         return found
 
+    def own_shard(self, tensor: torch.Tensor, key: str) -> ShardedTensor:
+        """A tensor of another shape that goes with this one, where that is whole."""
+        return _shard(key, tensor, tensor.shape, _zeros(tuple(tensor.shape)), self.replica)
+
     def scalar_shard(self, value: torch.Tensor, key: str, is_first: bool) -> ShardedTensor:
         """A number that goes with the tensor; written by the rank that has the beginning of it."""
         begins = is_first and bool(self.regions) and not any(self.regions[0].offset)
@@ -89,7 +98,7 @@ class Place:
 
 
 def places(module: pl.LightningModule) -> dict[str, Place]:
-    """The place of each tensor of ``module.state_dict()`` on this rank, by its name there."""
+    """The place of each tensor of the module on this rank, by its name in ``state_dict()``."""
     found: dict[str, Place] = {}
     chunks = getattr(module, "chunks", ()) if hasattr(module, "build_settings") else ()
     rows = getattr(getattr(module, "config", None), "vocab_size", None)
@@ -98,12 +107,19 @@ def places(module: pl.LightningModule) -> dict[str, Place]:
             if isinstance(entry, ShardedTensor | ShardedTensorFactory):
                 found[f"chunks.{number}.{name}"] = _place(entry, rows)
     replica = groups.coordinates()
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    everything = torch.nn.Module.state_dict(module, keep_vars=True)  # also what an override leaves out
+    for name, tensor in {**everything, **module.state_dict(keep_vars=True)}.items():
         if name not in found and isinstance(tensor, torch.Tensor):
             shape = tuple(tensor.shape)
             whole = (Region((_zeros(shape), shape), _zeros(shape)),)
             found[name] = Place(name, shape, shape, whole, (replica.pp, replica.tp, replica.dp))
     return found
+
+
+def by_parameter(module: pl.LightningModule, where: dict[str, Place]) -> dict[int, Place]:
+    """The places of a module's parameters by their ``id``; ``where`` has them by their names."""
+    everything = torch.nn.Module.state_dict(module, keep_vars=True)
+    return {id(p): where[name] for name, p in everything.items() if name in where}
 
 
 def _place(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -> Place:

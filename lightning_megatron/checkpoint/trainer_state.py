@@ -37,6 +37,9 @@ def split(state: dict[str, Any]) -> tuple[bytes, bytes | None, list[str]]:
     Returns:
         The plain part, the objects (None if there are none), and the names of the objects.
     """
+    whole = _plain(state)
+    if whole is not None:
+        return whole, None, []
     plain: dict[str, Any] = {}
     objects: list[tuple[list[str], Any]] = []
     for key, value in state.items():
@@ -97,6 +100,16 @@ def loads_plain(content: bytes) -> Any:
     """Read plain data; anything else is an error."""
     with torch.serialization.safe_globals(list(_plain_classes)):
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _plain(value: Any) -> bytes | None:
+    """The serialised value, if it is plain through and through."""
+    try:
+        content = _dumps(value)
+        loads_plain(content)
+    except Exception:  # whatever it is, a part of the state is its cause, and is sought there
+        return None
+    return content
 
 
 def _sort(plain: dict[str, Any], objects: list[Any], path: list[str], value: Any) -> None:

@@ -8,8 +8,10 @@ collectives that cannot run beside training.
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +20,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.exchange_utils import (
+    ShardDistribution,
+    determine_main_replica_uniform_distribution,
+)
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
@@ -28,6 +33,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import _sharded_tensor_shard_id
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -79,7 +85,7 @@ class Plan:
     """What this rank writes.
 
     Args:
-        items: Each shard's index in the checkpoint, and its tensor.
+        items: Each shard's index in the checkpoint, and its tensor, a view of live memory.
         metadata: Of the whole checkpoint, on rank 0.
     """
 
@@ -88,12 +94,19 @@ class Plan:
 
 
 class Planner:
-    """Says who writes what; planned once for a structure, then reused as long as every rank's stays the same."""
+    """Says who writes what; planned once, and kept while the tensors of every rank are the same memory."""
 
     def __init__(self) -> None:
-        self._structure: Any = None
-        self._distribution: Any = None
-        self._metadata: Metadata | None = None
+        self.last: Plan | None = None
+        self._seen: Any = None
+
+    def knows(self, tensors: list[tuple[str, Any]]) -> bool:
+        """Whether the last plan stands for these tensors of this rank; they are remembered."""
+        seen = [(name, _memory(value)) for name, value in tensors]
+        if seen != self._seen:
+            self.last = None
+        self._seen = seen
+        return self.last is not None
 
     def plan(self, shards: list[ShardedTensor]) -> Plan:
         """Share the shards out over their replicas and plan this rank's writes; called by all ranks.
@@ -101,14 +114,10 @@ class Planner:
         Raises:
             ValueError: The shards of all ranks overlap, or leave a part of a tensor out.
         """
-        structure = [(s.key, s.dtype, s.local_shape, s.global_offset, s.global_shape, s.replica_id) for s in shards]
-        known = torch.tensor(int(structure == self._structure))
-        dist.all_reduce(known, op=dist.ReduceOp.MIN, group=groups.on_host())
+        self.last = None
         named = {f"{s.key}/{number}": s for number, s in enumerate(_one_copy(shards))}
-        if not known:
-            self._structure, self._metadata = structure, None
-            self._distribution = determine_main_replica_uniform_distribution(named, groups.data_parallel())
-        distribute_main_replicas_with_precomputed_distribution(named, groups.data_parallel(), self._distribution)
+        distribution = determine_main_replica_uniform_distribution(named, groups.data_parallel())
+        distribute_main_replicas_with_precomputed_distribution(named, groups.data_parallel(), distribution)
         mine: dict[str, list[ShardedTensor]] = {}
         for shard in shards:
             if is_main_replica(shard.replica_id):
@@ -116,9 +125,16 @@ class Planner:
         planner = MCoreSavePlanner(flatten_state_dict=False)
         planner.set_up_planner(mcore_to_pyt_state_dict(mine), is_coordinator=dist.get_rank() == 0)
         local = planner.create_local_plan()
-        if not known:
-            self._metadata = _whole_metadata(planner, local)
-        return Plan([(item.index, planner.resolve_data(item).detach()) for item in local.items], self._metadata)
+        metadata = _whole_metadata(planner, local)
+        self.last = Plan([(item.index, planner.resolve_data(item).detach()) for item in local.items], metadata)
+        return self.last
+
+
+def _memory(value: Any) -> Any:
+    """What tells a tensor from every other; a number is its own."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr(), value.dtype, value.shape, value.stride()
+    return value
 
 
 def _one_copy(shards: list[ShardedTensor]) -> list[ShardedTensor]:
@@ -148,8 +164,27 @@ def _whole_metadata(planner: MCoreSavePlanner, local: Any) -> Metadata | None:
     return metadata
 
 
-def write(items: list[tuple[Any, torch.Tensor]], folder: Path, rank: int) -> tuple[str, HashedFile, dict[Any, Any]]:
-    """Write this rank's file; its name, what is known of it, and where each shard is in it."""
+@dataclass
+class Written:
+    """One rank's file of a checkpoint.
+
+    Args:
+        name: The file's.
+        size: In bytes.
+        crc32: Of its content.
+        where: Where in it each shard is, by its index.
+        inode: Of the file, by which it is known again.
+    """
+
+    name: str
+    size: int
+    crc32: int
+    where: dict[Any, Any]
+    inode: int
+
+
+def write(items: list[tuple[Any, torch.Tensor]], folder: Path, rank: int) -> Written:
+    """Write this rank's file."""
     name = f"__{rank}_0.distcp"
     where: dict[Any, Any] = {}
     with (folder / name).open("wb") as raw:
@@ -165,7 +200,19 @@ def write(items: list[tuple[Any, torch.Tensor]], folder: Path, rank: int) -> tup
                     raise
                 raise file.error from None
             where[index] = _StorageInfo(name, start, file.size - start)
-    return name, file, where
+        return Written(name, file.size, file.crc32, where, os.fstat(raw.fileno()).st_ino)
+
+
+def link(written: Written, before: Path, folder: Path) -> bool:
+    """Give a file of the folder ``before`` a second name in ``folder``; False where that cannot be."""
+    try:
+        os.link(before / written.name, folder / written.name)
+    except OSError:  # it was removed meanwhile, or the file system has no second names
+        return False
+    if (folder / written.name).stat().st_ino != written.inode:
+        (folder / written.name).unlink()
+        return False
+    return True
 
 
 def write_index(folder: Path, metadata: Metadata, where: dict[Any, Any]) -> dict[str, HashedFile]:
@@ -194,13 +241,46 @@ def stored(folder: Path) -> dict[str, TensorStorageMetadata]:
 def read(shards: list[ShardedTensor], folder: Path) -> None:
     """Fill the shards' tensors, on all ranks together.
 
+    What several data-parallel replicas hold alike is read by one of them, each its share, and broadcast to the others.
+
     Raises:
         CheckpointException: A rank could not read, with its cause.
     """
+    group = groups.data_parallel()
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    shared = [s for s in shards if s.data is not None and s.data.device.type == device]  # the group carries no others
+    distribution = determine_main_replica_uniform_distribution({"": shared}, group, ignore_groups=True)
+    from_others = set()
+    if distribution is not None:
+        mine = dist.get_rank(group)
+        from_others = {id(s) for s in shared if distribution.main_rank_for_shard[_sharded_tensor_shard_id(s)] != mine}
     by_key: dict[str, list[ShardedTensor]] = {}
     for shard in shards:
-        by_key.setdefault(shard.key, []).append(shard)
+        if id(shard) not in from_others:
+            by_key.setdefault(shard.key, []).append(shard)
     _load_state_dict(mcore_to_pyt_state_dict(by_key, is_loading=True), _Reader(folder), planner=MCoreLoadPlanner())
+    if distribution is not None:
+        _broadcast(shared, distribution, group, device)
+
+
+def _broadcast(shards: list[ShardedTensor], distribution: ShardDistribution, group: Any, device: str) -> None:
+    """Give every replica the shards that one of them has read.
+
+    As megatron-core's ``FullyParallelLoadStrategyWrapper``, which needs CUDA.
+    """
+    held: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    for shard in shards:
+        held[_sharded_tensor_shard_id(shard)].append(shard.data)
+    for name, source in distribution.main_rank_for_shard.items():
+        if len(distribution.all_ranks_for_shard[name]) == 1:
+            continue
+        about = distribution.shard_to_metadata[name]
+        targets = held[name] or [torch.empty(about.local_shape, dtype=about.dtype, device=device)]
+        sent = targets[0].contiguous()
+        dist.broadcast(sent, src=dist.get_global_rank(group, source), group=group)
+        for target in targets:
+            if sent is not target:
+                target.copy_(sent)
 
 
 class OneByOne:

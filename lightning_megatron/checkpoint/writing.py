@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 
 from lightning_megatron import groups
 from lightning_megatron.checkpoint import weights
@@ -21,29 +22,104 @@ WEIGHTS = "weights"
 RANKS = "ranks"
 
 
+class Part:
+    """This rank's shards; a later checkpoint that holds the same shares the file.
+
+    Args:
+        items: Each shard's index in the checkpoint, and its tensor: a view of live memory, or a copy of it.
+    """
+
+    def __init__(self, items: list[tuple[Any, torch.Tensor]]) -> None:
+        self.items = items
+        self._written: weights.Written | None = None
+        self._folder = Path()
+
+    def write(self, folder: Path, rank: int) -> weights.Written:
+        """Write this rank's file into ``folder``, or give the one that was written a second name there."""
+        if self._written is None or not weights.link(self._written, self._folder, folder):
+            self._written = weights.write(self.items, folder, rank)
+        return self._written
+
+    def is_at(self, folder: Path) -> None:
+        """Say where the file has come to be."""
+        self._folder = folder
+
+
 @dataclass
 class Content:
     """What a save writes.
 
     Args:
-        plan: This rank's shards, views of live tensors or copies of them.
+        part: This rank's shards.
+        metadata: Of the first rank: what names the shards of all ranks.
         rank_state: This rank's random states and the like, serialised.
         files: Of the first rank: names and contents of further files.
         manifest: Of the first rank: what the manifest says.
     """
 
-    plan: weights.Plan
+    part: Part
+    metadata: Metadata | None
     rank_state: bytes
     files: dict[str, bytes]
     manifest: dict[str, Any]
 
 
-def prepare(path: Path) -> Staging | None:
-    """Make the directory to write into, on the first rank; its failure is every rank's.
+def write(content: Content, path: Path) -> None:
+    """Write this rank's part; the first rank makes the checkpoint visible when all have written theirs.
 
     Raises:
-        CheckpointError: It cannot be made.
+        CheckpointError: A rank could not write; the first cause, on every rank. Nothing is visible then.
     """
+    staging = _prepare(path)
+    rank = dist.get_rank()
+    files: dict[str, tuple[int, int]] = {}
+    where: dict[Any, Any] = {}
+    problem = ""
+    try:
+        files, where = _write_part(content, staging_folder(path), rank)
+    except Exception as error:
+        problem = describe(error)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object((problem, files, where), parts if rank == 0 else None, group=groups.beside_training())
+    outcome = [""]
+    if staging is not None:
+        outcome = [next((part[0] for part in parts if part[0]), "")]
+        if not outcome[0]:
+            try:
+                _publish(content, staging, parts)
+            except Exception as error:
+                outcome = [describe(error)]
+        if outcome[0]:
+            staging.abandon()
+    dist.broadcast_object_list(outcome, src=0, group=groups.beside_training())
+    if outcome[0]:
+        raise CheckpointError(f"{path} was not saved; earlier checkpoints are as they were. {outcome[0]}")
+    content.part.is_at(path / WEIGHTS)
+
+
+def agree(problem: str, same: bool) -> bool:
+    """Go on if no rank has a problem, so that none waits for another that has stopped.
+
+    Returns:
+        Whether all ranks say ``same``.
+
+    Raises:
+        CheckpointError: The first rank's that has one, on every rank.
+    """
+    votes = torch.tensor([not problem, same], dtype=torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=groups.on_host())
+    if not votes[0]:
+        raise CheckpointError(next(filter(None, groups.gather(problem, groups.on_host()))))
+    return bool(votes[1])
+
+
+def describe(error: Exception) -> str:
+    """An error, with its rank."""
+    return f"Rank {dist.get_rank()} failed: {type(error).__name__}: {error}"
+
+
+def _prepare(path: Path) -> Staging | None:
+    """Make the directory to write into, on the first rank; its failure is every rank's."""
     staging = None
     problem = [""]
     if dist.get_rank() == 0:
@@ -55,62 +131,31 @@ def prepare(path: Path) -> Staging | None:
         except OSError as error:
             problem = [f"Nothing can be saved to {path}: {error}"]
             staging.close()
-    dist.broadcast_object_list(problem, src=0, group=groups.on_host())
+    dist.broadcast_object_list(problem, src=0, group=groups.beside_training())
     if problem[0]:
         raise CheckpointError(problem[0])
     return staging
 
 
-def write(content: Content, path: Path, staging: Staging | None) -> None:
-    """Write this rank's part; the first rank makes the checkpoint visible when all have written theirs.
-
-    Raises:
-        CheckpointError: A rank could not write; the first cause, on every rank. Nothing is visible then.
-    """
-    rank = dist.get_rank()
-    files: dict[str, tuple[int, int]] = {}
-    where: dict[Any, Any] = {}
-    problem = ""
-    try:
-        files, where = _write_part(content, staging_folder(path), rank)
-    except Exception as error:
-        problem = _describe(error, rank)
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object((problem, files, where), parts if rank == 0 else None, group=groups.on_host())
-    outcome = [""]
-    if staging is not None:
-        outcome = [next((part[0] for part in parts if part[0]), "")]
-        if not outcome[0]:
-            try:
-                _publish(content, staging, parts)
-            except Exception as error:
-                outcome = [_describe(error, rank)]
-        if outcome[0]:
-            staging.abandon()
-    dist.broadcast_object_list(outcome, src=0, group=groups.on_host())
-    if outcome[0]:
-        raise CheckpointError(f"{path} was not saved; earlier checkpoints are as they were. {outcome[0]}")
-
-
 def _write_part(content: Content, folder: Path, rank: int) -> tuple[dict[str, tuple[int, int]], dict[Any, Any]]:
-    name, file, where = weights.write(content.plan.items, folder / WEIGHTS, rank)
-    files = {f"{WEIGHTS}/{name}": (file.size, file.crc32)}
+    written = content.part.write(folder / WEIGHTS, rank)
+    files = {f"{WEIGHTS}/{written.name}": (written.size, written.crc32)}
     own = {f"{RANKS}/{rank:05d}.pt": content.rank_state, **content.files}
     for other, data in own.items():
         with (folder / other).open("wb") as raw:
             hashed = weights.HashedFile(raw)
             hashed.write(data)
         files[other] = (hashed.size, hashed.crc32)
-    for written in files:
-        _sync(folder / written)
-    return files, where
+    for name in files:
+        _sync(folder / name)
+    return files, written.where
 
 
 def _publish(content: Content, staging: Staging, parts: list[Any]) -> None:
     files = {name: known for part in parts for name, known in part[1].items()}
     where = {index: place for part in parts for index, place in part[2].items()}
-    assert content.plan.metadata is not None
-    for name, file in weights.write_index(staging.folder / WEIGHTS, content.plan.metadata, where).items():
+    assert content.metadata is not None
+    for name, file in weights.write_index(staging.folder / WEIGHTS, content.metadata, where).items():
         files[f"{WEIGHTS}/{name}"] = (file.size, file.crc32)
         _sync(staging.folder / WEIGHTS / name)
     staging.publish({**content.manifest, "saved_at": time.time()}, files)
@@ -121,35 +166,46 @@ def _sync(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _describe(error: Exception, rank: int) -> str:
-    return f"Rank {rank} failed: {type(error).__name__}: {error}"
-
-
 class HostCopies:
-    """Copies of tensors in host memory, which is kept from one save to the next."""
+    """Copies of tensors in host memory, which is kept from one save to the next: fresh memory is slow to write to."""
 
     def __init__(self) -> None:
         self._kept: list[torch.Tensor] = []
+        self._part = Part([])
 
-    def of(self, items: list[tuple[Any, torch.Tensor]]) -> list[tuple[Any, torch.Tensor]]:
+    def hold(self, items: list[tuple[Any, torch.Tensor]]) -> bool:
+        """Whether the tensors are still what was copied last."""
+        held = self._part.items
+        return (
+            bool(held)
+            and [index for index, _ in held] == [index for index, _ in items]
+            and all(torch.equal(copy, tensor.cpu()) for (_, copy), (_, tensor) in zip(held, items, strict=True))
+        )
+
+    @property
+    def part(self) -> Part:
+        """What was copied last."""
+        return self._part
+
+    def take(self, items: list[tuple[Any, torch.Tensor]]) -> None:
         """Copy the tensors; from then on training may change them."""
         if [_kind(t) for t in self._kept] != [_kind(t) for _, t in items]:
             on_gpu = any(tensor.is_cuda for _, tensor in items)
+            self._kept = []  # before there are new ones
             self._kept = [torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu) for _, t in items]
         for kept, (_, tensor) in zip(self._kept, items, strict=True):
             kept.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
-        return [(index, kept) for (index, _), kept in zip(items, self._kept, strict=True)]
+        self._part = Part([(index, kept) for (index, _), kept in zip(items, self._kept, strict=True)])
 
 
 class Background:
-    """Runs one job at a time in a thread, and hands its failure to whoever waits."""
+    """Runs jobs one after the other in a thread, and hands their failure to whoever waits."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._afterwards: list[Callable[[], None]] = []
 
     @property
     def busy(self) -> bool:
@@ -157,9 +213,14 @@ class Background:
         return self._thread is not None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Run ``job``; the last one must have been waited for."""
+        """Run ``job`` after those that were started before it, if they succeed."""
+        before = self._thread
 
         def run() -> None:
+            if before is not None:
+                before.join()
+            if self._error is not None:
+                return
             try:
                 job()
             except BaseException as error:
@@ -169,21 +230,14 @@ class Background:
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def after(self, action: Callable[[], None]) -> None:
-        """Do something once the job has succeeded; dropped if it fails."""
-        self._afterwards.append(action)
-
     def wait(self) -> None:
-        """Wait for the job, then raise what it raised."""
+        """Wait for the jobs, then raise what one of them raised."""
         if self._thread is None:
             return
         self._thread.join()
-        error, actions = self._error, self._afterwards
-        self._thread, self._error, self._afterwards = None, None, []
+        error, self._thread, self._error = self._error, None, None
         if error is not None:
             raise error
-        for action in actions:
-            action()
 
 
 def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:

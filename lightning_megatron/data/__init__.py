@@ -1,5 +1,6 @@
 """Datasets and data modules that feed Megatron models."""
 
+from lightning_megatron.data.hf_datamodule import HFDataModule
 from lightning_megatron.data.indexed import IndexedDataError
 from lightning_megatron.data.indexed_samples import BertSamples, GPTSamples, IndexedSamples, T5Samples
 from lightning_megatron.data.masking import MaskedLMCollator
@@ -16,6 +17,7 @@ __all__ = [
     "BertSamples",
     "ByteTokenizer",
     "GPTSamples",
+    "HFDataModule",
     "IndexedDataError",
     "IndexedSamples",
     "MaskedLMCollator",

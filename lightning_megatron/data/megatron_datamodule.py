@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
@@ -20,17 +17,11 @@ from lightning_megatron.data import index_cache
 from lightning_megatron.data.indexed import check_contents, open_indexed
 from lightning_megatron.data.indexed_samples import IndexedSamples, Sample
 from lightning_megatron.data.ramp_up import RampUp, RampUpBatches, ramp_up_loader
-from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer
-
-_PARTS = ("train", "val", "test")
-
-# The parts of the data that each stage of the Trainer uses; it cannot do without the first.
-_USED = {None: _PARTS, "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
-
-Loader = DataLoader[Sample]
+from lightning_megatron.data.text_tokenizer import Tokenizer
+from lightning_megatron.data.tokenized import PARTS, USED, Loader, TokenizedDataModule, default_cache_dir
 
 
-class MegatronDataModule(LightningDataModule):
+class MegatronDataModule(TokenizedDataModule):
     """Samples of ``.bin`` and ``.idx`` files, as ``lightning-megatron preprocess`` and Megatron's tools write them.
 
     Training reads ``train_samples`` samples in Megatron's order: it is shuffled once, over as many passes through the
@@ -75,7 +66,7 @@ class MegatronDataModule(LightningDataModule):
         num_workers: int = 0,
         ramp_up: RampUp | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer)
         given = {"batch_size": batch_size, "global_batch_size": global_batch_size, "train_samples": train_samples}
         for name, value in {**given, "seed": seed}.items():
             if value is not None and value < 1:
@@ -97,22 +88,11 @@ class MegatronDataModule(LightningDataModule):
         self.split = split
         self.train_samples = train_samples
         self.seed = seed
-        self.cache_dir = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache_dir = default_cache_dir("indices") if cache_dir is None else Path(cache_dir).expanduser()
         self.num_workers = num_workers
         self.ramp_up = ramp_up
-        self._bounds = dict(zip(_PARTS, _bounds(split), strict=True))
-        self._tokenizer_source = tokenizer
+        self._bounds = dict(zip(PARTS, _bounds(split), strict=True))
         self._datasets: dict[str, _Samples] = {}
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded on first use: only then may a name on the hub be reached for."""
-        return load_tokenizer(self._tokenizer_source)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id in a batch: the model's ``vocab_size``."""
-        return self.tokenizer.vocab_size
 
     @override
     def prepare_data(self) -> None:
@@ -175,21 +155,6 @@ class MegatronDataModule(LightningDataModule):
         return DataLoader(dataset, rows, sampler=sampler, drop_last=True, num_workers=self.num_workers)
 
     @override
-    def val_dataloader(self) -> Loader | list[Loader]:
-        """Returns the validation batches, in order; an empty list, which Lightning skips, where the split has none."""
-        return self._ordered("val")
-
-    @override
-    def test_dataloader(self) -> Loader | list[Loader]:
-        """Returns the test batches, in order; an empty list where the split has none."""
-        return self._ordered("test")
-
-    @override
-    def predict_dataloader(self) -> Loader | list[Loader]:
-        """Returns the test batches, as :meth:`test_dataloader` does."""
-        return self._ordered("test")
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         """What the order of the training samples follows from."""
         about = {"paths": len(self.paths), "weights": self.weights, "split": self.split, "seed": self.seed}
@@ -225,11 +190,6 @@ class MegatronDataModule(LightningDataModule):
             f"{type(self).__name__}: the order of the samples follows from numbers that the checkpoint has otherwise:"
             f" {'; '.join(changed)}. {advice}"
         )
-
-    @property
-    def _replicas(self) -> dict[str, int]:
-        replicas = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return replicas or {"num_replicas": 1, "rank": 0}
 
     @property
     def _rows(self) -> int:
@@ -274,7 +234,7 @@ class MegatronDataModule(LightningDataModule):
             "paths": self.paths,
             "weights": None if count is None else self.weights,
             "split": self.split,
-            "part": _PARTS.index(part),
+            "part": PARTS.index(part),
             "samples": count,
             "seed": self.seed,
             "seq_length": self.samples.seq_length,
@@ -284,7 +244,7 @@ class MegatronDataModule(LightningDataModule):
 
     def _used(self, stage: str | None) -> list[str]:
         """The parts that a stage needs, of those that the split has."""
-        parts = _USED[stage]
+        parts = USED[stage]
         if stage is not None and self._bounds[parts[0]] is None:
             raise ValueError(
                 f"{type(self).__name__}(split={self.split!r}) gives nothing to {parts[0]}, and this run needs it."
@@ -309,7 +269,8 @@ class MegatronDataModule(LightningDataModule):
         # Lightning spreads these over the data-parallel ranks.
         if not self._is_read(part):
             return []
-        return DataLoader(self._dataset(part), self._rows, num_workers=self.num_workers)
+        # Named: for a prediction Lightning makes the loader anew, with a batch_size of its own.
+        return DataLoader(self._dataset(part), batch_size=self._rows, num_workers=self.num_workers)
 
 
 class _Samples(Dataset[Sample]):
@@ -369,7 +330,3 @@ def _bounds(split: str) -> list[tuple[float, float] | None]:
             " negative, such as '969,30,1'."
         )
     return convert_split_vector_to_split_matrix(normalize([*parts, 0.0, 0.0][:3]))
-
-
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_megatron" / "indices"

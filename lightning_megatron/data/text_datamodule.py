@@ -1,26 +1,19 @@
 """A data module that turns text files into samples for a language model."""
 
-import os
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_megatron.data.packed_text import PackedTextDataset, find_packed, pack
 from lightning_megatron.data.text_sources import find_text_files, standard_library_sources
-from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer
-
-_SPLITS = ("train", "val", "test")
-
-# The splits that each stage of the Trainer uses; it cannot do without the first. None is a call of `setup()` by hand.
-_USED = {None: _SPLITS, "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+from lightning_megatron.data.text_tokenizer import Tokenizer
+from lightning_megatron.data.tokenized import PARTS, USED, TokenizedDataModule, default_cache_dir
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(TokenizedDataModule):
     """Packs text files into samples of ``seq_length + 1`` tokens, for training a language model from scratch.
 
     Batches are ``{"text": int64 [batch_size, seq_length + 1]}``. The first run tokenises the text into a cache, which
@@ -60,11 +53,11 @@ class TextDataModule(LightningDataModule):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer)
         for name, value in (("seq_length", seq_length), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{type(self).__name__}({name}={value}) must be at least 1.")
-        if len(split) != len(_SPLITS) or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
+        if len(split) != len(PARTS) or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
             raise ValueError(
                 f"{type(self).__name__}(split={split}) must be three parts (train, val, test), none negative, that sum "
                 "to 1, such as (0.98, 0.01, 0.01)."
@@ -74,23 +67,12 @@ class TextDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.split = split
         self.suffixes = suffixes
-        self.cache_dir = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache_dir = default_cache_dir("text") if cache_dir is None else Path(cache_dir).expanduser()
         self.num_workers = num_workers
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self._tokenizer_source = tokenizer
         self._datasets: dict[str, PackedTextDataset] = {}
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded on first use: only then may a name on the hub be reached for."""
-        return load_tokenizer(self._tokenizer_source)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id in a batch: the model's ``vocab_size``."""
-        return self.tokenizer.vocab_size
 
     @override
     def prepare_data(self) -> None:
@@ -113,9 +95,9 @@ class TextDataModule(LightningDataModule):
             )
         num_samples = len(PackedTextDataset(bin_path, self.seq_length))
         stops = [round(num_samples * part) for part in accumulate(self.split)]
-        ranges = dict(zip(_SPLITS, map(range, [0, *stops], stops), strict=False))
+        ranges = dict(zip(PARTS, map(range, [0, *stops], stops), strict=False))
         self._refuse_empty(stage, ranges)
-        self._datasets = {name: PackedTextDataset(bin_path, self.seq_length, ranges[name]) for name in _SPLITS}
+        self._datasets = {name: PackedTextDataset(bin_path, self.seq_length, ranges[name]) for name in PARTS}
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -128,40 +110,10 @@ class TextDataModule(LightningDataModule):
             ValueError: ``drop_last`` leaves no batch.
         """
         dataset = self._dataset("train")
-        replicas = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        # Ours rather than the one that Lightning would inject: that one needs a distributed strategy, and takes its
-        # seed from `seed_everything`. Lightning leaves a DistributedSampler alone, and sets its epoch.
-        sampler: DistributedSampler[dict[str, Tensor]] = DistributedSampler(
-            dataset,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            drop_last=self.drop_last,
-            **(replicas or {"num_replicas": 1, "rank": 0}),
-        )
-        if self.drop_last and len(sampler) < self.batch_size:
-            raise ValueError(
-                f"{type(self).__name__}(drop_last=True): the {len(dataset)} training samples give each of "
-                f"{sampler.num_replicas} data-parallel ranks {len(sampler)}, too few for one batch of "
-                f"{self.batch_size}. Lower `batch_size`, or use more text."
-            )
+        sampler = self._sampler(dataset, self.batch_size, self.shuffle, self.seed, self.drop_last)
         return DataLoader(
             dataset, self.batch_size, sampler=sampler, drop_last=self.drop_last, num_workers=self.num_workers
         )
-
-    @override
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
-        """Returns the validation batches, in order; an empty list, which Lightning skips, where the split has none."""
-        return self._ordered("val")
-
-    @override
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
-        """Returns the test batches, in order; an empty list where the split has none."""
-        return self._ordered("test")
-
-    @override
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
-        """Returns the test batches, as :meth:`test_dataloader` does."""
-        return self._ordered("test")
 
     def _files(self) -> list[Path]:
         return standard_library_sources() if self.paths is None else find_text_files(self.paths, self.suffixes)
@@ -172,15 +124,15 @@ class TextDataModule(LightningDataModule):
         return self._datasets[name]
 
     def _ordered(self, name: str) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
-        # Lightning spreads these over the data-parallel ranks.
+        # Lightning spreads these over the data-parallel ranks, and makes a prediction's again with another batch_size.
         dataset = self._dataset(name)
-        return DataLoader(dataset, self.batch_size, num_workers=self.num_workers) if len(dataset) else []
+        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers) if len(dataset) else []
 
     def _refuse_empty(self, stage: str | None, ranges: dict[str, range]) -> None:
         num_samples = sum(map(len, ranges.values()))
-        parts = dict(zip(_SPLITS, self.split, strict=True))
-        needed = _USED[stage][0]
-        for name in _USED[stage]:
+        parts = dict(zip(PARTS, self.split, strict=True))
+        needed = USED[stage][0]
+        for name in USED[stage]:
             if not ranges[name] and (name == needed or parts[name] > 0):
                 raise ValueError(
                     f"{type(self).__name__}: the {name} split is empty: {parts[name]:g} of {num_samples} samples of "
@@ -188,7 +140,3 @@ class TextDataModule(LightningDataModule):
                     + ("" if name == needed else ", give it 0")
                     + ", lower `seq_length`, or use more text."
                 )
-
-
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_megatron" / "text"

@@ -8,12 +8,14 @@ from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_megatron.launching.torchrun import store_of_this_attempt
+
 if TYPE_CHECKING:
     from lightning_megatron.launching.handed_back import KeptCheckpoint
 
 Launch = Literal["subprocess", "forkserver"]
 
-__all__ = ["Launch", "check", "choose", "kept_checkpoint"]
+__all__ = ["Launch", "check", "choose", "kept_checkpoint", "store_of_this_attempt"]
 
 
 def check(launch: str | None) -> None:

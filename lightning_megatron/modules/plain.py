@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 
@@ -24,3 +26,31 @@ class PlainModel(torch.nn.Module):
 
     def set_input_tensor(self, _: Any) -> None:
         """Nothing comes from an earlier stage."""
+
+
+def check_output(output: Any) -> None:
+    """Refuse what Lightning refuses of a ``training_step``; None is refused elsewhere, with its reason.
+
+    Raises:
+        MisconfigurationException: It is no loss that can be differentiated.
+    """
+    if isinstance(output, Mapping) and "loss" not in output:
+        raise MisconfigurationException(
+            f"training_step returned a dict with {sorted(map(str, output))}. Put the loss under the key 'loss'."
+        )
+    loss = output["loss"] if isinstance(output, Mapping) else output
+    if loss is None:
+        return
+    if not isinstance(loss, torch.Tensor):
+        raise MisconfigurationException(
+            f"training_step returned a {type(loss).__name__}. Return the loss, a tensor, or a dict with the key 'loss'."
+        )
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise RuntimeError(
+            "training_step returned a loss that does not require grad: nothing would be learned from it. Leave out"
+            " .detach() and torch.no_grad() on its way from the parameters."
+        )
+    if loss.numel() != 1:
+        raise MisconfigurationException(
+            f"training_step returned a loss of shape {list(loss.shape)}. Return one number, such as loss.mean()."
+        )

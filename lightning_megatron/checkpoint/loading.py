@@ -1,0 +1,137 @@
+"""What a load reads: of a whole checkpoint of this architecture, or an error on every rank and nothing has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from lightning_megatron import groups
+from lightning_megatron.checkpoint import comparison, manifest, optimizer_state, trainer_state, weights, writing
+from lightning_megatron.checkpoint.manifest import CheckpointError
+from lightning_megatron.checkpoint.places import Place, by_parameter, places
+from lightning_megatron.optimizer import ShardedOptimizer
+
+
+def choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]]:
+    """A whole checkpoint and its manifest: ``path``, or for a damaged ``last`` the newest whole one beside it.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        answer = [_choose(path, trainer)]
+    dist.broadcast_object_list(answer, src=0, group=groups.on_host())
+    if isinstance(answer[0], str):
+        raise CheckpointError(answer[0])
+    return answer[0]
+
+
+def check(path: Path, about: dict[str, Any], checksums: bool) -> None:
+    """Each rank checks its share of the files; what one finds, all raise.
+
+    Raises:
+        CheckpointError: With what is wrong.
+    """
+    names = sorted(about["files"])[dist.get_rank() :: dist.get_world_size()]
+    every = groups.gather(manifest.damage(path, about, names, checksums), groups.on_host())
+    found = [line for lines in every for line in lines]
+    if found:
+        raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{comparison.listed(found)}")
+
+
+def trainer_state_of(path: Path, about: dict[str, Any], trust: bool) -> dict[str, Any]:
+    """Lightning's state."""
+    objects = path / trainer_state.OBJECTS
+    return trainer_state.join(
+        (path / trainer_state.STATE).read_bytes(),
+        objects.read_bytes() if objects.is_file() else None,
+        about["objects"],
+        trust,
+    )
+
+
+def read(
+    path: Path, module: pl.LightningModule, optimizer: ShardedOptimizer | None
+) -> tuple[dict[str, torch.Tensor], Callable[[], None] | None]:
+    """This rank's tensors, in buffers, so that nothing has changed if a file turns out unreadable.
+
+    Args:
+        path: A checkpoint's directory.
+        module: That takes the weights.
+        optimizer: That takes its state; None leaves it.
+
+    Returns:
+        The weights by their names in the module's ``state_dict``, and what hands the optimizer its state.
+
+    Raises:
+        CheckpointError: They do not fit, and the module's ``strict_loading`` is set.
+    """
+    where, stored = places(module), weights.stored(path / writing.WEIGHTS)
+    tensors, shards = _buffers(path, module, where, stored)
+    finish, problem = None, ""
+    try:
+        if optimizer is not None:
+            loading = optimizer_state.Loading(optimizer, by_parameter(module, where), stored)
+            shards += loading.shards
+            finish = loading.finish
+    except CheckpointError as error:
+        problem = f"{path} was not loaded. {error}"
+    writing.agree(problem, True)
+    weights.read(shards, path / writing.WEIGHTS)
+    return tensors, finish
+
+
+def _buffers(
+    path: Path, module: pl.LightningModule, where: dict[str, Place], stored: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], list[ShardedTensor]]:
+    shapes = {key: tuple(value.size) for key, value in stored.items() if key.startswith("model.")}
+    lines = comparison.differences(
+        {f"model.{where[n].key}": where[n].shape for n in module.state_dict() if n in where}, shapes
+    )
+    if lines and module.strict_loading:
+        comparison.refuse(path, lines)
+    if lines:
+        rank_zero_warn(f"Not loaded from {path}, for they differ:\n{comparison.listed(lines.values())}")
+    tensors: dict[str, torch.Tensor] = {}
+    shards = []
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or f"model.{where[name].key}" in lines:
+            continue
+        tensors[name] = torch.zeros_like(tensor) if where[name].is_padded else torch.empty_like(tensor)
+        shards += where[name].shards(tensors[name], _source(where[name], tensor, stored))
+    return tensors, shards
+
+
+def _source(place: Place, tensor: torch.Tensor, stored: dict[str, Any]) -> str:
+    """The stored tensor for a weight: fp32 runs take the fp32 main weights of others, where there are any."""
+    main = f"optimizer.{optimizer_state.MAIN_WEIGHT}.{place.key}"
+    return main if tensor.dtype == torch.float32 and main in stored else f"model.{place.key}"
+
+
+def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | str:
+    left = manifest.leftovers(path.parent)
+    if left:
+        names = ", ".join(sorted(p.name for p in left))
+        rank_zero_warn(f"{path.parent}: a killed save left {names}; it is skipped, and removed by the next save.")
+    try:
+        about = manifest.read(path)
+        wrong = manifest.damage(path, about, list(about["files"]), checksums=False)
+        if wrong:
+            raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{comparison.listed(wrong)}")
+        return path, about
+    except CheckpointError as error:
+        last = tuple(getattr(callback, "CHECKPOINT_NAME_LAST", "last") for callback in trainer.checkpoint_callbacks)
+        other = manifest.newest(path.parent) if path.name.startswith(last) else None
+        if other is None:
+            return str(error)
+        rank_zero_warn(f"{error}\nIt is skipped; the newest whole checkpoint beside it is {other}.")
+        rank_zero_info(f"Resuming from {other}.")
+        return other, manifest.read(other)

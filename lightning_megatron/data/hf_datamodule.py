@@ -1,0 +1,289 @@
+"""A data module over Hugging Face's datasets: by name, path or object, mapped or streamed, packed or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_megatron.data import hf_source
+from lightning_megatron.data.hf_documents import Encoder, PackedDocuments, tokenise
+from lightning_megatron.data.hf_streams import DocumentStream, PackedStream, StreamLoader
+from lightning_megatron.data.padding import PaddingCollator
+from lightning_megatron.data.text_tokenizer import Tokenizer
+from lightning_megatron.data.tokenized import PARTS, USED, Loader, TokenizedDataModule
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from lightning_megatron.data.hf_source import Rows
+
+
+Collator = Callable[[list[Any]], Any]
+
+
+class HFDataModule(TokenizedDataModule):
+    """Samples of a Hugging Face dataset, tokenised.
+
+    With ``packing``, rows stand one after another and batches are ``{"text": int64 [batch_size, seq_length + 1]}``.
+    Without, a sample is a row, cut at ``seq_length``, and batches are ``input_ids``, ``attention_mask`` and ``labels``
+    ``[batch_size, s]``, padded to their longest; labels are −100 on padding and prompts. Prediction runs over the test
+    split.
+
+    Datasets are tokenised once into datasets' cache and shared out by sample. Streams are tokenised as they are read,
+    and shared out by shard where their shards divide by the replicas, by row otherwise; an epoch ends where the first
+    replica has no batch left, so up to a few of the others' samples are not seen in it. A resumed run goes on at the
+    next sample of either.
+
+    Args:
+        dataset: A name on the hub or of a reader ("json", "csv", "parquet", "text"), the path of a file, of a folder of
+            them or of one that ``save_to_disk`` wrote; or a ``Dataset`` or ``IterableDataset``, or a mapping of them by
+            split.
+        config_name: The configuration, where a name has several.
+        data_files: What a reader reads, or part of a name's files.
+        load_options: Further arguments of ``datasets.load_dataset``, such as ``revision``, ``field`` or ``sample_by``.
+        streaming: Whether rows are read as they are needed. An ``IterableDataset`` is streamed anyway.
+        split: Training, validation and test: a split's name, or a slice or sum as in ``"train[:98%]"``, or None for
+            none; or three shares of the one split, contiguous in this order, such as ``(0.98, 0.01, 0.01)``. Streams
+            take names only.
+        text_column: Holds the text, or lists of ids that are taken as they are.
+        prompt_column: Holds text that comes first in a sample and is not learnt, for supervised fine-tuning.
+        keep_columns: Columns that ``collate_fn`` needs, too.
+        tokenizer: ``"bytes"``, the path of a ``tokenizer.json``, a transformers folder or hub name, or a tokenizer.
+        append_eod: Whether the end-of-document id follows each text.
+        seq_length: Tokens that the model sees at once.
+        batch_size: Samples of one optimizer step on one data-parallel rank; the strategy cuts them into micro-batches.
+        packing: Whether rows share samples.
+        collate_fn: Makes a batch of samples that have ``input_ids``, for BERT and T5; ``[seq_length]`` with packing.
+        shuffle: Whether training takes the samples in a random order. Of a stream, shards are shuffled, and rows within
+            blocks of ``shuffle_block``.
+        shuffle_block: Rows of a stream that are shuffled with each other.
+        seed: Of the training order. The same seed gives the same order; each epoch has its own.
+        drop_last: Whether training leaves out what does not fill a last batch.
+        num_proc: Processes that load and tokenise a dataset.
+        num_workers: Processes that load samples; 0, which streams need, loads them in the training process.
+        cache_dir: Instead of datasets' own cache folder.
+
+    Raises:
+        ValueError: A number is not positive, ``split`` is none, or arguments that do not go together.
+    """
+
+    def __init__(
+        self,
+        dataset: str | Path | Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset],
+        config_name: str | None = None,
+        data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+        load_options: Mapping[str, Any] | None = None,
+        streaming: bool = False,
+        split: tuple[str | float | None, str | float | None, str | float | None] = ("train", None, None),
+        text_column: str = "text",
+        prompt_column: str | None = None,
+        keep_columns: Sequence[str] = (),
+        tokenizer: str | Path | Tokenizer = "bytes",
+        append_eod: bool = True,
+        seq_length: int = 256,
+        batch_size: int = 8,
+        packing: bool = True,
+        collate_fn: Collator | None = None,
+        shuffle: bool = True,
+        shuffle_block: int = 1000,
+        seed: int = 1234,
+        drop_last: bool = False,
+        num_proc: int | None = None,
+        num_workers: int = 0,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__(tokenizer)
+        positive = {"seq_length": seq_length, "batch_size": batch_size, "shuffle_block": shuffle_block}
+        for name, value in {**positive, "num_proc": num_proc}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{type(self).__name__}({name}={value}) must be at least 1.")
+        self.dataset = dataset
+        self.options = {"name": config_name, "data_files": data_files, "num_proc": num_proc, **(load_options or {})}
+        self.options = {name: value for name, value in self.options.items() if value is not None}
+        self.streaming = streaming
+        self.split = tuple(split)
+        self.text_column = text_column
+        self.prompt_column = prompt_column
+        self.keep_columns = tuple(keep_columns)
+        self.append_eod = append_eod
+        self.seq_length = seq_length
+        self.batch_size = batch_size
+        self.packing = packing
+        self.collate_fn = collate_fn
+        self.shuffle = shuffle
+        self.shuffle_block = shuffle_block
+        self.seed = seed
+        self.drop_last = drop_last
+        self.num_proc = num_proc
+        self.num_workers = num_workers
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self._opened: dict[str, Any] = {}
+        self._refuse_odd_arguments()
+
+    @override
+    def prepare_data(self) -> None:
+        """Loads and tokenises what is not a stream. Lightning calls this on one process of each machine."""
+        for name, rows in self._rows().items():
+            self._check(name, rows)
+            if not hf_source.is_stream(rows):
+                self._tokenise(rows)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Opens what ``prepare_data`` has tokenised.
+
+        Raises:
+            ValueError: A split that ``stage`` needs is not named, empty, or too short for ``seq_length``.
+        """
+        splits, needed = self._rows(), USED[stage][0]
+        if needed not in splits:
+            raise ValueError(
+                f"{type(self).__name__}(split={self.split}) names no {needed} split, and this run needs it."
+            )
+        for name in USED[stage]:
+            if name in splits and name not in self._opened:
+                self._check(name, splits[name])
+                self._opened[name] = self._open(name, splits[name])
+
+    @override
+    def train_dataloader(self) -> Loader:
+        """Returns the training batches of this data-parallel rank.
+
+        The order depends on ``seed`` and the epoch alone, so model-parallel peers, who share a data-parallel rank, see
+        the same batches. The Trainer sets a dataset's epoch; without one, call ``loader.sampler.set_epoch(epoch)``.
+
+        Raises:
+            ValueError: ``drop_last`` leaves no batch.
+        """
+        samples = self._samples("train")
+        if hf_source.is_stream(samples):
+            return self._stream(samples, self.seed if self.shuffle else None, self.drop_last)
+        sampler = self._sampler(samples, self.batch_size, self.shuffle, self.seed, self.drop_last)
+        return self._loader(samples, sampler=sampler, drop_last=self.drop_last)
+
+    @property
+    def _encoder(self) -> Encoder:
+        columns = (self.text_column, self.prompt_column, self.keep_columns)
+        return Encoder(self.tokenizer, *columns, self.append_eod, None if self.packing else self.seq_length)
+
+    @property
+    def _collator(self) -> Collator | None:
+        if self.packing:
+            return None if self.collate_fn is None else _OfPacked(self.collate_fn)
+        return self.collate_fn or PaddingCollator(self.tokenizer.eod_id)
+
+    def _rows(self) -> dict[str, Rows]:
+        """The rows of each split that has a name."""
+        options = dict(self.options) if self.cache_dir is None else {**self.options, "cache_dir": str(self.cache_dir)}
+        splits = hf_source.open_splits(self.dataset, self.streaming, **options)
+        chosen = zip(PARTS, hf_source.choose(splits, self.split), strict=True)
+        return {name: rows for name, rows in chosen if rows is not None}
+
+    def _check(self, name: str, rows: Any) -> None:
+        """Refuse a split without rows, or without the columns."""
+        first = next(iter(rows.take(1)), None)
+        if first is None:
+            raise ValueError(
+                f"{type(self).__name__}: the {name} split is empty, with split={self.split}. Name another, or enlarge"
+                " its part."
+            )
+        self._encoder.check(list(first))
+
+    def _tokenise(self, rows: Dataset) -> Dataset:
+        cache_dir = self.cache_dir or Path(hf_source.library().config.HF_DATASETS_CACHE)
+        return tokenise(rows, self._encoder, cache_dir / "lightning_megatron", self.num_proc)
+
+    def _open(self, name: str, rows: Any) -> Any:
+        """A stream, or the samples of a dataset."""
+        if hf_source.is_stream(rows):
+            if self.num_workers:
+                raise ValueError(
+                    f"{type(self).__name__}(num_workers={self.num_workers}): a stream is read in the training process,"
+                    " which alone knows its place in it when a checkpoint is saved. Use num_workers=0, or a dataset."
+                )
+            return rows
+        documents = self._tokenise(rows)
+        samples = PackedDocuments(documents, self.seq_length) if self.packing else documents
+        if not len(samples):
+            tokens = (
+                f"{samples.num_tokens} tokens, and one sample takes seq_length + 1 = {self.seq_length + 1}"
+                if (isinstance(samples, PackedDocuments))
+                else f"no text to learn in seq_length={self.seq_length} tokens"
+            )
+            raise ValueError(
+                f"{type(self).__name__}: the {name} split has no sample: its {len(rows)} rows have {tokens}. Use"
+                " another seq_length, or more text."
+            )
+        return samples
+
+    def _samples(self, name: str) -> Any:
+        if not self._opened:
+            raise RuntimeError(f"{type(self).__name__} has no data yet: call `prepare_data()` and `setup()` first.")
+        return self._opened[name]
+
+    def _ordered(self, name: str) -> Loader | list[Loader]:
+        if self._opened and name not in self._opened:
+            return []
+        samples = self._samples(name)
+        # Lightning spreads a dataset over the data-parallel ranks.
+        return self._stream(samples, None, False) if hf_source.is_stream(samples) else self._loader(samples)
+
+    def _loader(self, samples: Any, **options: Any) -> Loader:
+        # `batch_size` by name: Lightning makes the loader of a prediction again, with one of its own.
+        return DataLoader(
+            samples, batch_size=self.batch_size, collate_fn=self._collator, num_workers=self.num_workers, **options
+        )
+
+    def _stream(self, rows: IterableDataset, seed: int | None, drop_last: bool) -> StreamLoader:
+        from datasets.distributed import split_dataset_by_node
+
+        replicas = self._replicas
+        own = split_dataset_by_node(rows, rank=replicas["rank"], world_size=replicas["num_replicas"])
+        stream: Any = DocumentStream(own, self._encoder, self.shuffle_block, seed)
+        if self.packing:
+            stream = PackedStream(stream, self.seq_length)
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return StreamLoader(
+            stream,
+            replicas=replicas["num_replicas"],
+            device=device,
+            batch_size=self.batch_size,
+            collate_fn=self._collator,
+            drop_last=drop_last,
+        )
+
+    def _refuse_odd_arguments(self) -> None:
+        name, numbers = type(self).__name__, [part for part in self.split if isinstance(part, (int, float))]
+        if len(self.split) != len(PARTS) or (
+            numbers and (len(numbers) < len(PARTS) or min(numbers) < 0 or abs(sum(numbers) - 1) > 1e-6)
+        ):
+            raise ValueError(
+                f"{name}(split={self.split}) must be three names (train, val, test), None for none, such as"
+                " ('train', 'validation', None); or three parts, none negative, that sum to 1."
+            )
+        if self.packing and (self.prompt_column is not None or self.keep_columns):
+            raise ValueError(
+                f"{name}(prompt_column={self.prompt_column!r}, keep_columns={self.keep_columns}): packed rows share"
+                " samples, which have no prompt and no column of their own. Use packing=False."
+            )
+        if self.keep_columns and self.collate_fn is None:
+            raise ValueError(f"{name}(keep_columns={self.keep_columns}) needs a collate_fn, which makes use of them.")
+        if self.streaming and self.num_proc is not None:
+            raise ValueError(
+                f"{name}(streaming=True, num_proc={self.num_proc}): a stream is tokenised as it is read. Leave out one."
+            )
+
+
+class _OfPacked:
+    """A collate function that takes ``input_ids``, given packed samples."""
+
+    def __init__(self, collate_fn: Collator) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> Any:
+        return self.collate_fn([{"input_ids": sample["text"][:-1]} for sample in samples])

@@ -1,0 +1,161 @@
+"""Streams of rows made into samples, by a loader that knows its place in them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset as TorchIterableDataset
+
+from lightning_megatron.data.hf_documents import Encoder
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+State: TypeAlias = dict[str, Any]
+
+
+class DocumentStream(TorchIterableDataset[dict[str, Any]]):
+    """The tokenised rows of a stream, shuffled within blocks of them.
+
+    datasets' own shuffle buffer is lost when a run is resumed. A block is read again instead: its order follows from
+    ``seed``, the epoch and its number, so all there is to remember is where it began.
+
+    Args:
+        rows: This replica's share.
+        encoder: Makes the tokens.
+        block: Rows that are shuffled with each other; 1 keeps the order.
+        seed: Of the orders, of shards and within blocks; None keeps both.
+    """
+
+    def __init__(self, rows: IterableDataset, encoder: Encoder, block: int, seed: int | None) -> None:
+        self._rows = rows
+        self._encoder = encoder
+        self._block = block if seed is not None else 1
+        self._seed = seed
+        self._place: State = {"epoch": -1, "block": 0, "given": 0, "rows": {}}
+        self._resumed = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rest of the epoch that a state was loaded of, or the next epoch."""
+        if not self._resumed:
+            self._place = {"epoch": self._place["epoch"] + 1, "block": 0, "given": 0, "rows": {}}
+        self._resumed = False
+        place = self._place
+        self._rows.set_epoch(0 if self._seed is None else self._seed + place["epoch"])  # shuffles shards, not rows
+        self._rows.load_state_dict(copy.deepcopy(place["rows"]))
+        samples = filter(None, map(self._encoder, self._rows))
+        while block := list(islice(samples, self._block)):
+            for number in self._order(len(block))[place["given"] :]:
+                place["given"] += 1
+                yield block[number]
+            place.update(block=place["block"] + 1, given=0, rows=self._rows.state_dict())
+
+    def state_dict(self) -> State:
+        """Where the next sample comes from."""
+        return dict(self._place)
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on there."""
+        self._place, self._resumed = dict(state), True
+
+    def _order(self, count: int) -> np.ndarray:
+        if self._seed is None:
+            return np.arange(count)
+        return np.random.default_rng([self._seed, self._place["epoch"], self._place["block"]]).permutation(count)
+
+
+class PackedStream(TorchIterableDataset[dict[str, Tensor]]):
+    """Fixed-length samples of documents that stand one after another, as ``PackedTextDataset`` has them.
+
+    Args:
+        documents: Tokenised.
+        seq_length: Tokens that the model sees at once. What is left of an epoch at its end is dropped.
+    """
+
+    def __init__(self, documents: DocumentStream, seq_length: int) -> None:
+        self._documents = documents
+        self._seq_length = seq_length
+        self._left = np.empty(0, np.int64)
+        self._resumed = False
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Samples ``{"text": int64 [seq_length + 1]}``."""
+        if not self._resumed:
+            self._left = np.empty(0, np.int64)
+        self._resumed = False
+        documents = iter(self._documents)
+        while True:
+            while len(self._left) > self._seq_length:
+                sample, self._left = self._left[: self._seq_length + 1], self._left[self._seq_length :]
+                yield {"text": torch.from_numpy(sample.copy())}  # [s + 1]
+            if (document := next(documents, None)) is None:
+                return
+            self._left = np.concatenate([self._left, document["input_ids"]])
+
+    def state_dict(self) -> State:
+        """Where the next document comes from, and the tokens before it."""
+        return {"documents": self._documents.state_dict(), "left": torch.from_numpy(self._left.copy())}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on there."""
+        self._documents.load_state_dict(state["documents"])
+        self._left, self._resumed = state["left"].numpy(), True
+
+
+class StreamLoader(DataLoader[Any]):
+    """Batches of a stream, in this process, with a ``state_dict``: a resumed run goes on at the next sample.
+
+    An epoch ends on all replicas when one of them has no batch left. Each iteration is the next epoch.
+
+    Args:
+        dataset: This replica's stream.
+        replicas: How many there are.
+        device: On which they agree on the end.
+        **options: Of a ``DataLoader``.
+    """
+
+    def __init__(
+        self, dataset: DocumentStream | PackedStream, replicas: int, device: torch.device, **options: Any
+    ) -> None:
+        # A generator of its own: an iterator draws a number, and the run's shall stay as they are.
+        super().__init__(dataset, **{"generator": torch.Generator(), **options})
+        self.replicas = replicas
+        self.device = device
+        self._resumed = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        resumed, self._resumed = self._resumed, False
+        given = 0
+        for batch in self._epoch():
+            given += 1
+            yield batch
+        if resumed and not given:  # the state was of an epoch's end
+            yield from self._epoch()
+
+    def state_dict(self) -> State:
+        """Where the next batch comes from."""
+        return self.dataset.state_dict()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on there."""
+        self.dataset.load_state_dict(state)  # type: ignore[attr-defined]
+        self._resumed = True
+
+    def _epoch(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        while self._all_have(batch := next(batches, None)):
+            yield batch
+
+    def _all_have(self, batch: Any) -> bool:
+        here = torch.tensor(int(batch is not None), device=self.device)
+        if self.replicas > 1:
+            dist.all_reduce(here, op=dist.ReduceOp.MIN)
+        return bool(here)

@@ -1,0 +1,40 @@
+"""Samples of unequal length made into one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORED_LABEL = -100
+
+
+class PaddingCollator:
+    """Makes batches for ``GPTModule`` of tokenised samples, padded to the longest of the batch.
+
+    Args:
+        pad_id: Id behind the end of short samples; it is masked, so any will do.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pad.
+
+        Args:
+            samples: Mappings with ``input_ids`` ``[s]``, and optional ``labels`` ``[s]``, which are the inputs
+                otherwise.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``labels`` ``[b, s]``; labels are −100 on the padding.
+        """
+        rows = [torch.as_tensor(sample["input_ids"], dtype=torch.int64) for sample in samples]
+        labels = [torch.as_tensor(sample.get("labels", sample["input_ids"]), dtype=torch.int64) for sample in samples]
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+        }

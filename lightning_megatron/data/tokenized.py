@@ -1,0 +1,96 @@
+"""What the data modules of this package share: three parts of the data, a tokenizer, and evaluation in order."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from typing_extensions import override
+
+from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer
+
+PARTS = ("train", "val", "test")
+
+# The parts that each stage of the Trainer uses; it cannot do without the first. None is a call of `setup()` by hand.
+USED = {None: PARTS, "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+
+Loader = DataLoader[Any]
+
+
+class TokenizedDataModule(LightningDataModule):
+    """A data module over token ids; prediction runs over the test part.
+
+    Args:
+        tokenizer: ``"bytes"``, the path of a ``tokenizer.json``, a transformers folder or hub name, or a tokenizer.
+    """
+
+    def __init__(self, tokenizer: str | Path | Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer_source = tokenizer
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded on first use: only then may a name on the hub be reached for."""
+        return load_tokenizer(self._tokenizer_source)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id in a batch: the model's ``vocab_size``."""
+        return self.tokenizer.vocab_size
+
+    @override
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Returns the validation batches, in order; an empty list, which Lightning skips, where there are none."""
+        return self._ordered("val")
+
+    @override
+    def test_dataloader(self) -> Loader | list[Loader]:
+        """Returns the test batches, in order; an empty list where there are none."""
+        return self._ordered("test")
+
+    @override
+    def predict_dataloader(self) -> Loader | list[Loader]:
+        """Returns the test batches, as :meth:`test_dataloader` does."""
+        return self._ordered("test")
+
+    @abstractmethod
+    def _ordered(self, part: str) -> Loader | list[Loader]:
+        """The batches of a part in order, which Lightning spreads over the data-parallel ranks."""
+
+    def _sampler(
+        self, samples: Dataset[Any], batch_size: int, shuffle: bool, seed: int, drop_last: bool
+    ) -> DistributedSampler[Any]:
+        """This data-parallel rank's training samples.
+
+        Ours rather than the one that Lightning would inject: that one needs a distributed strategy, and takes its seed
+        from ``seed_everything``. Lightning leaves a ``DistributedSampler`` alone, and sets its epoch.
+
+        Raises:
+            ValueError: ``drop_last`` leaves no batch.
+        """
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            samples, shuffle=shuffle, seed=seed, drop_last=drop_last, **self._replicas
+        )
+        if drop_last and len(sampler) < batch_size:
+            raise ValueError(
+                f"{type(self).__name__}(drop_last=True): the {len(samples)} training samples give each of "  # type: ignore[arg-type]
+                f"{sampler.num_replicas} data-parallel ranks {len(sampler)}, too few for one batch of {batch_size}. "
+                "Lower `batch_size`, or use more text."
+            )
+        return sampler
+
+    @property
+    def _replicas(self) -> dict[str, int]:
+        """Number of data-parallel ranks, and which of them this is, as a ``DistributedSampler`` takes them."""
+        replicas = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return replicas or {"num_replicas": 1, "rank": 0}
+
+
+def default_cache_dir(name: str) -> Path:
+    """``lightning_megatron/NAME`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_megatron" / name
