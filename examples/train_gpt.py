@@ -5,6 +5,7 @@ import math
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_megatron import GPTConfig, GPTModule, MegatronStrategy
 from lightning_megatron.data import TextDataModule
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--output", default="checkpoints/gpt-stdlib", help="directory of the checkpoint")
+    parser.add_argument("--log", help="directory of the curves, as metrics.csv")
     args = parser.parse_args()
 
     seed_everything(1234)
@@ -34,13 +36,14 @@ def main() -> None:
         strategy=MegatronStrategy(tp=args.tp, pp=args.pp),
         precision=args.precision,
         max_steps=args.steps,
-        val_check_interval=args.steps,
+        val_check_interval=max(1, args.steps // 4),
+        check_val_every_n_epoch=None,
         limit_val_batches=4,
         num_sanity_val_steps=2,
         gradient_clip_val=1.0,
-        log_every_n_steps=10,
+        log_every_n_steps=2,
         enable_checkpointing=False,
-        logger=False,
+        logger=CSVLogger(args.log, name="", version="") if args.log else False,
     )
     trainer.fit(module, data)
     trainer.save_checkpoint(args.output)

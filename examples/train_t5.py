@@ -1,0 +1,114 @@
+"""Train a small T5 to fill in what was taken out of Python's source, encoder and decoder on a stage each, on a CPU."""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from lightning_megatron import LRSchedule, MegatronStrategy, T5Config, T5Module
+from lightning_megatron.data import SpanCorruptionCollator, standard_library_sources
+from lightning_megatron.data.preprocess import train_tokenizer
+
+
+class CorruptedCode(LightningDataModule):
+    """Pieces of text files, with sentinels in the place of spans; every tenth file is for validation."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.vocab_size, self.seq_length, self.batch_size = args.vocab_size, args.seq_length, args.batch_size
+        self.files = sorted(Path(args.text).rglob("*.py")) if args.text else standard_library_sources()
+        self.path = Path(args.output, f"tokenizer-{args.vocab_size}.json")
+
+    def prepare_data(self) -> None:
+        """Train the tokenizer: on one process, while the others wait."""
+        if not self.path.exists():
+            train_tokenizer(self.files, self.vocab_size, self.path)
+
+    def setup(self, stage: str) -> None:
+        """Cut the files into pieces of ``seq_length`` tokens."""
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(self.path), pad_token="[PAD]", eos_token="<|endoftext|>"
+        )
+        self.collate = SpanCorruptionCollator.from_tokenizer(self.tokenizer, self.seq_length)
+        self.train, self.val = [], []
+        for number, file in enumerate(self.files):
+            ids = torch.tensor(self.tokenizer(file.read_text("utf-8", "replace"), verbose=False)["input_ids"])
+            pieces = [{"input_ids": piece} for piece in ids.split(self.seq_length) if len(piece) == self.seq_length]
+            (self.val if number % 10 == 9 else self.train).extend(pieces)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the training files, in random order."""
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True, collate_fn=self.collate)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the other files."""
+        return DataLoader(self.val, self.batch_size, collate_fn=self.collate)
+
+
+def main() -> None:
+    """Parse, build, fit, save; then show one piece, and what the model fills in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--accelerator", default="cpu", help="cpu or gpu")
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=2)
+    parser.add_argument("--text", help="a folder with .py files; by default the standard library")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--vocab-size", type=int, default=700)
+    parser.add_argument("--seq-length", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--output", default="checkpoints/t5-stdlib", help="directory of the checkpoint and the curves")
+    args = parser.parse_args()
+
+    seed_everything(1234)
+    data = CorruptedCode(args)
+    config = T5Config(
+        num_layers=2,
+        hidden_size=args.hidden_size,
+        num_attention_heads=4,
+        vocab_size=args.vocab_size,
+        seq_length=args.seq_length,
+        activation="geglu_tanh",  # as in T5 1.1
+        tie_embeddings=False,  # likewise
+        init_method_std=args.hidden_size**-0.5,  # 0.02 is for wide models
+    )
+    module = T5Module(
+        config,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+        lr_schedule=LRSchedule("linear", warmup_fraction=0.1),
+    )
+    trainer = Trainer(
+        accelerator=args.accelerator,
+        devices=args.devices,
+        strategy=MegatronStrategy(tp=args.tp, pp=args.pp),
+        max_steps=args.steps,
+        val_check_interval=max(1, args.steps // 6),
+        check_val_every_n_epoch=None,
+        limit_val_batches=8,
+        gradient_clip_val=1.0,
+        log_every_n_steps=10,
+        enable_checkpointing=False,
+        logger=CSVLogger(args.output, "denoising", version=""),
+    )
+    trainer.fit(module, data)
+    trainer.save_checkpoint(Path(args.output, "denoising", "checkpoint"))
+    loss = trainer.callback_metrics["val_loss"]
+
+    batch = data.collate([data.val[len(data.val) // 2]])
+    sample = {name: value[0] for name, value in batch.items()}
+    (logits,) = trainer.predict(module, DataLoader([sample]))  # [1, sd, vocab], each token after the right ones
+    if trainer.is_global_zero:
+        shown = {"corrupted": sample["input_ids"], "taken out": sample["labels"], "filled in": logits[0].argmax(-1)}
+        for name, ids in shown.items():
+            print(f"--- {name}\n{data.tokenizer.decode(ids)}")
+        print(f"val_loss {loss:.3f} (a uniform guess has {math.log(args.vocab_size):.3f}), checkpoint in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
