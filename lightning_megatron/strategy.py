@@ -319,7 +319,10 @@ class MegatronStrategy(Placement, ParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if isinstance(self.lightning_module, MegatronModule):
             self.lightning_module.check_batch(batch)  # here the tensors are still on the host
-        return super().batch_to_device(batch, device, dataloader_idx)
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        return (
+            self.lightning_module.complete_batch(batch) if isinstance(self.lightning_module, MegatronModule) else batch
+        )
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -124,6 +124,10 @@ class MegatronModule(pl.LightningModule):
             )
         return layout
 
+    def complete_batch(self, batch: Any) -> Any:
+        """Add to this replica's batch, which is on the device, what only the whole global batch says."""
+        return batch
+
     def check_layout(self, layout: ParallelLayout) -> None:
         """Refuse sizes that ``layout`` cannot divide; called before a process group exists.
 

@@ -100,8 +100,8 @@ class BertModule(ConfiguredModule):
         if not self.trainer.predicting and type(self).loss is BertModule.loss:  # another loss may need no labels
             self.task.check(batch)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Note what only the whole global batch says: how much the binary head's part of the loss weighs."""
+    def complete_batch(self, batch: Any) -> Any:
+        """Add what only the whole global batch says: how much the binary head's part of the loss weighs."""
         if self.trainer.predicting or self.loss_reduction == "micro_batch" or self.has_own_get_batch:
             return batch
         return self.task.weigh(_renamed(batch))
