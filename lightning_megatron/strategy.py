@@ -317,12 +317,11 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if isinstance(self.lightning_module, MegatronModule):
-            self.lightning_module.check_batch(batch)  # here the tensors are still on the host
-        batch = super().batch_to_device(batch, device, dataloader_idx)
-        return (
-            self.lightning_module.complete_batch(batch) if isinstance(self.lightning_module, MegatronModule) else batch
-        )
+        module = self.lightning_module
+        if not isinstance(module, MegatronModule):
+            return super().batch_to_device(batch, device, dataloader_idx)
+        module.check_batch(batch)  # here the tensors are still on the host
+        return module.complete_batch(super().batch_to_device(batch, device, dataloader_idx))
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

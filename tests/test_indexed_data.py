@@ -128,6 +128,8 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path):
         preprocess([source], tmp_path / "out", Numbers(), progress=False)
     with pytest.raises(ValueError, match=r"rows.jsonl:1 has no text under 'body', but \['text'\].*--json-keys"):
         preprocess([source], tmp_path / "out", Numbers(), json_keys=["body"], workers=2, progress=False)
+    with pytest.raises(ValueError, match="number.jsonl:1: 'text' is int"):
+        preprocess([lines(tmp_path / "number.jsonl", [{"text": 3}])], tmp_path / "out", Numbers(), progress=False)
     with pytest.raises(ValueError, match="There is no document to write"):
         preprocess([lines(tmp_path / "none.jsonl", [{"text": ""}])], tmp_path / "out", Numbers(), progress=False)
     (tmp_path / "broken.jsonl").write_text('{"text": "30"}\n{"text": \n')

@@ -194,8 +194,8 @@ def _from_json(line: bytes, place: str, keys: Sequence[str]) -> dict[str, Any]:
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             if isinstance(row, dict) and key in row:
                 raise ValueError(
-                    f"{place}: {key!r} is a {type(value).__name__}, and not a text or a list of texts. Correct the line,"
-                    " or name another key with --json-keys."
+                    f"{place}: {key!r} is {type(value).__name__}, and not a text or a list of texts. Correct the"
+                    " line, or name another key with --json-keys."
                 )
             seen = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{place} has no text under {key!r}, but {seen}. Name the right key with --json-keys.")
