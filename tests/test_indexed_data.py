@@ -135,7 +135,12 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": "30"}\n{"text": \n')
     with pytest.raises(ValueError, match="broken.jsonl:2 is no JSON"):
         preprocess([tmp_path / "broken.jsonl"], tmp_path / "out", Numbers(), progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "none.jsonl", "number.jsonl", "rows.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "broken.jsonl",
+        "none.jsonl",
+        "number.jsonl",
+        "rows.jsonl",
+    ]
 
 
 class Dying(Numbers):

@@ -266,3 +266,31 @@ def test_odd_batches_are_named(name):
     module.trainer = Trainer(accelerator="cpu", logger=False)
     with pytest.raises(ValueError, match=message):
         module.check_batch(batch)
+
+
+def _first_weights(positions: str) -> dict[str, float]:
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 50, "seq_length": 8}
+    module, found = T5Module(T5Config(**sizes, position_embedding=positions, init_method_std=0.125)), {}
+
+    def look() -> None:
+        for name, weight in module.named_shards():
+            if "linear_qkv.weight" in name:
+                query, key, value = weight.detach().unflatten(0, (4, 3, 16)).unbind(1)
+                found.update({f"{name} q": query.std(), f"{name} k": key.std(), f"{name} v": value.std()})
+            if "linear_q.weight" in name:
+                found[f"{name} q"] = weight.detach().std()
+
+    module.on_train_start = look
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(4)} for _ in range(2)]
+    trainer(Layout(), max_steps=1).fit(module, DataLoader(rows, batch_size=2))
+    return {name: float(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("positions", ["relative", "learned"])
+def test_queries_start_as_t5s(positions):
+    """As transformers': queries smaller by the root of a head's size, 16, where their scores are not divided by it."""
+    seen = run_ranks(1, _first_weights, positions)[0]
+    assert len(seen) == 2 * 3 + 2 * 3 + 2
+    for name, std in seen.items():
+        smaller = 4 if name.endswith("q") and positions == "relative" else 1
+        assert std == pytest.approx(0.125 / smaller, rel=0.1), name

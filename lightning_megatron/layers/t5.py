@@ -54,6 +54,22 @@ def share_position_bias(block: TransformerBlock, bias: RelativePositionEmbedding
         layer.self_attention.core_attention.__dict__["position_bias"] = bias  # not registered once per layer
 
 
+@torch.no_grad()
+def start_queries_small(block: TransformerBlock) -> None:
+    """Divide the queries' first weights by the root of a head's size, as T5 does, whose scores are not scaled.
+
+    Otherwise attention looks at one token from the start, and learns nothing for long; Mesh TensorFlow's
+    ``attention_kv_heads_combined`` initialisation, which transformers' T5 has too.
+    """
+    size = block.config.kv_channels**0.5
+    for layer in block.layers:
+        heads = layer.self_attention.linear_qkv.weight.unflatten(0, (-1, 3, block.config.kv_channels))
+        heads[:, 0].div_(size)  # each head's query, key and value lie one behind the other
+        cross = getattr(layer.cross_attention, "linear_q", None)
+        if cross is not None:
+            cross.weight.div_(size)
+
+
 def _block(
     layer: ModuleSpec, config: TransformerConfig, attention: type[TorchAttention], vp_stage: int | None
 ) -> TransformerBlockSubmodules:

@@ -25,7 +25,13 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from lightning_megatron import copies
 from lightning_megatron.groups import Stack
 from lightning_megatron.layers.attention import TorchAttention
-from lightning_megatron.layers.t5 import RelativeAttention, share_position_bias, t5_decoder_spec, t5_encoder_spec
+from lightning_megatron.layers.t5 import (
+    RelativeAttention,
+    share_position_bias,
+    start_queries_small,
+    t5_decoder_spec,
+    t5_encoder_spec,
+)
 from lightning_megatron.layers.vocabulary import mask_padded_vocabulary
 
 PositionEmbedding = Literal["relative", "learned"]
@@ -106,6 +112,9 @@ class T5Model(LanguageModule):
             self.decoder = TransformerBlock(config, spec, post_process=stage.ends_stack, vp_stage=vp_stage)
         if positions == "relative":
             self._build_position_bias(buckets, max_distance)
+            for block in (self.encoder if stage.encoder else None, self.decoder if stage.decoder else None):
+                if block is not None:
+                    start_queries_small(block)
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
