@@ -60,9 +60,9 @@ def main() -> None:
     parser.add_argument("--text", help="a folder with .py files; by default the standard library")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--vocab-size", type=int, default=700)
-    parser.add_argument("--seq-length", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--vocab-size", type=int, default=400)
+    parser.add_argument("--seq-length", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--output", default="checkpoints/t5-stdlib", help="directory of the checkpoint and the curves")
     args = parser.parse_args()
 
