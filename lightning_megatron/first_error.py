@@ -8,10 +8,17 @@ from itertools import count
 
 import torch.distributed as dist
 
-_KEY = "lightning_megatron/first_error"
+_KEY = "lightning_megatron/first_error_of_run"
 _CONSEQUENCE = "This is a consequence. First, "
 _SECONDS_FOR_ALL = 15
 _meetings = count()
+_run = 0
+
+
+def begin() -> None:
+    """A new run, in which the errors of earlier ones are not the first; called by all ranks."""
+    global _run
+    _run += 1
 
 
 def note(error: BaseException) -> None:
@@ -21,7 +28,7 @@ def note(error: BaseException) -> None:
     what = f"{type(error).__name__}: {error}"
     mine = f"rank {dist.get_rank()} raised {what}"
     try:
-        first = _store().compare_set(_KEY, "", mine).decode()
+        first = _store().compare_set(f"{_KEY}_{_run}", "", mine).decode()
     except Exception:  # the store dies with rank 0: then there is nobody to ask, and nothing to add
         return
     if not first.endswith(f" raised {what}"):  # the same error on every rank follows from nothing

@@ -242,6 +242,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         assert self.cluster_environment is not None
         store = launching.store_of_this_attempt(self._timeout)
         _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device, store=store)
+        first_error.begin()
         groups.build(self.layout, self._timeout)
         peers.share_random_state()
         groups.seed(torch.initial_seed())

@@ -198,30 +198,58 @@ def test_from_any_step_that_a_callback_saved(tmp_path, layout, accumulate):
 
 
 class Inside(Callback):
-    """Saves in the middle of an accumulation window: after its second batch of three."""
+    """Saves in the middle of an accumulation window of three batches, in an epoch's second or first."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, epoch, batch_idx):
+        self.path, self.epoch, self.batch_idx = path, epoch, batch_idx
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx == 4:
+        if (trainer.current_epoch, batch_idx) == (self.epoch, self.batch_idx):
             trainer.save_checkpoint(self.path)
 
 
-def _mid_window(kind, path):
+def _mid_window(kind, path, epoch=0, batch_idx=4):
     run = functools.partial(_train, Layout(dp=2), kind, 0, "32-true", 3)
     whole = run(6)
-    run(3, extra=[Inside(path)])
+    run(3 + 2 * epoch, extra=[Inside(path, epoch, batch_idx)])
     assert_same(run(6, load=path, seed=99), whole)
 
 
-def test_from_the_middle_of_an_accumulation_window(tmp_path):
-    run_ranks(2, _mid_window, "shuffled", f"{tmp_path}/inside.ckpt")
+@pytest.mark.parametrize(("epoch", "batch_idx"), [(0, 4), (0, 1)])
+def test_from_the_middle_of_an_accumulation_window(epoch, batch_idx, tmp_path):
+    run_ranks(2, _mid_window, "shuffled", f"{tmp_path}/inside.ckpt", epoch, batch_idx)
 
 
 def test_a_loader_that_cannot_go_back_is_not_saved_inside_a_window(tmp_path):
     with pytest.raises(RankError, match="2 batches into an accumulation window.*cannot go back"):
         run_ranks(2, _mid_window, "sized", f"{tmp_path}/inside.ckpt", timeout=60)
+
+
+class Order(Callback):
+    """Notes epoch, batch and steps, and saves behind one batch."""
+
+    def __init__(self, path=None):
+        self.path, self.seen = path, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append((trainer.current_epoch, batch_idx, trainer.global_step))
+        if self.path and self.seen[-1][:2] == (1, 0):
+            trainer.save_checkpoint(self.path)
+
+
+def _first_window_of_an_epoch(path):
+    def run(order, load=None):
+        rows = Rows(text_samples(plain_gpt.GPT2, 24))
+        made = trainer(Layout(), max_epochs=3, accumulate_grad_batches=2, callbacks=[order])
+        made.fit(GPTModule(plain_gpt.GPT2), DataLoader(rows, batch_size=4, shuffle=True), ckpt_path=load)
+        return order.seen
+
+    return run(Order(path)), run(Order(), path)
+
+
+def test_the_first_window_of_a_later_epoch_is_run_again(tmp_path):
+    ((whole, resumed),) = run_ranks(1, _first_window_of_an_epoch, f"{tmp_path}/first.ckpt")
+    assert resumed == whole[6:]
 
 
 class Seeing(GPTModule):

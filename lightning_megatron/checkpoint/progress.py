@@ -61,7 +61,7 @@ def put_right(loops: dict[str, Any], where: Position) -> None:
     for counts in (batches["total"], batches["current"]):
         for name in _COUNTS:
             counts[name] = max(counts[name] - where.redo, 0)
-    if not inside:
+    if where.batches == 0:  # an epoch's beginning, also where its first window is run again
         batches["total"] = dict.fromkeys(_COUNTS, batches["total"]["processed"])
         batches["current"] = dict.fromkeys(_COUNTS, 0)
         batches["is_last_batch"] = False
