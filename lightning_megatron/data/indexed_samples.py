@@ -115,6 +115,32 @@ class _Masked(IndexedSamples):
 
     minimum_sentences: int
 
+    def __init__(
+        self,
+        seq_length: int,
+        masking_probability: float,
+        short_sequence_probability: float,
+        max_ngram: int,
+        whole_words: bool,
+    ) -> None:
+        _check_masking(type(self).__name__, seq_length, masking_probability, short_sequence_probability, max_ngram)
+        self.seq_length = seq_length
+        self.masking_probability = masking_probability
+        self.short_sequence_probability = short_sequence_probability
+        self.max_ngram = max_ngram
+        self.whole_words = whole_words
+
+    def options(self) -> dict[str, Any]:
+        """Arguments that both datasets' configurations have."""
+        return {
+            "masking_probability": self.masking_probability,
+            "short_sequence_probability": self.short_sequence_probability,
+            "masking_max_ngram": self.max_ngram,
+            "masking_do_full_word": self.whole_words,
+            "masking_do_permutation": False,
+            "masking_use_longer_ngrams": False,
+        }
+
     def convert(self, sample: Sample) -> Sample:
         """Padding that no model sees; labels that are not learned from are −100."""
         names = self.names
@@ -177,13 +203,8 @@ class BertSamples(_Masked):
         max_ngram: int = 3,
         whole_words: bool = True,
     ) -> None:
-        _check_masking("BertSamples", seq_length, masking_probability, short_sequence_probability, max_ngram)
-        self.seq_length = seq_length
+        super().__init__(seq_length, masking_probability, short_sequence_probability, max_ngram, whole_words)
         self.binary_head = binary_head
-        self.masking_probability = masking_probability
-        self.short_sequence_probability = short_sequence_probability
-        self.max_ngram = max_ngram
-        self.whole_words = whole_words
         self.minimum_sentences = 2 if binary_head else 1
 
     @property
@@ -194,16 +215,8 @@ class BertSamples(_Masked):
 
     def options(self) -> dict[str, Any]:
         """Arguments of ``BERTMaskedWordPieceDatasetConfig``."""
-        return {
-            "masking_probability": self.masking_probability,
-            "short_sequence_probability": self.short_sequence_probability,
-            "masking_max_ngram": self.max_ngram,
-            "masking_do_full_word": self.whole_words,
-            "masking_do_permutation": False,
-            "masking_use_longer_ngrams": False,
-            "masking_use_geometric_distribution": False,
-            "classification_head": self.binary_head,
-        }
+        ours = {"masking_use_geometric_distribution": False, "classification_head": self.binary_head}
+        return {**super().options(), **ours}
 
     def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """BERT's special tokens, and all tokens by their ids."""
@@ -249,12 +262,7 @@ class T5Samples(_Masked):
         max_ngram: int = 10,
         whole_words: bool = True,
     ) -> None:
-        _check_masking("T5Samples", seq_length, masking_probability, short_sequence_probability, max_ngram)
-        self.seq_length = seq_length
-        self.masking_probability = masking_probability
-        self.short_sequence_probability = short_sequence_probability
-        self.max_ngram = max_ngram
-        self.whole_words = whole_words
+        super().__init__(seq_length, masking_probability, short_sequence_probability, max_ngram, whole_words)
         most = max(math.ceil(masking_probability * seq_length), 1)
         self.decoder_seq_length = decoder_seq_length or math.ceil((2 * most + 1) / 8) * 8
         if self.decoder_seq_length <= most + self.most_spans:
@@ -279,16 +287,8 @@ class T5Samples(_Masked):
 
     def options(self) -> dict[str, Any]:
         """Arguments of ``T5MaskedWordPieceDatasetConfig``."""
-        return {
-            "masking_probability": self.masking_probability,
-            "short_sequence_probability": self.short_sequence_probability,
-            "masking_max_ngram": self.max_ngram,
-            "masking_do_full_word": self.whole_words,
-            "masking_do_permutation": False,
-            "masking_use_longer_ngrams": False,
-            "masking_use_geometric_distribution": True,
-            "sequence_length_decoder": self.decoder_seq_length,
-        }
+        ours = {"masking_use_geometric_distribution": True, "sequence_length_decoder": self.decoder_seq_length}
+        return {**super().options(), **ours}
 
     def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The sentinels, the ends, and all tokens by their ids.
