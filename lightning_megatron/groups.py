@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -74,10 +75,8 @@ def build_alone() -> ParallelLayout:
     Raises:
         RuntimeError: This process is a rank of a larger run.
     """
-    global _alone
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        _alone = True
+        _meet_nobody()
     if dist.get_world_size() > 1:
         raise RuntimeError(
             f"A whole model is built on one process, and this is one of {dist.get_world_size()} ranks. Inside a run,"
@@ -86,6 +85,36 @@ def build_alone() -> ParallelLayout:
     layout = ParallelLayout(world_size=1)
     build(layout)
     return layout
+
+
+def default_device() -> torch.device:
+    """This rank's GPU of its machine, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def join(device: torch.device) -> None:
+    """Meet the ranks that torchrun has started; or be alone, where nothing has."""
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    else:
+        _meet_nobody()
+
+
+def _meet_nobody() -> None:
+    global _alone
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    _alone = True
+
+
+def world_size() -> int:
+    """Ranks that have met."""
+    return dist.get_world_size()
 
 
 def end_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from megatron.core.models.common.embeddings.relative_pos_embedding import Relati
 from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
 from megatron.core.tensor_parallel import scatter_to_tensor_model_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import CrossAttention
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -25,10 +27,51 @@ class RelativeAttention(TorchAttention):
     position_bias: RelativePositionEmbedding
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As ``TorchAttention``, with this rank's heads of the bias."""
-        bias = self.position_bias(query.size(0), key.size(0))  # [1, heads, s, s]
+        """As ``TorchAttention``, with this rank's heads of the bias.
+
+        A query without the keys before it, in generation, is the last of as many as there are keys.
+        """
+        if query.size(0) == key.size(0):
+            bias = self.position_bias(query.size(0), key.size(0))  # [1, heads, s, s]
+        else:  # the bias depends on the distance alone: the first key's column, from the last query's side
+            bias = self.position_bias(key.size(0), 1).flip(2).transpose(2, 3)  # [1, heads, 1, s]
         bias = scatter_to_tensor_model_parallel_region(bias.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # heads/tp
         return super().forward(query, key, *args, **{**kwargs, "attention_bias": bias.to(query.dtype)})
+
+
+@dataclass
+class EncoderStates:
+    """The encoder's output, in generation, and what each layer's cross-attention has made of it.
+
+    Args:
+        hidden: ``[se, b, h]``.
+        projected: Keys and values ``[se, b, heads/tp, head]`` by the layer's number.
+    """
+
+    hidden: torch.Tensor
+    projected: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class CachingCrossAttention(CrossAttention):
+    """megatron-core's cross-attention, which projects ``EncoderStates`` once.
+
+    megatron-core's cache has one place for a layer, which is the self-attention's.
+    """
+
+    def forward(self, *args: Any, inference_context: Any = None, **kwargs: Any) -> Any:
+        """As megatron-core's, without its cache."""
+        return super().forward(*args, **kwargs)
+
+    def get_query_key_value_tensors(self, hidden_states: torch.Tensor, key_value_states: Any, **kwargs: Any) -> Any:
+        """Query from ``hidden_states``, key and value from the encoder's output, as it is or as ``EncoderStates``."""
+        states = key_value_states
+        if not isinstance(states, EncoderStates):
+            return super().get_query_key_value_tensors(hidden_states, states, **kwargs)
+        known = states.projected.get(self.layer_number)
+        source = states.hidden if known is None else states.hidden[:0]
+        query, *new = super().get_query_key_value_tensors(hidden_states, source, **kwargs)
+        key, value = states.projected.setdefault(self.layer_number, tuple(new)) if known is None else known
+        return query, key, value
 
 
 def t5_encoder_spec(
@@ -44,6 +87,7 @@ def t5_decoder_spec(
     """Self-attention, and attention to the encoder's output."""
     layer = decoder_model_with_local_spec()
     layer.submodules.pre_cross_attn_layernorm = TorchNorm
+    layer.submodules.cross_attention.module = CachingCrossAttention
     layer.submodules.cross_attention.submodules.core_attention = TorchAttention
     return _block(layer, config, attention, vp_stage)
 

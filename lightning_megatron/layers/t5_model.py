@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.relative_pos_embedding import RelativePositionEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -23,9 +24,10 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from lightning_megatron import copies
-from lightning_megatron.groups import Stack
+from lightning_megatron.groups import Stack, gather_vocabulary
 from lightning_megatron.layers.attention import TorchAttention
 from lightning_megatron.layers.t5 import (
+    EncoderStates,
     RelativeAttention,
     share_position_bias,
     start_queries_small,
@@ -170,6 +172,44 @@ class T5Model(LanguageModule):
             )
         return self._logits(hidden) if self.post_process else torch.cat([encoded, hidden])
 
+    def encode(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """This chunk's layers of the encoder alone, for generation.
+
+        Args:
+            input_ids: ``[b, se]``.
+            mask: ``[b, 1, 1, se]``, True where nobody may look; None where nothing is padded.
+
+        Returns:
+            Hidden states ``[se, b, h]``.
+        """
+        hidden = self._embed(input_ids) if self.pre_process else self._input
+        return self.encoder(hidden_states=hidden, attention_mask=mask)
+
+    def decode(
+        self, tokens: torch.Tensor, encoded: EncoderStates, mask: torch.Tensor | None, cache: StaticInferenceContext
+    ) -> torch.Tensor:
+        """The embedding, this chunk's layers of the decoder and the output layer, as far as it has them.
+
+        Args:
+            tokens: ``[b, 1]``, the ones behind those in the cache.
+            encoded: The encoder's output.
+            mask: ``[b, 1, 1, se]``, True where nobody may look; None where nothing is padded.
+            cache: The decoder's keys and values so far.
+
+        Returns:
+            Hidden states ``[1, b, h]``, or on the last stage logits ``[b, 1, vocab]``.
+        """
+        hidden = self._embed(tokens, cache.sequence_len_offset) if self.pre_process else self._input
+        if self.stage.decoder:
+            hidden = self.decoder(
+                hidden_states=hidden,
+                attention_mask=None,
+                context=encoded,
+                context_mask=mask,
+                inference_context=cache,
+            )
+        return gather_vocabulary(self._logits(hidden)) if self.post_process else hidden
+
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """megatron-core's description of the tensors; of a position bias the stack's first stage has the original."""
         found = super().sharded_state_dict(*args, **kwargs)
@@ -193,9 +233,9 @@ class T5Model(LanguageModule):
         if self.stage.copy is not None:
             copies.mark(bias.relative_attention_bias.weight, stack, self.stage.copy)
 
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def _embed(self, ids: torch.Tensor, first: int = 0) -> torch.Tensor:
         """``[s/tp, b, h]`` of ``[b, s]``; what sequence parallelism pads may lie beyond the last learned position."""
-        positions = torch.arange(ids.size(1), device=ids.device).clamp(max=self.max_length - 1)
+        positions = torch.arange(first, first + ids.size(1), device=ids.device).clamp(max=self.max_length - 1)
         return self.embedding(ids, positions.expand_as(ids))
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ def mask_padded_vocabulary(output_layer: ColumnParallelLinear, vocab_size: int) 
     )
     real = min(max(vocab_size - first, 0), shard)
     if real < shard:
-        output_layer.register_forward_hook(partial(_mask, real))
+        output_layer.register_forward_hook(partial(_mask, real, shard))
 
 
 def cross_entropy_over_shards(
@@ -44,7 +44,11 @@ def cross_entropy_over_shards(
     return losses.float().sum(), counted.sum()
 
 
-def _mask(real: int, _: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+def _mask(
+    real: int, shard: int, _: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]
+) -> tuple[torch.Tensor, Any]:
     logits, bias = output  # [s, b, vocab/tp]
+    if logits.size(-1) != shard:
+        return output  # gathered, in generation, where the padding is cut off
     padding = torch.arange(logits.size(-1), device=logits.device) >= real
     return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias

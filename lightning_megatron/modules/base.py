@@ -70,6 +70,7 @@ class MegatronModule(pl.LightningModule):
         self._start_from: tuple[Path, bool] | None = None
         self.chunks = torch.nn.ModuleList()
         self.active_chunk = 0  # set by the strategy before each call: which virtual stage runs
+        self.in_pipeline = False  # set by the strategy: whether stages are in the midst of their micro-batches
 
     # What a subclass changes
 
@@ -174,6 +175,39 @@ class MegatronModule(pl.LightningModule):
         if self._start_from is not None:
             alone.fill(self, *self._start_from)
 
+    def build(
+        self, tp: int = 1, pp: int = 1, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Build the model outside of a Trainer, on the ranks that torchrun has started, or on this process alone.
+
+        It has the weights that ``load_weights`` was told of, or new ones. Ranks beyond ``tp · pp`` hold further copies.
+
+        Args:
+            tp: Tensor-parallel size.
+            pp: Pipeline-parallel size.
+            device: By default this rank's GPU, or the CPU where there is none.
+            dtype: Type of the weights.
+
+        Returns:
+            The module, in eval mode.
+
+        Raises:
+            RuntimeError: It is built already.
+            LayoutError: The sizes do not fit the number of ranks, or the model.
+        """
+        if len(self.chunks):
+            raise RuntimeError(f"{type(self).__name__}.build: it is built already, for {self.built_for}.")
+        place = groups.default_device() if device is None else torch.device(device)
+        use_device(place)
+        groups.join(place)
+        layout = self.complete_layout(ParallelLayout(world_size=groups.world_size(), tp=tp, pp=pp))
+        self.check_layout(layout)
+        groups.build(layout)
+        groups.seed(torch.initial_seed())
+        self.settings = BuildSettings(layout=layout, params_dtype=dtype)
+        self.configure_model()
+        return self.to(place, dtype).eval()
+
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
         """One micro-batch through the active chunk: the loss on the last stage, hidden states before it."""
         return self._chunk_step(batch)
@@ -270,7 +304,8 @@ class MegatronModule(pl.LightningModule):
         if self.settings is None:
             raise RuntimeError(
                 f"{type(self).__name__} builds its model under a Trainer with strategy=MegatronStrategy(...), once the"
-                " processes have started. Another strategy, or a use without a Trainer, has no process groups for it."
+                " processes have started; another strategy has no process groups for it. Without a Trainer, call"
+                f" {type(self).__name__}.build(tp=..., pp=...)."
             )
         return self.settings
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from lightning_megatron.generation import GenerationSettings, GPTDecoder, Prompts, Stages
 from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import gpt_block_spec, mask_padded_vocabulary
 from lightning_megatron.modules.base import (
@@ -18,14 +19,14 @@ from lightning_megatron.modules.base import (
     SchedulerCallable,
 )
 from lightning_megatron.modules.batch_checks import check_tokens
-from lightning_megatron.modules.configured import ConfiguredModule
 from lightning_megatron.modules.documents import Documents
+from lightning_megatron.modules.generating import GeneratingModule
 from lightning_megatron.modules.gpt_config import GPTConfig
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
 
 
-class GPTModule(ConfiguredModule):
+class GPTModule(GeneratingModule):
     """A GPT, trained to predict the next token.
 
     Batches are dicts of tensors, batch first, in one of two forms: transformers' ``input_ids`` ``[b, s]`` with optional
@@ -140,6 +141,23 @@ class GPTModule(ConfiguredModule):
         if not self.on_last_stage:
             return output
         return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
+
+    def _check_prompts(self, prompts: Prompts, new: int) -> None:
+        config = self.config
+        if config.position_embedding == "learned" and prompts.longest + new > config.seq_length:
+            raise ValueError(
+                f"GPTModule.generate: a prompt of {prompts.longest} tokens and max_new_tokens={new} are more than the"
+                f" {config.seq_length} positions of GPTConfig(seq_length={config.seq_length}). Use max_new_tokens="
+                f"{max(config.seq_length - prompts.longest, 0)} or less, or cut the prompts."
+            )
+        if config.layers != "torch" and not prompts.keep.all():
+            raise ValueError(
+                f"GPTModule.generate: with GPTConfig(layers={config.layers!r}) prompts are not padded; write on prompts of"
+                " one length at a time, or use layers='torch'."
+            )
+
+    def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> GPTDecoder:
+        return GPTDecoder(stages, prompts, self.config.vocab_size, settings.max_new_tokens, settings.num_beams)
 
     def _check_ids(self, name: str, ids: torch.Tensor) -> None:
         vocab_size = self.config.vocab_size

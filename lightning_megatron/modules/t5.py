@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_megatron import copies
+from lightning_megatron.generation import GenerationSettings, Prompts, Stages, T5Decoder
 from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import cross_entropy_over_shards
 from lightning_megatron.layers.t5_model import T5Model
@@ -15,7 +16,7 @@ from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules import t5_stages
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens
-from lightning_megatron.modules.configured import ConfiguredModule
+from lightning_megatron.modules.generating import GeneratingModule
 from lightning_megatron.modules.t5_config import T5Config
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
@@ -31,7 +32,7 @@ _MEGATRON_MASKS = {
 }
 
 
-class T5Module(ConfiguredModule):
+class T5Module(GeneratingModule):
     """A T5, trained to give the labels.
 
     Batches are mappings of tensors, batch first, as transformers' collators make them: ``input_ids`` ``[b, se]``,
@@ -169,6 +170,23 @@ class T5Module(ConfiguredModule):
         if not self.on_last_stage:
             return output
         return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
+
+    def _check_prompts(self, prompts: Prompts, new: int) -> None:
+        config = self.config
+        sides = {"seq_length": prompts.longest, "decoder_seq_length": new}
+        longest = {"seq_length": config.seq_length, "decoder_seq_length": config.decoder_seq_length or config.seq_length}
+        for side, tokens in sides.items():
+            if config.position_embedding == "learned" and tokens > longest[side]:
+                raise ValueError(
+                    f"T5Module.generate: {tokens} tokens are more than the positions of T5Config({side}={longest[side]})."
+                    f" {'Cut the prompts.' if side == 'seq_length' else 'Use a smaller max_new_tokens.'}"
+                )
+
+    def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> T5Decoder:
+        start = Prompts.same(self.config.decoder_start_id, len(prompts.ids)).to(prompts.ids.device)
+        split = self.build_settings.layout.pipeline_split_rank or 0
+        vocab, new, beams = self.config.vocab_size, settings.max_new_tokens, settings.num_beams
+        return T5Decoder(stages, prompts, start, vocab, new, beams, split)
 
     def _decoder_inputs(self, batch: Batch) -> torch.Tensor:
         """Those that are given, or the labels one place later, behind the start."""

@@ -1,0 +1,43 @@
+"""The keys and values of the tokens so far, and which texts they are of."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+
+
+class KeyValueCache(StaticInferenceContext):
+    """megatron-core's cache of keys and values, which knows its texts and follows beams that take one another's place.
+
+    Args:
+        rows: Texts: ``beams`` of each prompt, one behind the other.
+        beams: See above.
+        max_length: Tokens of the longest text there will be.
+    """
+
+    def __init__(self, rows: int, beams: int, max_length: int) -> None:
+        super().__init__(max_batch_size=rows, max_sequence_length=max_length)
+        self.prompt_of_row = torch.arange(rows) // beams
+        self.texts: torch.Tensor | None = None
+
+    def take(self, texts: torch.Tensor) -> torch.Tensor:
+        """What of the texts is new ``[rows, new]``; rows are brought into the order of the texts they begin.
+
+        Args:
+            texts: ``[rows, s]``, each a text of the last call, of the same prompt, and further tokens.
+        """
+        before, self.texts = self.texts, texts
+        if before is None:
+            return texts
+        known = texts[:, : before.size(1)]
+        if not torch.equal(known, before):
+            same = (known[:, None] == before).all(dim=-1)  # [rows, rows]
+            place = self.prompt_of_row.to(same.device)
+            same &= place[:, None] == place
+            self.swap_key_value_dict(same.int().argmax(dim=1))  # equal texts have equal keys: any will do
+        self.enable_decode_mode()
+        return texts[:, before.size(1) :]
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens whose keys and values are in."""
+        self.increment_sequence_len_offset(tokens)

@@ -1,0 +1,104 @@
+"""transformers' generation loop around a ``Decoder``, on every rank alike.
+
+Each rank is given the same scores, so each runs the same loop and comes to the same tokens; nobody has to be told what
+was chosen. The loop sees a model without a cache that is given whole texts: that interface is public and has not
+changed over transformers 5, while those of its caches have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutput
+
+from lightning_megatron import groups
+from lightning_megatron.generation.decoder import Decoder
+from lightning_megatron.generation.settings import GenerationSettings
+
+Stream = Callable[[torch.Tensor], Any]
+
+
+def write(decoder: Decoder, settings: GenerationSettings, seed: int, stream: Stream | None) -> torch.Tensor:
+    """Go on with the decoder's start.
+
+    Args:
+        decoder: Gives the scores.
+        settings: How tokens are chosen.
+        seed: Of the tokens that are drawn.
+        stream: Called with the new tokens ``[b]``, on the host, on the replica's first rank.
+
+    Returns:
+        ``[b, start + new]``, the same on every rank.
+
+    Raises:
+        RuntimeError: ``stream`` has failed, on all ranks.
+    """
+    streamer = None if stream is None else _Streamer(stream)
+    device = decoder.stages.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        texts: torch.Tensor = _Scorer(decoder).generate(
+            decoder.start.ids,
+            attention_mask=decoder.start.keep.long(),
+            generation_config=settings.to_transformers(),
+            logits_processor=settings.processors(),
+            streamer=streamer,
+        )
+    if streamer is not None:
+        streamer.raise_on_all_ranks()
+    return texts
+
+
+class _Scorer(PreTrainedModel, GenerationMixin):
+    """What the loop takes for a model."""
+
+    config_class = PreTrainedConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(PreTrainedConfig(vocab_size=decoder.vocab_size))
+        self.decoder = decoder
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.stages.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.decoder.scores(input_ids)[:, None])
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": input_ids}
+
+
+class _Streamer(BaseStreamer):
+    """Hands new tokens on. An error waits for the end of the text: other ranks would be left in their next pass."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.here = groups.model_parallel().rank() == 0
+        self.begun = False
+        self.error: Exception | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.begun and self.here and self.error is None:
+            try:
+                self.stream(value.cpu())
+            except Exception as error:
+                self.error = error
+        self.begun = True  # the first call brings the prompt
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def raise_on_all_ranks(self) -> None:
+        texts = groups.gather(None if self.error is None else repr(self.error), groups.model_parallel())
+        if texts[0] is not None:
+            raise RuntimeError(f"generate: the stream callback has failed with {texts[0]}.") from self.error

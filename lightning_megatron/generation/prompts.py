@@ -1,0 +1,106 @@
+"""What the text starts from: prompts, padded on the left, the same on every rank that holds a part of the model."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+import torch
+
+from lightning_megatron import groups
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one replica.
+
+    Args:
+        ids: ``[b, s]``, padded on the left.
+        keep: ``[b, s]``, False where there is padding.
+    """
+
+    ids: torch.Tensor
+    keep: torch.Tensor
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> Prompts:
+        """Check prompts, and move their padding, wherever it is, to the left.
+
+        Raises:
+            ValueError: They are not ``[b, s]`` whole numbers of the vocabulary with a mask alike, or one is empty.
+        """
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"generate: input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; use token ids [b, s]."
+            )
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if keep.shape != input_ids.shape:
+            raise ValueError(
+                f"generate: attention_mask has shape {tuple(keep.shape)}, and input_ids {tuple(input_ids.shape)}. Use"
+                " one of 1 and 0 for each token."
+            )
+        empty = (~keep.any(dim=1)).nonzero().flatten().tolist()
+        if not len(input_ids) or empty or not input_ids.size(1):
+            raise ValueError(
+                f"generate: {f'prompt {empty[0]} of {len(input_ids)}' if empty else 'the batch'} is empty. Begin each"
+                " with a token, such as the tokenizer's beginning of text."
+            )
+        seen = input_ids[keep]
+        if int(seen.min()) < 0 or int(seen.max()) >= vocab_size:
+            wrong = int(seen.max() if int(seen.max()) >= vocab_size else seen.min())
+            raise ValueError(
+                f"generate: token id {wrong} in the prompts is outside of the vocabulary, ids 0 to {vocab_size - 1}."
+                " Use the model's own tokenizer."
+            )
+        order = keep.int().argsort(dim=1, stable=True)  # padding first, tokens in their order
+        ids = input_ids.long().where(keep | ((input_ids >= 0) & (input_ids < vocab_size)), 0)
+        return cls(ids.gather(1, order), keep.gather(1, order))
+
+    @classmethod
+    def same(cls, token: int, rows: int) -> Prompts:
+        """``rows`` prompts of one token."""
+        ids = torch.full((rows, 1), token)
+        return cls(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def to(self, device: torch.device) -> Prompts:
+        """The same, on the device."""
+        return Prompts(self.ids.to(device), self.keep.to(device))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return int(self.keep.sum(dim=1).max())
+
+    def fingerprint(self) -> str:
+        """Of ids and padding, to compare between ranks."""
+        both = torch.stack([self.ids, self.keep.long()]).cpu()
+        return hashlib.sha256(both.numpy().tobytes() + repr(tuple(both.shape)).encode()).hexdigest()
+
+
+def agree(error: Exception | None, fingerprint: str) -> int:
+    """Have all ranks that hold a part of this copy of the model go on, or stop, together.
+
+    Args:
+        error: Why this rank cannot go on.
+        fingerprint: Of what it was given.
+
+    Returns:
+        A seed, the same on all of them, for a call that names none.
+
+    Raises:
+        ValueError: A rank cannot go on, or ranks were given different things.
+    """
+    told = (None if error is None else str(error), fingerprint, secrets.randbits(31))
+    everyone = groups.gather(told, groups.model_parallel())
+    if error is not None:
+        raise error
+    for rank, (text, other, _) in enumerate(everyone):
+        if text is not None:
+            raise ValueError(f"Model-parallel rank {rank} has refused its prompts: {text}")
+        if other != everyone[0][1]:
+            raise ValueError(
+                f"generate: the prompts or settings of model-parallel rank {rank} differ from those of rank 0, and they"
+                " hold parts of one model. Give the same to all ranks of a replica (as the strategy's sampler does)."
+            )
+    return everyone[0][2]
