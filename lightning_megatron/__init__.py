@@ -16,7 +16,16 @@ from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
 
 from lightning_megatron.groups import average_losses_across_data_parallel_group
 from lightning_megatron.layout import LayoutError, ParallelLayout
-from lightning_megatron.modules import BertConfig, BertModule, GPTConfig, GPTModule, MegatronModule, T5Config, T5Module
+from lightning_megatron.modules import (
+    BertConfig,
+    BertModule,
+    GPTConfig,
+    GPTModule,
+    MegatronModule,
+    T5Config,
+    T5Module,
+    on_all_stages,
+)
 from lightning_megatron.parameter_groups import ParameterGroups, biases_and_vectors
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.schedule import LRSchedule
@@ -38,6 +47,7 @@ __all__ = [
     "T5Module",
     "average_losses_across_data_parallel_group",
     "biases_and_vectors",
+    "on_all_stages",
 ]
 
 if "megatron" not in _StrategyRegistry:

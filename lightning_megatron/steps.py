@@ -15,7 +15,7 @@ from lightning_megatron import evaluation_samples, peers
 from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.microbatch import Cut, count_rows, cut, join
-from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.modules.base import MegatronModule, runs_on_all_stages
 from lightning_megatron.modules.plain import PlainModel, check_output
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.recorder import AtOnce, LogRecorder
@@ -100,7 +100,7 @@ class Steps:
         """``predict_step``: what the last stage returned, on every stage."""
         recorder = self._record(batch)
         step = self._step("predict_step", recorder, args, kwargs)
-        if isinstance(self.module, MegatronModule):
+        if isinstance(self.module, MegatronModule) and not runs_on_all_stages(self.module.predict_step):
             output = self.engine.predict(batch, *self._shape(batch, args), step)
         else:
             output = step(batch, 1.0, 0)
@@ -111,12 +111,16 @@ class Steps:
         """One micro-batch through one chunk: the module's own hook, its logging recorded."""
         module, device = self.module, self.engine.device
         method = getattr(module, hook)
+        in_pipeline = self.engine.layout.pp > 1 and not runs_on_all_stages(method)
 
         def step(micro_batch: Any, share: float, chunk: int) -> Any:
             if isinstance(module, MegatronModule):
-                module.active_chunk = chunk
-            with self.precision.step_context(device), recorder.listening(share, chunk):
-                output = method(micro_batch, *args, **kwargs)
+                module.active_chunk, module.in_pipeline = chunk, in_pipeline
+            try:
+                with self.precision.step_context(device), recorder.listening(share, chunk):
+                    output = method(micro_batch, *args, **kwargs)
+            finally:
+                module.in_pipeline = False
             if hook == "training_step" and not isinstance(module, MegatronModule):
                 check_output(output)
             if hook == "training_step" and isinstance(output, dict):

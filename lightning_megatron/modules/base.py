@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +29,23 @@ Batch = dict[str, torch.Tensor]
 IGNORED_LABEL = -100  # transformers' convention; torch's too
 # A sum over tokens and their number, or a plain mean.
 Loss = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+
+
+H = TypeVar("H", bound=Callable[..., Any])
+
+
+def on_all_stages(step: H) -> H:
+    """Mark a ``predict_step`` that is called once a batch, with all of it, on all pipeline stages at the same time.
+
+    Unmarked, it is called for each micro-batch and chunk, as the schedule comes to it. ``generate`` needs the mark.
+    """
+    step.on_all_stages = True  # type: ignore[attr-defined]
+    return step
+
+
+def runs_on_all_stages(step: Callable[..., Any]) -> bool:
+    """Whether it bears the mark of ``on_all_stages``."""
+    return getattr(step, "on_all_stages", False)
 
 
 class MegatronModule(pl.LightningModule):
