@@ -16,13 +16,23 @@ from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
 
 from lightning_megatron.groups import average_losses_across_data_parallel_group
 from lightning_megatron.layout import LayoutError, ParallelLayout
-from lightning_megatron.modules import BertConfig, BertModule, GPTConfig, GPTModule, MegatronModule, T5Config, T5Module
+from lightning_megatron.modules import (
+    AutoModule,
+    BertConfig,
+    BertModule,
+    GPTConfig,
+    GPTModule,
+    MegatronModule,
+    T5Config,
+    T5Module,
+)
 from lightning_megatron.parameter_groups import ParameterGroups, biases_and_vectors
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.schedule import LRSchedule
 from lightning_megatron.strategy import MegatronStrategy
 
 __all__ = [
+    "AutoModule",
     "BertConfig",
     "BertModule",
     "GPTConfig",

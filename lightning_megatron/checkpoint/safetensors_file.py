@@ -51,7 +51,9 @@ class SafetensorsFile:
         """Write one tensor, which has the shape and type that were told."""
         shape, dtype = self._kinds[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(f"{name} is {list(tensor.shape)} of {tensor.dtype}, and {list(shape)} of {dtype} was told.")
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} of {tensor.dtype}, and {list(shape)} of {dtype} was told."
+            )
         if tensor.numel():
             self._file.seek(self._data + self._starts[name])
             self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

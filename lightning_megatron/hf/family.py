@@ -18,7 +18,7 @@ class Family:
     Attributes:
         model_type: transformers' name of the architecture.
         kind: The module that it becomes.
-        prefix: What the names of all tensors begin with but for those of heads; files of a model without a head leave it
+        prefix: What the names of all tensors but those of heads begin with; files of a model without a head leave it
             out.
         buffers: Regular expressions of tensors that are no weights, such as masks that old files hold.
         head: Prefixes of their tensors that belong to a task: another task's are left where they are, and those that

@@ -126,7 +126,9 @@ class SafetensorsFiles(Source):
             try:
                 self._open[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read: {error}. It is damaged or incomplete; fetch it again.") from error
+                raise ValueError(
+                    f"{file} cannot be read: {error}. It is damaged or incomplete; fetch it again."
+                ) from error
         return self._open[file]
 
 

@@ -52,5 +52,5 @@ class TorchNorm:
         """Make the norm; megatron-core builds its layers by calling the class of the spec."""
         norm = _NORMS[config.normalization, config.layernorm_zero_centered_gamma](hidden_size, eps=eps)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

@@ -67,7 +67,7 @@ class MegatronModule(pl.LightningModule):
         self.settings: BuildSettings | None = None
         self.built_for: BuildSettings | None = None
         self._pads = True
-        self._fill: Callable[[Self], None] | None = None  # gives a built model its first weights
+        self._fill: Callable[[Any], None] | None = None  # gives a built model its first weights
         self.chunks = torch.nn.ModuleList()
         self.active_chunk = 0  # set by the strategy before each call: which virtual stage runs
 

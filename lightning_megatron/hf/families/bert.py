@@ -10,7 +10,13 @@ from lightning_megatron.hf.family import Family
 from lightning_megatron.hf.fields import Fields
 from lightning_megatron.hf.pieces import Pieces, QueryKeyValue, table
 
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+}
 _ARCHITECTURES = {
     "masked_lm": "BertForMaskedLM",
     "pretraining": "BertForPreTraining",
