@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 _HARMLESS = {
     "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
     "decoder_start_token_id", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
-    "name_or_path", "_name_or_path", "model_type", "transformers_version", "use_cache", "initializer_range", "initializer_factor",
+    "name_or_path", "_name_or_path", "model_type", "transformers_version", "use_cache", "initializer_range",
+    "initializer_factor",
     "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "task_specific_params",
     "pretraining_tp", "classifier_dropout", "finetuning_task", "gradient_checkpointing", "auto_map", "tokenizer_class",
     "prefix", "attn_implementation", "_attn_implementation", "experts_implementation", "is_encoder_decoder",
