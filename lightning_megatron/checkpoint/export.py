@@ -11,6 +11,7 @@ import torch
 from lightning_megatron.checkpoint import comparison, manifest, safetensors_file, trainer_state, weights, writing
 from lightning_megatron.checkpoint.manifest import CheckpointError
 
+SUFFIXES = (".safetensors", ".ckpt", ".pt")
 _MODEL = "model."
 
 
@@ -30,7 +31,7 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
         ValueError: A name that says no format.
     """
     path, out = Path(checkpoint), Path(out)
-    if out.suffix not in (".safetensors", ".ckpt", ".pt"):
+    if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: name a .safetensors file, or a .ckpt file for Lightning's load_from_checkpoint.")
     checked(path)
     unfinished = out.with_name(f".{out.name}.unfinished")

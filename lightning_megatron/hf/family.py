@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
 from lightning_megatron.hf.pieces import Pieces
 
-Kind = Literal["GPTModule", "BertModule", "T5Module"]
+Kind = Literal["GPT", "Bert", "T5"]
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -17,7 +17,7 @@ class Family:
 
     Attributes:
         model_type: transformers' name of the architecture.
-        kind: The module that it becomes.
+        kind: What it becomes, such as "GPT" for a ``GPTModule`` with a ``GPTConfig``.
         prefix: What the names of all tensors but those of heads begin with; files of a model without a head leave it
             out.
         buffers: Regular expressions of tensors that are no weights, such as masks that old files hold.
@@ -26,7 +26,7 @@ class Family:
     """
 
     model_type: ClassVar[str] = ""
-    kind: ClassVar[Kind] = "GPTModule"
+    kind: ClassVar[Kind] = "GPT"
     prefix: ClassVar[str] = ""
     buffers: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[tuple[str, ...]] = ()
@@ -98,15 +98,22 @@ def family_of(model_type: str) -> Family:
     return known[model_type]
 
 
-def family_for(config: Any, kind: str) -> Family:
-    """The first family of that kind of module that can express ``config``.
+def kind_of(config: Any) -> str:
+    """The kind of model that a configuration, or its type, is of; a subclass of a user's is of its base's."""
+    cls = config if isinstance(config, type) else type(config)
+    kinds = [base.__name__.removesuffix("Config") for base in cls.__mro__]
+    return next((kind for kind in kinds if kind in get_args(Kind)), "")
+
+
+def family_for(config: Any) -> Family:
+    """The first family that can express ``config``.
 
     Raises:
         UnsupportedConfigError: None can; says why, family by family.
     """
     reasons = []
     for family in known_families().values():
-        if family.kind == kind:
+        if family.kind == kind_of(config):
             try:
                 family.write_config(config)
                 return family

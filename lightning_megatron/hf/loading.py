@@ -39,12 +39,12 @@ class Pretrained:
     arguments: dict[str, Any]
 
     @classmethod
-    def find(cls, source: Source, kind: str | None, changes: dict[str, Any], ignore: Iterable[str]) -> Pretrained:
+    def find(cls, source: Source, kind: str, changes: dict[str, Any], ignore: Iterable[str]) -> Pretrained:
         """Read the configuration.
 
         Args:
             source: Where the model is.
-            kind: The module that it must become; None takes any.
+            kind: What it must become, such as "GPT".
             changes: Arguments of our configuration that are to differ.
             ignore: Fields of theirs that change nothing.
 
@@ -53,10 +53,10 @@ class Pretrained:
         """
         fields = Fields(source.config)
         family = family_of(fields.model_type)
-        if kind is not None and family.kind != kind:
+        if family.kind != kind:
             raise UnsupportedConfigError(
-                f"{source.name} is a {fields.model_type}, which becomes a {family.kind}: use"
-                f" {family.kind}.from_pretrained, or AutoModule.from_pretrained, not {kind}'s."
+                f"{source.name} is a {fields.model_type}, which becomes a {family.kind}Module: use"
+                f" {family.kind}Module.from_pretrained, or AutoModule.from_pretrained, not {kind}Module's."
             )
         arguments = family.read_config(fields)
         fields.refuse_unread(ignore)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from lightning_megatron import groups
 from lightning_megatron.checkpoint import export
-from lightning_megatron.hf.family import Family, family_for, family_of
+from lightning_megatron.hf.family import Family, family_for, family_of, kind_of
+from lightning_megatron.hf.fields import UnsupportedConfigError
 from lightning_megatron.hf.pieces import Heads
 from lightning_megatron.hf.saving import Directory, Kinds, in_bytes, their_config
 from lightning_megatron.hf.whole import WholeTensors
@@ -42,7 +43,6 @@ class Target:
     @classmethod
     def choose(
         cls,
-        kind: str,
         config: Any,
         base: dict[str, Any] | None,
         family: str | None,
@@ -53,7 +53,6 @@ class Target:
         """Find the family, and check all that can be checked before anything is written.
 
         Args:
-            kind: The kind of module, where no family is named.
             config: Our configuration.
             base: transformers' configuration that the model came with, if any.
             family: transformers' ``model_type``, if the user named it.
@@ -66,7 +65,11 @@ class Target:
             ValueError: A type or size that is none.
         """
         name = family or (base or {}).get("model_type")
-        found = family_of(name) if name else family_for(config, kind)
+        found = family_of(name) if name else family_for(config)
+        if found.kind != kind_of(config):
+            raise UnsupportedConfigError(
+                f"A {kind_of(config)} cannot be saved as a {found.model_type}, which is a {found.kind}."
+            )
         if isinstance(dtype, str):
             named = getattr(torch, dtype, None)
             if not isinstance(named, torch.dtype) or not named.is_floating_point:

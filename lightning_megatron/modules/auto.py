@@ -13,7 +13,7 @@ from lightning_megatron.modules.configured import ConfiguredModule
 from lightning_megatron.modules.gpt import GPTModule
 from lightning_megatron.modules.t5 import T5Module
 
-_MODULES: dict[str, type[ConfiguredModule]] = {cls.__name__: cls for cls in (GPTModule, BertModule, T5Module)}
+_MODULES: dict[str, type[ConfiguredModule]] = {"GPT": GPTModule, "Bert": BertModule, "T5": T5Module}
 
 
 class AutoModule:

@@ -76,7 +76,7 @@ class ConfiguredModule(MegatronModule):
             WeightsError: Tensors are missing, or have no place in the model.
             FileNotFoundError: There are no such files.
         """
-        kind = next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("lightning_megatron."))
+        kind = hf.kind_of(cls.config_type)
         found = hf.Pretrained.find(hf.open_source(source), kind, config or {}, ignore)
         module = cls(config=cls.config_type(**found.arguments), **arguments)
         found.check_names(module.config)
@@ -109,7 +109,7 @@ class ConfiguredModule(MegatronModule):
             UnsupportedConfigError: The family has no such model.
         """
         base = self.hparams.get("pretrained_config")
-        target = hf.Target.choose(type(self).__name__, self.config, base, family, dtype, max_shard_size, tokenizer)
+        target = hf.Target.choose(self.config, base, family, dtype, max_shard_size, tokenizer)
         kept = self.__dict__.get("_kept_checkpoint")
         if kept is not None:
             return target.write_checkpoint(Path(directory), kept.path)

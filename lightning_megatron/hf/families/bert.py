@@ -30,7 +30,7 @@ class Bert(Family):
     """Learned positions, token types, and norms after the blocks."""
 
     model_type = "bert"
-    kind = "BertModule"
+    kind = "Bert"
     prefix = "bert."
     buffers = (r".*position_ids",)
     head = ("cls.", "classifier.", "bert.pooler.")

@@ -18,7 +18,7 @@ class T5(Family):
     """An encoder and a decoder with a position bias for each stack."""
 
     model_type = "t5"
-    kind = "T5Module"
+    kind = "T5"
 
     @override
     def read_config(self, fields: Fields) -> dict[str, Any]:
