@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
 from lightning_megatron.groups import average_losses_across_data_parallel_group
 from lightning_megatron.layout import LayoutError, ParallelLayout
 from lightning_megatron.modules import (
+    AutoModule,
     BertConfig,
     BertModule,
     GPTConfig,
@@ -32,6 +33,7 @@ from lightning_megatron.schedule import LRSchedule
 from lightning_megatron.strategy import MegatronStrategy
 
 __all__ = [
+    "AutoModule",
     "BertConfig",
     "BertModule",
     "GPTConfig",

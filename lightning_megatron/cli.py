@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_megatron.checkpoint import CheckpointError
-from lightning_megatron.checkpoint.export import export
+from lightning_megatron.checkpoint.export import SUFFIXES, export
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,16 +20,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="lightning-megatron", description="Tools around MegatronStrategy.")
     commands = parser.add_subparsers(required=True)
-    merging = commands.add_parser("export", help="merge a sharded checkpoint's weights into one file")
-    merging.add_argument("checkpoint", help="the checkpoint's directory")
-    merging.add_argument("out", help="a .safetensors file, or a .ckpt file for a plain LightningModule")
-    merging.set_defaults(run=lambda given: print(export(given.checkpoint, given.out)))
+    _add_export(commands.add_parser("export", help="make one file, or a directory for transformers, of a checkpoint"))
+    _add_import(commands.add_parser("import", help="make a checkpoint of a directory of transformers"))
     _add_preprocess(commands.add_parser("preprocess", help="make Megatron's indexed data (.bin, .idx) from text"))
     given = parser.parse_args(arguments)
     try:
         given.run(given)
     except (CheckpointError, ValueError, OSError) as error:
         sys.exit(f"lightning-megatron: {error}")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="the checkpoint's directory")
+    parser.add_argument(
+        "out", help="a directory for transformers; a .safetensors file; or a .ckpt file for a plain LightningModule"
+    )
+    parser.add_argument("--tokenizer", help="of a directory: a tokenizer to put beside the weights")
+    parser.add_argument("--dtype", help="of a directory: float32, bfloat16 or float16 (as the weights are)")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a directory: of a file of weights (5GB)")
+    parser.add_argument("--family", help="of a directory: transformers' model_type (what the model came from)")
+    parser.set_defaults(run=_export)
+
+
+def _export(given: argparse.Namespace) -> None:
+    if Path(given.out).suffix in SUFFIXES:
+        print(export(given.checkpoint, given.out))
+        return
+    from lightning_megatron.hf import export_pretrained
+
+    path = export_pretrained(
+        given.checkpoint,
+        given.out,
+        tokenizer=given.tokenizer,
+        dtype=given.dtype,
+        max_shard_size=given.max_shard_size,
+        family=given.family,
+    )
+    print(path)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a directory with config.json and weights, or a name on the Hugging Face hub")
+    parser.add_argument("checkpoint", help="the checkpoint to write, for load_weights and load_from_checkpoint")
+    parser.set_defaults(run=_import)
+
+
+def _import(given: argparse.Namespace) -> None:
+    from lightning.pytorch import Trainer
+
+    from lightning_megatron import AutoModule, MegatronStrategy
+
+    if Path(given.checkpoint).exists():
+        raise ValueError(f"{given.checkpoint} is there already.")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    module = AutoModule.from_pretrained(given.source)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=MegatronStrategy(),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.predict(module, [])  # builds the model, and runs nothing
+    trainer.save_checkpoint(given.checkpoint, weights_only=True)
+    print(given.checkpoint)
 
 
 def _add_preprocess(parser: argparse.ArgumentParser) -> None:

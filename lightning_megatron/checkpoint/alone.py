@@ -24,7 +24,9 @@ def construct(cls: type[M], path: Path, trust: bool, changes: dict[str, Any]) ->
     parameters = inspect.signature(cls.__init__).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     known = {name: value for name, value in saved.items() if takes_all or name in parameters}
-    return cls(**{**known, **changes})
+    module = cls(**{**known, **changes})
+    module.hparams.update({name: value for name, value in saved.items() if name not in {**known, **changes}})
+    return module
 
 
 def whole(path: Path) -> Path:

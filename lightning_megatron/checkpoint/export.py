@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_megatron.checkpoint import comparison, manifest, trainer_state, weights, writing
+from lightning_megatron.checkpoint import comparison, manifest, safetensors_file, trainer_state, weights, writing
 from lightning_megatron.checkpoint.manifest import CheckpointError
 
-# Names of types in a safetensors file: https://github.com/huggingface/safetensors#format
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+SUFFIXES = (".safetensors", ".ckpt", ".pt")
 _MODEL = "model."
 
 
@@ -37,14 +31,14 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
         ValueError: A name that says no format.
     """
     path, out = Path(checkpoint), Path(out)
-    if out.suffix not in (".safetensors", ".ckpt", ".pt"):
+    if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: name a .safetensors file, or a .ckpt file for Lightning's load_from_checkpoint.")
     checked(path)
     unfinished = out.with_name(f".{out.name}.unfinished")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if out.suffix == ".safetensors":
-            _write_safetensors(path, unfinished)
+            safetensors_file.write(unfinished, kinds(path), tensors(path))
         else:
             torch.save({**state_of(path, trust=False), "state_dict": dict(tensors(path))}, unfinished)
         unfinished.replace(out)
@@ -90,22 +84,11 @@ def tensors(path: Path, prefer_main: bool = False, only: Set[str] | None = None)
             yield name, reader.read(main if prefer_main and main in reader.stored else key)
 
 
-def _write_safetensors(path: Path, out: Path) -> None:
-    reader = weights.OneByOne(path / writing.WEIGHTS)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    keys = sorted(key for key in reader.stored if key.startswith(_MODEL))
-    for key in keys:
-        about = reader.stored[key]
-        dtype = about.properties.dtype
-        start, end = end, end + math.prod(about.size) * dtype.itemsize
-        shape = list(about.size)
-        header[key.removeprefix(_MODEL)] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with out.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in keys:
-            tensor = reader.read(key).contiguous()
-            if tensor.numel():
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+def kinds(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each of the whole model's tensors, in the order of ``tensors``."""
+    stored = weights.stored(path / writing.WEIGHTS)
+    return {
+        key.removeprefix(_MODEL): (tuple(about.size), about.properties.dtype)
+        for key, about in sorted(stored.items())
+        if key.startswith(_MODEL)
+    }

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
 
 
 class TorchAttention(torch.nn.Module):
@@ -17,7 +18,7 @@ class TorchAttention(torch.nn.Module):
 
     Args:
         config: Megatron's transformer configuration.
-        layer_number: Number of the layer, from 1; the same for every layer here.
+        layer_number: Number of the layer in the whole model, from 1.
         attn_mask_type: Causal, or padding for bidirectional attention.
         attention_type: "self" or "cross".
         attention_dropout: Probability; None takes the configuration's.
@@ -39,6 +40,9 @@ class TorchAttention(torch.nn.Module):
         self.causal = attn_mask_type == AttnMaskType.causal
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.window = None  # tokens that a query looks at, itself included
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            self.window = config.window_size[0] + 1
         # Under sequence parallelism megatron-core has entered the tensor-parallel random state around the block.
         self.in_parallel_rng = config.sequence_parallel
 
@@ -72,6 +76,8 @@ class TorchAttention(torch.nn.Module):
         length, batch = query.shape[:2]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, head]
         causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
+        if self.window is not None and k.size(2) > self.window:
+            attention_mask = _beyond_window(attention_mask, q.size(2), k.size(2), self.window, q.device)
         dropout = self.dropout if self.training else 0.0
         forked = get_cuda_rng_tracker().fork() if dropout and not self.in_parallel_rng else nullcontext()
         with forked:
@@ -86,6 +92,15 @@ class TorchAttention(torch.nn.Module):
                 enable_gqa=q.size(1) != k.size(1),
             )
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+
+def _beyond_window(
+    mask: torch.Tensor | None, queries: int, keys: int, window: int, device: torch.device
+) -> torch.Tensor:
+    """``mask``, or the causal one, True as well where a key lies too far behind; the last query meets the last key."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    unseen = distance >= window
+    return unseen | (distance < 0) if mask is None else mask | unseen
 
 
 def _added_to_scores(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:

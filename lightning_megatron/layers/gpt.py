@@ -14,15 +14,20 @@ from megatron.core.utils import is_te_min_version
 
 from lightning_megatron.layers.attention import TorchAttention
 from lightning_megatron.layers.norm import TorchNorm
+from lightning_megatron.layers.parallel_residual import ParallelResidualLayer
 
 LayerKind = Literal["torch", "transformer_engine"]
 
 
 def gpt_block_spec(
-    config: TransformerConfig, kind: LayerKind, vp_stage: int | None
+    config: TransformerConfig, kind: LayerKind, parallel_residual: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """The block of ``kind`` for the layers of this pipeline stage (and virtual stage)."""
-    return _BLOCKS[kind](config, vp_stage)
+    spec = _BLOCKS[kind](config, vp_stage)
+    if parallel_residual:
+        for layer in spec.layer_specs:
+            layer.module = ParallelResidualLayer
+    return spec
 
 
 def _torch_block(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

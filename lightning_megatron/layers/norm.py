@@ -7,7 +7,38 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-_NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+
+class ZeroCentredRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight is counted from one, so that weight decay draws it there; Gemma's."""
+
+    def reset_parameters(self) -> None:
+        """Start at one."""
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last dimension."""
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+class ZeroCentredLayerNorm(torch.nn.LayerNorm):
+    """LayerNorm whose weight is counted from one."""
+
+    def reset_parameters(self) -> None:
+        """Start at one."""
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last dimension."""
+        return torch.nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+
+
+_NORMS: dict[tuple[str, bool], type[torch.nn.Module]] = {
+    ("LayerNorm", False): torch.nn.LayerNorm,
+    ("LayerNorm", True): ZeroCentredLayerNorm,
+    ("RMSNorm", False): torch.nn.RMSNorm,
+    ("RMSNorm", True): ZeroCentredRMSNorm,
+}
 
 
 class TorchNorm:
@@ -19,7 +50,7 @@ class TorchNorm:
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
         """Make the norm; megatron-core builds its layers by calling the class of the spec."""
-        norm = _NORMS[config.normalization](hidden_size, eps=eps)
+        norm = _NORMS[config.normalization, config.layernorm_zero_centered_gamma](hidden_size, eps=eps)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

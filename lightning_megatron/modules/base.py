@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal, Self, TypeVar
 
 import lightning.pytorch as pl
@@ -84,7 +84,7 @@ class MegatronModule(pl.LightningModule):
         self.settings: BuildSettings | None = None
         self.built_for: BuildSettings | None = None
         self._pads = True
-        self._start_from: tuple[Path, bool] | None = None
+        self._fill: Callable[[Any], None] | None = None  # gives a built model its first weights
         self.chunks = torch.nn.ModuleList()
         self.active_chunk = 0  # set by the strategy before each call: which virtual stage runs
         self.in_pipeline = False  # set by the strategy: whether stages are in the midst of their micro-batches
@@ -189,8 +189,8 @@ class MegatronModule(pl.LightningModule):
             last = stage == layout.pp - 1 and virtual == (layout.vp or 1) - 1
             with model_rng():
                 self.chunks.append(self.build_model(first, last, virtual if layout.vp else None))
-        if self._start_from is not None:
-            alone.fill(self, *self._start_from)
+        if self._fill is not None:
+            self._fill(self)
 
     def build(
         self, tp: int = 1, pp: int = 1, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
@@ -278,8 +278,26 @@ class MegatronModule(pl.LightningModule):
                 f"{type(self).__name__}.load_weights comes too late: the model is built. Call it on a new"
                 f" {type(self).__name__}, before fit."
             )
-        self._start_from = (alone.whole(local_path(path)), strict)
+        self._fill = partial(alone.fill, path=alone.whole(local_path(path)), strict=strict)
         return self
+
+    def build(self, device: torch.device | str = "cpu") -> Self:
+        """Build the whole model on this process alone, in fp32, for use without a Trainer.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The module.
+
+        Raises:
+            RuntimeError: This process is a rank of a larger run.
+        """
+        use_device(torch.device(device))
+        self.settings = BuildSettings(layout=groups.build_alone())
+        groups.seed(torch.initial_seed())
+        self.configure_model()
+        return self.to(device)
 
     @classmethod
     def load_from_checkpoint(
@@ -303,15 +321,10 @@ class MegatronModule(pl.LightningModule):
         """
         if hparams_file is not None:
             raise TypeError(f"{cls.__name__}.load_from_checkpoint takes no hparams_file; name the arguments.")
-        device = torch.device("cpu" if map_location is None else map_location)
         path = local_path(checkpoint_path)
         module = alone.construct(cls, path, weights_only is False, kwargs)
-        use_device(device)
-        module.settings = BuildSettings(layout=groups.build_alone())
-        groups.seed(torch.initial_seed())
-        module.configure_model()
-        alone.fill(module, path, module.strict_loading if strict is None else strict)
-        return module.to(device)
+        module._fill = partial(alone.fill, path=path, strict=module.strict_loading if strict is None else strict)
+        return module.build("cpu" if map_location is None else map_location)
 
     # What is the same for all
 

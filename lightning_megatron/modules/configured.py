@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
+import torch
+from transformers import PreTrainedModel
+
+from lightning_megatron import hf
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.base import Batch, LossReduction, MegatronModule, SchedulerCallable
 from lightning_megatron.modules.model_config import ModelConfig
@@ -47,6 +52,73 @@ class ConfiguredModule(MegatronModule):
         """Refuse sizes that the layout cannot divide."""
         self.config.check(layout)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | PreTrainedModel,
+        *,
+        config: dict[str, Any] | None = None,
+        ignore: Sequence[str] = (),
+        **arguments: Any,
+    ) -> Self:
+        """A module that starts from a model of transformers; each rank reads its shards when the model is built.
+
+        Args:
+            source: A directory (safetensors or ``.bin``, in one file or several), a model in memory, or a name on the
+                Hugging Face hub.
+            config: Fields of ``config_type`` that are to differ: ``seq_length``, ``hidden_dropout``, a BERT's ``task``
+                and ``num_labels``; a head that the source does not have starts anew.
+            ignore: Fields of transformers' configuration that change nothing here.
+            **arguments: Of ``__init__``, but for its ``config``.
+
+        Raises:
+            UnsupportedConfigError: An architecture, or a field of its configuration, without a counterpart.
+            WeightsError: Tensors are missing, or have no place in the model.
+            FileNotFoundError: There are no such files.
+        """
+        kind = hf.kind_of(cls.config_type)
+        found = hf.Pretrained.find(hf.open_source(source), kind, config or {}, ignore)
+        module = cls(config=cls.config_type(**found.arguments), **arguments)
+        found.check_names(module.config)
+        module._fill = found.fill
+        module.save_hyperparameters({"pretrained_config": found.source.config.to_dict()}, logger=False)
+        return module
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        tokenizer: Any = None,
+        dtype: torch.dtype | str | None = None,
+        max_shard_size: int | str = "5GB",
+        family: str | None = None,
+    ) -> Path:
+        """Write a directory that ``transformers`` loads, from any layout; all ranks call this.
+
+        Args:
+            directory: Where to; weights of an earlier call are replaced.
+            tokenizer: One of transformers', saved beside the weights.
+            dtype: Of the weights, such as "bfloat16". None: as they are.
+            max_shard_size: Of a file of weights; a larger model has several, and an index.
+            family: transformers' ``model_type``. None: what the module came from, or the first that has such a model.
+
+        Returns:
+            The directory.
+
+        Raises:
+            UnsupportedConfigError: The family has no such model.
+        """
+        base = self.hparams.get("pretrained_config")
+        target = hf.Target.choose(self.config, base, family, dtype, max_shard_size, tokenizer)
+        kept = self.__dict__.get("_kept_checkpoint")
+        if kept is not None:
+            return target.write_checkpoint(Path(directory), kept.path)
+        if not len(self.chunks):
+            self.build()
+        if self._trainer is not None:
+            self.trainer.strategy.lightning_module_state_dict()  # what is on its way to the weights arrives
+        return target.write_module(Path(directory), self)
+
     @property
     def has_own_get_batch(self) -> bool:
         """Whether a class of the user's has overridden ``get_batch``: then its batches may look like anything."""
@@ -77,6 +149,8 @@ class ConfiguredModule(MegatronModule):
         Raises:
             RuntimeError: With pipeline stages; ``trainer.predict`` gives it under every layout.
         """
+        if not len(self.chunks) and self._trainer is None:
+            self.build()
         if self.build_settings.layout.pp > 1:
             raise RuntimeError(
                 f"{type(self).__name__}.forward needs pp=1: here are pipeline stages. Use trainer.predict."

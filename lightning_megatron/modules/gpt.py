@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 
 from lightning_megatron.generation import GenerationSettings, GPTDecoder, Prompts, Stages
 from lightning_megatron.groups import gather_vocabulary
-from lightning_megatron.layers import gpt_block_spec, mask_padded_vocabulary
+from lightning_megatron.layers import gpt_block_spec, mask_padded_vocabulary, scale_output, stretch_rotary
 from lightning_megatron.modules.base import (
     IGNORED_LABEL,
     Batch,
@@ -69,7 +69,7 @@ class GPTModule(GeneratingModule):
         core = config.transformer_config(settings)
         model = GPTModel(
             config=core,
-            transformer_layer_spec=gpt_block_spec(core, config.layers, vp_stage),
+            transformer_layer_spec=gpt_block_spec(core, config.layers, config.parallel_residual, vp_stage),
             vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
             max_sequence_length=config.seq_length,
             pre_process=pre_process,
@@ -80,6 +80,10 @@ class GPTModule(GeneratingModule):
             rotary_percent=config.rotary_percent,
             vp_stage=vp_stage,
         )
+        if config.rope_scaling is not None:
+            stretch_rotary(model, config.rotary_base, config.rotary_percent, config.seq_length, config.rope_scaling)
+        if pre_process and config.embedding_multiplier != 1.0:
+            scale_output(model.embedding, config.embedding_multiplier)
         if post_process:
             mask_padded_vocabulary(model.output_layer, config.vocab_size)
         return model

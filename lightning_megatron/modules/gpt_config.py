@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_megatron.checkpoint import plain_class
+from lightning_megatron.layers import ROPE_TYPES
 from lightning_megatron.modules.model_config import ModelConfig
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
@@ -29,6 +30,12 @@ class GPTConfig(ModelConfig):
         position_embedding: Learned absolute positions, rotary ones, or none.
         rotary_base: Base period of the rotary frequencies.
         rotary_percent: Share of a head's channels that is rotated.
+        rope_scaling: How the rotary frequencies are stretched for long sequences, as in transformers' configurations:
+            ``{"rope_type": "llama3", "factor": 8.0, ...}``; kinds "linear", "llama3" and "yarn".
+        sliding_window: Tokens that a token looks at, itself and those before it. None: all before it.
+        sliding_window_layers: Numbers, from 0, of the layers that have the window. None: all.
+        parallel_residual: Whether the feed-forward layer is beside attention, as in GPT-NeoX, not behind it.
+        embedding_multiplier: Factor on the embeddings' output, as in Gemma.
         normalization: LayerNorm or RMSNorm.
         layernorm_epsilon: Added to the variance.
         activation: Of the feed-forward layer; "swiglu", "geglu" and "geglu_tanh" are gated.
@@ -50,8 +57,13 @@ class GPTConfig(ModelConfig):
 
     num_query_groups: int | None = None
     position_embedding: Literal["learned", "rope", "none"] = "learned"
-    rotary_base: int = 10000
+    rotary_base: float = 10000
     rotary_percent: float = 1.0
+    rope_scaling: dict[str, Any] | None = None
+    sliding_window: int | None = None
+    sliding_window_layers: list[int] | None = None
+    parallel_residual: bool = False
+    embedding_multiplier: float = 1.0
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     bias: bool = True
     qkv_bias: bool | None = None
@@ -62,6 +74,13 @@ class GPTConfig(ModelConfig):
         self._one_of("position_embedding", self.position_embedding, _POSITIONS)
         self._one_of("normalization", self.normalization, ("LayerNorm", "RMSNorm"))
         super().__post_init__()
+        if self.rope_scaling is not None:
+            self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), ROPE_TYPES)
+        self._check_window()
+        if self.layers != "torch":
+            for name, usual in (("rope_scaling", None), ("parallel_residual", False), ("embedding_multiplier", 1.0)):
+                if getattr(self, name) != usual:
+                    raise ValueError(f"GPTConfig({name}={getattr(self, name)!r}) needs layers='torch'.")
 
     def sizes(self) -> dict[str, Any]:
         """What a layout has to divide."""
@@ -75,9 +94,35 @@ class GPTConfig(ModelConfig):
             "normalization": self.normalization,
             "add_bias_linear": self.bias,
             "add_qkv_bias": self.bias if self.qkv_bias is None else self.qkv_bias,
+            **self._window_arguments(),
         }
 
     @property
     def megatron_position_embedding(self) -> str:
         """megatron-core's name of the position embedding."""
         return _POSITIONS[self.position_embedding]
+
+    def _check_window(self) -> None:
+        window, layers = self.sliding_window, self.sliding_window_layers
+        if window is not None and window < 1:
+            raise ValueError(f"GPTConfig(sliding_window={window}): use 1 token (itself) or more, or None.")
+        if layers is None:
+            return
+        if window is None:
+            raise ValueError(f"GPTConfig(sliding_window_layers={layers}) needs sliding_window, the tokens looked at.")
+        wrong = [number for number in layers if not 0 <= number < self.num_layers]
+        if wrong:
+            raise ValueError(
+                f"GPTConfig(sliding_window_layers={layers}): there is no layer {wrong[0]}; num_layers={self.num_layers}"
+                " are numbered from 0."
+            )
+
+    def _window_arguments(self) -> dict[str, Any]:
+        """megatron-core's: how far a query looks back and ahead, and 1 for each layer that has the window."""
+        if self.sliding_window is None:
+            return {}
+        layers = range(self.num_layers) if self.sliding_window_layers is None else self.sliding_window_layers
+        return {
+            "window_size": (self.sliding_window - 1, 0),
+            "window_attn_skip_freq": [int(number in layers) for number in range(self.num_layers)],
+        }

@@ -1,0 +1,56 @@
+"""A checkpoint made of a pretrained model, and a pretrained model's directory made of a checkpoint; on one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_megatron.checkpoint import CheckpointError, export
+from lightning_megatron.hf.family import kind_of
+from lightning_megatron.hf.target import Target
+
+
+def export_pretrained(
+    checkpoint: str | Path,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "5GB",
+    family: str | None = None,
+) -> Path:
+    """Write a directory that ``transformers`` loads from a checkpoint of any layout, tensor by tensor.
+
+    Args:
+        checkpoint: A checkpoint's directory.
+        directory: Where to; weights of an earlier call are replaced.
+        tokenizer: One of transformers', saved beside the weights; or a name or directory of one.
+        dtype: Of the weights, such as "bfloat16". None: as they are.
+        max_shard_size: Of a file of weights; a larger model has several, and an index.
+        family: transformers' ``model_type``. None: what the module came from, or the first that has such a model.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole, or not one of an adapter.
+        UnsupportedConfigError: The family has no such model.
+    """
+    path = Path(checkpoint)
+    export.checked(path)
+    arguments = export.state_of(path, trust=False).get("hyper_parameters", {})
+    config = arguments.get("config")
+    if not kind_of(config):
+        raise CheckpointError(
+            f"{path} holds no configuration of a GPT, BERT or T5: it was not written by one of the adapters. Export its"
+            " weights to a .safetensors file instead."
+        )
+    if isinstance(tokenizer, str | Path):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    base = arguments.get("pretrained_config")
+    target = Target.choose(config, base, family, dtype, max_shard_size, tokenizer)
+    return target.write_checkpoint(Path(directory), path)

@@ -1,0 +1,118 @@
+"""Llama 2 and 3; other families of its shape build on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_megatron.hf.families import rotary
+from lightning_megatron.hf.family import Family
+from lightning_megatron.hf.fields import Fields
+from lightning_megatron.hf.pieces import Pieces, QueryKeyValue, Stacked, table
+
+_ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu"}
+
+
+class Llama(Family):
+    """Rotary positions, RMSNorm, a gated feed-forward layer and grouped queries."""
+
+    model_type = "llama"
+    prefix = "model."
+    buffers = (r".*rotary_emb\.inv_freq",)
+
+    @override
+    def read_config(self, fields: Fields) -> dict[str, Any]:
+        heads = fields("num_attention_heads")
+        size = getattr(fields.config, "head_dim", None) or fields("hidden_size") // heads
+        fields.must_be("head_dim", size)
+        return {
+            "num_layers": fields("num_hidden_layers"),
+            "hidden_size": fields("hidden_size"),
+            "num_attention_heads": heads,
+            "num_query_groups": fields("num_key_value_heads"),
+            "kv_channels": size,
+            "ffn_hidden_size": fields("intermediate_size"),
+            "vocab_size": fields("vocab_size"),
+            "seq_length": fields("max_position_embeddings"),
+            "activation": fields.one_of("hidden_act", _ACTIVATIONS),
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": fields("rms_norm_eps"),
+            "attention_dropout": fields("attention_dropout"),
+            "tie_embeddings": fields("tie_word_embeddings"),
+            **rotary.read(fields),
+            **self.read_more(fields),
+        }
+
+    def read_more(self, fields: Fields) -> dict[str, Any]:
+        """What differs between the families of this shape."""
+        fields.must_be("mlp_bias", fields("attention_bias"))
+        return {"bias": fields("mlp_bias")}
+
+    @override
+    def write_config(self, config: Any) -> dict[str, Any]:
+        activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+        self._require(config, position_embedding=("rope",), normalization=("RMSNorm",))
+        self._require(config, activation=tuple(activations), parallel_residual=(False,))
+        return {
+            "num_hidden_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
+            "head_dim": config.kv_channels or config.hidden_size // config.num_attention_heads,
+            "intermediate_size": config.ffn_hidden_size or 4 * config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.seq_length,
+            "hidden_act": activations[config.activation],
+            "rms_norm_eps": config.layernorm_epsilon,
+            "attention_dropout": config.attention_dropout,
+            "tie_word_embeddings": config.tie_embeddings,
+            "rope_parameters": rotary.written(config),
+            **self.write_more(config),
+        }
+
+    def write_more(self, config: Any) -> dict[str, Any]:
+        """What differs between the families of this shape."""
+        self._require(config, qkv_bias=(None, config.bias), sliding_window=(None,), extra=({},))
+        self._require(config, hidden_dropout=(0.0,), embedding_multiplier=(1.0,))
+        return {"attention_bias": config.bias, "mlp_bias": config.bias}
+
+    @override
+    def pieces(self, config: Any) -> Pieces:
+        ours, theirs = "decoder.layers.{}.", "model.layers.{}."
+        entries: dict[str, Any] = {
+            "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+            f"{ours}input_layernorm.weight": f"{theirs}input_layernorm.weight",
+            f"{ours}pre_mlp_layernorm.weight": f"{theirs}post_attention_layernorm.weight",
+            "decoder.final_layernorm.weight": "model.norm.weight",
+            **self.linear_layers(ours, theirs, "weight"),
+        }
+        with_bias = self.linear_layers(ours, theirs, "bias")
+        if config.bias:
+            entries |= with_bias
+        elif config.qkv_bias:
+            entries |= {name: piece for name, piece in with_bias.items() if "linear_qkv" in name}
+        if config.extra.get("qk_layernorm"):
+            for kind in ("q", "k"):
+                entries[f"{ours}self_attention.{kind}_layernorm.weight"] = f"{theirs}self_attn.{kind}_norm.weight"
+        if not config.tie_embeddings:
+            entries["output_layer.weight"] = "lm_head.weight"
+        return table(entries, config.num_layers)
+
+    def linear_layers(self, ours: str, theirs: str, kind: str) -> dict[str, Any]:
+        """The linear layers' weights or biases."""
+        query_key_value = tuple(f"{theirs}self_attn.{name}_proj.{kind}" for name in "qkv")
+        return {
+            f"{ours}self_attention.linear_qkv.{kind}": QueryKeyValue(query_key_value),
+            f"{ours}self_attention.linear_proj.{kind}": f"{theirs}self_attn.o_proj.{kind}",
+            f"{ours}mlp.linear_fc1.{kind}": Stacked((f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}")),
+            f"{ours}mlp.linear_fc2.{kind}": f"{theirs}mlp.down_proj.{kind}",
+        }
+
+    @override
+    def tied(self, config: Any) -> dict[str, str]:
+        return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
+
+    @override
+    def architecture(self, config: Any) -> str:
+        return f"{type(self).__name__}ForCausalLM"

@@ -1,0 +1,124 @@
+"""``Family``: what there is to know of one of transformers' architectures, and where all of them are found."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
+from lightning_megatron.hf.pieces import Pieces
+
+Kind = Literal["GPT", "Bert", "T5"]
+
+_FAMILIES: dict[str, Family] = {}
+
+
+class Family:
+    """One of transformers' architectures. A subclass with a ``model_type`` is found by it.
+
+    Attributes:
+        model_type: transformers' name of the architecture.
+        kind: What it becomes, such as "GPT" for a ``GPTModule`` with a ``GPTConfig``.
+        prefix: What the names of all tensors but those of heads begin with; files of a model without a head leave it
+            out.
+        buffers: Regular expressions of tensors that are no weights, such as masks that old files hold.
+        head: Prefixes of their tensors that belong to a task: another task's are left where they are, and those that
+            are missing start anew.
+    """
+
+    model_type: ClassVar[str] = ""
+    kind: ClassVar[Kind] = "GPT"
+    prefix: ClassVar[str] = ""
+    buffers: ClassVar[tuple[str, ...]] = ()
+    head: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        if "model_type" in vars(cls):
+            _FAMILIES[cls.model_type] = cls()
+
+    def read_config(self, fields: Fields) -> dict[str, Any]:
+        """Their configuration as arguments of ours.
+
+        Raises:
+            UnsupportedConfigError: A field has a value for which there is no counterpart.
+        """
+        raise NotImplementedError
+
+    def write_config(self, config: Any) -> dict[str, Any]:
+        """Our configuration as fields of theirs.
+
+        Raises:
+            UnsupportedConfigError: The family has no such model.
+        """
+        raise NotImplementedError
+
+    def pieces(self, config: Any) -> Pieces:
+        """The names of all tensors of the model: ours, and what they are made of."""
+        raise NotImplementedError
+
+    def architecture(self, config: Any) -> str:
+        """The class of transformers that the exported model is."""
+        raise NotImplementedError
+
+    def tied(self, config: Any) -> dict[str, str]:
+        """Second names of theirs for tensors that the model holds once, and the first ones."""
+        return {}
+
+    def _require(self, config: Any, **wanted: Any) -> None:
+        """Refuse to write a configuration that the family cannot express.
+
+        Raises:
+            UnsupportedConfigError: Names the field and the values that it may have.
+        """
+        for name, choices in wanted.items():
+            value = getattr(config, name)
+            if value not in choices:
+                raise UnsupportedConfigError(
+                    f"{type(config).__name__}({name}={value!r}) cannot be saved as a {self.model_type}, which has only"
+                    f" {' or '.join(map(repr, choices))}."
+                )
+
+
+def known_families() -> dict[str, Family]:
+    """All families, by transformers' ``model_type``, the user's own among them."""
+    return dict(sorted(_FAMILIES.items()))
+
+
+def family_of(model_type: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        UnsupportedConfigError: There is none; names those that there are, and how to add one.
+    """
+    known = known_families()
+    if model_type not in known:
+        raise UnsupportedConfigError(
+            f"model_type {model_type!r} is not among the families that can be loaded: {', '.join(known)}. To add one,"
+            " write a subclass of lightning_megatron.hf.Family, under 80 lines; docs/hf.md shows one."
+        )
+    return known[model_type]
+
+
+def kind_of(config: Any) -> str:
+    """The kind of model that a configuration, or its type, is of; a subclass of a user's is of its base's."""
+    cls = config if isinstance(config, type) else type(config)
+    kinds = [base.__name__.removesuffix("Config") for base in cls.__mro__]
+    return next((kind for kind in kinds if kind in get_args(Kind)), "")
+
+
+def family_for(config: Any) -> Family:
+    """The first family that can express ``config``.
+
+    Raises:
+        UnsupportedConfigError: None can; says why, family by family.
+    """
+    reasons = []
+    for family in known_families().values():
+        if family.kind == kind_of(config):
+            try:
+                family.write_config(config)
+                return family
+            except UnsupportedConfigError as error:
+                reasons.append(str(error))
+    raise UnsupportedConfigError(
+        "No family of transformers has such a model:\n" + "\n".join(f"  - {reason}" for reason in reasons)
+    )

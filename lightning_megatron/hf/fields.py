@@ -1,0 +1,99 @@
+"""transformers' configuration, read field by field, so that what nobody reads can be named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# Of every model: how it is used, and where it came from; none changes its logits.
+_HARMLESS = {
+    "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
+    "decoder_start_token_id", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
+    "name_or_path", "_name_or_path", "model_type", "transformers_version", "use_cache", "initializer_range",
+    "initializer_factor",
+    "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "task_specific_params",
+    "pretraining_tp", "classifier_dropout", "finetuning_task", "gradient_checkpointing", "auto_map", "tokenizer_class",
+    "prefix", "attn_implementation", "_attn_implementation", "experts_implementation", "is_encoder_decoder",
+    "_commit_hash",
+}  # fmt: skip
+_NOTHING: Any = object()
+
+
+class UnsupportedConfigError(ValueError):
+    """A configuration that this project's models cannot meet; says which field, and what it holds."""
+
+
+class Fields:
+    """A configuration of transformers.
+
+    Args:
+        config: The configuration.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+        self.model_type = str(config.model_type)
+        self._read: set[str] = set()
+
+    def __call__(self, name: str) -> Any:
+        """The field's value."""
+        self._read.add(name)
+        return getattr(self.config, name)
+
+    def must_be(self, name: str, *wanted: Any) -> Any:
+        """The field's value, where it is one of the ``wanted``.
+
+        Raises:
+            UnsupportedConfigError: It is another.
+        """
+        value = self(name) if hasattr(self.config, name) else wanted[0]
+        if value not in wanted:
+            raise UnsupportedConfigError(
+                f"{self.model_type}: the configuration has {name}={value!r}, for which there is no counterpart here;"
+                f" only {' or '.join(f'{name}={choice!r}' for choice in wanted)} is supported."
+            )
+        return value
+
+    def one_of(self, name: str, choices: dict[Any, Any]) -> Any:
+        """What the field's value stands for in ``choices``."""
+        return choices[self.must_be(name, *choices)]
+
+    def same(self, *names: str) -> Any:
+        """The value that all of these fields have.
+
+        Raises:
+            UnsupportedConfigError: They differ.
+        """
+        values = {name: self(name) for name in names}
+        if len(set(values.values())) > 1:
+            told = ", ".join(f"{name}={value!r}" for name, value in values.items())
+            raise UnsupportedConfigError(
+                f"{self.model_type}: the configuration has {told}; here there is one value for all of them. Give it, as"
+                " in from_pretrained(..., config={'hidden_dropout': 0.1, 'attention_dropout': 0.1}), after making them"
+                " equal in config.json."
+            )
+        return values[names[0]]
+
+    def unread(self, ignore: Iterable[str] = ()) -> dict[str, Any]:
+        """Fields that differ from what the family has by default, and that nobody has read."""
+        mine = self.config.to_dict()
+        usual = type(self.config)().to_dict()
+        known = self._read | _HARMLESS | set(ignore) | set(self.config.attribute_map)
+        known |= {self.config.attribute_map.get(name, name) for name in known}
+        return {name: value for name, value in mine.items() if name not in known and value != usual.get(name, _NOTHING)}
+
+    def refuse_unread(self, ignore: Iterable[str] = ()) -> None:
+        """Refuse what nobody has read, rather than make another model of it.
+
+        Raises:
+            UnsupportedConfigError: Names the fields.
+        """
+        unread = self.unread(ignore)
+        if unread:
+            told = ", ".join(f"{name}={value!r}" for name, value in unread.items())
+            raise UnsupportedConfigError(
+                f"{self.model_type}: the configuration has {told}, for which there is no counterpart here. If it does"
+                f" not change the model, say so: from_pretrained(..., ignore={sorted(unread)!r})."
+            )

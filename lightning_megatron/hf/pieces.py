@@ -1,0 +1,206 @@
+"""Which rows of transformers' tensors make one of megatron-core's, in which order.
+
+Nothing is computed on the way, so that a tensor that came in goes out again byte by byte. Rows are those of our tensor;
+where theirs is stored transposed, they are its columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+Shape = tuple[int, ...]
+# Reads a rectangle, by offset and sizes, of one of their tensors.
+Read = Callable[[str, Shape, Shape], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How many heads there are, and how large.
+
+    Args:
+        query: Query heads.
+        groups: Key and value heads.
+        size: Channels of a head.
+    """
+
+    query: int
+    groups: int
+    size: int
+
+    @classmethod
+    def of(cls, config: Any) -> Heads:
+        """Those of a ``ModelConfig``."""
+        size = config.kv_channels or config.hidden_size // config.num_attention_heads
+        groups = getattr(config, "num_query_groups", None) or config.num_attention_heads
+        return cls(config.num_attention_heads, groups, size)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one of their tensors that lie together in ours."""
+
+    name: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Same:
+    """Their tensor as it is.
+
+    Args:
+        name: Theirs; ``{}`` is the number of the layer.
+        transposed: Whether it is stored as ``[in, out]``.
+    """
+
+    name: str
+    transposed: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their tensors that take part."""
+        return (self.name,)
+
+    def at(self, layer: int) -> Any:
+        """The same for one layer."""
+        return replace(self, name=self.name.format(layer))
+
+    def rows(self, count: int, heads: Heads) -> Iterator[Rows]:
+        """The rows of our tensor, which has ``count``, first to last."""
+        yield Rows(self.name, 0, count)
+
+
+@dataclass(frozen=True)
+class FusedQueryKeyValue(Same):
+    """All queries, then all keys, then all values in one tensor; megatron-core has a group's queries, key and value."""
+
+    def rows(self, count: int, heads: Heads) -> Iterator[Rows]:
+        """The rows, group by group."""
+        keys = heads.query * heads.size
+        yield from _grouped(heads, (self.name, 0), (self.name, keys), (self.name, keys + heads.groups * heads.size))
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Several tensors, one above the other, such as the gate and what it gates."""
+
+    parts: tuple[str, ...]
+    transposed: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their tensors that take part."""
+        return self.parts
+
+    def at(self, layer: int) -> Any:
+        """The same for one layer."""
+        return replace(self, parts=tuple(name.format(layer) for name in self.parts))
+
+    def rows(self, count: int, heads: Heads) -> Iterator[Rows]:
+        """The rows of each, of equal number."""
+        each = count // len(self.parts)
+        for name in self.parts:
+            yield Rows(name, 0, each)
+
+
+@dataclass(frozen=True)
+class QueryKeyValue(Stacked):
+    """Queries, keys and values in three tensors."""
+
+    def rows(self, count: int, heads: Heads) -> Iterator[Rows]:
+        """The rows, group by group."""
+        query, key, value = self.parts
+        yield from _grouped(heads, (query, 0), (key, 0), (value, 0))
+
+
+@dataclass(frozen=True)
+class KeyValue(Stacked):
+    """Keys and values of cross-attention in two tensors; megatron-core has a head's key and value."""
+
+    def rows(self, count: int, heads: Heads) -> Iterator[Rows]:
+        """The rows, head by head."""
+        for group in range(heads.groups):
+            for name in self.parts:
+                yield Rows(name, group * heads.size, heads.size)
+
+
+Piece = Same | Stacked
+# By the name of our tensor.
+Pieces = dict[str, Piece]
+
+
+def table(entries: Mapping[str, str | Piece], layers: int = 0) -> Pieces:
+    """A family's names; entries with ``{}`` stand for each of the layers. A plain name is a tensor as it is."""
+    found: Pieces = {}
+    for ours, theirs in entries.items():
+        piece = Same(theirs) if isinstance(theirs, str) else theirs
+        if "{}" in ours:
+            found |= {ours.format(layer): piece.at(layer) for layer in range(layers)}
+        else:
+            found[ours] = piece
+    return found
+
+
+def their_shapes(piece: Piece, shape: Shape, heads: Heads) -> dict[str, Shape]:
+    """The shapes of their tensors that make ours of ``shape``."""
+    counts: dict[str, int] = {}
+    for rows in piece.rows(shape[0], heads):
+        counts[rows.name] = counts.get(rows.name, 0) + rows.count
+    shapes = {name: (count, *shape[1:]) for name, count in counts.items()}
+    return {name: found[::-1] if piece.transposed else found for name, found in shapes.items()}
+
+
+def assemble(piece: Piece, shape: Shape, heads: Heads, offset: Shape, target: torch.Tensor, read: Read) -> None:
+    """Fill ``target``, which lies at ``offset`` in our tensor of ``shape``, from their tensors."""
+    start, stop = offset[0], offset[0] + target.size(0)
+    first = 0  # our row
+    for rows in _joined(piece.rows(shape[0], heads)):
+        low, high = max(first, start), min(first + rows.count, stop)
+        if low < high:
+            where = (rows.start + low - first, *offset[1:])
+            sizes = (high - low, *target.shape[1:])
+            part = read(rows.name, *((where[::-1], sizes[::-1]) if piece.transposed else (where, sizes)))
+            target[low - start : high - start].copy_(part.t() if piece.transposed else part)
+        first += rows.count
+
+
+def take_apart(piece: Piece, ours: torch.Tensor, heads: Heads) -> dict[str, torch.Tensor]:
+    """Their tensors that make ours, whole and contiguous."""
+    shapes = their_shapes(piece, tuple(ours.shape), heads)
+    if len(shapes) == 1 and math.prod(*shapes.values()) == ours.numel() and type(piece) is Same:
+        return {piece.name: (ours.t() if piece.transposed else ours).contiguous()}
+    theirs = {name: torch.empty(shape, dtype=ours.dtype) for name, shape in shapes.items()}
+    first = 0
+    for rows in _joined(piece.rows(ours.size(0), heads)):
+        target = theirs[rows.name].t() if piece.transposed else theirs[rows.name]
+        target[rows.start : rows.start + rows.count].copy_(ours[first : first + rows.count])
+        first += rows.count
+    return theirs
+
+
+def _grouped(heads: Heads, query: tuple[str, int], key: tuple[str, int], value: tuple[str, int]) -> Iterator[Rows]:
+    """Each group's queries, its key and its value, from where each kind begins in its tensor."""
+    each = heads.query // heads.groups * heads.size
+    for group in range(heads.groups):
+        yield Rows(query[0], query[1] + group * each, each)
+        for name, start in (key, value):
+            yield Rows(name, start + group * heads.size, heads.size)
+
+
+def _joined(rows: Iterator[Rows]) -> Iterator[Rows]:
+    """Neighbours in both as one."""
+    last: Rows | None = None
+    for found in rows:
+        if last is not None and found.name == last.name and found.start == last.start + last.count:
+            last = replace(last, count=last.count + found.count)
+            continue
+        if last is not None:
+            yield last
+        last = found
+    if last is not None:
+        yield last

@@ -1,0 +1,132 @@
+"""What a model becomes when it is saved for transformers, and the two places that its weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from lightning_megatron import groups
+from lightning_megatron.checkpoint import export
+from lightning_megatron.hf.family import Family, family_for, family_of, kind_of
+from lightning_megatron.hf.fields import UnsupportedConfigError
+from lightning_megatron.hf.pieces import Heads
+from lightning_megatron.hf.saving import Directory, Kinds, in_bytes, their_config
+from lightning_megatron.hf.whole import WholeTensors
+
+
+@dataclass(frozen=True)
+class Target:
+    """A directory to be.
+
+    Args:
+        family: The architecture of transformers.
+        config: Our configuration.
+        base: transformers' configuration that the model came with, if any.
+        dtype: Of the weights; None keeps theirs.
+        max_shard_size: Most bytes of a file.
+        tokenizer: Saved beside the weights, if any.
+    """
+
+    family: Family
+    config: Any
+    base: dict[str, Any] | None
+    dtype: torch.dtype | None
+    max_shard_size: int
+    tokenizer: Any
+
+    @classmethod
+    def choose(
+        cls,
+        config: Any,
+        base: dict[str, Any] | None,
+        family: str | None,
+        dtype: torch.dtype | str | None,
+        max_shard_size: int | str,
+        tokenizer: Any,
+    ) -> Target:
+        """Find the family, and check all that can be checked before anything is written.
+
+        Args:
+            config: Our configuration.
+            base: transformers' configuration that the model came with, if any.
+            family: transformers' ``model_type``, if the user named it.
+            dtype: Of the weights, or its name.
+            max_shard_size: Of a file, such as "5GB".
+            tokenizer: Saved beside the weights, if any.
+
+        Raises:
+            UnsupportedConfigError: The family has no such model.
+            ValueError: A type or size that is none.
+        """
+        name = family or (base or {}).get("model_type")
+        found = family_of(name) if name else family_for(config)
+        if found.kind != kind_of(config):
+            raise UnsupportedConfigError(
+                f"A {kind_of(config)} cannot be saved as a {found.model_type}, which is a {found.kind}."
+            )
+        if isinstance(dtype, str):
+            named = getattr(torch, dtype, None)
+            if not isinstance(named, torch.dtype) or not named.is_floating_point:
+                raise ValueError(f"dtype={dtype!r}: use 'float32', 'bfloat16' or 'float16'.")
+            dtype = named
+        if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+            raise TypeError(f"tokenizer={tokenizer!r} has no save_pretrained: use one of transformers'.")
+        found.write_config(config)
+        return cls(found, config, base, dtype, in_bytes(max_shard_size), tokenizer)
+
+    def write_module(self, path: Path, module: pl.LightningModule) -> Path:
+        """Write the directory from the shards of all ranks.
+
+        Raises:
+            RuntimeError: The first rank could not write; on every rank.
+        """
+        tensors = WholeTensors(module)
+        problem = [""]
+        if dist.get_rank() == 0:
+            problem = [self._attempt(path, tensors.kinds, tensors)]
+        else:
+            for _ in tensors:
+                pass
+        dist.broadcast_object_list(problem, src=0, group=groups.on_host())
+        if problem[0]:
+            raise RuntimeError(f"{path} was not saved. {problem[0]}")
+        return path
+
+    def write_checkpoint(self, path: Path, checkpoint: Path) -> Path:
+        """Write the directory from a checkpoint, on one process, holding one tensor at a time."""
+        export.checked(checkpoint)
+        kinds = export.kinds(checkpoint)
+        self._write(path, kinds, export.tensors(checkpoint))
+        return path
+
+    def _attempt(self, path: Path, kinds: Kinds, tensors: Iterable[Any]) -> str:
+        """Write, and take what the other ranks send to its end even if that fails; what went wrong."""
+        left = iter(tensors)
+        try:
+            self._write(path, kinds, left)
+        except Exception as error:
+            for _ in left:
+                pass
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _write(self, path: Path, kinds: Kinds, tensors: Iterable[tuple[str, Any]]) -> None:
+        pieces = self.family.pieces(self.config)
+        kinds = {key: kind for key, kind in kinds.items() if key in pieces}
+        dtype = self.dtype or next(iter(kinds.values()))[1]
+        config = their_config(self.family, self.config, self.base, dtype)
+        directory = Directory(path, pieces, Heads.of(self.config), kinds, self.dtype, self.max_shard_size)
+        try:
+            for key, tensor in tensors:
+                if key in pieces:
+                    directory.write(key, tensor)
+            directory.finish(config, self.tokenizer)
+        except BaseException:
+            directory.abandon()
+            raise

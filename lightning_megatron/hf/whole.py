@@ -1,0 +1,78 @@
+"""The whole model's tensors, one after the other, from the shards of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from lightning_megatron import groups
+from lightning_megatron.checkpoint.places import places
+
+Kind = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A rectangle of a whole tensor that one rank holds."""
+
+    rank: int
+    offset: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class WholeTensors:
+    """What all ranks hold together. All of them make one, and read it to the end.
+
+    Args:
+        module: A built module.
+
+    Attributes:
+        kinds: Shape and type of each whole tensor, by its name in the model; the same on every rank.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        state = module.state_dict()
+        rank = dist.get_rank()
+        self._mine: dict[str, list[torch.Tensor]] = {}
+        told: dict[str, tuple[Kind, list[_Part]]] = {}
+        for name, place in places(module).items():
+            if any(place.replica) or place.key in told:
+                continue
+            shards = place.shards(state[name], place.key)
+            self._mine[place.key] = [shard.data for shard in shards]
+            parts = [_Part(rank, tuple(shard.global_offset), tuple(shard.data.shape)) for shard in shards]
+            told[place.key] = ((place.shape, state[name].dtype), parts)
+        self.kinds: dict[str, Kind] = {}
+        self._parts: dict[str, list[_Part]] = {}
+        for found in groups.gather(told, groups.on_host()):
+            for key, (kind, parts) in found.items():
+                self.kinds[key] = kind
+                self._parts.setdefault(key, []).extend(parts)
+        self.kinds = dict(sorted(self.kinds.items()))
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Each whole tensor on the first rank, and its name alone on the others."""
+        for key, (shape, dtype) in self.kinds.items():
+            whole = torch.empty(shape, dtype=dtype) if dist.get_rank() == 0 else None
+            mine: Any = iter(self._mine.get(key, ()))
+            for part in self._parts[key]:
+                self._bring(part, mine, whole)
+            yield key, whole
+
+    def _bring(self, part: _Part, mine: Iterator[torch.Tensor], whole: torch.Tensor | None) -> None:
+        rank = dist.get_rank()
+        if part.rank == rank and whole is None:
+            dist.send(next(mine).detach().cpu().contiguous(), 0, group=groups.on_host())
+        elif whole is not None:
+            where = tuple(slice(o, o + n) for o, n in zip(part.offset, part.sizes, strict=True))
+            if part.rank == rank:
+                whole[where] = next(mine).detach().cpu()
+            else:
+                taken = torch.empty(part.sizes, dtype=whole.dtype)
+                dist.recv(taken, part.rank, group=groups.on_host())
+                whole[where] = taken

@@ -1,0 +1,24 @@
+"""A transformer layer whose feed-forward layer is beside attention, not behind it; megatron-core has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """``x + attention(norm(x)) + feed_forward(other_norm(x))``, as in GPT-NeoX."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """Run the layer on ``[s/tp, b, h]``."""
+        kwargs.pop("dynamic_inference_decode_only", None)
+        attended, context = self._forward_attention(hidden_states, *args, **kwargs)
+        output_and_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        with self.bias_dropout_add_exec_handler():
+            added = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+            hidden = added(output_and_bias, attended, self.hidden_dropout)
+        # The schedules free what one stage has sent, which a view would keep alive.
+        return make_viewless_tensor(inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True), context

@@ -1,0 +1,49 @@
+"""Rotary frequencies stretched for long sequences, by transformers' formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Kinds whose frequencies do not depend on the length of the input.
+ROPE_TYPES = ("linear", "llama3", "yarn")
+
+
+def stretch_rotary(model: torch.nn.Module, base: float, share: float, seq_length: int, scaling: dict[str, Any]) -> None:
+    """Give a GPT other rotary frequencies.
+
+    YaRN's factor on queries and keys becomes one on the scores, where the whole head is rotated.
+
+    Args:
+        model: megatron-core's ``GPTModel``.
+        base: Base period.
+        share: Of a head's channels, rotated.
+        seq_length: Longest sequence.
+        scaling: transformers' ``rope_parameters``.
+
+    Raises:
+        ValueError: YaRN on part of a head.
+    """
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config: Any = model.config
+    parameters = {**scaling, "rope_theta": base, "partial_rotary_factor": share}
+    theirs = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.kv_channels,
+        max_position_embeddings=seq_length,
+        rope_parameters=parameters,
+    )
+    rotary: Any = model.rotary_pos_emb
+    frequencies, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, rotary.inv_freq.device)
+    rotary.inv_freq = frequencies
+    if factor == 1.0:
+        return
+    if share != 1.0:
+        raise ValueError(f"rope_scaling={scaling} changes the size of queries and keys; use rotary_percent=1.0.")
+    for layer in model.decoder.layers:  # type: ignore[union-attr]
+        attention: Any = layer.self_attention.core_attention
+        attention.softmax_scale = factor**2 * (attention.softmax_scale or config.kv_channels**-0.5)

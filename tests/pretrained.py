@@ -1,0 +1,153 @@
+"""Small models of transformers, one or two of each family, with odd shapes; and how each is trained in one process."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch.utils.data import DataLoader
+
+from lightning_megatron import AutoModule
+from tests.parallel import Layout, Logged, loader, trainer
+from tests.plain_gpt import ADAM
+
+VOCAB, LENGTH, DECODER_LENGTH, ROWS, STEPS = 211, 37, 23, 8, 10
+_COMMON = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.1}
+_COMMON |= {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 64}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
+_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+_GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "vocab_size": VOCAB, "initializer_range": 0.1}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_T5 = {"vocab_size": VOCAB, "d_model": 48, "d_kv": 10, "d_ff": 64, "num_heads": 6, "dropout_rate": 0.0}
+_T5 |= {"num_layers": 2, "num_decoder_layers": 2, "decoder_start_token_id": 0}
+_ANSWERS = {0: "no", 1: "perhaps", 2: "yes"}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"original_max_position_embeddings": 16}
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT2, **_IDS, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_COMMON, **_IDS)),
+    "gpt_neox-behind": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_COMMON, **_IDS, use_parallel_residual=False)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED, head_dim=10, rope_parameters=_LLAMA3)),
+    "llama-biased": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**_GROUPED, attention_bias=True, mlp_bias=True, rope_parameters=_YARN, tie_word_embeddings=True)
+    ),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_GROUPED, sliding_window=7)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**_GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    ),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GROUPED, head_dim=12, tie_word_embeddings=True)),
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_GROUPED, head_dim=12)),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_GROUPED, **_IDS, sliding_window=9)),
+    "bert-masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**_COMMON, **_NO_DROPOUT)),
+    "bert-pretraining": lambda: hf.BertForPreTraining(hf.BertConfig(**_COMMON, **_NO_DROPOUT)),
+    "bert-sequences": lambda: hf.BertForSequenceClassification(
+        hf.BertConfig(**_COMMON, **_NO_DROPOUT, id2label=_ANSWERS, problem_type="single_label_classification")
+    ),
+    "bert-tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**_COMMON, **_NO_DROPOUT, num_labels=5)),
+    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
+    "t5-1.1": lambda: _untied(
+        hf.T5ForConditionalGeneration(hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    ),
+}
+CAUSAL = [name for name in MODELS if not name.startswith(("bert", "t5"))]
+
+
+def _untied(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
+    model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    return model
+
+
+@functools.cache
+def new_model(name: str) -> hf.PreTrainedModel:
+    """The model, every weight drawn so that none can be exchanged for another."""
+    torch.manual_seed(len(name))
+    model = MODELS[name]().eval()
+    model.config.architectures = [type(model).__name__]
+    for parameter in dict.fromkeys(model.parameters()):
+        at = 1.0 if parameter.dim() == 1 and "gemma" not in name else 0.0
+        torch.nn.init.normal_(parameter.data, mean=at, std=0.1)
+    return model
+
+
+@functools.cache
+def samples(name: str) -> list[dict[str, torch.Tensor]]:
+    """As many as training sees."""
+    generator = torch.Generator().manual_seed(5)
+    return [_sample(name, generator) for _ in range(ROWS * STEPS)]
+
+
+def _sample(name: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def draw(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, high, shape, generator=generator)
+
+    ids = 1 + draw(VOCAB - 1, LENGTH)  # transformers gives the padding's embedding no gradient
+    labels = {
+        "bert-masked": lambda: {"labels": torch.where(draw(3, LENGTH) == 0, ids, -100)},
+        "bert-pretraining": lambda: {
+            "labels": torch.where(draw(3, LENGTH) == 0, ids, -100),
+            "next_sentence_label": draw(2, 1)[0],
+        },
+        "bert-sequences": lambda: {"labels": draw(3, 1)[0]},
+        "bert-tokens": lambda: {"labels": draw(5, LENGTH)},
+        "t5": lambda: {"labels": draw(VOCAB - 1, DECODER_LENGTH) + 1},
+        "t5-1.1": lambda: {"labels": draw(VOCAB - 1, DECODER_LENGTH) + 1},
+    }.get(name, lambda: {"labels": ids})
+    return {"input_ids": ids, **labels()}
+
+
+@torch.no_grad()
+def logits(model: hf.PreTrainedModel, name: str) -> list[torch.Tensor]:
+    """Of the first batch."""
+    output = model(**_batch(name, 0))
+    return [value for key, value in output.items() if key.endswith("logits")]
+
+
+@functools.cache
+def truth(name: str) -> dict[str, Any]:
+    """What transformers' model gives, and what it is after training with plain AdamW."""
+    import copy
+
+    before = logits(new_model(name), name)
+    model = copy.deepcopy(new_model(name))
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+    losses = []
+    for step in range(STEPS):
+        loss = model(**_theirs(name, _batch(name, step))).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {"logits": before, "losses": losses, "weights": model.state_dict()}
+
+
+def _batch(name: str, step: int) -> dict[str, torch.Tensor]:
+    rows = samples(name)[step * ROWS : (step + 1) * ROWS]
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _theirs(name: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch
+
+
+def run_on_rank(names: list[str], layout: Layout, folder: Path) -> dict[str, Any]:
+    """Each model in turn: logits, training, and a directory before it and one after it; on this rank."""
+    return {name: _run_one(name, layout, folder / name) for name in names}
+
+
+def _run_one(name: str, layout: Layout, folder: Path) -> dict[str, Any]:
+    module = AutoModule.from_pretrained(new_model(name), optimizer=functools.partial(torch.optim.AdamW, **ADAM))
+    logged = Logged()
+    run = trainer(layout, max_steps=STEPS, callbacks=[logged])
+    rows: DataLoader = loader(samples(name)[:ROWS], layout, ROWS, run)
+    predicted = [p if isinstance(p, tuple) else (p,) for p in run.predict(module, rows)]
+    module.save_pretrained(folder / "before", max_shard_size="50KB")
+    run.fit(module, loader(samples(name), layout, ROWS, run))
+    module.save_pretrained(folder / "after")
+    return {
+        "logits": [torch.cat(parts) for parts in zip(*predicted, strict=True)],
+        "losses": [step["train_loss"] for step in logged.steps],
+    }

@@ -1,0 +1,51 @@
+"""The code of docs/hf.md runs, and the family that it adds is transformers'."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from lightning_megatron import AutoModule
+from lightning_megatron.hf import family
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "docs" / "hf.md").read_text(), re.DOTALL)
+
+
+def test_finetuning_and_the_command(tmp_path):
+    shell = f'lightning-megatron() {{ {sys.executable} -c "from lightning_megatron.cli import main; main()" "$@"; }}\n'
+    (tmp_path / "finetune.py").write_text(BLOCKS[0][1])
+    for command in ([sys.executable, "finetune.py"], ["bash", "-ec", shell + BLOCKS[1][1]]):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert run.returncode == 0, run.stderr[-3000:]
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    finetuned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "finetuned")
+    start = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pretrained")
+    ids = torch.arange(40, 72)[None]
+    assert finetuned(ids, labels=ids).loss < start(ids, labels=ids).loss - 0.5  # it has learned to count
+
+
+def test_the_family_that_is_added(tmp_path, monkeypatch):
+    monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
+    code = BLOCKS[2][1]
+    assert code.count("\n") < 80
+    exec(compile(code, "hf.md", "exec"), {"__name__": "starcoder2"})
+    torch.manual_seed(0)
+    config = transformers.Starcoder2Config(
+        vocab_size=211, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=7, bos_token_id=0, eos_token_id=1,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model, ids = transformers.Starcoder2ForCausalLM(config).eval(), torch.randint(0, 211, (2, 33))
+    module = AutoModule.from_pretrained(model).eval()
+    module.save_pretrained(tmp_path / "out")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(module(input_ids=ids), expected, rtol=0, atol=1e-5)
+        assert torch.equal(back(ids).logits, expected)

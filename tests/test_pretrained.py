@@ -1,0 +1,85 @@
+"""Models of transformers come in, are trained and go out under every layout, as transformers does it in one process.
+
+Logits agree to 1e-5 and weights after 10 steps to 1e-4 in fp32: sums are taken in another order. What is not trained
+is the same byte by byte.
+"""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests import pretrained
+from tests.parallel import Layout
+from tests.ranks import run_ranks
+
+LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2, sp=True)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each layout gives for all models, run once: ranks are started per layout, not per model."""
+
+    @functools.cache
+    def of(layout):
+        folder = tmp_path_factory.mktemp(str(layout))
+        ranks = run_ranks(
+            layout.world_size, pretrained.run_on_rank, list(pretrained.MODELS), layout, folder, timeout=240
+        )
+        return folder, ranks
+
+    return of
+
+
+def load(name: str, folder: Path) -> torch.nn.Module:
+    model, about = type(pretrained.new_model(name)).from_pretrained(folder, output_loading_info=True)
+    assert not any(about.values()), about
+    return model.eval()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", pretrained.MODELS)
+def test_logits_are_transformers(name, layout, results):
+    expected = pretrained.truth(name)["logits"]
+    assert max(float(value.abs().max()) for value in expected) > 0.3, "too small to tell models apart"
+    for rank in results(layout)[1]:
+        for seen, wanted in zip(rank[name]["logits"], expected, strict=True):
+            torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", pretrained.MODELS)
+def test_what_came_in_goes_out(name, layout, results):
+    before = results(layout)[0] / name / "before"
+    assert len(list(before.glob("*.safetensors"))) > 1, "max_shard_size was not kept"
+    back, original = load(name, before), pretrained.new_model(name)
+    assert back.state_dict().keys() == original.state_dict().keys()
+    for key, value in original.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+    theirs = {k: v for k, v in original.config.to_diff_dict().items() if k not in ("transformers_version", "dtype")}
+    assert {key: back.config.to_dict()[key] for key in theirs} == theirs
+    for seen, wanted in zip(pretrained.logits(back, name), pretrained.truth(name)["logits"], strict=True):
+        assert torch.equal(seen, wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", pretrained.MODELS)
+def test_training_is_transformers(name, layout, results):
+    folder, ranks = results(layout)
+    expected = pretrained.truth(name)
+    for rank in ranks:
+        assert rank[name]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    trained = load(name, folder / name / "after").state_dict()
+    moved = pretrained.new_model(name).state_dict()
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(trained[key], value, rtol=0, atol=1e-4)
+    assert max(float((value - moved[key]).abs().max()) for key, value in expected["weights"].items()) > 3e-3
+
+
+def test_every_family_is_here():
+    from lightning_megatron.hf import known_families
+
+    assert {pretrained.new_model(name).config.model_type for name in pretrained.MODELS} == set(known_families())
+    assert transformers.__version__

