@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_megatron import MegatronModule, MegatronPrecision, MegatronStrategy, groups
+from lightning_megatron import MegatronModule, MegatronPrecision, MegatronStrategy
 from tests.plain_gpt import ADAM, Weights
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -80,7 +80,7 @@ class FromTruth(MegatronModule):
 
     def shard_of(self, full: Weights, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
         value = full[name]
-        tp, rank = self.build_settings.layout.tp, groups.coordinates().tp
+        tp, rank = self.build_settings.layout.tp, self.trainer.strategy.tensor_parallel_rank
         if not getattr(parameter, "tensor_model_parallel", False):
             return value
         if "word_embeddings" in name or "output_layer" in name:

@@ -1,6 +1,5 @@
 """``generate`` inside a Trainer: in predict and in hooks, and training that goes on as if nothing had been written."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
-from lightning_megatron import GPTModule, on_all_stages
+from lightning_megatron import GPTConfig, GPTModule, T5Module, on_all_stages
 from tests import writers
 from tests.parallel import Layout, Logged, loader, trainer
 from tests.parallel_gpt import Rows, text_samples
@@ -19,44 +18,43 @@ from tests.test_generation import asked, assert_as_transformers
 REQUESTS = ("greedy-end", "beams-long", "drawn-top")
 
 
-class GPTPredictor(writers.GPTWriter):
-    request = "greedy"
-
+class GPTPredictor(GPTModule):
     @on_all_stages
     def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.generate(**batch, max_new_tokens=writers.NEW, pad_token_id=0, **asked(self.truth, self.request))
+        return self.generate(**batch, max_new_tokens=writers.NEW, pad_token_id=0, **self.options)
 
 
-class T5Predictor(writers.T5Writer):
-    request = "greedy"
+class T5Predictor(T5Module):
     predict_step = GPTPredictor.predict_step
 
     def check_batch(self, batch: Any) -> None:
         """Prompts have no labels."""
 
 
-class Unmarked(writers.GPTWriter):
+class Unmarked(GPTModule):
     def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return self.generate(**batch, max_new_tokens=2)
 
 
 def predict(name: str, layout: Layout) -> dict[str, Any]:
-    module = (T5Predictor if name == "t5" else GPTPredictor)(name)
+    module = (T5Predictor if name == "t5" else GPTPredictor).from_pretrained(writers.model(name))
     run, found = trainer(layout), {}
-    for module.request in REQUESTS:
-        (found[module.request],) = run.predict(module, DataLoader(Rows(writers.prompts(name)), batch_size=3))
+    for request in REQUESTS:
+        module.options = asked(name, request)
+        (found[request],) = run.predict(module, DataLoader(Rows(writers.prompts(name)), batch_size=3))
     return found
 
 
 def predict_unmarked(layout: Layout) -> None:
-    trainer(layout).predict(Unmarked("gpt2"), DataLoader(Rows(writers.prompts("gpt2")), batch_size=3))
+    module = Unmarked.from_pretrained(writers.model("gpt2"))
+    trainer(layout).predict(module, DataLoader(Rows(writers.prompts("gpt2")), batch_size=3))
 
 
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("gpt2", Layout(pp=2, vp=2)),
-        ("llama", Layout(pp=2, vp=2)),
+        ("gpt2-deep", Layout(pp=2, vp=2)),
+        ("llama-deep", Layout(pp=2, vp=2)),
         ("llama", Layout(tp=2, pp=2, sp=True)),
         ("gpt2", Layout(tp=2, sp=True)),
         ("t5", Layout(tp=2, sp=True)),
@@ -93,7 +91,22 @@ class Writes(Callback):
         assert not any(part.is_inference() for part in module.parameters())
 
 
-DROPPING = replace(writers.LLAMA, hidden_dropout=0.1, attention_dropout=0.1, init_method_std=0.3)
+DROPPING = GPTConfig(
+    num_layers=4,
+    hidden_size=48,
+    num_attention_heads=6,
+    num_query_groups=2,
+    ffn_hidden_size=40,
+    vocab_size=211,
+    seq_length=16,
+    position_embedding="rope",
+    normalization="RMSNorm",
+    activation="swiglu",
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+    init_method_std=0.3,
+    make_vocab_size_divisible_by=8,
+)
 
 
 def train_twice(layout: Layout, overlaps: bool) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -70,33 +69,40 @@ class GenerationSettings:
                     )
 
     def to_transformers(self) -> GenerationConfig:
-        """The loop's settings; how scores are changed is in ``processors``."""
+        """All that transformers' loop knows of."""
         padding = self.pad_token_id if self.pad_token_id is not None else (self.end_ids or [None])[0]
         beams = {"length_penalty": self.length_penalty, "early_stopping": self.early_stopping}
+        draws = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p or 1.0}
+        if self._decays:
+            draws = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=self.do_sample,
+            repetition_penalty=float(self.repetition_penalty),
             num_beams=self.num_beams,
             eos_token_id=self.end_ids or None,
             pad_token_id=padding,
             use_cache=False,  # the decoder keeps its own, which the loop need not know
             **(beams if self.num_beams > 1 else {}),
-            **({"top_k": 0, "top_p": 1.0, "temperature": 1.0} if self.do_sample else {}),
+            **(draws if self.do_sample else {}),
         )
 
     def processors(self) -> LogitsProcessorList:
-        """What changes the scores before a token is chosen, in transformers' order."""
+        """What changes the scores besides: a ``top_p`` that decays, and before it, in transformers' order, the rest."""
         found = LogitsProcessorList()
+        if not self._decays:
+            return found
         keep = len(self.end_ids) + 1 if self.num_beams > 1 else 1  # beams need a token that goes on
-        if self.repetition_penalty != 1.0:
-            found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         if self.temperature != 1.0:
-            found.append(TemperatureLogitsWarper(self.temperature))
+            found.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k:
             found.append(TopKLogitsWarper(self.top_k, min_tokens_to_keep=keep))
-        if self.top_p is not None and self.top_p < 1.0:
-            found.append(_DecayingTopP(self.top_p, self.top_p_decay, self.top_p_bound, keep))
+        found.append(_DecayingTopP(float(self.top_p or 1.0), self.top_p_decay, self.top_p_bound, keep))
         return found
+
+    @property
+    def _decays(self) -> bool:
+        return self.top_p is not None and self.top_p_decay < 1
 
     def _check_ranges(self) -> None:
         ranges = {

@@ -58,7 +58,9 @@ class Stages:
                 dist.send(hidden.contiguous(), dst=self._global_rank(path[place + 1]), group=self.group)
         return hidden if path[-1] % self.size == self.rank else None
 
-    def share(self, value: torch.Tensor | None, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def share(
+        self, value: torch.Tensor | None, number: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
         """Give every pipeline rank the ``value`` that stage ``number``'s has."""
         if value is None:
             value = torch.empty(shape, dtype=dtype, device=self.device)

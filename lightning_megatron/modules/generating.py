@@ -10,7 +10,16 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron import groups
-from lightning_megatron.generation import Decoder, EarlyStopping, GenerationSettings, Prompts, Stages, agree, lent, write
+from lightning_megatron.generation import (
+    Decoder,
+    EarlyStopping,
+    GenerationSettings,
+    Prompts,
+    Stages,
+    agree,
+    lent,
+    write,
+)
 from lightning_megatron.modules.configured import ConfiguredModule
 
 

@@ -174,7 +174,10 @@ class T5Module(GeneratingModule):
     def _check_prompts(self, prompts: Prompts, new: int) -> None:
         config = self.config
         sides = {"seq_length": prompts.longest, "decoder_seq_length": new}
-        longest = {"seq_length": config.seq_length, "decoder_seq_length": config.decoder_seq_length or config.seq_length}
+        longest = {
+            "seq_length": config.seq_length,
+            "decoder_seq_length": config.decoder_seq_length or config.seq_length,
+        }
         for side, tokens in sides.items():
             if config.position_embedding == "learned" and tokens > longest[side]:
                 raise ValueError(
