@@ -265,7 +265,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
-        self.checkpointer.resumption.loaders = []
+        self.checkpointer.resumption.forget()
         ddp = self._ddp_config() if fitting else None
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
         self._steps = Steps(
@@ -327,7 +327,6 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        self.checkpointer.resumption.note_window(trainer)
         outcome = self._steps.train(batch, *args, **kwargs)
         if self.check_loss and self.on_nonfinite == "raise":
             report.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
@@ -418,7 +417,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
             optimizer.take_changed_weights()  # type: ignore[attr-defined]
         preemption.install(trainer)
         self._heartbeat.start()
-        self.checkpointer.begin_training(self._run)
+        self.checkpointer.resumption.begin(trainer)
 
     @override
     def on_train_end(self) -> None:

@@ -28,9 +28,9 @@ from lightning_megatron.checkpoint import (
     weights,
     writing,
 )
-from lightning_megatron.checkpoint.loaders import Resumption
 from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.places import Place, by_parameter, places
+from lightning_megatron.checkpoint.resumption import Resumption
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.optimizer import ShardedOptimizer
 
@@ -83,13 +83,11 @@ class Checkpointer:
             )
         if skip_batches < 0:
             raise MisconfigurationException(f"MegatronStrategy(skip_batches={skip_batches}): use a number from 0.")
-        self.skip_batches = skip_batches
         self.asynchronous = asynchronous
         self.verify = verify
         self.trust = trust
         self.on_save_error = on_save_error
-        self.resumption = Resumption()
-        self._same_layout = False
+        self.resumption = Resumption(skip_batches)
         self._last_save_failed = False
         self._background = writing.Background()
         self._copies = writing.HostCopies()
@@ -213,7 +211,7 @@ class Checkpointer:
         position = progress.position(run.trainer)
         progress.put_right(state["loops"], position)
         loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
-        own = self.resumption.record(position, run.layout.dp) | {"combined_loader": loaders}
+        own = self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders}
         rank_state = trainer_state.dumps(own, loaders)
         if dist.get_rank() != 0:
             return rank_state, {}, {}
@@ -248,20 +246,16 @@ class Checkpointer:
             self._read_rank_state(path, about, run, state)
         return state
 
-    def begin_training(self, run: Run) -> None:
-        """Put data and random states in their saved places, just before the first step."""
-        self.resumption.begin(run.trainer, run.layout.dp, self._same_layout)
-
     def _read_rank_state(self, path: Path, about: dict[str, Any], run: Run, state: State) -> None:
         """This rank's random states and loaders, or under another layout those of a rank with the same data."""
         before = ParallelLayout(**about["layout"])
-        self._same_layout = before == run.layout
+        same_layout = before == run.layout
         rank = dist.get_rank()
-        if not self._same_layout:
+        if not same_layout:
             replica = run.layout.coordinates(rank).dp % before.dp
             rank = next(r for r in range(before.world_size) if before.coordinates(r).dp == replica)
         record = trainer_state.loads_plain((path / writing.RANKS / f"{rank:05d}.pt").read_bytes())
-        loaders = record.pop("combined_loader")
+        loaders = record["combined_loader"]
         if loaders and before.dp != run.layout.dp:
             raise MisconfigurationException(
                 f"The loader keeps its own place (state_dict), of which {path} has one per replica, {before.dp} of"
@@ -269,8 +263,7 @@ class Checkpointer:
             )
         if loaders:
             state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = loaders
-        record["batches"] += self.skip_batches
-        self.resumption.load(record)
+        self.resumption.load(record, same_layout)
 
 
 def link_when_whole(trainer: pl.Trainer) -> None:
