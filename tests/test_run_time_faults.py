@@ -59,6 +59,16 @@ def test_sigterm_saves_stops_and_resumes(tmp_path, accumulate, asynchronous):
     assert manifest.read(tmp_path / "last.ckpt")["global_step"] == {1: 4, 3: 2}[accumulate]
 
 
+def _preempted_without_a_place():
+    with pytest.warns(UserWarning, match="Told to end. Nothing is saved: there is no ModelCheckpoint"):  # noqa: SIM117
+        with pytest.raises(SystemExit):
+            fit(Layout(), 8, [Signal()])
+
+
+def test_sigterm_without_a_place_to_save_to_says_so():
+    run_ranks(1, _preempted_without_a_place)
+
+
 class Requeued(Signal):
     """SLURM's signal before the end of a job's time, which comes to one rank only."""
 
