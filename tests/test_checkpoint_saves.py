@@ -266,6 +266,29 @@ def test_a_save_that_failed_has_no_place_among_the_best(tmp_path, asynchronous):
     assert best == "step=5.ckpt"
 
 
+def _failed_behind_the_next(folder):
+    """The third save fails beside training, and the fourth finds out."""
+
+    def broken(*args):
+        if args[1].parent.name == "step=3.ckpt":
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    write, weights.write, folder = weights.write, broken, Path(folder)
+    options = {"monitor": "train_loss", "every_n_train_steps": 1, "save_top_k": 2, "filename": "{step}"}
+    keep = ModelCheckpoint(folder, **options)
+    fit(Layout(dp=2), 4, callbacks=[keep], strategy={"on_save_error": "warn", "async_save": True})
+    after = ModelCheckpoint(folder, **options)
+    fit(Layout(dp=2), 4, load=folder / "step=4.ckpt", callbacks=[after])
+    return [sorted(Path(name).name for name in callback.best_k_models) for callback in (keep, after)]
+
+
+def test_what_failed_is_not_in_the_next_checkpoint_s_list(tmp_path):
+    for run, resumed in run_ranks(2, _failed_behind_the_next, str(tmp_path)):
+        assert run == resumed == sorted(path.name for path in tmp_path.glob("*.ckpt"))
+        assert "step=3.ckpt" not in run
+
+
 def _leftovers(folder):
     folder = Path(folder)
     callback = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=0)
