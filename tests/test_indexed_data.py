@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from lightning_megatron.cli import main
 from lightning_megatron.data import BertSamples, GPTSamples, IndexedDataError, MegatronDataModule, RampUp, T5Samples
 from lightning_megatron.data.indexed import check_contents, files, open_indexed, writing
 from lightning_megatron.data.indexed_samples import LONGEST_SENTENCE
@@ -215,8 +216,6 @@ def test_the_command_on_the_standard_library(tmp_path):
 
 
 def test_the_command_names_mistakes(tmp_path):
-    from lightning_megatron.cli import main
-
     with pytest.raises(SystemExit, match="nowhere does not exist"):
         main(["preprocess", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x")])
     text = tmp_path / "a.txt"
@@ -225,8 +224,25 @@ def test_the_command_names_mistakes(tmp_path):
         main(["preprocess", str(text), "--out", str(tmp_path / "x"), "--workers", "0"])
     with pytest.raises(SystemExit, match="--train-bpe 400 makes a tokenizer, and --tokenizer"):
         main(["preprocess", str(text), "--out", str(tmp_path / "x"), "--train-bpe", "400", "--tokenizer", "t.json"])
-    with pytest.raises(SystemExit, match="vocab_size=300"):
+    with pytest.raises(
+        SystemExit, match=r"vocab_size=300 .*and 104 special tokens \(.PAD. to <extra_id_99>\). Use 361"
+    ):
         main(["preprocess", str(text), "--out", str(tmp_path / "x"), "--train-bpe", "300"])
+
+
+def test_the_command_takes_inputs_behind_its_options_and_tells_defaults(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"a": "one", "b": "two"}\n')
+    main(["preprocess", "--out", str(tmp_path / "x"), "--json-keys", "a,b", str(rows)])
+    assert [len(open_indexed(tmp_path / name)) for name in ("x_a", "x_b")] == [1, 1]
+    with pytest.raises(SystemExit):
+        main(["preprocess", str(rows), "--out", str(tmp_path / "x"), "--suffixes", ","])
+    assert "',' names nothing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["preprocess", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for default in ("bytes", "text", "1", ".txt,.md,.py,.jsonl"):
+        assert f"(default: {default})" in told
 
 
 # Files that are not what they should be
