@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=2)
     parser.add_argument("--text", help="a folder with .py files; by default the standard library")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=400)
     parser.add_argument("--seq-length", type=int, default=32)
@@ -100,7 +100,7 @@ def main() -> None:
     )
     module = T5Module(
         config,
-        # The position bias has far to go, and Adam takes steps of one size: without its factor, nothing is copied yet.
+        # Adam's steps are all of one size, and the position bias has farther to go than other weights.
         ParameterGroups(
             lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
             scale_lr=["*relative_attention_bias*"],
@@ -127,7 +127,7 @@ def main() -> None:
 
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     predictor = Trainer(**machine, strategy=MegatronStrategy(tp=args.tp, pp=args.pp), **quiet)
-    batch = data.collate(data.val[:: len(data.val) // 8][:8])
+    batch = data.collate(data.val[:: max(1, len(data.val) // 8)][:8])
     restored = restore(predictor, module, batch)
     if trainer.is_global_zero:
         shown = {"corrupted": batch["input_ids"], "whole": batch["labels"], "restored": restored}
