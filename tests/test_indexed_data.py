@@ -133,6 +133,8 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path):
         preprocess([lines(tmp_path / "number.jsonl", [{"text": 3}])], tmp_path / "out", Numbers(), progress=False)
     with pytest.raises(ValueError, match="There is no document to write"):
         preprocess([lines(tmp_path / "none.jsonl", [{"text": ""}])], tmp_path / "out", Numbers(), progress=False)
+    with pytest.raises(ValueError, match=r"out.bin' must be the prefix of two files.*leave the ending out"):
+        preprocess([source], tmp_path / "out.bin", Numbers(), progress=False)
     (tmp_path / "broken.jsonl").write_text('{"text": "30"}\n{"text": \n')
     with pytest.raises(ValueError, match="broken.jsonl:2 is no JSON"):
         preprocess([tmp_path / "broken.jsonl"], tmp_path / "out", Numbers(), progress=False)
@@ -641,8 +643,8 @@ def test_refusals(tmp_path):
         gpt([both[0], both[0]])
     with pytest.raises(ValueError, match=r"paths=\[\]"):
         gpt([])
-    for split in ("", "1,2,3,4", "-1,2", "0,0", "a,b"):
-        with pytest.raises(ValueError, match="must be up to three weights"):
+    for split in ("", "1,2,3,4", "-1,2", "0,0", "a,b", (0.9, 0.1)):
+        with pytest.raises(ValueError, match="must be a text of up to three weights"):
             gpt(both, split=split)
     with pytest.raises(ValueError, match="give one of the two"):
         gpt(both, global_batch_size=8)

@@ -103,6 +103,11 @@ class HFDataModule(TokenizedDataModule):
         self.options = {"name": config_name, "data_files": data_files, "num_proc": num_proc, **(load_options or {})}
         self.options = {name: value for name, value in self.options.items() if value is not None}
         self.streaming = streaming
+        if isinstance(split, str):
+            raise ValueError(
+                f"{type(self).__name__}(split={split!r}) must name three: training, validation and test, None for none,"
+                f" such as ({split!r}, None, None)."
+            )
         self.split = tuple(split)
         self.text_column = text_column
         self.prompt_column = prompt_column
