@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     _add_export(commands.add_parser("export", help="make one file, or a directory for transformers, of a checkpoint"))
     _add_import(commands.add_parser("import", help="make a checkpoint of a directory of transformers"))
-    _add_preprocess(commands.add_parser("preprocess", help="make Megatron's indexed data (.bin, .idx) from text"))
+    about = "make Megatron's indexed data (.bin, .idx) from text"
+    _add_preprocess(commands.add_parser("preprocess", help=about, description=about))
     given = parser.parse_args(arguments)
     try:
         given.run(given)
@@ -92,16 +93,32 @@ def _add_preprocess(parser: argparse.ArgumentParser) -> None:
         "inputs", nargs="+", help="files and folders; .jsonl and .json files have a document in each line"
     )
     parser.add_argument("--out", required=True, help="prefix of the .bin and .idx files")
-    parser.add_argument("--tokenizer", default="bytes", help="'bytes', a tokenizer.json, a transformers folder or name")
+    parser.add_argument(
+        "--tokenizer",
+        default="bytes",
+        help="'bytes', a tokenizer.json, a transformers folder or name (default: %(default)s)",
+    )
     parser.add_argument(
         "--train-bpe", type=int, metavar="SIZE", help="train a tokenizer on the text: OUT.tokenizer.json"
     )
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the lines' objects")
+    # One word, not nargs="+", which would take the inputs behind it, too.
+    parser.add_argument(
+        "--json-keys", type=_words, default="text", help="keys of the lines' objects: A,B (default: %(default)s)"
+    )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end of document (GPT)")
     parser.add_argument("--split-sentences", action="store_true", help="an item for each sentence (BERT, T5)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
-    parser.add_argument("--suffixes", nargs="+", default=[".txt", ".md", ".py", ".jsonl"], help="files of folders")
+    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise (default: %(default)s)")
+    parser.add_argument(
+        "--suffixes", type=_words, default=".txt,.md,.py,.jsonl", help="which files of folders (default: %(default)s)"
+    )
     parser.set_defaults(run=_preprocess)
+
+
+def _words(text: str) -> list[str]:
+    words = [word for part in text.split(",") if (word := part.strip())]
+    if not words:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; give one, or several as A,B")
+    return words
 
 
 def _preprocess(given: argparse.Namespace) -> None:
