@@ -11,6 +11,13 @@ from pathlib import Path
 from lightning_megatron.checkpoint import CheckpointError
 from lightning_megatron.checkpoint.export import SUFFIXES, export
 
+TRAINING = {
+    "fit": "train: --config run.yaml, and --help for every argument",
+    "validate": "evaluate on the validation set",
+    "test": "evaluate on the test set",
+    "predict": "predict",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command.
@@ -18,16 +25,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Of the command line; by default the process's.
     """
-    parser = argparse.ArgumentParser(prog="lightning-megatron", description="Tools around MegatronStrategy.")
-    commands = parser.add_subparsers(required=True)
+    given_arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if given_arguments and given_arguments[0] in TRAINING:
+        _train(given_arguments)
+        return
+    parser = argparse.ArgumentParser(
+        prog="lightning-megatron", description="Training with MegatronStrategy, and tools."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command, what in TRAINING.items():
+        commands.add_parser(command, help=what)
     _add_export(commands.add_parser("export", help="make one file, or a directory for transformers, of a checkpoint"))
     _add_import(commands.add_parser("import", help="make a checkpoint of a directory of transformers"))
     _add_preprocess(commands.add_parser("preprocess", help="make Megatron's indexed data (.bin, .idx) from text"))
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(given_arguments)
     try:
         given.run(given)
     except (CheckpointError, ValueError, OSError) as error:
         sys.exit(f"lightning-megatron: {error}")
+
+
+def _train(arguments: list[str]) -> None:
+    from lightning_megatron.training_cli import MegatronCLI
+
+    MegatronCLI(args=None if arguments == sys.argv[1:] else arguments)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
