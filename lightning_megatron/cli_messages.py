@@ -1,4 +1,4 @@
-"""What jsonargparse says of a wrong argument, in one line: the argument, what is wrong, and the nearest that is right."""
+"""What jsonargparse says of a wrong argument, in one line: the argument, what is wrong, and what is near and right."""
 
 from __future__ import annotations
 
@@ -191,6 +191,7 @@ def _parameters(path: str, group: str | None) -> Iterator[str]:
 
 
 def _subclasses(base: type) -> Iterator[type]:
+    cls: type
     for cls in base.__subclasses__():
         yield cls
         yield from _subclasses(cls)
