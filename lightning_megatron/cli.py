@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for command, what in TRAINING.items():
         commands.add_parser(command, help=what)
     _add_export(commands.add_parser("export", help="make one file, or a directory for transformers, of a checkpoint"))
+    _add_show(commands.add_parser("show", help="show which rank holds what, on which node"))
     _add_import(commands.add_parser("import", help="make a checkpoint of a directory of transformers"))
     _add_preprocess(commands.add_parser("preprocess", help="make Megatron's indexed data (.bin, .idx) from text"))
     given = parser.parse_args(given_arguments)
@@ -49,6 +50,24 @@ def _train(arguments: list[str]) -> None:
     from lightning_megatron.training_cli import MegatronCLI
 
     MegatronCLI(args=None if arguments == sys.argv[1:] else arguments)
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("layout", help="sizes, such as tp=8,pp=4,world=64")
+    parser.add_argument("--ranks-per-node", type=int, help="devices of a machine (8, or all where there are fewer)")
+    parser.add_argument("--out", help="draw the grid into this .png, .svg or .pdf file, too")
+    parser.set_defaults(run=_show)
+
+
+def _show(given: argparse.Namespace) -> None:
+    from lightning_megatron.rank_grid import RankGrid
+
+    grid = RankGrid.parse(given.layout, given.ranks_per_node)
+    print(grid.text())
+    for warning in grid.warnings():
+        print(f"\nWarning: {warning}")
+    if given.out:
+        print(f"\n{grid.draw(given.out)}")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
