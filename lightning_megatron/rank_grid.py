@@ -1,4 +1,4 @@
-"""The ranks of a layout as a grid: which holds which pipeline stage, tensor-parallel shard and replica, on which node."""
+"""The ranks of a layout as a grid: who holds which pipeline stage, tensor-parallel shard and replica, on which node."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class RankGrid:
     def __post_init__(self) -> None:
         if self.ranks_per_node < 1 or self.layout.world_size % self.ranks_per_node:
             raise LayoutError(
-                f"{self.layout.world_size} ranks do not fill nodes of {self.ranks_per_node}. Use a number of ranks for each"
-                " node that divides them."
+                f"{self.layout.world_size} ranks do not fill nodes of {self.ranks_per_node}. Use a number of ranks for"
+                " each node that divides them."
             )
 
     @classmethod
@@ -58,7 +58,7 @@ class RankGrid:
         copies = sizes.pop("dp", 1)
         one = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("cp", 1)
         world = sizes.pop("world", one * copies)
-        layout = ParallelLayout(world_size=world, **sizes)
+        layout = ParallelLayout(world_size=world, **sizes)  # type: ignore[arg-type]
         if copies not in (1, layout.dp):
             raise LayoutError(
                 f"{text!r}: {world} ranks are dp={layout.dp} replicas of {one}, not {copies}. Leave dp out."
@@ -95,11 +95,8 @@ class RankGrid:
         layout, digits = self.layout, len(str(self.layout.world_size - 1))
         shown = max(1, min(layout.dp, _WIDEST // layout.tp))
         chunks = f", vp={layout.vp}" if layout.vp else ""
-        lines = [
-            f"{layout.world_size} ranks on {self.nodes} {'node' if self.nodes == 1 else 'nodes'} of {self.ranks_per_node}:"
-            f" tp={layout.tp}, pp={layout.pp}{chunks}, dp={layout.dp}",
-            "",
-        ]
+        nodes = f"{self.nodes} {'node' if self.nodes == 1 else 'nodes'} of {self.ranks_per_node}"
+        lines = [f"{layout.world_size} ranks on {nodes}: tp={layout.tp}, pp={layout.pp}{chunks}, dp={layout.dp}", ""]
         width = layout.tp * (digits + 1) + 11
         left = max(len(self._stage(stage)) for stage in range(layout.pp)) + 2
         lines.append(" " * left + "".join(f"replica {replica}".ljust(width) for replica in range(shown)).rstrip())
