@@ -7,9 +7,21 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from lightning_megatron.checkpoint import CheckpointError
 from lightning_megatron.checkpoint.export import SUFFIXES, export
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process."""
+        from lightning_megatron.cli_messages import explain
+
+        self.exit(2, f"error: {explain(message, self._option_string_actions)}\nSee {self.prog} --help\n")
+
 
 TRAINING = {
     "fit": "train: --config run.yaml, and --help for every argument",
@@ -29,9 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given_arguments and given_arguments[0] in TRAINING:
         _train(given_arguments)
         return
-    parser = argparse.ArgumentParser(
-        prog="lightning-megatron", description="Training with MegatronStrategy, and tools."
-    )
+    parser = _Parser(prog="lightning-megatron", description="Training with MegatronStrategy, and tools.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, what in TRAINING.items():
         commands.add_parser(command, help=what)

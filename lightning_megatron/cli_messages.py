@@ -64,6 +64,10 @@ def _unrecognized(message: str, options: list[str]) -> str:
     if not found:
         return ""
     name = found[1].partition("=")[0]
+    classes = re.findall(r"given class_path '(\S+)'", message[: found.start()])
+    if classes:  # an argument of a class's argument
+        group, _, leaf = name.removeprefix("--").rpartition(".")
+        return _no_argument(_key(message[: found.start()]), group, leaf, list(_parameters(classes[-1], group)))
     parts = name.split(".")
     for count in range(len(parts), 0, -1):  # of a class's argument only the beginning is an option
         known = {option: option.removesuffix(".help") for option in options if option.count(".") < len(parts)}
@@ -101,11 +105,14 @@ def _not_accepted(message: str, options: list[str]) -> str:
     classes = re.findall(r"given class_path '(\S+)'", message[: found.end()])
     if classes:
         known = list(_parameters(classes[-1], group))
-        key = ".".join(filter(None, (_key(message[: found.end()]), group)))
-    else:
-        known = [option.removeprefix(f"--{group}.") for option in options if option.startswith(f"--{group}.")]
-        key = group or ""
-    beginning = f"--{key}." if key else "--"
+        return _no_argument(_key(message[: found.end()]), group or "", name, known)
+    known = [option.removeprefix(f"--{group}.") for option in options if option.startswith(f"--{group}.")]
+    return _no_argument("", group or "", name, known)
+
+
+def _no_argument(key: str, group: str, name: str, known: list[str]) -> str:
+    """``name`` is not among what is ``known`` of a group of an argument."""
+    beginning = "--" + "".join(f"{part}." for part in (key, group) if part)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     told = f"did you mean {beginning}{near[0]}?" if near else f"it takes {', '.join(sorted(known))}"
     return f"there is no argument {beginning}{name}; {told}"
@@ -122,7 +129,7 @@ def _missing(message: str, _: list[str]) -> str:
 
 
 def _no_command(message: str, _: list[str]) -> str:
-    found = re.search(r"argument subcommand: invalid choice: '(\S+)' \(choose from (.+)\)", message)
+    found = re.search(r"argument (?:subcommand|COMMAND): invalid choice: '(\S+)' \(choose from (.+)\)", message)
     if not found:
         return ""
     known = re.findall(r"'(\w+)'", found[2])

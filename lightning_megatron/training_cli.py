@@ -51,13 +51,14 @@ class MegatronCLI(LightningCLI):
         **options: Any,
     ) -> None:
         options.setdefault("parser_class", _Parser)
+        options.setdefault("save_config_kwargs", {"overwrite": True})  # else a run could not go on where it was
         defaults = {"strategy": {"class_path": "lightning_megatron.MegatronStrategy"}}
         options["trainer_defaults"] = {**defaults, **options.get("trainer_defaults", {})}
         super().__init__(model_class, datamodule_class, args=args, **options)
 
     @override
     def instantiate_classes(self) -> None:
-        with _one_line(ValueError, TypeError, OSError, ImportError):
+        with _one_line(ValueError, TypeError, OSError, ImportError, MisconfigurationException):
             super().instantiate_classes()
 
     @override
