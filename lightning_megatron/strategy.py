@@ -224,6 +224,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         super().connect(model)
         self._precision.plain_module = not isinstance(model, MegatronModule)
         if isinstance(model, MegatronModule):
+            model.connect_data(model.trainer.datamodule)  # type: ignore[attr-defined]
             self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))
             model.check_layout(self.layout)
         else:

@@ -94,6 +94,11 @@ class MegatronDataModule(TokenizedDataModule):
         self._bounds = dict(zip(PARTS, _bounds(split), strict=True))
         self._datasets: dict[str, _Samples] = {}
 
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a sample: the model's ``seq_length``."""
+        return self.samples.seq_length
+
     @override
     def prepare_data(self) -> None:
         """Checks the data and builds indices that are not there. Lightning calls this on one process of each machine.
