@@ -21,14 +21,16 @@ PACKAGES = ["asyncio", "email", "http", "importlib", "multiprocessing", "unittes
 SPECIAL = {token: number for number, token in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
 
 
-class LabelledCode(LightningDataModule):
-    """Pieces of the packages' files, each with its package's number; every fourth file is for validation."""
+class Code(LightningDataModule):
+    """Pieces of the packages' files, each with its package's number; every fourth file is for validation.
 
-    def __init__(self, args: argparse.Namespace, labelled: int | None = None) -> None:
+    With ``masked``, tokens of a piece are the labels, and masks in their place.
+    """
+
+    def __init__(self, args: argparse.Namespace, labelled: int | None = None, masked: bool = False) -> None:
         super().__init__()
+        self.args, self.labelled, self.masked = args, labelled, masked
         self.folder = Path(args.output, f"tokenizer-{args.vocab_size}")
-        self.vocab_size, self.seq_length, self.batch_size = args.vocab_size, args.seq_length, args.batch_size
-        self.labelled, self.collate = labelled, None
         root = Path(sysconfig.get_paths()["stdlib"])
         self.files = [sorted((root / package).rglob("*.py")) for package in args.packages]
 
@@ -37,41 +39,33 @@ class LabelledCode(LightningDataModule):
         if not self.folder.exists():
             texts = (file.read_text("utf-8") for files in self.files for file in files)
             blank = BertTokenizerFast(vocab=SPECIAL, do_lower_case=False)
-            blank.train_new_from_iterator(texts, self.vocab_size, show_progress=False).save_pretrained(self.folder)
+            blank.train_new_from_iterator(texts, self.args.vocab_size, show_progress=False).save_pretrained(self.folder)
 
     def setup(self, stage: str) -> None:
         """Cut the files into pieces of ``seq_length`` tokens."""
-        self.tokenizer = BertTokenizerFast.from_pretrained(self.folder)
-        cut = {"truncation": True, "max_length": self.seq_length, "return_overflowing_tokens": True}
+        tokenizer, length = BertTokenizerFast.from_pretrained(self.folder), self.args.seq_length
+        cut = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
         self.train, self.val = [], []
         for label, files in enumerate(self.files):
             parts = [], []
             for number, file in enumerate(files):
-                pieces = self.tokenizer(file.read_text("utf-8"), **cut)["input_ids"]
-                samples = [{"input_ids": torch.tensor(x), "labels": label} for x in pieces if len(x) == self.seq_length]
+                pieces = tokenizer(file.read_text("utf-8"), **cut)["input_ids"]
+                samples = [{"input_ids": torch.tensor(x), "labels": label} for x in pieces if len(x) == length]
                 parts[number % 4 == 3].extend(samples)
             random.Random(0).shuffle(parts[0])
             self.train += parts[0][: self.labelled]
             self.val += parts[1]
         random.Random(0).shuffle(self.val)
         self.val = self.val[:512]
+        self.collate = MaskedLMCollator.from_tokenizer(tokenizer) if self.masked else None
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the training files, in random order."""
-        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True, collate_fn=self.collate)
+        return DataLoader(self.train, self.args.batch_size, shuffle=True, drop_last=True, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the other files."""
-        return DataLoader(self.val, self.batch_size, collate_fn=self.collate)
-
-
-class MaskedCode(LabelledCode):
-    """The same pieces with masks in the place of tokens, which are the labels."""
-
-    def setup(self, stage: str) -> None:
-        """Cut, and make the collator."""
-        super().setup(stage)
-        self.collate = MaskedLMCollator.from_tokenizer(self.tokenizer)
+        return DataLoader(self.val, self.args.batch_size, collate_fn=self.collate)
 
 
 class Classifier(BertModule):
@@ -109,7 +103,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def fit(name: str, module: BertModule, data: LabelledCode, steps: int, args: argparse.Namespace) -> Trainer:
+def fit(name: str, module: BertModule, data: Code, steps: int, args: argparse.Namespace) -> Trainer:
     """Train ``steps`` steps, with the curves in ``OUTPUT/NAME/metrics.csv``; a checkpoint is left beside them."""
     trainer = Trainer(
         accelerator=args.accelerator,
@@ -143,12 +137,14 @@ def main() -> None:
     name = "from-scratch"
     if not args.from_scratch:
         name = "classifier"
-        trainer = fit("pretraining", BertModule(BertConfig(**sizes), **options), MaskedCode(args), args.steps, args)
+        trainer = fit(
+            "pretraining", BertModule(BertConfig(**sizes), **options), Code(args, masked=True), args.steps, args
+        )
         if trainer.is_global_zero:
             loss, uniform = trainer.callback_metrics["val_mlm_loss"], math.log(args.vocab_size)
             print(f"val_mlm_loss {loss:.3f} (a uniform guess has {uniform:.3f})")
         classifier.load_weights(Path(args.output, "pretraining", "checkpoint"), strict=False)
-    data = LabelledCode(args, args.labelled)
+    data = Code(args, args.labelled)
     trainer = fit(name, classifier, data, args.classify_steps, args)
     if trainer.is_global_zero:
         accuracy = trainer.callback_metrics["val_accuracy"]

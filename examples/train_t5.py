@@ -1,22 +1,23 @@
-"""Train a small T5 to fill in what was taken out of Python's source, encoder and decoder on a stage each, on a CPU."""
+"""Train a small T5 to restore Python's source from corrupted pieces, encoder and decoder on a stage each, on a CPU."""
 
 import argparse
 import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from lightning_megatron import LRSchedule, MegatronStrategy, T5Config, T5Module
+from lightning_megatron import LRSchedule, MegatronStrategy, ParameterGroups, T5Config, T5Module
 from lightning_megatron.data import SpanCorruptionCollator, standard_library_sources
 from lightning_megatron.data.preprocess import train_tokenizer
 
 
 class CorruptedCode(LightningDataModule):
-    """Pieces of text files, with sentinels in the place of spans; every tenth file is for validation."""
+    """Pieces of text files with sentinels in the place of spans, and whole; every tenth file is for validation."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
@@ -34,12 +35,17 @@ class CorruptedCode(LightningDataModule):
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(self.path), pad_token="[PAD]", eos_token="<|endoftext|>"
         )
-        self.collate = SpanCorruptionCollator.from_tokenizer(self.tokenizer, self.seq_length)
+        self.corrupt = SpanCorruptionCollator.from_tokenizer(self.tokenizer, self.seq_length, mean_span_length=2)
         self.train, self.val = [], []
         for number, file in enumerate(self.files):
             ids = torch.tensor(self.tokenizer(file.read_text("utf-8", "replace"), verbose=False)["input_ids"])
             pieces = [{"input_ids": piece} for piece in ids.split(self.seq_length) if len(piece) == self.seq_length]
             (self.val if number % 10 == 9 else self.train).extend(pieces)
+
+    def collate(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """A batch with the whole pieces as labels: to say all of it teaches a small model sooner where to look."""
+        whole = torch.stack([sample["input_ids"] for sample in samples])
+        return {**self.corrupt(samples), "labels": F.pad(whole, (0, 1), value=self.tokenizer.eos_token_id)}
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the training files, in random order."""
@@ -50,8 +56,20 @@ class CorruptedCode(LightningDataModule):
         return DataLoader(self.val, self.batch_size, collate_fn=self.collate)
 
 
+def restore(trainer: Trainer, module: T5Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the model makes of a batch's inputs, token by token the likeliest: ``[b, sd]``."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    ids = torch.full((len(batch["labels"]), 1), module.config.decoder_start_id)
+    for _ in range(batch["labels"].size(1)):
+        rows = {**inputs, "decoder_input_ids": ids}
+        samples = [{name: value[row] for name, value in rows.items()} for row in range(len(ids))]
+        (logits,) = trainer.predict(module, DataLoader(samples, len(ids)))  # [b, s, vocab], on every rank
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return ids[:, 1:]
+
+
 def main() -> None:
-    """Parse, build, fit, save; then show one piece, and what the model fills in."""
+    """Parse, build, fit, save; then show some pieces, and what the model makes of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--accelerator", default="cpu", help="cpu or gpu")
     parser.add_argument("--devices", type=int, default=2)
@@ -61,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=400)
-    parser.add_argument("--seq-length", type=int, default=64)
+    parser.add_argument("--seq-length", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--output", default="checkpoints/t5-stdlib", help="directory of the checkpoint and the curves")
     args = parser.parse_args()
@@ -74,18 +92,25 @@ def main() -> None:
         num_attention_heads=4,
         vocab_size=args.vocab_size,
         seq_length=args.seq_length,
+        decoder_seq_length=args.seq_length + 1,  # and the end
         activation="geglu_tanh",  # as in T5 1.1
         tie_embeddings=False,  # likewise
         init_method_std=args.hidden_size**-0.5,  # 0.02 is for wide models
+        extra={"embedding_init_method_std": 1.0},  # as T5's
     )
     module = T5Module(
         config,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+        # Adam's steps are all of one size, and the position bias has farther to go than other weights.
+        ParameterGroups(
+            lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
+            scale_lr=["*relative_attention_bias*"],
+            lr_mult=30,
+        ),
         lr_schedule=LRSchedule("linear", warmup_fraction=0.1),
     )
+    machine = {"accelerator": args.accelerator, "devices": args.devices}
     trainer = Trainer(
-        accelerator=args.accelerator,
-        devices=args.devices,
+        **machine,
         strategy=MegatronStrategy(tp=args.tp, pp=args.pp),
         max_steps=args.steps,
         val_check_interval=max(1, args.steps // 6),
@@ -100,13 +125,15 @@ def main() -> None:
     trainer.save_checkpoint(Path(args.output, "denoising", "checkpoint"))
     loss = trainer.callback_metrics["val_loss"]
 
-    batch = data.collate([data.val[len(data.val) // 2]])
-    sample = {name: value[0] for name, value in batch.items()}
-    (logits,) = trainer.predict(module, DataLoader([sample]))  # [1, sd, vocab], each token after the right ones
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    predictor = Trainer(**machine, strategy=MegatronStrategy(tp=args.tp, pp=args.pp), **quiet)
+    batch = data.collate(data.val[:: max(1, len(data.val) // 8)][:8])
+    restored = restore(predictor, module, batch)
     if trainer.is_global_zero:
-        shown = {"corrupted": sample["input_ids"], "taken out": sample["labels"], "filled in": logits[0].argmax(-1)}
-        for name, ids in shown.items():
-            print(f"--- {name}\n{data.tokenizer.decode(ids)}")
+        shown = {"corrupted": batch["input_ids"], "whole": batch["labels"], "restored": restored}
+        for rows in zip(*shown.values(), strict=True):
+            for name, ids in zip(shown, rows, strict=True):
+                print(f"--- {name}\n{data.tokenizer.decode(ids)}")
         print(f"val_loss {loss:.3f} (a uniform guess has {math.log(args.vocab_size):.3f}), checkpoint in {args.output}")
 
 

@@ -7,9 +7,28 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from lightning_megatron.checkpoint import CheckpointError
 from lightning_megatron.checkpoint.export import SUFFIXES, export
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process."""
+        from lightning_megatron.cli_messages import explain
+
+        self.exit(2, f"error: {explain(message, self._option_string_actions)}\nSee {self.prog} --help\n")
+
+
+TRAINING = {
+    "fit": "train: --config run.yaml, and --help for every argument",
+    "validate": "evaluate on the validation set",
+    "test": "evaluate on the test set",
+    "predict": "predict",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,16 +37,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Of the command line; by default the process's.
     """
-    parser = argparse.ArgumentParser(prog="lightning-megatron", description="Tools around MegatronStrategy.")
-    commands = parser.add_subparsers(required=True)
+    given_arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if given_arguments and given_arguments[0] in TRAINING:
+        _train(given_arguments)
+        return
+    parser = _Parser(prog="lightning-megatron", description="Training with MegatronStrategy, and tools.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command, what in TRAINING.items():
+        commands.add_parser(command, help=what)
     _add_export(commands.add_parser("export", help="make one file, or a directory for transformers, of a checkpoint"))
+    _add_show(commands.add_parser("show", help="show which rank holds what, on which node"))
     _add_import(commands.add_parser("import", help="make a checkpoint of a directory of transformers"))
-    _add_preprocess(commands.add_parser("preprocess", help="make Megatron's indexed data (.bin, .idx) from text"))
-    given = parser.parse_args(arguments)
+    about = "make Megatron's indexed data (.bin, .idx) from text"
+    _add_preprocess(commands.add_parser("preprocess", help=about, description=about))
+    given = parser.parse_args(given_arguments)
     try:
         given.run(given)
     except (CheckpointError, ValueError, OSError) as error:
         sys.exit(f"lightning-megatron: {error}")
+
+
+def _train(arguments: list[str]) -> None:
+    from lightning_megatron.training_cli import MegatronCLI
+
+    MegatronCLI(args=None if arguments == sys.argv[1:] else arguments)
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("layout", help="sizes, such as tp=8,pp=4,world=64")
+    parser.add_argument("--ranks-per-node", type=int, help="devices of a machine (8, or all where there are fewer)")
+    parser.add_argument("--out", help="draw the grid into this .png, .svg or .pdf file, too")
+    parser.set_defaults(run=_show)
+
+
+def _show(given: argparse.Namespace) -> None:
+    from lightning_megatron.rank_grid import RankGrid
+
+    grid = RankGrid.parse(given.layout, given.ranks_per_node)
+    print(grid.text())
+    for warning in grid.warnings():
+        print(f"\nWarning: {warning}")
+    if given.out:
+        print(f"\n{grid.draw(given.out)}")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -92,16 +143,32 @@ def _add_preprocess(parser: argparse.ArgumentParser) -> None:
         "inputs", nargs="+", help="files and folders; .jsonl and .json files have a document in each line"
     )
     parser.add_argument("--out", required=True, help="prefix of the .bin and .idx files")
-    parser.add_argument("--tokenizer", default="bytes", help="'bytes', a tokenizer.json, a transformers folder or name")
+    parser.add_argument(
+        "--tokenizer",
+        default="bytes",
+        help="'bytes', a tokenizer.json, a transformers folder or name (default: %(default)s)",
+    )
     parser.add_argument(
         "--train-bpe", type=int, metavar="SIZE", help="train a tokenizer on the text: OUT.tokenizer.json"
     )
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the lines' objects")
+    # One word, not nargs="+", which would take the inputs behind it, too.
+    parser.add_argument(
+        "--json-keys", type=_words, default="text", help="keys of the lines' objects: A,B (default: %(default)s)"
+    )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end of document (GPT)")
     parser.add_argument("--split-sentences", action="store_true", help="an item for each sentence (BERT, T5)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
-    parser.add_argument("--suffixes", nargs="+", default=[".txt", ".md", ".py", ".jsonl"], help="files of folders")
+    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise (default: %(default)s)")
+    parser.add_argument(
+        "--suffixes", type=_words, default=".txt,.md,.py,.jsonl", help="which files of folders (default: %(default)s)"
+    )
     parser.set_defaults(run=_preprocess)
+
+
+def _words(text: str) -> list[str]:
+    words = [word for part in text.split(",") if (word := part.strip())]
+    if not words:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; give one, or several as A,B")
+    return words
 
 
 def _preprocess(given: argparse.Namespace) -> None:

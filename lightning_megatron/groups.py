@@ -26,18 +26,20 @@ Stack = Literal["encoder", "decoder"]
 T = TypeVar("T")
 
 _built: ParallelLayout | None = None
-_host: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+_host: tuple[dist.ProcessGroup, ...] | None = None
 _stacks: dict[Stack, dist.ProcessGroup] = {}
 _alone = False
+_timeout = timedelta(minutes=30)
 
 
-def build(layout: ParallelLayout, timeout: timedelta = timedelta(minutes=30)) -> None:
+def build(layout: ParallelLayout, timeout: timedelta = _timeout) -> None:
     """Make the process groups of ``layout``, or keep them where they stand already.
 
     Groups of other sizes are replaced. Models built on the old groups hold on to them, so an earlier strategy in this
     process can be used again: its own ``build`` then brings its groups back.
     """
-    global _built
+    global _built, _timeout
+    _timeout = timeout
     if parallel_state.model_parallel_is_initialized():
         if _built == layout:
             return
@@ -167,10 +169,10 @@ def beside_training() -> dist.ProcessGroup:
     return _hosts()[1]
 
 
-def _hosts() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def _hosts() -> tuple[dist.ProcessGroup, ...]:
     global _host
     if _host is None:
-        _host = (dist.new_group(backend="gloo"), dist.new_group(backend="gloo"))
+        _host = tuple(dist.new_group(backend="gloo", timeout=_timeout) for _ in range(2))
     return _host
 
 

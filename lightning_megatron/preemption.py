@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 _EXIT_CODE = 128 + signal.SIGTERM  # what a process that SIGTERM ended reports; torchrun then restarts the ranks
 
@@ -61,6 +61,8 @@ class Preemption:
             elif (path := _path(trainer)) is not None:
                 rank_zero_info(f"Told to end: saving {path}.")
                 trainer.save_checkpoint(path)
+            else:
+                rank_zero_warn("Told to end. Nothing is saved: there is no ModelCheckpoint to say where.")
         raise SIGTERMException(_EXIT_CODE)
 
     def _note(self, number: int, _: Any) -> None:

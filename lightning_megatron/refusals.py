@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from lightning_megatron.checkpoint import check_folders
 from lightning_megatron.modules.base import MegatronModule
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
         MisconfigurationException: By name.
     """
     _check_callbacks(trainer)
+    check_folders(trainer)
     _check_module(trainer)
     device = trainer.strategy.root_device.type
     if device not in ("cpu", "cuda"):

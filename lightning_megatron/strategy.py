@@ -44,7 +44,7 @@ from lightning_megatron import (
     refusals,
     report,
 )
-from lightning_megatron.checkpoint import Checkpointer, Run, link_when_whole, local_path
+from lightning_megatron.checkpoint import Checkpointer, Run, attend, local_path
 from lightning_megatron.engine import Engine
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.base import MegatronModule
@@ -90,6 +90,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         verify_checkpoint: Check every file's checksum before a checkpoint is loaded.
         trust_checkpoint: Unpickle the objects in a checkpoint, which can run any code; without it a checkpoint that
             needs it is refused. Weights, optimizer, loops and random states are plain data and need no trust.
+            ``trainer.fit(weights_only=)`` says nothing here: Lightning 2.6 does not hand it on.
         on_save_error: When a checkpoint cannot be written (a full disk): "raise", or "warn" and train on.
         process_group_backend: "gloo" or "nccl"; follows from the device.
         timeout: Of collectives: how long ranks wait for one that is gone without a word.
@@ -223,6 +224,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
         super().connect(model)
         self._precision.plain_module = not isinstance(model, MegatronModule)
         if isinstance(model, MegatronModule):
+            model.connect_data(model.trainer.datamodule)  # type: ignore[attr-defined]
             self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))
             model.check_layout(self.layout)
         else:
@@ -258,14 +260,14 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self.accelerator.setup(trainer)
         metrics.sync_over_replicas(self.lightning_module)
         model_summary.install(trainer)
-        link_when_whole(trainer)
+        attend(trainer)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
-        self.checkpointer.resumption.loaders = []
+        self.checkpointer.resumption.forget()
         ddp = self._ddp_config() if fitting else None
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
         self._steps = Steps(
@@ -327,7 +329,6 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        self.checkpointer.resumption.note_window(trainer)
         outcome = self._steps.train(batch, *args, **kwargs)
         if self.check_loss and self.on_nonfinite == "raise":
             report.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
@@ -418,7 +419,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
             optimizer.take_changed_weights()  # type: ignore[attr-defined]
         preemption.install(trainer)
         self._heartbeat.start()
-        self.checkpointer.begin_training(self._run)
+        self.checkpointer.resumption.begin(trainer)
 
     @override
     def on_train_end(self) -> None:
@@ -467,7 +468,7 @@ class MegatronStrategy(Placement, ParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return self.checkpointer.load(local_path(self.broadcast(checkpoint_path)), self._run)
+        return self.checkpointer.load(local_path(self.broadcast(checkpoint_path)), self._run, weights_only)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["lightning_megatron", "transformers", "tests.plain_gpt"])
+PRELOADED = ["lightning_megatron", "transformers", "tests.plain_gpt"]
+_context.set_forkserver_preload(PRELOADED)
 
 
 class RankError(AssertionError):

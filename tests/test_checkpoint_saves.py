@@ -204,6 +204,91 @@ def test_the_version_counter_and_weights_alone(tmp_path):
     assert run_ranks(1, _versions, str(tmp_path)) == [["one-v1.ckpt", "one.ckpt"]]
 
 
+def _in_flight(folder, asynchronous):
+    """Nothing is visible before somebody waits for it."""
+    folder, go, write = Path(folder), threading.Event(), weights.write
+
+    class HoldUp(Callback):
+        def on_train_start(self, trainer, *_):
+            checkpointer, wait = trainer.strategy.checkpointer, trainer.strategy.checkpointer.wait
+            checkpointer.wait = lambda: (go.set(), wait(), go.clear())[1]
+            if asynchronous:
+                weights.write = lambda *a: (go.wait(20), write(*a))[1]
+
+    one = {"filename": "one", "every_n_train_steps": 1, "save_top_k": -1}
+    keep = [ModelCheckpoint(folder, **one), ModelCheckpoint(folder, monitor="train_loss", **one)]
+    fit(steps=2, callbacks=[HoldUp(), *keep], strategy={"async_save": asynchronous})
+    pickle.dumps([callback.file_exists for callback in keep])  # a launcher hands callbacks back
+    return sorted((path.name, manifest.read(path)["global_step"]) for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_name_in_flight_is_not_given_again(tmp_path, asynchronous):
+    names = run_ranks(1, _in_flight, str(tmp_path), asynchronous)[0]
+    assert names == [("one-v1.ckpt", 1), ("one-v2.ckpt", 2), ("one.ckpt", 2)]  # as Lightning's own
+
+
+def _one_save_fails(folder, asynchronous, monitor):
+    """The third of five finds a file where its directory should be."""
+    folder, seen = Path(folder), []
+    k = 2 if monitor else 1
+    keep = ModelCheckpoint(folder, monitor=monitor, every_n_train_steps=1, save_top_k=k, filename="{step}")
+
+    class Block(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            trainer.strategy.checkpointer.wait()
+            names = [keep.best_model_path, *keep.best_k_models] if keep.best_model_path else []
+            assert all(Path(name).exists() for name in names)
+            seen.append((sorted(path.name for path in folder.glob("*.ckpt")), len(keep.best_k_models)))
+            if trainer.global_step == 2:
+                (folder / UNFINISHED).write_text("in the way")
+            elif trainer.global_step == 3:
+                (folder / UNFINISHED).unlink()
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        strategy = {"on_save_error": "warn", "async_save": asynchronous}
+        run, _ = fit(Layout(), 5, callbacks=[Block(), keep], strategy=strategy)
+    told = [str(warning.message) for warning in told if "is kept" in str(warning.message)]
+    run.validate(LoadedGPT(SMALL), _data(), ckpt_path="best", verbose=False)
+    return seen, told, Path(keep.best_model_path).name
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_that_failed_has_no_place_among_the_best(tmp_path, asynchronous):
+    seen, told, best = run_ranks(1, _one_save_fails, str(tmp_path / "a"), asynchronous, "train_loss")[0]
+    first, both, later = ["step=1.ckpt"], ["step=1.ckpt", "step=2.ckpt"], ["step=2.ckpt", "step=4.ckpt"]
+    assert seen == [([], 0), (first, 1), (both, 2), (both, 2), (later, 2)]
+    assert [line.split(":")[0].rsplit("/")[-1] for line in told] == ["step=1.ckpt is kept"]
+    assert best == "step=5.ckpt"
+    seen, told, best = run_ranks(1, _one_save_fails, str(tmp_path / "b"), asynchronous, None)[0]
+    assert [names for names, _ in seen] == [[], first, ["step=2.ckpt"], ["step=2.ckpt"], ["step=4.ckpt"]]
+    assert best == "step=5.ckpt"
+
+
+def _failed_behind_the_next(folder):
+    """The third save fails beside training, and the fourth finds out."""
+
+    def broken(*args):
+        if args[1].parent.name == "step=3.ckpt":
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    write, weights.write, folder = weights.write, broken, Path(folder)
+    options = {"monitor": "train_loss", "every_n_train_steps": 1, "save_top_k": 2, "filename": "{step}"}
+    keep = ModelCheckpoint(folder, **options)
+    fit(Layout(dp=2), 4, callbacks=[keep], strategy={"on_save_error": "warn", "async_save": True})
+    after = ModelCheckpoint(folder, **options)
+    fit(Layout(dp=2), 4, load=folder / "step=4.ckpt", callbacks=[after])
+    return [sorted(Path(name).name for name in callback.best_k_models) for callback in (keep, after)]
+
+
+def test_what_failed_is_not_in_the_next_checkpoint_s_list(tmp_path):
+    for run, resumed in run_ranks(2, _failed_behind_the_next, str(tmp_path)):
+        assert run == resumed == sorted(path.name for path in tmp_path.glob("*.ckpt"))
+        assert "step=3.ckpt" not in run
+
+
 def _leftovers(folder):
     folder = Path(folder)
     callback = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file
@@ -320,6 +321,22 @@ def test_damage_is_found_and_the_file_named(copy, how):
     assert "half loaded" not in str(error.value)
 
 
+def _load_unchecked(path):
+    fit(Layout(tp=2), 3, load=path, module=Untouched(SMALL), strategy={"verify_checkpoint": False})
+
+
+@pytest.mark.parametrize("name", ["weights/__1_0.distcp", "weights/.metadata", "trainer.pt", "ranks/00001.pt"])
+def test_damage_that_was_not_looked_for_is_an_error_of_all_ranks(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
+    content[:8] = bytes(8)
+    (copy / name).write_bytes(content)
+    with pytest.raises(RankError, match="copy.ckpt could not be read.*verify_checkpoint=True") as error:
+        run_ranks(2, _load_unchecked, copy, timeout=60)
+    assert str(error.value).count("CheckpointError: ") >= 2
+    assert "half loaded" not in str(error.value)
+
+
 def test_checksums_can_be_left_out(copy):
     file = copy / "trainer.pt"
     about = json.loads((copy / "manifest.json").read_text())["manifest"]
@@ -380,13 +397,14 @@ class Stubborn(Callback):
         self.loaded = state["object"]
 
 
-def _objects(path, trust):
+def _objects(path, trust, weights_only=None):
     if not path.exists():
         run, _ = fit(steps=1, callbacks=[Stubborn()])
         run.save_checkpoint(path)
         return None
     callback = Stubborn()
-    fit(steps=2, load=path, callbacks=[callback], strategy={"trust_checkpoint": trust})
+    run = trainer(Layout(), {"trust_checkpoint": trust}, max_steps=2, callbacks=[callback])
+    run.fit(LoadedGPT(SMALL), _data(), ckpt_path=path, weights_only=weights_only)
     return type(callback.loaded).__name__
 
 
@@ -396,6 +414,8 @@ def test_objects_load_only_where_they_are_trusted(tmp_path):
     with pytest.raises(RankError, match="holds objects .callbacks.Stubborn.*trust_checkpoint=True"):
         run_ranks(1, _objects, path, False)
     assert run_ranks(1, _objects, path, True) == ["Own"]
+    with pytest.raises(RankError, match="holds objects .callbacks.Stubborn"):  # Lightning 2.6 does not hand it on
+        run_ranks(1, _objects, path, False, False)
 
 
 @pytest.mark.parametrize("name", ["weights/.metadata", "trainer.pt", "ranks/00000.pt"])
@@ -423,3 +443,29 @@ def _remote(path):
 def test_addresses_of_object_stores_are_refused():
     with pytest.raises(RankError, match="cannot save to or load from 's3://bucket/one.ckpt'"):
         run_ranks(1, _remote, "s3://bucket/one.ckpt")
+
+
+def _folder_of_another_kind(folder):
+    with pytest.raises(MisconfigurationException, match="cannot save to or load from 'memory://kept'"):
+        fit(callbacks=[ModelCheckpoint("memory://kept")])
+    with pytest.raises(MisconfigurationException, match="a folder named 'file:'. Give the path without file://"):
+        fit(callbacks=[ModelCheckpoint(f"file://{folder}")])
+    with pytest.raises(MisconfigurationException, match="cannot save to or load from 's3://bucket'"):
+        fit(callbacks=[ModelCheckpoint()], default_root_dir="s3://bucket")
+
+
+def test_folders_of_other_kinds_are_refused_before_the_first_step(tmp_path):
+    run_ranks(1, _folder_of_another_kind, str(tmp_path))
+
+
+def _near_last(folder):
+    fit(steps=1, callbacks=[ModelCheckpoint(folder, every_n_train_steps=1, filename="one")])
+    for name in ("last-v1.ckpt", "last.ckpt"):
+        (folder / name).mkdir()
+        assert fit(steps=2, load=folder / name)[0].global_step == 2
+    with pytest.raises(CheckpointError, match="There is no checkpoint .*last_typo"):
+        fit(steps=2, load=folder / "last_typo")
+
+
+def test_the_newest_is_taken_for_last_and_for_nothing_that_begins_like_it(tmp_path):
+    run_ranks(1, _near_last, tmp_path)

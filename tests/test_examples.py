@@ -1,8 +1,9 @@
-"""The examples run as their readers run them: a few steps of tiny models, in processes of their own."""
+"""docs/examples.md's commands run as it gives them, in processes of their own; but for a few steps of tiny models."""
 
 import csv
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,15 @@ ROOT = Path(__file__).parents[1]
 TINY = ["--hidden-size", "32", "--seq-length", "32", "--batch-size", "4"]
 
 
+def commands(script: str) -> list[list[str]]:
+    """The options of each of the page's commands that run ``script``."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/examples.md").read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines]
+    assert all(words[0] == "python" and (ROOT / words[1]).is_file() for words in found)
+    return [options for _, name, *options in found if name == script]
+
+
 def run(script: str, folder: Path, *options: str) -> str:
     """What the script said, in ``folder``, where its caches are too."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
@@ -20,6 +30,12 @@ def run(script: str, folder: Path, *options: str) -> str:
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stderr + ended.stdout
+
+
+def drawn() -> list[str]:
+    """The tables that the page draws."""
+    words = (word for options in commands("docs/draw_curves.py") for word in options)
+    return [word.rpartition("=")[2] for word in words if word.endswith(".csv")]
 
 
 def number(name: str, printed: str) -> float:
@@ -37,42 +53,54 @@ def curves(file: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_gpt(tmp_path):
-    printed = run("examples/train_gpt.py", tmp_path, "--steps", "4", "--devices", "2", "--pp", "1", "--log", "log")
+    (options,) = commands("examples/train_gpt.py")
+    printed = run("examples/train_gpt.py", tmp_path, *options, "--steps", "4", "--devices", "2", "--pp", "1")
     assert 3 < number("val_loss", printed) < 6
     assert (tmp_path / "checkpoints/gpt-stdlib/manifest.json").is_file()
-    assert curves(tmp_path / "log/metrics.csv").items() >= {"train_loss": 2, "val_loss": 4}.items()
+    assert curves(tmp_path / drawn()[0]).items() >= {"train_loss": 2, "val_loss": 4}.items()
 
 
 @pytest.mark.slow
 def test_bert(tmp_path):
-    options = ["--packages", "json", "http", "--vocab-size", "300", "--steps", "4", "--classify-steps", "4"]
-    printed = run("examples/train_bert.py", tmp_path, *TINY, *options)
-    assert 3 < number("val_mlm_loss", printed) < 8
-    assert 0 <= number("val_accuracy", printed) <= 1
-    assert re.search(r"Not loaded from .*pretraining/checkpoint.*\n  model\.(pooler|lm_head)", printed)
-    assert "embedding" not in printed
-    output = tmp_path / "checkpoints/bert-stdlib"
-    for phase in ("pretraining", "classifier"):
-        assert (output / phase / "checkpoint/manifest.json").is_file()
-        assert (output / phase / "metrics.csv").is_file()
+    tiny = [*TINY, "--packages", "json", "http", "--vocab-size", "300", "--steps", "4", "--classify-steps", "4"]
+    both, from_scratch = (
+        run("examples/train_bert.py", tmp_path, *options, *tiny) for options in commands("examples/train_bert.py")
+    )
+    assert 3 < number("val_mlm_loss", both) < 8
+    assert re.search(r"Not loaded from .*pretraining/checkpoint.*\n  model\.(pooler|lm_head)", both)
+    assert "embedding" not in both
+    assert "Not loaded" not in from_scratch
+    for printed in (both, from_scratch):
+        assert 0 <= number("val_accuracy", printed) <= 1
+    for phase in ("pretraining", "classifier", "from-scratch"):
+        table = f"checkpoints/bert-stdlib/{phase}/metrics.csv"
+        assert table in drawn()
+        assert (tmp_path / table).is_file()
+        assert (tmp_path / table).with_name("checkpoint").joinpath("manifest.json").is_file()
 
 
 @pytest.mark.slow
 def test_t5(tmp_path):
-    text = Path(os.__file__).parent / "email"
-    options = ["--text", str(text), "--vocab-size", "400", "--steps", "4"]
-    printed = run("examples/train_t5.py", tmp_path, *TINY, *options)
+    (options,) = commands("examples/train_t5.py")
+    tiny = [*TINY, "--text", str(Path(os.__file__).parent / "email"), "--vocab-size", "400", "--steps", "4"]
+    printed = run("examples/train_t5.py", tmp_path, *options, *tiny)
     assert 3 < number("val_loss", printed) < 10
-    corrupted, taken_out, filled_in = printed.split("\n--- ")[1:]
+    corrupted, whole, restored = printed.split("\n--- ")[1:4]
     assert "<extra_id_0>" in corrupted
-    assert "<extra_id_0>" in taken_out
-    assert filled_in.startswith("filled in\n")
+    assert "<extra_id_0>" not in whole
+    assert whole.endswith("<|endoftext|>")
+    assert restored.startswith("restored\n")
     assert (tmp_path / "checkpoints/t5-stdlib/denoising/checkpoint/manifest.json").is_file()
+    assert (tmp_path / drawn()[-1]).is_file()
 
 
 @pytest.mark.slow
 def test_pictures(tmp_path):
-    table = "epoch,step,train_loss,val_loss\n0,0,5.5,\n0,1,,5.0\n0,1,4.5,\n"
-    (tmp_path / "metrics.csv").write_text(table)
-    run("docs/draw_curves.py", tmp_path, "curves.png", "a run=metrics.csv", "--title", "A run")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    table = "epoch,step,train_loss,val_loss,val_accuracy\n0,0,5.5,,\n0,1,,5.0,0.5\n0,1,4.5,,\n"
+    for name in drawn():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(table)
+    for picture, *options in commands("docs/draw_curves.py"):
+        run("docs/draw_curves.py", tmp_path, picture, *options)
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        assert f"]({picture.removeprefix('docs/')})" in (ROOT / "docs/examples.md").read_text()

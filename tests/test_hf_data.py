@@ -450,6 +450,7 @@ SOME = datasets.Dataset.from_list(ROWS[:2])
         ({"seq_length": 0}, "seq_length=0) must be at least 1"),
         ({"num_proc": 0}, "num_proc=0) must be at least 1"),
         ({"split": ("train", "test")}, "must be three names"),
+        ({"split": "train"}, "split='train') must name three"),
         ({"split": (0.5, 0.6, 0.1)}, "split=(0.5, 0.6, 0.1)"),
         ({"split": (0.5, "test", None)}, "must be three names"),
         ({"prompt_column": "label"}, "packed rows share samples"),

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from lightning_megatron.cli import main
 from lightning_megatron.data import BertSamples, GPTSamples, IndexedDataError, MegatronDataModule, RampUp, T5Samples
 from lightning_megatron.data.indexed import check_contents, files, open_indexed, writing
 from lightning_megatron.data.indexed_samples import LONGEST_SENTENCE
@@ -132,6 +133,8 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path):
         preprocess([lines(tmp_path / "number.jsonl", [{"text": 3}])], tmp_path / "out", Numbers(), progress=False)
     with pytest.raises(ValueError, match="There is no document to write"):
         preprocess([lines(tmp_path / "none.jsonl", [{"text": ""}])], tmp_path / "out", Numbers(), progress=False)
+    with pytest.raises(ValueError, match=r"out.bin' must be the prefix of two files.*leave the ending out"):
+        preprocess([source], tmp_path / "out.bin", Numbers(), progress=False)
     (tmp_path / "broken.jsonl").write_text('{"text": "30"}\n{"text": \n')
     with pytest.raises(ValueError, match="broken.jsonl:2 is no JSON"):
         preprocess([tmp_path / "broken.jsonl"], tmp_path / "out", Numbers(), progress=False)
@@ -215,8 +218,6 @@ def test_the_command_on_the_standard_library(tmp_path):
 
 
 def test_the_command_names_mistakes(tmp_path):
-    from lightning_megatron.cli import main
-
     with pytest.raises(SystemExit, match="nowhere does not exist"):
         main(["preprocess", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x")])
     text = tmp_path / "a.txt"
@@ -225,8 +226,25 @@ def test_the_command_names_mistakes(tmp_path):
         main(["preprocess", str(text), "--out", str(tmp_path / "x"), "--workers", "0"])
     with pytest.raises(SystemExit, match="--train-bpe 400 makes a tokenizer, and --tokenizer"):
         main(["preprocess", str(text), "--out", str(tmp_path / "x"), "--train-bpe", "400", "--tokenizer", "t.json"])
-    with pytest.raises(SystemExit, match="vocab_size=300"):
+    with pytest.raises(
+        SystemExit, match=r"vocab_size=300 .*and 104 special tokens \(.PAD. to <extra_id_99>\). Use 361"
+    ):
         main(["preprocess", str(text), "--out", str(tmp_path / "x"), "--train-bpe", "300"])
+
+
+def test_the_command_takes_inputs_behind_its_options_and_tells_defaults(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"a": "one", "b": "two"}\n')
+    main(["preprocess", "--out", str(tmp_path / "x"), "--json-keys", "a,b", str(rows)])
+    assert [len(open_indexed(tmp_path / name)) for name in ("x_a", "x_b")] == [1, 1]
+    with pytest.raises(SystemExit):
+        main(["preprocess", str(rows), "--out", str(tmp_path / "x"), "--suffixes", ","])
+    assert "',' names nothing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["preprocess", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for default in ("bytes", "text", "1", ".txt,.md,.py,.jsonl"):
+        assert f"(default: {default})" in told
 
 
 # Files that are not what they should be
@@ -625,8 +643,8 @@ def test_refusals(tmp_path):
         gpt([both[0], both[0]])
     with pytest.raises(ValueError, match=r"paths=\[\]"):
         gpt([])
-    for split in ("", "1,2,3,4", "-1,2", "0,0", "a,b"):
-        with pytest.raises(ValueError, match="must be up to three weights"):
+    for split in ("", "1,2,3,4", "-1,2", "0,0", "a,b", (0.9, 0.1)):
+        with pytest.raises(ValueError, match="must be a text of up to three weights"):
             gpt(both, split=split)
     with pytest.raises(ValueError, match="give one of the two"):
         gpt(both, global_batch_size=8)

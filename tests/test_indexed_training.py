@@ -231,21 +231,26 @@ def test_a_resumed_run_takes_out_the_same_spans(tmp_path):
         assert resumed[rank] == whole[rank][5:]
 
 
-def _packed(folder: str, samples: GPTSamples, resets: dict) -> list[float]:
+def _packed(folder: str, layout: Layout, samples: GPTSamples, resets: dict) -> list[float]:
     seen = Seen()
-    run = trainer(Layout(), max_steps=3, limit_val_batches=0, callbacks=[seen])
+    run = trainer(layout, max_steps=3, limit_val_batches=0, callbacks=[seen])
     run.fit(LoadedGPT(GPT2, **resets), datamodule=make("gpt", folder, samples=samples))
     return seen.losses
 
 
-def test_documents_are_kept_apart_by_the_data_as_by_the_module(folder):
-    """Megatron's masks and positions, against those that ``GPTModule`` makes of the same tokens."""
+@pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(pp=2)], ids=str)
+def test_documents_are_kept_apart_by_the_data_as_by_the_module(folder, layout):
+    """Megatron's masks and positions, against those that ``GPTModule`` makes of the same tokens on one rank.
+
+    Sequence parallelism pads their 11 tokens, and the masks with them.
+    """
     resets = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
-    (by_data,) = run_ranks(1, _packed, folder, GPTSamples(16, **resets), {})
-    (by_module,) = run_ranks(1, _packed, folder, GPTSamples(16), {"eod_id": 4, **resets})
-    (joined,) = run_ranks(1, _packed, folder, GPTSamples(16), {})
-    assert by_data == pytest.approx(by_module, rel=1e-6)
-    assert by_data != pytest.approx(joined, rel=1e-3)
+    by_data = run_ranks(2, _packed, folder, layout, GPTSamples(11, **resets), {})
+    (by_module,) = run_ranks(1, _packed, folder, Layout(), GPTSamples(11), {"eod_id": 4, **resets})
+    (joined,) = run_ranks(1, _packed, folder, Layout(), GPTSamples(11), {})
+    assert by_module != pytest.approx(joined, rel=1e-3)
+    for losses in by_data:
+        assert losses == pytest.approx(by_module, rel=1e-6)
 
 
 def _accumulated(folder: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
+from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -20,8 +20,10 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateS
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.call import _call_and_handle_interrupt
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import CombinedLoader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.utils.data import DataLoader
 
 from tests.test_training import QUIET
 
@@ -50,8 +52,18 @@ def test_the_epoch_loop_steps_schedulers():
 
 
 def test_what_a_resume_leans_on():
-    assert {"fetched", "iterator"} <= vars(_PrefetchDataFetcher()).keys()
+    assert {"fetched", "iterator", "batches", "length"} <= vars(_PrefetchDataFetcher()).keys()
+    fetcher = _PrefetchDataFetcher()
+    fetcher.setup(CombinedLoader([[1], [2]], "max_size_cycle"))
+    _DataFetcher.__iter__(fetcher)
+    assert not fetcher.batches
+    assert [next(part) for part in fetcher.combined_loader._iterator.iterators] == [1, 2]
+    assert fetcher.combined_loader._mode == "max_size_cycle"
+    loop = _FitLoop(Trainer(logger=False))
+    assert (loop._combined_loader, loop._last_train_dl_reload_epoch) == (None, float("-inf"))
+    assert DataLoader([1])._iterator is None
     assert callable(_FitLoop._load_combined_loader_states)
+    assert list(inspect.signature(_TrainingEpochLoop.advance).parameters)[1:] == ["data_fetcher"]
     assert list(inspect.signature(_TrainingEpochLoop.on_advance_end).parameters)[1:] == ["data_fetcher"]
     progress = _FitLoop(Trainer(logger=False)).state_dict()
     assert {"epoch_progress", "epoch_loop.batch_progress", "state_dict"} <= progress.keys()
@@ -105,3 +117,5 @@ def test_where_refusals_look():
 def test_a_checkpoint_callback_makes_its_links_by_a_method_of_its_own():
     assert list(inspect.signature(ModelCheckpoint._link_checkpoint).parameters) == ["trainer", "filepath", "linkpath"]
     assert "self._link_checkpoint(trainer, " in inspect.getsource(ModelCheckpoint._save_last_checkpoint)
+    assert list(inspect.signature(ModelCheckpoint.file_exists).parameters) == ["self", "filepath", "trainer"]
+    assert "self.file_exists(" in inspect.getsource(ModelCheckpoint._get_metric_interpolated_filepath_name)

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader
 
-from lightning_megatron.checkpoint import manifest
+from lightning_megatron.checkpoint import manifest, weights
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
 from tests.ranks import RankError, run_ranks
 from tests.test_checkpoints import SMALL
@@ -57,6 +57,16 @@ def test_sigterm_saves_stops_and_resumes(tmp_path, accumulate, asynchronous):
         assert (code, step) == (143, 8)
         assert batches == {1: 4, 3: 18}[accumulate]
     assert manifest.read(tmp_path / "last.ckpt")["global_step"] == {1: 4, 3: 2}[accumulate]
+
+
+def _preempted_without_a_place():
+    with pytest.warns(UserWarning, match="Told to end. Nothing is saved: there is no ModelCheckpoint"):  # noqa: SIM117
+        with pytest.raises(SystemExit):
+            fit(Layout(), 8, [Signal()])
+
+
+def test_sigterm_without_a_place_to_save_to_says_so():
+    run_ranks(1, _preempted_without_a_place)
 
 
 class Requeued(Signal):
@@ -251,3 +261,54 @@ def test_a_time_out_names_the_rank_that_was_waited_for(how, told):
 
 def _told(how):
     raise AssertionError(_hang(how))
+
+
+def _stops_while_it_saves(folder):
+    """Rank 1 stops beside training; rank 0's training times out, and then its save has to."""
+
+    def stop(*args):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return write(*args)
+
+    write, weights.write = weights.write, stop
+    strategy = {"timeout": timedelta(seconds=4), "async_save": True}
+    fit(Layout(pp=2), 6, [ModelCheckpoint(folder, every_n_train_steps=1)], strategy=strategy)
+
+
+@pytest.mark.slow
+def test_a_save_waits_no_longer_than_the_timeout(tmp_path):
+    with pytest.raises(RankError, match="imed out|imeout") as error:  # the rank that stops gives no result
+        run_ranks(2, _stops_while_it_saves, str(tmp_path), timeout=40)
+    assert "rank 0: Traceback" in str(error.value)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def _interrupted(folder, both):
+    """Ctrl-C while a save goes on."""
+    write, weights.write = weights.write, lambda *args: (time.sleep(1), write(*args))[1]
+
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 2 and (both or trainer.global_rank == 0):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    keep = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    strategy = {"async_save": True, "timeout": timedelta(seconds=20)}
+    try:
+        fit(Layout(pp=2), 8, [Interrupt(), keep], strategy=strategy)
+    except SystemExit as stop:
+        return stop.code
+    except Exception as error:
+        return type(error).__name__
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [True, False])
+def test_an_interrupt_lets_a_save_end(tmp_path, both):
+    results = run_ranks(2, _interrupted, str(tmp_path), both, timeout=60)
+    assert results[0] == 1
+    about = manifest.read(tmp_path / "step=2.ckpt")
+    assert not manifest.damage(tmp_path / "step=2.ckpt", about, list(about["files"]), checksums=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["step=2.ckpt"]

@@ -18,7 +18,13 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_megatron.data import ByteTokenizer, PackedTextDataset, TextDataModule, standard_library_sources
+from lightning_megatron.data import (
+    ByteTokenizer,
+    PackedTextDataset,
+    SpanCorruptionCollator,
+    TextDataModule,
+    standard_library_sources,
+)
 from lightning_megatron.data.packed_text import find_packed, pack
 from lightning_megatron.data.text_sources import find_text_files
 from lightning_megatron.data.text_tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer, train_bpe
@@ -452,6 +458,22 @@ def test_data_parallel_ranks_share_the_samples_and_model_parallel_peers_the_orde
         assert order(0, epoch) == order(0, epoch)
         assert sorted(order(0, epoch) + order(1, epoch)) == sorted(95 if i == 13 else i for i in range(120))
     assert order(0, 0) != order(0, 1)
+
+
+def test_collators_of_other_families_take_the_samples(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 4)
+    spans = SpanCorruptionCollator(sentinel_ids=range(300, 310), seq_length=16, eos_id=256)
+    data = TextDataModule(
+        tmp_path, seq_length=16, batch_size=3, cache_dir=tmp_path / "cache", split=(0.5, 0.5, 0), collate_fn=spans
+    )
+    data.prepare_data()
+    data.setup("fit")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        batch = next(iter(loader))
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+        for inputs, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            # All that is neither a sentinel nor the end is the sample's 16 tokens.
+            assert sum(int((row < 256).sum() - (row < 0).sum()) for row in (inputs, labels)) == 16
 
 
 def test_no_validation_where_its_part_is_zero(tmp_path: Path) -> None:

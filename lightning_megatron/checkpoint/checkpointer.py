@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,6 @@ import lightning.pytorch as pl
 import megatron.core
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -28,9 +28,10 @@ from lightning_megatron.checkpoint import (
     weights,
     writing,
 )
-from lightning_megatron.checkpoint.loaders import Resumption
+from lightning_megatron.checkpoint.callbacks import Retained
 from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.places import Place, by_parameter, places
+from lightning_megatron.checkpoint.resumption import Resumption
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.optimizer import ShardedOptimizer
 
@@ -58,6 +59,21 @@ class Run:
         return self.trainer.lightning_module
 
 
+@dataclass
+class _Step:
+    """Of what goes on beside training.
+
+    Args:
+        what: "save", or "remove" where the saves before it are whole.
+        path: Of which checkpoint.
+        done: Whether it is saved.
+    """
+
+    what: Literal["save", "remove"]
+    path: Path
+    done: bool = False
+
+
 class Checkpointer:
     """Saves and loads the checkpoints of one strategy.
 
@@ -83,17 +99,19 @@ class Checkpointer:
             )
         if skip_batches < 0:
             raise MisconfigurationException(f"MegatronStrategy(skip_batches={skip_batches}): use a number from 0.")
-        self.skip_batches = skip_batches
         self.asynchronous = asynchronous
         self.verify = verify
         self.trust = trust
         self.on_save_error = on_save_error
-        self.resumption = Resumption()
-        self._same_layout = False
+        self.resumption = Resumption(skip_batches)
         self._last_save_failed = False
         self._background = writing.Background()
         self._copies = writing.HostCopies()
         self._planners: dict[bool, weights.Planner] = {}
+        self._retained = Retained()
+        self._whole: list[Path] = []
+        # Since the last wait, the same on every rank: what is saved, and what is removed behind it.
+        self._in_flight: list[_Step] = []
 
     # Saving
 
@@ -105,21 +123,30 @@ class Checkpointer:
             path: The same on every rank.
             run: What it is of.
         """
+        self._retained.note(run.trainer)
         try:
             content = self._content(state, run)
             # After a run nobody is there to wait: the script may end.
-            if not self.asynchronous or run.trainer.state.status != TrainerStatus.RUNNING:
-                self.wait()
-                writing.write(content, path)
-                self._last_save_failed = False
-                return
-            if not self._is_copied(content.part.items):
-                self.wait()
-                self._copies.take(content.part.items)
-            content.part = self._copies.part
-            self._background.start(lambda: writing.write(content, path))
+            beside = self.asynchronous and run.trainer.state.status == TrainerStatus.RUNNING
+            if not (beside and self._is_copied(content.part.items)):
+                if not self.wait() and "callbacks" in state:  # they have counted on what was not saved
+                    state["callbacks"] = self._retained.state_of_callbacks(state["callbacks"])
+                    content = self._content(state, run)
+                if beside:
+                    self._copies.take(content.part.items)
+            if beside:
+                content.part = self._copies.part
+                self._in_flight.append(_Step("save", path))
+                self._background.start(partial(self._write, content, self._in_flight[-1]))
+            else:
+                self._write(content, _Step("save", path))
+            self._last_save_failed = False
         except CheckpointError as error:
-            self._failed(error)
+            self._failed(error, [_Step("save", path)])
+
+    def is_being_saved(self, path: Path) -> bool:
+        """Whether a save to ``path`` goes on: its name is in use, though nothing is to be seen there."""
+        return any(step.what == "save" and step.path == path for step in self._in_flight)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -130,19 +157,24 @@ class Checkpointer:
         finally:
             self.asynchronous = before
 
-    def wait(self) -> None:
+    def wait(self) -> bool:
         """Wait for a save that goes on in the background.
+
+        Returns:
+            Whether all is saved; False only with ``on_save_error="warn"``.
 
         Raises:
             CheckpointError: It failed; on every rank.
         """
         if not self._background.busy:
-            return
+            return True
+        in_flight, self._in_flight = self._in_flight, []
         try:
             self._background.wait()
-            self._last_save_failed = False
         except CheckpointError as error:
-            self._failed(error)
+            self._failed(error, list(dropwhile(lambda step: step.done or step.what == "remove", in_flight)))
+            return False
+        return True
 
     def give_up(self) -> None:
         """After an error: let a save in the background end, and say so if it failed; the error is what is raised."""
@@ -154,8 +186,11 @@ class Checkpointer:
     def remove(self, path: Path) -> None:
         """Delete a checkpoint; called by every rank, done by the first, and not before a newer one is whole."""
         if self._last_save_failed:
-            rank_zero_warn(f"{path} is kept: the save after it failed.")
-        elif dist.get_rank() == 0:
+            self._keep([path])
+            return
+        if self._background.busy:
+            self._in_flight.append(_Step("remove", path))
+        if dist.get_rank() == 0:
             self._in_turn(lambda: manifest.remove(path), f"{path} could not be removed")
 
     def link(self, path: Path, target: Path) -> None:
@@ -186,11 +221,25 @@ class Checkpointer:
         """Whether every rank has these very values in host memory, from the save before (as with ``save_last``)."""
         return self._background.busy and writing.agree("", self._copies.hold(items))
 
-    def _failed(self, error: CheckpointError) -> None:
+    def _write(self, content: writing.Content, step: _Step) -> None:
+        writing.write(content, step.path)
+        step.done = True
+        self._whole.append(step.path)
+
+    def _failed(self, error: CheckpointError, undone: list[_Step]) -> None:
         self._last_save_failed = True
         if self.on_save_error == "raise":
             raise error
         rank_zero_warn(f"{str(error).rstrip(chr(46))}. Training goes on without it.")
+        self._retained.put_right([step.path for step in undone if step.what == "save"], [], self._whole)
+        self._keep([step.path for step in undone if step.what == "remove"])
+
+    def _keep(self, paths: list[Path]) -> None:
+        """Do not remove what was to make room for a checkpoint that is not there."""
+        kept = [path for path in paths if path.exists()]
+        for path in kept:
+            rank_zero_warn(f"{path} is kept: the save after it failed.")
+        self._retained.put_right([], kept, self._whole)
 
     def _content(self, state: State, run: Run) -> writing.Content:
         """What to write, on all ranks, or an error on all ranks."""
@@ -213,7 +262,7 @@ class Checkpointer:
         position = progress.position(run.trainer)
         progress.put_right(state["loops"], position)
         loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
-        own = self.resumption.record(position, run.layout.dp) | {"combined_loader": loaders}
+        own = self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders}
         rank_state = trainer_state.dumps(own, loaders)
         if dist.get_rank() != 0:
             return rank_state, {}, {}
@@ -226,8 +275,13 @@ class Checkpointer:
 
     # Loading
 
-    def load(self, path: Path, run: Run) -> State:
+    def load(self, path: Path, run: Run, weights_only: bool | None = None) -> State:
         """Read a checkpoint for this rank: whole and of this architecture, or an error on every rank.
+
+        Args:
+            path: Of the checkpoint.
+            run: What takes it.
+            weights_only: As of ``torch.load``: False trusts this checkpoint, True does not, None asks ``trust``.
 
         Raises:
             CheckpointError: It is not whole, is damaged, or does not fit.
@@ -235,11 +289,14 @@ class Checkpointer:
         self.wait()
         path, about = loading.choose(path, run.trainer)
         loading.check(path, about, self.verify)
-        state = loading.trainer_state_of(path, about, self.trust)
+        trust = self.trust if weights_only is None else not weights_only
+        read = partial(loading.on_each_rank, path, self.verify)
+        state: State = read(lambda: loading.trainer_state_of(path, about, trust))
         full = state["optimizer_states"] is not None
         if not full:
             del state["optimizer_states"]
-        tensors, finish = loading.read(path, run.module, run.optimizer if full else None)
+        optimizer = run.optimizer if full else None
+        tensors, finish = read(lambda: loading.read(path, run.module, optimizer))
         others = {n: v for n, v in run.module.state_dict().items() if not isinstance(v, torch.Tensor)}
         state["state_dict"] = {**others, **state["state_dict"], **tensors}
         if full and run.optimizer is not None:
@@ -248,20 +305,17 @@ class Checkpointer:
             self._read_rank_state(path, about, run, state)
         return state
 
-    def begin_training(self, run: Run) -> None:
-        """Put data and random states in their saved places, just before the first step."""
-        self.resumption.begin(run.trainer, run.layout.dp, self._same_layout)
-
     def _read_rank_state(self, path: Path, about: dict[str, Any], run: Run, state: State) -> None:
         """This rank's random states and loaders, or under another layout those of a rank with the same data."""
         before = ParallelLayout(**about["layout"])
-        self._same_layout = before == run.layout
+        same_layout = before == run.layout
         rank = dist.get_rank()
-        if not self._same_layout:
+        if not same_layout:
             replica = run.layout.coordinates(rank).dp % before.dp
             rank = next(r for r in range(before.world_size) if before.coordinates(r).dp == replica)
-        record = trainer_state.loads_plain((path / writing.RANKS / f"{rank:05d}.pt").read_bytes())
-        loaders = record.pop("combined_loader")
+        file = path / writing.RANKS / f"{rank:05d}.pt"
+        record = loading.on_each_rank(path, self.verify, lambda: trainer_state.loads_plain(file.read_bytes()))
+        loaders = record["combined_loader"]
         if loaders and before.dp != run.layout.dp:
             raise MisconfigurationException(
                 f"The loader keeps its own place (state_dict), of which {path} has one per replica, {before.dp} of"
@@ -269,42 +323,7 @@ class Checkpointer:
             )
         if loaders:
             state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = loaders
-        record["batches"] += self.skip_batches
-        self.resumption.load(record)
-
-
-def link_when_whole(trainer: pl.Trainer) -> None:
-    """Have the links of ``ModelCheckpoint(save_last="link")`` made by the checkpointer.
-
-    Lightning makes them at once, to a checkpoint that may still be being written.
-    """
-    for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "save_last", None) == "link":
-            callback._link_checkpoint = _link  # type: ignore[attr-defined]  # private (Lightning 2.6)
-
-
-def _link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
-    checkpointer = getattr(trainer.strategy, "checkpointer", None)
-    if checkpointer is None:  # the callback has come to a run under another strategy
-        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
-    else:
-        checkpointer.link(local_path(linkpath), local_path(filepath))
-
-
-def local_path(path: Any) -> Path:
-    """A path on a file system that is mounted.
-
-    Raises:
-        MisconfigurationException: It is the address of something else.
-    """
-    text = os.fspath(path)
-    if "://" in text and not text.startswith("file://"):
-        raise MisconfigurationException(
-            f"MegatronStrategy cannot save to or load from {text!r}: every rank writes its part of a directory, which"
-            " is then renamed, and object stores rename nothing. Use a directory that all nodes mount (ModelCheckpoint("
-            "dirpath=...)), and copy finished checkpoints from there."
-        )
-    return Path(text.removeprefix("file://"))
+        self.resumption.load(record, same_layout)
 
 
 def _tensors(state: State, optimizer: ShardedOptimizer | None) -> list[tuple[str, Any]]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_megatron import groups
 from lightning_megatron.checkpoint import comparison, manifest, optimizer_state, trainer_state, weights, writing
 from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.places import Place, by_parameter, places
 from lightning_megatron.optimizer import ShardedOptimizer
+
+T = TypeVar("T")
 
 
 def choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]]:
@@ -45,6 +49,26 @@ def check(path: Path, about: dict[str, Any], checksums: bool) -> None:
     found = [line for lines in every for line in lines]
     if found:
         raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{comparison.listed(found)}")
+
+
+def on_each_rank(path: Path, verified: bool, read: Callable[[], T]) -> T:
+    """What ``read`` gives; what one rank cannot read is an error on all of them.
+
+    Raises:
+        CheckpointError: With the first cause.
+    """
+    problem = ""
+    try:
+        found = read()
+    except CheckpointError as error:
+        problem = str(error)
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception; it holds those of all ranks
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        hint = "" if verified else " With MegatronStrategy(verify_checkpoint=True) a file that has changed is named."
+        told = writing.describe(cause).split(". ")[0]  # torch goes on with an advice to run what is in the file
+        problem = f"{path} could not be read, and nothing of it was loaded. {told}.{hint}"
+    writing.agree(problem, True)
+    return found
 
 
 def trainer_state_of(path: Path, about: dict[str, Any], trust: bool) -> dict[str, Any]:
@@ -128,10 +152,15 @@ def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | st
             raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{comparison.listed(wrong)}")
         return path, about
     except CheckpointError as error:
-        last = tuple(getattr(callback, "CHECKPOINT_NAME_LAST", "last") for callback in trainer.checkpoint_callbacks)
-        other = manifest.newest(path.parent) if path.name.startswith(last) else None
+        other = manifest.newest(path.parent) if _is_last(path, trainer) else None
         if other is None:
             return str(error)
         rank_zero_warn(f"{error}\nIt is skipped; the newest whole checkpoint beside it is {other}.")
         rank_zero_info(f"Resuming from {other}.")
         return other, manifest.read(other)
+
+
+def _is_last(path: Path, trainer: pl.Trainer) -> bool:
+    """Whether a name is ``last``, or ``last-v1``, as ModelCheckpoint numbers them."""
+    names = {"last", *(getattr(callback, "CHECKPOINT_NAME_LAST", "last") for callback in trainer.checkpoint_callbacks)}
+    return any(re.fullmatch(rf"{re.escape(name)}(-v\d+)?", path.stem) for name in names)

@@ -18,7 +18,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
-FORMAT = 1
+FORMAT = 2
 _LOCK = "lock"
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100

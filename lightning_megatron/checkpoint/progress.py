@@ -23,11 +23,13 @@ class Position:
         epoch: The epoch to go on in.
         batches: Batches of that epoch whose steps are in the weights.
         redo: Batches after those, of an unfinished accumulation window: they are run again.
+        begun: Whether the iterators of that epoch have been made.
     """
 
     epoch: int
     batches: int
     redo: int
+    begun: bool
 
 
 def position(trainer: pl.Trainer) -> Position:
@@ -37,9 +39,9 @@ def position(trainer: pl.Trainer) -> Position:
     epoch = max(epochs.started - 1, 0)
     done = processed(trainer)
     if loop.epoch_loop.batch_progress.is_last_batch or done >= loop.max_batches:
-        return Position(epoch + 1, 0, 0)
+        return Position(epoch + 1, 0, 0, begun=False)
     redo = done % trainer.accumulate_grad_batches
-    return Position(epoch, done - redo, redo)
+    return Position(epoch, done - redo, redo, begun=loop._combined_loader is not None)  # private (Lightning 2.6)
 
 
 def processed(trainer: pl.Trainer) -> int:
@@ -68,8 +70,6 @@ def put_right(loops: dict[str, Any], where: Position) -> None:
 
 
 def set_batches(trainer: pl.Trainer, batches: int) -> None:
-    """Have the running epoch go on after ``batches``, of another size than those it was saved with."""
+    """Have the running epoch go on after ``batches``."""
     counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    behind = counts.ready - counts.completed
-    counts.ready = counts.started = counts.processed = batches
-    counts.completed = batches - behind
+    counts.ready = counts.started = counts.processed = counts.completed = batches

@@ -113,7 +113,7 @@ def agree(problem: str, same: bool) -> bool:
     return bool(votes[1])
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """An error, with its rank."""
     return f"Rank {dist.get_rank()} failed: {type(error).__name__}: {error}"
 

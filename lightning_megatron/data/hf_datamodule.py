@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,12 @@ from lightning_megatron.data.hf_documents import Encoder, PackedDocuments, token
 from lightning_megatron.data.hf_streams import DocumentStream, PackedStream, StreamLoader
 from lightning_megatron.data.padding import PaddingCollator
 from lightning_megatron.data.text_tokenizer import Tokenizer
-from lightning_megatron.data.tokenized import PARTS, USED, Loader, TokenizedDataModule
+from lightning_megatron.data.tokenized import PARTS, USED, Collator, Loader, OfPacked, TokenizedDataModule
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from lightning_megatron.data.hf_source import Rows
-
-
-Collator = Callable[[list[Any]], Any]
 
 
 class HFDataModule(TokenizedDataModule):
@@ -106,6 +103,11 @@ class HFDataModule(TokenizedDataModule):
         self.options = {"name": config_name, "data_files": data_files, "num_proc": num_proc, **(load_options or {})}
         self.options = {name: value for name, value in self.options.items() if value is not None}
         self.streaming = streaming
+        if isinstance(split, str):
+            raise ValueError(
+                f"{type(self).__name__}(split={split!r}) must name three: training, validation and test, None for none,"
+                f" such as ({split!r}, None, None)."
+            )
         self.split = tuple(split)
         self.text_column = text_column
         self.prompt_column = prompt_column
@@ -174,7 +176,7 @@ class HFDataModule(TokenizedDataModule):
     @property
     def _collator(self) -> Collator | None:
         if self.packing:
-            return None if self.collate_fn is None else _OfPacked(self.collate_fn)
+            return None if self.collate_fn is None else OfPacked(self.collate_fn)
         return self.collate_fn or PaddingCollator(self.tokenizer.eod_id)
 
     def _rows(self) -> dict[str, Rows]:
@@ -277,13 +279,3 @@ class HFDataModule(TokenizedDataModule):
             raise ValueError(
                 f"{name}(streaming=True, num_proc={self.num_proc}): a stream is tokenised as it is read. Leave out one."
             )
-
-
-class _OfPacked:
-    """A collate function that takes ``input_ids``, given packed samples."""
-
-    def __init__(self, collate_fn: Collator) -> None:
-        self.collate_fn = collate_fn
-
-    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> Any:
-        return self.collate_fn([{"input_ids": sample["text"][:-1]} for sample in samples])

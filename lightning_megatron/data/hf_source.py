@@ -144,7 +144,8 @@ def _named(splits: Mapping[str, Rows], name: str) -> Rows:
         slices = datasets.ReadInstruction.from_spec(name).to_absolute(lengths)
     except ValueError as error:
         raise ValueError(
-            f"HFDataModule(split={name!r}): {error}. The dataset has {list(splits)}.{_nearest(name, splits)}"
+            f"HFDataModule(split={name!r}): {str(error).rstrip('.')}. The dataset has {list(splits)}."
+            f"{_nearest(name, splits)}"
         ) from error
     if any(is_stream(splits[part.splitname]) for part in slices):
         raise ValueError(

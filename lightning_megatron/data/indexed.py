@@ -79,8 +79,10 @@ def writing(prefix: str | Path, vocab_size: int) -> Iterator[IndexedWriter]:
         What takes the documents.
 
     Raises:
-        ValueError: No document was added.
+        ValueError: ``prefix`` has an ending already, or no document was added.
     """
+    if Path(prefix).suffix in (".bin", ".idx"):
+        raise ValueError(f"'{prefix}' must be the prefix of two files, a .bin and an .idx: leave the ending out.")
     bin_path, idx_path = files(prefix)
     bin_path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(idx_path) as idx_file, atomic_path(bin_path) as bin_file:  # the index comes last

@@ -94,6 +94,11 @@ class MegatronDataModule(TokenizedDataModule):
         self._bounds = dict(zip(PARTS, _bounds(split), strict=True))
         self._datasets: dict[str, _Samples] = {}
 
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a sample: the model's ``seq_length``."""
+        return self.samples.seq_length
+
     @override
     def prepare_data(self) -> None:
         """Checks the data and builds indices that are not there. Lightning calls this on one process of each machine.
@@ -322,11 +327,11 @@ def _bounds(split: str) -> list[tuple[float, float] | None]:
     """Where in the data each of the three parts begins and ends, as shares; None: it has nothing."""
     try:
         parts = [float(part) for part in split.split(",")]
-    except ValueError:
+    except (AttributeError, ValueError):  # no text, as of TextDataModule's split, or no numbers in it
         parts = []
     if not 1 <= len(parts) <= 3 or min(parts) < 0 or sum(parts) == 0:
         raise ValueError(
-            f"MegatronDataModule(split={split!r}) must be up to three weights, of training, validation and test, none"
-            " negative, such as '969,30,1'."
+            f"MegatronDataModule(split={split!r}) must be a text of up to three weights, of training, validation and"
+            " test, none negative, such as '969,30,1'."
         )
     return convert_split_vector_to_split_matrix(normalize([*parts, 0.0, 0.0][:3]))

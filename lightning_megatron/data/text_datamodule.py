@@ -2,22 +2,30 @@
 
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_megatron.data.packed_text import PackedTextDataset, find_packed, pack
 from lightning_megatron.data.text_sources import find_text_files, standard_library_sources
 from lightning_megatron.data.text_tokenizer import Tokenizer
-from lightning_megatron.data.tokenized import PARTS, USED, TokenizedDataModule, default_cache_dir
+from lightning_megatron.data.tokenized import (
+    PARTS,
+    USED,
+    Collator,
+    Loader,
+    OfPacked,
+    TokenizedDataModule,
+    default_cache_dir,
+)
 
 
 class TextDataModule(TokenizedDataModule):
     """Packs text files into samples of ``seq_length + 1`` tokens, for training a language model from scratch.
 
-    Batches are ``{"text": int64 [batch_size, seq_length + 1]}``. The first run tokenises the text into a cache, which
-    later runs map into memory. Prediction runs over the test split.
+    Batches are ``{"text": int64 [batch_size, seq_length + 1]}``, or what ``collate_fn`` makes. The first run tokenises
+    the text into a cache, which later runs map into memory. Prediction runs over the test split.
 
     Args:
         paths: Text files and folders, one or several. By default the sources of Python's standard library, which are
@@ -34,6 +42,7 @@ class TextDataModule(TokenizedDataModule):
         shuffle: Whether training takes the samples in a random order.
         drop_last: Whether training leaves out what does not fill a last batch. Otherwise the last batch is shorter,
             and where the samples do not divide by the data-parallel size, a few are seen twice.
+        collate_fn: Makes a batch of samples that have ``input_ids`` ``[seq_length]``, for BERT and T5.
 
     Raises:
         ValueError: A size is not positive, or ``split`` is not three parts of 1.
@@ -52,6 +61,7 @@ class TextDataModule(TokenizedDataModule):
         seed: int = 1234,
         shuffle: bool = True,
         drop_last: bool = False,
+        collate_fn: Collator | None = None,
     ) -> None:
         super().__init__(tokenizer)
         for name, value in (("seq_length", seq_length), ("batch_size", batch_size)):
@@ -72,6 +82,7 @@ class TextDataModule(TokenizedDataModule):
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.collate_fn = collate_fn
         self._datasets: dict[str, PackedTextDataset] = {}
 
     @override
@@ -100,7 +111,7 @@ class TextDataModule(TokenizedDataModule):
         self._datasets = {name: PackedTextDataset(bin_path, self.seq_length, ranges[name]) for name in PARTS}
 
     @override
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> Loader:
         """Returns the training batches of this data-parallel rank.
 
         The order depends on ``seed`` and the epoch alone, so model-parallel peers, who share a data-parallel rank, see
@@ -111,9 +122,7 @@ class TextDataModule(TokenizedDataModule):
         """
         dataset = self._dataset("train")
         sampler = self._sampler(dataset, self.batch_size, self.shuffle, self.seed, self.drop_last)
-        return DataLoader(
-            dataset, self.batch_size, sampler=sampler, drop_last=self.drop_last, num_workers=self.num_workers
-        )
+        return self._loader(dataset, sampler=sampler, drop_last=self.drop_last)
 
     def _files(self) -> list[Path]:
         return standard_library_sources() if self.paths is None else find_text_files(self.paths, self.suffixes)
@@ -123,10 +132,17 @@ class TextDataModule(TokenizedDataModule):
             raise RuntimeError(f"{type(self).__name__} has no data yet: call `prepare_data()` and `setup()` first.")
         return self._datasets[name]
 
-    def _ordered(self, name: str) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
-        # Lightning spreads these over the data-parallel ranks, and makes a prediction's again with another batch_size.
+    def _ordered(self, name: str) -> Loader | list[Loader]:
+        # Lightning spreads these over the data-parallel ranks.
         dataset = self._dataset(name)
-        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers) if len(dataset) else []
+        return self._loader(dataset) if len(dataset) else []
+
+    def _loader(self, dataset: PackedTextDataset, **options: Any) -> Loader:
+        collate = None if self.collate_fn is None else OfPacked(self.collate_fn)
+        # `batch_size` by name: Lightning makes the loader of a prediction again, with one of its own.
+        return DataLoader(
+            dataset, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, **options
+        )
 
     def _refuse_empty(self, stage: str | None, ranges: dict[str, range]) -> None:
         num_samples = sum(map(len, ranges.values()))

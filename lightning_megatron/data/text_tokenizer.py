@@ -175,10 +175,12 @@ def train_bpe_on(texts: Iterable[str], vocab_size: int, path: str | Path, specia
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     path = Path(path)
-    if vocab_size < ByteTokenizer.vocab_size + len(special):
+    least = ByteTokenizer.vocab_size + len(special)
+    if vocab_size < least:
+        more = f", and {len(special)} special tokens ({special[0]} to {special[-1]})" if special else ""
         raise ValueError(
-            f"train_bpe(vocab_size={vocab_size}) has no room for 256 bytes and the end of document. "
-            f"Use {ByteTokenizer.vocab_size + len(special)} or more."
+            f"A byte-level BPE of vocab_size={vocab_size} has no room for 256 bytes and the end of document{more}."
+            f" Use {least} or more."
         )
     if path.suffix != ".json":
         raise ValueError(

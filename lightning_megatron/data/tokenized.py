@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
@@ -20,6 +22,7 @@ PARTS = ("train", "val", "test")
 USED = {None: PARTS, "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 Loader = DataLoader[Any]
+Collator = Callable[[list[Any]], Any]
 
 
 class TokenizedDataModule(LightningDataModule):
@@ -89,6 +92,21 @@ class TokenizedDataModule(LightningDataModule):
         """Number of data-parallel ranks, and which of them this is, as a ``DistributedSampler`` takes them."""
         replicas = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return replicas or {"num_replicas": 1, "rank": 0}
+
+
+class OfPacked:
+    """A collate function that takes ``input_ids``, given packed samples.
+
+    Args:
+        collate_fn: Makes a batch of samples with ``input_ids`` ``[seq_length]``.
+    """
+
+    def __init__(self, collate_fn: Collator) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> Any:
+        """Without the last token of each sample, which GPT's labels need."""
+        return self.collate_fn([{"input_ids": sample["text"][:-1]} for sample in samples])
 
 
 def default_cache_dir(name: str) -> Path:

@@ -129,6 +129,9 @@ class MegatronModule(pl.LightningModule):
     def sequence_length(self, batch: Batch) -> int:
         """Length of the hidden states that travel between pipeline stages, before any sharding."""
 
+    def connect_data(self, data: Any) -> None:
+        """Take from the data module, or None, what the model leaves to it; called before anything is built."""
+
     def complete_layout(self, layout: ParallelLayout) -> ParallelLayout:
         """Add to the sizes what only the model knows: of an encoder-decoder, the split of its pipeline.
 
@@ -293,6 +296,7 @@ class MegatronModule(pl.LightningModule):
         Raises:
             RuntimeError: This process is a rank of a larger run.
         """
+        self.connect_data(None)
         use_device(torch.device(device))
         self.settings = BuildSettings(layout=groups.build_alone())
         groups.seed(torch.initial_seed())

@@ -26,8 +26,8 @@ class BertConfig(ModelConfig):
         hidden_size: Width of the hidden states.
         num_attention_heads: Attention heads.
         vocab_size: Token ids that occur; the embedding is padded to a multiple of
-            ``make_vocab_size_divisible_by · tp``.
-        seq_length: Longest sequence, in tokens.
+            ``make_vocab_size_divisible_by · tp``. None: the data module's.
+        seq_length: Longest sequence, in tokens. None: the data module's.
         task: "masked_lm"; "pretraining": masked language modelling and the binary head (next sentence or sentence
             order); "sequence_classification", regression included; or "token_classification".
         num_labels: Outputs of a classification head.

@@ -48,6 +48,10 @@ class ConfiguredModule(MegatronModule):
         self.config = config
         self.save_hyperparameters("config", "loss_reduction", logger=False)
 
+    def connect_data(self, data: Any) -> None:
+        """Take from the data module the sizes that the configuration leaves to it."""
+        self.config.take_sizes(data)
+
     def check_layout(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the layout cannot divide."""
         self.config.check(layout)

@@ -22,8 +22,8 @@ class GPTConfig(ModelConfig):
         hidden_size: Width of the hidden states.
         num_attention_heads: Query heads.
         vocab_size: Token ids that occur; the embedding is padded to a multiple of
-            ``make_vocab_size_divisible_by · tp``.
-        seq_length: Longest sequence, in tokens.
+            ``make_vocab_size_divisible_by · tp``. None: the data module's.
+        seq_length: Longest sequence, in tokens. None: the data module's.
         ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
         num_query_groups: Key and value heads (grouped-query attention). None: one per query head.
         kv_channels: Size of a head. None: ``hidden_size / num_attention_heads``.

@@ -45,8 +45,8 @@ class ModelConfig:
         hidden_size: Width of the hidden states.
         num_attention_heads: Query heads.
         vocab_size: Token ids that occur; the embedding is padded to a multiple of
-            ``make_vocab_size_divisible_by · tp``.
-        seq_length: Longest sequence, in tokens.
+            ``make_vocab_size_divisible_by · tp``. None: the data module's.
+        seq_length: Longest sequence, in tokens. None: the data module's.
         ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
         kv_channels: Size of a head. None: ``hidden_size / num_attention_heads``.
         layernorm_epsilon: Added to the variance.
@@ -66,8 +66,8 @@ class ModelConfig:
     num_layers: int
     hidden_size: int
     num_attention_heads: int
-    vocab_size: int
-    seq_length: int
+    vocab_size: int = None  # type: ignore[assignment]  # the data module's; a number once the model is built
+    seq_length: int = None  # type: ignore[assignment]  # so is this
     ffn_hidden_size: int | None = None
     kv_channels: int | None = None
     layernorm_epsilon: float = 1e-5
@@ -92,6 +92,29 @@ class ModelConfig:
                     f"{type(self).__name__}({name}={getattr(self, name)}): use a probability, from 0 to below 1."
                 )
         self.check(ParallelLayout(world_size=1))
+
+    def take_sizes(self, data: Any) -> None:
+        """Fill in what is left to the data module; ids and lengths that are given are held against each batch.
+
+        Args:
+            data: The data module, or None.
+
+        Raises:
+            ValueError: Nobody says a size.
+        """
+        if self.vocab_size is not None and self.seq_length is not None:
+            return
+        for name in ("vocab_size", "seq_length"):
+            if getattr(self, name) is None:
+                value = getattr(data, name, None)
+                if value is None:
+                    raise ValueError(
+                        f"{type(self).__name__}({name}=None) leaves it to the data module, and"
+                        f" {'there is none' if data is None else type(data).__name__ + ' has none'}."
+                        f" Give {type(self).__name__}({name}=...)."
+                    )
+                setattr(self, name, int(value))
+        self.__post_init__()
 
     def check(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the run's layout cannot divide, before a process group exists.

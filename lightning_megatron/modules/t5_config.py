@@ -27,8 +27,8 @@ class T5Config(ModelConfig):
         hidden_size: Width of the hidden states.
         num_attention_heads: Attention heads.
         vocab_size: Token ids that occur; the embedding is padded to a multiple of
-            ``make_vocab_size_divisible_by · tp``.
-        seq_length: Longest sequence of the encoder, in tokens.
+            ``make_vocab_size_divisible_by · tp``. None: the data module's.
+        seq_length: Longest sequence of the encoder, in tokens. None: the data module's.
         decoder_seq_length: Longest of the decoder. None: ``seq_length``.
         encoder_num_layers: Layers of the encoder. None: ``num_layers``.
         decoder_num_layers: Layers of the decoder. None: ``num_layers``.
@@ -86,7 +86,7 @@ class T5Config(ModelConfig):
                 " multiple of 4, half for each direction and half of these for distances one by one, and a distance"
                 " above half of it."
             )
-        if not 0 <= self.decoder_start_id < self.vocab_size:
+        if self.decoder_start_id < 0 or (self.vocab_size is not None and self.decoder_start_id >= self.vocab_size):
             raise ValueError(f"T5Config(decoder_start_id={self.decoder_start_id}): not below vocab_size.")
         pipeline = [key for key in self.extra if "pipeline" in key]
         if pipeline:

@@ -1,0 +1,6 @@
+"""``python -m lightning_megatron``: the ``lightning-megatron`` command."""
+
+from lightning_megatron.cli import main
+
+if __name__ == "__main__":
+    main()

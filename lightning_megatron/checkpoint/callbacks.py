@@ -1,0 +1,140 @@
+"""What ModelCheckpoint takes for granted of a save, that it is there when the call returns, where it is not.
+
+A checkpoint that is being written beside training has its name already, and may be linked to once it is whole. One that
+could not be written (``on_save_error="warn"``) is forgotten again, and what was to make room for it is remembered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+def attend(trainer: pl.Trainer) -> None:
+    """Have the Trainer's callbacks ask the checkpointer for names in use, and for their links."""
+    for callback in checkpoint_callbacks(trainer):
+        if type(callback).file_exists is ModelCheckpoint.file_exists:
+            callback.file_exists = _exists  # type: ignore[method-assign]
+        if callback.save_last == "link":
+            callback._link_checkpoint = _link  # type: ignore[method-assign]  # private (Lightning 2.6)
+
+
+def checkpoint_callbacks(trainer: pl.Trainer) -> list[ModelCheckpoint]:
+    """Those of the Trainer's callbacks that save by Lightning's rules."""
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def local_path(path: Any) -> Path:
+    """A path on a file system that is mounted.
+
+    Raises:
+        MisconfigurationException: It is the address of something else.
+    """
+    text = os.fspath(path)
+    if "://" in text and not text.startswith("file://"):
+        raise MisconfigurationException(
+            f"MegatronStrategy cannot save to or load from {text!r}: every rank writes its part of a directory, which"
+            " is then renamed, and object stores rename nothing. Use a directory that all nodes mount (ModelCheckpoint("
+            "dirpath=...)), and copy finished checkpoints from there."
+        )
+    return Path(text.removeprefix("file://"))
+
+
+def check_folders(trainer: pl.Trainer) -> None:
+    """Refuse folders that no checkpoint can be saved to, before a step is run.
+
+    Raises:
+        MisconfigurationException: With the folder.
+    """
+    for callback in checkpoint_callbacks(trainer):
+        folder = callback.dirpath or trainer.default_root_dir
+        local_path(folder)
+        if "file:" in Path(folder).parts:  # what Lightning 2.6 makes of file:///a
+            raise MisconfigurationException(
+                f"ModelCheckpoint would save to {os.fspath(folder)!r}, a folder named 'file:'. Give the path without"
+                " file://, as dirpath or as the Trainer's default_root_dir."
+            )
+
+
+class Retained:
+    """Which checkpoints the callbacks count on, for the case that a save fails and the run goes on."""
+
+    def __init__(self) -> None:
+        self._callbacks: list[ModelCheckpoint] = []
+        self._scores: dict[str, torch.Tensor] = {}
+
+    def note(self, trainer: pl.Trainer) -> None:
+        """Remember scores, since a callback forgets that of what is to be removed before its successor is saved."""
+        self._callbacks = checkpoint_callbacks(trainer)
+        for callback in self._callbacks:
+            self._scores.update(callback.best_k_models)
+
+    def put_right(self, lost: Iterable[Path], stay: Iterable[Path], whole: Iterable[Path]) -> None:
+        """Correct the callbacks after a failure.
+
+        Args:
+            lost: What was not saved.
+            stay: What was to be removed behind that, and is not.
+            whole: What has been saved in this run, in order.
+        """
+        gone = [path for path in lost if not path.exists()]  # an older one may have the name
+        for callback in self._callbacks:
+            for name in [name for name in callback.best_k_models if local_path(name) in gone]:
+                del callback.best_k_models[name]
+            names = {local_path(name): name for name in self._scores if local_path(name).parent == _folder(callback)}
+            for path in stay:
+                has_room = callback.save_top_k == -1 or len(callback.best_k_models) < callback.save_top_k
+                if path in names and has_room:
+                    callback.best_k_models[names[path]] = self._scores[names[path]]
+            if callback.monitor is not None:
+                _rank(callback)
+            elif callback.best_model_path and local_path(callback.best_model_path) in gone:
+                others = [p for p in (*whole, *stay) if p.parent == _folder(callback) and p.exists()]
+                callback.best_model_path = str(others[-1]) if others else ""
+            if callback.last_model_path and local_path(callback.last_model_path) in gone:
+                callback.last_model_path = ""
+
+    def state_of_callbacks(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The states of a checkpoint's callbacks, with those that were put right since they were collected."""
+        now = {c.state_key: c.state_dict() for c in self._callbacks if c.state_key in state}
+        return {**state, **now}
+
+
+def _rank(callback: ModelCheckpoint) -> None:
+    """Have a callback's best and worst follow from its scores, as its ``_update_best_and_save`` does."""
+    scores = callback.best_k_models
+    best, worst = (min, max) if callback.mode == "min" else (max, min)
+    callback.best_model_path = best(scores, key=scores.__getitem__) if scores else ""
+    callback.best_model_score = scores.get(callback.best_model_path)
+    callback.kth_best_model_path = worst(scores, key=scores.__getitem__) if scores else ""
+    if scores:
+        callback.kth_value = scores[callback.kth_best_model_path]
+
+
+def _folder(callback: ModelCheckpoint) -> Path | None:
+    return local_path(callback.dirpath) if callback.dirpath else None
+
+
+def _exists(filepath: Any, trainer: pl.Trainer) -> bool:
+    """As ``ModelCheckpoint.file_exists``, but that a name is in use from the beginning of a save."""
+    checkpointer = getattr(trainer.strategy, "checkpointer", None)  # None: the callback is under another strategy now
+    if checkpointer is not None and checkpointer.is_being_saved(local_path(filepath)):
+        return True
+    here = trainer.is_global_zero and get_filesystem(filepath).exists(os.fspath(filepath))
+    return trainer.strategy.reduce_boolean_decision(here, all=False)
+
+
+def _link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+    checkpointer = getattr(trainer.strategy, "checkpointer", None)
+    if checkpointer is None:  # the callback has come to a run under another strategy
+        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+    else:
+        checkpointer.link(local_path(linkpath), local_path(filepath))

@@ -1,0 +1,264 @@
+"""Where in its data a run is, and goes on: the same shuffles, no sample twice, none left out.
+
+A checkpoint keeps the random states that each loader's batches follow from, and the number of batches given since. A
+resumed run lets Lightning make its iterators, and before the first batch is read it makes them again: each from its
+own states, and without the batches given. What is drawn beside the data (dropout, augmentation) goes on from the states
+of the save.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_megatron import groups
+from lightning_megatron.checkpoint import progress, rng
+from lightning_megatron.checkpoint.loaders import Place, Record, batches_of, followed, keeps_its_place, place_of
+from lightning_megatron.checkpoint.manifest import CheckpointError
+from lightning_megatron.checkpoint.progress import Position
+
+_NOTHING = object()
+
+
+class Resumption:
+    """Where in its data a run is; and, after a load, where it has to go on.
+
+    Args:
+        skip_batches: Batches to leave out after a load, once: not again behind a checkpoint that was saved after it.
+    """
+
+    def __init__(self, skip_batches: int = 0) -> None:
+        self._skip_batches = skip_batches
+        self.forget()
+
+    def forget(self) -> None:
+        """A new run, or one that takes the weights that were loaded, and nothing else."""
+        self._saved: Record | None = None
+        self._same_layout = False
+        self._window: Record | None = None
+        self._left_out = 0
+        self._seeds: dict[int, int] = {}
+
+    def watch(self, loader: Any) -> Any:
+        """Have a training loader take part; one that has ``state_dict`` keeps its own place."""
+        loader = followed(loader)
+        batches = batches_of(loader)
+        if batches is not None and batches.seed in self._seeds:  # made in the middle of a resumed run, for a new epoch
+            batches.seed = self._seeds[batches.seed]
+        return loader
+
+    def record(self, trainer: pl.Trainer, where: Position, data_parallel_size: int) -> Record:
+        """What a checkpoint keeps of this rank's loaders and random states.
+
+        Raises:
+            CheckpointError: The window's batches would have to be read again, by a loader that cannot go back.
+        """
+        if where.redo and any(map(keeps_its_place, _loaders(trainer))):
+            raise CheckpointError(
+                f"A checkpoint {where.redo} batches into an accumulation window has to read them again, and this"
+                " loader has a state_dict of its own and cannot go back. Save between windows: every_n_train_steps"
+                " counts them, time and exceptions do not."
+            )
+        now = self._window if where.redo and self._window is not None else _now(trainer, where.batches)
+        return {
+            "epoch": where.epoch,
+            "batches": where.batches,
+            "begun": where.begun,
+            "replicas": data_parallel_size,
+            "left_out": self._left_out,
+            "made_in": trainer.fit_loop._last_train_dl_reload_epoch,  # private (Lightning 2.6)
+            **now,
+        }
+
+    def load(self, record: Record, same_layout: bool) -> None:
+        """Go on as a ``record`` says.
+
+        Args:
+            record: Of this rank, or of one with the same data.
+            same_layout: Whether this rank sits where the rank sat whose states were saved.
+        """
+        self._saved, self._same_layout = record, same_layout
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Bring random states to the saved ones, and see to the loaders before the first batch is read."""
+        if self._saved is not None:
+            # Lightning says so of every loader without `state_dict`; this one goes on where it was.
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+            for loader, record in zip(_loaders(trainer), self._saved["loaders"], strict=False):
+                if (batches := batches_of(loader)) is not None:
+                    batches.set_generators(record["generators"])
+            # So that loaders are made anew before the same epochs (reload_dataloaders_every_n_epochs).
+            trainer.fit_loop._last_train_dl_reload_epoch = self._saved["made_in"]
+            self._restore(self._saved)
+        loop = trainer.fit_loop.epoch_loop
+        advance = type(loop).advance
+
+        def advance_from_here(fetcher: Any) -> None:
+            self._before_batch(trainer)
+            advance(loop, fetcher)
+
+        loop.advance = advance_from_here  # type: ignore[method-assign,assignment]
+
+    def _before_batch(self, trainer: pl.Trainer) -> None:
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            self._go_on(trainer, saved)
+        count, done = trainer.accumulate_grad_batches, progress.processed(trainer)
+        if count > 1 and done % count == 0:  # the window's batches may have to be read again
+            self._window = _now(trainer, done)
+
+    def _go_on(self, trainer: pl.Trainer, saved: Record) -> None:
+        """Make the iterators anew, in the saved places."""
+        fetcher: Any = trainer.fit_loop._data_fetcher  # private (Lightning 2.6), as in `_loaders` and `_iterate`
+        loaders, records = _loaders(trainer), saved["loaders"]
+        if saved["begun"] and len(loaders) != len(records):
+            raise MisconfigurationException(
+                f"The checkpoint is from the middle of an epoch over {len(records)} training loaders, and this run has"
+                f" {len(loaders)}. Resume with as many, or from a checkpoint at an epoch's end."
+            )
+        self._take_seeds(loaders, records)
+        trainer.fit_loop._combined_loader_states_to_load = saved["combined_loader"] or []
+        trainer.fit_loop._load_combined_loader_states()
+        replicas = dist.get_world_size(groups.data_parallel())
+        done, more = _batches_now(saved, loaders, replicas), self._to_leave_out(saved)
+        _check_left(trainer, done, more)
+        to_read = []
+        for loader, record in zip(loaders, records if saved["begun"] else [None] * len(loaders), strict=True):
+            given = 0 if record is None or keeps_its_place(loader) else _converted(saved, record, loader, replicas)
+            batches = batches_of(loader)
+            by_number = batches is not None and batches.is_indexed
+            if batches is not None:
+                at_iter, at_first = (record["at_iter"], record["at_first"]) if record else (None, None)
+                batches.resume = Place(at_iter, at_first, given + more if by_number else 0)
+                if record is not None:
+                    batches.renew_workers()
+            to_read.append(0 if by_number else given + more)
+        _iterate(fetcher, to_read)
+        progress.set_batches(trainer, done + more)
+        fetcher.fetched = done + more
+        if saved["begun"]:
+            self._restore(saved)
+
+    def _restore(self, saved: Record) -> None:
+        if self._same_layout:
+            rng.restore(saved["rng"])
+        else:
+            rng.set_data_states(saved["rng"]["data"])
+
+    def _take_seeds(self, loaders: list[Any], records: list[Record]) -> None:
+        """A distributed sampler's order comes from a seed, and this run's may be another."""
+        for loader, record in zip(loaders, records, strict=False):
+            batches = batches_of(loader)
+            if batches is not None and batches.seed is not None and record["seed"] is not None:
+                self._seeds[batches.seed] = record["seed"]
+                batches.seed = record["seed"]
+
+    def _to_leave_out(self, saved: Record) -> int:
+        """``skip_batches``, where the run that saved has not left them out."""
+        self._left_out = self._skip_batches
+        if not self._skip_batches or saved["left_out"] != self._skip_batches:
+            return self._skip_batches
+        rank_zero_warn(
+            f"MegatronStrategy(skip_batches={self._skip_batches}) was applied before this checkpoint was saved, and is"
+            " not applied again. To leave out more from here, use another number."
+        )
+        return 0
+
+
+def _loaders(trainer: pl.Trainer) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader  # private (Lightning 2.6); None before there is any
+    return [] if combined is None else combined.flattened
+
+
+def _now(trainer: pl.Trainer, batches: int) -> Record:
+    """Random states, and the places of the loaders after ``batches`` batches of the epoch."""
+    cycles = getattr(trainer.fit_loop._combined_loader, "_mode", None) == "max_size_cycle"
+    return {
+        "rng": rng.snapshot(),
+        "loaders": [_record(loader, batches, cycles) for loader in _loaders(trainer)],
+    }
+
+
+def _record(loader: Any, batches: int, cycles: bool) -> Record:
+    """One loader's place. A loader that is shorter than another has ended by then, or was begun anew (``cycles``)."""
+    length, given = sized_len(loader), batches
+    if length and batches > length:
+        given = (batches - 1) % length + 1 if cycles else length
+    return {"given": given, **place_of(loader)}
+
+
+def _batches_now(saved: Record, loaders: list[Any], replicas: int) -> int:
+    """Batches of this run's sizes that are the samples which were consumed.
+
+    Raises:
+        MisconfigurationException: They are no whole number, or not known.
+    """
+    if not saved["begun"]:
+        return 0
+    each = {
+        _converted(saved, {**record, "given": saved["batches"]}, loader, replicas)
+        for loader, record in zip(loaders, saved["loaders"], strict=True)
+    }
+    if len(each) > 1:
+        raise MisconfigurationException(
+            f"The training loaders' batch sizes have not changed alike: what was consumed is {sorted(each)} batches of"
+            " them. Change them by one factor, or resume from a checkpoint at an epoch's end."
+        )
+    return each.pop() if each else int(saved["batches"])
+
+
+def _converted(saved: Record, record: Record, loader: Any, replicas: int) -> int:
+    """The batches that a loader has given, in batches of its size in this run."""
+    inner, given, before = batches_of(loader), int(record["given"]), record["rows"]
+    rows = inner.rows if inner is not None else None
+    same = replicas == saved["replicas"] and (rows == before or None in (rows, before))
+    if same or not given or record["global_batches"]:
+        return given
+    if before is None or rows is None:
+        raise MisconfigurationException(
+            f"The checkpoint is from the middle of an epoch on {saved['replicas']} data-parallel replicas, and this run"
+            f" has {replicas}; the loader does not tell its batch_size, so the samples it has given are not known."
+            " Resume with as many replicas, or from a checkpoint at an epoch's end."
+        )
+    samples = given * before * saved["replicas"]
+    if samples % (rows * replicas):
+        fits = [n for n in range(1, samples // replicas + 1) if samples % (n * replicas) == 0]
+        raise MisconfigurationException(
+            f"The checkpoint has consumed {samples} samples of its epoch ({given} batches of {before} on"
+            f" {saved['replicas']} replicas), which is no whole number of batches of {rows} on {replicas} replicas."
+            f" Use batch_size={before * saved['replicas'] // replicas or 1}"
+            f"{' or ' + ', '.join(map(str, fits[-3:])) if fits else ''}, or a checkpoint at an epoch's end."
+        )
+    return samples // (rows * replicas)
+
+
+def _check_left(trainer: pl.Trainer, done: int, more: int) -> None:
+    left = trainer.fit_loop.max_batches - done
+    if more and more >= left:
+        raise MisconfigurationException(
+            f"MegatronStrategy(skip_batches={more}): the checkpoint's epoch has {left} batches left, of which at least"
+            f" one has to be trained on. Use at most {left - 1}, or resume from a checkpoint of the next epoch."
+        )
+
+
+def _iterate(fetcher: Any, to_read: list[int]) -> None:
+    """As ``iter(fetcher)``, but for the first batches of each loader, which are read and forgotten."""
+    _DataFetcher.__iter__(fetcher)  # without the batch that it reads ahead where there is no length
+    for batches, count in zip(fetcher.combined_loader._iterator.iterators, to_read, strict=True):
+        for number in range(count):
+            if next(batches, _NOTHING) is _NOTHING:
+                raise MisconfigurationException(
+                    f"The training loader ended after {number} batches, and is to go on after {count}: those that the"
+                    " checkpoint has consumed of its epoch, and MegatronStrategy(skip_batches=)."
+                )
+    if fetcher.length is None:
+        with suppress(StopIteration):
+            fetcher.batches.append(_DataFetcher.__next__(fetcher))

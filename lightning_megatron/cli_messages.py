@@ -1,0 +1,204 @@
+"""What jsonargparse says of a wrong argument, in one line: the argument, what is wrong, and what is near and right."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, get_type_hints
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+
+_BASES = (
+    pl.LightningModule, pl.LightningDataModule, pl.Callback, Logger, Strategy,
+    torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler,
+)  # fmt: skip
+_NOTHING = ("<class 'NoneType'>", "<class 'str'>")
+
+
+def explain(message: str, options: Iterable[str]) -> str:
+    """One line for ``message``, or itself where it is of a kind that is not known here.
+
+    Args:
+        message: jsonargparse's.
+        options: All option strings of the parser.
+    """
+    rules = (
+        _unrecognized,
+        _ambiguous,
+        _no_choice,
+        _not_accepted,
+        _missing,
+        _no_command,
+        _no_file,
+        _no_class,
+        _not_expected,
+    )
+    for rule in rules:
+        line = rule(message, list(options))
+        if line:
+            return line
+    return message
+
+
+def reason(message: str) -> str:
+    """What a class said when it was made, without what jsonargparse tried besides."""
+    found = re.search(r"Errors:\n((?:.|\n)*?)\n\s*- Expected a <class 'NoneType'>", message)
+    return re.sub(r"^\s*- ", "", found[1]).replace("\n    ", "\n") if found else message
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?", or nothing where nothing is near."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _unrecognized(message: str, options: list[str]) -> str:
+    found = re.search(r"unrecognized arguments: (--\S+)", message)
+    if not found:
+        return ""
+    name = found[1].partition("=")[0]
+    classes = re.findall(r"given class_path '(\S+)'", message[: found.start()])
+    if classes:  # an argument of a class's argument
+        group, _, leaf = name.removeprefix("--").rpartition(".")
+        return _no_argument(_key(message[: found.start()]), group, leaf, list(_parameters(classes[-1], group)))
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):  # of a class's argument only the beginning is an option
+        known = {option: option.removesuffix(".help") for option in options if option.count(".") < len(parts)}
+        alike = [option for option in known.values() if option.count(".") == count - 1]
+        found_near = difflib.get_close_matches(".".join(parts[:count]), alike, n=1, cutoff=0.8)
+        if found_near:
+            return f"there is no argument {name}; did you mean {'.'.join([*found_near, *parts[count:]])}?"
+    return f"there is no argument {name}"
+
+
+def _ambiguous(message: str, _: list[str]) -> str:
+    found = re.search(r"ambiguous option: --(\S+?)(?:=\S*)? could match (.+)", message)
+    if not found:
+        return ""
+    key = _key(message)
+    choices = " or ".join(name.strip().replace("--", f"--{key}.", 1) for name in found[2].split(","))
+    return f"there is no argument --{key}.{found[1]}; did you mean {choices}?"
+
+
+def _no_choice(message: str, _: list[str]) -> str:
+    """A value that one of several types would take if it were spelled right: the others' complaints lead astray."""
+    found = re.search(r"Expected a typing\.Literal\[(.+)\]\. Got value: (\S+)", message)
+    if not found:
+        return ""
+    known = re.findall(r"'([^']+)'", found[1])
+    told = nearest(found[2], known) or f"; use one of {', '.join(known)}"
+    return f"--{_key(message[: found.end()])}={found[2]} is unknown{told}"
+
+
+def _not_accepted(message: str, options: list[str]) -> str:
+    found = re.search(r"(?:Group '(\S+)' does not accept option|Option) '(\S+?)'(?: is not accepted)?", message)
+    if not found:
+        return ""
+    group, name = found[1], found[2]
+    classes = re.findall(r"given class_path '(\S+)'", message[: found.end()])
+    if classes:
+        known = list(_parameters(classes[-1], group))
+        return _no_argument(_key(message[: found.end()]), group or "", name, known)
+    known = [option.removeprefix(f"--{group}.") for option in options if option.startswith(f"--{group}.")]
+    return _no_argument("", group or "", name, known)
+
+
+def _no_argument(key: str, group: str, name: str, known: list[str]) -> str:
+    """``name`` is not among what is ``known`` of a group of an argument."""
+    beginning = "--" + "".join(f"{part}." for part in (key, group) if part)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    told = f"did you mean {beginning}{near[0]}?" if near else f"it takes {', '.join(sorted(known))}"
+    return f"there is no argument {beginning}{name}; {told}"
+
+
+def _missing(message: str, _: list[str]) -> str:
+    found = re.search(r"(?:following arguments are required: (.+)|Key \"(\S+)\" is required)", message)
+    if not found:
+        return ""
+    names = [f"--{name.strip().partition('.')[2] or name.strip()}" for name in (found[1] or found[2]).split(",")]
+    if found[2]:
+        names = [f"--{'.'.join(filter(None, (_key(message), found[2])))}"]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} required; give it here or in a --config file"
+
+
+def _no_command(message: str, _: list[str]) -> str:
+    found = re.search(r"argument (?:subcommand|COMMAND): invalid choice: '(\S+)' \(choose from (.+)\)", message)
+    if not found:
+        return ""
+    known = re.findall(r"'(\w+)'", found[2])
+    return f"there is no command {found[1]}{nearest(found[1], known) or '; use ' + ', '.join(known)}"
+
+
+def _no_file(message: str, _: list[str]) -> str:
+    found = re.search(r'Parser key "(\S+)": File does not exist: \'(.+)\'', message)
+    return f"--{found[1]}={found[2]}: there is no such file; check the path" if found else ""
+
+
+def _no_class(message: str, _: list[str]) -> str:
+    found = re.search(r"Expected a dot import path string: (\S+)", message)
+    if not found:
+        return ""
+    known = sorted({cls.__name__ for base in _BASES for cls in _subclasses(base)})
+    hint = nearest(found[1], known) or "; use a path such as package.module.Class"
+    return f"--{_key(message)}={found[1]}: there is no such class{hint}"
+
+
+def _not_expected(message: str, _: list[str]) -> str:
+    expected = [text for text in re.findall(r"Expected a (.+?)(?:\. Got value|\n|$)", message) if text not in _NOTHING]
+    other = re.search(r"Not of type \w+: (.+)", message)
+    key = _key(message)
+    if not key or not (expected or other):
+        return ""
+    values = re.findall(r"(?:Got value|Given value): (?!NestedArg)(.+)", message)
+    value = f"={values[0]}" if values and len(values[0]) < 40 else ""
+    wanted = " or ".join(dict.fromkeys(map(_readable, expected))) if expected else ""
+    return (
+        f"--{key}{value}: use {wanted}"
+        if wanted
+        else f"--{key}: {other[1].replace('Expected', 'use')}"
+        if other
+        else ""
+    )
+
+
+def _key(message: str) -> str:
+    """The argument: keys of nested parsers are relative to those around them."""
+    return ".".join(re.findall(r'Parser key "([^"]+)"', message))
+
+
+def _readable(kind: str) -> str:
+    choices = re.fullmatch(r"typing\.Literal\[(.+)\]", kind)
+    if choices:
+        return choices[1].replace(", ", " or ")
+    named = re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind)
+    return (
+        {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(named[1], named[1])
+        if named
+        else kind
+    )
+
+
+def _parameters(path: str, group: str | None) -> Iterator[str]:
+    """What the class takes, or the dataclass that is its argument ``group``."""
+    module, _, name = path.rpartition(".")
+    found: Any = getattr(importlib.import_module(module), name)
+    for part in filter(None, (group or "").split(".")):
+        found = get_type_hints(found.__init__).get(part, found)
+    if dataclasses.is_dataclass(found):
+        yield from (field.name for field in dataclasses.fields(found))
+    else:
+        yield from (parameter for parameter in inspect.signature(found).parameters)
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    cls: type
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _subclasses(cls)

@@ -1,0 +1,162 @@
+"""The ranks of a layout as a grid: who holds which pipeline stage, tensor-parallel shard and replica, on which node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_megatron.layout import LayoutError, ParallelLayout
+
+_WIDEST = 40  # ranks in a line of text; of more replicas the first ones are shown
+_MOST_NUMBERED = 1024  # ranks with a number in a picture
+
+
+@dataclass(frozen=True)
+class RankGrid:
+    """A layout on nodes.
+
+    Args:
+        layout: The sizes.
+        ranks_per_node: Devices of a machine.
+
+    Raises:
+        LayoutError: The nodes do not hold as many ranks.
+    """
+
+    layout: ParallelLayout
+    ranks_per_node: int
+
+    def __post_init__(self) -> None:
+        if self.ranks_per_node < 1 or self.layout.world_size % self.ranks_per_node:
+            raise LayoutError(
+                f"{self.layout.world_size} ranks do not fill nodes of {self.ranks_per_node}. Use a number of ranks for"
+                " each node that divides them."
+            )
+
+    @classmethod
+    def parse(cls, text: str, ranks_per_node: int | None = None) -> RankGrid:
+        """Read ``"tp=2,pp=4,world=16"``.
+
+        Args:
+            text: Sizes by the strategy's names; ``world`` is the number of ranks, by default those of one replica, or
+                of ``dp`` replicas.
+            ranks_per_node: By default 8, or all ranks where there are fewer.
+
+        Raises:
+            LayoutError: A word that is none, or sizes that do not fit.
+        """
+        sizes: dict[str, int] = {}
+        for part in text.replace(" ", ",").split(","):
+            name, equals, value = part.partition("=")
+            if not part:
+                continue
+            if not equals or not value.isdigit() or name not in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "world"):
+                raise LayoutError(f"{part!r} in {text!r} is no size: use tp=2,pp=4,vp=2,dp=2 or world=16.")
+            sizes[name] = int(value)
+        copies = sizes.pop("dp", 1)
+        one = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("cp", 1)
+        world = sizes.pop("world", one * copies)
+        layout = ParallelLayout(world_size=world, **sizes)  # type: ignore[arg-type]
+        if copies not in (1, layout.dp):
+            raise LayoutError(
+                f"{text!r}: {world} ranks are dp={layout.dp} replicas of {one}, not {copies}. Leave dp out."
+            )
+        return cls(layout, ranks_per_node or min(world, 8))
+
+    def node(self, rank: int) -> int:
+        """The machine that the rank is on."""
+        return rank // self.ranks_per_node
+
+    @property
+    def nodes(self) -> int:
+        """Number of machines."""
+        return self.layout.world_size // self.ranks_per_node
+
+    def rank(self, stage: int, replica: int, shard: int) -> int:
+        """Who holds that shard of that pipeline stage in that replica."""
+        first = self.layout.group("pp", 0)[stage]
+        return self.layout.group("tp", self.layout.group("dp", first)[replica])[shard]
+
+    def warnings(self) -> Iterator[str]:
+        """What will be slow."""
+        split = [group for rank in range(self.layout.world_size) if (group := self.layout.group("tp", rank))[0] == rank]
+        across = [group for group in split if self.node(group[0]) != self.node(group[-1])]
+        if across:
+            yield (
+                f"tensor parallelism crosses nodes: ranks {across[0]} are on nodes {self.node(across[0][0])} and"
+                f" {self.node(across[0][-1])}. Each layer waits for the network between them; keep tp at"
+                f" {self.ranks_per_node} or below, a divisor of it, and use more pipeline stages (pp)."
+            )
+
+    def text(self) -> str:
+        """The grid, a line for each pipeline stage."""
+        layout, digits = self.layout, len(str(self.layout.world_size - 1))
+        shown = max(1, min(layout.dp, _WIDEST // layout.tp))
+        chunks = f", vp={layout.vp}" if layout.vp else ""
+        nodes = f"{self.nodes} {'node' if self.nodes == 1 else 'nodes'} of {self.ranks_per_node}"
+        lines = [f"{layout.world_size} ranks on {nodes}: tp={layout.tp}, pp={layout.pp}{chunks}, dp={layout.dp}", ""]
+        width = layout.tp * (digits + 1) + 11
+        left = max(len(self._stage(stage)) for stage in range(layout.pp)) + 2
+        lines.append(" " * left + "".join(f"replica {replica}".ljust(width) for replica in range(shown)).rstrip())
+        for stage in range(layout.pp):
+            parts = []
+            for replica in range(shown):
+                ranks = [self.rank(stage, replica, shard) for shard in range(layout.tp)]
+                numbers = " ".join(str(rank).rjust(digits) for rank in ranks)
+                parts.append(f"{numbers}  {self._where(ranks)}".ljust(width))
+            more = f" and {layout.dp - shown} replicas more" if shown < layout.dp else ""
+            lines.append((self._stage(stage).ljust(left) + "".join(parts)).rstrip() + more)
+        return "\n".join(lines)
+
+    def draw(self, path: str | Path) -> Path:
+        """Write the grid as a picture, a colour for each node."""
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+        from matplotlib.patches import Rectangle
+
+        layout = self.layout
+        columns = layout.dp * (layout.tp + 0.5)
+        size = max(0.28, min(0.7, 40 / columns))
+        figure, axes = pyplot.subplots(
+            figsize=(size * columns + 2.4, size * layout.pp * 1.15 + 1.6), layout="constrained"
+        )
+        colours: Any = pyplot.get_cmap("tab20" if self.nodes > 10 else "tab10")
+        for rank in range(layout.world_size):
+            at = layout.coordinates(rank)
+            x, y = at.dp * (layout.tp + 0.5) + at.tp, layout.pp - 1 - at.pp
+            axes.add_patch(Rectangle((x, y), 0.94, 0.9, color=colours(self.node(rank) % colours.N), alpha=0.75))
+            if layout.world_size <= _MOST_NUMBERED:
+                axes.text(x + 0.47, y + 0.45, str(rank), ha="center", va="center", fontsize=max(5, 12 * size))
+        axes.set_xlim(-0.2, columns)
+        axes.set_ylim(-0.1, layout.pp + 0.1)
+        axes.set_xticks([replica * (layout.tp + 0.5) + layout.tp / 2 for replica in range(layout.dp)])
+        axes.set_xticklabels(
+            [f"replica {replica}" for replica in range(layout.dp)], rotation=45 if layout.dp > 8 else 0
+        )
+        axes.set_yticks([layout.pp - 1 - stage + 0.45 for stage in range(layout.pp)])
+        axes.set_yticklabels([self._stage(stage) for stage in range(layout.pp)])
+        axes.tick_params(length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        shown = range(min(self.nodes, 16))
+        handles = [Rectangle((0, 0), 1, 1, color=colours(n % colours.N), alpha=0.75, label=f"node {n}") for n in shown]
+        axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+        axes.set_title(
+            self.text().partition("\n")[0] + "\nside by side: tensor-parallel ranks of a replica", fontsize=9
+        )
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+        return Path(path)
+
+    def _stage(self, stage: int) -> str:
+        if self.layout.vp is None:
+            return f"stage {stage}"
+        return "stages " + ", ".join(str(stage + chunk * self.layout.pp) for chunk in range(self.layout.vp))
+
+    def _where(self, ranks: list[int]) -> str:
+        first, last = self.node(ranks[0]), self.node(ranks[-1])
+        return f"node {first}" if first == last else f"nodes {first}-{last}"

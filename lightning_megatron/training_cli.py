@@ -1,0 +1,78 @@
+"""``MegatronCLI``: Lightning's command line, with this project's strategy, modules and data at hand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+import lightning_megatron.callbacks
+import lightning_megatron.data  # noqa: F401  # known by their short names once they are imported
+from lightning_megatron.checkpoint import CheckpointError
+from lightning_megatron.cli_messages import explain, reason
+from lightning_megatron.hf import UnsupportedConfigError
+from lightning_megatron.layout import LayoutError
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong in one line."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        options = [option for action in parser._actions for option in action.option_strings]
+        sys.stderr.write(f"error: {explain(message, options)}\nSee {parser.prog.replace(' [options]', '')} --help\n")
+        sys.exit(2)
+
+
+class MegatronCLI(LightningCLI):
+    """``LightningCLI`` whose strategy is ``MegatronStrategy`` unless another is named, and whose errors are one line.
+
+    Args:
+        model_class: The module, or its base where ``--model`` chooses.
+        datamodule_class: The data module, or its base where ``--data`` chooses.
+        args: Of the command line; by default the process's.
+        **options: Of ``LightningCLI``.
+    """
+
+    def __init__(
+        self,
+        model_class: Any = None,
+        datamodule_class: Any = None,
+        args: ArgsType = None,
+        **options: Any,
+    ) -> None:
+        options.setdefault("parser_class", _Parser)
+        options.setdefault("save_config_kwargs", {"overwrite": True})  # else a run could not go on where it was
+        defaults = {"strategy": {"class_path": "lightning_megatron.MegatronStrategy"}}
+        options["trainer_defaults"] = {**defaults, **options.get("trainer_defaults", {})}
+        super().__init__(model_class, datamodule_class, args=args, **options)
+
+    @override
+    def instantiate_classes(self) -> None:
+        with _one_line(ValueError, TypeError, OSError, ImportError, MisconfigurationException):
+            super().instantiate_classes()
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        with _one_line(LayoutError, MisconfigurationException, CheckpointError, UnsupportedConfigError):
+            super()._run_subcommand(subcommand)
+
+
+@contextmanager
+def _one_line(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors that say themselves what to change end the process without a traceback; JSONARGPARSE_DEBUG=1 shows it."""
+    try:
+        yield
+    except kinds as error:
+        if os.environ.get("JSONARGPARSE_DEBUG"):
+            raise
+        sys.exit(f"error: {reason(str(error))}")
