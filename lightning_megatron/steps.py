@@ -120,7 +120,8 @@ class Steps:
                 with self.precision.step_context(device), recorder.listening(share, chunk):
                     output = method(micro_batch, *args, **kwargs)
             finally:
-                module.in_pipeline = False
+                if isinstance(module, MegatronModule):
+                    module.in_pipeline = False
             if hook == "training_step" and not isinstance(module, MegatronModule):
                 check_output(output)
             if hook == "training_step" and isinstance(output, dict):

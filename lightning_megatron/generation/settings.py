@@ -70,7 +70,7 @@ class GenerationSettings:
 
     def to_transformers(self) -> GenerationConfig:
         """All that transformers' loop knows of."""
-        padding = self.pad_token_id if self.pad_token_id is not None else (self.end_ids or [None])[0]
+        padding = self.pad_token_id if self.pad_token_id is not None else next(iter(self.end_ids), None)
         beams = {"length_penalty": self.length_penalty, "early_stopping": self.early_stopping}
         draws = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p or 1.0}
         if self._decays:
@@ -135,6 +135,7 @@ class _DecayingTopP(TopPLogitsWarper):
 
     def __init__(self, top_p: float, decay: float, bound: float, keep: int) -> None:
         super().__init__(top_p, min_tokens_to_keep=keep)
+        self.top_p: float = top_p
         self.decay = decay
         self.bound = bound
 

@@ -200,6 +200,7 @@ class T5Model(LanguageModule):
             Hidden states ``[1, b, h]``, or on the last stage logits ``[b, 1, vocab]``.
         """
         hidden = self._embed(tokens, cache.sequence_len_offset) if self.pre_process else self._input
+        assert hidden is not None
         if self.stage.decoder:
             hidden = self.decoder(
                 hidden_states=hidden,

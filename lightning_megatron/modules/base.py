@@ -200,7 +200,8 @@ class MegatronModule(pl.LightningModule):
     ) -> Self:
         """Build the model outside of a Trainer, on the ranks that torchrun has started, or on this process alone.
 
-        It has the weights that ``load_weights`` was told of, or new ones. Ranks beyond ``tp · pp`` hold further copies.
+        It has the weights that ``from_pretrained`` or ``load_weights`` were told of, or new ones. Ranks beyond
+        ``tp · pp`` hold further copies.
 
         Args:
             tp: Tensor-parallel size.
@@ -217,6 +218,7 @@ class MegatronModule(pl.LightningModule):
         """
         if len(self.chunks):
             raise RuntimeError(f"{type(self).__name__}.build: it is built already, for {self.built_for}.")
+        self.connect_data(None)
         place = groups.default_device() if device is None else torch.device(device)
         use_device(place)
         groups.join(place)
@@ -284,25 +286,6 @@ class MegatronModule(pl.LightningModule):
         self._fill = partial(alone.fill, path=alone.whole(local_path(path)), strict=strict)
         return self
 
-    def build(self, device: torch.device | str = "cpu") -> Self:
-        """Build the whole model on this process alone, in fp32, for use without a Trainer.
-
-        Args:
-            device: Where to.
-
-        Returns:
-            The module.
-
-        Raises:
-            RuntimeError: This process is a rank of a larger run.
-        """
-        self.connect_data(None)
-        use_device(torch.device(device))
-        self.settings = BuildSettings(layout=groups.build_alone())
-        groups.seed(torch.initial_seed())
-        self.configure_model()
-        return self.to(device)
-
     @classmethod
     def load_from_checkpoint(
         cls,
@@ -328,7 +311,8 @@ class MegatronModule(pl.LightningModule):
         path = local_path(checkpoint_path)
         module = alone.construct(cls, path, weights_only is False, kwargs)
         module._fill = partial(alone.fill, path=path, strict=module.strict_loading if strict is None else strict)
-        return module.build("cpu" if map_location is None else map_location)
+        groups.build_alone()
+        return module.build(device="cpu" if map_location is None else map_location).train()
 
     # What is the same for all
 

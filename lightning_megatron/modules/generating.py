@@ -103,7 +103,7 @@ class GeneratingModule(ConfiguredModule):
             settings.check_ids(self.config.vocab_size)
             if stream is not None and num_beams > 1:
                 raise ValueError(
-                    f"generate(stream=..., num_beams={num_beams}): beams change their beginnings. Use one, or no stream."
+                    f"generate(stream=..., num_beams={num_beams}): beams change their beginnings. Use one."
                 )
             prompts = Prompts.of(input_ids, attention_mask, self.config.vocab_size)
             self._check_prompts(prompts, max_new_tokens)
@@ -115,8 +115,8 @@ class GeneratingModule(ConfiguredModule):
         assert settings is not None
         device = next(self.parameters()).device
         prompts = prompts.to(device)
-        with lent(self.chunks):
-            stages = Stages(self.chunks, self._travelling_type, device)
+        with lent(list(self.chunks)):
+            stages = Stages(list(self.chunks), self._travelling_type, device)
             decoder = self._decoder(stages, prompts, settings)
             return write(decoder, settings, drawn if seed is None else seed, stream)
 
@@ -128,8 +128,8 @@ class GeneratingModule(ConfiguredModule):
         """
         if self.in_pipeline:
             raise RuntimeError(
-                f"{type(self).__name__}.generate needs all pipeline stages at once, and here each is at a micro-batch of"
-                " its own. Mark the hook with lightning_megatron.on_all_stages (predict_step), or call generate in"
+                f"{type(self).__name__}.generate needs all pipeline stages at once, and here each is at a micro-batch"
+                " of its own. Mark the hook with lightning_megatron.on_all_stages (predict_step), or call generate in"
                 " another hook, such as on_validation_epoch_end."
             )
         if not len(self.chunks):
@@ -153,5 +153,5 @@ class GeneratingModule(ConfiguredModule):
     @property
     def _travelling_type(self) -> torch.dtype:
         """Of hidden states between stages."""
-        kept_in_fp32 = self.chunks[0].config.fp32_residual_connection
-        return torch.float32 if kept_in_fp32 else self.build_settings.params_dtype
+        core: Any = self.chunks[0].config
+        return torch.float32 if core.fp32_residual_connection else self.build_settings.params_dtype

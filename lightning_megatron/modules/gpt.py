@@ -156,8 +156,8 @@ class GPTModule(GeneratingModule):
             )
         if config.layers != "torch" and not prompts.keep.all():
             raise ValueError(
-                f"GPTModule.generate: with GPTConfig(layers={config.layers!r}) prompts are not padded; write on prompts of"
-                " one length at a time, or use layers='torch'."
+                f"GPTModule.generate: with GPTConfig(layers={config.layers!r}) prompts are not padded; write on prompts"
+                " of one length at a time, or use layers='torch'."
             )
 
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> GPTDecoder:

@@ -180,9 +180,10 @@ class T5Module(GeneratingModule):
         }
         for side, tokens in sides.items():
             if config.position_embedding == "learned" and tokens > longest[side]:
+                remedy = "Cut the prompts." if side == "seq_length" else "Use a smaller max_new_tokens."
                 raise ValueError(
-                    f"T5Module.generate: {tokens} tokens are more than the positions of T5Config({side}={longest[side]})."
-                    f" {'Cut the prompts.' if side == 'seq_length' else 'Use a smaller max_new_tokens.'}"
+                    f"T5Module.generate: {tokens} tokens are more than the positions of"
+                    f" T5Config({side}={longest[side]}). {remedy}"
                 )
 
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> T5Decoder:
