@@ -34,10 +34,19 @@ class KeyValueCache(StaticInferenceContext):
             same = (known[:, None] == before).all(dim=-1)  # [rows, rows]
             place = self.prompt_of_row.to(same.device)
             same &= place[:, None] == place
-            if self.key_value_memory_dict:  # a rank of a T5's encoder has none
-                self.swap_key_value_dict(same.int().argmax(dim=1))  # equal texts have equal keys: any will do
+            self._bring(same.int().argmax(dim=1))  # equal texts have equal keys: any will do
         self.enable_decode_mode()
         return texts[:, before.size(1) :]
+
+    def _bring(self, rows: torch.Tensor) -> None:
+        """Give each row the keys and values of another.
+
+        As megatron-core's ``swap_key_value_dict``, which copies what is not filled yet, too.
+        """
+        for memories in self.key_value_memory_dict.values():  # none on a rank of a T5's encoder
+            for memory in memories:  # [s, rows, groups, head]
+                filled = memory[: self.sequence_len_offset]
+                filled.copy_(filled[:, rows])
 
     def advance(self, tokens: int) -> None:
         """Count tokens whose keys and values are in."""

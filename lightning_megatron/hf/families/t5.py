@@ -26,7 +26,7 @@ class T5(Family):
         for name in ("dense_act_fn", "is_gated_act", "tie_word_embeddings", "output_past"):
             fields(name) if hasattr(fields.config, name) else None  # transformers' own notes of what is read below
         length = fields("n_positions") if hasattr(fields.config, "n_positions") else _SEQ_LENGTH
-        start = fields.config.decoder_start_token_id
+        start = getattr(fields.config, "decoder_start_token_id", None)
         return {
             "num_layers": fields("num_layers"),
             "decoder_num_layers": fields("num_decoder_layers"),

@@ -1,0 +1,74 @@
+"""Tokens per second of ``generate`` against transformers' own, on one CPU process, in turn, with the same weights.
+
+    OMP_NUM_THREADS=1 python benchmarks/generate.py
+
+Prints a table of medians and ratios; ``benchmarks/README.md`` keeps the figures with the machine they are from. The texts
+are the same, token by token.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from lightning_megatron import AutoModule
+
+ROUNDS, NEW = int(os.environ.get("ROUNDS", 5)), int(os.environ.get("NEW", 64))
+BATCH, PROMPT = 4, 64
+MODELS: dict[str, Callable[[], Any]] = {
+    "GPT-2, 4 layers of 512": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=4, n_embd=512, n_head=8, vocab_size=8192, bos_token_id=0, eos_token_id=0)
+    ),
+    "Llama, 4 layers of 512, 2 of 8 heads": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            num_hidden_layers=4, hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=2,
+            vocab_size=8192,
+        )
+    ),
+    "T5, 4 and 4 layers of 512": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(num_layers=4, d_model=512, d_kv=64, d_ff=1024, num_heads=8, vocab_size=8192, decoder_start_token_id=0)
+    ),
+}  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "4 beams": {"num_beams": 4}}
+
+
+def seconds(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+    start = time.perf_counter()
+    text = run()
+    return time.perf_counter() - start, text
+
+
+def main() -> None:
+    print(f"load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads; {BATCH} prompts of {PROMPT}, {NEW} new")
+    print("| model | | transformers, tokens/s | ours | ratio of medians | of each round |")
+    print("|---|---|---|---|---|---|")
+    for name, make in MODELS.items():
+        torch.manual_seed(0)
+        theirs = make().eval()
+        theirs.generation_config = transformers.GenerationConfig()
+        ours = AutoModule.from_pretrained(theirs).build()
+        ids = torch.randint(1, 8192, (BATCH, PROMPT))
+        start = {"decoder_start_token_id": 0} if name.startswith("T5") else {}
+        for way, options in WAYS.items():
+            sides: dict[str, list[float]] = {"theirs": [], "ours": []}
+            for number in range(ROUNDS + 1):
+                one, text = seconds(
+                    lambda o=options: theirs.generate(ids, max_new_tokens=NEW, pad_token_id=0, **start, **o)
+                )
+                other, same = seconds(lambda o=options: ours.generate(ids, max_new_tokens=NEW, pad_token_id=0, **o))
+                assert torch.equal(text, same)
+                if number:  # the first is warm-up
+                    sides["theirs"].append(one)
+                    sides["ours"].append(other)
+            rounds = [a / b for a, b in zip(sides["theirs"], sides["ours"], strict=True)]
+            a, b = (statistics.median(sides[side]) for side in ("theirs", "ours"))
+            spread = f"{min(rounds):.2f} to {max(rounds):.2f}"
+            print(f"| {name} | {way} | {BATCH * NEW / a:.0f} | {BATCH * NEW / b:.0f} | {a / b:.2f} | {spread} |")
+
+
+if __name__ == "__main__":
+    main()
