@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/generate.py
 
-Prints a table of medians and ratios; ``benchmarks/README.md`` keeps the figures with the machine they are from. The texts
-are the same, token by token.
+Prints a table of medians and ratios; ``benchmarks/README.md`` keeps the figures with the machine they are
+from. The texts are the same, token by token.
 """
 
 import os
@@ -30,7 +30,9 @@ MODELS: dict[str, Callable[[], Any]] = {
         )
     ),
     "T5, 4 and 4 layers of 512": lambda: transformers.T5ForConditionalGeneration(
-        transformers.T5Config(num_layers=4, d_model=512, d_kv=64, d_ff=1024, num_heads=8, vocab_size=8192, decoder_start_token_id=0)
+        transformers.T5Config(
+            num_layers=4, d_model=512, d_kv=64, d_ff=1024, num_heads=8, vocab_size=8192, decoder_start_token_id=0
+        )
     ),
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "4 beams": {"num_beams": 4}}
@@ -40,6 +42,21 @@ def seconds(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
     start = time.perf_counter()
     text = run()
     return time.perf_counter() - start, text
+
+
+def compare(theirs: Any, ours: Any, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, list[float]]:
+    """Seconds of each side, round by round."""
+    common = {"max_new_tokens": NEW, "pad_token_id": 0, **options}
+    start = {"decoder_start_token_id": 0} if theirs.config.is_encoder_decoder else {}
+    sides: dict[str, list[float]] = {"theirs": [], "ours": []}
+    for number in range(ROUNDS + 1):
+        one, text = seconds(lambda: theirs.generate(ids, **start, **common))
+        other, same = seconds(lambda: ours.generate(ids, **common))
+        assert torch.equal(text, same)
+        if number:  # the first is warm-up
+            sides["theirs"].append(one)
+            sides["ours"].append(other)
+    return sides
 
 
 def main() -> None:
@@ -52,18 +69,8 @@ def main() -> None:
         theirs.generation_config = transformers.GenerationConfig()
         ours = AutoModule.from_pretrained(theirs).build()
         ids = torch.randint(1, 8192, (BATCH, PROMPT))
-        start = {"decoder_start_token_id": 0} if name.startswith("T5") else {}
         for way, options in WAYS.items():
-            sides: dict[str, list[float]] = {"theirs": [], "ours": []}
-            for number in range(ROUNDS + 1):
-                one, text = seconds(
-                    lambda o=options: theirs.generate(ids, max_new_tokens=NEW, pad_token_id=0, **start, **o)
-                )
-                other, same = seconds(lambda o=options: ours.generate(ids, max_new_tokens=NEW, pad_token_id=0, **o))
-                assert torch.equal(text, same)
-                if number:  # the first is warm-up
-                    sides["theirs"].append(one)
-                    sides["ours"].append(other)
+            sides = compare(theirs, ours, ids, options)
             rounds = [a / b for a, b in zip(sides["theirs"], sides["ours"], strict=True)]
             a, b = (statistics.median(sides[side]) for side in ("theirs", "ours"))
             spread = f"{min(rounds):.2f} to {max(rounds):.2f}"

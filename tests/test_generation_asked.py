@@ -1,0 +1,150 @@
+"""What ``generate`` is asked for: refused on all ranks before a token is written, streamed, padded; and the page."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_megatron import GPTConfig, GPTModule
+from tests import writers
+from tests.ranks import RankError, run_ranks
+
+ROOT = Path(__file__).parents[1]
+IDS = torch.arange(1, 7).view(2, 3)
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return writers.module("gpt2").build()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0.*whole number from 1"),
+        (
+            {"max_new_tokens": 100},
+            r"prompt of 3 tokens and max_new_tokens=100 are more than the 64.*Use max_new_tokens=61",
+        ),
+        ({"temperature": 0.5}, r"temperature=0.5\) does nothing without do_sample=True"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p=1.5"),
+        ({"do_sample": True, "top_k": -1}, "top_k=-1"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature=0.0"),
+        ({"do_sample": True, "top_p_decay": 0.5}, "top_p_decay=0.5.*does nothing without top_p"),
+        ({"num_beams": 0}, "num_beams=0"),
+        ({"length_penalty": 2.0}, "does nothing without num_beams above 1"),
+        ({"num_beams": 2, "stream": print}, "beams change their beginnings"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
+        ({"eos_token_id": 211}, "eos_token_id=211.*ids 0 to 210"),
+        ({"input_ids": torch.full((1, 3), 211)}, "token id 211 in the prompts is outside"),
+        ({"input_ids": torch.ones(3)}, r"use token ids \[b, s\]"),
+        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, "is empty"),
+        ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "prompt 1 of 2 is empty"),
+        ({"attention_mask": torch.ones(2, 4)}, r"attention_mask has shape \(2, 4\)"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_what_makes_no_sense_is_refused(gpt, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        gpt.generate(**{"input_ids": IDS, "max_new_tokens": 4, **arguments})
+
+
+def _differ(rank_prompts):
+    module = writers.module("gpt2").build(tp=2)
+    module.generate(rank_prompts[torch.distributed.get_rank()], max_new_tokens=3)
+
+
+def test_ranks_of_a_replica_that_differ_are_told_so():
+    with pytest.raises(RankError, match="prompts or settings of model-parallel rank 1 differ") as error:
+        run_ranks(2, _differ, [IDS, IDS + 1])
+    assert str(error.value).count("differ from those of rank 0") == 2
+    with pytest.raises(RankError, match="Model-parallel rank 1 has refused its prompts: .*token id 305"):
+        run_ranks(2, _differ, [IDS, IDS + 299])
+
+
+def test_padding_on_either_side_is_the_same(gpt):
+    left = writers.prompts("gpt2")
+    mask = left["attention_mask"].flip(1)
+    order = left["attention_mask"].argsort(dim=1, descending=True, stable=True)
+    right = {"input_ids": left["input_ids"].gather(1, order), "attention_mask": mask}
+    assert not torch.equal(right["input_ids"], left["input_ids"])
+    one, other = (gpt.generate(**prompts, max_new_tokens=6) for prompts in (left, right))
+    assert torch.equal(one[:, -6:], other[:, -6:])
+
+
+def _stream():
+    tokens = []
+    module = writers.module("llama").build(pp=2)
+    text = module.generate(IDS, max_new_tokens=5, stream=tokens.append)
+    return text, tokens
+
+
+def test_a_stream_has_every_token_on_the_first_rank():
+    (text, tokens), (other, nothing) = run_ranks(2, _stream)
+    assert torch.equal(torch.stack(tokens, dim=1), text[:, 3:])
+    assert torch.equal(text, other)
+    assert nothing == []
+
+
+def _failing_stream():
+    def stop(token):
+        raise KeyError("stop")
+
+    writers.module("llama").build(tp=2).generate(IDS, max_new_tokens=5, stream=stop)
+
+
+def test_what_a_stream_raises_is_raised_on_every_rank():
+    with pytest.raises(RankError) as error:
+        run_ranks(2, _failing_stream)
+    assert str(error.value).count("the stream callback has failed with KeyError('stop')") == 2
+
+
+def test_a_seed_makes_the_text_and_without_one_it_differs(gpt):
+    def write(seed):
+        return gpt.generate(IDS, max_new_tokens=8, do_sample=True, seed=seed).tolist()
+
+    assert write(1) == write(1) != write(2)
+    assert len({str(write(None)) for _ in range(4)}) > 1
+
+
+def test_draws_follow_the_probabilities(gpt):
+    """2,000 draws of one token against its probabilities; the bound is four standard deviations."""
+    ids = IDS[:1].expand(2000, 3)
+    drawn = gpt.generate(ids, max_new_tokens=1, do_sample=True, temperature=2.0, seed=3)[:, -1]
+    with torch.no_grad():
+        expected = (gpt(input_ids=IDS[:1])[0, -1] / 2.0).softmax(-1)
+    seen = torch.bincount(drawn, minlength=211) / 2000
+    assert ((seen - expected).abs() <= 4 * (expected * (1 - expected) / 2000).sqrt() + 1e-3).all()
+    assert (expected > 0.01).sum() > 5
+
+
+def test_a_module_of_a_checkpoint_writes_and_one_of_a_run_that_is_over_says_why(tmp_path):
+    module = GPTModule(GPTConfig(num_layers=1, hidden_size=24, num_attention_heads=6, vocab_size=50, seq_length=16))
+    assert module.generate(IDS, max_new_tokens=3).shape == (2, 6)  # built on this process by itself
+    module.settings, module.built_for = None, module.built_for
+    with pytest.raises(RuntimeError, match="is built already"):
+        module.build()
+
+
+def test_the_code_of_the_page_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "generation.md").read_text(), re.DOTALL)
+    (tmp_path / "write.py").write_text(blocks[0])
+    (tmp_path / "predict.py").write_text(blocks[1])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def run(*command):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    alone = run(sys.executable, "write.py")
+    together = run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "write.py", "2", "2")
+    texts = [line for line in together if line.startswith("[[")]
+    assert texts == [alone[0]] * 4
+    assert len(eval(alone[0])[0]) == 16
+    assert len([line for line in alone if line.startswith("tensor")]) == 4
+    assert "torch.Size([4, 14])" in run(sys.executable, "predict.py")
