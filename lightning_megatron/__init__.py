@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
 
 from lightning_megatron.groups import average_losses_across_data_parallel_group
 from lightning_megatron.layout import LayoutError, ParallelLayout
+from lightning_megatron.lora import LoRA
 from lightning_megatron.modules import (
     AutoModule,
     BertConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "GPTModule",
     "LRSchedule",
     "LayoutError",
+    "LoRA",
     "MegatronModule",
     "MegatronPrecision",
     "MegatronStrategy",

@@ -97,7 +97,7 @@ def _export(given: argparse.Namespace) -> None:
     if Path(given.out).suffix in SUFFIXES:
         print(export(given.checkpoint, given.out))
         return
-    from lightning_megatron.hf import export_pretrained
+    from lightning_megatron.pretrained_checkpoints import export_pretrained
 
     path = export_pretrained(
         given.checkpoint,

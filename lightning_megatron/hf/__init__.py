@@ -6,8 +6,7 @@ nobody read; ``source.py`` reads rectangles of their tensors; ``loading.py`` fil
 """
 
 from lightning_megatron.hf import families  # they register themselves
-from lightning_megatron.hf.checkpoints import export_pretrained
-from lightning_megatron.hf.family import Family, family_of, kind_of, known_families
+from lightning_megatron.hf.family import Family, family_for, family_of, kind_of, known_families
 from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
 from lightning_megatron.hf.loading import Pretrained, WeightsError
 from lightning_megatron.hf.source import open_source
@@ -20,8 +19,8 @@ __all__ = [
     "Target",
     "UnsupportedConfigError",
     "WeightsError",
-    "export_pretrained",
     "families",
+    "family_for",
     "family_of",
     "kind_of",
     "known_families",

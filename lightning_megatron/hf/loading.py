@@ -92,6 +92,12 @@ class Pretrained:
         if new:
             rank_zero_warn(f"{self.source.name} has no weights for a new head, which starts anew:\n{listed(new)}")
 
+    def new_weights(self, config: Any) -> list[str]:
+        """Our names of the tensors that the source does not have, of a new head."""
+        have = self._names(config)
+        pieces = self.family.pieces(config)
+        return sorted(ours for ours, piece in pieces.items() if not all(name in have for name in piece.names))
+
     def fill(self, module: pl.LightningModule) -> None:
         """Give a built module its weights; each rank reads no more than its shards. All ranks call this.
 
@@ -105,6 +111,7 @@ class Pretrained:
         problems = [
             f"{name} has shape {self.source.shapes[have[name]]}, and the model wants {shape}"
             for place in where.values()
+            if place.key in pieces
             for name, shape in their_shapes(pieces[place.key], place.shape, heads).items()
             if name in have and self.source.shapes[have[name]] != shape
         ]
@@ -115,6 +122,8 @@ class Pretrained:
         state = module.state_dict(keep_vars=False)
         with torch.no_grad():
             for name, place in where.items():
+                if place.key not in pieces:
+                    continue  # a part of a user's own, or an update
                 piece: Piece = pieces[place.key]
                 if not all(theirs in have for theirs in piece.names):
                     continue  # a new head

@@ -134,6 +134,14 @@ Piece = Same | Stacked
 Pieces = dict[str, Piece]
 
 
+UPDATE = "_lora"  # ends the name of what is beside a layer that has low-rank updates
+
+
+def is_update(key: str) -> bool:
+    """Whether a tensor of ours is one of an update's, of which transformers' model knows nothing."""
+    return f"{UPDATE}." in key
+
+
 def table(entries: Mapping[str, str | Piece], layers: int = 0) -> Pieces:
     """A family's names; entries with ``{}`` stand for each of the layers. A plain name is a tensor as it is."""
     found: Pieces = {}

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
@@ -17,6 +17,18 @@ from lightning_megatron.hf.pieces import Heads, Pieces, take_apart, their_shapes
 
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class Updates(Protocol):
+    """Low-rank updates of a whole model."""
+
+    def take(self, key: str, tensor: torch.Tensor) -> None:
+        """Keep a tensor of an update."""
+
+    def merge(self, theirs: dict[str, torch.Tensor], transposed: bool) -> None:
+        """Add the updates to weights of transformers', in place."""
+
+
 Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -66,6 +78,7 @@ class Directory:
         kinds: Shape and type of each of our tensors.
         dtype: What to write; None keeps each tensor's.
         max_shard_size: Most bytes of a file of weights, unless one tensor is larger.
+        updates: Of the weights, added to them on the way; or None.
     """
 
     def __init__(
@@ -76,8 +89,10 @@ class Directory:
         kinds: Kinds,
         dtype: torch.dtype | None,
         max_shard_size: int,
+        updates: Updates | None = None,
     ) -> None:
         self.path = path
+        self._updates = updates
         self.folder = path.with_name(f".{path.name}.unfinished")
         self._pieces, self._heads = pieces, heads
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -98,8 +113,12 @@ class Directory:
                 self._index(name, shard)
 
     def write(self, key: str, ours: torch.Tensor) -> None:
-        """Write their tensors that one of ours is made of."""
-        for name, tensor in take_apart(self._pieces[key], ours, self._heads).items():
+        """Write their tensors that one of ours is made of; updates come before what they update."""
+        piece = self._pieces[key]
+        theirs = take_apart(piece, ours, self._heads)
+        if self._updates is not None:
+            self._updates.merge(theirs, piece.transposed)
+        for name, tensor in theirs.items():
             self._files[name].write(name, tensor.to(self._dtypes[name]))
 
     def finish(self, config: PreTrainedConfig, tokenizer: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from lightning_megatron import groups
 from lightning_megatron.checkpoint import export
 from lightning_megatron.hf.family import Family, family_for, family_of, kind_of
 from lightning_megatron.hf.fields import UnsupportedConfigError
-from lightning_megatron.hf.pieces import Heads
-from lightning_megatron.hf.saving import Directory, Kinds, in_bytes, their_config
+from lightning_megatron.hf.pieces import Heads, Pieces, is_update
+from lightning_megatron.hf.saving import Directory, Kinds, Updates, in_bytes, their_config
 from lightning_megatron.hf.whole import WholeTensors
 
 
@@ -31,6 +32,7 @@ class Target:
         dtype: Of the weights; None keeps theirs.
         max_shard_size: Most bytes of a file.
         tokenizer: Saved beside the weights, if any.
+        updates: Added to the weights, if any.
     """
 
     family: Family
@@ -39,6 +41,7 @@ class Target:
     dtype: torch.dtype | None
     max_shard_size: int
     tokenizer: Any
+    updates: Updates | None = None
 
     @classmethod
     def choose(
@@ -49,6 +52,7 @@ class Target:
         dtype: torch.dtype | str | None,
         max_shard_size: int | str,
         tokenizer: Any,
+        updates: Callable[[Pieces], Updates] | None = None,
     ) -> Target:
         """Find the family, and check all that can be checked before anything is written.
 
@@ -59,6 +63,7 @@ class Target:
             dtype: Of the weights, or its name.
             max_shard_size: Of a file, such as "5GB".
             tokenizer: Saved beside the weights, if any.
+            updates: Makes the updates that are added to the weights, from the model's pieces; if there are any.
 
         Raises:
             UnsupportedConfigError: The family has no such model.
@@ -78,7 +83,8 @@ class Target:
         if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
             raise TypeError(f"tokenizer={tokenizer!r} has no save_pretrained: use one of transformers'.")
         found.write_config(config)
-        return cls(found, config, base, dtype, in_bytes(max_shard_size), tokenizer)
+        low_rank = updates and updates(found.pieces(config))
+        return cls(found, config, base, dtype, in_bytes(max_shard_size), tokenizer, low_rank)
 
     def write_module(self, path: Path, module: pl.LightningModule) -> Path:
         """Write the directory from the shards of all ranks.
@@ -86,7 +92,7 @@ class Target:
         Raises:
             RuntimeError: The first rank could not write; on every rank.
         """
-        tensors = WholeTensors(module)
+        tensors = WholeTensors(module, first=is_update)
         problem = [""]
         if dist.get_rank() == 0:
             problem = [self._attempt(path, tensors.kinds, tensors)]
@@ -102,7 +108,9 @@ class Target:
         """Write the directory from a checkpoint, on one process, holding one tensor at a time."""
         export.checked(checkpoint)
         kinds = export.kinds(checkpoint)
-        self._write(path, kinds, export.tensors(checkpoint))
+        updates = {key for key in kinds if is_update(key)}
+        first, rest = export.tensors(checkpoint, only=updates), export.tensors(checkpoint, only=kinds.keys() - updates)
+        self._write(path, kinds, chain(first if updates else (), rest))
         return path
 
     def _attempt(self, path: Path, kinds: Kinds, tensors: Iterable[Any]) -> str:
@@ -121,11 +129,14 @@ class Target:
         kinds = {key: kind for key, kind in kinds.items() if key in pieces}
         dtype = self.dtype or next(iter(kinds.values()))[1]
         config = their_config(self.family, self.config, self.base, dtype)
-        directory = Directory(path, pieces, Heads.of(self.config), kinds, self.dtype, self.max_shard_size)
+        heads = Heads.of(self.config)
+        directory = Directory(path, pieces, heads, kinds, self.dtype, self.max_shard_size, self.updates)
         try:
             for key, tensor in tensors:
                 if key in pieces:
                     directory.write(key, tensor)
+                elif is_update(key) and self.updates is not None:
+                    self.updates.take(key, tensor)
             directory.finish(config, self.tokenizer)
         except BaseException:
             directory.abandon()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,18 +30,25 @@ class WholeTensors:
 
     Args:
         module: A built module.
+        first: Which come before all others, by their names.
+        only: Which there are; None takes all.
 
     Attributes:
         kinds: Shape and type of each whole tensor, by its name in the model; the same on every rank.
     """
 
-    def __init__(self, module: pl.LightningModule) -> None:
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        first: Callable[[str], bool] = lambda _: False,
+        only: Callable[[str], bool] | None = None,
+    ) -> None:
         state = module.state_dict()
         rank = dist.get_rank()
         self._mine: dict[str, list[torch.Tensor]] = {}
         told: dict[str, tuple[Kind, list[_Part]]] = {}
         for name, place in places(module).items():
-            if any(place.replica) or place.key in told:
+            if any(place.replica) or place.key in told or (only is not None and not only(place.key)):
                 continue
             shards = place.shards(state[name], place.key)
             self._mine[place.key] = [shard.data for shard in shards]
@@ -53,7 +60,7 @@ class WholeTensors:
             for key, (kind, parts) in found.items():
                 self.kinds[key] = kind
                 self._parts.setdefault(key, []).extend(parts)
-        self.kinds = dict(sorted(self.kinds.items()))
+        self.kinds = {key: self.kinds[key] for key in sorted(self.kinds, key=lambda key: (not first(key), key))}
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Each whole tensor on the first rank, and its name alone on the others."""

@@ -13,11 +13,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_megatron import groups
+from lightning_megatron import groups, names
 from lightning_megatron.backend import model_rng, use_device
 from lightning_megatron.checkpoint import alone, local_path
 from lightning_megatron.layout import LayoutError, ParallelLayout
-from lightning_megatron.modules import names
 from lightning_megatron.modules.settings import BuildSettings
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
 from lightning_megatron.schedule import LRSchedule
@@ -129,6 +128,9 @@ class MegatronModule(pl.LightningModule):
     def sequence_length(self, batch: Batch) -> int:
         """Length of the hidden states that travel between pipeline stages, before any sharding."""
 
+    def adapt_model(self) -> None:
+        """Change the chunks, which are built and have no weights of a checkpoint's yet."""
+
     def connect_data(self, data: Any) -> None:
         """Take from the data module, or None, what the model leaves to it; called before anything is built."""
 
@@ -192,6 +194,7 @@ class MegatronModule(pl.LightningModule):
             last = stage == layout.pp - 1 and virtual == (layout.vp or 1) - 1
             with model_rng():
                 self.chunks.append(self.build_model(first, last, virtual if layout.vp else None))
+        self.adapt_model()
         if self._fill is not None:
             self._fill(self)
 

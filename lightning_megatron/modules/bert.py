@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lightning_megatron.lora import LoRA
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens
 from lightning_megatron.modules.bert_config import BertConfig
@@ -43,6 +44,7 @@ class BertModule(ConfiguredModule):
         optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
         lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
+        lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
     """
 
     config: BertConfig
@@ -54,8 +56,9 @@ class BertModule(ConfiguredModule):
         optimizer: ParameterGroups | OptimizerCallable | None = None,
         lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
+        lora: LoRA | None = None,
     ) -> None:
-        super().__init__(config, optimizer, lr_schedule, loss_reduction)
+        super().__init__(config, optimizer, lr_schedule, loss_reduction, lora)
         self.task: BertTask = TASKS[config.task](config)
 
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:

@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 from lightning_megatron import hf
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.lora import LoRA
+from lightning_megatron.lora.merging import read as read_adapter
+from lightning_megatron.modules import low_rank
 from lightning_megatron.modules.base import Batch, LossReduction, MegatronModule, SchedulerCallable
 from lightning_megatron.modules.model_config import ModelConfig
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
@@ -25,6 +28,7 @@ class ConfiguredModule(MegatronModule):
         optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
         lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
+        lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
 
     Raises:
         TypeError: The configuration is another family's, or none.
@@ -38,6 +42,7 @@ class ConfiguredModule(MegatronModule):
         optimizer: ParameterGroups | OptimizerCallable | None = None,
         lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(optimizer, lr_schedule, loss_reduction)
         if not isinstance(config, self.config_type):
@@ -46,15 +51,24 @@ class ConfiguredModule(MegatronModule):
                 f"{type(self).__name__}(config={config!r}): use a {wanted}, such as {wanted}(num_layers=4, ...)."
             )
         self.config = config
-        self.save_hyperparameters("config", "loss_reduction", logger=False)
+        self.lora = lora
+        self.new_weights: list[str] = []  # of a head that a pretrained model does not have
+        self._loaded: low_rank.Loaded | None = None
+        self.save_hyperparameters("config", "loss_reduction", "lora", logger=False)
 
     def connect_data(self, data: Any) -> None:
         """Take from the data module the sizes that the configuration leaves to it."""
         self.config.take_sizes(data)
 
     def check_layout(self, layout: ParallelLayout) -> None:
-        """Refuse sizes that the layout cannot divide."""
+        """Refuse sizes that the layout cannot divide, and targets of updates that the model does not have."""
         self.config.check(layout)
+        low_rank.check(self)
+
+    def adapt_model(self) -> None:
+        """Put low-rank updates beside the layers, where there are any."""
+        if self.lora is not None:
+            low_rank.put_in(self, self._loaded)
 
     @classmethod
     def from_pretrained(
@@ -85,8 +99,48 @@ class ConfiguredModule(MegatronModule):
         module = cls(config=cls.config_type(**found.arguments), **arguments)
         found.check_names(module.config)
         module._fill = found.fill
+        module.new_weights = found.new_weights(module.config)
         module.save_hyperparameters({"pretrained_config": found.source.config.to_dict()}, logger=False)
+        low_rank.check(module)
         return module
+
+    def load_adapter(self, directory: str | Path) -> Self:
+        """Start from low-rank updates that ``peft`` or ``save_adapter`` wrote, and train them further.
+
+        Call it before ``fit``; the sizes are the adapter's.
+
+        Args:
+            directory: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+        Returns:
+            The module.
+
+        Raises:
+            FileNotFoundError: There is no adapter.
+            ValueError: It is of another kind, or of another model.
+            RuntimeError: The model is built already.
+        """
+        if len(self.chunks):
+            raise RuntimeError(f"{type(self).__name__}.load_adapter comes too late: the model is built.")
+        self.lora, self._loaded = read_adapter(Path(directory))
+        self.save_hyperparameters({"lora": self.lora}, logger=False)
+        low_rank.check(self)
+        return self
+
+    def save_adapter(self, directory: str | Path) -> Path:
+        """Write the low-rank updates alone, as a directory that ``peft`` loads; all ranks call this.
+
+        Args:
+            directory: Where to.
+
+        Returns:
+            The directory.
+
+        Raises:
+            ValueError: The module has none.
+        """
+        self._bring_weights_up_to_date()
+        return low_rank.save(self, Path(directory))
 
     def save_pretrained(
         self,
@@ -97,7 +151,7 @@ class ConfiguredModule(MegatronModule):
         max_shard_size: int | str = "5GB",
         family: str | None = None,
     ) -> Path:
-        """Write a directory that ``transformers`` loads, from any layout; all ranks call this.
+        """Write a directory that ``transformers`` loads, from any layout, updates merged; all ranks call this.
 
         Args:
             directory: Where to; weights of an earlier call are replaced.
@@ -112,16 +166,20 @@ class ConfiguredModule(MegatronModule):
         Raises:
             UnsupportedConfigError: The family has no such model.
         """
-        base = self.hparams.get("pretrained_config")
-        target = hf.Target.choose(self.config, base, family, dtype, max_shard_size, tokenizer)
+        base, updates = self.hparams.get("pretrained_config"), low_rank.updates_of(self)
+        target = hf.Target.choose(self.config, base, family, dtype, max_shard_size, tokenizer, updates)
         kept = self.__dict__.get("_kept_checkpoint")
         if kept is not None:
             return target.write_checkpoint(Path(directory), kept.path)
+        self._bring_weights_up_to_date()
+        return target.write_module(Path(directory), self)
+
+    def _bring_weights_up_to_date(self) -> None:
+        """Build a model that is not built; what is on its way to the weights of one in training arrives."""
         if not len(self.chunks):
             self.build()
         if self._trainer is not None:
-            self.trainer.strategy.lightning_module_state_dict()  # what is on its way to the weights arrives
-        return target.write_module(Path(directory), self)
+            self.trainer.strategy.lightning_module_state_dict()
 
     @property
     def has_own_get_batch(self) -> bool:

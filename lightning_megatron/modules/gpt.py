@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from lightning_megatron.generation import GenerationSettings, GPTDecoder, Prompts, Stages
 from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import gpt_block_spec, mask_padded_vocabulary, scale_output, stretch_rotary
+from lightning_megatron.lora import LoRA
 from lightning_megatron.modules.base import (
     IGNORED_LABEL,
     Batch,
@@ -43,6 +44,7 @@ class GPTModule(GeneratingModule):
         reset_position_ids: Whether positions start at 0 in each document.
         reset_attention_mask: Whether a token looks only at tokens of its own document.
         eod_mask_loss: Whether the token behind the end of a document is left out of the loss.
+        lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
     """
 
     config: GPTConfig
@@ -58,8 +60,9 @@ class GPTModule(GeneratingModule):
         reset_position_ids: bool = False,
         reset_attention_mask: bool = False,
         eod_mask_loss: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
-        super().__init__(config, optimizer, lr_schedule, loss_reduction)
+        super().__init__(config, optimizer, lr_schedule, loss_reduction, lora)
         self.documents = Documents(eod_id, reset_position_ids, reset_attention_mask, eod_mask_loss)
         self.save_hyperparameters(*vars(self.documents), logger=False)
 

@@ -13,6 +13,7 @@ from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import cross_entropy_over_shards
 from lightning_megatron.layers.t5_model import T5Model
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.lora import LoRA
 from lightning_megatron.modules import t5_stages
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens
@@ -47,6 +48,7 @@ class T5Module(GeneratingModule):
         optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
         lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
+        lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
     """
 
     config: T5Config
@@ -58,8 +60,9 @@ class T5Module(GeneratingModule):
         optimizer: ParameterGroups | OptimizerCallable | None = None,
         lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
+        lora: LoRA | None = None,
     ) -> None:
-        super().__init__(config, optimizer, lr_schedule, loss_reduction)
+        super().__init__(config, optimizer, lr_schedule, loss_reduction, lora)
 
     def complete_layout(self, layout: ParallelLayout) -> ParallelLayout:
         """The layout with a split between encoder and decoder.

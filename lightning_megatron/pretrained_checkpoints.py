@@ -10,6 +10,7 @@ import torch
 from lightning_megatron.checkpoint import CheckpointError, export
 from lightning_megatron.hf.family import kind_of
 from lightning_megatron.hf.target import Target
+from lightning_megatron.lora.merging import Updates
 
 
 def export_pretrained(
@@ -52,5 +53,7 @@ def export_pretrained(
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     base = arguments.get("pretrained_config")
-    target = Target.choose(config, base, family, dtype, max_shard_size, tokenizer)
+    lora = arguments.get("lora")
+    updates = None if lora is None else lambda pieces: Updates(lora, pieces, config)
+    target = Target.choose(config, base, family, dtype, max_shard_size, tokenizer, updates)
     return target.write_checkpoint(Path(directory), path)

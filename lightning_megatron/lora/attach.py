@@ -1,0 +1,104 @@
+"""Updates put beside a model's linear layers, and all else frozen."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+from lightning_megatron.hf.pieces import UPDATE, Heads, Piece, Pieces, Same
+from lightning_megatron.lora.config import LoRA
+from lightning_megatron.lora.layer import Adapter
+from lightning_megatron.names import whole_name
+
+
+def attach(chunk: torch.nn.Module, lora: LoRA, pieces: Pieces, config: Any, seed: int, also: set[str]) -> None:
+    """Give a chunk's target layers updates, and freeze what is not trained.
+
+    Args:
+        chunk: One of the model's chunks.
+        lora: What to update.
+        pieces: The whole model's, by its family's names; empty where it has no family.
+        config: Of the model.
+        seed: Of the first weights; the same on all ranks.
+        also: Names of whole tensors that are trained as they are.
+    """
+    trained = {
+        name: whole_name(chunk, name) in also
+        or any(whole_name(chunk, name).startswith(f"{part}.") for part in lora.also_train)
+        for name, _ in chunk.named_parameters()
+    }
+    for name, parameter in chunk.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and trained[name])
+    heads = Heads.of(config)
+    for name, linear in list(_linears(chunk)):
+        whole = whole_name(chunk, f"{name}.weight")
+        piece = pieces.get(whole, Same(whole))
+        chosen = chosen_of(piece, whole, lora)
+        if chosen:
+            halves = config.is_gated and name.endswith("linear_fc1")
+            adapter = Adapter(linear, piece, chosen, heads, lora, halves)
+            for number, theirs in enumerate(chosen):
+                adapter.start(number, (seed + zlib.crc32(theirs.encode())) % 2**31)
+            parent, _, leaf = name.rpartition(".")
+            chunk.get_submodule(parent).add_module(leaf + UPDATE, adapter)
+            linear.register_forward_hook(_Added(adapter))
+    if getattr(chunk, "pre_process", False):
+        # Else nothing before the first update needs a gradient, and recomputed layers would have none.
+        chunk.embedding.register_forward_hook(_wants_gradient)  # type: ignore[union-attr]
+
+
+def chosen_of(piece: Piece, ours: str, lora: LoRA) -> list[str]:
+    """Of transformers' weights that a layer is made of, the targets."""
+    mine = ours.removesuffix(".weight")
+    return [name for name in piece.names if lora.matches(name.removesuffix(".weight"), mine)]
+
+
+def target_names(pieces: Pieces, config: Any) -> list[str]:
+    """What targets may be called: by the family, and by megatron-core."""
+    found = []
+    for ours, piece in pieces.items():
+        if ours.endswith(".weight") and ("linear_" in ours):
+            found += [name.removesuffix(".weight") for name in (ours, *piece.names)]
+    return found or [f"decoder.layers.0.{name}" for name in _USUAL]
+
+
+_USUAL = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """A chunk's, by the name in the whole model of the weight that each updates."""
+    for name, module in chunk.named_modules():
+        if isinstance(module, Adapter):
+            yield whole_name(chunk, f"{name.removesuffix(UPDATE)}.weight"), module
+
+
+def key_of(ours: str) -> str:
+    """What the tensors of an update of the weight ``ours`` begin with."""
+    return f"{ours.removesuffix('.weight')}{UPDATE}."
+
+
+def _linears(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    for name, module in chunk.named_modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and ".linear_" in f".{name}":
+            yield name, module
+
+
+class _Added:
+    """Adds the update to what a layer gives."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def __call__(self, _: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, Any]) -> Any:
+        value, bias = output
+        return value + self.adapter(inputs[0]), bias
+
+
+def _wants_gradient(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() and output.is_leaf and not output.requires_grad:
+        output.requires_grad_()
+    return output

@@ -1,0 +1,170 @@
+"""One linear layer's updates, shared out over tensor-parallel ranks as the layer is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from lightning_megatron import groups
+from lightning_megatron.hf.pieces import Heads, Piece
+from lightning_megatron.lora.config import LoRA
+
+
+class Adapter(torch.nn.Module):
+    """Updates of a layer: one for each of transformers' layers that it is made of.
+
+    Their products with ``B`` come in the order of this layer's rows, so that a rank's rows are one behind the other.
+
+    Args:
+        linear: megatron-core's layer.
+        piece: What its weight is made of.
+        chosen: Of transformers' weights that it is made of, those that are updated.
+        heads: Of the model.
+        lora: Sizes.
+        halves: Whether the rows are a gate and what it gates, of which a rank has a part each.
+    """
+
+    def __init__(self, linear: Any, piece: Piece, chosen: list[str], heads: Heads, lora: LoRA, halves: bool) -> None:
+        super().__init__()
+        self.lora = lora
+        self.chosen = chosen
+        self.is_column = isinstance(linear, ColumnParallelLinear)
+        self.sequence_parallel = bool(linear.config.sequence_parallel)
+        weight = linear.weight
+        size, rank = groups.tensor_parallel().size(), groups.tensor_parallel().rank()
+        rows = weight.size(0) * (size if self.is_column else 1)
+        self.first_input = 0 if self.is_column else rank * weight.size(1)
+        self.num_inputs = weight.size(1) * (1 if self.is_column else size)
+        pieces = list(piece.rows(rows, heads))
+        # Of each row of the whole layer, whose it is, and which of theirs.
+        numbers = {name: number for number, name in enumerate(chosen)}
+        self.owner = torch.cat([torch.full((row.count,), numbers.get(row.name, -1)) for row in pieces])
+        self.theirs = torch.cat([torch.arange(row.start, row.start + row.count) for row in pieces])
+        self.here = _rows_here(weight.size(0), rank, size, halves) if self.is_column else torch.arange(rows)
+        self.parts = [name.removesuffix(".weight").rpartition(".")[2] for name in chosen]
+        self.segments = [self.here.chunk(2 if halves else 1) for _ in chosen]
+        for number, part in enumerate(self.parts):
+            update = torch.nn.ParameterDict({"A": torch.nn.Parameter(weight.new_empty(lora.rank, weight.size(1)))})
+            for name, segment in self._segments(number):
+                update[name] = torch.nn.Parameter(weight.new_zeros(len(segment), lora.rank))
+            self.add_module(part, update)
+        self._mark()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The update of the layer's output ``[s, b, out]`` (or ``[s/tp, b, out]``), as the layer lays it out."""
+        down = torch.cat([self._part(part)["A"] for part in self.parts])  # [parts · rank, in]
+        hidden = torch.nn.functional.linear(self._dropped(inputs), down)
+        if self.is_column:
+            hidden = self._for_all_columns(hidden)
+        elif self.sequence_parallel:
+            hidden = reduce_scatter_to_sequence_parallel_region(hidden)
+        else:
+            hidden = reduce_from_tensor_model_parallel_region(hidden)
+        return torch.nn.functional.linear(hidden, self._up()) * self.lora.scale
+
+    def fill(self, number: int, down: torch.Tensor, up: torch.Tensor) -> None:
+        """Take this rank's part of an update.
+
+        Args:
+            number: Of the update among those of this layer.
+            down: ``A``, ``[rank, in]``.
+            up: ``B``, ``[out, rank]``, rows in the order of transformers' layer.
+        """
+        part = self._part(self.parts[number])
+        with torch.no_grad():
+            part["A"].copy_(down[:, self.first_input : self.first_input + part["A"].size(1)])
+            for name, rows in self._segments(number):
+                part[name].copy_(up[self.theirs[rows]])
+
+    def start(self, number: int, seed: int) -> None:
+        """The first weights of an update, the same whatever the layout: those of a linear layer, and zeros."""
+        generator = torch.Generator().manual_seed(seed)
+        bound = 1 / math.sqrt(self.num_inputs)  # torch's `kaiming_uniform_(a=√5)`
+        whole = torch.empty(self.lora.rank, self.num_inputs).uniform_(-bound, bound, generator=generator)
+        rows = int((self.owner == number).sum())
+        self.fill(number, whole, torch.zeros(rows, self.lora.rank))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """megatron-core's description of the tensors."""
+        state = self.state_dict(keep_vars=True)
+        axes = {name: self._axis(name) for name in state}
+        return make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            {name: axis for name, axis in axes.items() if axis is not None},
+            sharded_offsets,
+            tp_group=groups.tensor_parallel(),
+            dp_cp_group=(metadata or {}).get("dp_cp_group", groups.data_parallel()),
+        )
+
+    def _axis(self, name: str) -> int | None:
+        """Along which a tensor is shared out."""
+        is_down = name.endswith(".A")
+        if self.is_column:
+            return None if is_down else 0
+        return 1 if is_down else None
+
+    def _mark(self) -> None:
+        """Say of each parameter what megatron-core must know to sum its gradient, and to count it once."""
+        for name, parameter in self.named_parameters():
+            axis = self._axis(name)
+            parameter.tensor_model_parallel = axis is not None  # type: ignore[attr-defined]
+            parameter.partition_dim = -1 if axis is None else axis  # type: ignore[attr-defined]
+            parameter.partition_stride = 1  # type: ignore[attr-defined]
+            # Seen by each rank on its part of the sequence only.
+            parameter.sequence_parallel = self.sequence_parallel and axis is None  # type: ignore[attr-defined]
+
+    def _part(self, name: str) -> Any:
+        return self.get_submodule(name)
+
+    def _segments(self, number: int) -> list[tuple[str, torch.Tensor]]:
+        """The names of the parts of ``B`` on this rank, and their rows in the whole layer."""
+        found = [rows[self.owner[rows] == number] for rows in self.segments[number]]
+        found = [rows for rows in found if len(rows)]
+        return [("B" if len(found) == 1 else f"B{index}", rows) for index, rows in enumerate(found)]
+
+    def _up(self) -> torch.Tensor:
+        """``B`` of all updates side by side, ``[out here, parts · rank]``."""
+        if len(self.parts) == 1 and len(self._segments(0)) == 1 and len(self._segments(0)[0][1]) == len(self.here):
+            only: torch.Tensor = self._part(self.parts[0])["B"]
+            return only
+        columns = []
+        for number, part in enumerate(self.parts):
+            up = torch.cat([self._part(part)[name] for name, _ in self._segments(number)])
+            places = (self.owner[self.here] == number).nonzero().flatten().to(up.device)
+            columns.append(up.new_zeros(len(self.here), self.lora.rank).index_copy(0, places, up))
+        return torch.cat(columns, dim=1)
+
+    def _for_all_columns(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What every rank's columns are made from; its gradient is the sum of theirs."""
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        return copy_to_tensor_model_parallel_region(hidden)
+
+    def _dropped(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not self.training or not self.lora.dropout:
+            return inputs
+        if self.is_column and not self.sequence_parallel:  # ranks have the same inputs, and drop the same
+            return torch.nn.functional.dropout(inputs, self.lora.dropout)
+        with get_cuda_rng_tracker().fork():
+            return torch.nn.functional.dropout(inputs, self.lora.dropout)
+
+
+def _rows_here(count: int, rank: int, size: int, halves: bool) -> torch.Tensor:
+    """The numbers, in the whole layer, of this rank's rows."""
+    if not halves:
+        return torch.arange(rank * count, (rank + 1) * count)
+    half = count // 2
+    gate = torch.arange(rank * half, (rank + 1) * half)
+    return torch.cat([gate, gate + half * size])
