@@ -71,22 +71,17 @@ def _build_stacks(layout: ParallelLayout, timeout: timedelta) -> None:
                 _stacks[name] = group
 
 
-def build_alone() -> ParallelLayout:
-    """Make the groups of this process alone, where there are none, for a model outside of any run.
+def check_alone() -> None:
+    """Refuse to build a whole model where this process is one of several.
 
     Raises:
-        RuntimeError: This process is a rank of a larger run.
+        RuntimeError: It is a rank of a larger run.
     """
-    if not dist.is_initialized():
-        _meet_nobody()
-    if dist.get_world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         raise RuntimeError(
             f"A whole model is built on one process, and this is one of {dist.get_world_size()} ranks. Inside a run,"
-            " give the checkpoint to the Trainer (ckpt_path=)."
+            " give the checkpoint to the Trainer (ckpt_path=); outside of one, call build(tp=..., pp=...) on all ranks."
         )
-    layout = ParallelLayout(world_size=1)
-    build(layout)
-    return layout
 
 
 def default_device() -> torch.device:

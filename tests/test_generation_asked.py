@@ -83,6 +83,16 @@ def _stream():
     return text, tokens
 
 
+def _unbuilt_among_ranks() -> None:
+    writers.module("gpt2").build(pp=2)
+    writers.module("gpt2").generate(IDS, max_new_tokens=2)
+
+
+def test_a_rank_of_a_run_builds_no_whole_model_unasked():
+    with pytest.raises(RankError, match=r"one of 2 ranks.*call build\(tp=..., pp=...\)"):
+        run_ranks(2, _unbuilt_among_ranks)
+
+
 def test_a_stream_has_every_token_on_the_first_rank():
     (text, tokens), (other, nothing) = run_ranks(2, _stream)
     assert torch.equal(torch.stack(tokens, dim=1), text[:, 3:])

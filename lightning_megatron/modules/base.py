@@ -314,8 +314,16 @@ class MegatronModule(pl.LightningModule):
         path = local_path(checkpoint_path)
         module = alone.construct(cls, path, weights_only is False, kwargs)
         module._fill = partial(alone.fill, path=path, strict=module.strict_loading if strict is None else strict)
-        groups.build_alone()
-        return module.build(device="cpu" if map_location is None else map_location).train()
+        return module.build_alone("cpu" if map_location is None else map_location).train()
+
+    def build_alone(self, device: torch.device | str | None = None) -> Self:
+        """As ``build``, of the whole model; refused on a rank of a run, whose groups it would replace.
+
+        Raises:
+            RuntimeError: This process is a rank of a larger run.
+        """
+        groups.check_alone()
+        return self.build(device=device)
 
     # What is the same for all
 

@@ -177,7 +177,7 @@ class ConfiguredModule(MegatronModule):
     def _bring_weights_up_to_date(self) -> None:
         """Build a model that is not built; what is on its way to the weights of one in training arrives."""
         if not len(self.chunks):
-            self.build()
+            self.build_alone()
         if self._trainer is not None:
             self.trainer.strategy.lightning_module_state_dict()
 
@@ -212,7 +212,7 @@ class ConfiguredModule(MegatronModule):
             RuntimeError: With pipeline stages; ``trainer.predict`` gives it under every layout.
         """
         if not len(self.chunks) and self._trainer is None:
-            self.build()
+            self.build_alone()
         if self.build_settings.layout.pp > 1:
             raise RuntimeError(
                 f"{type(self).__name__}.forward needs pp=1: here are pipeline stages. Use trainer.predict."

@@ -133,7 +133,7 @@ class GeneratingModule(ConfiguredModule):
                 " another hook, such as on_validation_epoch_end."
             )
         if not len(self.chunks):
-            self.build()
+            self.build_alone()
         layout = self.build_settings.layout
         if not dist.is_initialized() or dist.get_world_size() != layout.world_size:
             raise RuntimeError(
