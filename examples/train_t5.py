@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=2)
     parser.add_argument("--text", help="a folder with .py files; by default the standard library")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=400)
     parser.add_argument("--seq-length", type=int, default=32)
