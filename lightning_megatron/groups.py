@@ -116,11 +116,17 @@ def world_size() -> int:
 
 def end_alone() -> None:
     """Make room for a run's groups; models that were built alone cannot be called any more."""
-    global _alone, _built, _host
     if _alone:
+        end()
+
+
+def end() -> None:
+    """Leave no group behind; models that were built on them cannot be called any more."""
+    global _alone, _built, _host
+    if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        _alone, _built, _host = False, None, None
+    _alone, _built, _host = False, None, None
 
 
 def coordinates() -> RankCoordinates:

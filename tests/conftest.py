@@ -1,9 +1,18 @@
 """What no test leaves to the next."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_process_groups_stay() -> Iterator[None]:
+    """Ends those that a test has made in this process, where the next one makes its own."""
+    yield
+    if "lightning_megatron.groups" in sys.modules:
+        sys.modules["lightning_megatron.groups"].end()
 
 
 @pytest.fixture(autouse=True)
