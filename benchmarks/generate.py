@@ -23,6 +23,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "GPT-2, 4 layers of 512": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=4, n_embd=512, n_head=8, vocab_size=8192, bos_token_id=0, eos_token_id=0)
     ),
+    "GPT-2, 12 layers of 768": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=8192, bos_token_id=0, eos_token_id=0)
+    ),
     "Llama, 4 layers of 512, 2 of 8 heads": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             num_hidden_layers=4, hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=2,

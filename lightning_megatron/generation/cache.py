@@ -19,6 +19,7 @@ class KeyValueCache(StaticInferenceContext):
         super().__init__(max_batch_size=rows, max_sequence_length=max_length)
         self.prompt_of_row = torch.arange(rows) // beams
         self.texts: torch.Tensor | None = None
+        self._spare: dict[int, tuple[torch.Tensor, ...]] = {}  # of a layer: what its memories are moved to
 
     def take(self, texts: torch.Tensor) -> torch.Tensor:
         """What of the texts is new ``[rows, new]``; rows are brought into the order of the texts they begin.
@@ -43,10 +44,12 @@ class KeyValueCache(StaticInferenceContext):
 
         As megatron-core's ``swap_key_value_dict``, which copies what is not filled yet, too.
         """
-        for memories in self.key_value_memory_dict.values():  # none on a rank of a T5's encoder
-            for memory in memories:  # [s, rows, groups, head]
-                filled = memory[: self.sequence_len_offset]
-                filled.copy_(filled[:, rows])
+        for layer, memories in self.key_value_memory_dict.items():  # none on a rank of a T5's encoder
+            spare = self._spare.setdefault(layer, tuple(torch.empty_like(memory) for memory in memories))
+            for memory, other in zip(memories, spare, strict=True):  # [s, rows, groups, head]
+                filled = slice(0, self.sequence_len_offset)
+                torch.index_select(memory[filled], 1, rows, out=other[filled])
+            self.key_value_memory_dict[layer], self._spare[layer] = spare, memories
 
     def advance(self, tokens: int) -> None:
         """Count tokens whose keys and values are in."""

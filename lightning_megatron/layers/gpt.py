@@ -15,6 +15,7 @@ from megatron.core.utils import is_te_min_version
 from lightning_megatron.layers.attention import TorchAttention
 from lightning_megatron.layers.norm import TorchNorm
 from lightning_megatron.layers.parallel_residual import ParallelResidualLayer
+from lightning_megatron.layers.self_attention import RotatesOnce
 
 LayerKind = Literal["torch", "transformer_engine"]
 
@@ -34,6 +35,7 @@ def _torch_block(config: TransformerConfig, vp_stage: int | None) -> Transformer
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
+    parts.self_attention.module = RotatesOnce
     attention = parts.self_attention.submodules
     attention.core_attention = TorchAttention
     if config.qk_layernorm:
