@@ -152,7 +152,9 @@ def test_the_code_of_the_page_runs(tmp_path):
         return done.stdout.splitlines()
 
     alone = run(sys.executable, "write.py")
-    together = run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "write.py", "2", "2")
+    together = run(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "write.py", "2", "2"
+    )
     texts = [line for line in together if line.startswith("[[")]
     assert texts == [alone[0]] * 4
     assert len(eval(alone[0])[0]) == 16
