@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from typing import Any, get_type_hints
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse._util import import_object
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
@@ -187,8 +187,7 @@ def _readable(kind: str) -> str:
 
 def _parameters(path: str, group: str | None) -> Iterator[str]:
     """What the class takes, or the dataclass that is its argument ``group``."""
-    module, _, name = path.rpartition(".")
-    found: Any = getattr(importlib.import_module(module), name)
+    found: Any = import_object(path)
     for part in filter(None, (group or "").split(".")):
         found = get_type_hints(found.__init__).get(part, found)
     if dataclasses.is_dataclass(found):

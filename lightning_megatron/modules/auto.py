@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from lightning_megatron import hf
+from lightning_megatron.lora import LoRA
+from lightning_megatron.modules.base import LossReduction, SchedulerCallable
 from lightning_megatron.modules.bert import BertModule
 from lightning_megatron.modules.configured import ConfiguredModule
 from lightning_megatron.modules.gpt import GPTModule
 from lightning_megatron.modules.t5 import T5Module
+from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
+from lightning_megatron.schedule import LRSchedule
 
 _MODULES: dict[str, type[ConfiguredModule]] = {"GPT": GPTModule, "Bert": BertModule, "T5": T5Module}
 
@@ -20,16 +25,44 @@ class AutoModule:
     """Makes a ``GPTModule``, ``BertModule`` or ``T5Module``, by what a model's configuration says it is."""
 
     @classmethod
-    def from_pretrained(cls, source: str | Path | PreTrainedModel, **arguments: Any) -> ConfiguredModule:
-        """As the adapter's own ``from_pretrained``.
+    def from_pretrained(
+        cls,
+        source: str | Path | PreTrainedModel,
+        *,
+        config: dict[str, Any] | None = None,
+        ignore: Sequence[str] = (),
+        optimizer: ParameterGroups | OptimizerCallable | None = None,
+        lr_schedule: LRSchedule | SchedulerCallable | None = None,
+        loss_reduction: LossReduction = "token",
+        lora: LoRA | None = None,
+        adapter: str | Path | None = None,
+        **arguments: Any,
+    ) -> ConfiguredModule:
+        """As the adapter's own ``from_pretrained``; its arguments are named here for the command line.
 
         Args:
             source: A directory, a model in memory, or a name on the Hugging Face hub.
-            **arguments: Of the adapter's ``from_pretrained``.
+            config: Fields of the adapter's configuration that are to differ, such as ``seq_length``.
+            ignore: Fields of transformers' configuration that change nothing here.
+            optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
+            lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer.
+            loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
+            lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
+            adapter: Directory of low-rank updates to go on with, see ``load_adapter``.
+            **arguments: Further ones of the adapter's ``__init__``.
 
         Raises:
             UnsupportedConfigError: An architecture without a counterpart.
         """
         found = hf.open_source(source)
-        module = _MODULES[hf.family_of(found.config.model_type).kind]
-        return module.from_pretrained(source, **arguments)
+        module = _MODULES[hf.family_of(found.config.model_type).kind].from_pretrained(
+            source,
+            config=config,
+            ignore=ignore,
+            optimizer=optimizer,
+            lr_schedule=lr_schedule,
+            loss_reduction=loss_reduction,
+            lora=lora,
+            **arguments,
+        )
+        return module if adapter is None else module.load_adapter(adapter)
