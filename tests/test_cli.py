@@ -165,3 +165,13 @@ def test_training_in_this_process_is_the_same(run_yaml, tmp_path, monkeypatch):
     assert isinstance(cli.trainer.optimizers[0].param_groups[0]["lr"], float)
     assert cli.trainer.global_step == 4
     assert torch.isfinite(cli.trainer.callback_metrics["train_loss"])
+
+
+def test_the_commands_of_the_page(tmp_path):
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cli.md").read_text(), re.DOTALL)
+    lines = [line.partition("#")[0].split()[1:] for line in block.splitlines()]
+    assert [line[0] for line in lines] == ["fit", "fit", "show"]
+    command(
+        ROOT, *lines[1], "--trainer.max_steps", "1", "--trainer.logger", "false", "--trainer.default_root_dir", tmp_path
+    )
+    assert "stage 1  2 3" in command(tmp_path, *lines[2])
