@@ -155,8 +155,7 @@ def test_the_code_of_the_page_runs(tmp_path):
     together = run(
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "write.py", "2", "2"
     )
-    texts = [line for line in together if line.startswith("[[")]
-    assert texts == [alone[0]] * 4
+    assert "".join(together).count(alone[0]) == 4  # ranks may write into one another's lines
     assert len(eval(alone[0])[0]) == 16
     assert len([line for line in alone if line.startswith("tensor")]) == 4
     assert "torch.Size([4, 14])" in run(sys.executable, "predict.py")
