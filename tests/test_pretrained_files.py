@@ -178,6 +178,12 @@ def test_a_model_that_came_from_nowhere_finds_its_family(tmp_path):
         torch.testing.assert_close(module.eval()(input_ids=ids), back(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_a_model_trained_on_shorter_texts_keeps_its_length(llama, tmp_path):
+    module = GPTModule.from_pretrained(llama, config={"seq_length": 16})
+    module.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 64
+
+
 def test_a_second_save_replaces_the_first(llama, tmp_path):
     module = GPTModule.from_pretrained(llama)
     module.save_pretrained(tmp_path / "out", max_shard_size="50KB")

@@ -64,6 +64,9 @@ def their_config(family: Family, config: Any, base: dict[str, Any] | None, dtype
         fields.pop("num_labels")  # it would number the labels anew
     elif "num_labels" in fields:
         fields = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
+    longest = "max_position_embeddings"
+    if getattr(config, "position_embedding", None) == "rope" and known.get(longest):
+        fields[longest] = max(known[longest], fields[longest])  # trained on shorter texts, it still knows longer ones
     fields |= {"architectures": [family.architecture(config)], "dtype": str(dtype).removeprefix("torch.")}
     return AutoConfig.for_model(family.model_type, **fields)
 
