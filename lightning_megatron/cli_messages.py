@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import pydoc
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, get_type_hints
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse._util import import_object
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
@@ -69,9 +69,9 @@ def _unrecognized(message: str, options: list[str]) -> str:
         group, _, leaf = name.removeprefix("--").rpartition(".")
         return _no_argument(_key(message[: found.start()]), group, leaf, list(_parameters(classes[-1], group)))
     parts = name.split(".")
+    known = [option.removesuffix(".help") for option in options if option.count(".") < len(parts)]
     for count in range(len(parts), 0, -1):  # of a class's argument only the beginning is an option
-        known = {option: option.removesuffix(".help") for option in options if option.count(".") < len(parts)}
-        alike = [option for option in known.values() if option.count(".") == count - 1]
+        alike = [option for option in known if option.count(".") == count - 1]
         found_near = difflib.get_close_matches(".".join(parts[:count]), alike, n=1, cutoff=0.8)
         if found_near:
             return f"there is no argument {name}; did you mean {'.'.join([*found_near, *parts[count:]])}?"
@@ -158,14 +158,9 @@ def _not_expected(message: str, _: list[str]) -> str:
         return ""
     values = re.findall(r"(?:Got value|Given value): (?!NestedArg)(.+)", message)
     value = f"={values[0]}" if values and len(values[0]) < 40 else ""
-    wanted = " or ".join(dict.fromkeys(map(_readable, expected))) if expected else ""
-    return (
-        f"--{key}{value}: use {wanted}"
-        if wanted
-        else f"--{key}: {other[1].replace('Expected', 'use')}"
-        if other
-        else ""
-    )
+    if expected:
+        return f"--{key}{value}: use {' or '.join(dict.fromkeys(map(_readable, expected)))}"
+    return f"--{key}: {other[1].replace('Expected', 'use')}" if other else ""
 
 
 def _key(message: str) -> str:
@@ -178,16 +173,14 @@ def _readable(kind: str) -> str:
     if choices:
         return choices[1].replace(", ", " or ")
     named = re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind)
-    return (
-        {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(named[1], named[1])
-        if named
-        else kind
-    )
+    if not named:
+        return kind
+    return {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(named[1], named[1])
 
 
 def _parameters(path: str, group: str | None) -> Iterator[str]:
     """What the class takes, or the dataclass that is its argument ``group``."""
-    found: Any = import_object(path)
+    found: Any = pydoc.locate(path)
     for part in filter(None, (group or "").split(".")):
         found = get_type_hints(found.__init__).get(part, found)
     if dataclasses.is_dataclass(found):

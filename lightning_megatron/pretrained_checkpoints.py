@@ -1,7 +1,8 @@
-"""A checkpoint made of a pretrained model, and a pretrained model's directory made of a checkpoint; on one process."""
+"""A pretrained model's directory made of a checkpoint, on one process."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,6 @@ def export_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     base = arguments.get("pretrained_config")
     lora = arguments.get("lora")
-    updates = None if lora is None else lambda pieces: Updates(lora, pieces, config)
+    updates = None if lora is None else partial(Updates, lora, config=config)
     target = Target.choose(config, base, family, dtype, max_shard_size, tokenizer, updates)
     return target.write_checkpoint(Path(directory), path)

@@ -9,13 +9,14 @@ from lightning_megatron.hf import families  # they register themselves
 from lightning_megatron.hf.family import Family, family_for, family_of, kind_of, known_families
 from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
 from lightning_megatron.hf.loading import Pretrained, WeightsError
-from lightning_megatron.hf.source import open_source
+from lightning_megatron.hf.source import Source, open_source
 from lightning_megatron.hf.target import Target
 
 __all__ = [
     "Family",
     "Fields",
     "Pretrained",
+    "Source",
     "Target",
     "UnsupportedConfigError",
     "WeightsError",

@@ -72,9 +72,7 @@ class Pretrained:
             WeightsError: Names them.
         """
         wanted = {name for piece in self.family.pieces(config).values() for name in piece.names}
-        tied = self.family.tied(config)
-        have = {self._whole_name(name) for name in self.source.shapes}
-        have |= {first for second, first in tied.items() if second in have}
+        tied, have = self.family.tied(config), set(self._names(config))
         missing = sorted(name for name in wanted - have if not name.startswith(self.family.head))
         extra = sorted(
             name
@@ -140,19 +138,11 @@ class Pretrained:
 
     def _names(self, config: Any) -> dict[str, str]:
         """What the source calls each tensor, by its first name."""
-        have = {self._whole_name(name): name for name in self.source.shapes}
+        prefix = self.family.prefix
+        if any(name.startswith(prefix) for name in self.source.shapes):
+            prefix = ""  # else it is a model without a head, whose names lack it
+        have = {name if name.startswith(self.family.head) else prefix + name: name for name in self.source.shapes}
         for second, first in self.family.tied(config).items():
             if second in have:
                 have.setdefault(first, have[second])
         return have
-
-    def _whole_name(self, name: str) -> str:
-        """A tensor's name in a model with a head; that of one without lacks the prefix."""
-        prefix = self.family.prefix
-        if not prefix or self._has_prefix or name.startswith(self.family.head):
-            return name
-        return prefix + name
-
-    @property
-    def _has_prefix(self) -> bool:
-        return any(name.startswith(self.family.prefix) for name in self.source.shapes)

@@ -6,7 +6,6 @@ where theirs is stored transposed, they are its columns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,9 +178,9 @@ def assemble(piece: Piece, shape: Shape, heads: Heads, offset: Shape, target: to
 
 def take_apart(piece: Piece, ours: torch.Tensor, heads: Heads) -> dict[str, torch.Tensor]:
     """Their tensors that make ours, whole and contiguous."""
-    shapes = their_shapes(piece, tuple(ours.shape), heads)
-    if len(shapes) == 1 and math.prod(*shapes.values()) == ours.numel() and type(piece) is Same:
+    if type(piece) is Same:
         return {piece.name: (ours.t() if piece.transposed else ours).contiguous()}
+    shapes = their_shapes(piece, tuple(ours.shape), heads)
     theirs = {name: torch.empty(shape, dtype=ours.dtype) for name, shape in shapes.items()}
     first = 0
     for rows in _joined(piece.rows(ours.size(0), heads)):

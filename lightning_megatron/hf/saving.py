@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ class Updates(Protocol):
         """Add the updates to weights of transformers', in place."""
 
 
-Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Kinds = safetensors_file.Kinds
 
 
 def in_bytes(size: int | str) -> int:

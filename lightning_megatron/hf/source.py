@@ -37,10 +37,6 @@ class Source:
     def read(self, name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
         """A rectangle of a tensor; of a file, no more than that is read."""
 
-    @abstractmethod
-    def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor's numbers."""
-
 
 class InMemory(Source):
     """A model that stands in memory.
@@ -61,10 +57,6 @@ class InMemory(Source):
     def read(self, name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
         """As ``Source.read``."""
         return self._tensors[name][tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """As ``Source.dtype``."""
-        return self._tensors[name].dtype
 
 
 class PickledFiles(InMemory):
@@ -92,11 +84,10 @@ class SafetensorsFiles(Source):
 
     def __init__(self, folder: Path, config: PreTrainedConfig) -> None:
         super().__init__(str(folder), config)
-        self._files = _files(folder, _SAFETENSORS)
         self._open: dict[Path, Any] = {}
         self._where: dict[str, Path] = {}
         self._shapes: dict[str, Shape] = {}
-        for file in self._files:
+        for file in _files(folder, _SAFETENSORS):
             opened = self._opened(file)
             for name in opened.keys():  # noqa: SIM118  # it is no dict
                 self._where[name] = file
@@ -116,10 +107,6 @@ class SafetensorsFiles(Source):
         if not offset:
             return part[...]
         return part[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """As ``Source.dtype``."""
-        return self.read(name, (0,) * len(self._shapes[name]), (1,) * len(self._shapes[name])).dtype
 
     def _opened(self, file: Path) -> Any:
         if file not in self._open:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -10,15 +10,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 
-from lightning_megatron import groups
 from lightning_megatron.checkpoint import export
 from lightning_megatron.hf.family import Family, family_for, family_of, kind_of
 from lightning_megatron.hf.fields import UnsupportedConfigError
 from lightning_megatron.hf.pieces import Heads, Pieces, is_update
 from lightning_megatron.hf.saving import Directory, Kinds, Updates, in_bytes, their_config
-from lightning_megatron.hf.whole import WholeTensors
+from lightning_megatron.hf.whole import WholeTensors, on_first_rank
 
 
 @dataclass(frozen=True)
@@ -93,36 +91,24 @@ class Target:
             RuntimeError: The first rank could not write; on every rank.
         """
         tensors = WholeTensors(module, first=is_update)
-        problem = [""]
-        if dist.get_rank() == 0:
-            problem = [self._attempt(path, tensors.kinds, tensors)]
-        else:
-            for _ in tensors:
-                pass
-        dist.broadcast_object_list(problem, src=0, group=groups.on_host())
-        if problem[0]:
-            raise RuntimeError(f"{path} was not saved. {problem[0]}")
+        left = iter(tensors)
+
+        def write() -> None:
+            try:
+                self._write(path, tensors.kinds, left)
+            finally:
+                _exhaust(left)  # what the others send is taken to its end even if that fails
+
+        on_first_rank(path, write, beside=lambda: _exhaust(left))
         return path
 
     def write_checkpoint(self, path: Path, checkpoint: Path) -> Path:
-        """Write the directory from a checkpoint, on one process, holding one tensor at a time."""
-        export.checked(checkpoint)
+        """Write the directory from a checkpoint that is whole, on one process, holding one tensor at a time."""
         kinds = export.kinds(checkpoint)
         updates = {key for key in kinds if is_update(key)}
         first, rest = export.tensors(checkpoint, only=updates), export.tensors(checkpoint, only=kinds.keys() - updates)
         self._write(path, kinds, chain(first if updates else (), rest))
         return path
-
-    def _attempt(self, path: Path, kinds: Kinds, tensors: Iterable[Any]) -> str:
-        """Write, and take what the other ranks send to its end even if that fails; what went wrong."""
-        left = iter(tensors)
-        try:
-            self._write(path, kinds, left)
-        except Exception as error:
-            for _ in left:
-                pass
-            return f"{type(error).__name__}: {error}"
-        return ""
 
     def _write(self, path: Path, kinds: Kinds, tensors: Iterable[tuple[str, Any]]) -> None:
         pieces = self.family.pieces(self.config)
@@ -141,3 +127,8 @@ class Target:
         except BaseException:
             directory.abandon()
             raise
+
+
+def _exhaust(tensors: Iterator[Any]) -> None:
+    for _ in tensors:
+        pass

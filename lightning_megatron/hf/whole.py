@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +24,25 @@ class _Part:
     rank: int
     offset: tuple[int, ...]
     sizes: tuple[int, ...]
+
+
+def on_first_rank(path: Path, write: Callable[[], None], beside: Callable[[], None] = lambda: None) -> None:
+    """Write on the first rank, while the others do what is ``beside`` it.
+
+    Raises:
+        RuntimeError: The first rank could not write ``path``; on every rank.
+    """
+    problem = [""]
+    if dist.get_rank() == 0:
+        try:
+            write()
+        except Exception as error:
+            problem = [f"{type(error).__name__}: {error}"]
+    else:
+        beside()
+    dist.broadcast_object_list(problem, src=0, group=groups.on_host())
+    if problem[0]:
+        raise RuntimeError(f"{path} was not saved. {problem[0]}")
 
 
 class WholeTensors:

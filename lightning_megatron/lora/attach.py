@@ -26,13 +26,10 @@ def attach(chunk: torch.nn.Module, lora: LoRA, pieces: Pieces, config: Any, seed
         seed: Of the first weights; the same on all ranks.
         also: Names of whole tensors that are trained as they are.
     """
-    trained = {
-        name: whole_name(chunk, name) in also
-        or any(whole_name(chunk, name).startswith(f"{part}.") for part in lora.also_train)
-        for name, _ in chunk.named_parameters()
-    }
+    whole_parts = tuple(f"{part}." for part in lora.also_train)
     for name, parameter in chunk.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and trained[name])
+        whole = whole_name(chunk, name)
+        parameter.requires_grad_(parameter.requires_grad and (whole in also or whole.startswith(whole_parts)))
     heads = Heads.of(config)
     for name, linear in list(_linears(chunk)):
         whole = whole_name(chunk, f"{name}.weight")
@@ -57,7 +54,7 @@ def chosen_of(piece: Piece, ours: str, lora: LoRA) -> list[str]:
     return [name for name in piece.names if lora.matches(name.removesuffix(".weight"), mine)]
 
 
-def target_names(pieces: Pieces, config: Any) -> list[str]:
+def target_names(pieces: Pieces) -> list[str]:
     """What targets may be called: by the family, and by megatron-core."""
     found = []
     for ours, piece in pieces.items():
@@ -67,13 +64,6 @@ def target_names(pieces: Pieces, config: Any) -> list[str]:
 
 
 _USUAL = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-
-
-def adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """A chunk's, by the name in the whole model of the weight that each updates."""
-    for name, module in chunk.named_modules():
-        if isinstance(module, Adapter):
-            yield whole_name(chunk, f"{name.removesuffix(UPDATE)}.weight"), module
 
 
 def key_of(ours: str) -> str:

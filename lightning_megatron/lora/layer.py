@@ -51,12 +51,15 @@ class Adapter(torch.nn.Module):
         numbers = {name: number for number, name in enumerate(chosen)}
         self.owner = torch.cat([torch.full((row.count,), numbers.get(row.name, -1)) for row in pieces])
         self.theirs = torch.cat([torch.arange(row.start, row.start + row.count) for row in pieces])
-        self.here = _rows_here(weight.size(0), rank, size, halves) if self.is_column else torch.arange(rows)
+        here = _rows_here(weight.size(0), rank, size, halves) if self.is_column else torch.arange(rows)
+        self.num_rows = len(here)
+        # Of each update: its rows among this rank's; and which of the whole layer, by the names of B's parts.
+        self.places = [(self.owner[here] == number).nonzero().flatten() for number in range(len(chosen))]
+        self.segments = [self._segments(number, here, halves) for number in range(len(chosen))]
         self.parts = [name.removesuffix(".weight").rpartition(".")[2] for name in chosen]
-        self.segments = [self.here.chunk(2 if halves else 1) for _ in chosen]
-        for number, part in enumerate(self.parts):
+        for part, segments in zip(self.parts, self.segments, strict=True):
             update = torch.nn.ParameterDict({"A": torch.nn.Parameter(weight.new_empty(lora.rank, weight.size(1)))})
-            for name, segment in self._segments(number):
+            for name, segment in segments.items():
                 update[name] = torch.nn.Parameter(weight.new_zeros(len(segment), lora.rank))
             self.add_module(part, update)
         self._mark()
@@ -84,7 +87,7 @@ class Adapter(torch.nn.Module):
         part = self._part(self.parts[number])
         with torch.no_grad():
             part["A"].copy_(down[:, self.first_input : self.first_input + part["A"].size(1)])
-            for name, rows in self._segments(number):
+            for name, rows in self.segments[number].items():
                 part[name].copy_(up[self.theirs[rows]])
 
     def start(self, number: int, seed: int) -> None:
@@ -128,22 +131,20 @@ class Adapter(torch.nn.Module):
     def _part(self, name: str) -> Any:
         return self.get_submodule(name)
 
-    def _segments(self, number: int) -> list[tuple[str, torch.Tensor]]:
+    def _segments(self, number: int, here: torch.Tensor, halves: bool) -> dict[str, torch.Tensor]:
         """The names of the parts of ``B`` on this rank, and their rows in the whole layer."""
-        found = [rows[self.owner[rows] == number] for rows in self.segments[number]]
+        found = [rows[self.owner[rows] == number] for rows in here.chunk(2 if halves else 1)]
         found = [rows for rows in found if len(rows)]
-        return [("B" if len(found) == 1 else f"B{index}", rows) for index, rows in enumerate(found)]
+        return {"B" if len(found) == 1 else f"B{index}": rows for index, rows in enumerate(found)}
 
     def _up(self) -> torch.Tensor:
         """``B`` of all updates side by side, ``[out here, parts · rank]``."""
-        if len(self.parts) == 1 and len(self._segments(0)) == 1 and len(self._segments(0)[0][1]) == len(self.here):
-            only: torch.Tensor = self._part(self.parts[0])["B"]
-            return only
         columns = []
-        for number, part in enumerate(self.parts):
-            up = torch.cat([self._part(part)[name] for name, _ in self._segments(number)])
-            places = (self.owner[self.here] == number).nonzero().flatten().to(up.device)
-            columns.append(up.new_zeros(len(self.here), self.lora.rank).index_copy(0, places, up))
+        for part, segments, places in zip(self.parts, self.segments, self.places, strict=True):
+            up = torch.cat([self._part(part)[name] for name in segments])
+            if len(places) < self.num_rows:  # the others' rows are zero
+                up = up.new_zeros(self.num_rows, self.lora.rank).index_copy(0, places.to(up.device), up)
+            columns.append(up)
         return torch.cat(columns, dim=1)
 
     def _for_all_columns(self, hidden: torch.Tensor) -> torch.Tensor:

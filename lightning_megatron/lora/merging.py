@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ class Updates:
     def __init__(self, lora: LoRA, pieces: Pieces, config: Any) -> None:
         self.lora = lora
         self._heads = Heads.of(config)
-        self._places: dict[str, tuple[Piece, str, str]] = {}  # by the beginning of a key: of which weight of theirs
+        self._places: dict[str, tuple[Piece, str]] = {}  # by the beginning of a key: of which weight of theirs
         for ours, piece in pieces.items():
             for theirs in chosen_of(piece, ours, lora) if ours.endswith(".weight") else ():
                 part = theirs.removesuffix(".weight").rpartition(".")[2]
-                self._places[f"{key_of(ours)}{part}."] = (piece, ours, theirs)
+                self._places[f"{key_of(ours)}{part}."] = (piece, theirs)
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
 
     def take(self, key: str, tensor: torch.Tensor) -> None:
@@ -41,48 +42,36 @@ class Updates:
         beginning, _, name = key.rpartition(".")
         self._tensors.setdefault(f"{beginning}.", {})[name] = tensor
 
+    @cached_property
     def each(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """``A`` and ``B`` of each weight of transformers', ``B`` in its own order of rows."""
+        """``A`` and ``B`` of each weight of transformers', ``B`` in its own order of rows; asked when all are taken."""
         found = {}
         for beginning, tensors in self._tensors.items():
-            piece, _, theirs = self._places[beginning]
+            piece, theirs = self._places[beginning]
             segments = [tensors[name] for name in sorted(tensors) if name.startswith("B")]
             found[theirs] = (tensors["A"], self._in_their_order(piece, theirs, torch.cat(segments)))
         return found
 
     def merge(self, theirs: dict[str, torch.Tensor], transposed: bool) -> None:
         """Add the updates to whole weights of transformers', in place."""
-        if not self._tensors:
-            return
-        every = self._merged
         for name, weight in theirs.items():
-            if name in every:
-                down, up = every[name]
+            if name in self.each:
+                down, up = self.each[name]
                 update = self.lora.scale * (up.float() @ down.float())
                 weight.copy_(weight.float() + (update.t() if transposed else update))
-
-    @property
-    def _merged(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        if not hasattr(self, "_every"):
-            self._every = self.each()
-        return self._every
 
     def _in_their_order(self, piece: Piece, theirs: str, up: torch.Tensor) -> torch.Tensor:
         if type(piece) is Same:
             return up
-        total = up.size(0)
+        whole = up.size(0) * len(piece.names)  # asked by those alone whose parts are of one size
         rows = [
             torch.arange(row.start, row.start + row.count)
-            for row in piece.rows(self._whole_rows(piece, total), self._heads)
+            for row in piece.rows(whole, self._heads)
             if row.name == theirs
         ]
         found = torch.empty_like(up)
         found[torch.cat(rows)] = up
         return found
-
-    def _whole_rows(self, piece: Piece, rows: int) -> int:
-        """Rows of our weight, of which theirs has ``rows``: only stacked weights of equal sizes ask."""
-        return rows * len(piece.names)
 
 
 def write(folder: Path, updates: Updates, task: str, base: str | None, transposed: bool) -> None:
@@ -95,7 +84,7 @@ def write(folder: Path, updates: Updates, task: str, base: str | None, transpose
         base: What the model came from, if that is known.
         transposed: Whether the updated weights are stored as ``[in, out]``.
     """
-    every = updates.each()
+    every = updates.each
     tensors = {}
     for theirs, (down, up) in every.items():
         name = _PREFIX + theirs.removesuffix(".weight")

@@ -55,14 +55,7 @@ class AutoModule:
             UnsupportedConfigError: An architecture without a counterpart.
         """
         found = hf.open_source(source)
-        module = _MODULES[hf.family_of(found.config.model_type).kind].from_pretrained(
-            source,
-            config=config,
-            ignore=ignore,
-            optimizer=optimizer,
-            lr_schedule=lr_schedule,
-            loss_reduction=loss_reduction,
-            lora=lora,
-            **arguments,
-        )
+        kind = _MODULES[hf.family_of(found.config.model_type).kind]
+        named = {"optimizer": optimizer, "lr_schedule": lr_schedule, "loss_reduction": loss_reduction, "lora": lora}
+        module = kind._from_source(found, config, ignore, {**named, **arguments})
         return module if adapter is None else module.load_adapter(adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,8 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_megatron import hf
+from lightning_megatron.checkpoint import alone
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.lora import LoRA
+from lightning_megatron.lora.merging import Updates
 from lightning_megatron.lora.merging import read as read_adapter
 from lightning_megatron.modules import low_rank
 from lightning_megatron.modules.base import Batch, LossReduction, MegatronModule, SchedulerCallable
@@ -94,8 +97,13 @@ class ConfiguredModule(MegatronModule):
             WeightsError: Tensors are missing, or have no place in the model.
             FileNotFoundError: There are no such files.
         """
-        kind = hf.kind_of(cls.config_type)
-        found = hf.Pretrained.find(hf.open_source(source), kind, config or {}, ignore)
+        return cls._from_source(hf.open_source(source), config, ignore, arguments)
+
+    @classmethod
+    def _from_source(
+        cls, source: hf.Source, config: dict[str, Any] | None, ignore: Sequence[str], arguments: dict[str, Any]
+    ) -> Self:
+        found = hf.Pretrained.find(source, hf.kind_of(cls.config_type), config or {}, ignore)
         module = cls(config=cls.config_type(**found.arguments), **arguments)
         found.check_names(module.config)
         module._fill = found.fill
@@ -166,11 +174,12 @@ class ConfiguredModule(MegatronModule):
         Raises:
             UnsupportedConfigError: The family has no such model.
         """
-        base, updates = self.hparams.get("pretrained_config"), low_rank.updates_of(self)
+        base = self.hparams.get("pretrained_config")
+        updates = None if self.lora is None else partial(Updates, self.lora, config=self.config)
         target = hf.Target.choose(self.config, base, family, dtype, max_shard_size, tokenizer, updates)
         kept = self.__dict__.get("_kept_checkpoint")
         if kept is not None:
-            return target.write_checkpoint(Path(directory), kept.path)
+            return target.write_checkpoint(Path(directory), alone.whole(kept.path))
         self._bring_weights_up_to_date()
         return target.write_module(Path(directory), self)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,42 +84,50 @@ class GeneratingModule(ConfiguredModule):
             RuntimeError: Called in a pipeline's micro-batch, or of a model that is not built on these ranks.
         """
         self._prepare_to_generate()
-        prompts, settings, error = None, None, None
+        make_settings = partial(
+            GenerationSettings,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            top_p_decay=top_p_decay,
+            top_p_bound=top_p_bound,
+            repetition_penalty=repetition_penalty,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+        prompts, settings, drawn = self._agreed(input_ids, attention_mask, make_settings, seed, stream is not None)
+        chunks, device = list(self.chunks), next(self.parameters()).device
+        with lent(chunks):
+            decoder = self._decoder(Stages(chunks, self._travelling_type, device), prompts.to(device), settings)
+            return write(decoder, settings, drawn if seed is None else seed, stream)
+
+    def _agreed(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        make_settings: Callable[[], GenerationSettings],
+        seed: int | None,
+        streams: bool,
+    ) -> tuple[Prompts, GenerationSettings, int]:
+        """What all ranks of the replica were asked for, or an error on all of them; and a seed that they share."""
         try:
-            settings = GenerationSettings(
-                max_new_tokens=max_new_tokens,
-                do_sample=do_sample,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                top_p_decay=top_p_decay,
-                top_p_bound=top_p_bound,
-                repetition_penalty=repetition_penalty,
-                num_beams=num_beams,
-                length_penalty=length_penalty,
-                early_stopping=early_stopping,
-                eos_token_id=eos_token_id,
-                pad_token_id=pad_token_id,
-            )
+            settings = make_settings()
             settings.check_ids(self.config.vocab_size)
-            if stream is not None and num_beams > 1:
+            if streams and settings.num_beams > 1:
                 raise ValueError(
-                    f"generate(stream=..., num_beams={num_beams}): beams change their beginnings. Use one."
+                    f"generate(stream=..., num_beams={settings.num_beams}): beams change their beginnings. Use one."
                 )
             prompts = Prompts.of(input_ids, attention_mask, self.config.vocab_size)
-            self._check_prompts(prompts, max_new_tokens)
-        except (ValueError, TypeError) as refused:
-            error = refused
-        asked = (settings, seed, stream is not None, prompts and prompts.fingerprint())
-        drawn = agree(error, repr(asked))
-        assert prompts is not None
-        assert settings is not None
-        device = next(self.parameters()).device
-        prompts = prompts.to(device)
-        with lent(list(self.chunks)):
-            stages = Stages(list(self.chunks), self._travelling_type, device)
-            decoder = self._decoder(stages, prompts, settings)
-            return write(decoder, settings, drawn if seed is None else seed, stream)
+            self._check_prompts(prompts, settings.max_new_tokens)
+        except (ValueError, TypeError) as error:
+            agree(error, "")
+            raise
+        return prompts, settings, agree(None, repr((settings, seed, streams, prompts.fingerprint())))
 
     def _prepare_to_generate(self) -> None:
         """Build a model that is not built yet on this process alone; bring its process groups back.

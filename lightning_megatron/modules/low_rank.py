@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lightning_megatron import groups, hf
 from lightning_megatron.hf.pieces import Pieces, is_update
-from lightning_megatron.hf.whole import WholeTensors
+from lightning_megatron.hf.whole import WholeTensors, on_first_rank
 from lightning_megatron.lora import LoRA
-from lightning_megatron.lora.attach import adapters, attach, target_names
+from lightning_megatron.lora.attach import attach, target_names
+from lightning_megatron.lora.layer import Adapter
 from lightning_megatron.lora.merging import Updates, write
 
 _TASKS = {
@@ -39,7 +38,7 @@ def check(module: Any) -> None:
         ValueError: Names the nearest that there are.
     """
     if module.lora is not None and module.lora.targets != "all-linear":
-        module.lora.check_targets(target_names(pieces_of(module), module.config))
+        module.lora.check_targets(target_names(pieces_of(module)))
 
 
 def put_in(module: Any, loaded: Loaded | None) -> None:
@@ -53,16 +52,12 @@ def put_in(module: Any, loaded: Loaded | None) -> None:
     seed = groups.gather(torch.initial_seed(), groups.on_host())[0]
     for chunk in module.chunks:
         attach(chunk, lora, pieces, module.config, seed, set(module.new_weights))
-        for _, adapter in adapters(chunk) if loaded is not None else ():
+        if loaded is None:
+            continue
+        for adapter in (part for part in chunk.modules() if isinstance(part, Adapter)):
             for number, theirs in enumerate(adapter.chosen):
-                assert loaded is not None
                 _check_shapes(theirs, adapter, number, *loaded[theirs])
                 adapter.fill(number, *loaded[theirs])
-
-
-def updates_of(module: Any) -> Any:
-    """Makes a module's updates from its pieces, or None where it has none."""
-    return None if module.lora is None else partial(_updates, module.lora, module.config)
 
 
 def save(module: Any, folder: Path) -> Path:
@@ -81,23 +76,12 @@ def save(module: Any, folder: Path) -> Path:
     for key, tensor in WholeTensors(module, only=is_update):
         if tensor is not None:
             updates.take(key, tensor)
-    problem = [""]
-    if dist.get_rank() == 0:
-        base = module.hparams.get("pretrained_config") or {}
-        kind = _TASKS.get(getattr(module.config, "task", family.kind), "FEATURE_EXTRACTION")
-        transposed = any(piece.transposed for piece in pieces.values())
-        try:
-            write(folder, updates, kind, base.get("_name_or_path") or None, transposed)
-        except OSError as error:
-            problem = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(problem, src=0, group=groups.on_host())
-    if problem[0]:
-        raise RuntimeError(f"{folder} was not saved. {problem[0]}")
+    base = module.hparams.get("pretrained_config") or {}
+    kind = _TASKS.get(getattr(module.config, "task", family.kind), "FEATURE_EXTRACTION")
+    transposed = any(piece.transposed for piece in pieces.values())
+    name = base.get("_name_or_path") or None
+    on_first_rank(folder, lambda: write(folder, updates, kind, name, transposed))
     return folder
-
-
-def _updates(lora: LoRA, config: Any, pieces: Pieces) -> Updates:
-    return Updates(lora, pieces, config)
 
 
 def _family(module: Any) -> hf.Family | None:

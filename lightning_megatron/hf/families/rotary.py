@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
+from lightning_megatron.layers import ROPE_TYPES
 
-# Kinds whose frequencies do not depend on the length of the input.
-_KINDS = ("default", "linear", "llama3", "yarn")
+_KINDS = ("default", *ROPE_TYPES)
 
 
 def read(fields: Fields) -> dict[str, Any]:
