@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from tests.pages import blocks
 from tests.ranks import PRELOADED
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +169,7 @@ def test_training_in_this_process_is_the_same(run_yaml, tmp_path, monkeypatch):
 
 
 def test_the_commands_of_the_page(tmp_path):
-    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cli.md").read_text(), re.DOTALL)
+    (block,) = blocks("cli.md", "bash")
     lines = [line.partition("#")[0].split()[1:] for line in block.splitlines()]
     assert [line[0] for line in lines] == ["fit", "fit", "show"]
     command(

@@ -1,8 +1,6 @@
 """The examples of docs/custom.md: one override each, and what it changes."""
 
-import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_megatron import BertConfig, BertModule, GPTModule, T5Config, T5Module
 from tests import plain_gpt
+from tests.pages import blocks
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
 from tests.ranks import RankError, run_ranks
 from tests.test_training import trainer
@@ -21,9 +20,8 @@ LAYOUTS = [Layout(), Layout(tp=2, dp=2), Layout(tp=2, pp=2, sp=True), Layout(pp=
 
 def example(name: str, *bases: type) -> Any:
     """A class of the page, on top of ``bases``."""
-    page = (Path(__file__).parents[1] / "docs" / "custom.md").read_text()
     names: dict[str, Any] = {"__name__": "custom"}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+    for block in blocks("custom.md"):
         exec(compile(block, "custom.md", "exec"), names)
     return type(name, (*bases, names[name]), {}) if bases else names[name]
 

@@ -1,6 +1,5 @@
 """The code of docs/data.md runs."""
 
-import re
 import shlex
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import pytest
 from lightning_megatron.cli import main
 from lightning_megatron.data.indexed import open_indexed
 from lightning_megatron.data.text_tokenizer import train_bpe
+from tests.pages import blocks, names_of
 from tests.ranks import run_ranks
-from tests.test_family_docs import DOCS, run
 
 
 def _page(folder: str) -> dict:
-    names = run("data.md", folder)
+    names = names_of("data.md", folder)
     return {
         "steps": names["trainer"].global_step,
         "loss": float(names["trainer"].callback_metrics["train_loss"]),
@@ -38,7 +37,7 @@ def test_commands(tmp_path, monkeypatch):
         Path("corpus", f"{n}.txt").write_text(f"One sentence, number {n}. And another one! " * 9)
     Path("more.jsonl").write_text('{"text": "A row."}\n')
     train_bpe(list(Path("corpus").iterdir()), 300, "tokenizer.json")
-    (block,) = re.findall(r"```bash\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)
+    (block,) = blocks("data.md", "bash")
     for line in block.strip().splitlines():
         command, *arguments = shlex.split(line)
         assert command == "lightning-megatron"

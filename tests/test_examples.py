@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages import blocks
+
 ROOT = Path(__file__).parents[1]
 TINY = ["--hidden-size", "32", "--seq-length", "32", "--batch-size", "4"]
 
 
 def commands(script: str) -> list[list[str]]:
     """The options of each of the page's commands that run ``script``."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/examples.md").read_text(), re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks("examples.md", "bash")).replace("\\\n", " ").splitlines()
     found = [shlex.split(line, comments=True) for line in lines]
     assert all(words[0] == "python" and (ROOT / words[1]).is_file() for words in found)
     return [options for _, name, *options in found if name == script]

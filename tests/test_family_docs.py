@@ -1,27 +1,13 @@
 """The code of docs/bert.md and docs/t5.md runs."""
 
-import os
-import re
-from pathlib import Path
-
+from tests.pages import names_of
 from tests.parallel import Layout, loader, trainer
 from tests.plain_bert import CONFIGS, samples
 from tests.ranks import run_ranks
 
-DOCS = Path(__file__).parents[1] / "docs"
-
-
-def run(page: str, folder: str) -> dict:
-    """The names that the page's code leaves behind, run as a script in ``folder``."""
-    os.chdir(folder)
-    names: dict = {"__name__": "__main__"}
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL):
-        exec(compile(block, page, "exec"), names)
-    return names
-
 
 def _bert(folder: str) -> dict:
-    names, layout = run("bert.md", folder), Layout(pp=2)
+    names, layout = names_of("bert.md", folder), Layout(pp=2)
     classifying = trainer(layout, max_epochs=1)
     rows = loader(samples("classes", 12, 1), layout, 12, classifying)
     classifying.fit(names["Classifier"](CONFIGS["classes"]), rows)
@@ -41,7 +27,7 @@ def test_bert(tmp_path):
 
 
 def _t5(folder: str) -> dict:
-    names = run("t5.md", folder)
+    names = names_of("t5.md", folder)
     return {"logits": names["logits"], "steps": names["trainer"].global_step}
 
 

@@ -1,9 +1,5 @@
 """What ``generate`` is asked for: refused on all ranks before a token is written, streamed, padded; and the page."""
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +7,7 @@ import torch
 
 from lightning_megatron import GPTConfig, GPTModule
 from tests import writers
+from tests.pages import blocks, script, shell
 from tests.ranks import RankError, run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -141,21 +138,10 @@ def test_a_module_of_a_checkpoint_writes_and_one_of_a_run_that_is_over_says_why(
 
 
 def test_the_code_of_the_page_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "generation.md").read_text(), re.DOTALL)
-    (tmp_path / "write.py").write_text(blocks[0])
-    (tmp_path / "predict.py").write_text(blocks[1])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def run(*command):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout.splitlines()
-
-    alone = run(sys.executable, "write.py")
-    together = run(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "write.py", "2", "2"
-    )
-    assert "".join(together).count(alone[0]) == 4  # ranks may write into one another's lines
+    write, predict = blocks("generation.md")
+    alone = script(tmp_path, write, "write.py").splitlines()
+    together = shell(tmp_path, "torchrun --standalone --nproc_per_node 4 write.py 2 2")
+    assert together.replace("\n", "").count(alone[0]) == 4  # ranks may write into one another's lines
     assert len(eval(alone[0])[0]) == 16
     assert len([line for line in alone if line.startswith("tensor")]) == 4
-    assert "torch.Size([4, 14])" in run(sys.executable, "predict.py")
+    assert "torch.Size([4, 14])" in script(tmp_path, predict)

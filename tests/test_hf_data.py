@@ -23,9 +23,9 @@ from lightning_megatron.data import (
     TextDataModule,
     standard_library_sources,
 )
+from tests.pages import names_of
 from tests.parallel_gpt import Layout, Watch
 from tests.ranks import RankError, run_ranks
-from tests.test_family_docs import run as run_page
 from tests.test_training import trainer
 
 EOD = ByteTokenizer.eod_id
@@ -429,7 +429,7 @@ def test_bert_is_trained_from_packed_rows(tmp_path: Path) -> None:
 
 
 def _page(folder: str) -> Any:
-    names = run_page("hf_data.md", folder)
+    names = names_of("hf_data.md", folder)
     return names["trainer"].global_step, float(names["trainer"].callback_metrics["train_loss"])
 
 

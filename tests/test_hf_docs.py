@@ -1,28 +1,19 @@
 """The code of docs/hf.md runs, and the family that it adds is transformers'."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 import transformers
 
 from lightning_megatron import AutoModule
 from lightning_megatron.hf import family
+from tests.pages import blocks, script, shell
 
-ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "docs" / "hf.md").read_text(), re.DOTALL)
+FINETUNE, ADDED = blocks("hf.md")
+(COMMAND,) = blocks("hf.md", "bash")
 
 
 def test_finetuning_and_the_command(tmp_path):
-    shell = f'lightning-megatron() {{ {sys.executable} -c "from lightning_megatron.cli import main; main()" "$@"; }}\n'
-    (tmp_path / "finetune.py").write_text(BLOCKS[0][1])
-    for command in ([sys.executable, "finetune.py"], ["bash", "-ec", shell + BLOCKS[1][1]]):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-        assert run.returncode == 0, run.stderr[-3000:]
+    script(tmp_path, FINETUNE)
+    shell(tmp_path, COMMAND)
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
     finetuned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "finetuned")
     start = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pretrained")
@@ -32,9 +23,8 @@ def test_finetuning_and_the_command(tmp_path):
 
 def test_the_family_that_is_added(tmp_path, monkeypatch):
     monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
-    code = BLOCKS[2][1]
-    assert code.count("\n") < 80
-    exec(compile(code, "hf.md", "exec"), {"__name__": "starcoder2"})
+    assert ADDED.count("\n") < 80
+    exec(compile(ADDED, "hf.md", "exec"), {"__name__": "starcoder2"})
     torch.manual_seed(0)
     config = transformers.Starcoder2Config(
         vocab_size=211, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,

@@ -1,26 +1,15 @@
 """The code of docs/lora.md runs, and peft and transformers load what it leaves."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import peft
 import torch
 import transformers
 
-ROOT = Path(__file__).parents[1]
+from tests.pages import blocks, script
 
 
 def test_the_code_of_the_page_runs(tmp_path):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lora.md").read_text(), re.DOTALL)
-    (tmp_path / "lora.py").write_text(block)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, "lora.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    (block,) = blocks("lora.md")
+    script(tmp_path, block)
 
     def load(name):
         return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()

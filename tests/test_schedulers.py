@@ -1,7 +1,6 @@
 """Schedulers under the strategy set the rates that vanilla Lightning sets, step by step."""
 
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lightning_megatron import GPTConfig, GPTModule, LRSchedule
 from tests import plain_gpt
+from tests.pages import blocks
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
 from tests.ranks import run_ranks
 from tests.test_training import QUIET, trainer
@@ -199,7 +199,7 @@ def _page(code: str) -> list[float]:
 
 
 def test_the_example_of_the_docs_runs():
-    page = (Path(__file__).parents[1] / "docs" / "schedules.md").read_text()
-    rates = run_ranks(1, _page, page.split("```python\n")[1].split("```")[0])[0]
+    (code,) = blocks("schedules.md")
+    (rates,) = run_ranks(1, _page, code)
     assert rates[:3] == pytest.approx([0.0, 1.5e-3, 3e-3])
     assert rates[3] > rates[4] > 1e-4

@@ -1,0 +1,53 @@
+"""The code of the documentation's pages, and how a reader would run it.
+
+Blocks of ``python``, ``bash`` and ``yaml`` are run (``tests/test_pages.py`` asks that of every page); ``sh`` is for
+commands that need machines which a test does not have.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+# The command of pyproject.toml, also where the package is not installed; python is this one.
+_SHELL = f"""python() {{ {sys.executable} "$@"; }}
+lightning-megatron() {{ python -m lightning_megatron "$@"; }}
+torchrun() {{ python -m torch.distributed.run "$@"; }}
+"""
+
+
+def blocks(page: str | Path, *kinds: str) -> list[str]:
+    """The code of a page (of docs/, or a path), in its order: blocks of ``kinds``, by default python."""
+    found = re.findall(r"^```(\w+)[^\n]*\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    return [code for kind, code in found if kind in (kinds or ("python",))]
+
+
+def run(folder: Path, *command: str | Path, timeout: float = 240) -> str:
+    """What a command says that ends well, in ``folder`` and a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def shell(folder: Path, code: str) -> str:
+    """What a block of bash says that ends well."""
+    return run(folder, "bash", "-ec", _SHELL + code)
+
+
+def script(folder: Path, code: str, name: str = "script.py") -> str:
+    """What a block of Python says, as a script of its own."""
+    (folder / name).write_text(code)
+    return run(folder, sys.executable, name)
+
+
+def names_of(page: str, folder: str | Path) -> dict:
+    """The names that the page's Python leaves behind, run in this process as one script, in ``folder``."""
+    os.chdir(folder)
+    names: dict = {"__name__": "__main__"}
+    for code in blocks(page):
+        exec(compile(code, page, "exec"), names)
+    return names
