@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_megatron.launching.script import ScriptLauncher
 from lightning_megatron.launching.torchrun import store_of_this_attempt
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def choose(strategy: Any, launch: Launch | None) -> Any:
         from lightning_megatron.launching.launcher import ForkserverLauncher  # a script never needs it
 
         return ForkserverLauncher(strategy)
-    return _SubprocessScriptLauncher(environment, strategy.num_processes, strategy.num_nodes)
+    return ScriptLauncher(environment, strategy.num_processes, strategy.num_nodes)
 
 
 def kept_checkpoint(strategy: Any) -> KeptCheckpoint | None:

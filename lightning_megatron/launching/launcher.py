@@ -48,7 +48,7 @@ class ForkserverLauncher(_MultiProcessingLauncher):
         return True
 
     @override
-    def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         """Call ``function`` on every rank; what it returned on rank 0.
 
         Args:

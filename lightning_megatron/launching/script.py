@@ -1,0 +1,40 @@
+"""Ranks that are copies of the user's script."""
+
+from __future__ import annotations
+
+import atexit
+import subprocess
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from typing_extensions import override
+
+_PATIENCE = 15.0  # seconds in which a rank whose peer has failed fails, too, and says why
+
+
+class ScriptLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher, which after an error of this process leaves no rank behind.
+
+    Lightning ends this process with SIGKILL where another fails. The other way round, ranks fail on broken connections;
+    one that is in no collective would never do so.
+    """
+
+    @override
+    def launch(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().launch(function, *args, **kwargs)
+        except BaseException:
+            atexit.register(_end, self.procs)
+            raise
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for rank, process in enumerate(processes, 1):
+        if process.poll() is None:
+            process.kill()
+            print(f"Local rank {rank} (process {process.pid}) did not end by itself, and was ended.", file=sys.stderr)
