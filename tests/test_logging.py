@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -15,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from tests import plain_gpt
 from tests.lightning_runs import CONFIG, OurGPT, VanillaGPT
+from tests.pages import blocks
 from tests.parallel_gpt import Layout, Rows, text_samples
 from tests.ranks import run_ranks
 from tests.test_training import QUIET
@@ -66,6 +66,10 @@ class VanillaLogs(VanillaGPT):
         self.log("from_a_hook", float(self.current_epoch + 1), sync_dist=True)
 
 
+of_the_page: dict[str, Any] = {"torch": torch}
+exec(compile(*blocks("lightning.md"), "lightning.md", "exec"), of_the_page)
+
+
 class OurLogs(OurGPT):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -76,15 +80,7 @@ class OurLogs(OurGPT):
             log_a_step(self, batch)
         return super().loss(output, batch)
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        # predict_step gives hidden states before the last stage, and on it logits over the whole vocabulary.
-        output = self.predict_step(batch, batch_idx)
-        if not self.on_last_stage:
-            return output
-        self.accuracy(output.flatten(0, 1), batch["labels"].flatten())
-        self.log("accuracy", self.accuracy)
-        each = F.cross_entropy(output.transpose(1, 2), batch["labels"], reduction="none")
-        return (each * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+    validation_step = of_the_page["validation_step"]
 
     def on_train_epoch_end(self) -> None:
         self.log("from_a_hook", float(self.current_epoch + 1), sync_dist=True)

@@ -12,6 +12,7 @@ from lightning_megatron import BertConfig, GPTConfig, LoRA, ParallelLayout, T5Co
 from lightning_megatron.rank_grid import RankGrid
 from lightning_megatron.training_cli import MegatronCLI
 from tests import pretrained
+from tests.pages import blocks
 
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
 VOCAB_SIZE = 50257  # where it is the tokenizer's
@@ -83,3 +84,8 @@ def test_a_pretrained_model_is_fine_tuned_from_yaml(tmp_path, monkeypatch):
     trained = [name for name, p in cli.model.named_parameters() if p.requires_grad]
     assert trained
     assert all("_lora." in name for name in trained)
+
+
+def test_the_page_shows_each():
+    shown = {RECIPES[0].parents[2] / code.split('"')[1] for code in blocks("recipes.md", "yaml")}
+    assert shown == set(RECIPES)

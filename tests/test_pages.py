@@ -1,0 +1,163 @@
+"""Each block of code in the documentation is run by a test, here where no other file does it, as a reader would."""
+
+import re
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from tests.pages import DOCS, ROOT, blocks, names_of, run, script, shell
+from tests.ranks import free_port
+
+# Pages whose code another file runs, since it has more to say about what comes out.
+ELSEWHERE = {
+    "bert.md": "test_family_docs.py",
+    "checkpoints.md": "test_checkpoint_docs.py",
+    "cli.md": "test_cli.py",
+    "custom.md": "test_custom.py",
+    "data.md": "test_data_docs.py",
+    "examples.md": "test_examples.py",
+    "generation.md": "test_generation_asked.py",
+    "hf.md": "test_hf_docs.py",
+    "hf_data.md": "test_hf_data.py",
+    "lightning.md": "test_logging.py",
+    "lora.md": "test_lora_docs.py",
+    "recipes.md": "test_recipes.py",
+    "schedules.md": "test_schedulers.py",
+    "t5.md": "test_family_docs.py",
+}
+HERE = {"index.md", "layouts.md", "precision.md", "multi_node.md", "hangs.md", "../README.md"}
+CHECKED_BY_CI = {"contributing.md"}  # .ci/run
+PAGES = [*sorted(path.name for path in DOCS.glob("*.md")), "../README.md"]
+
+
+def test_every_page_with_code_is_run():
+    with_code = {page for page in PAGES if blocks(page, "python", "bash", "yaml")}
+    assert with_code - CHECKED_BY_CI == HERE | ELSEWHERE.keys()
+    for page, test in ELSEWHERE.items():
+        assert f'"{page}"' in (ROOT / "tests" / test).read_text()
+
+
+def test_blocks_name_a_language_that_is_run_or_a_reason_not_to():
+    known = {"python", "bash", "yaml", "sh", "text"}
+    for page in PAGES:
+        fences = re.findall(r"^ *```(\w*)", (DOCS / page).read_text(), re.MULTILINE)
+        assert set(fences[::2]) <= known, page
+        assert set(fences[1::2]) <= {""}, page
+        for code in blocks(page, "sh"):
+            subprocess.run(["bash", "-n"], input=code, text=True, check=True)
+
+
+# The first page
+
+
+def test_the_first_page(tmp_path):
+    train, load = blocks("index.md")
+    told = script(tmp_path, train, "first.py")
+    assert 3 < float(re.findall(r"val_loss\s+│\s+([\d.]+)", told)[0]) < 4.5
+    again = script(tmp_path, load)
+    assert re.findall(r"val_loss\s+│\s+([\d.]{8})", again) == re.findall(r"val_loss\s+│\s+([\d.]{8})", told)
+    assert "b'def __init__(self" in again
+    show, fit = blocks("index.md", "bash")
+    assert "stage 1  2 3" in shell(tmp_path, show)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    shell(tmp_path, fit)
+
+
+def test_the_readmes_first_run(tmp_path):
+    """Its code, as a script; its commands for set-up and tests are what CI runs."""
+    train, pretrained = blocks("../README.md")
+    shorter = train.replace("max_steps=60", "max_steps=2, limit_val_batches=1")
+    assert shorter != train
+    script(tmp_path, shorter)
+    compile(pretrained, "README.md", "exec")
+    assert "pip install --quiet torch==2.13.0 -e '.[dev]'" in (ROOT / "README.md").read_text()
+    assert "pip install --quiet torch==2.13.0 -e '.[dev]'" in (ROOT / ".ci/run").read_text()
+
+
+# Guides
+
+
+def test_layouts(tmp_path, capsys):
+    layout = names_of("layouts.md", tmp_path)["layout"]
+    assert layout.dp == 2
+    said = [int(number) for number in re.findall(r"^\d+", capsys.readouterr().out, re.MULTILINE)]
+    assert said[0] == 71
+    text = (DOCS / "layouts.md").read_text()
+    assert f"{said[1]} GiB and {said[2]} GiB" in text
+    for p, *shares in re.findall(r"^\| (\d) \| (\d+) % \| (\d+) % \| (\d+) % \| (\d+) % \|$", text, re.MULTILINE):
+        p = int(p)
+        waits = [(p - 1) / (v * m + p - 1) for v, m in ((1, p), (1, 4 * p), (1, 16 * p), (2, 4 * p))]
+        assert [round(100 * wait) for wait in waits] == [int(share) for share in shares]
+
+
+def test_precision(tmp_path):
+    (code,) = blocks("precision.md")
+    assert script(tmp_path, code).endswith("{torch.bfloat16} {torch.float32}\n")
+
+
+@pytest.mark.slow
+def test_two_agents_of_torchrun(tmp_path):
+    """Two on one machine stand for two machines: the page's command, with the address of this one."""
+    (command,) = blocks("multi_node.md", "bash")
+    recipe = yaml.safe_load((ROOT / "examples/recipes/tiny.yaml").read_text())
+    recipe["trainer"] |= {"max_steps": 2, "enable_progress_bar": False, "logger": False}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    here = command.replace("10.0.0.1:29500", f"127.0.0.1:{free_port()}")
+    assert here != command
+    both = f"({here.strip()} ) > first 2>&1 &\n({here.strip()} ) > second 2>&1\nwait $!\n"
+    shell(tmp_path, both)
+    told = (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
+    assert all(f"GLOBAL_RANK: {rank}, MEMBER: {rank + 1}/4" in told for rank in range(4))
+    assert "`max_steps=2` reached" in told
+    assert list((tmp_path / "checkpoints").rglob("manifest.json")) == [
+        tmp_path / "checkpoints" / "epoch=0-step=2.ckpt" / "manifest.json"
+    ]
+
+
+def test_the_job_of_kubernetes():
+    (code,) = blocks("multi_node.md", "yaml")
+    service, job = yaml.safe_load_all(code)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    arguments = [argument.replace("$(JOB_COMPLETION_INDEX)", "1") for argument in container["args"]]
+    given = get_args_parser().parse_args(arguments)
+    assert (given.training_script, given.module) == ("lightning_megatron", True)
+    assert int(given.nnodes) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert given.master_addr == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert given.nproc_per_node == str(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert "--trainer.num_nodes=2" in given.training_script_args
+
+
+@pytest.mark.slow
+def test_a_hang_made_on_purpose(tmp_path):
+    (tmp_path / "hang.py").write_text(blocks("hangs.md")[0])
+    with pytest.raises(AssertionError) as failed:
+        run(tmp_path, sys.executable, str(tmp_path / "hang.py"))
+    assert re.search(
+        r"This rank waited in \w+\. rank 1 \(pipeline stage 0, tensor rank 1, replica 0\) is in no collective; it is"
+        r" in on_train_batch_start",
+        str(failed.value),
+    )
+    time.sleep(0.5)
+    left = [process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(process.info["cmdline"])]
+    assert not left
+
+
+def test_each_row_of_the_parity_table_has_its_test_or_page():
+    rows = re.findall(r"^\| (?!\||-)(.+) \|$", (DOCS / "parity.md").read_text(), re.MULTILINE)
+    rows = [row.split(" | ") for row in rows]
+    assert len(rows) > 40
+    for what, *others, here, shown_by in rows:
+        assert len(others) == 3, what
+        assert here.strip(), what
+        if test := re.fullmatch(r"`(test_\w+\.py)::(test_\w+)`", shown_by):
+            assert f"\ndef {test[2]}(" in (ROOT / "tests" / test[1]).read_text(), shown_by
+        else:
+            assert (DOCS / re.fullmatch(r"\[.+\]\((\w+\.md)\)", shown_by)[1]).is_file()

@@ -1,0 +1,38 @@
+"""The documentation site builds with no broken link, page or reference."""
+
+import os
+import re
+import subprocess
+import sys
+
+from tests.pages import DOCS, ROOT
+
+
+def test_it_builds(tmp_path):
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "JUPYTER_PLATFORM_DIRS": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert built.returncode == 0, built.stderr[-4000:]
+    pages = {path.parent.name for path in (tmp_path / "site").rglob("index.html")}
+    assert {path.stem for path in DOCS.glob("*.md")} - {"index"} < pages
+    reference = (tmp_path / "site/reference/index.html").read_text()
+    assert all(f'id="lightning_megatron.{name}"' in reference for name in _public())
+
+
+def _public() -> list[str]:
+    text = (ROOT / "lightning_megatron/__init__.py").read_text().split("__all__ = [")[1].split("]")[0]
+    return re.findall(r'"(\w+)"', text)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    """That the build above can fail: the same settings, and a page with a link to nowhere."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("[nowhere](nowhere.md) and [no heading](index.md#none)\n")
+    settings = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[0]
+    settings = re.sub(r"\nplugins:.*?(?=\nmarkdown_extensions)", "", settings, flags=re.DOTALL)
+    (tmp_path / "mkdocs.yml").write_text(settings)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert built.returncode != 0
+    assert "nowhere.md" in built.stderr
+    assert "none" in built.stderr
