@@ -239,7 +239,7 @@ def gather(value: T, group: dist.ProcessGroup) -> list[T]:
 
 def gather_with_gradients(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Each rank's ``tensor``, of one shape, as ``[ranks, ...]``; a rank's gradient is the sum of what all ranks' is."""
-    gathered: torch.Tensor = _Gathering.apply(tensor, group)
+    gathered: torch.Tensor = _Gathering.apply(tensor, group)  # type: ignore[no-untyped-call]
     return gathered
 
 

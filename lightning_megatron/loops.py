@@ -51,7 +51,7 @@ class _ScheduleClosure(Closure):
 
 class _ScheduleOptimization(_AutomaticOptimization):
     @override
-    def _make_closure(self, kwargs: OrderedDict, optimizer: Optimizer, batch_idx: int) -> Closure:
+    def _make_closure(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int) -> Closure:
         made = super()._make_closure(kwargs, optimizer, batch_idx)
         return _ScheduleClosure(made._step_fn, made._backward_fn, made._zero_grad_fn)
 

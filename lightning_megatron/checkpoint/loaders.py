@@ -81,7 +81,7 @@ _START = Place()
 class Batches:
     """Stands in for a loader's batch sampler: remembers the random states that its order came from."""
 
-    def __init__(self, inner: Any, loader: DataLoader) -> None:
+    def __init__(self, inner: Any, loader: DataLoader[Any]) -> None:
         self.inner = inner
         self.is_indexed = not isinstance(loader.dataset, IterableDataset)
         self.rows = loader.batch_size
