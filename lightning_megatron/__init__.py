@@ -32,6 +32,7 @@ from lightning_megatron.parameter_groups import ParameterGroups, biases_and_vect
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.schedule import LRSchedule
 from lightning_megatron.strategy import MegatronStrategy
+from lightning_megatron.version import __version__
 
 __all__ = [
     "AutoModule",
@@ -49,6 +50,7 @@ __all__ = [
     "ParameterGroups",
     "T5Config",
     "T5Module",
+    "__version__",
     "average_losses_across_data_parallel_group",
     "biases_and_vectors",
     "on_all_stages",

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from lightning_megatron.checkpoint import CheckpointError
 from lightning_megatron.checkpoint.export import SUFFIXES, export
+from lightning_megatron.version import __version__
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _train(given_arguments)
         return
     parser = _Parser(prog="lightning-megatron", description="Training with MegatronStrategy, and tools.")
+    parser.add_argument("--version", action="version", version=f"lightning-megatron {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, what in TRAINING.items():
         commands.add_parser(command, help=what)
