@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,13 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _Parser(prog="lightning-megatron", description="Training with MegatronStrategy, and tools.")
     parser.add_argument("--version", action="version", version=f"lightning-megatron {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command, what in TRAINING.items():
-        commands.add_parser(command, help=what)
+    training = {command: commands.add_parser(command, help=what, add_help=False) for command, what in TRAINING.items()}
     _add_export(commands.add_parser("export", help="make one file, or a directory for transformers, of a checkpoint"))
     _add_show(commands.add_parser("show", help="show which rank holds what, on which node"))
     _add_import(commands.add_parser("import", help="make a checkpoint of a directory of transformers"))
     about = "make Megatron's indexed data (.bin, .idx) from text"
     _add_preprocess(commands.add_parser("preprocess", help=about, description=about))
+    completion = commands.add_parser("completion", help="print what a shell reads to complete this command")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.set_defaults(run=lambda given: _complete(given.shell, parser, training))
     given = parser.parse_args(given_arguments)
     try:
         given.run(given)
@@ -63,6 +65,12 @@ def _train(arguments: list[str]) -> None:
     from lightning_megatron.training_cli import MegatronCLI
 
     MegatronCLI(args=None if arguments == sys.argv[1:] else arguments)
+
+
+def _complete(shell: str, parser: argparse.ArgumentParser, training: Mapping[str, argparse.ArgumentParser]) -> None:
+    from lightning_megatron.completion import script
+
+    print(script(shell, parser, training))
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# The command of pyproject.toml, also where the package is not installed; python is this one.
+# The console script that pip made, and where this tree was not installed what it would run; python is this one.
+_SCRIPT = Path(sys.executable).with_name("lightning-megatron")
+COMMAND = [str(_SCRIPT)] if _SCRIPT.is_file() else [sys.executable, "-m", "lightning_megatron"]
 _SHELL = f"""python() {{ {sys.executable} "$@"; }}
-lightning-megatron() {{ python -m lightning_megatron "$@"; }}
+lightning-megatron() {{ {" ".join(COMMAND)} "$@"; }}
 torchrun() {{ python -m torch.distributed.run "$@"; }}
 """
 

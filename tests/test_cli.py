@@ -3,29 +3,22 @@
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tests.pages import blocks
+from tests.pages import COMMAND, ROOT, blocks, run
 from tests.ranks import PRELOADED
 
-ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "examples" / "recipes"
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([*PRELOADED, "lightning_megatron.training_cli"])
 
 
 def command(folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "lightning_megatron", *map(str, arguments)]
-    run = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
+    return run(folder, *COMMAND, *map(str, arguments))
 
 
 def refused(folder, *arguments):
