@@ -49,16 +49,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_export(commands.add_parser("export", help="make one file, or a directory for transformers, of a checkpoint"))
     _add_show(commands.add_parser("show", help="show which rank holds what, on which node"))
     _add_import(commands.add_parser("import", help="make a checkpoint of a directory of transformers"))
+    _add_migrate(commands.add_parser("migrate", help="make a run of accelerate's or Megatron-LM's settings"))
     about = "make Megatron's indexed data (.bin, .idx) from text"
     _add_preprocess(commands.add_parser("preprocess", help=about, description=about))
     completion = commands.add_parser("completion", help="print what a shell reads to complete this command")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     completion.set_defaults(run=lambda given: _complete(given.shell, parser, training))
-    given = parser.parse_args(given_arguments)
+    own, behind = _split(given_arguments)
+    given = parser.parse_args(own)
+    given.behind = behind
     try:
         given.run(given)
     except (CheckpointError, ValueError, OSError) as error:
         sys.exit(f"lightning-megatron: {error}")
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments before ``--``, and those behind it, which are another command's."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:cut], arguments[cut + 1 :]
 
 
 def _train(arguments: list[str]) -> None:
@@ -71,6 +80,23 @@ def _complete(shell: str, parser: argparse.ArgumentParser, training: Mapping[str
     from lightning_megatron.completion import script
 
     print(script(shell, parser, training))
+
+
+def _add_migrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="accelerate's YAML, or: megatron-args -- ARGUMENTS OF MEGATRON-LM")
+    parser.add_argument("--out", help="write the run here, and print what became of each setting")
+    parser.add_argument("--overwrite", action="store_true", help="where --out is there already")
+    parser.add_argument("--model", help="transformers' directory or name of it; of megatron-args gpt, bert or t5")
+    parser.add_argument("--environment", action="store_true", help="read MEGATRON_LM_* variables, too")
+    parser.add_argument("--devices", type=int, default=8, help="of megatron-args: GPUs of a machine (%(default)s)")
+    parser.add_argument("--num-nodes", type=int, default=1, help="of megatron-args: machines (%(default)s)")
+    parser.set_defaults(run=_migrate)
+
+
+def _migrate(given: argparse.Namespace) -> None:
+    from lightning_megatron.migration.command import run
+
+    run(given)
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:

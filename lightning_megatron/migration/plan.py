@@ -1,0 +1,106 @@
+"""``Plan``: a run as ``lightning-megatron fit --config`` reads it, and what became of each setting it was made from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+Fate = Literal["carried over", "Lightning's", "not needed", "yours to do", "not here"]
+
+
+class MigrationError(ValueError):
+    """A setting that cannot be read; the message names it and what to change."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of one setting.
+
+    Args:
+        setting: Its name where it came from.
+        value: What it was; None for what was not given and matters all the same.
+        fate: In a word or two.
+        says: Where it is now, or why it is nowhere.
+    """
+
+    setting: str
+    value: Any
+    fate: Fate
+    says: str
+
+    def __str__(self) -> str:
+        given = self.setting if self.value is None else f"{self.setting}={self.value}"
+        return f"{given}: {self.fate}{'; ' if self.says else ''}{self.says}"
+
+
+class Plan:
+    """A run in the making.
+
+    Args:
+        source: What it is made from, in words.
+        called: What Megatron's names are called there.
+    """
+
+    def __init__(self, source: str, called: Callable[[str], str] = str) -> None:
+        self.source = source
+        self._called = called
+        self.run: dict[str, Any] = {}
+        self.lines: list[Line] = []
+
+    def put(self, place: str, value: Any) -> None:
+        """Set what is at a dotted place, such as ``trainer.max_steps``."""
+        *parents, name = place.split(".")
+        inside = self.run
+        for parent in parents:
+            inside = inside.setdefault(parent, {})
+        inside[name] = value
+
+    def get(self, place: str, default: Any = None) -> Any:
+        """What is at a dotted place."""
+        inside: Any = self.run
+        for name in place.split("."):
+            if not isinstance(inside, dict) or name not in inside:
+                return default
+            inside = inside[name]
+        return inside
+
+    def say(self, setting: str, value: Any, fate: Fate, says: str = "") -> None:
+        """Add a line."""
+        self.lines.append(Line(self._called(setting), value, fate, says))
+
+    @property
+    def missing(self) -> list[Line]:
+        """What was asked for and is not here; the run does without it."""
+        return [line for line in self.lines if line.fate == "not here"]
+
+    def report(self) -> str:
+        """A line for each setting, what needs a hand first."""
+        order: tuple[Fate, ...] = ("not here", "yours to do", "carried over", "Lightning's", "not needed")
+        lines = sorted(self.lines, key=lambda line: order.index(line.fate))
+        return "\n".join([f"From {self.source}:", *(f"- {line}" for line in lines)])
+
+    def yaml(self) -> str:
+        """The run, with the report as comments."""
+        comments = "".join(f"# {line}".rstrip() + "\n" for line in self.report().splitlines())
+        order = ("seed_everything", "trainer", "model", "data")
+        run = {name: _class_first(self.run[name]) for name in order if name in self.run}
+        return comments + yaml.safe_dump(run, sort_keys=False, default_flow_style=None, width=110)
+
+
+def _class_first(value: Any) -> Any:
+    """``class_path`` before its ``init_args``, as people write it."""
+    if isinstance(value, list):
+        return [_class_first(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _class_first(value[name]) for name in sorted(value, key=lambda name: name != "class_path")}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that there is not."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]}?" if near else ""

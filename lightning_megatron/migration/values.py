@@ -1,0 +1,76 @@
+"""Values as people write them in YAML, in variables of the environment and on command lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_megatron.migration.plan import MigrationError
+
+Reader = Callable[[str, Any], Any]
+
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number.
+
+    Raises:
+        MigrationError: It is none.
+    """
+    try:
+        if isinstance(value, bool) or int(value) != float(value):
+            raise ValueError
+        return int(value)
+    except (TypeError, ValueError):
+        raise MigrationError(f"{name}={value!r}: use a whole number.") from None
+
+
+def number(name: str, value: Any) -> float:
+    """A number.
+
+    Raises:
+        MigrationError: It is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise MigrationError(f"{name}={value!r}: use a number.") from None
+
+
+def truth(name: str, value: Any) -> bool:
+    """True or false, also as a word.
+
+    Raises:
+        MigrationError: It is neither.
+    """
+    word = str(value).strip().lower()
+    if word not in _WORDS:
+        raise MigrationError(f"{name}={value!r}: use true or false.")
+    return _WORDS[word]
+
+
+def text(name: str, value: Any) -> str:
+    """A word, or a path."""
+    return str(value)
+
+
+def words(name: str, value: Any) -> list[str]:
+    """Several, as a list or separated by blanks."""
+    return [str(word) for word in value] if isinstance(value, list | tuple) else str(value).split()
+
+
+def anything(name: str, value: Any) -> Any:
+    """As it is."""
+    return value
+
+
+def one_of(*choices: str) -> Reader:
+    """One of some words."""
+
+    def read(name: str, value: Any) -> str:
+        if str(value) not in choices:
+            raise MigrationError(f"{name}={value!r}: use one of {', '.join(choices)}.")
+        return str(value)
+
+    return read

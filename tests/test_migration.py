@@ -1,0 +1,495 @@
+"""Settings of accelerate and Megatron-LM become runs that the command reads, and that do what those tools document."""
+
+import dataclasses
+import itertools
+import random
+import sys
+
+import pytest
+import torch
+import transformers
+import yaml
+from accelerate.utils import MegatronLMPlugin
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from lightning_megatron import GPTConfig, LRSchedule, ParallelLayout, biases_and_vectors
+from lightning_megatron.migration import MigrationError, from_accelerate, from_command_line, from_plugin
+from lightning_megatron.migration.accelerate import MEGATRON, PARAMETERS
+from lightning_megatron.migration.homes import HOMES
+from lightning_megatron.training_cli import MegatronCLI
+from tests.pages import blocks, script, shell
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """The command's own parser of runs."""
+    made = {}
+
+    class Unparsed(MegatronCLI):
+        def parse_arguments(self, parser, args):
+            made["parser"] = parser
+            raise KeyboardInterrupt
+
+    argv, sys.argv = sys.argv, ["migration"]
+    with pytest.raises(KeyboardInterrupt):
+        Unparsed(run=False, args=[])
+    sys.argv = argv
+    return made["parser"]
+
+
+def parsed(parser, plan) -> Namespace:
+    return parser.parse_string(plan.yaml())
+
+
+# Accelerate's configurations: what each key can be
+
+KEYS = {
+    "tp_degree": [1, 2, "4"],
+    "pp_degree": [1, 2, 4],
+    "num_micro_batches": [1, 4, "8"],
+    "gradient_clipping": [0, 0.5, "1.0"],
+    "sequence_parallelism": [True, False, "true"],
+    "recompute_activations": [True, False],
+    "recompute_granularity": ["full", "selective"],
+    "recompute_method": ["uniform", "block"],
+    "recompute_num_layers": [1, 2],
+    "use_distributed_optimizer": [True, False, "False"],
+    "context_parallel_size": [1, 2],
+    "expert_model_parallel_size": [1, 2],
+    "expert_tensor_parallel_size": [1, 2],
+    "decoder_last_pipeline_num_layers": [1, 3],
+    "attention_dropout": [0.0, 0.1],
+    "hidden_dropout": [0.0, "0.2"],
+    "attention_softmax_in_fp32": [True, False],
+    "attention_backend": [True, False],
+    "use_rotary_position_embeddings": [True, False],
+    "calculate_per_token_loss": [True, False],
+    "eod_mask_loss": [True, False],
+    "use_custom_fsdp": [True, False],
+    "optimizer_cpu_offload": [True, False],
+    "overlap_cpu_optimizer_d2h_h2d": [True, False],
+    "use_precision_aware_optimizer": [True, False],
+    "no_load_optim": [True, False],
+    "no_save_optim": [True, False],
+}
+TOP = {
+    "mixed_precision": ["no", "fp16", "bf16", False],
+    "num_machines": [1, 2],
+    "use_cpu": [True, False],
+    "machine_rank": [0, 1],
+    "main_process_ip": ["10.0.0.1", None],
+    "main_process_port": [29501, None],
+    "gradient_accumulation_steps": [1, 4],
+    "deepspeed_config": [{}],
+    "fsdp_config": [{}],
+    "downcast_bf16": ["no"],
+    "rdzv_backend": ["static"],
+    "same_network": [True],
+    "main_training_function": ["main"],
+    "compute_environment": ["LOCAL_MACHINE"],
+}
+WAITING = {"context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"}
+
+
+def generated(number: int) -> dict:
+    """A configuration; over 60 of them every value of every key occurs."""
+    draw = random.Random(number)
+    keys = sorted(KEYS)
+    chosen = {key for key in keys if draw.random() < 0.5} | set(keys[number % len(keys) :][:3])
+    block = {f"megatron_lm_{key}": draw.choice(KEYS[key]) for key in sorted(chosen)}
+    top = {key: draw.choice(values) for key, values in TOP.items() if draw.random() < 0.7}
+    world = 16 * int(top.get("num_machines", 1))
+    return {"distributed_type": "MEGATRON_LM", "num_processes": world, **top, "megatron_lm_config": block}
+
+
+NUMBERS = range(60)
+
+
+def test_every_value_of_every_key_is_generated():
+    seen = {(key, str(value)) for number in NUMBERS for key, value in generated(number)["megatron_lm_config"].items()}
+    assert seen == {(f"megatron_lm_{key}", str(value)) for key, values in KEYS.items() for value in values}
+    tops = {(key, str(value)) for number in NUMBERS for key, value in generated(number).items() if key in TOP}
+    assert tops == {(key, str(value)) for key, values in TOP.items() for value in values}
+
+
+def _true(value) -> bool:
+    return str(value).lower() == "true"
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_an_accelerate_configuration(number, parser):
+    config = generated(number)
+    block = {key.removeprefix("megatron_lm_"): value for key, value in config["megatron_lm_config"].items()}
+    plan = from_accelerate(config)
+    run = parsed(parser, plan)
+    trainer, strategy = run.trainer, run.trainer.strategy.init_args
+
+    sizes = {
+        "tp": block.get("tp_degree", 1),
+        "pp": block.get("pp_degree", 1),
+        "cp": block.get("context_parallel_size", 1),
+    }
+    sizes |= {"ep": block.get("expert_model_parallel_size", 1), "etp": block.get("expert_tensor_parallel_size")}
+    for name, size in sizes.items():
+        assert strategy[name] == (None if size is None else int(size)), name
+    if not any(int(block.get(name, 1)) > 1 for name in WAITING):
+        layout = ParallelLayout(world_size=config["num_processes"], tp=int(sizes["tp"]), pp=int(sizes["pp"]))
+        assert trainer.devices * trainer.num_nodes == layout.world_size
+    assert trainer.num_nodes == config.get("num_machines", 1)
+    assert trainer.accelerator == ("cpu" if config.get("use_cpu") else "gpu")
+    precision = {"no": "32-true", "False": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+    assert trainer.precision == precision[str(config.get("mixed_precision", "no"))]
+    # accelerate clips at 1.0 where nothing is said, and 0 is no clipping.
+    assert (trainer.gradient_clip_val or 0) == float(block.get("gradient_clipping", 1.0))
+    assert strategy.num_microbatches == (int(block["num_micro_batches"]) if "num_micro_batches" in block else None)
+    assert strategy.sequence_parallel == _true(block.get("sequence_parallelism", False))
+    assert strategy.distributed_optimizer == _true(block.get("use_distributed_optimizer", True))
+    selective = "selective" if block.get("recompute_activations") else None
+    assert strategy.recompute == block.get("recompute_granularity", selective)
+    model = run.model.init_args
+    given = model.get("config") or {}
+    for name in ("hidden_dropout", "attention_dropout"):
+        assert given.get(name) == (float(block[name]) if name in block else None)
+    if block.get("use_rotary_position_embeddings"):
+        assert given["position_embedding"] == "rope"
+    assert model.loss_reduction == ("token" if block.get("calculate_per_token_loss", True) else "micro_batch")
+    extra = given.get("extra", {})
+    assert extra.get("num_layers_in_last_pipeline_stage") == block.get("decoder_last_pipeline_num_layers")
+    for name in ("attention_softmax_in_fp32", "recompute_method", "recompute_num_layers"):
+        assert extra.get(name) == block.get(name)
+    GPTConfig(num_layers=8, hidden_size=64, num_attention_heads=4, extra=extra)  # it knows each of them
+
+    said = {line.setting for line in plan.lines}
+    assert said >= block.keys() - ({"recompute_activations"} if "recompute_granularity" in block else set())
+    assert said >= config.keys() & TOP.keys() - {"machine_rank", "main_process_ip", "main_process_port"}
+    missing = {line.setting for line in plan.missing}
+    assert missing >= {name for name in ("use_custom_fsdp", "optimizer_cpu_offload") if block.get(name)}
+    assert {"cp", "ep", "etp"} & missing == {
+        short
+        for short, name in (
+            ("cp", "context_parallel_size"),
+            ("ep", "expert_model_parallel_size"),
+            ("etp", "expert_tensor_parallel_size"),
+        )
+        if int(block.get(name, 1)) > 1
+    }
+
+
+def test_the_environment_stands_behind_the_configuration():
+    variables = {"MEGATRON_LM_TP_DEGREE": "4", "MEGATRON_LM_PP_DEGREE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    config = {"distributed_type": "MEGATRON_LM", "num_processes": 8, "megatron_lm_config": {"megatron_lm_pp_degree": 1}}
+    plan = from_accelerate(config, environment=variables)
+    assert plan.run["trainer"]["strategy"]["init_args"] == {"tp": 4, "pp": 1}
+    assert plan.run["trainer"]["precision"] == "bf16-mixed"
+
+
+# The plugin itself
+
+
+def test_every_parameter_of_the_plugin_is_known():
+    assert PARAMETERS.keys() == {field.name for field in dataclasses.fields(MegatronLMPlugin)}
+    assert set(MEGATRON.values()) <= HOMES.keys()
+
+
+def test_what_the_plugin_fills_in_by_itself_is_not_carried_over():
+    run = from_plugin(MegatronLMPlugin(tp_degree=2, pp_degree=2, num_micro_batches=4), world_size=4).run
+    assert run["trainer"]["strategy"]["init_args"] == {"tp": 2, "pp": 2, "num_microbatches": 4}
+    assert run["trainer"]["gradient_clip_val"] == 1.0
+    assert "config" not in run["model"]["init_args"]  # neither rotary positions nor dropout
+
+
+def test_every_argument_has_its_line():
+    def decays(name, parameter):
+        return name.endswith("bias")
+
+    values = {
+        "num_layers_per_virtual_pipeline_stage": 2,
+        "train_samples": None,
+        "lr_decay_samples": None,
+        "lr_warmup_samples": None,
+        "lr_warmup_fraction": None,
+        "other_megatron_args": {"num_layers": 8, "qk_layernorm": True, "reset_position_ids": True, "eos_token_id": 3},
+        "no_wd_decay_cond": decays,
+        "lr_decay_style": "cosine",
+        "weight_decay_incr_style": "linear",
+        "start_weight_decay": 0.0,
+        "end_weight_decay": 0.1,
+        "pp_degree": 2,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+    }
+    flags = {name for name, megatrons in MEGATRON.items() if HOMES[megatrons].flag}
+    asked = {name: values.get(name, True if name in flags else 1) for name in PARAMETERS}
+    plan = from_plugin({name: value for name, value in asked.items() if value is not None})
+    said = {line.setting for line in plan.lines}
+    assert said >= {name for name, value in asked.items() if value is not None} - {"recompute_activations"}
+    model = plan.run["model"]["init_args"]
+    assert model["config"]["extra"]["qk_layernorm"] is True
+    assert plan.run["model"]["dict_kwargs"] == {"reset_position_ids": True, "eod_mask_loss": True, "eod_id": 3}
+    assert plan.run["trainer"]["strategy"]["init_args"]["vp"] == 2
+
+
+GLOBAL_BATCH = 12
+STYLES = ["constant", "linear", "cosine", "inverse-square-root"]
+DECAYS = [
+    {},
+    {"weight_decay_incr_style": "linear", "start_weight_decay": 0.01, "end_weight_decay": 0.2},
+    {"weight_decay_incr_style": "cosine", "start_weight_decay": 0.0, "end_weight_decay": 0.1},
+    {"weight_decay_incr_style": "constant", "start_weight_decay": 0.05, "end_weight_decay": 0.05},
+]
+LENGTHS = [
+    {"train_iters": 80},
+    {"train_iters": 100, "lr_warmup_iters": 10},
+    {"train_iters": 100, "lr_decay_iters": 60, "lr_warmup_iters": 5, "min_lr": 1e-5},
+    {"train_iters": 90, "lr_decay_iters": 70, "lr_warmup_fraction": 0.1, "min_lr": 1e-4},
+]
+
+
+def _optimizer():
+    return torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=3e-3, weight_decay=0.1)
+
+
+def _accelerates(asked: dict, optimizer) -> OptimizerParamScheduler:
+    """What accelerate's ``prepare`` builds, which counts samples of the global batch."""
+    horizon = asked["train_iters"] * GLOBAL_BATCH
+    decay = asked.get("lr_decay_iters", asked["train_iters"]) * GLOBAL_BATCH
+    warmup = asked.get("lr_warmup_iters", 0) * GLOBAL_BATCH
+    if "lr_warmup_fraction" in asked:
+        warmup = asked["lr_warmup_fraction"] * decay
+    for group in optimizer.param_groups:
+        group |= {"max_lr": group["lr"], "min_lr": asked.get("min_lr", 0.0), "wd_mult": 1.0, "lr_mult": 1.0}
+    return OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=3e-3, min_lr=asked.get("min_lr", 0.0), lr_warmup_steps=warmup,
+        lr_decay_steps=decay, lr_decay_style=asked["lr_decay_style"],
+        start_wd=asked.get("start_weight_decay", 0.1), end_wd=asked.get("end_weight_decay", 0.1),
+        wd_incr_steps=horizon, wd_incr_style=asked.get("weight_decay_incr_style", "constant"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_schedule_is_accelerates_over_100_steps(style, parser):
+    for lengths, decay in itertools.product(LENGTHS, DECAYS):
+        asked = {"lr_decay_style": style, **lengths, **decay}
+        plan = from_plugin(asked)
+        if style == "inverse-square-root" and not {"lr_warmup_iters", "lr_warmup_fraction"} & asked.keys():
+            assert "lr_warmup" in {line.setting for line in plan.lines}  # it would depend on the batch's size
+            continue
+        run = parsed(parser, plan)
+        assert run.trainer.max_steps == asked["train_iters"]
+        schedule = LRSchedule(**run.model.init_args.lr_schedule)
+        trainer = Trainer(max_steps=run.trainer.max_steps, accelerator="cpu", logger=False, enable_checkpointing=False)
+        ours, theirs = _optimizer(), _optimizer()
+        mine, other = schedule.build(ours, trainer), _accelerates(asked, theirs)
+        for step in range(100):
+            for name in ("lr", "weight_decay"):
+                expected = theirs.param_groups[0][name]
+                assert ours.param_groups[0][name] == pytest.approx(expected, rel=1e-12), (asked, step, name)
+            ours.step()
+            mine.step()
+            other.step(GLOBAL_BATCH)
+
+
+# Megatron-LM
+
+GPT3 = """--tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --num-layers 96 --hidden-size 12288
+  --num-attention-heads 96 --seq-length 2048 --max-position-embeddings 2048 --attention-backend auto
+  --micro-batch-size 1 --global-batch-size 1536 --rampup-batch-size 16 16 5859375 --train-iters 500000
+  --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --init-method-std 0.006 --clip-grad 1.0 --fp16 --lr 6.0e-5
+  --lr-decay-style cosine --min-lr 6.0e-6 --lr-warmup-fraction .001 --lr-decay-iters 430000 --data-path corpus
+  --split 949,50,1 --log-interval 100 --save-interval 10000 --eval-interval 1000 --save ck --load ck --eval-iters 10
+  --tensorboard-dir tb --vocab-file v.json --merge-file m.txt"""
+LLAMA = """--tensor-model-parallel-size 2 --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --swiglu
+  --num-attention-heads 32 --group-query-attention --num-query-groups 8 --seq-length 8192 --rotary-base 500000
+  --position-embedding-type rope --normalization RMSNorm --norm-epsilon 1e-5 --disable-bias-linear --sequence-parallel
+  --untie-embeddings-and-output-weights --bf16 --use-distributed-optimizer --overlap-grad-reduce
+  --overlap-param-gather --micro-batch-size 1 --global-batch-size 128 --train-samples 1280000 --lr-warmup-samples 12800
+  --lr-decay-samples 1000000 --lr 3e-4 --min-lr 3e-5 --tokenizer-type HuggingFaceTokenizer --tokenizer-model llama
+  --data-path 0.7 web 0.3 code --data-cache-path cache --use-rope-scaling --transformer-impl transformer_engine
+  --attention-softmax-in-fp32 --reset-attention-mask --eod-mask-loss --distributed-timeout-minutes 90 --seed 7"""
+BERT = """--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 512 --max-position-embeddings 512
+  --micro-batch-size 4 --global-batch-size 32 --train-iters 1000000 --lr 1e-4 --min-lr 1e-5 --lr-warmup-fraction .01
+  --weight-decay 1e-2 --data-path sentences --tokenizer-model bert.json --bert-no-binary-head"""
+T5 = """--encoder-num-layers 12 --decoder-num-layers 12 --num-layers 12 --hidden-size 768 --num-attention-heads 12
+  --encoder-seq-length 512 --decoder-seq-length 128 --micro-batch-size 16 --global-batch-size 128 --lr 1e-4
+  --train-iters 1000000 --optimizer sgd --data-path sentences --tokenizer-model t5.json"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model", "devices", "nodes"),
+    [(GPT3, "gpt", 8, 16), (LLAMA, "gpt", 8, 1), (BERT, "bert", 8, 1), (T5, "t5", 8, 1)],
+    ids=["gpt3", "llama", "bert", "t5"],
+)
+def test_the_command_lines_of_its_examples(arguments, model, devices, nodes, parser, monkeypatch):
+    plan = from_command_line(arguments.split(), model, devices=devices, num_nodes=nodes)
+    run = parsed(parser, plan)
+    assert not plan.missing
+    options = {word for word in arguments.split() if word.startswith("--")}
+    assert {line.setting for line in plan.lines} >= options
+    assert run.model.class_path == {"gpt": "lightning_megatron.GPTModule", "bert": "lightning_megatron.BertModule"}.get(
+        model, "lightning_megatron.T5Module"
+    )
+    assert run.data.init_args.samples.init_args.seq_length == run.model.init_args.config.seq_length
+
+
+def test_llamas_settings_arrive(parser):
+    run = parsed(parser, from_command_line(LLAMA.split(), "gpt"))
+    config, strategy, data = run.model.init_args.config, run.trainer.strategy.init_args, run.data.init_args
+    assert (config.activation, config.bias, config.tie_embeddings) == ("swiglu", False, False)
+    assert (config.num_query_groups, config.position_embedding, config.rotary_base) == (8, "rope", 500000)
+    assert config.rope_scaling["factor"] == 8
+    assert config.layers == "transformer_engine"
+    assert config.extra == {"attention_softmax_in_fp32": True}
+    assert (strategy.tp, strategy.sequence_parallel, strategy.distributed_optimizer) == (2, True, True)
+    assert strategy.ddp.overlap_grad_reduce
+    assert strategy.ddp.overlap_param_gather
+    assert strategy.timeout.total_seconds() == 90 * 60
+    assert run.trainer.max_steps == 10000
+    assert run.trainer.precision == "bf16-mixed"
+    schedule = run.model.init_args.lr_schedule
+    assert (schedule.unit, schedule.warmup_steps, schedule.decay_steps) == ("samples", 12800, 1000000)
+    assert (data.paths, data.weights, data.global_batch_size) == (["web", "code"], [0.7, 0.3], 128)
+    samples = data.samples.init_args
+    assert (samples.reset_attention_mask, samples.eod_mask_loss, samples.reset_position_ids) == (True, True, False)
+    assert run.seed_everything == 7
+
+
+def test_the_groups_of_the_optimizer_are_megatrons(parser):
+    arguments = """--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --vocab-size 32 --lr 2e-3
+      --adam-beta2 0.95 --weight-decay 0.3"""
+    run = parser.instantiate(parsed(parser, from_command_line(arguments.split(), devices=1)))
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32)
+    optimizer = run.model.optimizer.build(layer.named_parameters())
+    assert type(optimizer) is torch.optim.AdamW
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in layer.named_parameters():
+        assert decays[id(parameter)] == (0.0 if biases_and_vectors(name, parameter) else 0.3), name
+    assert optimizer.param_groups[0]["lr"] == 2e-3
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+
+
+# As a user does it
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=32, vocab_size=257)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2-of-mine")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_page_on_accelerate(gpt2):
+    block = {"megatron_lm_tp_degree": 2, "megatron_lm_num_micro_batches": 4}
+    config = {"distributed_type": "MEGATRON_LM", "num_processes": 4, "megatron_lm_config": block}
+    (gpt2 / "accelerate_config.yaml").write_text(yaml.safe_dump(config))
+    (command,) = blocks("migrate_accelerate.md", "bash")
+    assert "num_micro_batches=4: carried over" in shell(gpt2, command)
+    assert yaml.safe_load((gpt2 / "run.yaml").read_text())["model"]["init_args"] == {"source": "gpt2-of-mine"}
+    plugin, train = blocks("migrate_accelerate.md")
+    told = script(gpt2, plugin)
+    assert "num_layers_in_first_pipeline_stage: 3" in told
+    assert "style: cosine" in told
+    script(gpt2, train)
+    transformers.AutoModelForCausalLM.from_pretrained(gpt2 / "trained")
+
+
+def test_the_page_on_megatron_lm(tmp_path, parser):
+    (command,) = blocks("migrate_megatron_lm.md", "bash")
+    shell(tmp_path, command)
+    run = parser.parse_path(str(tmp_path / "run.yaml"))
+    assert run.trainer.strategy.init_args.micro_batch_size == 4
+    assert run.data.init_args.tokenizer == "tokenizer.json"
+    (code,) = blocks("migrate_megatron_lm.md")
+    assert "'activation': 'swiglu'" in script(tmp_path, code)
+
+
+@pytest.mark.slow
+def test_the_page_on_nemo(tmp_path):
+    (code,) = blocks("migrate_nemo2.md")
+    script(tmp_path, code)
+
+
+@pytest.mark.slow
+def test_a_migrated_run_trains(gpt2):
+    block = {"tp_degree": 2, "pp_degree": 2, "num_micro_batches": 2, "sequence_parallelism": True}
+    accelerates = {"distributed_type": "MEGATRON_LM", "num_processes": 4, "use_cpu": True, "mixed_precision": "no"}
+    accelerates["megatron_lm_config"] = {f"megatron_lm_{name}": value for name, value in block.items()}
+    (gpt2 / "accelerate.yaml").write_text(yaml.safe_dump(accelerates))
+    told = shell(gpt2, "lightning-megatron migrate accelerate.yaml --model gpt2-of-mine --out run.yaml")
+    assert "tp_degree=2: carried over; MegatronStrategy(tp=)" in told
+    fit = "lightning-megatron fit --config run.yaml --trainer.max_steps 2 --trainer.logger CSVLogger"
+    data = "--data TextDataModule --data.seq_length 32 --data.batch_size 4"
+    shell(gpt2, f"{fit} --trainer.logger.save_dir . --trainer.log_every_n_steps 1 {data}")
+    (metrics,) = gpt2.rglob("metrics.csv")
+    assert "train_loss" in metrics.read_text()
+    with pytest.raises(AssertionError, match="run.yaml is there already. Add --overwrite"):
+        shell(gpt2, "lightning-megatron migrate accelerate.yaml --out run.yaml")
+
+
+def _accelerate(**changed) -> dict:
+    return {"distributed_type": "MEGATRON_LM", "num_processes": 4, **changed}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (_accelerate(distributed_type="FSDP"), "distributed_type=FSDP: .*distributed_type: MEGATRON_LM"),
+        (
+            _accelerate(megatron_lm_config={"megatron_lm_tp_degre": 2}),
+            r"megatron_lm_tp_degre: .*megatron_lm_tp_degree\?",
+        ),
+        (_accelerate(megatron_lm_config={"tp_degree": 2}), r"tp_degree: .*Did you mean megatron_lm_tp_degree\?"),
+        (_accelerate(megatron_lm_config={"megatron_lm_tp_degree": "two"}), "tp_degree='two': use a whole number"),
+        (_accelerate(megatron_lm_config={"megatron_lm_tp_degree": 3}), "tp=3.* do not divide the world of 4. Use"),
+        (_accelerate(mixed_precision="fp8"), "mixed_precision=fp8: use one of no, bf16, fp16"),
+        (_accelerate(num_machines=3), "num_processes=4: 3 machines do not share them evenly"),
+        (_accelerate(num_procesess=8), r"num_procesess: .*Did you mean num_processes\?"),
+        (_accelerate(megatron_lm_config={"megatron_lm_sequence_parallelism": "maybe"}), "'maybe': use true or false"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_accelerate_would_not_say(config, says):
+    with pytest.raises(ValueError, match=says):
+        from_accelerate(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--tensor-model-paralel-size 2", r"--tensor-model-paralel-size: .*Did you mean tensor_model_parallel_size\?"),
+        ("--num-layers", "--num-layers is without its value"),
+        ("--bf16 true", "--bf16 true: it takes no value"),
+        ("--num-layers many", "'many': use a whole number"),
+        ("gpt", "'gpt': start with an option"),
+        ("--bf16 --fp16", "bf16 and fp16: give one"),
+        ("--train-iters 5 --train-samples 7", "train_iters=5 and train_samples=7: give one"),
+        ("--train-iters 9 --lr-warmup-samples 5 --lr-warmup-iters 5", "lr_warmup_iters=5: this run counts samples"),
+        ("--lr-warmup-fraction 0.1 --lr-warmup-iters 5", "lr_warmup_fraction and lr_warmup_iters: give one"),
+        ("--tensor-model-parallel-size 3", "tp=3.* do not divide the world of 8"),
+        ("--num-layers 10 --num-layers-per-virtual-pipeline-stage 3", "10 layers on 1 stages are no multiple"),
+        ("--rampup-batch-size 16 --global-batch-size 64", "use START INCREMENT SAMPLES"),
+        ("--lr-decay-style cosin", "'cosin': use one of constant, linear, cosine"),
+    ],
+)
+def test_mistakes_in_megatrons_arguments(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        from_command_line(arguments.split())
+
+
+def test_what_is_not_here_ends_with_an_error_and_the_run_all_the_same(tmp_path):
+    with pytest.raises(AssertionError, match="the run does without --num-experts") as failed:
+        shell(tmp_path, "lightning-megatron migrate megatron-args -- --num-layers 2 --num-experts 8")
+    assert "num_layers: 2" in str(failed.value)
+    with pytest.raises(AssertionError, match="Give Megatron-LM's arguments behind --"):
+        shell(tmp_path, "lightning-megatron migrate megatron-args")
+    with pytest.raises(AssertionError, match="nowhere.yaml"):
+        shell(tmp_path, "lightning-megatron migrate nowhere.yaml")
+
+
+def test_plugin_mistakes():
+    with pytest.raises(MigrationError, match=r"tp_degre: .* no such argument. Did you mean tp_degree\?"):
+        from_plugin({"tp_degre": 2})
+    with pytest.raises(MigrationError, match=r"other_megatron_args\['nun_layers'\].*Did you mean num_layers\?"):
+        from_plugin({"other_megatron_args": {"nun_layers": 2}})
