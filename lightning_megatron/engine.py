@@ -21,6 +21,7 @@ from lightning_megatron import copies, groups
 from lightning_megatron.backend import model_rng
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.microbatch import Cut, join, slices
+from lightning_megatron.timing import Timers
 
 # Runs (micro-batch, its share of the batch's rows, chunk number): hidden states, or on the last stage a sum and its
 # weight, or a mean.
@@ -94,6 +95,7 @@ class Engine:
         self.has_gradients = False  # of batches since the last step
         self._buffers = [pair for chunk in chunks for pair in _kept_buffers(chunk)] if layout.dp > 1 else []
         self.share_buffers()
+        self.timers: Timers | None = None
         self.local_loss = torch.zeros((), device=device)  # the last batch's sum on this rank, 0 before the last stage
 
     def zero_grad(self) -> None:
@@ -102,6 +104,12 @@ class Engine:
         self.has_gradients = False
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
+
+    def tell(self, timers: Timers | None) -> None:
+        """Have megatron-core time what it does; None stops that."""
+        self.timers = timers
+        for config in {id(chunk.config): chunk.config for chunk in self.chunks}.values():
+            config.timers = timers
 
     def rest(self) -> None:
         """Take the hooks off the model: another engine, or another strategy, may train it next."""

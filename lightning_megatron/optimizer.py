@@ -21,6 +21,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_megatron.engine import Engine, NonFiniteLossError
 from lightning_megatron.gradients import ShownGradients
+from lightning_megatron.timing import OPTIMIZER, timed
 
 _SHARDABLE = (AdamW, Adam, SGD)
 
@@ -97,12 +98,17 @@ class ShardedOptimizer(Optimizer):
         result = closure() if closure is not None else None
         self._hide_gradients()
         self.last_step_was_skipped = False
-        if not self.engine.has_gradients:
-            return result
+        if self.engine.has_gradients:
+            with timed(self.engine.timers, OPTIMIZER):
+                self._update()
+        return result
+
+    def _update(self) -> None:
+        """Clip and update; or skip the step."""
         self.last_step_was_skipped = self.inner.prepare_grads()
         if self.last_step_was_skipped:
             self.skipped_steps += 1
-            return result
+            return
         self.grad_norm = None
         if self.clip_norm > 0:
             self.grad_norm = self.inner.clip_grad_norm(self.clip_norm)
@@ -117,10 +123,9 @@ class ShardedOptimizer(Optimizer):
             if self.on_nonfinite == "skip":
                 self.last_step_was_skipped = True
                 self.skipped_steps += 1
-                return result
+                return
         self.inner.step_with_ready_grads()
         self.engine.has_gradients = False
-        return result
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: gradient buffers are laid out at the start of a run."""

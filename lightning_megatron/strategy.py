@@ -43,6 +43,7 @@ from lightning_megatron import (
     preemption,
     refusals,
     report,
+    timing,
 )
 from lightning_megatron.checkpoint import Checkpointer, Run, attend, local_path
 from lightning_megatron.engine import Engine
@@ -150,12 +151,24 @@ class MegatronStrategy(Placement, ParallelStrategy):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._engine: Engine | None = None
+        self._timers = timing.Timers()
         self.launch = launch
         launching.check(launch)
         refusals.check_arguments(micro_batch_size, num_microbatches, recompute)
         refusals.check_settings(ddp, initial_loss_scale, process_group_backend, on_nonfinite)
 
-    # What is known of the run
+    # What is known of the run, and who watches it
+
+    def listen(self, listener: timing.Listener) -> None:
+        """Tell ``listener`` what this rank does, and when, from now on."""
+        self._timers.listeners.append(listener)
+        self.engine.tell(self._timers)
+
+    def stop_listening(self, listener: timing.Listener) -> None:
+        """Tell it nothing more."""
+        self._timers.listeners.remove(listener)
+        if not self._timers.listeners:
+            self.engine.tell(None)
 
     @property
     def engine(self) -> Engine:
@@ -464,7 +477,8 @@ class MegatronStrategy(Placement, ParallelStrategy):
             kept.copy_to(local_path(filepath), checkpoint)
             return
         first_error.meet_while_handling()
-        self.checkpointer.save(checkpoint, local_path(self.broadcast(filepath)), self._run)
+        with timing.timed(self.engine.timers, timing.SAVE):
+            self.checkpointer.save(checkpoint, local_path(self.broadcast(filepath)), self._run)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

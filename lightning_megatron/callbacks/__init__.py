@@ -1,5 +1,22 @@
 """What people watch a run by. Each callback logs through ``self.log``, so that every logger shows it."""
 
+from lightning_megatron.callbacks.memory import MemoryMonitor
 from lightning_megatron.callbacks.perplexity import Perplexity
+from lightning_megatron.callbacks.phase_times import PhaseTimes
+from lightning_megatron.callbacks.pipeline_timeline import PipelineTimeline
+from lightning_megatron.callbacks.profile import Profile
+from lightning_megatron.callbacks.progress_bars import RichTrainingProgressBar, TrainingProgressBar
+from lightning_megatron.callbacks.throughput import Throughput
+from lightning_megatron.callbacks.training_monitor import TrainingMonitor
 
-__all__ = ["Perplexity"]
+__all__ = [
+    "MemoryMonitor",
+    "Perplexity",
+    "PhaseTimes",
+    "PipelineTimeline",
+    "Profile",
+    "RichTrainingProgressBar",
+    "Throughput",
+    "TrainingMonitor",
+    "TrainingProgressBar",
+]

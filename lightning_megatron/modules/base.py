@@ -128,6 +128,10 @@ class MegatronModule(pl.LightningModule):
     def sequence_length(self, batch: Batch) -> int:
         """Length of the hidden states that travel between pipeline stages, before any sharding."""
 
+    def lengths(self, batch: Batch) -> tuple[int, ...]:
+        """Tokens of a sequence of the batch; of an encoder-decoder, of the encoder's side and the decoder's."""
+        return (self.sequence_length(batch),)
+
     def adapt_model(self) -> None:
         """Change the chunks, which are built and have no weights of a checkpoint's yet."""
 

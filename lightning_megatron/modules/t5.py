@@ -141,10 +141,14 @@ class T5Module(GeneratingModule):
                 )
 
     def sequence_length(self, batch: Batch) -> int:
-        """Tokens of both sides, which travel one behind the other, each rounded up as ``get_batch`` pads."""
+        """Tokens of both sides, which travel one behind the other."""
+        return sum(self.lengths(batch))
+
+    def lengths(self, batch: Batch) -> tuple[int, ...]:
+        """Tokens of each side, rounded up as ``get_batch`` pads."""
         batch = _renamed(self.readable(batch))
         lengths = (int(batch["input_ids"].size(1)), self._decoder_inputs(batch).size(1))
-        return sum(length + self._padding(length) for length in lengths)
+        return tuple(length + self._padding(length) for length in lengths)
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens of both sides, masks (True where a query may not look), and labels, from either form."""

@@ -1,0 +1,109 @@
+"""``MemoryMonitor``: what each rank takes, beside what its weights, gradients and optimizer should take."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim import SGD, Adam, AdamW
+from typing_extensions import override
+
+from lightning_megatron import groups
+from lightning_megatron.callbacks.steps import log, logs_now, rank_name
+from lightning_megatron.engine import Engine
+from lightning_megatron.optimizer import ShardedOptimizer
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that one rank holds through a whole step; activations come on top.
+
+    Args:
+        weights: Of its part of the model.
+        gradients: megatron-core's buffers.
+        optimizer: Main weights that are not the model's own, and the optimizer's state, of this rank's share.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(astuple(self))
+
+
+def estimate(engine: Engine, optimizer: ShardedOptimizer) -> Estimate:
+    """What a rank's parts take by their sizes, known before the first step.
+
+    Args:
+        engine: Holds the chunks and their gradient buffers.
+        optimizer: Of them.
+    """
+    weights = sum(p.numel() * p.element_size() for chunk in engine.chunks for p in chunk.parameters())
+    buffers = [b for chunk in engine.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    gradients = sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in buffers)
+    inner, held = optimizer.inner.optimizer, 0
+    for part in optimizer.held():
+        own = part.main.dtype != part.parameter.dtype
+        held += part.main.numel() * part.main.element_size() * (own + _states(inner))
+    return Estimate(weights, gradients, held)
+
+
+class MemoryMonitor(pl.Callback):
+    """Logs ``memory_gib``, the most that any rank has taken, and ``memory_estimate_gib``, what that rank's estimate is.
+
+    On GPUs it is what torch has allocated at most; on a CPU the process's largest resident set, the interpreter and
+    its libraries included. The first time, a line names the rank and what its estimate is made of. Megatron's
+    estimates of activations ask for sizes that not every model here has, and are left out: what is above the
+    estimate is theirs, and buffers'.
+    """
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        self._device = strategy.root_device
+        self._estimates = groups.gather(estimate(strategy.engine, strategy.optimizers[0]), groups.on_host())
+        self._told = False
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if not logs_now(trainer):
+            return
+        taken = groups.gather(_taken(self._device), groups.on_host())
+        most = max(range(len(taken)), key=lambda rank: taken[rank])
+        expected = self._estimates[most]
+        log(pl_module, {"memory_gib": taken[most] / _GIB, "memory_estimate_gib": expected.total / _GIB})
+        if not self._told:
+            self._told = True
+            rank_zero_info(
+                f"Memory: {rank_name(trainer, most)} takes the most, {taken[most] / _GIB:.2f} GiB. By its sizes:"
+                f" weights {expected.weights / _GIB:.2f}, gradients {expected.gradients / _GIB:.2f}, optimizer"
+                f" {expected.optimizer / _GIB:.2f}; the rest is activations and what the process itself takes."
+            )
+
+
+def _taken(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> int:
+    """Tensors as large as the weight that the optimizer keeps for each."""
+    if isinstance(optimizer, Adam | AdamW):
+        return 3 if optimizer.defaults.get("amsgrad") else 2
+    if isinstance(optimizer, SGD):
+        return 1 if optimizer.defaults.get("momentum") else 0
+    state: dict[str, Any] = next(iter(optimizer.state.values()), {})
+    return sum(1 for value in state.values() if isinstance(value, torch.Tensor) and value.dim() > 0)

@@ -1,0 +1,25 @@
+"""When callbacks look, and how they say what they saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+
+
+def logs_now(trainer: pl.Trainer) -> bool:
+    """Whether loggers are told of the optimizer step that has just ended; the same on every rank."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    ended = not trainer.fit_loop._should_accumulate()
+    return ended and every > 0 and trainer.global_step > 0 and trainer.global_step % every == 0
+
+
+def log(module: pl.LightningModule, values: Mapping[str, float]) -> None:
+    """Log values that are equal on every rank already."""
+    module.log_dict(dict(values), on_step=True, on_epoch=False, batch_size=1)
+
+
+def rank_name(trainer: pl.Trainer, rank: int) -> str:
+    """A rank, and where it sits."""
+    place = trainer.strategy.layout.coordinates(rank)  # type: ignore[attr-defined]
+    return f"rank {rank} (pipeline stage {place.pp}, tensor rank {place.tp}, replica {place.dp})"

@@ -1,0 +1,154 @@
+"""``Throughput``: tokens and samples a second, TFLOP/s and MFU, and what the run has consumed."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_megatron import groups
+from lightning_megatron.callbacks.steps import log, logs_now
+from lightning_megatron.flops import training_flops
+from lightning_megatron.microbatch import count_rows
+from lightning_megatron.modules.base import MegatronModule
+
+_MEASURED_WITH = 1024  # rows and columns of the product that measures an unknown device
+
+
+class _Work(NamedTuple):
+    """What one optimizer step took and did, over all replicas."""
+
+    seconds: float
+    samples: float
+    tokens: float
+    flops: float
+
+
+class Throughput(pl.Callback):
+    """Logs how fast training goes, over the last steps and all ranks; the same values on every rank.
+
+    ``tokens_per_second``, ``tokens_per_second_per_device``, ``samples_per_second``, ``tflops_per_device``, ``mfu`` (of
+    the device's peak, 0 to 1), ``consumed_samples`` and ``consumed_tokens`` (since the start of training, resumed runs
+    included). A plain LightningModule has samples only.
+
+    Tokens are all that the model runs over, padding included; of a T5, both sides'. Loading data and writing
+    checkpoints count as time, validation does not.
+
+    Args:
+        window: Optimizer steps that a value is over.
+        peak_tflops: Of one device. None: what Lightning knows of it, and of an unknown one, such as a CPU, what a
+            matrix product reaches when training starts.
+    """
+
+    def __init__(self, window: int = 20, peak_tflops: float | None = None) -> None:
+        if window < 1 or (peak_tflops is not None and peak_tflops <= 0):
+            raise MisconfigurationException(f"Throughput(window={window}, peak_tflops={peak_tflops}): use 1 or more.")
+        self.window = window
+        self.peak_tflops = peak_tflops
+        self.consumed_samples = 0
+        self.consumed_tokens = 0
+        self._steps: deque[_Work] = deque(maxlen=window)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed_samples": self.consumed_samples, "consumed_tokens": self.consumed_tokens}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.consumed_samples, self.consumed_tokens = state_dict["consumed_samples"], state_dict["consumed_tokens"]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.peak_tflops is None and isinstance(pl_module, MegatronModule):
+            strategy: Any = trainer.strategy
+            self.peak_tflops = peak_flops(strategy.root_device, strategy.precision_plugin.compute_dtype) / 1e12
+        self._steps.clear()
+        self._since_the_step = [0.0, 0.0, 0.0]
+        self._last = time.monotonic()
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validating = time.monotonic()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.training and hasattr(self, "_last"):
+            self._last += time.monotonic() - self._validating
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = _replicas_sum(_work_of(pl_module, batch), trainer.strategy.root_device)
+        self._since_the_step = [before + now for before, now in zip(self._since_the_step, done, strict=True)]
+        self.consumed_samples += int(done[0])
+        self.consumed_tokens += int(done[1])
+        if trainer.fit_loop._should_accumulate():
+            return
+        now = time.monotonic()
+        self._steps.append(_Work(now - self._last, *self._since_the_step))
+        self._last, self._since_the_step = now, [0.0, 0.0, 0.0]
+        if logs_now(trainer):
+            log(pl_module, self._values(trainer.world_size))
+
+    def _values(self, world_size: int) -> dict[str, float]:
+        seconds, samples, tokens, flops = (sum(values) for values in zip(*self._steps, strict=True))
+        values = {"samples_per_second": samples / seconds, "consumed_samples": float(self.consumed_samples)}
+        if tokens:
+            each = flops / seconds / world_size / 1e12
+            values |= {
+                "tokens_per_second": tokens / seconds,
+                "tokens_per_second_per_device": tokens / seconds / world_size,
+                "tflops_per_device": each,
+                "consumed_tokens": float(self.consumed_tokens),
+            }
+            if self.peak_tflops:
+                values["mfu"] = each / self.peak_tflops
+        return values
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second that a device has, or where nobody has written that down, that it reaches."""
+    if device.type == "cuda":
+        known = get_available_flops(device, dtype)
+        if known:
+            return float(known)
+    size = _MEASURED_WITH
+    matrix = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.monotonic()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.monotonic() - start)
+    ours = torch.tensor([2 * size**3 / best], dtype=torch.float64, device=device)
+    dist.all_reduce(ours, op=dist.ReduceOp.MAX)  # ranks that measure at once take turns on a shared CPU
+    return float(ours)
+
+
+def _work_of(module: pl.LightningModule, batch: Any) -> list[float]:
+    """Samples, tokens and operations of a replica's batch."""
+    rows = count_rows(batch)
+    if not isinstance(module, MegatronModule):
+        return [float(rows), 0.0, 0.0]
+    config = getattr(module, "config", None)
+    lengths = module.lengths(batch)
+    flops = training_flops(config, lengths) if config is not None else 0.0
+    return [float(rows), float(rows * sum(lengths)), rows * flops]
+
+
+def _replicas_sum(values: list[float], device: torch.device) -> list[float]:
+    group = groups.data_parallel()
+    if group.size() == 1:
+        return values
+    summed = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(summed, group=group)
+    return [float(value) for value in summed.tolist()]

@@ -1,0 +1,72 @@
+"""``TrainingMonitor``: norms, zeros, rates and scales of each step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from typing_extensions import override
+
+from lightning_megatron.callbacks.steps import log, logs_now
+from lightning_megatron.optimizer import ShardedOptimizer
+
+
+class TrainingMonitor(pl.Callback):
+    """Logs what a step did to the whole model, over all of its ranks and the same on each.
+
+    ``grad_norm`` (before clipping), ``param_norm``, ``zeros_in_grad`` (gradients that are exactly 0, of trained
+    parameters), ``learning_rate`` and ``weight_decay`` (the largest of the optimizer's groups), ``skipped_steps``, and
+    under fp16 ``loss_scale``.
+
+    It is the home of accelerate's ``set_all_logging_options`` together with ``Throughput``, ``MemoryMonitor`` and
+    ``PhaseTimes``; ``tensorboard_dir`` is ``TensorBoardLogger(save_dir=)``. Learning rates of each group are
+    Lightning's ``LearningRateMonitor``'s.
+
+    Args:
+        zeros: Whether to count zeros, which reads all gradients once more.
+    """
+
+    def __init__(self, zeros: bool = True) -> None:
+        self.zeros = zeros
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        optimizer: ShardedOptimizer = trainer.strategy.optimizers[0]  # type: ignore[assignment]
+        optimizer.watch_norm = True
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if not logs_now(trainer):
+            return
+        optimizer: ShardedOptimizer = trainer.strategy.optimizers[0]  # type: ignore[assignment]
+        values = {
+            "param_norm": parameter_norm(optimizer),
+            "learning_rate": max(float(group["lr"]) for group in optimizer.param_groups),
+            "weight_decay": max(float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups),
+            "skipped_steps": float(optimizer.skipped_steps),
+        }
+        if optimizer.grad_norm is not None:
+            values["grad_norm"] = optimizer.grad_norm
+        if self.zeros:
+            values["zeros_in_grad"] = float(optimizer.inner.count_zeros())
+        if getattr(optimizer.inner, "grad_scaler", None) is not None:
+            values["loss_scale"] = optimizer.loss_scale
+        log(pl_module, values)
+
+
+def parameter_norm(optimizer: ShardedOptimizer) -> float:
+    """The 2-norm of all trained parameters of the whole model, of the main weights where there are such.
+
+    Each is counted once, as megatron-core does for gradients: not what tensor-parallel ranks or stages hold copies of.
+    """
+    squares = torch.zeros((), dtype=torch.float64, device=optimizer.engine.device)
+    for held in optimizer.held():
+        if param_is_not_shared(held.parameter) and param_is_not_tensor_parallel_duplicate(held.parameter):
+            squares += held.main.detach().double().square().sum()
+    dist.all_reduce(squares, group=optimizer.inner.get_grad_stats_parallel_group())
+    return math.sqrt(float(squares))

@@ -1,0 +1,55 @@
+"""Floating-point operations of a model's matrix products: what the mathematics needs, whatever is computed again.
+
+As in Megatron-LM's ``num_floating_point_operations`` and in appendix B of PaLM (arXiv 2204.02311): a product of
+``[n, k]`` and ``[k, m]`` takes ``2·n·k·m``; the backward pass takes twice the forward's. Attention that looks back only
+needs half of its scores. Norms, activations, softmax and embeddings are left out.
+"""
+
+from __future__ import annotations
+
+from lightning_megatron.modules import GPTConfig, T5Config
+from lightning_megatron.modules.model_config import ModelConfig
+
+_FORWARD_AND_BACKWARD = 3
+
+
+def training_flops(config: ModelConfig, lengths: tuple[int, ...]) -> float:
+    """Of one sequence, forward and backward.
+
+    Args:
+        config: Of a GPT, BERT or T5.
+        lengths: Tokens of the sequence; of a T5, of the encoder's and the decoder's.
+
+    Returns:
+        Floating-point operations.
+    """
+    if isinstance(config, T5Config):
+        encoder, decoder = lengths
+        forward = config.encoder_layers * (_attention(config, encoder, encoder) + _feed_forward(config, encoder))
+        each = _attention(config, decoder, decoder, causal=True) + _attention(config, decoder, encoder)
+        forward += config.decoder_layers * (each + _feed_forward(config, decoder))
+        return _FORWARD_AND_BACKWARD * (forward + _vocabulary(config, decoder))
+    (length,) = lengths
+    each = _attention(config, length, length, causal=isinstance(config, GPTConfig)) + _feed_forward(config, length)
+    return _FORWARD_AND_BACKWARD * (config.num_layers * each + _vocabulary(config, length))
+
+
+def _attention(config: ModelConfig, queries: int, keys: int, causal: bool = False) -> float:
+    """Projections of queries, keys, values and outputs; scores and their products with the values."""
+    sizes = config.sizes()
+    head = config.kv_channels or config.hidden_size // config.num_attention_heads
+    heads, groups = config.num_attention_heads * head, sizes["num_query_groups"] * head
+    projections = 2 * config.hidden_size * (2 * heads * queries + 2 * groups * keys)
+    seen = keys
+    if isinstance(config, GPTConfig) and config.sliding_window and config.sliding_window_layers is None:
+        seen = min(keys, 2 * config.sliding_window)  # halved below, as the triangle is
+    return projections + 2 * 2 * queries * seen * heads * (0.5 if causal else 1)
+
+
+def _feed_forward(config: ModelConfig, tokens: int) -> float:
+    width = config.ffn_hidden_size or 4 * config.hidden_size
+    return 2 * tokens * config.hidden_size * width * (3 if config.is_gated else 2)
+
+
+def _vocabulary(config: ModelConfig, tokens: int) -> float:
+    return 2 * tokens * config.hidden_size * config.vocab_size

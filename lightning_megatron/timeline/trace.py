@@ -1,0 +1,46 @@
+"""A step as a trace of Chrome's format, which https://ui.perfetto.dev opens: a process for each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.timeline.spans import RankTimeline, Span
+
+
+def trace(timelines: Sequence[RankTimeline], layout: ParallelLayout) -> dict[str, Any]:
+    """The trace, ready for JSON.
+
+    Args:
+        timelines: Of all ranks, from one beginning.
+        layout: Of the run.
+    """
+    chunks = layout.vp or 1
+    threads = {chunk: f"virtual stage {chunk}" if chunks > 1 else "stage" for chunk in range(chunks)}
+    threads |= {chunks: "exchange", chunks + 1: "gradients and optimizer"}
+    events: list[dict[str, Any]] = []
+    for timeline in timelines:
+        events.append(_named("process_name", timeline.rank, 0, timeline.name))
+        events.extend(_named("thread_name", timeline.rank, thread, name) for thread, name in threads.items())
+        events.extend(_event(timeline.rank, span, chunks) for span in timeline.spans)
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _named(what: str, process: int, thread: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": process, "tid": thread, "args": {"name": name}}
+
+
+def _event(rank: int, span: Span, chunks: int) -> dict[str, Any]:
+    is_pass = span.kind in ("forward", "backward")
+    thread = span.chunk if is_pass else chunks if span.kind == "exchange" else chunks + 1
+    return {
+        "ph": "X",
+        "name": f"{span.kind} {span.micro_batch}" if is_pass else span.kind,
+        "cat": span.kind,
+        "pid": rank,
+        "tid": thread,
+        "ts": span.start * 1e6,
+        "dur": (span.end - span.start) * 1e6,
+        "args": {"micro_batch": span.micro_batch, "virtual_stage": span.chunk} if is_pass else {},
+    }
