@@ -33,7 +33,7 @@ ELSEWHERE = {
     "schedules.md": "test_schedulers.py",
     "t5.md": "test_family_docs.py",
 }
-HERE = {"index.md", "layouts.md", "precision.md", "multi_node.md", "hangs.md", "../README.md"}
+HERE = {"index.md", "layouts.md", "precision.md", "multi_node.md", "hangs.md", "monitoring.md", "../README.md"}
 CHECKED_BY_CI = {"contributing.md"}  # .ci/run
 PAGES = [*sorted(path.name for path in DOCS.glob("*.md")), "../README.md"]
 
@@ -101,6 +101,29 @@ def test_layouts(tmp_path, capsys):
 def test_precision(tmp_path):
     (code,) = blocks("precision.md")
     assert script(tmp_path, code).endswith("{torch.bfloat16} {torch.float32}\n")
+
+
+@pytest.mark.slow
+def test_monitoring(tmp_path):
+    (code,) = blocks("monitoring.md")
+    script(tmp_path, code)
+    header, *rows = (tmp_path / "watched" / "metrics.csv").read_text().splitlines()
+    table = [line for line in (DOCS / "monitoring.md").read_text().splitlines() if line.startswith("| ")]
+    page = {name for line in table for name in re.findall(r"`([a-z_]+)`", line.split("|")[2])}
+    page -= {"val_loss", "test_loss", "val_perplexity", "test_perplexity", "data_epoch", "data_batch", "loss_scale"}
+    page -= {"_min", "_rank"}
+    assert set(header.split(",")) >= page >= {"mfu", "grad_norm", "memory_gib"}
+    times = {f"time/{phase}{part}" for phase in ("data", "compute", "save", "step") for part in ("", "_min", "_rank")}
+    assert times <= set(header.split(","))
+    assert len(rows) >= 4
+    assert {path.name for path in (tmp_path / "timeline").iterdir()} == {"step-5.png", "step-5.json"}
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {"rank-0.json", "rank-1.json"}
+    callbacks = re.search(r"In YAML: `trainer.callbacks: (.*)`", (DOCS / "monitoring.md").read_text())[1]
+    yaml.safe_load(callbacks)
+    config = {"trainer": {"callbacks": yaml.safe_load(callbacks)}, "model": {"class_path": "GPTModule"}}
+    config["model"]["init_args"] = {"config": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert "PipelineTimeline" in shell(tmp_path, "lightning-megatron fit --config run.yaml --print_config")
 
 
 @pytest.mark.slow
