@@ -38,6 +38,11 @@ def gpt():
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
         ({"eos_token_id": 211}, "eos_token_id=211.*ids 0 to 210"),
         ({"input_ids": torch.full((1, 3), 211)}, "token id 211 in the prompts is outside"),
+        ({"max_new_tokens": "5"}, "max_new_tokens='5'.*whole number"),
+        ({"do_sample": True, "top_k": 2.5}, "top_k=2.5.*whole number"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature='hot'.*use a number"),
+        ({"input_ids": "hello"}, "input_ids='hello'.*makes no tensor.*tokenizer"),
+        ({"input_ids": [[1, 2, 3], [4]]}, "makes no tensor.*padded"),
         ({"input_ids": torch.ones(3)}, r"use token ids \[b, s\]"),
         ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, "is empty"),
         ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "prompt 1 of 2 is empty"),
@@ -53,6 +58,12 @@ def test_what_makes_no_sense_is_refused(gpt, arguments, says):
 def _differ(rank_prompts):
     module = writers.module("gpt2").build(tp=2)
     module.generate(rank_prompts[torch.distributed.get_rank()], max_new_tokens=3)
+
+
+def test_lists_and_arrays_are_prompts_too(gpt):
+    expected = gpt.generate(IDS, max_new_tokens=2)
+    for prompts in (IDS.tolist(), IDS.numpy()):
+        assert torch.equal(gpt.generate(prompts, max_new_tokens=2, attention_mask=[[1, 1, 1]] * 2), expected)
 
 
 def test_ranks_of_a_replica_that_differ_are_told_so():

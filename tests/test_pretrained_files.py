@@ -275,7 +275,7 @@ def test_damaged_and_missing_files(llama, tmp_path):
         AutoModule.from_pretrained(tmp_path / "nowhere")
     content = (llama / "model.safetensors").read_bytes()
     (llama / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"model.safetensors cannot be read.*damaged or incomplete"):
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read.*It is damaged"):
         AutoModule.from_pretrained(llama)
     (llama / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no weights.*config.json"):
@@ -284,6 +284,45 @@ def test_damaged_and_missing_files(llama, tmp_path):
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match=r"names model-00001-of-00002.safetensors, which"):
         AutoModule.from_pretrained(llama)
+
+
+def test_damaged_files_are_named(llama, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    (pickled := tmp_path / "pickled").mkdir()
+    model.config.save_pretrained(pickled)
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    whole = (pickled / "pytorch_model.bin").read_bytes()
+    (pickled / "pytorch_model.bin").write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match=r"pytorch_model.bin cannot be read.*It is damaged"):
+        AutoModule.from_pretrained(pickled)
+    (llama / "model.safetensors").unlink()
+    (llama / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json cannot be read.*weight_map"):
+        AutoModule.from_pretrained(llama)
+
+
+def test_a_field_that_there_is_not_is_named(llama):
+    with pytest.raises(ValueError, match=r"GPTConfig has no field 'hidden_dropot'; did you mean 'hidden_dropout'\?"):
+        AutoModule.from_pretrained(llama, config={"hidden_dropot": 0.1})
+
+
+def test_a_file_is_no_directory(llama, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(RuntimeError, match=r"out was not saved.*is a file; name a directory"):
+        AutoModule.from_pretrained(llama).save_pretrained(tmp_path / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["llama", "out"]
+
+
+def test_a_model_in_memory_keeps_its_head():
+    """Its configuration does not say which head it has; its class does."""
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, vocab_size=50, max_position_embeddings=16, num_labels=5)
+    model = transformers.BertForSequenceClassification(config).eval()
+    ids = torch.arange(20).view(2, 10)
+    module = AutoModule.from_pretrained(model).eval()
+    assert module.config.task == "sequence_classification"
+    torch.testing.assert_close(module(input_ids=ids), model(ids).logits, rtol=0, atol=1e-5)
+    assert model.config.architectures is None  # the user's own is left as it is
 
 
 def test_what_cannot_go_out_is_named(llama):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,12 +25,19 @@ class Prompts:
     keep: torch.Tensor
 
     @classmethod
-    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> Prompts:
+    def of(cls, input_ids: Any, attention_mask: Any, vocab_size: int) -> Prompts:
         """Check prompts, and move their padding, wherever it is, to the left.
+
+        Args:
+            input_ids: ``[b, s]``, a tensor or what becomes one.
+            attention_mask: Likewise; None keeps all.
+            vocab_size: Of the model.
 
         Raises:
             ValueError: They are not ``[b, s]`` whole numbers of the vocabulary with a mask alike, or one is empty.
         """
+        input_ids = _tensor("input_ids", input_ids)
+        attention_mask = None if attention_mask is None else _tensor("attention_mask", attention_mask)
         if input_ids.dim() != 2 or input_ids.is_floating_point():
             raise ValueError(
                 f"generate: input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; use token ids [b, s]."
@@ -76,6 +84,16 @@ class Prompts:
         """Of ids and padding, to compare between ranks."""
         both = torch.stack([self.ids, self.keep.long()]).cpu()
         return hashlib.sha256(both.numpy().tobytes() + repr(tuple(both.shape)).encode()).hexdigest()
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (ValueError, TypeError, RuntimeError):
+        raise ValueError(
+            f"generate({name}={str(value)[:60]!r}) makes no tensor [b, s]: use token ids, prompts of different lengths"
+            " padded, as tokenizer(texts, padding=True, return_tensors='pt') gives them."
+        ) from None
 
 
 def agree(error: Exception | None, fingerprint: str) -> int:

@@ -105,6 +105,14 @@ class GenerationSettings:
         return self.top_p is not None and self.top_p_decay < 1
 
     def _check_ranges(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "top_k"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"generate({name}={value!r}): use a whole number.")
+        for name in ("temperature", "top_p", "top_p_decay", "top_p_bound", "repetition_penalty", "length_penalty"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+                raise ValueError(f"generate({name}={value!r}): use a number.")
         ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "a whole number from 1"),
             "temperature": (self.temperature > 0, "a number above 0 (low is cautious); without do_sample it is greedy"),

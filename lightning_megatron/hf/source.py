@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,9 @@ class InMemory(Source):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(type(model).__name__, model.config)
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]  # which transformers writes only when it saves
+        super().__init__(type(model).__name__, config)
         self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
     @property
@@ -71,7 +75,10 @@ class PickledFiles(InMemory):
         Source.__init__(self, str(folder), config)
         self._tensors = {}
         for file in _files(folder, _PICKLED):
-            self._tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                self._tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, OSError, pickle.UnpicklingError) as error:
+                raise _damaged(file, error) from error
 
 
 class SafetensorsFiles(Source):
@@ -113,9 +120,7 @@ class SafetensorsFiles(Source):
             try:
                 self._open[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file} cannot be read: {error}. It is damaged or incomplete; fetch it again."
-                ) from error
+                raise _damaged(file, error) from error
         return self._open[file]
 
 
@@ -153,11 +158,19 @@ def _files(folder: Path, name: str) -> list[Path]:
     index = folder / f"{name}.index.json"
     if (folder / name).is_file():
         return [folder / name]
-    files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    try:
+        files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise _damaged(index, error) from error
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{index} names {', '.join(missing)}, which {folder} does not have. Fetch the rest.")
     return files
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    said = str(error).partition("\n")[0]
+    return ValueError(f"{file} cannot be read ({type(error).__name__}: {said}). It is damaged; fetch it again.")
 
 
 def _from_hub(name: str) -> Path:

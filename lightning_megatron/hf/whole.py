@@ -35,6 +35,8 @@ def on_first_rank(path: Path, write: Callable[[], None], beside: Callable[[], No
     problem = [""]
     if dist.get_rank() == 0:
         try:
+            if path.is_file():
+                raise NotADirectoryError(f"{path} is a file; name a directory")
             write()
         except Exception as error:
             problem = [f"{type(error).__name__}: {error}"]

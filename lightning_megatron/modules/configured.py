@@ -94,6 +94,7 @@ class ConfiguredModule(MegatronModule):
 
         Raises:
             UnsupportedConfigError: An architecture, or a field of its configuration, without a counterpart.
+            ValueError: ``config_type`` has no such field; or a file is damaged.
             WeightsError: Tensors are missing, or have no place in the model.
             FileNotFoundError: There are no such files.
         """
@@ -103,6 +104,7 @@ class ConfiguredModule(MegatronModule):
     def _from_source(
         cls, source: hf.Source, config: dict[str, Any] | None, ignore: Sequence[str], arguments: dict[str, Any]
     ) -> Self:
+        cls.config_type.check_names(config or {})
         found = hf.Pretrained.find(source, hf.kind_of(cls.config_type), config or {}, ignore)
         module = cls(config=cls.config_type(**found.arguments), **arguments)
         found.check_names(module.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
@@ -169,6 +170,19 @@ class ModelConfig:
     def family_arguments(self) -> dict[str, Any]:
         """Further arguments of megatron-core's ``TransformerConfig`` that the family sets."""
         return {}
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Refuse names that are no fields.
+
+        Raises:
+            ValueError: With the nearest that there is.
+        """
+        known = [each.name for each in fields(cls)]
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {near[0]!r}?")
 
     def _one_of(self, name: str, value: str, known: Any) -> None:
         if value in known:
