@@ -203,6 +203,16 @@ def test_a_new_head_is_trained_with_the_updates():
     assert trained == ["0.embedding.position_embeddings.weight"]
 
 
+def test_what_an_adapter_does_not_hold_is_named(tmp_path):
+    also = LoRA(targets=["query"], also_train=["embedding.position_embeddings"])
+    module = AutoModule.from_pretrained(pretrained.new_model("bert-masked"), lora=also)
+    with pytest.warns(UserWarning, match=r"updates alone.*\n  embedding.position_embeddings.weight"):
+        module.save_adapter(tmp_path / "adapter")
+    misspelt = LoRA(targets=["query"], also_train=["embedding.position_embedding"])
+    with pytest.raises(ValueError, match=r"no such part. Did you mean 'embedding.position_embeddings'\?"):
+        AutoModule.from_pretrained(pretrained.new_model("bert-masked"), lora=misspelt).build()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

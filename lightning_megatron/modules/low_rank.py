@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_megatron import groups, hf
+from lightning_megatron.checkpoint.comparison import listed
 from lightning_megatron.hf.pieces import Pieces, is_update
 from lightning_megatron.hf.whole import WholeTensors, on_first_rank
 from lightning_megatron.lora import LoRA
 from lightning_megatron.lora.attach import attach, target_names
 from lightning_megatron.lora.layer import Adapter
 from lightning_megatron.lora.merging import Updates, write
+from lightning_megatron.names import whole_name
 
 _TASKS = {
     "GPT": "CAUSAL_LM",
@@ -50,6 +54,7 @@ def put_in(module: Any, loaded: Loaded | None) -> None:
     lora: LoRA = module.lora
     pieces = pieces_of(module)
     seed = groups.gather(torch.initial_seed(), groups.on_host())[0]
+    _check_parts(module, lora.also_train)
     for chunk in module.chunks:
         attach(chunk, lora, pieces, module.config, seed, set(module.new_weights))
         if loaded is None:
@@ -58,6 +63,21 @@ def put_in(module: Any, loaded: Loaded | None) -> None:
             for number, theirs in enumerate(adapter.chosen):
                 _check_shapes(theirs, adapter, number, *loaded[theirs])
                 adapter.fill(number, *loaded[theirs])
+
+
+def _check_parts(module: Any, parts: list[str]) -> None:
+    """Refuse parts to train that no stage has.
+
+    Raises:
+        ValueError: Names the nearest that there is; on every rank.
+    """
+    here = {whole_name(chunk, name) for chunk in module.chunks for name, _ in chunk.named_parameters()}
+    names = set().union(*groups.gather(here, groups.on_host()))
+    known = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    for part in parts:
+        if part not in known:
+            near = difflib.get_close_matches(part, sorted(known), n=1, cutoff=0.0)
+            raise ValueError(f"LoRA(also_train=[{part!r}]): the model has no such part. Did you mean {near[0]!r}?")
 
 
 def save(module: Any, folder: Path) -> Path:
@@ -76,12 +96,29 @@ def save(module: Any, folder: Path) -> Path:
     for key, tensor in WholeTensors(module, only=is_update):
         if tensor is not None:
             updates.take(key, tensor)
+    _tell_what_stays(module, folder)
     base = module.hparams.get("pretrained_config") or {}
     kind = _TASKS.get(getattr(module.config, "task", family.kind), "FEATURE_EXTRACTION")
     transposed = any(piece.transposed for piece in pieces.values())
     name = base.get("_name_or_path") or None
     on_first_rank(folder, lambda: write(folder, updates, kind, name, transposed))
     return folder
+
+
+def _tell_what_stays(module: Any, folder: Path) -> None:
+    """Warn of parts that were trained whole, of which an adapter of updates has nothing."""
+    here = {
+        whole_name(chunk, name)
+        for chunk in module.chunks
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad and not is_update(name)
+    }
+    trained = set().union(*groups.gather(here, groups.on_host()))
+    if trained:
+        rank_zero_warn(
+            f"{folder} holds the low-rank updates alone, and these were trained, too; save_pretrained and checkpoints"
+            f" have all of it:\n{listed(trained)}"
+        )
 
 
 def _family(module: Any) -> hf.Family | None:
