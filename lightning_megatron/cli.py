@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.behind = behind
     try:
         given.run(given)
-    except (CheckpointError, ValueError, OSError) as error:
+    except (CheckpointError, ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"lightning-megatron: {error}")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_megatron import plots
 from lightning_megatron.layout import LayoutError, ParallelLayout
 
 _WIDEST = 40  # ranks in a line of text; of more replicas the first ones are shown
@@ -112,10 +113,7 @@ class RankGrid:
 
     def draw(self, path: str | Path) -> Path:
         """Write the grid as a picture, a colour for each node."""
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
+        pyplot = plots.pyplot("The rank grid")
         from matplotlib.patches import Rectangle
 
         layout = self.layout

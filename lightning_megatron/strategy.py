@@ -9,18 +9,15 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
-    _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -46,6 +43,7 @@ from lightning_megatron import (
     timing,
 )
 from lightning_megatron.checkpoint import Checkpointer, Run, attend, local_path
+from lightning_megatron.collectives import Collectives
 from lightning_megatron.engine import Engine
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.base import MegatronModule
@@ -58,7 +56,7 @@ from lightning_megatron.steps import Steps, make_engine
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
-class MegatronStrategy(Placement, ParallelStrategy):
+class MegatronStrategy(Placement, Collectives):
     """Trains with megatron-core's process groups, pipeline schedules and distributed optimizer.
 
     A batch of the loader is one data-parallel rank's data of one optimizer step; it is cut into micro-batches here.
@@ -380,44 +378,6 @@ class MegatronStrategy(Placement, ParallelStrategy):
     @override
     def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         return self._steps.predict(batch, *args, **kwargs)
-
-    # Collectives
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if dist.is_initialized():
-            dist.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not dist.is_initialized():
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src)
-        return box[0]
-
-    @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
-        if not isinstance(tensor, torch.Tensor) or group == groups.REDUCED:
-            return tensor
-        return _sync_ddp_if_available(tensor, group or groups.data_parallel(), reduce_op=reduce_op)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Over the world: every rank must decide the same."""
-        votes = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(votes.item())
-
-    @override
-    def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
-        """Over the data-parallel replicas, as ``reduce``, also where ``LightningModule.all_gather`` says the world."""
-        if group in (None, dist.group.WORLD):
-            group = groups.data_parallel()
-        if sync_grads:
-            return groups.gather_with_gradients(tensor, group)
-        return super().all_gather(tensor, group, sync_grads)
 
     # The end, and checkpoints
 

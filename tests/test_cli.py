@@ -169,3 +169,9 @@ def test_the_commands_of_the_page(tmp_path):
         ROOT, *lines[1], "--trainer.max_steps", "1", "--trainer.logger", "false", "--trainer.default_root_dir", tmp_path
     )
     assert "stage 1  2 3" in command(tmp_path, *lines[2])
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(tmp_path):
+    code = "import sys; from lightning_megatron.cli import main; sys.modules['matplotlib'] = None; "
+    with pytest.raises(AssertionError, match=r"draws with matplotlib.*pip install 'lightning-megatron\[plots\]'"):
+        run(tmp_path, sys.executable, "-c", code + "main(['show', 'tp=2,world=2', '--out', 'grid.png'])")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_megatron import groups
+from lightning_megatron import groups, plots
 from lightning_megatron.timeline import RankTimeline, draw, spans, trace
 from lightning_megatron.timing import Intervals
 
@@ -47,11 +46,7 @@ class PipelineTimeline(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if find_spec("matplotlib") is None:
-            raise MisconfigurationException(
-                "PipelineTimeline draws with matplotlib, which is not installed: pip install"
-                " 'lightning-megatron[plots]'."
-            )
+        plots.check("PipelineTimeline")
         self._folder = Path(self.directory or Path(trainer.default_root_dir) / "timeline")
         problem = None
         if trainer.is_global_zero:

@@ -8,7 +8,7 @@ from collections import deque
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
 
@@ -18,26 +18,38 @@ from lightning_megatron.modules.base import MegatronModule
 _WINDOW = 20  # optimizer steps that the speed is over
 
 
-class _Training:
+class _OfTraining(ProgressBar):
     """How far training is, and how fast; of rank 0 alone, whose replica reads as much as any."""
 
-    def __init__(self) -> None:
+    def __init__(self, refresh_rate: int) -> None:
+        super().__init__(refresh_rate=refresh_rate)  # type: ignore[call-arg]  # the bar's, which comes next
         self._steps: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._tokens = 0
 
-    @staticmethod
-    def total(trainer: pl.Trainer) -> int | None:
-        """Optimizer steps of the run; None where nobody knows."""
-        steps = trainer.estimated_stepping_batches
-        return None if math.isinf(steps) else int(steps)
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.training:
+            self._begin()
 
-    def begin(self) -> None:
+    @override
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Without the logger's version."""
+        shown: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
+        shown.pop("v_num", None)
+        seconds = self._steps[-1][0] - self._steps[0][0] if self._steps else 0.0
+        tokens = sum(tokens for _, tokens in list(self._steps)[1:])
+        if seconds and tokens:
+            shown["tokens/s"] = f"{tokens / seconds:,.0f}"
+        return shown
+
+    def _begin(self) -> None:
         """Training, or a stretch of it, begins."""
         self._steps.clear()
         self._steps.append((time.monotonic(), 0))
         self._tokens = 0
 
-    def see(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> bool:
+    def _see(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> bool:
         """Count a batch; whether an optimizer step has ended with it."""
         if isinstance(module, MegatronModule):
             replicas = trainer.strategy.layout.dp  # type: ignore[attr-defined]
@@ -48,17 +60,14 @@ class _Training:
         self._tokens = 0
         return True
 
-    def metrics(self, shown: dict[str, Any]) -> dict[str, Any]:
-        """What the bar shows: losses first, without the logger's version."""
-        shown.pop("v_num", None)
-        seconds = self._steps[-1][0] - self._steps[0][0] if self._steps else 0.0
-        tokens = sum(tokens for _, tokens in list(self._steps)[1:])
-        if seconds and tokens:
-            shown["tokens/s"] = f"{tokens / seconds:,.0f}"
-        return shown
+
+def _total(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps of the run; None where nobody knows."""
+    steps = trainer.estimated_stepping_batches
+    return None if math.isinf(steps) else int(steps)
 
 
-class TrainingProgressBar(TQDMProgressBar):
+class TrainingProgressBar(_OfTraining, TQDMProgressBar):
     """A bar from the first optimizer step of the run to the last, by tqdm; validation has its own below it.
 
     It shows the loss of the global batch, whatever else was logged with ``prog_bar=True``, tokens a second over all
@@ -70,42 +79,31 @@ class TrainingProgressBar(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self._training = _Training()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         done = trainer.global_step
         self.train_progress_bar = Tqdm(
-            desc="Training", total=_Training.total(trainer), initial=done, disable=self.is_disabled, leave=True,
+            desc="Training", total=_total(trainer), initial=done, disable=self.is_disabled, leave=True,
             dynamic_ncols=True, bar_format=self.BAR_FORMAT.replace("rate_noinv_fmt", "rate_fmt"), unit="step",
         )  # fmt: skip
-        self._training.begin()
+        self._begin()
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.train_progress_bar.set_description(f"Training (epoch {trainer.current_epoch})")
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        if trainer.training:
-            self._training.begin()
-
-    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         bar = self.train_progress_bar
-        if self._training.see(trainer, pl_module, batch) and self._should_update(trainer.global_step, bar.total):
+        if self._see(trainer, pl_module, batch) and self._should_update(trainer.global_step, bar.total):
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.update(trainer.global_step - bar.n)
 
-    @override
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        return self._training.metrics(dict(super().get_metrics(trainer, pl_module)))
 
-
-class RichTrainingProgressBar(RichProgressBar):
+class RichTrainingProgressBar(_OfTraining, RichProgressBar):
     """As ``TrainingProgressBar``, by rich (``pip install rich``).
 
     Args:
@@ -114,15 +112,14 @@ class RichTrainingProgressBar(RichProgressBar):
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self._training = _Training()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._training.begin()
+        self._begin()
         if self.progress is not None:
             self.train_progress_bar_id = self.progress.add_task(
-                "Training", total=_Training.total(trainer), completed=trainer.global_step
+                "Training", total=_total(trainer), completed=trainer.global_step
             )
 
     @override
@@ -131,19 +128,9 @@ class RichTrainingProgressBar(RichProgressBar):
             self.progress.update(self.train_progress_bar_id, description=f"Training (epoch {trainer.current_epoch})")
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        if trainer.training:
-            self._training.begin()
-
-    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._training.see(trainer, pl_module, batch):
+        if self._see(trainer, pl_module, batch):
             self._update(self.train_progress_bar_id, trainer.global_step)
             self._update_metrics(trainer, pl_module)
-
-    @override
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        return self._training.metrics(dict(super().get_metrics(trainer, pl_module)))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_megatron import plots
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.timeline.spans import Kind, RankTimeline, bubble, ideal_bubble
 
@@ -26,10 +27,7 @@ def draw(timelines: Sequence[RankTimeline], layout: ParallelLayout, path: str | 
         path: Of the picture; its ending says the format.
         title: What step it is.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    plt = plots.pyplot("PipelineTimeline")
     from matplotlib.patches import Patch
 
     rows = shown(timelines, layout)

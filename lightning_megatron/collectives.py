@@ -1,0 +1,53 @@
+"""What Lightning asks a strategy to do on several ranks at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.pytorch.strategies import ParallelStrategy
+from typing_extensions import override
+
+from lightning_megatron import groups
+
+
+class Collectives(ParallelStrategy):
+    """A strategy whose values are reduced over replicas, and whose decisions are made by all ranks."""
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            dist.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
+        if not isinstance(tensor, torch.Tensor) or group == groups.REDUCED:
+            return tensor
+        return _sync_ddp_if_available(tensor, group or groups.data_parallel(), reduce_op=reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Over the world: every rank must decide the same."""
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+    @override
+    def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
+        """Over the data-parallel replicas, as ``reduce``, also where ``LightningModule.all_gather`` says the world."""
+        if group in (None, dist.group.WORLD):
+            group = groups.data_parallel()
+        if sync_grads:
+            return groups.gather_with_gradients(tensor, group)
+        return super().all_gather(tensor, group, sync_grads)
