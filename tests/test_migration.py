@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lightning_megatron import GPTConfig, LRSchedule, ParallelLayout, biases_and_vectors
+from lightning_megatron.data import RampUp
 from lightning_megatron.migration import MigrationError, from_accelerate, from_command_line, from_plugin
 from lightning_megatron.migration.accelerate import MEGATRON, PARAMETERS
 from lightning_megatron.migration.homes import HOMES
@@ -355,6 +356,49 @@ def test_llamas_settings_arrive(parser):
     assert run.seed_everything == 7
 
 
+def test_what_megatron_lm_does_unasked_is_carried_over():
+    """Of ``arguments.py`` and ``validate_args`` of Megatron-LM: dropout of 0.1, clipping, two thirds with swiglu."""
+    small = ["--num-layers", "2", "--hidden-size", "256", "--num-attention-heads", "4", "--num-query-groups", "2"]
+    plan = from_command_line(small, devices=1)
+    config = plan.run["model"]["init_args"]["config"]
+    assert (config["hidden_dropout"], config["attention_dropout"], config["layernorm_epsilon"]) == (0.1, 0.1, 1e-5)
+    assert config["activation"] == "gelu_tanh"  # its fused bias and GELU
+    assert "num_query_groups" not in config  # without --group-query-attention
+    assert plan.run["trainer"]["gradient_clip_val"] == 1.0
+    assert plan.run["seed_everything"] == 1234
+    assert "--hidden-dropout=0.1: carried over; config.hidden_dropout (Megatron-LM's default)" in plan.report()
+    gated = from_command_line([*small, "--swiglu", "--hidden-dropout", "0"], devices=1).run["model"]["init_args"][
+        "config"
+    ]
+    assert (gated["ffn_hidden_size"], gated["activation"], gated["hidden_dropout"]) == (640, "swiglu", 0)
+    exact = from_command_line([*small, "--no-bias-gelu-fusion"], devices=1)
+    assert exact.run["model"]["init_args"]["config"]["activation"] == "gelu"
+    assert from_command_line(small, "bert", devices=1).run["model"]["init_args"]["config"]["norm_placement"] == "pre"
+    t5 = from_command_line(small, "t5", devices=1).run["model"]["init_args"]["config"]
+    assert (t5["position_embedding"], t5["normalization"]) == ("learned", "LayerNorm")
+
+
+def test_samples_are_counted_through_a_ramp():
+    arguments = [
+        "--data-path",
+        "d",
+        "--global-batch-size",
+        "32",
+        "--rampup-batch-size",
+        "8",
+        "8",
+        "96",
+        "--train-samples",
+        "200",
+    ]
+    run = from_command_line([*arguments, "--num-layers", "2"], devices=1).run
+    rule, consumed, steps = RampUp(8, 8, 96), 0, 0
+    while consumed < 200:
+        consumed += rule.size(consumed, 32)
+        steps += 1
+    assert run["trainer"]["max_steps"] == steps > 200 / 32
+
+
 def test_the_groups_of_the_optimizer_are_megatrons(parser):
     arguments = """--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --vocab-size 32 --lr 2e-3
       --adam-beta2 0.95 --weight-decay 0.3"""
@@ -471,6 +515,8 @@ def test_what_accelerate_would_not_say(config, says):
         ("--num-layers 10 --num-layers-per-virtual-pipeline-stage 3", "10 layers on 1 stages are no multiple"),
         ("--rampup-batch-size 16 --global-batch-size 64", "use START INCREMENT SAMPLES"),
         ("--lr-decay-style cosin", "'cosin': use one of constant, linear, cosine"),
+        ("--data-path d --global-batch-size 12", "global_batch_size=12: 8 data-parallel replicas"),
+        ("--data-path d --global-batch-size 16 --micro-batch-size 4", "batch_size=2 is not a multiple"),
     ],
 )
 def test_mistakes_in_megatrons_arguments(arguments, says):

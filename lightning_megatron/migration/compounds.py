@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning_megatron.data import RampUp
 from lightning_megatron.migration.homes import CONFIG, DATA, MODULE, SCHEDULE, STRATEGY
 from lightning_megatron.migration.plan import MigrationError, Plan
 
@@ -98,12 +99,20 @@ def _activation(given: Given, plan: Plan) -> None:
             if given[name]:
                 plan.put(f"{CONFIG}.activation", activation)
             plan.say(name, given[name], "carried over", "config.activation")
+    if given.get("swiglu") and given.get("ffn_hidden_size") is None and given.get("hidden_size") is not None:
+        width = int(4 * given["hidden_size"] * 2 / 3 / 64) * 64
+        plan.put(f"{CONFIG}.ffn_hidden_size", width)
+        plan.say("ffn_hidden_size", None, "carried over", f"{width}: two thirds with swiglu, by Megatron-LM's rule")
 
 
 def _groups(given: Given, plan: Plan) -> None:
+    if given.get("num_query_groups") is not None and not given.get("group_query_attention"):
+        says = "Megatron looks at it only with group_query_attention"
+        plan.say("num_query_groups", given["num_query_groups"], "not needed", says)
+        return
     found = _take(given, plan, ("group_query_attention", "num_query_groups"), "config.num_query_groups")
-    if found.get("group_query_attention", "num_query_groups" in found) and "num_query_groups" in found:
-        plan.put(f"{CONFIG}.num_query_groups", found["num_query_groups"])
+    if found.get("group_query_attention"):
+        plan.put(f"{CONFIG}.num_query_groups", found.get("num_query_groups", 1))
 
 
 def _window(given: Given, plan: Plan) -> None:
@@ -198,8 +207,19 @@ def _length(given: Given, plan: Plan) -> None:
         if size is None:
             plan.say("train_samples", samples, "yours to do", "Trainer(max_steps=): samples / global batch")
         else:
-            plan.put("trainer.max_steps", math.ceil(samples / size))
-            plan.say("train_samples", samples, "Lightning's", f"Trainer(max_steps=), samples / {size}")
+            plan.put("trainer.max_steps", _steps(samples, size, given.get("rampup_batch_size")))
+            plan.say("train_samples", samples, "Lightning's", "Trainer(max_steps=), batches that have that many")
+
+
+def _steps(samples: int, size: int, growing: list[str] | None) -> int:
+    """Global batches that hold ``samples``."""
+    steps = consumed = 0
+    if growing is not None:
+        rule = RampUp(*map(int, growing))
+        while consumed < samples and rule.size(consumed, size) < size:
+            consumed += rule.size(consumed, size)
+            steps += 1
+    return steps + math.ceil(max(samples - consumed, 0) / size)
 
 
 def _optimizer(given: Given, plan: Plan) -> None:

@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.migration.compounds import MODELS, settle
-from lightning_megatron.migration.homes import HOMES, MODULE, STRATEGY, Home, extra
+from lightning_megatron.migration.homes import DATA, HOMES, MODULE, STRATEGY, Home, extra
 from lightning_megatron.migration.plan import MigrationError, Plan, nearest
 from lightning_megatron.modules import AutoModule
 
@@ -96,13 +96,21 @@ def _check_layout(plan: Plan, world_size: int | None) -> None:
     for name, what in _WAITING.items():
         if sizes[name] > 1:
             plan.say(name, sizes[name], "not here", f"{what} waits for its layers; the strategy refuses it")
-    if world_size is not None and all(sizes[name] == 1 for name in _WAITING):
-        split = plan.get(f"{STRATEGY}.pipeline_split_rank")
-        ParallelLayout(
-            world_size=world_size,
-            tp=sizes["tp"],
-            pp=sizes["pp"],
-            vp=plan.get(f"{STRATEGY}.vp"),
-            sequence_parallel=plan.get(f"{STRATEGY}.sequence_parallel", False),
-            pipeline_split_rank=split,
+    if world_size is None or any(sizes[name] > 1 for name in _WAITING):
+        return
+    split = plan.get(f"{STRATEGY}.pipeline_split_rank")
+    layout = ParallelLayout(
+        world_size=world_size,
+        tp=sizes["tp"],
+        pp=sizes["pp"],
+        vp=plan.get(f"{STRATEGY}.vp"),
+        sequence_parallel=plan.get(f"{STRATEGY}.sequence_parallel", False),
+        pipeline_split_rank=split,
+    )
+    whole, part = plan.get(f"{DATA}.global_batch_size"), plan.get(f"{STRATEGY}.micro_batch_size")
+    if whole is not None and whole % layout.dp:
+        raise MigrationError(
+            f"global_batch_size={whole}: {layout.dp} data-parallel replicas do not share it evenly. Use a multiple."
         )
+    if whole is not None and part is not None:
+        layout.check_batch(whole // layout.dp, part)

@@ -7,12 +7,23 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_megatron.migration.compounds import MODELS
-from lightning_megatron.migration.homes import HOMES
+from lightning_megatron.migration.homes import CONFIG, HOMES
 from lightning_megatron.migration.megatron import carry_over, home_of, read
 from lightning_megatron.migration.plan import MigrationError, Plan
 
 # What Megatron-LM does where nothing is said, and Lightning or we would not.
-_DEFAULTS = {"clip_grad": 1.0, "lr_decay_style": "linear", "use_distributed_optimizer": False}
+_DEFAULTS: dict[str, Any] = {
+    "clip_grad": 1.0,
+    "lr_decay_style": "linear",
+    "use_distributed_optimizer": False,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "norm_epsilon": 1e-5,
+    "seed": 1234,
+    "eval_interval": 1000,
+    "eval_iters": 100,
+}
+_T5_DEFAULTS = {"position_embedding_type": "learned_absolute", "normalization": "LayerNorm"}
 
 
 def from_command_line(arguments: Sequence[str], model: str = "gpt", *, devices: int = 8, num_nodes: int = 1) -> Plan:
@@ -34,11 +45,13 @@ def from_command_line(arguments: Sequence[str], model: str = "gpt", *, devices: 
     plan.put("trainer.accelerator", "gpu")
     plan.put("trainer.devices", devices)
     plan.put("trainer.num_nodes", num_nodes)
-    given = {**_DEFAULTS, **read(_settings(arguments), _option)}
+    defaults = {**_DEFAULTS, **(_T5_DEFAULTS if model == "t5" else {})}
+    given = {**defaults, **read(_settings(arguments), _option)}
     plan.say(
         "devices", None, "yours to do", f"{num_nodes} machines of {devices} GPUs; --devices and --num-nodes say it"
     )
     carry_over(given, plan, model, devices * num_nodes)
+    _shape_of_the_script(given, plan, model)
     said = {option for option in arguments if option.startswith("--")}
     for index, line in enumerate(plan.lines):
         if line.value is True:
@@ -46,6 +59,18 @@ def from_command_line(arguments: Sequence[str], model: str = "gpt", *, devices: 
         elif line.setting.startswith("--") and not any(option.startswith(line.setting) for option in said):
             plan.lines[index] = replace(line, says=f"{line.says} (Megatron-LM's default)")
     return plan
+
+
+def _shape_of_the_script(given: dict[str, Any], plan: Plan, model: str) -> None:
+    """What its models are without being told."""
+    if model == "bert":
+        plan.put(f"{CONFIG}.norm_placement", "pre")
+        plan.say("norm_placement", None, "carried over", "Megatron-LM's BERT has its norms before the blocks")
+    if plan.get(f"{CONFIG}.activation") is None:
+        fused = not given.get("no_bias_gelu_fusion") and not given.get("disable_bias_linear")
+        plan.put(f"{CONFIG}.activation", "gelu_tanh" if fused else "gelu")
+        says = "gelu_tanh, which is what its fused kernel computes" if fused else "gelu"
+        plan.say("activation", None, "carried over", f"config.activation: {says}")
 
 
 def _option(name: str) -> str:
