@@ -279,6 +279,7 @@ class MegatronStrategy(Placement, Collectives):
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.checkpointer.resumption.forget()
+        self._timers = timing.Timers()  # who listened to an earlier run that failed may be in the old one
         ddp = self._ddp_config() if fitting else None
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
         self._steps = Steps(

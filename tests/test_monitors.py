@@ -9,11 +9,13 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_megatron import BertConfig, GPTConfig, T5Config
-from lightning_megatron.callbacks import MemoryMonitor, PhaseTimes, Throughput, TrainingMonitor
+from lightning_megatron.callbacks import MemoryMonitor, PhaseTimes, PipelineTimeline, Throughput, TrainingMonitor
 from lightning_megatron.flops import training_flops
 from tests import plain_gpt
 from tests.parallel import Layout, loader, trainer
@@ -275,3 +277,20 @@ def _nothing() -> Any:
 
 def test_without_callbacks_nothing_is_timed():
     assert run_ranks(1, _nothing) == [True]
+
+
+def _plain(folder: str) -> dict[str, float]:
+    callbacks = [Throughput(), MemoryMonitor(), PhaseTimes(), TrainingMonitor(), PipelineTimeline(2, folder)]
+    run = trainer(Layout(dp=2), callbacks=callbacks, max_epochs=2, log_every_n_steps=1)
+    run.fit(BoringModel(), DataLoader(RandomDataset(32, 16), batch_size=2))
+    return {name: float(value) for name, value in run.logged_metrics.items()}
+
+
+def test_a_plain_module_is_watched_too(tmp_path):
+    for seen in run_ranks(2, _plain, str(tmp_path)):
+        assert seen["consumed_samples"] == 32
+        assert seen["grad_norm"] > 0
+        assert seen["memory_estimate_gib"] > 0
+        assert seen["time/compute"] > 0
+        assert "mfu" not in seen  # nobody knows its operations
+    assert (tmp_path / "step-2.json").is_file()
