@@ -62,7 +62,8 @@ def _rank(rank: int, world_size: int, port: int, folder: str, function: Any, arg
         TORCHELASTIC_RUN_ID="tests",
     )
     torch.set_num_threads(1)
-    faulthandler.enable()  # a crash in C++ says where
+    crash = (Path(folder) / f"{rank}.crash").open("w")
+    faulthandler.enable(crash)  # a crash in C++ says where
     try:
         result = {"value": function(*args)}
     except BaseException as error:
@@ -74,7 +75,9 @@ def _rank(rank: int, world_size: int, port: int, folder: str, function: Any, arg
 def _result(path: Path, process: Any) -> dict[str, Any]:
     if path.exists():
         return torch.load(path, weights_only=False)
-    return {"error": f"rank {path.name} gave no result (exit code {process.exitcode}; None: it still ran)"}
+    crash = path.with_suffix(".crash")
+    where = crash.read_text() if crash.exists() else ""
+    return {"error": f"rank {path.name} gave no result (exit code {process.exitcode}; None: it still ran)\n{where}"}
 
 
 def free_port() -> int:
