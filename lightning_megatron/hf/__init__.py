@@ -8,7 +8,7 @@ nobody read; ``source.py`` reads rectangles of their tensors; ``loading.py`` fil
 from lightning_megatron.hf import families  # they register themselves
 from lightning_megatron.hf.family import Family, family_for, family_of, kind_of, known_families
 from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
-from lightning_megatron.hf.loading import Pretrained, WeightsError
+from lightning_megatron.hf.loading import Pretrained, WeightsError, fill
 from lightning_megatron.hf.source import Source, open_source
 from lightning_megatron.hf.target import Target
 
@@ -23,6 +23,7 @@ __all__ = [
     "families",
     "family_for",
     "family_of",
+    "fill",
     "kind_of",
     "known_families",
     "open_source",

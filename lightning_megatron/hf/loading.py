@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning_megatron.checkpoint.comparison import listed
 from lightning_megatron.checkpoint.places import places
 from lightning_megatron.hf.family import Family, family_of
 from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
-from lightning_megatron.hf.pieces import Heads, Piece, Shape, assemble, their_shapes
+from lightning_megatron.hf.pieces import Heads, Pieces, Read, Shape, assemble, their_shapes
 from lightning_megatron.hf.source import Source
 
 
@@ -102,35 +102,11 @@ class Pretrained:
         Raises:
             WeightsError: A tensor has another shape; on every rank, before any is read.
         """
-        config: Any = module.config
-        pieces, heads = self.family.pieces(config), Heads.of(config)
-        have = self._names(config)
-        where = places(module)
-        problems = [
-            f"{name} has shape {self.source.shapes[have[name]]}, and the model wants {shape}"
-            for place in where.values()
-            if place.key in pieces
-            for name, shape in their_shapes(pieces[place.key], place.shape, heads).items()
-            if name in have and self.source.shapes[have[name]] != shape
-        ]
-        everywhere = groups.gather(problems, groups.on_host())
-        if any(everywhere):
-            lines = sorted({line for found in everywhere for line in found})
-            raise WeightsError(f"{self.source.name} does not fit; nothing was loaded:\n{listed(lines)}")
-        state = module.state_dict(keep_vars=False)
-        with torch.no_grad():
-            for name, place in where.items():
-                if place.key not in pieces:
-                    continue  # a part of a user's own, or an update
-                piece: Piece = pieces[place.key]
-                if not all(theirs in have for theirs in piece.names):
-                    continue  # a new head
-                if place.is_padded:
-                    state[name].zero_()
-                for shard in place.shards(state[name], place.key):
-                    assemble(piece, place.shape, heads, tuple(shard.global_offset), shard.data, self._reading(have))
+        have = self._names(module.config)
+        shapes = {name: self.source.shapes[mine] for name, mine in have.items()}
+        fill(module, self.family.pieces(module.config), shapes, self._reading(have), self.source.name)
 
-    def _reading(self, have: dict[str, str]) -> Any:
+    def _reading(self, have: dict[str, str]) -> Read:
         def read(name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
             return self.source.read(have[name], offset, sizes)
 
@@ -146,3 +122,39 @@ class Pretrained:
             if second in have:
                 have.setdefault(first, have[second])
         return have
+
+
+def fill(module: Any, pieces: Pieces, shapes: Mapping[str, Shape], read: Read, source: str) -> None:
+    """Give a built module's tensors those of theirs that there are; all ranks call this.
+
+    Args:
+        module: With its chunks and ``config``.
+        pieces: The model's.
+        shapes: Of their tensors; of ours, those that lack a part stay as they are.
+        read: Reads a rectangle of one of theirs.
+        source: What it is called in errors.
+
+    Raises:
+        WeightsError: A tensor has another shape; on every rank, before any is read.
+    """
+    heads, where = Heads.of(module.config), places(module)
+    problems = [
+        f"{name} has shape {shapes[name]}, and the model wants {shape}"
+        for place in where.values()
+        if place.key in pieces
+        for name, shape in their_shapes(pieces[place.key], place.shape, heads).items()
+        if name in shapes and shapes[name] != shape
+    ]
+    everywhere = groups.gather(problems, groups.on_host())
+    if any(everywhere):
+        lines = sorted({line for found in everywhere for line in found})
+        raise WeightsError(f"{source} does not fit; nothing was loaded:\n{listed(lines)}")
+    state = module.state_dict(keep_vars=False)
+    with torch.no_grad():
+        for name, place in where.items():
+            if place.key not in pieces or not all(theirs in shapes for theirs in pieces[place.key].names):
+                continue  # a part of a user's own, an update, or a new head
+            if place.is_padded:
+                state[name].zero_()
+            for shard in place.shards(state[name], place.key):
+                assemble(pieces[place.key], place.shape, heads, tuple(shard.global_offset), shard.data, read)

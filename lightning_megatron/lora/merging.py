@@ -1,21 +1,18 @@
-"""A model's updates, whole: added to the weights that they update, or written as ``peft`` reads them."""
+"""A model's updates, whole, by transformers' names: added to the weights that they update, or to be written."""
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from lightning_megatron.hf.pieces import Heads, Piece, Pieces, Same
 from lightning_megatron.lora.attach import chosen_of, key_of
 from lightning_megatron.lora.config import LoRA
 
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
+# By transformers' name of the weight: A and B.
+Each = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class Updates:
@@ -43,9 +40,9 @@ class Updates:
         self._tensors.setdefault(f"{beginning}.", {})[name] = tensor
 
     @cached_property
-    def each(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def each(self) -> Each:
         """``A`` and ``B`` of each weight of transformers', ``B`` in its own order of rows; asked when all are taken."""
-        found = {}
+        found: Each = {}
         for beginning, tensors in self._tensors.items():
             piece, theirs = self._places[beginning]
             segments = [tensors[name] for name in sorted(tensors) if name.startswith("B")]
@@ -72,68 +69,3 @@ class Updates:
         found = torch.empty_like(up)
         found[torch.cat(rows)] = up
         return found
-
-
-def write(folder: Path, updates: Updates, task: str, base: str | None, transposed: bool) -> None:
-    """Write a directory that ``peft`` loads.
-
-    Args:
-        folder: The directory.
-        updates: Of the whole model.
-        task: peft's name of the task.
-        base: What the model came from, if that is known.
-        transposed: Whether the updated weights are stored as ``[in, out]``.
-    """
-    every = updates.each
-    tensors = {}
-    for theirs, (down, up) in every.items():
-        name = _PREFIX + theirs.removesuffix(".weight")
-        tensors[f"{name}.lora_A.weight"] = down.contiguous()
-        tensors[f"{name}.lora_B.weight"] = up.contiguous()
-    lora = updates.lora
-    about = {
-        "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.rslora,
-        "target_modules": sorted(name.removesuffix(".weight") for name in every),
-        "fan_in_fan_out": transposed,
-        "bias": "none",
-        "inference_mode": True,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / _WEIGHTS, {"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(about, indent=2) + "\n")
-
-
-def read(folder: Path) -> tuple[LoRA, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """A directory of ``peft``'s: the sizes, and ``A`` and ``B`` by transformers' name of the weight.
-
-    Raises:
-        FileNotFoundError: There is no such directory, or it is no adapter's.
-        ValueError: An adapter of another kind.
-    """
-    if not (folder / _CONFIG).is_file() or not (folder / _WEIGHTS).is_file():
-        raise FileNotFoundError(f"{folder} is no adapter: it needs {_CONFIG} and {_WEIGHTS}.")
-    about = json.loads((folder / _CONFIG).read_text())
-    told = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
-    for name, usual in told.items():
-        if about.get(name, usual) not in (usual, None):
-            raise ValueError(f"{folder / _CONFIG} has {name}={about[name]!r}, for which there is no counterpart here.")
-    if about.get("peft_type") != "LORA":
-        raise ValueError(f"{folder} is an adapter of kind {about.get('peft_type')!r}; only 'LORA' can be loaded.")
-    every: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(folder / _WEIGHTS).items():
-        weight, _, kind = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        every.setdefault(f"{weight}.weight", {})[kind] = tensor
-    lora = LoRA(
-        rank=about["r"],
-        alpha=about["lora_alpha"],
-        dropout=about.get("lora_dropout") or 0.0,
-        rslora=bool(about.get("use_rslora")),
-        targets=[name.removesuffix(".weight") for name in sorted(every)],
-    )
-    return lora, {name: (parts["lora_A"], parts["lora_B"]) for name, parts in every.items()}

@@ -135,6 +135,11 @@ class MegatronModule(pl.LightningModule):
     def adapt_model(self) -> None:
         """Change the chunks, which are built and have no weights of a checkpoint's yet."""
 
+    def fill_model(self) -> None:
+        """Give the built chunks the first weights that this module was told of."""
+        if self._fill is not None:
+            self._fill(self)
+
     def connect_data(self, data: Any) -> None:
         """Take from the data module, or None, what the model leaves to it; called before anything is built."""
 
@@ -199,8 +204,7 @@ class MegatronModule(pl.LightningModule):
             with model_rng():
                 self.chunks.append(self.build_model(first, last, virtual if layout.vp else None))
         self.adapt_model()
-        if self._fill is not None:
-            self._fill(self)
+        self.fill_model()
 
     def build(
         self, tp: int = 1, pp: int = 1, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32

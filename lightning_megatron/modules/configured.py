@@ -14,8 +14,9 @@ from lightning_megatron import hf
 from lightning_megatron.checkpoint import alone
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.lora import LoRA
+from lightning_megatron.lora.files import Saved
+from lightning_megatron.lora.files import read as read_adapter
 from lightning_megatron.lora.merging import Updates
-from lightning_megatron.lora.merging import read as read_adapter
 from lightning_megatron.modules import low_rank
 from lightning_megatron.modules.base import Batch, LossReduction, MegatronModule, SchedulerCallable
 from lightning_megatron.modules.model_config import ModelConfig
@@ -56,7 +57,7 @@ class ConfiguredModule(MegatronModule):
         self.config = config
         self.lora = lora
         self.new_weights: list[str] = []  # of a head that a pretrained model does not have
-        self._loaded: low_rank.Loaded | None = None
+        self._loaded: Saved | None = None
         self.save_hyperparameters("config", "loss_reduction", "lora", logger=False)
 
     def connect_data(self, data: Any) -> None:
@@ -71,7 +72,13 @@ class ConfiguredModule(MegatronModule):
     def adapt_model(self) -> None:
         """Put low-rank updates beside the layers, where there are any."""
         if self.lora is not None:
-            low_rank.put_in(self, self._loaded)
+            low_rank.put_in(self)
+
+    def fill_model(self) -> None:
+        """Give the built chunks their first weights, and those of an adapter."""
+        super().fill_model()
+        if self._loaded is not None:
+            low_rank.fill(self, self._loaded)
 
     @classmethod
     def from_pretrained(
@@ -115,9 +122,9 @@ class ConfiguredModule(MegatronModule):
         return module
 
     def load_adapter(self, directory: str | Path) -> Self:
-        """Start from low-rank updates that ``peft`` or ``save_adapter`` wrote, and train them further.
+        """Start from an adapter that ``peft`` or ``save_adapter`` wrote, and train it further.
 
-        Call it before ``fit``; the sizes are the adapter's.
+        Call it before ``fit``; the sizes are the adapter's, and so are the parts that are trained whole.
 
         Args:
             directory: With ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -132,13 +139,14 @@ class ConfiguredModule(MegatronModule):
         """
         if len(self.chunks):
             raise RuntimeError(f"{type(self).__name__}.load_adapter comes too late: the model is built.")
-        self.lora, self._loaded = read_adapter(Path(directory))
+        self._loaded = low_rank.understood(self, read_adapter(Path(directory)))
+        self.lora = self._loaded.lora
         self.save_hyperparameters({"lora": self.lora}, logger=False)
         low_rank.check(self)
         return self
 
     def save_adapter(self, directory: str | Path) -> Path:
-        """Write the low-rank updates alone, as a directory that ``peft`` loads; all ranks call this.
+        """Write the low-rank updates, and what was trained whole, as ``peft`` loads them; all ranks call this.
 
         Args:
             directory: Where to.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_megatron import groups, hf
 from lightning_megatron.checkpoint.comparison import listed
-from lightning_megatron.hf.pieces import Pieces, is_update
+from lightning_megatron.hf.pieces import Heads, Pieces, Read, Shape, is_update, take_apart
 from lightning_megatron.hf.whole import WholeTensors, on_first_rank
 from lightning_megatron.lora import LoRA
-from lightning_megatron.lora.attach import attach, target_names
+from lightning_megatron.lora.attach import attach, chosen_of, target_names
+from lightning_megatron.lora.files import Saved, write
 from lightning_megatron.lora.layer import Adapter
-from lightning_megatron.lora.merging import Updates, write
+from lightning_megatron.lora.merging import Updates
 from lightning_megatron.names import whole_name
 
 _TASKS = {
@@ -25,8 +27,8 @@ _TASKS = {
     "sequence_classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
 }
-# By transformers' name of the weight: A and B.
-Loaded = dict[str, tuple[torch.Tensor, torch.Tensor]]
+# What peft trains whole, and saves, for some tasks without being asked.
+_HEADS = {"SEQ_CLS": {"classifier"}, "TOKEN_CLS": {"classifier"}}
 
 
 def pieces_of(module: Any) -> Pieces:
@@ -45,11 +47,39 @@ def check(module: Any) -> None:
         module.lora.check_targets(target_names(pieces_of(module)))
 
 
-def put_in(module: Any, loaded: Loaded | None) -> None:
+def understood(module: Any, saved: Saved) -> Saved:
+    """An adapter whose weights that are no updates are found in a module's model; its ``lora`` trains their parts.
+
+    Raises:
+        ValueError: The model has no such weights, has them tied to others, or needs further ones beside them.
+    """
+    family, pieces = _family(module), pieces_of(module)
+    ours = {name: key for key, piece in pieces.items() for name in piece.names}
+    tied = family.tied(module.config) if family else {}
+    both = sorted(saved.whole.keys() & {*tied, *tied.values()})
+    if both:
+        raise ValueError(
+            f"The adapter holds {both[0]} whole, which peft trains apart from what it is tied to; this model has one"
+            " tensor of both. Merge the adapter into the model with peft, and load that."
+        )
+    unknown = sorted(saved.whole.keys() - ours.keys())
+    if unknown:
+        raise ValueError(f"The adapter holds weights that have no place in the model:\n{listed(unknown)}")
+    keys = {ours[name] for name in saved.whole}
+    missing = sorted({name for key in keys for name in pieces[key].names} - saved.whole.keys())
+    if missing:
+        raise ValueError(
+            f"The adapter lacks weights that megatron-core has in one tensor with some of its own:\n{listed(missing)}"
+        )
+    parts = sorted({key.rpartition(".")[0] for key in keys})
+    return replace(saved, lora=replace(saved.lora, also_train=parts))
+
+
+def put_in(module: Any) -> None:
     """Put updates beside the layers of a module's chunks, and freeze the rest.
 
     Raises:
-        ValueError: What was loaded is not of this model.
+        ValueError: There is no part that is to be trained whole; on every rank.
     """
     lora: LoRA = module.lora
     pieces = pieces_of(module)
@@ -57,12 +87,36 @@ def put_in(module: Any, loaded: Loaded | None) -> None:
     _check_parts(module, lora.also_train)
     for chunk in module.chunks:
         attach(chunk, lora, pieces, module.config, seed, set(module.new_weights))
-        if loaded is None:
-            continue
-        for adapter in (part for part in chunk.modules() if isinstance(part, Adapter)):
-            for number, theirs in enumerate(adapter.chosen):
-                _check_shapes(theirs, adapter, number, *loaded[theirs])
-                adapter.fill(number, *loaded[theirs])
+
+
+def fill(module: Any, saved: Saved) -> None:
+    """Give a module's built chunks what an adapter holds; all ranks call this.
+
+    Raises:
+        ValueError: Shapes differ; on every rank.
+    """
+    places = [
+        (adapter, number, theirs)
+        for adapter in module.chunks.modules()
+        if isinstance(adapter, Adapter)
+        for number, theirs in enumerate(adapter.chosen)
+    ]
+    problems = [_misfit(theirs, adapter, number, *saved.updates[theirs]) for adapter, number, theirs in places]
+    found = sorted({problem for many in groups.gather(problems, groups.on_host()) for problem in many if problem})
+    if found:
+        raise ValueError(found[0])
+    for adapter, number, theirs in places:
+        adapter.fill(number, *saved.updates[theirs])
+    if saved.whole:
+        shapes = {name: tuple(tensor.shape) for name, tensor in saved.whole.items()}
+        hf.fill(module, pieces_of(module), shapes, _reading(saved.whole), "The adapter")
+
+
+def _reading(tensors: dict[str, torch.Tensor]) -> Read:
+    def read(name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
+        return tensors[name][tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))]
+
+    return read
 
 
 def _check_parts(module: Any, parts: list[str]) -> None:
@@ -81,7 +135,7 @@ def _check_parts(module: Any, parts: list[str]) -> None:
 
 
 def save(module: Any, folder: Path) -> Path:
-    """Write the updates as ``peft`` reads them; all ranks call this.
+    """Write the updates, and what was trained whole, as ``peft`` reads them; all ranks call this.
 
     Raises:
         ValueError: The module has none, or no family of transformers' has its model.
@@ -92,33 +146,56 @@ def save(module: Any, folder: Path) -> Path:
         why = "has no LoRA(...)" if module.lora is None else "is of no family of transformers'"
         raise ValueError(f"{type(module).__name__}.save_adapter: the module {why}. Use save_pretrained.")
     pieces = family.pieces(module.config)
-    updates = Updates(module.lora, pieces, module.config)
-    for key, tensor in WholeTensors(module, only=is_update):
-        if tensor is not None:
+    task = _TASKS.get(getattr(module.config, "task", family.kind), "FEATURE_EXTRACTION")
+    trained = _trained_whole(module)
+    whole_keys = _in_whole_modules(trained, pieces, family.tied(module.config), module.lora, _HEADS.get(task, set()))
+    updates, heads = Updates(module.lora, pieces, module.config), Heads.of(module.config)
+    whole: dict[str, torch.Tensor] = {}
+    for key, tensor in WholeTensors(module, only=lambda key: is_update(key) or key in whole_keys):
+        if tensor is None:
+            continue
+        if is_update(key):
             updates.take(key, tensor)
-    _tell_what_stays(module, folder)
+        else:
+            whole |= take_apart(pieces[key], tensor, heads)
+    if trained - whole_keys:
+        rank_zero_warn(
+            f"{folder} lacks these, which were trained whole and which peft has no place for; save_pretrained and"
+            f" checkpoints have all of it:\n{listed(trained - whole_keys)}"
+        )
     base = module.hparams.get("pretrained_config") or {}
-    kind = _TASKS.get(getattr(module.config, "task", family.kind), "FEATURE_EXTRACTION")
     transposed = any(piece.transposed for piece in pieces.values())
     name = base.get("_name_or_path") or None
-    on_first_rank(folder, lambda: write(folder, updates, kind, name, transposed))
+    on_first_rank(folder, lambda: write(folder, Saved(module.lora, updates.each, whole), task, name, transposed))
     return folder
 
 
-def _tell_what_stays(module: Any, folder: Path) -> None:
-    """Warn of parts that were trained whole, of which an adapter of updates has nothing."""
+def _trained_whole(module: Any) -> set[str]:
+    """Weights of the whole model that are trained as they are."""
     here = {
         whole_name(chunk, name)
         for chunk in module.chunks
         for name, parameter in chunk.named_parameters()
         if parameter.requires_grad and not is_update(name)
     }
-    trained = set().union(*groups.gather(here, groups.on_host()))
-    if trained:
-        rank_zero_warn(
-            f"{folder} holds the low-rank updates alone, and these were trained, too; save_pretrained and checkpoints"
-            f" have all of it:\n{listed(trained)}"
-        )
+    return set().union(*groups.gather(here, groups.on_host()))
+
+
+def _in_whole_modules(trained: set[str], pieces: Pieces, tied: dict[str, str], lora: LoRA, heads: set[str]) -> set[str]:
+    """Our tensors of the modules of transformers' that an adapter has whole, as ``peft`` has them or not at all.
+
+    Args:
+        trained: Our names of what was trained.
+        pieces: The model's.
+        tied: Tensors of theirs that ours has once: whole modules of peft's are copies, which tear the tie.
+        lora: What has updates, which whole modules have not.
+        heads: Modules that are there in any case.
+    """
+    modules = heads | {name.rpartition(".")[0] for key in trained & pieces.keys() for name in pieces[key].names}
+    torn = {*tied, *tied.values()}
+    torn |= {name for key, piece in pieces.items() for name in chosen_of(piece, key, lora) if key.endswith(".weight")}
+    fit = {module for module in modules if not any(name.startswith(f"{module}.") for name in torn)}
+    return {key for key, piece in pieces.items() if all(name.rpartition(".")[0] in fit for name in piece.names)}
 
 
 def _family(module: Any) -> hf.Family | None:
@@ -131,8 +208,7 @@ def _family(module: Any) -> hf.Family | None:
         return None
 
 
-def _check_shapes(theirs: str, adapter: Any, number: int, down: torch.Tensor, up: torch.Tensor) -> None:
+def _misfit(theirs: str, adapter: Any, number: int, down: torch.Tensor, up: torch.Tensor) -> str:
     wanted = (adapter.lora.rank, adapter.num_inputs), (int((adapter.owner == number).sum()), adapter.lora.rank)
     seen = tuple(down.shape), tuple(up.shape)
-    if seen != wanted:
-        raise ValueError(f"The adapter's update of {theirs} has shapes {seen}, and this model's {wanted}.")
+    return "" if seen == wanted else f"The adapter's update of {theirs} has shapes {seen}, and this model's {wanted}."
