@@ -203,6 +203,11 @@ class ShardedOptimizer(Optimizer):
         if "grad_scaler" in state_dict and getattr(self.inner, "grad_scaler", None) is not None:
             self.inner.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
+    def trains(self, module: torch.nn.Module) -> bool:
+        """Whether what it updates are weights of ``module``."""
+        own = {id(parameter) for parameter in module.parameters()}
+        return all(id(held.parameter) in own for held in self.held())
+
     def held(self) -> Iterator[Held]:
         """Every parameter, or part of one, that this rank updates."""
         if isinstance(self.inner, DistributedOptimizer):

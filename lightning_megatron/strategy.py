@@ -278,16 +278,21 @@ class MegatronStrategy(Placement, Collectives):
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
-        self.checkpointer.resumption.forget()
+        if fitting:
+            self.checkpointer.resumption.forget()
+        else:
+            self.checkpointer.resumption.give_back(trainer)
         self._timers = timing.Timers()  # who listened to an earlier run that failed may be in the old one
         ddp = self._ddp_config() if fitting else None
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
         self._steps = Steps(
             self.lightning_module, self._engine, self._precision, self.micro_batch_size, self.num_microbatches
         )
-        self.optimizers = []
         if fitting:
+            self.optimizers = []
             self.setup_optimizers(trainer)
+        elif not all(optimizer.trains(self.lightning_module) for optimizer in self.optimizers):  # type: ignore[attr-defined]
+            self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
         self.setup_precision_plugin()
 
     @override
@@ -419,6 +424,7 @@ class MegatronStrategy(Placement, Collectives):
         self._heartbeat.stop()
         if self._engine is not None:
             self._engine.rest()
+            self.checkpointer.resumption.end(self.lightning_module.trainer)  # type: ignore[union-attr]
         metrics.stop_syncing(self.lightning_module)  # type: ignore[arg-type]
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
@@ -454,7 +460,7 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):  # or there is none
             optimizer.load_state_dict(state["hyper"])
             state["finish"]()
 

@@ -93,7 +93,7 @@ def loader(kind: str, layout: Layout, replica: int, workers: int):
 
 def _train(
     layout, kind, workers, precision, accumulate, steps,
-    load=None, save=None, every=None, seed=11, epochs=-1, extra=(),
+    load=None, save=None, every=None, seed=11, epochs=-1, extra=(), evaluate=False,
 ):  # fmt: skip
     seed_everything(seed, verbose=False)
     watch = Watch()
@@ -114,6 +114,11 @@ def _train(
     )
     module = Scheduled(CONFIG)
     run.fit(module, loader(kind, layout, run.strategy.data_parallel_rank, workers), ckpt_path=load)
+    if evaluate:
+        held_out = DataLoader(Rows(text_samples(CONFIG, 8)), batch_size=4 // layout.dp, shuffle=True)
+        for evaluation in (run.validate, run.test, run.predict):
+            torch.rand(3)
+            evaluation(module, held_out)
     if save is not None:
         run.save_checkpoint(save)
     optimizer = run.strategy.optimizers[0]
@@ -250,6 +255,34 @@ def _first_window_of_an_epoch(path):
 def test_the_first_window_of_a_later_epoch_is_run_again(tmp_path):
     ((whole, resumed),) = run_ranks(1, _first_window_of_an_epoch, f"{tmp_path}/first.ckpt")
     assert resumed == whole[6:]
+
+
+def _evaluate_before_the_save(layout, precision, path):
+    run = functools.partial(_train, layout, "shuffled", 0, precision, 3)
+    whole = run(9)
+    run(4, evaluate=True, save=path)
+    assert_same(run(9, load=path, seed=99), whole)
+
+
+@pytest.mark.parametrize(("layout", "precision"), [(Layout(tp=2), "32-true"), (Layout(dp=2), "bf16-mixed")], ids=str)
+def test_evaluations_between_the_fit_and_the_save_leave_no_trace(layout, precision, tmp_path):
+    run_ranks(2, _evaluate_before_the_save, layout, precision, f"{tmp_path}/evaluated.ckpt")
+
+
+def _untrained(path):
+    rows = DataLoader(Rows(text_samples(plain_gpt.GPT2, 8)), batch_size=4)
+    fitted, module = trainer(Layout(), max_steps=1), GPTModule(plain_gpt.GPT2)
+    fitted.fit(GPTModule(plain_gpt.GPT2), rows)
+    fitted.validate(module, rows, verbose=False)  # another module than the optimizer is of
+    fitted.save_checkpoint(path)
+    resumed = trainer(Layout(), max_steps=3)
+    with pytest.warns(UserWarning, match="had not trained: the optimizer starts anew"):
+        resumed.fit(GPTModule(plain_gpt.GPT2), rows, ckpt_path=path)
+    return resumed.global_step
+
+
+def test_a_checkpoint_of_a_module_that_was_only_evaluated_starts_the_optimizer_anew(tmp_path):
+    assert run_ranks(1, _untrained, f"{tmp_path}/untrained.ckpt") == [3]
 
 
 class Seeing(GPTModule):

@@ -295,13 +295,16 @@ class Checkpointer:
         full = state["optimizer_states"] is not None
         if not full:
             del state["optimizer_states"]
-        optimizer = run.optimizer if full else None
+        resumes = full and run.trainer.state.fn == TrainerFn.FITTING
+        if resumes and not state["optimizer_states"]:
+            rank_zero_warn(f"{path} was saved by a run that had not trained: the optimizer starts anew.")
+        optimizer = run.optimizer if resumes and state["optimizer_states"] else None
         tensors, finish = read(lambda: loading.read(path, run.module, optimizer))
         others = {n: v for n, v in run.module.state_dict().items() if not isinstance(v, torch.Tensor)}
         state["state_dict"] = {**others, **state["state_dict"], **tensors}
-        if full and run.optimizer is not None:
+        if optimizer is not None:
             state["optimizer_states"] = [{"hyper": state["optimizer_states"][0], "finish": finish}]
-        if full and run.trainer.state.fn == TrainerFn.FITTING:
+        if resumes:
             self._read_rank_state(path, about, run, state)
         return state
 

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -46,6 +47,7 @@ class Resumption:
         self._window: Record | None = None
         self._left_out = 0
         self._seeds: dict[int, int] = {}
+        self._ended: tuple[Any, rng.States] | None = None
 
     def watch(self, loader: Any) -> Any:
         """Have a training loader take part; one that has ``state_dict`` keeps its own place."""
@@ -67,7 +69,8 @@ class Resumption:
                 " loader has a state_dict of its own and cannot go back. Save between windows: every_n_train_steps"
                 " counts them, time and exceptions do not."
             )
-        now = self._window if where.redo and self._window is not None else _now(trainer, where.batches)
+        states = self._ended[1] if self._ended is not None else None
+        now = self._window if where.redo and self._window is not None else _now(trainer, where.batches, states)
         return {
             "epoch": where.epoch,
             "batches": where.batches,
@@ -106,6 +109,16 @@ class Resumption:
             advance(loop, fetcher)
 
         loop.advance = advance_from_here  # type: ignore[method-assign,assignment]
+
+    def end(self, trainer: pl.Trainer) -> None:
+        """Keep what a fit has ended with, its loaders and random states, for a save behind later evaluations."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._ended = trainer.fit_loop._combined_loader, rng.snapshot()
+
+    def give_back(self, trainer: pl.Trainer) -> None:
+        """Give the fit's loaders back to its loop, from which Lightning takes them at the start of an evaluation."""
+        if self._ended is not None:
+            trainer.fit_loop._combined_loader = self._ended[0]
 
     def _before_batch(self, trainer: pl.Trainer) -> None:
         saved, self._saved = self._saved, None
@@ -178,11 +191,11 @@ def _loaders(trainer: pl.Trainer) -> list[Any]:
     return [] if combined is None else combined.flattened
 
 
-def _now(trainer: pl.Trainer, batches: int) -> Record:
-    """Random states, and the places of the loaders after ``batches`` batches of the epoch."""
+def _now(trainer: pl.Trainer, batches: int, states: rng.States | None = None) -> Record:
+    """Random states, or the ``states`` given; and the places of the loaders after ``batches`` of the epoch."""
     cycles = getattr(trainer.fit_loop._combined_loader, "_mode", None) == "max_size_cycle"
     return {
-        "rng": rng.snapshot(),
+        "rng": rng.snapshot() if states is None else states,
         "loaders": [_record(loader, batches, cycles) for loader in _loaders(trainer)],
     }
 
