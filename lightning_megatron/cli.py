@@ -149,6 +149,10 @@ def _export(given: argparse.Namespace) -> None:
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a directory with config.json and weights, or a name on the Hugging Face hub")
     parser.add_argument("checkpoint", help="the checkpoint to write, for load_weights and load_from_checkpoint")
+    parser.add_argument(
+        "--ignore", type=_words, action="extend", default=[], metavar="A,B", help="fields that change nothing"
+    )
+    parser.add_argument("--revision", help="of a name on the hub: branch, tag or commit")
     parser.set_defaults(run=_import)
 
 
@@ -160,7 +164,7 @@ def _import(given: argparse.Namespace) -> None:
     if Path(given.checkpoint).exists():
         raise ValueError(f"{given.checkpoint} is there already.")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    module = AutoModule.from_pretrained(given.source)
+    module = AutoModule.from_pretrained(given.source, ignore=given.ignore, revision=given.revision)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,

@@ -20,9 +20,11 @@ class Family:
         kind: What it becomes, such as "GPT" for a ``GPTModule`` with a ``GPTConfig``.
         prefix: What the names of all tensors but those of heads begin with; files of a model without a head leave it
             out.
-        buffers: Regular expressions of tensors that are no weights, such as masks that old files hold.
+        buffers: Regular expressions of tensors that are no weights, such as masks that old files hold, beyond those
+            that transformers itself leaves out.
         head: Prefixes of their tensors that belong to a task: another task's are left where they are, and those that
             are missing start anew.
+        body: Prefixes of the tensors that do not belong to a head, where that is not ``prefix``.
     """
 
     model_type: ClassVar[str] = ""
@@ -30,6 +32,7 @@ class Family:
     prefix: ClassVar[str] = ""
     buffers: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[tuple[str, ...]] = ()
+    body: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         if "model_type" in vars(cls):
@@ -62,6 +65,14 @@ class Family:
     def tied(self, config: Any) -> dict[str, str]:
         """Second names of theirs for tensors that the model holds once, and the first ones."""
         return {}
+
+    def architectures(self, config: Any) -> tuple[str, ...]:
+        """The classes of transformers, each with another head, that a model of our type of configuration may be."""
+        return (self.architecture(config),)
+
+    def has_head(self, name: str) -> bool:
+        """Whether a tensor of theirs belongs to a head."""
+        return name.startswith(self.head) or not name.startswith(self.body or self.prefix)
 
     def _require(self, config: Any, **wanted: Any) -> None:
         """Refuse to write a configuration that the family cannot express.

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Of every model: how it is used, and where it came from; none changes its logits.
+# Read by transformers' models, and of no effect on their logits: what they are asked to return, how they are begun and
+# trained, whose tokens and labels they are of.
 _HARMLESS = {
     "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
     "decoder_start_token_id", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
-    "name_or_path", "_name_or_path", "model_type", "transformers_version", "use_cache", "initializer_range",
-    "initializer_factor",
+    "name_or_path", "model_type", "transformers_version", "use_cache", "initializer_range", "initializer_factor",
     "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "task_specific_params",
-    "pretraining_tp", "classifier_dropout", "finetuning_task", "gradient_checkpointing", "auto_map", "tokenizer_class",
-    "prefix", "attn_implementation", "_attn_implementation", "experts_implementation", "is_encoder_decoder",
-    "_commit_hash",
+    "pretraining_tp", "classifier_dropout", "gradient_checkpointing", "is_encoder_decoder", "tokenizer_class",
+    "attn_implementation", "experts_implementation",
 }  # fmt: skip
-_NOTHING: Any = object()
+# Fields that the models look for, whether or not their configuration has them, where they change nothing; the others
+# are then None.
+_WHERE_UNDEFINED = {"is_causal": True}
 
 
 class UnsupportedConfigError(ValueError):
@@ -76,24 +77,41 @@ class Fields:
             )
         return values[names[0]]
 
-    def unread(self, ignore: Iterable[str] = ()) -> dict[str, Any]:
-        """Fields that differ from what the family has by default, and that nobody has read."""
-        mine = self.config.to_dict()
-        usual = type(self.config)().to_dict()
-        known = self._read | _HARMLESS | set(ignore) | set(self.config.attribute_map)
-        known |= {self.config.attribute_map.get(name, name) for name in known}
-        return {name: value for name, value in mine.items() if name not in known and value != usual.get(name, _NOTHING)}
+    def unread(self, effective: Collection[str] | None, ignore: Iterable[str] = ()) -> dict[str, Any]:
+        """Fields that differ from what the family has by default, that nobody has read, and that change the model.
 
-    def refuse_unread(self, ignore: Iterable[str] = ()) -> None:
-        """Refuse what nobody has read, rather than make another model of it.
+        Args:
+            effective: Fields that transformers' model reads; None: it may be any.
+            ignore: Fields that change nothing.
+        """
+        mine = self.config.to_dict()
+        usual = {**_WHERE_UNDEFINED, **type(self.config)().to_dict()}
+        known = self._with_other_names(self._read | _HARMLESS | set(ignore) | set(self.config.attribute_map))
+        changing = None if effective is None else self._with_other_names(effective)
+        return {
+            name: value
+            for name, value in mine.items()
+            if not name.startswith("_")
+            and name not in known
+            and (changing is None or name in changing)
+            and value != usual.get(name)
+        }
+
+    def refuse_unread(self, effective: Collection[str] | None, ignore: Iterable[str] = ()) -> None:
+        """Refuse what nobody has read, rather than make another model of it; arguments as ``unread``.
 
         Raises:
             UnsupportedConfigError: Names the fields.
         """
-        unread = self.unread(ignore)
+        unread = self.unread(effective, ignore)
         if unread:
             told = ", ".join(f"{name}={value!r}" for name, value in unread.items())
             raise UnsupportedConfigError(
                 f"{self.model_type}: the configuration has {told}, for which there is no counterpart here. If it does"
-                f" not change the model, say so: from_pretrained(..., ignore={sorted(unread)!r})."
+                f" not change the model, say so: from_pretrained(..., ignore={sorted(unread)!r}), or"
+                f" lightning-megatron import --ignore {','.join(sorted(unread))}."
             )
+
+    def _with_other_names(self, names: Collection[str]) -> set[str]:
+        """The names, and what transformers calls the same fields inside."""
+        return {*names, *(self.config.attribute_map.get(name, name) for name in names)}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from transformers import MODEL_MAPPING
 
 from lightning_megatron import groups
 from lightning_megatron.checkpoint.comparison import listed
 from lightning_megatron.checkpoint.places import places
+from lightning_megatron.hf.blueprint import Blueprint, class_named
 from lightning_megatron.hf.family import Family, family_of
 from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
 from lightning_megatron.hf.pieces import Heads, Pieces, Read, Shape, assemble, their_shapes
@@ -30,23 +32,31 @@ class Pretrained:
 
     Args:
         source: Where its tensors are.
+        fields: Its configuration.
         family: Its architecture.
-        arguments: Of our configuration.
+        changes: Arguments of our configuration that differ.
+        ignore: Fields of theirs that change nothing.
+
+    Attributes:
+        names: What the source calls each tensor, by transformers' first name of it; known once it is checked.
     """
 
     source: Source
+    fields: Fields
     family: Family
-    arguments: dict[str, Any]
+    changes: dict[str, Any]
+    ignore: tuple[str, ...]
+    names: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def find(cls, source: Source, kind: str, changes: dict[str, Any], ignore: Iterable[str]) -> Pretrained:
-        """Read the configuration.
+        """Read the architecture.
 
         Args:
             source: Where the model is.
             kind: What it must become, such as "GPT".
             changes: Arguments of our configuration that are to differ.
-            ignore: Fields of theirs that change nothing.
+            ignore: Fields of theirs that change nothing; "architectures" leaves a head out.
 
         Raises:
             UnsupportedConfigError: There is no counterpart.
@@ -58,43 +68,41 @@ class Pretrained:
                 f"{source.name} is a {fields.model_type}, which becomes a {family.kind}Module: use"
                 f" {family.kind}Module.from_pretrained, or AutoModule.from_pretrained, not {kind}Module's."
             )
-        arguments = family.read_config(fields)
-        fields.refuse_unread(ignore)
-        return cls(source, family, {**arguments, **changes})
+        return cls(source, fields, family, changes, tuple(ignore))
 
-    def check_names(self, config: Any) -> None:
-        """Refuse a source that lacks tensors, or has others.
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of our configuration.
+
+        Raises:
+            UnsupportedConfigError: A field of theirs has a value for which there is no counterpart.
+        """
+        return {**self.family.read_config(self.fields), **self.changes}
+
+    def check(self, config: Any) -> None:
+        """Refuse what would not be the same model, before a weight is read.
 
         Args:
             config: Ours, made from ``arguments``.
 
         Raises:
-            WeightsError: Names them.
+            UnsupportedConfigError: A head, or a field that changes the model, has no counterpart.
+            WeightsError: Tensors are missing, or have no place in the model.
         """
-        wanted = {name for piece in self.family.pieces(config).values() for name in piece.names}
-        tied, have = self.family.tied(config), set(self._names(config))
-        missing = sorted(name for name in wanted - have if not name.startswith(self.family.head))
-        extra = sorted(
-            name
-            for name in have - wanted - tied.keys()
-            if not name.startswith(self.family.head)
-            and not any(re.fullmatch(pattern, name) for pattern in self.family.buffers)
-        )
-        if missing or extra:
-            lines = [f"{name} is missing" for name in missing] + [f"{name} has no place in the model" for name in extra]
-            raise WeightsError(
-                f"{self.source.name} does not hold the tensors of a {self.family.model_type} with its configuration;"
-                f" nothing was loaded:\n{listed(lines)}"
-            )
-        new = sorted(wanted - have)
-        if new:
-            rank_zero_warn(f"{self.source.name} has no weights for a new head, which starts anew:\n{listed(new)}")
+        self._check_head(config)
+        blueprint = Blueprint(self.source.config, self.family.architecture(config))
+        self.fields.refuse_unread(blueprint.fields_read, self.ignore)
+        self.names = self._found_names(config, blueprint)
+        self._check_names(config, blueprint)
+        self._check_ties(config)
 
     def new_weights(self, config: Any) -> list[str]:
         """Our names of the tensors that the source does not have, of a new head."""
-        have = self._names(config)
         pieces = self.family.pieces(config)
-        return sorted(ours for ours, piece in pieces.items() if not all(name in have for name in piece.names))
+        return sorted(ours for ours, piece in pieces.items() if not all(name in self.names for name in piece.names))
+
+    def dtypes(self) -> dict[str, str]:
+        """The type in which each tensor is stored, by transformers' name of it."""
+        return {name: self.source.dtypes[stored] for name, stored in self.names.items()}
 
     def fill(self, module: pl.LightningModule) -> None:
         """Give a built module its weights; each rank reads no more than its shards. All ranks call this.
@@ -102,26 +110,92 @@ class Pretrained:
         Raises:
             WeightsError: A tensor has another shape; on every rank, before any is read.
         """
-        have = self._names(module.config)
-        shapes = {name: self.source.shapes[mine] for name, mine in have.items()}
-        fill(module, self.family.pieces(module.config), shapes, self._reading(have), self.source.name)
+        shapes = {name: self.source.shapes[stored] for name, stored in self.names.items()}
 
-    def _reading(self, have: dict[str, str]) -> Read:
         def read(name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
-            return self.source.read(have[name], offset, sizes)
+            return self.source.read(self.names[name], offset, sizes)
 
-        return read
+        fill(module, self.family.pieces(module.config), shapes, read, self.source.name)
 
-    def _names(self, config: Any) -> dict[str, str]:
-        """What the source calls each tensor, by its first name."""
-        prefix = self.family.prefix
+    @property
+    def _architecture(self) -> type | None:
+        """transformers' class that the configuration names, if it names one of its own."""
+        named = self.source.config.architectures or [""]
+        found = class_named(str(named[0]))
+        return found if found is not None and found.config_class is type(self.source.config) else None
+
+    @property
+    def _leaves_head(self) -> bool:
+        """Whether the user leaves the source's head out."""
+        return "architectures" in self.ignore or "task" in self.changes
+
+    @property
+    def _takes_new_head(self) -> bool:
+        """Whether a head may start anew: the source is a model without one, or its head is left out."""
+        base = MODEL_MAPPING.get(type(self.source.config), None)
+        return self._leaves_head or (base is not None and self._architecture is base)
+
+    def _check_head(self, config: Any) -> None:
+        found, known = self._architecture, self.family.architectures(config)
+        if found is None or self._takes_new_head or found.__name__ in known:
+            return
+        held = ", ".join(sorted({name.partition(".")[0] for name in self.source.shapes if self.family.has_head(name)}))
+        remedy = (
+            "config={'task': ...}" if hasattr(config, "task") else "ignore=['architectures'] (the command: --ignore)"
+        )
+        raise UnsupportedConfigError(
+            f"{self.source.name} is a {found.__name__}, whose head {f'({held}) ' if held else ''}has no"
+            f" counterpart here: a {self.family.kind}Module is a {' or '.join(known)}. To load the rest without that"
+            f" head, use from_pretrained(..., {remedy}); a head that the files do not have starts anew."
+        )
+
+    def _found_names(self, config: Any, blueprint: Blueprint) -> dict[str, str]:
+        family, prefix = self.family, self.family.prefix
         if any(name.startswith(prefix) for name in self.source.shapes):
             prefix = ""  # else it is a model without a head, whose names lack it
-        have = {name if name.startswith(self.family.head) else prefix + name: name for name in self.source.shapes}
-        for second, first in self.family.tied(config).items():
+        have = {
+            name if name.startswith((*family.head, family.prefix)) else prefix + name: stored
+            for stored, name in blueprint.loaded_names(self.source.shapes).items()
+        }
+        for second, first in family.tied(config).items():
             if second in have:
                 have.setdefault(first, have[second])
         return have
+
+    def _check_names(self, config: Any, blueprint: Blueprint) -> None:
+        family, have = self.family, set(self.names)
+        wanted = {name for piece in family.pieces(config).values() for name in piece.names}
+        missing = sorted(
+            name
+            for name in wanted - have
+            if not (name.startswith(family.head) or (self._takes_new_head and family.has_head(name)))
+        )
+        extra = sorted(
+            name
+            for name in have - wanted - family.tied(config).keys() - blueprint.ignored(have - wanted)
+            if not name.startswith(family.head)
+            and not (self._leaves_head and family.has_head(name))
+            and not any(re.fullmatch(pattern, name) for pattern in family.buffers)
+        )
+        if missing or extra:
+            lines = [f"{name} is missing" for name in missing] + [f"{name} has no place in the model" for name in extra]
+            raise WeightsError(
+                f"{self.source.name} does not hold the tensors of a {family.model_type} with its configuration;"
+                f" nothing was loaded:\n{listed(lines)}"
+            )
+        new = sorted(wanted - have)
+        if new:
+            rank_zero_warn(f"{self.source.name} has no weights for a new head, which starts anew:\n{listed(new)}")
+
+    def _check_ties(self, config: Any) -> None:
+        """transformers does not tie weights that the files hold with different values; here a tie is the model's."""
+        for second, first in self.family.tied(config).items():
+            if second in self.names and not self.source.equal(self.names[first], self.names[second]):
+                untied = " To load both, use from_pretrained(..., config={'tie_embeddings': False})."
+                raise WeightsError(
+                    f"{self.source.name} holds {first} and {second} with different values, and its configuration says"
+                    f" that they are one.{untied if self.family.kind == 'GPT' else ''}"
+                )
 
 
 def fill(module: Any, pieces: Pieces, shapes: Mapping[str, Shape], read: Read, source: str) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import zipfile
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lightning_megatron.hf.pieces import Shape
 
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
+_GENERATION = "generation_config.json"
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_ROWS = 4096  # read at once where whole tensors are compared
 
 
 class Source:
@@ -24,16 +28,34 @@ class Source:
     Args:
         name: What to call it in messages.
         config: Its configuration.
+        generation: How it writes text, as ``generation_config.json`` has it; None: nothing is said.
     """
 
-    def __init__(self, name: str, config: PreTrainedConfig) -> None:
+    def __init__(self, name: str, config: PreTrainedConfig, generation: dict[str, Any] | None = None) -> None:
         self.name = name
         self.config = config
+        self.generation = generation
 
     @property
     @abstractmethod
     def shapes(self) -> dict[str, Shape]:
         """The shape of each tensor, by its name."""
+
+    @property
+    @abstractmethod
+    def dtypes(self) -> dict[str, str]:
+        """The type of each tensor's numbers, such as "bfloat16", by its name."""
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; read in parts, up to the first that differ."""
+        shape = self.shapes[one]
+        if one == other or shape != self.shapes[other]:
+            return one == other
+        for start in range(0, shape[0], _ROWS):
+            where = (start, *(0 for _ in shape[1:])), (min(_ROWS, shape[0] - start), *shape[1:])
+            if not torch.equal(self.read(one, *where), self.read(other, *where)):
+                return False
+        return True
 
     @abstractmethod
     def read(self, name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
@@ -52,6 +74,13 @@ class InMemory(Source):
         config.architectures = [type(model).__name__]  # which transformers writes only when it saves
         super().__init__(type(model).__name__, config)
         self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        if model.can_generate():
+            self.generation = model.generation_config.to_diff_dict()
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """As ``Source.dtypes``."""
+        return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in self._tensors.items()}
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -72,11 +101,12 @@ class PickledFiles(InMemory):
     """
 
     def __init__(self, folder: Path, config: PreTrainedConfig) -> None:
-        Source.__init__(self, str(folder), config)
+        Source.__init__(self, str(folder), config, _generation(folder))
         self._tensors = {}
         for file in _files(folder, _PICKLED):
             try:
-                self._tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                mapped = zipfile.is_zipfile(file)  # files older than torch 1.6 are none
+                self._tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             except (RuntimeError, OSError, pickle.UnpicklingError) as error:
                 raise _damaged(file, error) from error
 
@@ -90,15 +120,18 @@ class SafetensorsFiles(Source):
     """
 
     def __init__(self, folder: Path, config: PreTrainedConfig) -> None:
-        super().__init__(str(folder), config)
+        super().__init__(str(folder), config, _generation(folder))
         self._open: dict[Path, Any] = {}
         self._where: dict[str, Path] = {}
         self._shapes: dict[str, Shape] = {}
+        self._dtypes: dict[str, str] = {}
         for file in _files(folder, _SAFETENSORS):
             opened = self._opened(file)
             for name in opened.keys():  # noqa: SIM118  # it is no dict
                 self._where[name] = file
-                self._shapes[name] = tuple(opened.get_slice(name).get_shape())
+                part = opened.get_slice(name)
+                self._shapes[name] = tuple(part.get_shape())
+                self._dtypes[name] = _TYPES.get(part.get_dtype(), part.get_dtype())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a rank opens its own
@@ -107,6 +140,11 @@ class SafetensorsFiles(Source):
     def shapes(self) -> dict[str, Shape]:
         """As ``Source.shapes``."""
         return self._shapes
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """As ``Source.dtypes``."""
+        return self._dtypes
 
     def read(self, name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
         """As ``Source.read``."""
@@ -124,11 +162,12 @@ class SafetensorsFiles(Source):
         return self._open[file]
 
 
-def open_source(source: str | Path | PreTrainedModel) -> Source:
+def open_source(source: str | Path | PreTrainedModel, revision: str | None = None) -> Source:
     """A source from what a user names it by.
 
     Args:
         source: A directory, a model of transformers in memory, or a name on the Hugging Face hub.
+        revision: Branch, tag or commit on the hub; of a directory or a model it says nothing, as in transformers.
 
     Raises:
         FileNotFoundError: There is no such directory, or none of its files holds weights.
@@ -137,7 +176,7 @@ def open_source(source: str | Path | PreTrainedModel) -> Source:
         return InMemory(source)
     folder = Path(source)
     if not folder.is_dir():
-        folder = _from_hub(str(source))
+        folder = _from_hub(str(source), revision)
     config = AutoConfig.from_pretrained(folder)
     if (folder / _SAFETENSORS).is_file() or (folder / f"{_SAFETENSORS}.index.json").is_file():
         return SafetensorsFiles(folder, config)
@@ -147,6 +186,22 @@ def open_source(source: str | Path | PreTrainedModel) -> Source:
         f"{folder} holds no weights: neither {_SAFETENSORS} nor {_PICKLED}, nor an index of several such files; it has"
         f" {', '.join(sorted(file.name for file in folder.iterdir())) or 'no files'}."
     )
+
+
+def _generation(folder: Path) -> dict[str, Any] | None:
+    """What the directory says of writing text: in a file of its own, or among the fields of an old ``config.json``.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    file = folder / _GENERATION
+    if file.is_file():
+        try:
+            return dict(json.loads(file.read_text()))
+        except ValueError as error:
+            raise _damaged(file, error) from error
+    found = GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+    return dict(found.to_diff_dict())
 
 
 def _files(folder: Path, name: str) -> list[Path]:
@@ -173,19 +228,22 @@ def _damaged(file: Path, error: Exception) -> ValueError:
     return ValueError(f"{file} cannot be read ({type(error).__name__}: {said}). It is damaged; fetch it again.")
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, revision: str | None) -> Path:
     """Download a model, or find it where it was downloaded to before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    def fetch(weights: str) -> Path:
+        base, ending = weights.rsplit(".", 1)
+        patterns = ["config.json", _GENERATION, weights, f"{base}-*.{ending}", f"{weights}.index.json"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*patterns, "*.bin"]))
+        folder = fetch(_SAFETENSORS)
+        return folder if any(folder.glob("model*.safetensors")) else fetch(_PICKLED)
     except (HFValidationError, OSError, ValueError) as error:
+        at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(
-            f"{name!r} is no directory here, and the Hugging Face hub did not give it: {error}. Name a directory with"
-            " config.json and the weights, or a model of the hub such as 'openai-community/gpt2'."
+            f"{name!r} is no directory here, and the Hugging Face hub did not give it{at}: {error}. Name a directory"
+            " with config.json and the weights, or a model of the hub such as 'openai-community/gpt2'."
         ) from error
-    return folder

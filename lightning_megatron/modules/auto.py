@@ -31,6 +31,7 @@ class AutoModule:
         *,
         config: dict[str, Any] | None = None,
         ignore: Sequence[str] = (),
+        revision: str | None = None,
         optimizer: ParameterGroups | OptimizerCallable | None = None,
         lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
@@ -43,7 +44,9 @@ class AutoModule:
         Args:
             source: A directory, a model in memory, or a name on the Hugging Face hub.
             config: Fields of the adapter's configuration that are to differ, such as ``seq_length``.
-            ignore: Fields of transformers' configuration that change nothing here.
+            ignore: Fields of transformers' configuration that change nothing here; "architectures" loads a model of
+                another head without that head.
+            revision: Branch, tag or commit of a model on the hub.
             optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
             lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer.
             loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
@@ -54,7 +57,7 @@ class AutoModule:
         Raises:
             UnsupportedConfigError: An architecture without a counterpart.
         """
-        found = hf.open_source(source)
+        found = hf.open_source(source, revision)
         kind = _MODULES[hf.family_of(found.config.model_type).kind]
         named = {"optimizer": optimizer, "lr_schedule": lr_schedule, "loss_reduction": loss_reduction, "lora": lora}
         module = kind._from_source(found, config, ignore, {**named, **arguments})

@@ -87,6 +87,7 @@ class ConfiguredModule(MegatronModule):
         *,
         config: dict[str, Any] | None = None,
         ignore: Sequence[str] = (),
+        revision: str | None = None,
         **arguments: Any,
     ) -> Self:
         """A module that starts from a model of transformers; each rank reads its shards when the model is built.
@@ -96,16 +97,18 @@ class ConfiguredModule(MegatronModule):
                 Hugging Face hub.
             config: Fields of ``config_type`` that are to differ: ``seq_length``, ``hidden_dropout``, a BERT's ``task``
                 and ``num_labels``; a head that the source does not have starts anew.
-            ignore: Fields of transformers' configuration that change nothing here.
+            ignore: Fields of transformers' configuration that change nothing here; "architectures" loads a model of
+                another head without that head.
+            revision: Branch, tag or commit of a model on the hub.
             **arguments: Of ``__init__``, but for its ``config``.
 
         Raises:
-            UnsupportedConfigError: An architecture, or a field of its configuration, without a counterpart.
+            UnsupportedConfigError: An architecture, a head, or a field of its configuration, without a counterpart.
             ValueError: ``config_type`` has no such field; or a file is damaged.
             WeightsError: Tensors are missing, or have no place in the model.
             FileNotFoundError: There are no such files.
         """
-        return cls._from_source(hf.open_source(source), config, ignore, arguments)
+        return cls._from_source(hf.open_source(source, revision), config, ignore, arguments)
 
     @classmethod
     def _from_source(
@@ -113,8 +116,8 @@ class ConfiguredModule(MegatronModule):
     ) -> Self:
         cls.config_type.check_names(config or {})
         found = hf.Pretrained.find(source, hf.kind_of(cls.config_type), config or {}, ignore)
-        module = cls(config=cls.config_type(**found.arguments), **arguments)
-        found.check_names(module.config)
+        module = cls(config=cls.config_type(**found.arguments()), **arguments)
+        found.check(module.config)
         module._fill = found.fill
         module.new_weights = found.new_weights(module.config)
         module.save_hyperparameters({"pretrained_config": found.source.config.to_dict()}, logger=False)

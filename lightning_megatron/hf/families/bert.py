@@ -124,3 +124,7 @@ class Bert(Family):
     @override
     def architecture(self, config: Any) -> str:
         return _ARCHITECTURES[config.task]
+
+    @override
+    def architectures(self, config: Any) -> tuple[str, ...]:
+        return tuple(_ARCHITECTURES.values())

@@ -26,8 +26,6 @@ class GPT2(Family):
         fields.must_be("scale_attn_by_inverse_layer_idx", False)
         fields.must_be("add_cross_attention", False)
         fields("reorder_and_upcast_attn")  # the same scores, less rounded
-        for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"):
-            fields(f"summary_{name}")  # of a head that no adapter has
         return {
             "num_layers": fields("n_layer"),
             "hidden_size": fields("n_embd"),

@@ -24,6 +24,7 @@ class GPTNeoX(Family):
     @override
     def read_config(self, fields: Fields) -> dict[str, Any]:
         fields.must_be("is_decoder", False, True)
+        fields.must_be("head_dim", fields("hidden_size") // fields("num_attention_heads"), None)
         return {
             "num_layers": fields("num_hidden_layers"),
             "hidden_size": fields("hidden_size"),

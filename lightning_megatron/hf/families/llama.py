@@ -25,7 +25,7 @@ class Llama(Family):
     def read_config(self, fields: Fields) -> dict[str, Any]:
         heads = fields("num_attention_heads")
         size = getattr(fields.config, "head_dim", None) or fields("hidden_size") // heads
-        fields.must_be("head_dim", size)
+        fields.must_be("head_dim", size, None)
         return {
             "num_layers": fields("num_hidden_layers"),
             "hidden_size": fields("hidden_size"),

@@ -19,12 +19,15 @@ class T5(Family):
 
     model_type = "t5"
     kind = "T5"
+    body = ("shared.", "encoder.", "decoder.")
 
     @override
     def read_config(self, fields: Fields) -> dict[str, Any]:
         fields.must_be("is_decoder", False)
-        for name in ("dense_act_fn", "is_gated_act", "tie_word_embeddings", "output_past"):
-            fields(name) if hasattr(fields.config, name) else None  # transformers' own notes of what is read below
+        usual = type(fields.config)(feed_forward_proj=fields("feed_forward_proj"))
+        for name in ("dense_act_fn", "is_gated_act"):  # transformers' own notes of it, which a file may contradict
+            fields.must_be(name, getattr(usual, name))
+        fields("tie_word_embeddings")
         length = fields("n_positions") if hasattr(fields.config, "n_positions") else _SEQ_LENGTH
         start = getattr(fields.config, "decoder_start_token_id", None)
         return {

@@ -1,0 +1,129 @@
+"""transformers' own model of a configuration, without weights: which fields it reads, and how files name its tensors.
+
+Lists of fields and names would be out of date with the next version; what is derived here is the installed version's.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import types
+from collections.abc import Iterable
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# Read where weights are loaded, not where the model is built or run.
+_READ_AT_LOADING = frozenset({"quantization_config", "compression_config"})
+
+
+class Blueprint:
+    """A model of transformers whose tensors have shapes and no numbers.
+
+    Args:
+        config: Its configuration.
+        architecture: Its class, such as "LlamaForCausalLM".
+    """
+
+    def __init__(self, config: PreTrainedConfig, architecture: str) -> None:
+        self._config, self._names = _watched(config)
+        self._class = class_named(architecture)
+        self._without_numbers = FakeTensorMode()
+
+    @cached_property
+    def model(self) -> PreTrainedModel | None:
+        """None where transformers has no such class, or cannot make it of the configuration."""
+        if self._class is None:
+            return None
+        try:
+            with self._without_numbers:
+                return self._class(self._config).eval()
+        except Exception:
+            return None
+
+    @cached_property
+    def fields_read(self) -> frozenset[str] | None:
+        """Fields of the configuration that are read while the model is built and run; None where it cannot be."""
+        if self.model is None:
+            return None
+        width = self._config.hidden_size
+        sides = ("inputs_embeds", "decoder_inputs_embeds") if self._config.is_encoder_decoder else ("inputs_embeds",)
+        try:
+            with self._without_numbers, torch.no_grad():
+                self.model(**{side: torch.empty(1, 4, width) for side in sides}, use_cache=False)
+        except Exception:
+            return None
+        return frozenset(self._names) | _READ_AT_LOADING
+
+    def loaded_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """What the model calls the tensors of a file, by their names there; others keep their names."""
+        names = list(stored)
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+            mapping = get_model_conversion_mapping(self.model)
+            renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+            converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+            prefix = self.model.base_model_prefix  # type: ignore[union-attr]
+            known = self.model.state_dict()  # type: ignore[union-attr]
+            found = {}
+            for name in names:
+                renamed, converted = rename_source_key(name, renamings, converters, prefix, known)
+                found[name] = name if converted is not None else renamed
+            return found
+        except (ImportError, AttributeError):  # no such model, or another version's transformers
+            return {name: name for name in names}
+
+    def stored_names(self, names: Iterable[str]) -> dict[str, str]:
+        """What ``save_pretrained`` calls the model's tensors; the inverse of ``loaded_names``."""
+        wanted = list(names)
+        try:
+            from transformers.core_model_loading import revert_weight_conversion
+
+            reverted = revert_weight_conversion(self.model, {name: [name] for name in wanted})
+            return {_only(name): stored for stored, name in reverted.items()}
+        except (ImportError, AttributeError):
+            return {name: name for name in wanted}
+
+    def ignored(self, names: Iterable[str]) -> set[str]:
+        """Which of the tensors that the model does not have transformers leaves out without a word."""
+        left = SimpleNamespace(missing_keys=set(), unexpected_keys=set(names))
+        everything = set(left.unexpected_keys)
+        try:
+            self.model._adjust_missing_and_unexpected_keys(left)  # type: ignore[union-attr]
+        except AttributeError:
+            return set()
+        return everything - left.unexpected_keys
+
+
+def class_named(architecture: str) -> type[PreTrainedModel] | None:
+    """transformers' class of that name, if there is one."""
+    found = getattr(transformers, architecture, None) if re.fullmatch(r"[A-Za-z]\w*", architecture) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def _watched(config: PreTrainedConfig) -> tuple[PreTrainedConfig, set[str]]:
+    """A copy that notes the names of its fields as they are read."""
+    names: set[str] = set()
+    kind: Any = type(config)
+
+    def read(self: Any, name: str) -> Any:
+        names.add(name)
+        return kind.__getattribute__(self, name)
+
+    body = {"__getattribute__": read, "__module__": kind.__module__}
+    watching = types.new_class(kind.__name__, (kind,), exec_body=lambda scope: scope.update(body))
+    copied = copy.deepcopy(config)
+    object.__setattr__(copied, "__class__", watching)
+    names.clear()
+    return copied, names
+
+
+def _only(name: Any) -> str:
+    return name if isinstance(name, str) else _only(name[0])

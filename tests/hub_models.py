@@ -1,0 +1,311 @@
+"""Popular models of the Hugging Face hub: config.json as published, but for tiny sizes, and the tensors' names.
+
+A model's directory is made from its configuration: weights are drawn, and stored under the names, in the files and
+beside the buffers that the published ones have.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+VOCAB = 61
+Tensors = dict[str, torch.Tensor]
+
+_GPT2: dict[str, Any] = {
+    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50,
+    "embd_pdrop": 0.1, "eos_token_id": 50, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2", "n_ctx": 32, "n_embd": 24, "n_head": 3, "n_layer": 2, "n_positions": 32, "resid_pdrop": 0.1,
+    "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+    "summary_type": "cls_index", "summary_use_proj": True, "vocab_size": VOCAB,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}  # fmt: skip
+_NEOX: dict[str, Any] = {
+    "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+    "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 96, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 64, "model_type": "gpt_neox", "num_attention_heads": 2, "num_hidden_layers": 2,
+    "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+    "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": VOCAB,
+}  # fmt: skip
+_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 24, "initializer_range": 0.02, "intermediate_size": 40, "max_position_embeddings": 64,
+    "model_type": "llama", "num_attention_heads": 3, "num_hidden_layers": 2, "num_key_value_heads": 3,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
+    "torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": VOCAB,
+}  # fmt: skip
+_LLAMA3 = {
+    **_LLAMA, "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 40, "eos_token_id": [41, 48, 49],
+    "mlp_bias": False, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16", "transformers_version": "4.42.3",
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+        "rope_type": "llama3",
+    },
+}  # fmt: skip
+_MISTRAL = {
+    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 24, "initializer_range": 0.02, "intermediate_size": 40, "max_position_embeddings": 64,
+    "model_type": "mistral", "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 8, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": VOCAB,
+}  # fmt: skip
+_QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 43, "eos_token_id": 45,
+    "hidden_act": "silu", "hidden_size": 24, "initializer_range": 0.02, "intermediate_size": 40,
+    "max_position_embeddings": 64, "max_window_layers": 1, "model_type": "qwen2", "num_attention_heads": 4,
+    "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 8, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.43.1",
+    "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": VOCAB,
+}  # fmt: skip
+_QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 43,
+    "eos_token_id": 45, "head_dim": 10, "hidden_act": "silu", "hidden_size": 24, "initializer_range": 0.02,
+    "intermediate_size": 40, "max_position_embeddings": 64, "max_window_layers": 2, "model_type": "qwen3",
+    "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": VOCAB,
+}  # fmt: skip
+_GEMMA = {
+    "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
+    "eos_token_id": 1, "head_dim": 10, "hidden_act": "gelu", "hidden_size": 24, "initializer_range": 0.02,
+    "intermediate_size": 40, "max_position_embeddings": 64, "model_type": "gemma", "num_attention_heads": 4,
+    "num_hidden_layers": 2, "num_key_value_heads": 1, "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 10000.0, "torch_dtype": "bfloat16", "transformers_version": "4.38.0.dev0", "use_cache": True,
+    "vocab_size": VOCAB,
+}  # fmt: skip
+_PHI3 = {
+    "_name_or_path": "Phi-3-mini-4k-instruct", "architectures": ["Phi3ForCausalLM"], "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModel": "modeling_phi3.Phi3Model"},
+    "bos_token_id": 1, "embd_pdrop": 0.0, "eos_token_id": 50, "hidden_act": "silu", "hidden_size": 24,
+    "initializer_range": 0.02, "intermediate_size": 40, "max_position_embeddings": 64, "model_type": "phi3",
+    "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 4, "original_max_position_embeddings": 64,
+    "pad_token_id": 50, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+    "sliding_window": 15, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.40.2",
+    "use_cache": True, "attention_bias": False, "vocab_size": VOCAB,
+}  # fmt: skip
+_BERT: dict[str, Any] = {
+    "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False,
+    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 24, "initializer_range": 0.02,
+    "intermediate_size": 40, "layer_norm_eps": 1e-12, "max_position_embeddings": 32, "model_type": "bert",
+    "num_attention_heads": 3, "num_hidden_layers": 2, "pad_token_id": 0, "position_embedding_type": "absolute",
+    "transformers_version": "4.6.0.dev0", "type_vocab_size": 2, "use_cache": True, "vocab_size": VOCAB,
+}  # fmt: skip
+_POOLER = {
+    "directionality": "bidi", "pooler_fc_size": 24, "pooler_num_attention_heads": 3, "pooler_num_fc_layers": 3,
+    "pooler_size_per_head": 8, "pooler_type": "first_token_transform",
+}  # fmt: skip
+_T5: dict[str, Any] = {
+    "architectures": ["T5ForConditionalGeneration"], "d_ff": 40, "d_kv": 8, "d_model": 24,
+    "decoder_start_token_id": 0, "dropout_rate": 0.1, "eos_token_id": 1, "initializer_factor": 1.0,
+    "is_encoder_decoder": True, "layer_norm_epsilon": 1e-06, "model_type": "t5", "n_positions": 64, "num_heads": 3,
+    "num_layers": 2, "output_past": True, "pad_token_id": 0, "relative_attention_num_buckets": 32,
+    "task_specific_params": {"summarization": {"early_stopping": True, "length_penalty": 2.0, "num_beams": 4}},
+    "vocab_size": VOCAB,
+}  # fmt: skip
+_T5_GATED = {
+    **{name: value for name, value in _T5.items() if name not in ("n_positions", "task_specific_params")},
+    "feed_forward_proj": "gated-gelu", "num_decoder_layers": 2, "tie_word_embeddings": False,
+    "tokenizer_class": "T5Tokenizer", "transformers_version": "4.23.1", "use_cache": True,
+}  # fmt: skip
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "openai-community/gpt2": _GPT2,
+    "distilbert/distilgpt2": {
+        **_GPT2, "_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "n_layer": 1,
+    },
+    "microsoft/DialoGPT-medium": {**_GPT2, "task_specific_params": {"conversational": {"max_length": 1000}}},
+    "cerebras/Cerebras-GPT-111M": {
+        **_GPT2, "activation_function": "gelu", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+        "n_inner": 96, "scale_attn_weights": True, "use_cache": True,
+    },
+    "EleutherAI/pythia-160m": _NEOX,
+    "EleutherAI/gpt-neox-20b": {
+        **_NEOX, "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0, "hidden_act": "gelu_fast",
+        "torch_dtype": "float16",
+    },
+    "databricks/dolly-v2-3b": {
+        **_NEOX, "custom_pipelines": {"text-generation": {"impl": "instruct_pipeline.Pipeline"}},
+        "torch_dtype": "bfloat16",
+    },
+    "meta-llama/Llama-2-7b-hf": {**_LLAMA, "_name_or_path": "meta-llama/Llama-2-7b-hf", "pad_token_id": 0},
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": {**_LLAMA, "attention_bias": False, "pretraining_tp": 1, "rope_theta": 1e4},
+    "lmsys/vicuna-7b-v1.5": {**_LLAMA, "max_sequence_length": 64, "pad_token_id": 0, "rope_scaling": None},
+    "lmsys/vicuna-7b-v1.5-16k": {**_LLAMA, "rope_scaling": {"factor": 4.0, "type": "linear"}},
+    "NousResearch/Yarn-Llama-2-7b-64k": {
+        **_LLAMA,
+        "auto_map": {"AutoConfig": "configuration_llama.LlamaConfig"},
+        "rope_scaling": {
+            "factor": 4.0, "original_max_position_embeddings": 16, "type": "yarn", "finetuned": True,
+        },
+    },
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA3,
+    "meta-llama/Llama-3.2-1B": {**_LLAMA3, "head_dim": 8, "tie_word_embeddings": True},
+    "unsloth/llama-3-8b": {**_LLAMA3, "rope_scaling": None, "pad_token_id": 50, "unsloth_version": "2024.9"},
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": {**_LLAMA3, "pretraining_tp": 1},
+    "HuggingFaceTB/SmolLM2-135M": {
+        **_LLAMA, "is_llama_config": True, "rope_interleaved": False, "tie_word_embeddings": True,
+        "rope_theta": 100000, "transformers.js_config": {"dtype": "q4"},
+    },
+    "01-ai/Yi-6B": {**_LLAMA, "num_attention_heads": 4, "num_key_value_heads": 1, "rope_theta": 5e6, "pad_token_id": 0},
+    "mistralai/Mistral-7B-v0.1": _MISTRAL,
+    "mistralai/Mistral-7B-Instruct-v0.3": {**_MISTRAL, "sliding_window": None, "rope_theta": 1e6},
+    "mistralai/Mistral-Nemo-Base-2407": {**_MISTRAL, "head_dim": 10, "sliding_window": None, "rope_theta": 1e6},
+    "HuggingFaceH4/zephyr-7b-beta": {**_MISTRAL, "pad_token_id": 2, "_attn_implementation_autoset": True},
+    "Qwen/Qwen2.5-0.5B": _QWEN2,
+    "Qwen/Qwen2.5-7B-Instruct-1M": {**_QWEN2, "tie_word_embeddings": False, "use_sliding_window": True},
+    "Qwen/QwQ-32B": {**_QWEN2, "tie_word_embeddings": False, "pad_token_id": 45, "max_window_layers": 2},
+    "Qwen/Qwen3-0.6B": _QWEN3,
+    "google/gemma-2b": _GEMMA,
+    "google/gemma-1.1-2b-it": {**_GEMMA, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"},
+    "google/codegemma-2b": {**_GEMMA, "hidden_activation": None, "hidden_act": "gelu_pytorch_tanh"},
+    "microsoft/Phi-3-mini-4k-instruct": _PHI3,
+    "microsoft/phi-4": {**_PHI3, "sliding_window": None, "rope_theta": 250000, "num_key_value_heads": 2},
+    "google-bert/bert-base-uncased": _BERT,
+    "google-bert/bert-base-multilingual-cased": {**_BERT, **_POOLER},
+    "google-bert/bert-base-chinese": {**_BERT, **_POOLER, "transformers_version": "4.0"},
+    "google-bert/bert-large-uncased": _BERT,
+    "prajjwal1/bert-tiny": {"hidden_size": 24, "hidden_act": "gelu", "initializer_range": 0.02, "vocab_size": VOCAB,
+        "hidden_dropout_prob": 0.1, "num_attention_heads": 3, "type_vocab_size": 2, "max_position_embeddings": 32,
+        "num_hidden_layers": 2, "intermediate_size": 40, "attention_probs_dropout_prob": 0.1, "model_type": "bert",
+    },
+    "nlptown/bert-base-multilingual-uncased-sentiment": {
+        **_BERT, **_POOLER, "architectures": ["BertForSequenceClassification"], "finetuning_task": "sentiment-analysis",
+        "id2label": {str(n): f"{n + 1} stars" for n in range(5)}, "label2id": {f"{n + 1} stars": n for n in range(5)},
+        "_num_labels": 5, "output_past": True,
+    },
+    "ProsusAI/finbert": {
+        **_BERT, "architectures": ["BertForSequenceClassification"], "classifier_dropout": None,
+        "id2label": {"0": "positive", "1": "negative", "2": "neutral"},
+        "label2id": {"positive": 0, "negative": 1, "neutral": 2}, "problem_type": "single_label_classification",
+    },
+    "dslim/bert-base-NER": {
+        **_BERT, "_num_labels": 3, "architectures": ["BertForTokenClassification"], "output_past": True,
+        "id2label": {"0": "O", "1": "B-MISC", "2": "I-MISC"}, "label2id": {"B-MISC": 1, "I-MISC": 2, "O": 0},
+    },
+    "google-t5/t5-small": _T5,
+    "google-t5/t5-base": {**_T5, "num_decoder_layers": 2, "classifier_dropout": 0.0, "dense_act_fn": "relu"},
+    "google/t5-v1_1-base": _T5_GATED,
+    "google/flan-t5-base": {**_T5_GATED, "n_positions": 64, "relative_attention_max_distance": 128},
+}  # fmt: skip
+
+
+def _nothing(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def _gpt2(tensors: Tensors) -> Tensors:
+    """Without the prefix and the output layer, and with masks."""
+    found = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    return found | {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32) for layer in range(2)}
+
+
+def _dialogpt(tensors: Tensors) -> Tensors:
+    found = _gpt2(tensors)
+    found |= {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
+    return {f"transformer.{name}": tensor for name, tensor in found.items()} | {"lm_head.weight": found["wte.weight"]}
+
+
+def _neox(tensors: Tensors) -> Tensors:
+    found = {name.replace("lm_head.", "embed_out."): tensor for name, tensor in tensors.items()}
+    for layer in range(2):
+        attention = f"gpt_neox.layers.{layer}.attention."
+        found[f"{attention}bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+        found[f"{attention}masked_bias"] = torch.tensor(-1e9)
+        found[f"{attention}rotary_emb.inv_freq"] = torch.ones(2)
+    return found
+
+
+def _llama(tensors: Tensors) -> Tensors:
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    return tensors | buffers
+
+
+def _bert(tensors: Tensors) -> Tensors:
+    """TensorFlow's names of the norms; a pooler and a second head, which are not of this architecture."""
+    found = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+    found |= {"bert.pooler.dense.weight": torch.ones(24, 24), "bert.pooler.dense.bias": torch.ones(24)}
+    found |= {"cls.seq_relationship.weight": torch.ones(2, 24), "cls.seq_relationship.bias": torch.ones(2)}
+    return found
+
+
+def _positions(tensors: Tensors) -> Tensors:
+    return tensors | {"bert.embeddings.position_ids": torch.arange(32)[None]}
+
+
+def _untied_t5(tensors: Tensors) -> Tensors:
+    return tensors | {"lm_head.weight": torch.randn(VOCAB, 24)}
+
+
+def _t5(tensors: Tensors) -> Tensors:
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    copies = {f"{stack}.embed_tokens.weight": tensors["shared.weight"].clone() for stack in ("encoder", "decoder")}
+    return tensors | copies | {name: torch.ones(32, 3)}
+
+
+STORED: dict[str, Callable[[Tensors], Tensors]] = {
+    "openai-community/gpt2": _gpt2,
+    "microsoft/DialoGPT-medium": _dialogpt,
+    "EleutherAI/pythia-160m": _neox,
+    "EleutherAI/gpt-neox-20b": _neox,
+    "databricks/dolly-v2-3b": _neox,
+    "meta-llama/Llama-2-7b-hf": _llama,
+    "lmsys/vicuna-7b-v1.5": _llama,
+    "google-bert/bert-base-uncased": _bert,
+    "google-bert/bert-base-chinese": lambda tensors: _positions(_bert(tensors)),
+    "prajjwal1/bert-tiny": lambda tensors: _positions(_bert(tensors)),
+    "nlptown/bert-base-multilingual-uncased-sentiment": _positions,
+    "google-t5/t5-small": _t5,
+    "google-t5/t5-base": _t5,
+    "google/t5-v1_1-base": _untied_t5,
+    "google/flan-t5-base": _untied_t5,
+}
+PICKLED = ("microsoft/DialoGPT-medium", "databricks/dolly-v2-3b", "lmsys/vicuna-7b-v1.5", "prajjwal1/bert-tiny")
+SEVERAL_FILES = ("meta-llama/Llama-2-7b-hf", "lmsys/vicuna-7b-v1.5", "Qwen/QwQ-32B")
+_ARCHITECTURE = {"prajjwal1/bert-tiny": "BertForMaskedLM"}
+
+
+def architecture(name: str) -> Any:
+    """transformers' class of the model."""
+    return getattr(transformers, _ARCHITECTURE.get(name) or CONFIGS[name]["architectures"][0])
+
+
+def write(name: str, folder: Path) -> Path:
+    """The model's directory."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    torch.manual_seed(7)
+    model = architecture(name)(config)
+    for parameter in dict.fromkeys(model.parameters()):
+        torch.nn.init.normal_(parameter.data, mean=float(parameter.dim() == 1), std=0.2)
+    pickled = name in PICKLED
+    tied = {} if pickled else model.all_tied_weights_keys
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+    tensors = STORED.get(name, _nothing)(tensors)
+    _write_tensors(tensors, folder, 2 if name in SEVERAL_FILES else 1, pickled)
+    return folder
+
+
+def _write_tensors(tensors: Tensors, folder: Path, files: int, pickled: bool) -> None:
+    base, ending = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
+    weight_map = {}
+    for number in range(files):
+        part = dict(list(tensors.items())[number::files])
+        file = f"{base}.{ending}" if files == 1 else f"{base}-{number + 1:05d}-of-{files:05d}.{ending}"
+        weight_map |= dict.fromkeys(part, file)
+        if pickled:
+            torch.save(part, folder / file)
+        else:
+            save_file({key: tensor.contiguous() for key, tensor in part.items()}, folder / file, {"format": "pt"})
+    if files > 1:
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (folder / f"{base}.{ending}.index.json").write_text(json.dumps(index))

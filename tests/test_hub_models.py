@@ -1,0 +1,172 @@
+"""Models as the Hugging Face hub has them: each gives transformers' logits, or is refused by name.
+
+Logits agree to 1e-4 in fp32, where they are of the order of 1 to 5: sums are taken in another order.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from lightning_megatron import AutoModule
+from lightning_megatron.cli import main
+from lightning_megatron.hf import UnsupportedConfigError, WeightsError
+from tests import hub_models
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity_warning()
+
+
+def edit(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def inputs(model):
+    ids = torch.arange(20).view(2, 10) % hub_models.VOCAB
+    sides = {"decoder_input_ids": ids.flip(1)[:, :7]} if model.config.is_encoder_decoder else {}
+    return {"input_ids": ids, **sides}
+
+
+def assert_same_logits(folder, architecture, **arguments):
+    theirs = architecture.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = AutoModule.from_pretrained(folder, **arguments).eval()
+    with torch.no_grad():
+        seen, wanted = ours(**inputs(theirs)), theirs(**inputs(theirs)).logits
+    assert float(wanted.std()) > 0.1, "too small to tell models apart"
+    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no weights for a new head")
+@pytest.mark.parametrize("name", hub_models.CONFIGS)
+def test_a_model_of_the_hub_is_transformers(name, tmp_path):
+    folder = hub_models.write(name, tmp_path / "model")
+    assert_same_logits(folder, hub_models.architecture(name))
+
+
+def test_a_file_of_an_old_torch(tmp_path):
+    folder = hub_models.write("microsoft/DialoGPT-medium", tmp_path / "model")
+    file = folder / "pytorch_model.bin"
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    assert_same_logits(folder, transformers.GPT2LMHeadModel)
+
+
+REFUSED = {
+    "openai-community/gpt2": [{"scale_attn_by_inverse_layer_idx": True}, {"is_causal": False}],
+    "EleutherAI/pythia-160m": [{"head_dim": 8}, {"hidden_act": "silu"}],
+    "meta-llama/Llama-2-7b-hf": [
+        {"mlp_bias": True},
+        {"hidden_act": "relu"},
+        {"is_causal": False},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    ],
+    "google/gemma-2b": [{"use_bidirectional_attention": True}],
+    "microsoft/Phi-3-mini-4k-instruct": [{"hidden_act": "relu"}],
+    "google-bert/bert-base-uncased": [{"is_decoder": True}, {"quantization_config": {"quant_method": "awq"}}],
+    "google-t5/t5-small": [{"dense_act_fn": "gelu"}, {"is_gated_act": True}],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_field_that_changes_numbers_is_refused(name, tmp_path):
+    folder = hub_models.write(name, tmp_path / "model")
+    whole = (folder / "config.json").read_text()
+    for fields in REFUSED[name]:
+        edit(folder, **fields)
+        with pytest.raises(UnsupportedConfigError, match="rope_type='dynamic'|" + next(iter(fields)) + "="):
+            AutoModule.from_pretrained(folder)
+        (folder / "config.json").write_text(whole)
+
+
+def test_fields_at_which_nobody_looks_do_not_refuse(tmp_path):
+    """Each would matter to another architecture; transformers' Llama reads none of them."""
+    folder = hub_models.write("meta-llama/Llama-3.2-1B", tmp_path / "model")
+    edit(folder, residual_multiplier=0.5, sliding_window=3, attention_chunk_size=2, scale_attn_weights=False, note="me")
+    assert_same_logits(folder, transformers.LlamaForCausalLM)
+
+
+def test_the_command_ignores_what_its_error_advises(tmp_path, capsys):
+    folder = hub_models.write("openai-community/gpt2", tmp_path / "model")
+    edit(folder, is_causal=False)
+    with pytest.raises(SystemExit, match=r"ignore=\['is_causal'\]\), or lightning-megatron import --ignore is_causal"):
+        main(["import", str(folder), str(tmp_path / "checkpoint")])
+    main(["import", "--ignore", "is_causal", str(folder), str(tmp_path / "checkpoint")])
+    assert capsys.readouterr().out.split() == [str(tmp_path / "checkpoint")]
+
+
+def test_a_name_of_the_hub_at_a_revision(tmp_path, monkeypatch):
+    """From the cache that a download leaves; the hub itself is not asked."""
+    cache = tmp_path / "cache"
+    repository = cache / "models--someone--tiny"
+    for number, (commit, name) in enumerate((("a" * 40, "main"), ("b" * 40, "v1.0"))):
+        hub_models.write("EleutherAI/pythia-160m", repository / "snapshots" / commit)
+        edit(repository / "snapshots" / commit, rotary_emb_base=10000 + 100 * number)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    bases = {
+        revision: AutoModule.from_pretrained("someone/tiny", revision=revision).config.rotary_base
+        for revision in (None, "v1.0", "b" * 40)
+    }
+    assert bases == {None: 10000, "v1.0": 10100, "b" * 40: 10100}
+    with pytest.raises(FileNotFoundError, match="'someone/tiny' is no directory.*did not give it at revision 'v2'"):
+        AutoModule.from_pretrained("someone/tiny", revision="v2")
+
+
+HEADS = {
+    "LlamaForSequenceClassification": ("meta-llama/Llama-3.2-1B", r"score\) has no.*LlamaForCausalLM.*architectures"),
+    "BertForQuestionAnswering": ("google-bert/bert-base-uncased", r"qa_outputs\) has no.*BertForTokenClass.*'task'"),
+    "BertForMultipleChoice": ("google-bert/bert-base-uncased", r"classifier\) has no counterpart"),
+    "GPT2ForTokenClassification": ("openai-community/gpt2", r"classifier\) has no counterpart"),
+    "T5ForSequenceClassification": ("google-t5/t5-small", r"classification_head.*T5ForConditionalGeneration"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*has no weights for a new head")
+@pytest.mark.parametrize("architecture", HEADS)
+def test_a_head_without_counterpart_is_named_and_can_be_left_out(architecture, tmp_path):
+    name, says = HEADS[architecture]
+    source = hub_models.write(name, tmp_path / "source")
+    model = getattr(transformers, architecture).from_pretrained(source, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedConfigError, match=f"is a {architecture}, whose head .*{says}"):
+        AutoModule.from_pretrained(tmp_path / "model")
+    bert = {"config": {"task": "masked_lm"}} if "Bert" in architecture else {"ignore": ["architectures"]}
+    module = AutoModule.from_pretrained(tmp_path / "model", **bert)
+    new = {"output_layer.bias", "lm_head.dense.bias", "lm_head.layer_norm.bias"} if "Bert" in architecture else set()
+    assert {ours for ours in module.new_weights if ours.endswith("bias")} == new
+
+
+def test_a_body_without_a_head_starts_one(tmp_path):
+    source = hub_models.write("01-ai/Yi-6B", tmp_path / "source")
+    transformers.LlamaModel.from_pretrained(source).save_pretrained(tmp_path / "body")
+    with pytest.warns(UserWarning, match="no weights for a new head.*\n.*lm_head.weight"):
+        assert AutoModule.from_pretrained(tmp_path / "body").new_weights == ["output_layer.weight"]
+    weights = load_file(source / "model.safetensors")
+    weights.pop("lm_head.weight")
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError, match="lm_head.weight is missing"):  # the file of a whole model is damaged
+        AutoModule.from_pretrained(source)
+
+
+def test_weights_that_differ_are_not_tied(tmp_path):
+    """transformers does not tie them either, whatever the configuration says."""
+    folder = hub_models.write("meta-llama/Llama-3.2-1B", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert_same_logits(folder, transformers.LlamaForCausalLM)
+    weights["lm_head.weight"][-1] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError, match=re.escape("config={'tie_embeddings': False}")):
+        AutoModule.from_pretrained(folder)
+    assert_same_logits(folder, transformers.LlamaForCausalLM, config={"tie_embeddings": False})
