@@ -63,6 +63,11 @@ def _samples(config: Any, form: str) -> dict[str, torch.Tensor]:
         return {"text": text}
     if form == "tokens":
         return {"tokens": text[:, :-1], "labels": text[:, 1:]}
+    if form == "positions":
+        tokens = text[:, :-1]
+        ends = tokens == EOD
+        positions = torch.stack([torch.cat([torch.arange(len(d)) for d in documents(row)])[:-1] for row in text])
+        return {"tokens": tokens, "labels": text[:, 1:].masked_fill(ends, -100), "position_ids": positions}
     return {"input_ids": text}  # transformers' form is shifted by the module; one place longer
 
 
@@ -79,12 +84,15 @@ def _train(name: str, layout: Layout, form: str, options: dict[str, Any], full: 
 
 LAYOUTS = [Layout(), Layout(tp=2, pp=2, sp=True), Layout(pp=2, vp=2), Layout(tp=2, dp=2)]
 
+FORMS = [("GPT2", "text"), ("LLAMA", "tokens"), ("LLAMA", "input_ids"), ("LLAMA", "positions"), ("GPT2", "positions")]
+
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize(("name", "form"), [("GPT2", "text"), ("LLAMA", "tokens"), ("LLAMA", "input_ids")])
+@pytest.mark.parametrize(("name", "form"), FORMS)
 def test_documents_in_a_row_train_as_they_do_alone(name, form, layout):
     expected = truth(name)
-    for losses, distance in run_ranks(layout.world_size, _train, name, layout, form, APART, expected["weights"]):
+    options = {} if form == "positions" else APART
+    for losses, distance in run_ranks(layout.world_size, _train, name, layout, form, options, expected["weights"]):
         assert losses == pytest.approx(expected["losses"], rel=1e-5)
         assert distance < 1e-4
 

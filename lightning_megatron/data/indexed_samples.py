@@ -57,7 +57,7 @@ class GPTSamples(IndexedSamples):
     Args:
         seq_length: Tokens that the model sees at once.
         reset_position_ids: Positions begin anew behind each end of a document.
-        reset_attention_mask: No token looks at a document before its own; batches have ``attention_mask``
+        reset_attention_mask: No token looks at a document before its own. With either, batches have ``attention_mask``
             ``[b, 1, s, s]``, True where a query may not look.
         eod_mask_loss: What follows on an end of a document is not learned from.
 
@@ -87,7 +87,8 @@ class GPTSamples(IndexedSamples):
             "reset_position_ids": self.reset_position_ids,
             "reset_attention_mask": self.reset_attention_mask,
             "eod_mask_loss": self.eod_mask_loss,
-            "create_attention_mask": self.reset_attention_mask,
+            # Positions alone that begin anew would be read as documents apart.
+            "create_attention_mask": self.reset_attention_mask or self.reset_position_ids,
         }
 
     def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from lightning_megatron.layers.bert import NormPlacement
 from lightning_megatron.layers.gpt import LayerKind, gpt_block_spec
+from lightning_megatron.layers.gpt_model import PositionedGPT
 from lightning_megatron.layers.multiplier import scale_output
 from lightning_megatron.layers.rotary import ROPE_TYPES, stretch_rotary
 from lightning_megatron.layers.vocabulary import cross_entropy_over_shards, mask_padded_vocabulary
@@ -10,6 +11,7 @@ __all__ = [
     "ROPE_TYPES",
     "LayerKind",
     "NormPlacement",
+    "PositionedGPT",
     "cross_entropy_over_shards",
     "gpt_block_spec",
     "mask_padded_vocabulary",

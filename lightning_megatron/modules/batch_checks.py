@@ -3,8 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+
+
+def given(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without what a collate function left at None, which is not given."""
+    return {name: value for name, value in batch.items() if value is not None}
+
+
+# What transformers' models take in a batch and these do not: it would change what is computed. Flags of their output
+# (``return_dict``, ``use_cache``, ...) and columns that they ignore are ignored here, too.
+UNMET = {
+    "inputs_embeds": "give 'input_ids'",
+    "decoder_inputs_embeds": "give 'decoder_input_ids' or 'labels'",
+    "encoder_outputs": "give 'input_ids'",
+    "past_key_values": "a batch is computed whole",
+    "cache": "a batch is computed whole",
+    "cache_position": "give 'position_ids'",
+    "encoder_hidden_states": "no model here looks at another's states from outside",
+    "encoder_attention_mask": "no model here looks at another's states from outside",
+    "head_mask": "all heads count",
+    "decoder_head_mask": "all heads count",
+    "cross_attn_head_mask": "all heads count",
+    "logits_to_keep": "logits are given of all tokens; take those that you need from them",
+    "num_items_in_batch": "the loss is the mean over the tokens of the whole global batch, which are counted here",
+}
+
+
+def refuse(module: str, batch: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Refuse keys that would be without effect here, and have one in transformers.
+
+    Args:
+        module: Who refuses.
+        batch: As the loader gave it.
+        reasons: What to do instead, by key.
+
+    Raises:
+        ValueError: With the first of them.
+    """
+    for name, instead in reasons.items():
+        if batch.get(name) is not None:
+            raise ValueError(
+                f"{module}: {name!r} in the batch has no counterpart here: {instead}. Leave it out in the collate"
+                " function, or override get_batch."
+            )
 
 
 def check_tokens(module: str, name: str, ids: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lightning_megatron.lora import LoRA
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
-from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens
+from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.modules.bert_config import BertConfig
 from lightning_megatron.modules.bert_tasks import TASKS, BertTask
 from lightning_megatron.modules.configured import ConfiguredModule
@@ -107,7 +107,7 @@ class BertModule(ConfiguredModule):
         """Add what only the whole global batch says: how much the binary head's part of the loss weighs."""
         if self.trainer.predicting or self.loss_reduction == "micro_batch" or self.has_own_get_batch:
             return batch
-        return self.task.weigh(_renamed(batch))
+        return self.task.weigh(_renamed(given(batch)))
 
     def sequence_length(self, batch: Batch) -> int:
         """Tokens per sequence, rounded up as ``get_batch`` pads."""
@@ -116,7 +116,7 @@ class BertModule(ConfiguredModule):
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens, types and positions ``[b, s]``, a mask ``[b, 1, 1, s]`` and the task's labels, from either form."""
-        batch = _renamed(batch)
+        batch = _renamed(given(batch))
         tokens = batch["input_ids"].long()
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         padding = self._padding(tokens.size(1))

@@ -19,6 +19,7 @@ from lightning_megatron.lora.files import read as read_adapter
 from lightning_megatron.lora.merging import Updates
 from lightning_megatron.modules import low_rank
 from lightning_megatron.modules.base import Batch, LossReduction, MegatronModule, SchedulerCallable
+from lightning_megatron.modules.batch_checks import UNMET, given, refuse
 from lightning_megatron.modules.model_config import ModelConfig
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
@@ -212,7 +213,7 @@ class ConfiguredModule(MegatronModule):
         """A batch in a form that the family knows, not padded: as the loader or an overridden ``get_batch`` made it.
 
         Raises:
-            ValueError: It is no mapping of tensors.
+            ValueError: It is no mapping of tensors, or has a key without a counterpart.
         """
         if self.has_own_get_batch:
             self._pads = False
@@ -225,7 +226,12 @@ class ConfiguredModule(MegatronModule):
                 f"{type(self).__name__} takes batches that are dicts of tensors; this one is a {type(batch).__name__}."
                 " Return a dict from the collate function, or override get_batch."
             )
-        return dict(batch)
+        refuse(type(self).__name__, batch, {**UNMET, **self._unmet_keys()})
+        return given(batch)
+
+    def _unmet_keys(self) -> dict[str, str]:
+        """Further keys of transformers' batches that the family has no counterpart of, and what to do instead."""
+        return {}
 
     def forward(self, **batch: Any) -> Any:
         """What ``predict_step`` gives, where the model is whole on the rank.

@@ -34,20 +34,17 @@ class Documents:
                 " datamodule.tokenizer.eod_id)."
             )
 
-    def positions(self, tokens: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """Position of each token ``[b, s]`` in its document, or as ``given``."""
+    def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Position of each token ``[b, s]`` in its document; None where they do not start again."""
         if not self.reset_position_ids:
-            return given
+            return None
         index = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         starts = torch.where(self._starts(tokens), index, 0)
         return index - starts.cummax(dim=1).values
 
     def apart(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """``[b, 1, s, s]``, True where query and key are of different documents; None where that does not matter."""
-        if not self.reset_attention_mask:
-            return None
-        number = self._starts(tokens).cumsum(dim=1)
-        return (number[:, :, None] != number[:, None, :]).unsqueeze(1)
+        return _apart(self._starts(tokens)) if self.reset_attention_mask else None
 
     def kept(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The loss mask ``[b, s]``, without the predictions made at documents' ends."""
@@ -57,3 +54,21 @@ class Documents:
         """True at the first token behind each end of a document."""
         ends = tokens.new_tensor(self.eod_id).eq(tokens[:, :-1])
         return torch.nn.functional.pad(ends, (1, 0))
+
+
+def apart_by_positions(positions: torch.Tensor) -> torch.Tensor | None:
+    """``[b, 1, s, s]``, True where query and key are of different documents, which is what transformers reads there.
+
+    Args:
+        positions: ``[b, s]``; where one is not one more than the one before it, a document begins.
+
+    Returns:
+        None where each row is one document.
+    """
+    starts = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
+    return _apart(starts) if bool(starts.any()) else None
+
+
+def _apart(starts: torch.Tensor) -> torch.Tensor:
+    number = starts.cumsum(dim=1)
+    return (number[:, :, None] != number[:, None, :]).unsqueeze(1)

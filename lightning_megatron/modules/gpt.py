@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from lightning_megatron.generation import GenerationSettings, GPTDecoder, Prompts, Stages
 from lightning_megatron.groups import gather_vocabulary
-from lightning_megatron.layers import gpt_block_spec, mask_padded_vocabulary, scale_output, stretch_rotary
+from lightning_megatron.layers import (
+    PositionedGPT,
+    gpt_block_spec,
+    mask_padded_vocabulary,
+    scale_output,
+    stretch_rotary,
+)
 from lightning_megatron.lora import LoRA
+from lightning_megatron.modules import causal_masks
 from lightning_megatron.modules.base import (
     IGNORED_LABEL,
     Batch,
@@ -19,8 +24,8 @@ from lightning_megatron.modules.base import (
     LossReduction,
     SchedulerCallable,
 )
-from lightning_megatron.modules.batch_checks import check_tokens
-from lightning_megatron.modules.documents import Documents
+from lightning_megatron.modules.batch_checks import check_range, check_tokens, given, refuse
+from lightning_megatron.modules.documents import Documents, apart_by_positions
 from lightning_megatron.modules.generating import GeneratingModule
 from lightning_megatron.modules.gpt_config import GPTConfig
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
@@ -31,9 +36,14 @@ class GPTModule(GeneratingModule):
     """A GPT, trained to predict the next token.
 
     Batches are dicts of tensors, batch first, in one of two forms: transformers' ``input_ids`` ``[b, s]`` with optional
-    ``labels`` (−100 is ignored, the shift is made here; without them the inputs are the labels), ``attention_mask``,
-    ``position_ids`` and ``loss_mask``; or Megatron's ``text`` ``[b, s+1]``, or ``tokens``, ``labels``, ``loss_mask``
-    ``position_ids`` and ``attention_mask`` (``[b, 1, s, s]``, True where a query may not look), shifted already.
+    ``labels`` (−100 is ignored, the shift is made here; without them the inputs are the labels; ``shift_labels`` are
+    shifted already), ``attention_mask`` (``[b, s]``, or ``[b, 1, s, s]`` as transformers has it), ``position_ids`` and
+    ``loss_mask``; or Megatron's ``text`` ``[b, s+1]``, or ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` and
+    ``attention_mask`` (``[b, 1, s, s]``, True where a query may not look), shifted already.
+
+    ``position_ids`` ``[b, s]`` count for learned and for rotary positions. Where they do not go on by one, another
+    document begins, and no token looks beyond its own document, as in transformers; an ``attention_mask`` in the batch
+    says instead who looks where.
 
     Args:
         config: The shape of the model.
@@ -64,13 +74,18 @@ class GPTModule(GeneratingModule):
     ) -> None:
         super().__init__(config, optimizer, lr_schedule, loss_reduction, lora)
         self.documents = Documents(eod_id, reset_position_ids, reset_attention_mask, eod_mask_loss)
+        if reset_attention_mask and config.layers != "torch":
+            raise ValueError(
+                f"GPTModule(reset_attention_mask=True): attention of GPTConfig(layers={config.layers!r}) looks at all"
+                " earlier tokens. Use layers='torch'."
+            )
         self.save_hyperparameters(*vars(self.documents), logger=False)
 
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
-        """One chunk of megatron-core's ``GPTModel``."""
+        """One chunk of megatron-core's ``GPTModel``, with the batch's positions."""
         config, settings = self.config, self.build_settings
         core = config.transformer_config(settings)
-        model = GPTModel(
+        model = PositionedGPT(
             config=core,
             transformer_layer_spec=gpt_block_spec(core, config.layers, config.parallel_residual, vp_stage),
             vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
@@ -102,15 +117,30 @@ class GPTModule(GeneratingModule):
         tokens = batch[name]
         check_tokens("GPTModule", name, tokens)
         length = tokens.size(1) - (name == "text")
-        if length > self.config.seq_length:
+        if "position_ids" not in batch and not self.has_own_get_batch:
+            apart = [key for key in ("cu_seq_lens_q", "cu_seq_lens_k") if key in batch]
+            refuse("GPTModule", batch, dict.fromkeys(apart, "give 'position_ids' that begin anew in each document"))
+        if "position_ids" in batch and not self.has_own_get_batch:
+            self._check_positions(batch, (tokens.size(0), length))
+        elif length > self.config.seq_length:
             raise ValueError(
                 f"GPTModule: sequences of {length} tokens, but GPTConfig(seq_length={self.config.seq_length})."
                 f" Cut the samples, or use seq_length={length} or more."
             )
         self._check_ids(name, tokens)
-        if "labels" in batch:
-            labels = batch["labels"]
-            self._check_ids("labels", labels[labels != IGNORED_LABEL])
+        for labels in ("labels", "shift_labels"):
+            if labels in batch:
+                self._check_ids(labels, batch[labels][batch[labels] != IGNORED_LABEL])
+        if not self.has_own_get_batch:
+            causal_masks.check(self.config, batch, name, length)
+
+    def _unmet_keys(self) -> dict[str, str]:
+        unmet = {}
+        if self.config.position_embedding == "learned":  # GPT-2's; rotary models of transformers ignore them
+            unmet["token_type_ids"] = (
+                "GPT-2 adds the embedding of the token of that number; use tokenizer(..., return_token_type_ids=False)"
+            )
+        return unmet
 
     def sequence_length(self, batch: Batch) -> int:
         """Tokens per sequence, rounded up as ``get_batch`` pads."""
@@ -120,17 +150,24 @@ class GPTModule(GeneratingModule):
         return length + self._padding(length)
 
     def get_batch(self, batch: Batch) -> Batch:
-        """Tokens, labels, loss mask and positions ``[b, s]`` from either form of batch."""
+        """Tokens, labels, loss mask and positions ``[b, s]`` from either form of batch.
+
+        Rotary positions are None where they are the places in the row.
+        """
+        batch = given(batch)
         inputs = _from_megatron(batch) if _token_key(batch) != "input_ids" else _from_transformers(batch)
-        tokens = inputs["input_ids"]
-        inputs["position_ids"] = self.documents.positions(tokens, inputs["position_ids"])
+        tokens, positions = inputs["input_ids"], batch.get("position_ids")
+        positions = None if positions is None else positions.long().expand_as(tokens)
+        unseen = [inputs.pop("unseen", None), self.documents.apart(tokens)]
+        if positions is not None and "attention_mask" not in batch:
+            unseen.append(apart_by_positions(positions))
         inputs["loss_mask"] = self.documents.kept(tokens, inputs["loss_mask"])
-        unseen = [mask for mask in (inputs.pop("unseen", None), self.documents.apart(tokens)) if mask is not None]
+        inputs["position_ids"] = self._positions(tokens, positions)
         padding = self._padding(tokens.size(1))
-        if padding:  # behind the text, and masked: a causal model never sees it
-            for name in ("input_ids", "position_ids", "labels", "loss_mask"):
-                inputs[name] = torch.nn.functional.pad(inputs[name], (0, padding))
-        inputs["attention_mask"] = _causal_mask(unseen, padding)  # type: ignore[assignment]
+        for name, value in inputs.items():  # behind the text, and masked: a causal model never sees it
+            inputs[name] = value if value is None else torch.nn.functional.pad(value, (0, padding))
+        whole = causal_masks.is_whole(batch)
+        inputs["attention_mask"] = causal_masks.joined(unseen, padding, whole)  # type: ignore[assignment]
         return inputs
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
@@ -166,6 +203,27 @@ class GPTModule(GeneratingModule):
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> GPTDecoder:
         return GPTDecoder(stages, prompts, self.config.vocab_size, settings.max_new_tokens, settings.num_beams)
 
+    def _positions(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> Any:
+        """As the documents have them, or the batch; None where rotary positions are the places in the row."""
+        places = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        of_documents = self.documents.positions(tokens)
+        chosen = positions if of_documents is None else of_documents
+        if self.config.position_embedding != "learned" and (chosen is None or bool((chosen == places).all())):
+            return None
+        return places if chosen is None else chosen
+
+    def _check_positions(self, batch: Batch, shape: tuple[int, int]) -> None:
+        """Refuse positions that are not one for each token, or that the model has no embedding of."""
+        positions = batch["position_ids"]
+        if tuple(positions.shape) not in (shape, (1, shape[1])) or positions.is_floating_point():
+            raise ValueError(
+                f"GPTModule: 'position_ids' are {tuple(positions.shape)} of {positions.dtype}, and the tokens {shape};"
+                " each token has one, a whole number."
+            )
+        if self.config.position_embedding != "learned":
+            positions = positions.clamp(min=0)  # of padding in front, they may be negative
+        check_range("GPTModule", "position_ids", positions, self.config.seq_length, "GPTConfig.seq_length")
+
     def _check_ids(self, name: str, ids: torch.Tensor) -> None:
         vocab_size = self.config.vocab_size
         wrong = ids[(ids < 0) | (ids >= vocab_size)]
@@ -196,12 +254,7 @@ def _from_megatron(batch: Batch) -> Batch:
     mask = (labels != IGNORED_LABEL).float()
     if "loss_mask" in batch:
         mask = mask * batch["loss_mask"].float()
-    inputs = {
-        "input_ids": tokens,
-        "labels": labels.clamp(min=0),
-        "loss_mask": mask,
-        "position_ids": batch.get("position_ids", _positions(tokens)),
-    }
+    inputs = {"input_ids": tokens, "labels": labels.clamp(min=0), "loss_mask": mask}
     if "attention_mask" in batch:
         inputs["unseen"] = batch["attention_mask"].bool()
     return inputs
@@ -212,36 +265,16 @@ def _from_transformers(batch: Batch) -> Batch:
     attention = batch.get("attention_mask")
     labels = batch.get("labels")
     if labels is None:
-        labels = tokens if attention is None else tokens.masked_fill(attention == 0, IGNORED_LABEL)
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        labels = tokens
+        if attention is not None and attention.dim() == 2:
+            labels = tokens.masked_fill(attention == 0, IGNORED_LABEL)
+    shifted = batch.get("shift_labels")
+    if shifted is None:
+        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
     mask = (shifted != IGNORED_LABEL).float()
     if "loss_mask" in batch:  # aligned with the labels, so it shifts with them
         mask = mask * torch.nn.functional.pad(batch["loss_mask"][:, 1:].float(), (0, 1))
-    inputs = {
-        "input_ids": tokens,
-        "labels": shifted.clamp(min=0),
-        "loss_mask": mask,
-        "position_ids": batch.get("position_ids", _positions(tokens)),
-    }
-    if attention is not None and not bool(attention.all()):
-        inputs["unseen"] = ~attention.bool()[:, None, None, :]
+    inputs = {"input_ids": tokens, "labels": shifted.clamp(min=0).long(), "loss_mask": mask}
+    if attention is not None:
+        inputs["unseen"] = causal_masks.unseen(attention)  # type: ignore[assignment]
     return inputs
-
-
-def _positions(tokens: torch.Tensor) -> torch.Tensor:
-    return torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-
-
-def _causal_mask(unseen: list[torch.Tensor], padding: int) -> torch.Tensor | None:
-    """``[b, 1, s, s]``, True where a query may not look: ahead and at what is ``unseen``, but always at itself.
-
-    None where nothing but what lies ahead is unseen, which attention has a faster way for.
-    """
-    if not unseen:
-        return None
-    blocked = functools.reduce(torch.logical_or, unseen)
-    length = blocked.size(-1) + padding
-    blocked = torch.nn.functional.pad(blocked, (0, padding, 0, padding if blocked.size(-2) > 1 else 0))
-    ahead = torch.ones(length, length, dtype=torch.bool, device=blocked.device).triu(1)
-    itself = torch.eye(length, dtype=torch.bool, device=blocked.device)
-    return (ahead | blocked) & ~itself

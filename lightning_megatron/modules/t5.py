@@ -16,7 +16,7 @@ from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.lora import LoRA
 from lightning_megatron.modules import t5_stages
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
-from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens
+from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.modules.generating import GeneratingModule
 from lightning_megatron.modules.t5_config import T5Config
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
@@ -152,7 +152,7 @@ class T5Module(GeneratingModule):
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens of both sides, masks (True where a query may not look), and labels, from either form."""
-        batch = _renamed(batch)
+        batch = _renamed(given(batch))
         tokens, targets = batch["input_ids"].long(), self._decoder_inputs(batch)
         more, more_targets = self._padding(tokens.size(1)), self._padding(targets.size(1))
         inputs = {

@@ -1,0 +1,30 @@
+"""megatron-core's GPT, whose rotary positions are the batch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+
+class PositionedGPT(GPTModel):
+    """megatron-core's model, which rotates by a token's place in its row, whatever its ``position_ids`` say.
+
+    Here ``position_ids`` ``[b, s]`` count for rotary positions as for learned ones, and None is the place in the row,
+    for which all rows share one table.
+    """
+
+    def _preprocess(self, input_ids: Any, position_ids: torch.Tensor | None, **rest: Any) -> Any:
+        prepared = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **rest)
+        if position_ids is None or prepared[1] is None or rest.get("inference_context") is not None:
+            return prepared  # a text that is written counts its own tokens, and the cache its places
+        return (prepared[0], self._angles(position_ids), *prepared[2:])
+
+    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """``[s, b, 1, rotated channels]``, where megatron-core's table of places is ``[s, 1, 1, rotated channels]``."""
+        frequencies = self.rotary_pos_emb.inv_freq.to(positions.device)
+        angles = positions.t()[:, :, None, None].float() * frequencies  # [s, b, 1, half]
+        if self.config.rotary_interleaved:
+            return torch.stack((angles, angles), dim=-1).flatten(-2)
+        return torch.cat((angles, angles), dim=-1)

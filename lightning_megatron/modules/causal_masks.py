@@ -1,0 +1,104 @@
+"""Which earlier tokens a GPT's queries look at, by the masks and positions of a batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from lightning_megatron.modules.base import Batch
+from lightning_megatron.modules.documents import apart_by_positions
+from lightning_megatron.modules.gpt_config import GPTConfig
+
+# Added to a score, this leaves nothing of it in any precision.
+_NEVER = -1e4
+
+
+def is_whole(batch: Batch) -> bool:
+    """Whether the batch has transformers' mask of queries and keys, which says everything, looking ahead included."""
+    mask = batch.get("attention_mask")
+    return mask is not None and "input_ids" in batch and mask.dim() == 4
+
+
+def unseen(mask: torch.Tensor) -> torch.Tensor | None:
+    """transformers' ``attention_mask``, turned over: True where a key is not looked at; None where all are."""
+    if mask.dim() == 4:
+        return mask != 0 if mask.is_floating_point() else ~mask
+    return None if bool(mask.all()) else ~mask.bool()[:, None, None, :]
+
+
+def joined(masks: Sequence[torch.Tensor | None], padding: int, whole: bool) -> torch.Tensor | None:
+    """``[b, 1, s, s]``, True where a query may not look.
+
+    A query that may look nowhere, of padding in front, gets zeros from attention, as in transformers.
+
+    Args:
+        masks: True where one says so, ``[b, 1, s or 1, s]``.
+        padding: Tokens that are added behind the text.
+        whole: Whether they say all; otherwise nobody looks ahead, either.
+
+    Returns:
+        None where nothing but what lies ahead is unseen, which attention has a faster way for.
+    """
+    found = [mask for mask in masks if mask is not None]
+    if not found:
+        return None
+    blocked = functools.reduce(torch.logical_or, found)
+    length = blocked.size(-1) + padding
+    queries = padding if blocked.size(-2) > 1 else 0
+    blocked = torch.nn.functional.pad(blocked, (0, padding, 0, queries), value=whole)
+    return blocked if whole else blocked | torch.ones(length, length, dtype=torch.bool, device=blocked.device).triu(1)
+
+
+def check(config: GPTConfig, batch: Batch, name: str, length: int) -> None:
+    """Refuse a mask of a shape that nobody reads, and what the layers cannot keep apart.
+
+    Args:
+        config: Of the model.
+        batch: The batch.
+        name: Key of its tokens.
+        length: Tokens of a row.
+
+    Raises:
+        ValueError: With the values seen.
+    """
+    mask, rows = batch.get("attention_mask"), batch[name].size(0)
+    shapes = [(rows, 1, length, length)] + [(rows, length)] * (name == "input_ids")
+    if mask is not None and tuple(mask.shape) not in shapes:
+        raise ValueError(
+            f"GPTModule: 'attention_mask' is {tuple(mask.shape)}; beside {name!r} of {rows} rows of {length} tokens it"
+            f" is {' or '.join(map(str, shapes))}."
+        )
+    if is_whole(batch):
+        _check_whole(config, batch["attention_mask"])
+    if config.layers != "torch" and (what := _beyond_causal(batch)):
+        raise ValueError(
+            f"GPTModule: {what}, with GPTConfig(layers={config.layers!r}), whose attention looks at all earlier tokens."
+            " Use layers='torch', or pad behind the text."
+        )
+
+
+def _beyond_causal(batch: Batch) -> str:
+    """What in the batch hides earlier tokens from one that counts."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is None:
+        apart = positions is not None and apart_by_positions(positions) is not None
+        return "'position_ids' that begin documents" if apart else ""
+    only_ends = mask.dim() == 2 and bool((mask.bool().long().diff(dim=1) <= 0).all())
+    return "" if only_ends else "this 'attention_mask'"
+
+
+def _check_whole(config: GPTConfig, mask: torch.Tensor) -> None:
+    """Refuse numbers on the scores that are no mask, and a window beside it, which transformers leaves out."""
+    if config.sliding_window is not None:
+        raise ValueError(
+            f"GPTModule: an 'attention_mask' of {tuple(mask.shape)} takes the place of the window of"
+            f" GPTConfig(sliding_window={config.sliding_window}) in transformers, and not here. Give [b, s]."
+        )
+    numbers = mask.is_floating_point() and bool(((mask != 0) & (mask > _NEVER)).any())
+    if numbers or not (mask.is_floating_point() or mask.dtype == torch.bool):
+        raise ValueError(
+            f"GPTModule: an 'attention_mask' {tuple(mask.shape)} of {mask.dtype} is True where a query looks, or 0.0"
+            " there and -inf elsewhere; here it has other values."
+        )
