@@ -36,18 +36,21 @@ def equalise(chunks: Iterable[torch.nn.Module]) -> None:
             other.data.copy_(weights[0].data)
 
 
-def freeze_together(chunks: Iterable[torch.nn.Module]) -> None:
+def freeze_together(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
     """Freeze all copies of a weight of which any stage has frozen its own, the shared embedding's included.
 
     Stages sum the gradients of copies: one that took no part would leave the others waiting.
+
+    Args:
+        parameters: This rank's, under the whole model's names.
     """
     held: dict[str, list[torch.nn.Parameter]] = {}
-    for weight in (weight for chunk in chunks for weight in chunk.parameters()):
+    for name, weight in parameters:
         if getattr(weight, "shared_embedding", False):
-            held.setdefault(getattr(weight, "copy_on_stages_of", "embedding"), []).append(weight)
-    frozen = {kind for kind, weights in held.items() if not all(weight.requires_grad for weight in weights)}
-    for kind in set().union(*groups.gather_from_stages(frozen)):
-        for weight in held.get(kind, ()):
+            held.setdefault(name, []).append(weight)
+    frozen = {name for name, weights in held.items() if not all(weight.requires_grad for weight in weights)}
+    for name in set().union(*groups.gather_from_stages(frozen)):
+        for weight in held.get(name, ()):
             weight.requires_grad_(False)
 
 

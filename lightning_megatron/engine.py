@@ -79,8 +79,6 @@ class Engine:
         self.device = device
         self._draws = draws
         self.trains = ddp is not None
-        if ddp and layout.pp > 1:
-            copies.freeze_together(chunks)
         self.chunks: list[Any] = [_wrap(c, config, ddp, i) for i, c in enumerate(chunks)] if ddp else list(chunks)
         for number, chunk in enumerate(self.chunks):
             chunk.__dict__["chunk_number"] = number

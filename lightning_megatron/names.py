@@ -1,9 +1,10 @@
-"""What a chunk's parameters are called in the whole model, whatever the pipeline stages."""
+"""What a chunk's parameters are called in the whole model, whatever the pipeline stages and virtual stages."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -33,5 +34,20 @@ def whole_name(chunk: torch.nn.Module, name: str) -> str:
 
 def named_shards(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The chunk's parameters, this rank's shards of them, under the unsharded model's names."""
-    for name, parameter in chunk.named_parameters():
+    for name, parameter in torch.nn.Module.named_parameters(chunk):  # a ``WholeNames`` has them whole already
         yield whole_name(chunk, name), parameter
+
+
+class WholeNames:
+    """Put before a class of chunks, it has ``named_parameters`` give the unsharded model's names.
+
+    The keys of ``state_dict`` and the names of ``named_modules`` stay those of the chunk's own tree.
+    """
+
+    def named_parameters(
+        self: Any, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """As of ``torch.nn.Module``, but for the names."""
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in torch.nn.Module.named_parameters(self, "", recurse, remove_duplicate):
+            yield start + whole_name(self, name), parameter

@@ -242,7 +242,6 @@ def shard(
 
     Raises:
         TypeError: An optimizer that cannot be sharded.
-        ValueError: Parameters with gradients that are in no group.
     """
     if distributed and type(optimizer) not in _SHARDABLE:
         raise TypeError(
@@ -250,7 +249,6 @@ def shard(
             f" {type(optimizer).__name__}: an update that is not element by element would come out wrong on flat"
             " shards. Use one of these, or distributed_optimizer=False."
         )
-    _check_groups(optimizer, engine)
     _check_types(engine, params_dtype)
     for group in optimizer.param_groups:  # torch passes frozen ones over in each step; megatron-core does not take them
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
@@ -324,18 +322,6 @@ def _any_elementwise_optimizer() -> Iterator[None]:
 
 def _no_state_yet(*_: Any) -> None:
     """torch optimizers make their state in the first step."""
-
-
-def _check_groups(optimizer: Optimizer, engine: Engine) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [
-        n for c in engine.chunks for n, p in c.module.named_parameters() if p.requires_grad and id(p) not in held
-    ]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} parameters require gradients but are in no group of the optimizer, {missing[0]!r} first."
-            " Pass them to the optimizer, or freeze them (requires_grad_(False)) in configure_model."
-        )
 
 
 def _check_types(engine: Engine, params_dtype: torch.dtype) -> None:

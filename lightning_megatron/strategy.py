@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from lightning_megatron import (
     backend,
+    copies,
     evaluation_samples,
     first_error,
     gradients,
@@ -41,6 +42,7 @@ from lightning_megatron import (
     refusals,
     report,
     timing,
+    weight_settings,
 )
 from lightning_megatron.checkpoint import Checkpointer, Run, attend, local_path
 from lightning_megatron.collectives import Collectives
@@ -283,34 +285,31 @@ class MegatronStrategy(Placement, Collectives):
         else:
             self.checkpointer.resumption.give_back(trainer)
         self._timers = timing.Timers()  # who listened to an earlier run that failed may be in the old one
+        if fitting:
+            self.optimizers = []
+            self.setup_optimizers(trainer)
+        elif not all(optimizer.trains(self.lightning_module) for optimizer in self.optimizers):  # type: ignore[attr-defined]
+            self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
         ddp = self._ddp_config() if fitting else None
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
         self._steps = Steps(
             self.lightning_module, self._engine, self._precision, self.micro_batch_size, self.num_microbatches
         )
         if fitting:
-            self.optimizers = []
-            self.setup_optimizers(trainer)
-        elif not all(optimizer.trains(self.lightning_module) for optimizer in self.optimizers):  # type: ignore[attr-defined]
-            self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
+            self._shard_optimizer()
         self.setup_precision_plugin()
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Ask ``configure_optimizers``; before gradient buffers are laid out, so that it may freeze weights."""
+        module = self.lightning_module
+        assert module is not None
+        shards = module.named_shards if isinstance(module, MegatronModule) else module.named_parameters
+        copies.freeze_together(shards())
         super().setup_optimizers(trainer)
-        refusals.check_optimizers(self.lightning_module, self.optimizers)  # type: ignore[arg-type]
-        self.optimizers = [
-            shard(
-                self.optimizers[0],
-                self.engine,
-                params_dtype=self._precision.params_dtype,
-                distributed=self.distributed_optimizer,
-                initial_loss_scale=self.initial_loss_scale if self._precision.scales_loss else None,
-                watch_norm=self.log_grad_norm,
-            )
-        ]
-        self.optimizers[0].on_nonfinite = self.on_nonfinite if self.check_loss else None  # type: ignore[attr-defined]
-        _optimizers_to_device([self.optimizers[0].inner.optimizer], self.root_device)  # type: ignore[attr-defined]
+        refusals.check_optimizers(module, self.optimizers)
+        copies.freeze_together(shards())
+        weight_settings.check(shards(), self.optimizers[0])
 
     @override
     def model_to_device(self) -> None:
@@ -469,6 +468,20 @@ class MegatronStrategy(Placement, Collectives):
         self.checkpointer.remove(local_path(filepath))
 
     # Steps of the hooks above
+
+    def _shard_optimizer(self) -> None:
+        self.optimizers = [
+            shard(
+                self.optimizers[0],
+                self.engine,
+                params_dtype=self._precision.params_dtype,
+                distributed=self.distributed_optimizer,
+                initial_loss_scale=self.initial_loss_scale if self._precision.scales_loss else None,
+                watch_norm=self.log_grad_norm,
+            )
+        ]
+        self.optimizers[0].on_nonfinite = self.on_nonfinite if self.check_loss else None  # type: ignore[attr-defined]
+        _optimizers_to_device([self.optimizers[0].inner.optimizer], self.root_device)  # type: ignore[attr-defined]
 
     @property
     def _run(self) -> Run:

@@ -21,6 +21,7 @@ from megatron.core.transformer.utils import get_linear_layer
 from lightning_megatron.layers.bert import NormPlacement, bert_block_spec, bert_embedding
 from lightning_megatron.layers.norm import TorchNorm
 from lightning_megatron.layers.vocabulary import mask_padded_vocabulary
+from lightning_megatron.names import WholeNames
 
 
 class BertPretrainingLogits(NamedTuple):
@@ -35,7 +36,7 @@ class BertPretrainingLogits(NamedTuple):
     seq_relationship_logits: torch.Tensor
 
 
-class BertModel(LanguageModule):
+class BertModel(WholeNames, LanguageModule):
     """One chunk of an encoder: the embedding, layers, and on the last stage a subclass's head.
 
     Args:

@@ -35,6 +35,7 @@ from lightning_megatron.layers.t5 import (
     t5_encoder_spec,
 )
 from lightning_megatron.layers.vocabulary import mask_padded_vocabulary
+from lightning_megatron.names import WholeNames
 
 PositionEmbedding = Literal["relative", "learned"]
 
@@ -56,7 +57,7 @@ class T5Stage:
     copy: int | None = None
 
 
-class T5Model(LanguageModule):
+class T5Model(WholeNames, LanguageModule):
     """One chunk of an encoder and a decoder that share their embedding.
 
     Args:

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from lightning_megatron.hf.pieces import UPDATE, Heads, Piece, Pieces, Same
 from lightning_megatron.lora.config import LoRA
 from lightning_megatron.lora.layer import Adapter
-from lightning_megatron.names import whole_name
+from lightning_megatron.names import named_shards, whole_name
 
 
 def attach(chunk: torch.nn.Module, lora: LoRA, pieces: Pieces, config: Any, seed: int, also: set[str]) -> None:
@@ -27,8 +27,7 @@ def attach(chunk: torch.nn.Module, lora: LoRA, pieces: Pieces, config: Any, seed
         also: Names of whole tensors that are trained as they are.
     """
     whole_parts = tuple(f"{part}." for part in lora.also_train)
-    for name, parameter in chunk.named_parameters():
-        whole = whole_name(chunk, name)
+    for whole, parameter in named_shards(chunk):
         parameter.requires_grad_(parameter.requires_grad and (whole in also or whole.startswith(whole_parts)))
     heads = Heads.of(config)
     for name, linear in list(_linears(chunk)):

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from typing_extensions import override
 
 from lightning_megatron import groups, names
 from lightning_megatron.backend import model_rng, use_device
@@ -350,6 +351,24 @@ class MegatronModule(pl.LightningModule):
         """This rank's parameters, shards as they are, under the unsharded model's names."""
         for chunk in self.chunks:
             yield from names.named_shards(chunk)
+
+    @override
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's parameters; those of the model's chunks under the unsharded model's names, as ``named_shards``.
+
+        So a condition on names holds for the same weights under every layout: layers are numbered through all pipeline
+        stages and virtual stages, and the last stage's copy of a tied embedding is called as the embedding is. The keys
+        of ``state_dict()`` are those of this rank's own tree.
+        """
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in super().named_parameters("", recurse, remove_duplicate):
+            room, _, rest = name.partition(".")
+            if room == "chunks":
+                number, _, rest = rest.partition(".")
+                name = names.whole_name(self.chunks[int(number)], rest)
+            yield start + name, parameter
 
     @property
     def active_model(self) -> torch.nn.Module:

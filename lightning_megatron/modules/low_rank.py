@@ -19,7 +19,6 @@ from lightning_megatron.lora.attach import attach, chosen_of, target_names
 from lightning_megatron.lora.files import Saved, write
 from lightning_megatron.lora.layer import Adapter
 from lightning_megatron.lora.merging import Updates
-from lightning_megatron.names import whole_name
 
 _TASKS = {
     "GPT": "CAUSAL_LM",
@@ -125,7 +124,7 @@ def _check_parts(module: Any, parts: list[str]) -> None:
     Raises:
         ValueError: Names the nearest that there is; on every rank.
     """
-    here = {whole_name(chunk, name) for chunk in module.chunks for name, _ in chunk.named_parameters()}
+    here = {name for name, _ in module.named_shards()}
     names = set().union(*groups.gather(here, groups.on_host()))
     known = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     for part in parts:
@@ -172,12 +171,7 @@ def save(module: Any, folder: Path) -> Path:
 
 def _trained_whole(module: Any) -> set[str]:
     """Weights of the whole model that are trained as they are."""
-    here = {
-        whole_name(chunk, name)
-        for chunk in module.chunks
-        for name, parameter in chunk.named_parameters()
-        if parameter.requires_grad and not is_update(name)
-    }
+    here = {name for name, parameter in module.named_shards() if parameter.requires_grad and not is_update(name)}
     return set().union(*groups.gather(here, groups.on_host()))
 
 
