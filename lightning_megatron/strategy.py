@@ -288,7 +288,7 @@ class MegatronStrategy(Placement, Collectives):
         if fitting:
             self.optimizers = []
             self.setup_optimizers(trainer)
-        elif not all(optimizer.trains(self.lightning_module) for optimizer in self.optimizers):  # type: ignore[attr-defined]
+        elif not all(isinstance(o, ShardedOptimizer) and o.trains(self.lightning_module) for o in self.optimizers):
             self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
         ddp = self._ddp_config() if fitting else None
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
