@@ -54,7 +54,7 @@ class HarnessGPT(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            texts = [torch.tensor((requests[i][1] + requests[i][2])[-longest:]) for i in batch]
+            texts = [torch.tensor((requests[i][1] + requests[i][2])[-longest:], device="cpu") for i in batch]
             logits = self._logits(pad_sequence(texts, batch_first=True)[:, :-1])
             for i, text, scores in zip(batch, texts, logits, strict=True):
                 count = min(len(requests[i][2]), len(text) - 1)
@@ -82,7 +82,7 @@ class HarnessGPT(TemplateLM):
             ids = self.text.encode(context)[-(self.module.config.seq_length - new) :] or [self.eot_token_id]
             draws = {"do_sample": True, "temperature": settings["temperature"]} if settings.get("do_sample") else {}
             text = self.module.generate(
-                torch.tensor([ids]), max_new_tokens=new, eos_token_id=self.eot_token_id, **draws
+                torch.tensor([ids], device="cpu"), max_new_tokens=new, eos_token_id=self.eot_token_id, **draws
             )
             answer = self.text.decode([t for t in text[0, len(ids) :].tolist() if t != self.eot_token_id])
             for end in (

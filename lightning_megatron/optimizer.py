@@ -110,10 +110,11 @@ class ShardedOptimizer(Optimizer):
             self.skipped_steps += 1
             return
         self.grad_norm = None
-        if self.clip_norm > 0:
-            self.grad_norm = self.inner.clip_grad_norm(self.clip_norm)
-        elif self.watch_norm or self.on_nonfinite == "skip":
-            self.grad_norm = self.inner.get_grad_norm()
+        with self.engine.device:  # megatron-core names none for the norms of single tensors
+            if self.clip_norm > 0:
+                self.grad_norm = self.inner.clip_grad_norm(self.clip_norm)
+            elif self.watch_norm or self.on_nonfinite == "skip":
+                self.grad_norm = self.inner.get_grad_norm()
         if self.grad_norm is not None and not math.isfinite(self.grad_norm):  # the norm is of all ranks: all are here
             if self.on_nonfinite == "raise":
                 raise NonFiniteLossError(

@@ -177,7 +177,8 @@ def _reduce(values: list[Any], weights: list[float], reduce_fx: Any) -> Any:
     """One value of the micro-batches' values, as ``self.log(reduce_fx=)`` asks; a mean is weighted."""
     if len(values) == 1 or not all(isinstance(value, int | float | torch.Tensor) for value in values):
         return values[-1]  # Lightning says what it thinks of other types
-    several = torch.stack([torch.as_tensor(value, dtype=torch.float64).squeeze() for value in values])
+    device = next((value.device for value in values if isinstance(value, torch.Tensor)), torch.device("cpu"))
+    several = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).squeeze() for value in values])
     if reduce_fx in ("mean", "avg", torch.mean):
         shares = torch.tensor(weights, dtype=several.dtype, device=several.device)
         return ((several * shares).sum() / shares.sum()).float()

@@ -263,7 +263,10 @@ class MegatronStrategy(Placement, Collectives):
         groups.seed(torch.initial_seed())
         if isinstance(self.lightning_module, MegatronModule):
             self.lightning_module.settings = BuildSettings(
-                layout=self.layout, params_dtype=self._precision.params_dtype, recompute=self.recompute
+                layout=self.layout,
+                params_dtype=self._precision.params_dtype,
+                recompute=self.recompute,
+                device=self.root_device,
             )
 
     @override

@@ -179,7 +179,8 @@ def _answering_as_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
     def cuda_type(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is not None:
             return tensor_type(tensor, dtype, *args, **kwargs)
-        return tensor_type(tensor).replace("torch.", "torch.cuda.", 1)
+        name = tensor_type(tensor)  # has come through here already, where a device context stands
+        return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

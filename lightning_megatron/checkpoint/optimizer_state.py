@@ -38,7 +38,8 @@ def shards(optimizer: ShardedOptimizer, where: dict[int, Place]) -> list[Sharded
         place = where[id(held.parameter)]
         for name, value in optimizer.state.get(held.main, {}).items():
             if value is not None:
-                found += _state_shards(name, torch.as_tensor(value), held, place)
+                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, device="cpu")
+                found += _state_shards(name, tensor, held, place)
         if held.main.dtype != held.parameter.dtype:
             found += _like_main(held.main.detach(), held, place, _key(MAIN_WEIGHT, place))
     return found
@@ -94,7 +95,7 @@ class Loading:
     ) -> None:
         # As torch's Optimizer.load_state_dict places it: `step` stays on the host unless the kernel wants it.
         on_device = name != "step" or group.get("capturable") or group.get("fused")
-        number = torch.zeros(1, dtype=dtype)
+        number = torch.zeros(1, dtype=dtype, device="cpu")
         self.shards.append(ShardedTensor(key, number, dtype, (1,), (1,), (0,), None, 0))
         state[name] = None  # keeps the order of names
         device = held.main.device if on_device else torch.device("cpu")

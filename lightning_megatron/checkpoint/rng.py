@@ -20,7 +20,11 @@ def data_states() -> States:
     name, keys, position, has_gauss, gauss = state
     numpy = (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss))
     version, internal, waiting = random.getstate()
-    python = (version, torch.tensor(internal), waiting)  # as a tensor: hundreds of numbers are slow to pickle
+    python = (
+        version,
+        torch.tensor(internal, device="cpu"),
+        waiting,
+    )  # as a tensor: hundreds of numbers are slow to pickle
     return {"python": python, "numpy": numpy, "torch": torch.get_rng_state()}
 
 

@@ -293,7 +293,7 @@ class OneByOne:
     def read(self, key: str) -> torch.Tensor:
         """The whole tensor of ``key``."""
         about = self.stored[key]
-        tensor = torch.empty(about.size, dtype=about.properties.dtype)
+        tensor = torch.empty(about.size, dtype=about.properties.dtype, device="cpu")
         _load_state_dict({key: tensor}, self._reader, no_dist=True, planner=MCoreLoadPlanner())
         return tensor
 

@@ -106,7 +106,7 @@ def agree(problem: str, same: bool) -> bool:
     Raises:
         CheckpointError: The first rank's that has one, on every rank.
     """
-    votes = torch.tensor([not problem, same], dtype=torch.int32)
+    votes = torch.tensor([not problem, same], dtype=torch.int32, device="cpu")
     dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=groups.on_host())
     if not votes[0]:
         raise CheckpointError(next(filter(None, groups.gather(problem, groups.on_host()))))
@@ -192,7 +192,7 @@ class HostCopies:
         if [_kind(t) for t in self._kept] != [_kind(t) for _, t in items]:
             on_gpu = any(tensor.is_cuda for _, tensor in items)
             self._kept = []  # before there are new ones
-            self._kept = [torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu) for _, t in items]
+            self._kept = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=on_gpu) for _, t in items]
         for kept, (_, tensor) in zip(self._kept, items, strict=True):
             kept.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():

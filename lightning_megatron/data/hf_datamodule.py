@@ -182,13 +182,15 @@ class HFDataModule(TokenizedDataModule):
     def _rows(self) -> dict[str, Rows]:
         """The rows of each split that has a name."""
         options = dict(self.options) if self.cache_dir is None else {**self.options, "cache_dir": str(self.cache_dir)}
-        splits = hf_source.open_splits(self.dataset, self.streaming, **options)
-        chosen = zip(PARTS, hf_source.choose(splits, self.split), strict=True)
+        with torch.device("cpu"):  # a stream of datasets' shares tensors of its own with workers
+            splits = hf_source.open_splits(self.dataset, self.streaming, **options)
+            chosen = zip(PARTS, hf_source.choose(splits, self.split), strict=True)
         return {name: rows for name, rows in chosen if rows is not None}
 
     def _check(self, name: str, rows: Any) -> None:
         """Refuse a split without rows, or without the columns."""
-        first = next(iter(rows.take(1)), None)
+        with torch.device("cpu"):
+            first = next(iter(rows.take(1)), None)
         if first is None:
             raise ValueError(
                 f"{type(self).__name__}: the {name} split is empty, with split={self.split}. Name another, or enlarge"
@@ -245,7 +247,8 @@ class HFDataModule(TokenizedDataModule):
         from datasets.distributed import split_dataset_by_node
 
         replicas = self._replicas
-        own = split_dataset_by_node(rows, rank=replicas["rank"], world_size=replicas["num_replicas"])
+        with torch.device("cpu"):
+            own = split_dataset_by_node(rows, rank=replicas["rank"], world_size=replicas["num_replicas"])
         stream: Any = DocumentStream(own, self._encoder, self.shuffle_block, seed)
         if self.packing:
             stream = PackedStream(stream, self.seq_length)

@@ -150,7 +150,8 @@ class StreamLoader(DataLoader[Any]):
         self._resumed = True
 
     def _epoch(self) -> Iterator[Any]:
-        batches = super().__iter__()
+        with torch.device("cpu"):  # an iterator draws from the generator
+            batches = super().__iter__()
         while self._all_have(batch := next(batches, None)):
             yield batch
 

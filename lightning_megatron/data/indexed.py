@@ -61,7 +61,7 @@ class IndexedWriter:
                     f"{name} has ids from {min(item)} to {max(item)}, outside the vocab_size of"
                     f" {self._vocab_size}. Correct the tokenizer's `vocab_size`."
                 )
-            self._builder.add_item(torch.tensor(item))
+            self._builder.add_item(torch.tensor(item, device="cpu"))
             self.tokens += len(item)
         self._builder.end_document()
         self.documents += 1

@@ -145,7 +145,7 @@ class _Masked(IndexedSamples):
     def convert(self, sample: Sample) -> Sample:
         """Padding that no model sees; labels that are not learned from are −100."""
         names = self.names
-        found = {names[name]: torch.as_tensor(value) for name, value in sample.items() if name in names}
+        found = {names[name]: torch.as_tensor(value, device="cpu") for name, value in sample.items() if name in names}
         found["labels"] = found["labels"].masked_fill(found["loss_mask"] == 0, IGNORED_LABEL)
         return found
 

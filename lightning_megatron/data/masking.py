@@ -132,7 +132,7 @@ class MaskedLMCollator:
                 types = [np.asarray(sample[key], dtype=np.int64) for sample in samples]
                 batch[key] = torch.from_numpy(padded(types, length, 0))
             elif key not in batch and np.ndim(samples[0][key]) == 0:
-                batch[key] = torch.as_tensor(np.asarray([sample[key] for sample in samples]))
+                batch[key] = torch.from_numpy(np.asarray([sample[key] for sample in samples]))
         return batch
 
     def _mask(self, ids: np.ndarray, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

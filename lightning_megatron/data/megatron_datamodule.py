@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
@@ -291,7 +292,8 @@ class _Samples(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            sample = self.dataset[index]
+            with torch.device("cpu"):
+                sample = self.dataset[index]
         except (AssertionError, IndexError, KeyError) as error:  # megatron-core checks with these, without a word
             raise ValueError(
                 f"Sample {index} of {getattr(self.dataset, 'dataset_path', 'the blend')} cannot be made ({error!r}). An"

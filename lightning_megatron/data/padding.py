@@ -31,10 +31,14 @@ class PaddingCollator:
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels`` ``[b, s]``; labels are −100 on the padding.
         """
-        rows = [torch.as_tensor(sample["input_ids"], dtype=torch.int64) for sample in samples]
-        labels = [torch.as_tensor(sample.get("labels", sample["input_ids"]), dtype=torch.int64) for sample in samples]
+        rows = [_ids(sample["input_ids"]) for sample in samples]
+        labels = [_ids(sample.get("labels", sample["input_ids"])) for sample in samples]
         return {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_id),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
         }
+
+
+def _ids(row: Any) -> torch.Tensor:
+    return torch.as_tensor(row, dtype=torch.int64, device="cpu")

@@ -17,7 +17,7 @@ class KeyValueCache(StaticInferenceContext):
 
     def __init__(self, rows: int, beams: int, max_length: int) -> None:
         super().__init__(max_batch_size=rows, max_sequence_length=max_length)
-        self.prompt_of_row = torch.arange(rows) // beams
+        self.prompt_of_row = torch.arange(rows, device="cpu") // beams
         self.texts: torch.Tensor | None = None
         self._spare: dict[int, tuple[torch.Tensor, ...]] = {}  # of a layer: what its memories are moved to
 

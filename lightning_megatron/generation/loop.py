@@ -39,7 +39,8 @@ def write(decoder: Decoder, settings: GenerationSettings, seed: int, stream: Str
     """
     streamer = None if stream is None else _Streamer(stream)
     device = decoder.stages.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # transformers' loop makes tensors wherever the device context says.
+    with device, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         texts: torch.Tensor = _Scorer(decoder).generate(
             decoder.start.ids,

@@ -68,7 +68,7 @@ class Prompts:
     @classmethod
     def same(cls, token: int, rows: int) -> Prompts:
         """``rows`` prompts of one token."""
-        ids = torch.full((rows, 1), token)
+        ids = torch.full((rows, 1), token, device="cpu")
         return cls(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def to(self, device: torch.device) -> Prompts:
@@ -88,7 +88,7 @@ class Prompts:
 
 def _tensor(name: str, value: Any) -> torch.Tensor:
     try:
-        return torch.as_tensor(value)
+        return value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
     except (ValueError, TypeError, RuntimeError):
         raise ValueError(
             f"generate({name}={str(value)[:60]!r}) makes no tensor [b, s]: use token ids, prompts of different lengths"

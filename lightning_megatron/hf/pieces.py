@@ -181,7 +181,7 @@ def take_apart(piece: Piece, ours: torch.Tensor, heads: Heads) -> dict[str, torc
     if type(piece) is Same:
         return {piece.name: (ours.t() if piece.transposed else ours).contiguous()}
     shapes = their_shapes(piece, tuple(ours.shape), heads)
-    theirs = {name: torch.empty(shape, dtype=ours.dtype) for name, shape in shapes.items()}
+    theirs = {name: torch.empty(shape, dtype=ours.dtype, device=ours.device) for name, shape in shapes.items()}
     first = 0
     for rows in _joined(piece.rows(ours.size(0), heads)):
         target = theirs[rows.name].t() if piece.transposed else theirs[rows.name]

@@ -149,9 +149,9 @@ class SafetensorsFiles(Source):
     def read(self, name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
         """As ``Source.read``."""
         part = self._opened(self._where[name]).get_slice(name)
-        if not offset:
-            return part[...]
-        return part[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))]
+        where = tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True)) or ...
+        with torch.device("cpu"):  # a slice obeys the device context, whatever the file was opened for
+            return part[where]
 
     def _opened(self, file: Path) -> Any:
         if file not in self._open:

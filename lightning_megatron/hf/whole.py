@@ -87,7 +87,7 @@ class WholeTensors:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Each whole tensor on the first rank, and its name alone on the others."""
         for key, (shape, dtype) in self.kinds.items():
-            whole = torch.empty(shape, dtype=dtype) if dist.get_rank() == 0 else None
+            whole = torch.empty(shape, dtype=dtype, device="cpu") if dist.get_rank() == 0 else None
             mine: Any = iter(self._mine.get(key, ()))
             for part in self._parts[key]:
                 self._bring(part, mine, whole)
@@ -102,6 +102,6 @@ class WholeTensors:
             if part.rank == rank:
                 whole[where] = next(mine).detach().cpu()
             else:
-                taken = torch.empty(part.sizes, dtype=whole.dtype)
+                taken = torch.empty(part.sizes, dtype=whole.dtype, device="cpu")
                 dist.recv(taken, part.rank, group=groups.on_host())
                 whole[where] = taken

@@ -47,11 +47,11 @@ class Adapter(torch.nn.Module):
         self.first_input = 0 if self.is_column else rank * weight.size(1)
         self.num_inputs = weight.size(1) * (1 if self.is_column else size)
         pieces = list(piece.rows(rows, heads))
-        # Of each row of the whole layer, whose it is, and which of theirs.
+        # Of each row of the whole layer, whose it is, and which of theirs; on the host, whatever the model's device.
         numbers = {name: number for number, name in enumerate(chosen)}
-        self.owner = torch.cat([torch.full((row.count,), numbers.get(row.name, -1)) for row in pieces])
-        self.theirs = torch.cat([torch.arange(row.start, row.start + row.count) for row in pieces])
-        here = _rows_here(weight.size(0), rank, size, halves) if self.is_column else torch.arange(rows)
+        self.owner = torch.cat([torch.full((row.count,), numbers.get(row.name, -1), device="cpu") for row in pieces])
+        self.theirs = torch.cat([_numbers(row.start, row.start + row.count) for row in pieces])
+        here = _rows_here(weight.size(0), rank, size, halves) if self.is_column else _numbers(0, rows)
         self.num_rows = len(here)
         # Of each update: its rows among this rank's; and which of the whole layer, by the names of B's parts.
         self.places = [(self.owner[here] == number).nonzero().flatten() for number in range(len(chosen))]
@@ -92,11 +92,11 @@ class Adapter(torch.nn.Module):
 
     def start(self, number: int, seed: int) -> None:
         """The first weights of an update, the same whatever the layout: those of a linear layer, and zeros."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         bound = 1 / math.sqrt(self.num_inputs)  # torch's `kaiming_uniform_(a=√5)`
-        whole = torch.empty(self.lora.rank, self.num_inputs).uniform_(-bound, bound, generator=generator)
+        whole = torch.empty(self.lora.rank, self.num_inputs, device="cpu").uniform_(-bound, bound, generator=generator)
         rows = int((self.owner == number).sum())
-        self.fill(number, whole, torch.zeros(rows, self.lora.rank))
+        self.fill(number, whole, torch.zeros(rows, self.lora.rank, device="cpu"))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """megatron-core's description of the tensors."""
@@ -165,7 +165,11 @@ class Adapter(torch.nn.Module):
 def _rows_here(count: int, rank: int, size: int, halves: bool) -> torch.Tensor:
     """The numbers, in the whole layer, of this rank's rows."""
     if not halves:
-        return torch.arange(rank * count, (rank + 1) * count)
+        return _numbers(rank * count, (rank + 1) * count)
     half = count // 2
-    gate = torch.arange(rank * half, (rank + 1) * half)
+    gate = _numbers(rank * half, (rank + 1) * half)
     return torch.cat([gate, gate + half * size])
+
+
+def _numbers(first: int, end: int) -> torch.Tensor:
+    return torch.arange(first, end, device="cpu")

@@ -62,7 +62,7 @@ class Updates:
             return up
         whole = up.size(0) * len(piece.names)  # asked by those alone whose parts are of one size
         rows = [
-            torch.arange(row.start, row.start + row.count)
+            torch.arange(row.start, row.start + row.count, device=up.device)
             for row in piece.rows(whole, self._heads)
             if row.name == theirs
         ]

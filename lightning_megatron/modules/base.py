@@ -202,10 +202,12 @@ class MegatronModule(pl.LightningModule):
         for virtual in range(layout.vp or 1):
             first = stage == 0 and virtual == 0
             last = stage == layout.pp - 1 and virtual == (layout.vp or 1) - 1
-            with model_rng():
+            with model_rng(), self.build_settings.device:
                 self.chunks.append(self.build_model(first, last, virtual if layout.vp else None))
-        self.adapt_model()
-        self.fill_model()
+        with self.build_settings.device:
+            self.adapt_model()
+        with torch.device("cpu"):  # files are read there
+            self.fill_model()
 
     def build(
         self, tp: int = 1, pp: int = 1, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
@@ -238,7 +240,7 @@ class MegatronModule(pl.LightningModule):
         self.check_layout(layout)
         groups.build(layout)
         groups.seed(torch.initial_seed())
-        self.settings = BuildSettings(layout=layout, params_dtype=dtype)
+        self.settings = BuildSettings(layout=layout, params_dtype=dtype, device=place)
         self.configure_model()
         return self.to(place, dtype).eval()
 

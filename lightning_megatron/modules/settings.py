@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,11 +20,13 @@ class BuildSettings:
         layout: The parallel sizes.
         params_dtype: Type of the weights and of what travels between pipeline stages.
         recompute: Which activations are computed again in the backward pass.
+        device: On which the model is built, whatever device context stands; models move, so it is not compared.
     """
 
     layout: ParallelLayout
     params_dtype: torch.dtype = torch.float32
     recompute: Recompute | None = None
+    device: torch.device = field(default=torch.device("cpu"), compare=False)
 
     def transformer_config_arguments(self) -> dict[str, Any]:
         """The arguments of megatron-core's ``TransformerConfig`` that follow from the run, not from the model."""
