@@ -1,7 +1,7 @@
 """A device context that stands says nothing about this project's tensors: each is made where it belongs.
 
-Lightning builds models under one of the GPU's, and `torch.set_default_device` puts one up for good. Here "meta" is put up
-for the GPU: what lands there unasked has no values, and the next use of it fails.
+Lightning builds models under one of the GPU's, and `torch.set_default_device` puts one up for good. Here "meta" stands
+in for the GPU: what lands there unasked has no values, and the next use of it fails.
 """
 
 import ast

@@ -23,6 +23,9 @@ What is replaced, and why:
 ``schedules.custom_backward``                          reads it: NaN and wrong gradients. CUDA's streams keep the order
 ``p2p_communication._p2p_ops``                         a message over Gloo is lost when its handle goes before the peer
                                                        has asked for it, as the last of an interleaved schedule's do
+``param_and_grad_buffer._coalescing_manager`` and the   torch joins what is coalesced in Gloo's threads, a path that has
+collectives inside of it                                crashed there, and gains nothing: they run one by one, and
+                                                       handles and tensors are held until they are waited for
 ``tensor_parallel.random.logging``                     warns at every fork that the CPU's random state has changed
 ======================================================  ==============================================================
 """
@@ -73,6 +76,7 @@ _model_state: torch.Tensor | None = None
 
 def bend() -> None:
     """Make megatron-core run on the CPU, over Gloo."""
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.optimizer import clip_grads, distrib_optimizer, grad_scaler, optimizer
     from megatron.core.pipeline_parallel import p2p_communication, schedules
@@ -94,6 +98,14 @@ def bend() -> None:
     _replace(schedules, "deallocate_output_tensor", _nothing)
     _replace(schedules, "custom_backward", _backward)
     _replace(p2p_communication, "_p2p_ops", _keeping_handles)
+
+    torch_there = _like(
+        torch_on_cpu, distributed=_like(torch.distributed, all_reduce=_held(torch.distributed.all_reduce))
+    )
+    _replace(param_and_grad_buffer, "torch", torch_there)
+    _replace(param_and_grad_buffer, "_coalescing_manager", _OneByOne)
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        _replace(param_and_grad_buffer, name, _held)
 
     _replace(LanguageModule, "setup_embeddings_and_output_layer", _staying_on_cpu)
     for scaler in (grad_scaler.DynamicGradScaler, grad_scaler.ConstantGradScaler):
@@ -129,12 +141,16 @@ def _replace(owner: Any, name: str, new: Any) -> None:
 
 def _torch_on_cpu() -> ModuleType:
     """A module that is torch in all but CUDA."""
-    namespace = ModuleType("torch")
-    namespace.__dict__.update(torch.__dict__)
-    namespace.__dict__["__getattr__"] = lambda name: getattr(torch, name)  # what torch itself loads late
-    namespace.__dict__["cuda"] = _cuda_for_cpu()
-    for factory in ("zeros", "ones", "tensor", "empty"):
-        namespace.__dict__[factory] = _cuda_means_cpu(getattr(torch, factory))
+    factories = {name: _cuda_means_cpu(getattr(torch, name)) for name in ("zeros", "ones", "tensor", "empty")}
+    return _like(torch, cuda=_cuda_for_cpu(), **factories)
+
+
+def _like(module: ModuleType, **changes: Any) -> ModuleType:
+    """A module that is ``module`` in all but ``changes``."""
+    namespace = ModuleType(module.__name__)
+    namespace.__dict__.update(module.__dict__)
+    namespace.__dict__["__getattr__"] = lambda name: getattr(module, name)  # what it loads late
+    namespace.__dict__.update(changes)
     return namespace
 
 
@@ -220,4 +236,41 @@ def _keeping_handles(function: Callable[..., dict[str, Any]]) -> Callable[..., d
     return call
 
 
-_DECORATORS = (_answering_as_cuda, _staying_on_cpu, _keeping_handles)
+class _OneByOne:
+    """Stands where torch's ``_coalescing_manager`` would: the collectives within start at once, each on its own.
+
+    It is the handle of them all, too. Where they do not run beside the program they are over already, and it is empty.
+    """
+
+    within: _OneByOne | None = None
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.works: list[tuple[Any, Any]] = []  # and what they read and write
+
+    def __enter__(self) -> _OneByOne:
+        _OneByOne.within = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _OneByOne.within = None
+
+    def wait(self) -> None:
+        while self.works:
+            self.works[0][0].wait()
+            del self.works[0]
+
+
+def _held(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``collective``, and have the ``_OneByOne`` around it hold its handle and tensors."""
+
+    @functools.wraps(collective)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        work = collective(*args, **kwargs)
+        if work is not None and _OneByOne.within is not None:
+            _OneByOne.within.works.append((work, (args, kwargs)))
+        return work
+
+    return call
+
+
+_DECORATORS = (_answering_as_cuda, _staying_on_cpu, _keeping_handles, _held)
