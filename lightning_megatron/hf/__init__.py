@@ -2,8 +2,8 @@
 
 ``pieces.py`` says which of their rows make one of our tensors; ``fields.py`` reads their configuration and names what
 nobody read; ``blueprint.py`` knows what transformers' own model reads, and its names; ``source.py`` reads rectangles of
-their tensors; ``loading.py`` fills a rank's shards; ``whole.py`` and ``saving.py`` write a directory, which ``target.py``
-describes. ``families/`` has a file for each architecture.
+their tensors; ``loading.py`` fills a rank's shards; ``whole.py`` and ``saving.py`` write a directory, which
+``target.py`` describes. ``families/`` has a file for each architecture.
 """
 
 from lightning_megatron.hf import families  # they register themselves

@@ -41,7 +41,7 @@ class Blueprint:
         if self._class is None:
             return None
         try:
-            with self._without_numbers:
+            with self._without_numbers, torch.device("cpu"):
                 return self._class(self._config).eval()
         except Exception:
             return None
@@ -54,8 +54,8 @@ class Blueprint:
         width = self._config.hidden_size
         sides = ("inputs_embeds", "decoder_inputs_embeds") if self._config.is_encoder_decoder else ("inputs_embeds",)
         try:
-            with self._without_numbers, torch.no_grad():
-                self.model(**{side: torch.empty(1, 4, width) for side in sides}, use_cache=False)
+            with self._without_numbers, torch.device("cpu"), torch.no_grad():
+                self.model(**{side: torch.empty(1, 4, width, device="cpu") for side in sides}, use_cache=False)
         except Exception:
             return None
         return frozenset(self._names) | _READ_AT_LOADING
