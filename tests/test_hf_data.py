@@ -23,6 +23,7 @@ from lightning_megatron.data import (
     TextDataModule,
     standard_library_sources,
 )
+from lightning_megatron.data.hf_documents import Encoder
 from tests.pages import names_of
 from tests.parallel_gpt import Layout, Watch
 from tests.ranks import RankError, run_ranks
@@ -486,6 +487,14 @@ def test_arguments_that_make_no_sense(options: Any, words: str) -> None:
 def test_mistakes_are_named_before_the_first_step(options: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         made(**options)
+
+
+def test_half_a_surrogate_pair_is_named() -> None:
+    encoder = Encoder(ByteTokenizer(), "text", None, (), append_eod=False, max_length=None)
+    with pytest.raises(
+        ValueError, match=r"column 'text' has \\udc00, half of a surrogate pair.*in 'a .*Correct the row"
+    ):
+        encoder({"text": "a \udc00"})
 
 
 def test_mistakes_with_streams() -> None:

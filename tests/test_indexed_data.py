@@ -1,8 +1,10 @@
 """Megatron's indexed data: the files, what the data module reads of them, and every mistake named."""
 
+import gzip
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +146,55 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path):
         "number.jsonl",
         "rows.jsonl",
     ]
+
+
+BAD_ROWS = {
+    "surrogate": (rb'{"text": "a \ud800 b"}', r"'text' has \\ud800, half of a surrogate pair"),
+    "surrogate in a list": (rb'{"text": ["a", "\udfff"]}', r"'text' has \\udfff"),
+    "latin-1": ('{"text": "é"}'.encode("latin-1"), "is no JSON: 'utf-8' codec can't decode byte 0xe9"),
+    "raw NUL": (b'{"text": "a\0b"}', "is no JSON: Invalid control character"),
+    "NULs": (b"\0\0\0\0", "is no JSON"),
+    "cut off": (b'{"text": "a', "is no JSON: Unterminated string"),
+    "two on a line": (b'{"text": "a"} {"text": "b"}', "is no JSON: Extra data"),
+    "brackets without end": (b"[" * 200_000, "is no JSON"),
+    "a list": (b'["text"]', "has no text under 'text', but list"),
+    "null": (b"null", "has no text under 'text', but NoneType"),
+    "a missing key": (b'{"body": "a"}', r"has no text under 'text', but \['body'\]"),
+    "a number": (b'{"text": 1}', "'text' is int"),
+    "a list of numbers": (b'{"text": ["a", 1]}', "'text' is list"),
+    "a null text": (b'{"text": null}', "'text' is NoneType"),
+}
+
+
+def test_every_bad_row_is_named_by_file_and_line(tmp_path):
+    good = b'\xef\xbb\xbf{"text": "\\u0000 \\ud83d\\ude00"}\n'  # a byte order mark, a NUL and a pair are no mistakes
+    for name, (row, says) in BAD_ROWS.items():
+        source = tmp_path / f"{name}.jsonl"
+        source.write_bytes(good + b"\n" + row + b"\n")
+        for act in (
+            lambda source: preprocess([source], tmp_path / "out", "bytes", progress=False),
+            lambda source: train_tokenizer([source], 400, tmp_path / "tokenizer.json"),
+        ):
+            with pytest.raises(ValueError, match=rf"{re.escape(str(source))}:3:? {says}"):
+                act(source)
+    (tmp_path / "good.jsonl").write_bytes(good)
+    preprocess([tmp_path / "good.jsonl"], tmp_path / "out", "bytes", progress=False)
+    assert bytes(items(tmp_path / "out")[0]).decode() == "\0 😀"
+
+
+def test_a_text_that_the_tokenizer_cannot_take_is_named(tmp_path):
+    source = lines(tmp_path / "rows.jsonl", [{"text": "30"}, {"text": "thirty"}])
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match="rows.jsonl:2 cannot be tokenised: invalid literal"):
+            preprocess([source], tmp_path / "out", Numbers(), workers=workers, progress=False)
+
+
+@pytest.mark.parametrize("cut", [None, 30], ids=["whole", "truncated"])
+def test_compressed_files_are_refused(cut, tmp_path):
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"text": "30"}\n' * 9)[:cut])
+    with pytest.raises(ValueError, match=r"rows.jsonl.gz is a gzip file and no text. Unpack it first"):
+        preprocess([packed], tmp_path / "out", Numbers(), progress=False)
 
 
 class Dying(Numbers):

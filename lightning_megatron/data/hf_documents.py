@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lightning_megatron.data.hf_source import check_column, library
 from lightning_megatron.data.padding import IGNORED_LABEL
+from lightning_megatron.data.text_sources import lone_surrogate
 from lightning_megatron.data.text_tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -93,6 +94,11 @@ class Encoder:
 
     def _ids(self, row: Mapping[str, Any], column: str) -> list[int]:
         value = row[column]
+        if isinstance(value, str) and (half := lone_surrogate(value)) is not None:
+            raise ValueError(
+                f"HFDataModule: column {column!r} has {half}, half of a surrogate pair, which is no character, in"
+                f" {value[:60]!r}. Correct the row."
+            )
         if value is None or isinstance(value, str):
             return self.tokenizer.encode(value) if value else []
         if np.ndim(value) == 1 and all(isinstance(id_, (int, np.integer)) for id_ in value):

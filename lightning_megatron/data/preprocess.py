@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lightning_megatron.data.indexed import IndexedWriter, writing
 from lightning_megatron.data.indexed_samples import LONGEST_SENTENCE
 from lightning_megatron.data.sentences import pieces, split_sentences
-from lightning_megatron.data.text_sources import find_text_files, read_text
+from lightning_megatron.data.text_sources import find_text_files, lone_surrogate, read_text
 from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer, train_bpe_on
 
 # What BERT's and T5's samples need of a tokenizer that is trained here.
@@ -154,7 +154,10 @@ class _Encoder:
         self.sentences = sentences
 
     def __call__(self, document: Document) -> _Encoded:
-        items = {key: self._items(value) for key, value in document.texts.items()}
+        try:
+            items = {key: self._items(value) for key, value in document.texts.items()}
+        except (ValueError, TypeError) as error:  # of whatever tokenizer
+            raise ValueError(f"{document.place} cannot be tokenised: {error}") from error
         return document.place, document.size, items
 
     def _items(self, value: Any) -> list[list[int]]:
@@ -186,8 +189,8 @@ def _documents(file: Path, json_keys: Sequence[str]) -> Iterator[Document]:
 
 def _from_json(line: bytes, place: str, keys: Sequence[str]) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:  # no JSON, or no UTF-8
+        row = json.loads(line.strip())
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or brackets without end
         raise ValueError(f"{place} is no JSON: {error}. Each line of a .jsonl or .json file is an object.") from None
     for key in keys:
         value = row.get(key) if isinstance(row, dict) else None
@@ -199,6 +202,11 @@ def _from_json(line: bytes, place: str, keys: Sequence[str]) -> dict[str, Any]:
                 )
             seen = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{place} has no text under {key!r}, but {seen}. Name the right key with --json-keys.")
+        for text in _texts(value):
+            if (half := lone_surrogate(text)) is not None:
+                raise ValueError(
+                    f"{place}: {key!r} has {half}, half of a surrogate pair, which is no character. Correct the line."
+                )
     return {key: row[key] for key in keys}
 
 

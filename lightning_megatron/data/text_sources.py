@@ -1,11 +1,23 @@
 """Which text files make up a corpus, always in the same order."""
 
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Test suites, applications and grammar tables: large, repetitive, or not installed everywhere.
 _EXCLUDED = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests"}
+
+# How files begin whose bytes are not text, and what made them.
+_NOT_TEXT = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "Parquet",
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def find_text_files(paths: str | Path | Sequence[str | Path], suffixes: Sequence[str]) -> list[Path]:
@@ -20,7 +32,7 @@ def find_text_files(paths: str | Path | Sequence[str | Path], suffixes: Sequence
 
     Raises:
         FileNotFoundError: A path does not exist.
-        ValueError: No file was found.
+        ValueError: No file was found, or one is compressed.
     """
     given = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     files = [file.resolve() for path in given for file in _files_below(path.expanduser(), tuple(suffixes))]
@@ -29,6 +41,8 @@ def find_text_files(paths: str | Path | Sequence[str | Path], suffixes: Sequence
             f"No text file ends with one of {list(suffixes)} in {[str(path) for path in given]}. "
             "Name other `paths`, or add the ending of your files to `suffixes`."
         )
+    for file in files:
+        _check_text(file)
     return list(dict.fromkeys(files))
 
 
@@ -57,6 +71,20 @@ def standard_library_sources() -> list[Path]:
 def read_text(path: Path) -> str:
     """Reads one document. Bytes that are not UTF-8 become U+FFFD: one odd file should not stop a corpus."""
     return path.read_text(encoding="utf-8", errors="replace")
+
+
+def lone_surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair that stands alone, which no UTF-8 and so no tokenizer can hold; or None."""
+    found = _SURROGATE.search(text)
+    return None if found is None else f"\\u{ord(found[0]):04x}"
+
+
+def _check_text(file: Path) -> None:
+    with file.open("rb") as content:
+        start = content.read(8)
+    kind = next((kind for begin, kind in _NOT_TEXT.items() if start.startswith(begin)), None)
+    if kind is not None:
+        raise ValueError(f"{file} is a {kind} file and no text. Unpack it first, into .jsonl or .txt files.")
 
 
 def _files_below(path: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
