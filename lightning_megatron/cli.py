@@ -123,7 +123,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "out", help="a directory for transformers; a .safetensors file; or a .ckpt file for a plain LightningModule"
     )
     parser.add_argument("--tokenizer", help="of a directory: a tokenizer to put beside the weights")
-    parser.add_argument("--dtype", help="of a directory: float32, bfloat16 or float16 (as the weights are)")
+    parser.add_argument("--dtype", help="of a directory: float32, bfloat16 or float16 (as the model came)")
     parser.add_argument("--max-shard-size", default="5GB", help="of a directory: of a file of weights (5GB)")
     parser.add_argument("--family", help="of a directory: transformers' model_type (what the model came from)")
     parser.set_defaults(run=_export)

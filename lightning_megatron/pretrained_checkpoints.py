@@ -10,6 +10,7 @@ import torch
 
 from lightning_megatron.checkpoint import CheckpointError, export
 from lightning_megatron.hf.family import kind_of
+from lightning_megatron.hf.origin import Origin
 from lightning_megatron.hf.target import Target
 from lightning_megatron.lora.merging import Updates
 
@@ -29,8 +30,9 @@ def export_pretrained(
         checkpoint: A checkpoint's directory.
         directory: Where to; weights of an earlier call are replaced.
         tokenizer: One of transformers', saved beside the weights; or a name or directory of one.
-        dtype: Of the weights, such as "bfloat16". None: as they are.
-        max_shard_size: Of a file of weights; a larger model has several, and an index.
+        dtype: Of the weights, such as "bfloat16". None: that in which they came; as they are, where they came from
+            nowhere.
+        max_shard_size: Of a file of weights, such as "1.5GB" or "5GiB"; a larger model has several, and an index.
         family: transformers' ``model_type``. None: what the module came from, or the first that has such a model.
 
     Returns:
@@ -53,8 +55,8 @@ def export_pretrained(
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    base = arguments.get("pretrained_config")
+    origin = Origin.of(arguments)
     lora = arguments.get("lora")
     updates = None if lora is None else partial(Updates, lora, config=config)
-    target = Target.choose(config, base, family, dtype, max_shard_size, tokenizer, updates)
+    target = Target.choose(config, origin, family, dtype, max_shard_size, tokenizer, updates)
     return target.write_checkpoint(Path(directory), path)

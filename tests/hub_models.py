@@ -242,7 +242,7 @@ def _positions(tensors: Tensors) -> Tensors:
 
 
 def _untied_t5(tensors: Tensors) -> Tensors:
-    return tensors | {"lm_head.weight": torch.randn(VOCAB, 24)}
+    return tensors | {"lm_head.weight": torch.randn(VOCAB, 24, dtype=tensors["shared.weight"].dtype)}
 
 
 def _t5(tensors: Tensors) -> Tensors:
@@ -284,7 +284,7 @@ def write(name: str, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
     config = transformers.AutoConfig.from_pretrained(folder)
     torch.manual_seed(7)
-    model = architecture(name)(config)
+    model = architecture(name)(config).to(config.dtype or torch.float32)
     for parameter in dict.fromkeys(model.parameters()):
         torch.nn.init.normal_(parameter.data, mean=float(parameter.dim() == 1), std=0.2)
     pickled = name in PICKLED

@@ -88,7 +88,7 @@ class Blueprint:
 
             reverted = revert_weight_conversion(self.model, {name: [name] for name in wanted})
             return {_only(name): stored for stored, name in reverted.items()}
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError):  # as in loaded_names
             return {name: name for name in wanted}
 
     def ignored(self, names: Iterable[str]) -> set[str]:

@@ -18,6 +18,7 @@ from lightning_megatron.checkpoint.places import places
 from lightning_megatron.hf.blueprint import Blueprint, class_named
 from lightning_megatron.hf.family import Family, family_of
 from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
+from lightning_megatron.hf.origin import Origin
 from lightning_megatron.hf.pieces import Heads, Pieces, Read, Shape, assemble, their_shapes
 from lightning_megatron.hf.source import Source
 
@@ -100,9 +101,10 @@ class Pretrained:
         pieces = self.family.pieces(config)
         return sorted(ours for ours, piece in pieces.items() if not all(name in self.names for name in piece.names))
 
-    def dtypes(self) -> dict[str, str]:
-        """The type in which each tensor is stored, by transformers' name of it."""
-        return {name: self.source.dtypes[stored] for name, stored in self.names.items()}
+    def origin(self) -> Origin:
+        """What goes out again beside the weights."""
+        dtypes = {name: self.source.dtypes[stored] for name, stored in self.names.items()}
+        return Origin(self.source.config.to_dict(), self.source.generation, dtypes)
 
     def fill(self, module: pl.LightningModule) -> None:
         """Give a built module its weights; each rank reads no more than its shards. All ranks call this.

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from lightning_megatron.checkpoint import safetensors_file
+from lightning_megatron.hf.blueprint import class_named
 from lightning_megatron.hf.family import Family
+from lightning_megatron.hf.fields import Fields
 from lightning_megatron.hf.pieces import Heads, Pieces, take_apart, their_shapes
 
 _INDEX = "model.safetensors.index.json"
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT]?)(I?)B)?")
 
 
 class Updates(Protocol):
@@ -33,17 +40,17 @@ Kinds = safetensors_file.Kinds
 
 
 def in_bytes(size: int | str) -> int:
-    """Bytes of a size such as "5GB".
+    """Bytes of a size such as "5GB", "1.5GB" or "5GiB".
 
     Raises:
         ValueError: It is none.
     """
-    text = str(size).strip().upper()
-    unit = next((unit for unit in _UNITS if text.endswith(unit)), None)
-    number = text[:-2] if unit else text
-    if not number.isdigit() or not int(number):
-        raise ValueError(f"max_shard_size={size!r}: use bytes, or a size such as '5GB' or '200MB'.")
-    return int(number) * _UNITS.get(unit or "", 1)
+    found = _SIZE.fullmatch(str(size).strip().upper())
+    number, unit, binary = found.groups() if found else ("0", None, None)
+    found_bytes = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1 if unit else 0))
+    if found_bytes < 1:
+        raise ValueError(f"max_shard_size={size!r}: use bytes, or a size such as '5GB', '1.5GB', '200MB' or '5GiB'.")
+    return found_bytes
 
 
 def their_config(family: Family, config: Any, base: dict[str, Any] | None, dtype: torch.dtype) -> PreTrainedConfig:
@@ -68,7 +75,22 @@ def their_config(family: Family, config: Any, base: dict[str, Any] | None, dtype
     if getattr(config, "position_embedding", None) == "rope" and known.get(longest):
         fields[longest] = max(known[longest], fields[longest])  # trained on shorter texts, it still knows longer ones
     fields |= {"architectures": [family.architecture(config)], "dtype": str(dtype).removeprefix("torch.")}
-    return AutoConfig.for_model(family.model_type, **fields)
+    return AutoConfig.for_model(family.model_type, **_as_it_came(family, fields, known))
+
+
+def _as_it_came(family: Family, fields: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """The fields, each as it came, or absent as it was, where that means the same."""
+
+    def meaning(fields: dict[str, Any]) -> Any:
+        return family.read_config(Fields(AutoConfig.for_model(family.model_type, **fields)))
+
+    for name in (fields.keys() if known else set()) - {"architectures", "dtype"}:
+        if name not in known or fields[name] != known[name]:
+            came = {key: value for key, value in fields.items() if key != name}
+            came |= {name: known[name]} if name in known else {}
+            with suppress(ValueError, TypeError):
+                fields = came if meaning(came) == meaning(fields) else fields
+    return fields
 
 
 class Directory:
@@ -79,7 +101,8 @@ class Directory:
         pieces: What each of our tensors is made of.
         heads: The model's.
         kinds: Shape and type of each of our tensors.
-        dtype: What to write; None keeps each tensor's.
+        dtype: Chooses the type of one of theirs, from its name and the type of ours.
+        stored_names: What files call the tensors.
         max_shard_size: Most bytes of a file of weights, unless one tensor is larger.
         updates: Of the weights, added to them on the way; or None.
     """
@@ -90,7 +113,8 @@ class Directory:
         pieces: Pieces,
         heads: Heads,
         kinds: Kinds,
-        dtype: torch.dtype | None,
+        dtype: Callable[[str, torch.dtype], torch.dtype],
+        stored_names: Callable[[Iterable[str]], dict[str, str]],
         max_shard_size: int,
         updates: Updates | None = None,
     ) -> None:
@@ -101,19 +125,28 @@ class Directory:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         theirs = {
-            name: (shape, dtype or own)
+            name: (shape, dtype(name, own))
             for key, (whole, own) in kinds.items()
             for name, shape in their_shapes(pieces[key], whole, heads).items()
         }
-        self._dtypes = {name: kind for name, (_, kind) in theirs.items()}
+        self._stored = stored_names(theirs)
+        stored = {self._stored[name]: theirs[name] for name in sorted(theirs, key=_by_layer)}  # transformers' order
+        split = split_state_dict_into_shards_factory(
+            stored,
+            get_storage_size=lambda kind: math.prod(kind[0]) * kind[1].itemsize,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        self.dtypes = {name: kind for name, (_, kind) in theirs.items()}
         self._files: dict[str, safetensors_file.SafetensorsFile] = {}
-        shards = _shards(theirs, max_shard_size)
-        for number, shard in enumerate(shards, 1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            file = safetensors_file.SafetensorsFile(self.folder / name, shard)
+        for name, shard in split.filename_to_tensors.items():
+            file = safetensors_file.SafetensorsFile(self.folder / name, {tensor: stored[tensor] for tensor in shard})
             self._files |= dict.fromkeys(shard, file)
-            if len(shards) > 1:
-                self._index(name, shard)
+        if split.is_sharded:
+            parameters = sum(math.prod(shape) for shape, _ in stored.values())
+            metadata = {"total_parameters": parameters, **split.metadata}
+            index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+            (self.folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def write(self, key: str, ours: torch.Tensor) -> None:
         """Write their tensors that one of ours is made of; updates come before what they update."""
@@ -122,19 +155,34 @@ class Directory:
         if self._updates is not None:
             self._updates.merge(theirs, piece.transposed)
         for name, tensor in theirs.items():
-            self._files[name].write(name, tensor.to(self._dtypes[name]))
+            stored = self._stored[name]
+            self._files[stored].write(stored, tensor.to(self.dtypes[name]))
 
-    def finish(self, config: PreTrainedConfig, tokenizer: Any) -> None:
-        """Write what is beside the weights, and give the directory its name."""
+    def finish(self, config: PreTrainedConfig, generation: dict[str, Any] | None, tokenizer: Any) -> None:
+        """Write what is beside the weights, and give the directory its name.
+
+        Args:
+            config: transformers' configuration.
+            generation: How the model writes text, as it came; None: as its configuration says.
+            tokenizer: Saved, too, unless it is None.
+        """
         self._close()
         config.save_pretrained(self.folder)
-        if "ForCausalLM" in str(config.architectures) or "ForConditional" in str(config.architectures):
+        architecture = class_named(str((config.architectures or [""])[0]))
+        writes_text = architecture is None or architecture.can_generate()
+        if (
+            generation is not None and writes_text
+        ):  # as it is: transformers would refuse to write what some models of the hub have
+            text = json.dumps(generation, indent=2, sort_keys=True, ensure_ascii=False)
+            (self.folder / "generation_config.json").write_text(f"{text}\n")
+        elif writes_text:
             GenerationConfig.from_model_config(config).save_pretrained(self.folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(self.folder)
         if self.path.exists():  # written by an earlier call
-            for file in self.path.glob("model*.safetensors*"):
-                file.unlink()
+            for file in self.path.iterdir():
+                if _OWN_FILES.fullmatch(file.name):
+                    file.unlink()
             for file in self.folder.iterdir():
                 file.replace(self.path / file.name)
             self.folder.rmdir()
@@ -150,23 +198,7 @@ class Directory:
         for file in set(self._files.values()):
             file.close()
 
-    def _index(self, file: str, names: Iterable[str]) -> None:
-        path = self.folder / _INDEX
-        index = json.loads(path.read_text()) if path.is_file() else {"metadata": {"total_size": 0}, "weight_map": {}}
-        index["weight_map"] |= dict.fromkeys(names, file)
-        index["metadata"]["total_size"] += (self.folder / file).stat().st_size
-        path.write_text(json.dumps(index, indent=2))
 
-
-def _shards(kinds: Kinds, most: int) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:
-    """The tensors in as few files as ``most`` bytes each allow, in their order."""
-    shards: list[dict[str, Any]] = [{}]
-    held = 0
-    for name, kind in kinds.items():
-        size = safetensors_file.size(*kind)
-        if shards[-1] and held + size > most:
-            shards.append({})
-            held = 0
-        shards[-1][name] = kind
-        held += size
-    return shards
+def _by_layer(name: str) -> list[tuple[bool, int, str]]:
+    """By the parts of a name, numbers as numbers."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -12,8 +13,10 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_megatron.checkpoint import export
+from lightning_megatron.hf.blueprint import Blueprint
 from lightning_megatron.hf.family import Family, family_for, family_of, kind_of
 from lightning_megatron.hf.fields import UnsupportedConfigError
+from lightning_megatron.hf.origin import Origin
 from lightning_megatron.hf.pieces import Heads, Pieces, is_update
 from lightning_megatron.hf.saving import Directory, Kinds, Updates, in_bytes, their_config
 from lightning_megatron.hf.whole import WholeTensors, on_first_rank
@@ -26,8 +29,8 @@ class Target:
     Args:
         family: The architecture of transformers.
         config: Our configuration.
-        base: transformers' configuration that the model came with, if any.
-        dtype: Of the weights; None keeps theirs.
+        origin: What the model came with.
+        dtype: Of the weights; None: that in which each came, or the model's where it came from nowhere.
         max_shard_size: Most bytes of a file.
         tokenizer: Saved beside the weights, if any.
         updates: Added to the weights, if any.
@@ -35,7 +38,7 @@ class Target:
 
     family: Family
     config: Any
-    base: dict[str, Any] | None
+    origin: Origin
     dtype: torch.dtype | None
     max_shard_size: int
     tokenizer: Any
@@ -45,7 +48,7 @@ class Target:
     def choose(
         cls,
         config: Any,
-        base: dict[str, Any] | None,
+        origin: Origin,
         family: str | None,
         dtype: torch.dtype | str | None,
         max_shard_size: int | str,
@@ -56,7 +59,7 @@ class Target:
 
         Args:
             config: Our configuration.
-            base: transformers' configuration that the model came with, if any.
+            origin: What the model came with.
             family: transformers' ``model_type``, if the user named it.
             dtype: Of the weights, or its name.
             max_shard_size: Of a file, such as "5GB".
@@ -67,7 +70,7 @@ class Target:
             UnsupportedConfigError: The family has no such model.
             ValueError: A type or size that is none.
         """
-        name = family or (base or {}).get("model_type")
+        name = family or (origin.config or {}).get("model_type")
         found = family_of(name) if name else family_for(config)
         if found.kind != kind_of(config):
             raise UnsupportedConfigError(
@@ -82,7 +85,7 @@ class Target:
             raise TypeError(f"tokenizer={tokenizer!r} has no save_pretrained: use one of transformers'.")
         found.write_config(config)
         low_rank = updates and updates(found.pieces(config))
-        return cls(found, config, base, dtype, in_bytes(max_shard_size), tokenizer, low_rank)
+        return cls(found, config, origin, dtype, in_bytes(max_shard_size), tokenizer, low_rank)
 
     def write_module(self, path: Path, module: pl.LightningModule) -> Path:
         """Write the directory from the shards of all ranks.
@@ -113,17 +116,27 @@ class Target:
     def _write(self, path: Path, kinds: Kinds, tensors: Iterable[tuple[str, Any]]) -> None:
         pieces = self.family.pieces(self.config)
         kinds = {key: kind for key, kind in kinds.items() if key in pieces}
-        dtype = self.dtype or next(iter(kinds.values()))[1]
-        config = their_config(self.family, self.config, self.base, dtype)
-        heads = Heads.of(self.config)
-        directory = Directory(path, pieces, heads, kinds, self.dtype, self.max_shard_size, self.updates)
+        architecture = self.family.architecture(self.config)
+        blueprint = Blueprint(their_config(self.family, self.config, self.origin.config, torch.float32), architecture)
+        directory = Directory(
+            path,
+            pieces,
+            Heads.of(self.config),
+            kinds,
+            lambda name, own: self.dtype or self.origin.dtype_of(name, own),
+            blueprint.stored_names,
+            self.max_shard_size,
+            self.updates,
+        )
+        usual = Counter(directory.dtypes.values()).most_common(1)[0][0]
+        config = their_config(self.family, self.config, self.origin.config, usual)
         try:
             for key, tensor in tensors:
                 if key in pieces:
                     directory.write(key, tensor)
                 elif is_update(key) and self.updates is not None:
                     self.updates.take(key, tensor)
-            directory.finish(config, self.tokenizer)
+            directory.finish(config, self.origin.generation, self.tokenizer)
         except BaseException:
             directory.abandon()
             raise

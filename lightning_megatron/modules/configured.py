@@ -121,7 +121,7 @@ class ConfiguredModule(MegatronModule):
         found.check(module.config)
         module._fill = found.fill
         module.new_weights = found.new_weights(module.config)
-        module.save_hyperparameters({"pretrained_config": found.source.config.to_dict()}, logger=False)
+        module.save_hyperparameters(found.origin().hyperparameters(), logger=False)
         low_rank.check(module)
         return module
 
@@ -178,8 +178,9 @@ class ConfiguredModule(MegatronModule):
         Args:
             directory: Where to; weights of an earlier call are replaced.
             tokenizer: One of transformers', saved beside the weights.
-            dtype: Of the weights, such as "bfloat16". None: as they are.
-            max_shard_size: Of a file of weights; a larger model has several, and an index.
+            dtype: Of the weights, such as "bfloat16". None: that in which they came; as they are, where they came from
+                nowhere.
+            max_shard_size: Of a file of weights, such as "1.5GB" or "5GiB"; a larger model has several, and an index.
             family: transformers' ``model_type``. None: what the module came from, or the first that has such a model.
 
         Returns:
@@ -188,9 +189,9 @@ class ConfiguredModule(MegatronModule):
         Raises:
             UnsupportedConfigError: The family has no such model.
         """
-        base = self.hparams.get("pretrained_config")
+        origin = hf.Origin.of(self.hparams)
         updates = None if self.lora is None else partial(Updates, self.lora, config=self.config)
-        target = hf.Target.choose(self.config, base, family, dtype, max_shard_size, tokenizer, updates)
+        target = hf.Target.choose(self.config, origin, family, dtype, max_shard_size, tokenizer, updates)
         kept = self.__dict__.get("_kept_checkpoint")
         if kept is not None:
             return target.write_checkpoint(Path(directory), alone.whole(kept.path))

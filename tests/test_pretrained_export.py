@@ -1,0 +1,138 @@
+"""A model that came from transformers goes out as transformers' own ``save_pretrained`` writes it, file by file."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from lightning_megatron import AutoModule, GPTModule
+from lightning_megatron.cli import main
+from lightning_megatron.hf.saving import in_bytes
+from tests import hub_models
+from tests.ranks import run_ranks
+
+MODELS = [
+    "openai-community/gpt2",
+    "EleutherAI/pythia-160m",
+    "EleutherAI/gpt-neox-20b",
+    "meta-llama/Llama-3.2-1B",
+    "mistralai/Mistral-7B-v0.1",
+    "Qwen/Qwen2.5-0.5B",
+    "Qwen/Qwen3-0.6B",
+    "google/gemma-2b",
+    "microsoft/Phi-3-mini-4k-instruct",
+    "google-bert/bert-large-uncased",
+    "nlptown/bert-base-multilingual-uncased-sentiment",
+    "google-t5/t5-small",
+    "google/flan-t5-base",
+]
+# As Llama 2's, which transformers reads with a warning and would refuse to write.
+GENERATION = {"eos_token_id": [2, 7], "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6, "_note": "é"}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    folder = hub_models.write("meta-llama/Llama-3.2-1B", tmp_path / "llama")
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    return folder
+
+
+def contents(folder):
+    """What each file says."""
+    found = {file.name: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    return found | {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_file_is_transformers(name, tmp_path):
+    transformers.logging.set_verbosity_error()
+    source = hub_models.write(name, tmp_path / "source")
+    hub_models.architecture(name).from_pretrained(source).save_pretrained(tmp_path / "theirs", max_shard_size="20.5KB")
+    AutoModule.from_pretrained(source).save_pretrained(tmp_path / "ours", max_shard_size="20.5KB")
+    ours, theirs = contents(tmp_path / "ours"), contents(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    assert "model-00002-of" in str(ours.keys()), "one file says nothing of the index"
+    for file, content in theirs.items():
+        if not file.endswith(".safetensors"):
+            assert ours[file] == content
+            continue
+        assert ours[file].keys() == content.keys()
+        for key, tensor in content.items():
+            assert ours[file][key].dtype == tensor.dtype
+            assert torch.equal(ours[file][key], tensor), key
+
+
+def test_what_is_said_of_writing_text_is_kept(llama, tmp_path):
+    """Out of memory, of a checkpoint, and over the source itself."""
+    module = AutoModule.from_pretrained(llama)
+    module.save_pretrained(tmp_path / "out")
+    main(["import", str(llama), str(tmp_path / "checkpoint")])
+    main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "exported")])
+    GPTModule.load_from_checkpoint(tmp_path / "checkpoint").save_pretrained(tmp_path / "loaded")
+    module.save_pretrained(llama)
+    for folder in ("out", "exported", "loaded", "llama"):
+        assert json.loads((tmp_path / folder / "generation_config.json").read_text()) == GENERATION, folder
+        weights = load_file(tmp_path / folder / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}, folder
+
+
+def test_a_model_in_memory_keeps_its_own(tmp_path):
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=24, n_head=3, n_layer=1, vocab_size=61))
+    model.generation_config.eos_token_id, model.generation_config.max_new_tokens = [5, 6], 9
+    AutoModule.from_pretrained(model).save_pretrained(tmp_path / "out")
+    kept = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (kept.eos_token_id, kept.max_new_tokens) == ([5, 6], 9)
+
+
+def test_a_type_that_is_asked_for_holds(llama, tmp_path):
+    module = AutoModule.from_pretrained(llama)
+    for asked, wanted in ((None, torch.bfloat16), ("float32", torch.float32), (torch.float16, torch.float16)):
+        module.save_pretrained(tmp_path / "out", dtype=asked)
+        assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {wanted}
+        told = json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+        assert told == str(wanted).removeprefix("torch.")
+
+
+def test_each_tensor_keeps_its_type(llama, tmp_path):
+    """Some models have norms in fp32 beside weights in bf16."""
+    from safetensors.torch import save_file
+
+    weights = load_file(llama / "model.safetensors")
+    mixed = {name: tensor.float() + 1e-4 if "norm" in name else tensor for name, tensor in weights.items()}
+    save_file(mixed, llama / "model.safetensors", {"format": "pt"})
+    run_ranks(2, _export, llama, tmp_path / "out")
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert out.keys() == mixed.keys()
+    assert all(out[name].dtype == tensor.dtype and torch.equal(out[name], tensor) for name, tensor in mixed.items())
+
+
+def _export(source, folder):
+    AutoModule.from_pretrained(source).build(tp=2).save_pretrained(folder)
+
+
+def test_other_files_of_a_directory_stay(llama):
+    (llama / "tokenizer.json").write_text("{}")
+    (llama / "model.fp16.safetensors").write_text("another's")
+    AutoModule.from_pretrained(llama).save_pretrained(llama, max_shard_size="20KB")
+    names = {file.name for file in llama.iterdir()}
+    assert {"tokenizer.json", "model.fp16.safetensors", "model.safetensors.index.json"} <= names
+    assert "model.safetensors" not in names, "transformers would read it in place of the new files"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("5GB", 5 * 10**9), ("1.5GB", 1_500_000_000), ("1.5 gb", 15 * 10**8), ("5GiB", 5 * 2**30), ("200MB", 2 * 10**8),
+        ("512KiB", 2**19), ("2TB", 2 * 10**12), (1000, 1000), (1e3, 1000), ("1000", 1000), ("64B", 64),
+    ],
+)  # fmt: skip
+def test_sizes(size, expected):
+    assert in_bytes(size) == expected
+
+
+@pytest.mark.parametrize("size", ["big", "5XB", "", 0, -1, "GB", "1,5GB", "0GB", None])
+def test_sizes_that_are_none(size):
+    with pytest.raises(ValueError, match=r"max_shard_size=.*such as '5GB', '1.5GB', '200MB' or '5GiB'"):
+        in_bytes(size)
