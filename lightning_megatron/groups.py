@@ -30,6 +30,7 @@ _host: tuple[dist.ProcessGroup, ...] | None = None
 _stacks: dict[Stack, dist.ProcessGroup] = {}
 _alone = False
 _timeout = timedelta(minutes=30)
+_seed = 0
 
 
 def build(layout: ParallelLayout, timeout: timedelta = _timeout) -> None:
@@ -145,11 +146,18 @@ def seed(base: int) -> None:
     Tensor-parallel ranks and pipeline stages get seeds of their own, data-parallel replicas the same ones. The
     generators that data loading draws from stay as the user seeded them.
     """
+    global _seed
     shared = [base]
     dist.broadcast_object_list(shared, src=0)
+    _seed = shared[0]
     with model_rng():
         stage = parallel_state.get_pipeline_model_parallel_rank()
         model_parallel_cuda_manual_seed(shared[0] % 2**31 + _SEED_STEP_OF_PIPELINE_STAGES * stage)
+
+
+def seed_of_run() -> int:
+    """What ``seed`` was last told by rank 0, the same on every rank."""
+    return _seed
 
 
 def data_parallel() -> dist.ProcessGroup:

@@ -153,7 +153,7 @@ def _contrastive(layout: Layout) -> Any:
     return watch.losses, watch.norms
 
 
-# One replica and two that start from the same weights: pipeline stages draw theirs from seeds of their own.
+# One replica and two, which start from the same weights.
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(tp=2)], ids=str)
 def test_a_new_task_over_the_replicas(layout):
     (losses, norms), *_ = run_ranks(layout.world_size, _contrastive, layout)

@@ -103,9 +103,7 @@ def places(module: pl.LightningModule) -> dict[str, Place]:
     chunks = getattr(module, "chunks", ()) if hasattr(module, "build_settings") else ()
     rows = getattr(getattr(module, "config", None), "vocab_size", None)
     for number, chunk in enumerate(chunks):
-        for name, entry in chunk.sharded_state_dict(metadata=dict(_METADATA)).items():
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory):
-                found[f"chunks.{number}.{name}"] = _place(entry, rows)
+        found |= {f"chunks.{number}.{name}": place for name, place in chunk_places(chunk, rows).items()}
     replica = groups.coordinates()
     everything = torch.nn.Module.state_dict(module, keep_vars=True)  # also what an override leaves out
     for name, tensor in {**everything, **module.state_dict(keep_vars=True)}.items():
@@ -114,6 +112,20 @@ def places(module: pl.LightningModule) -> dict[str, Place]:
             whole = (Region((_zeros(shape), shape), _zeros(shape)),)
             found[name] = Place(name, shape, shape, whole, (replica.pp, replica.tp, replica.dp))
     return found
+
+
+def chunk_places(chunk: Any, rows: int | None) -> dict[str, Place]:
+    """The place of each tensor that megatron-core knows of in one of its models, by its name in ``state_dict()``.
+
+    Args:
+        chunk: The model.
+        rows: Of the vocabulary without its padding; None where it has none.
+    """
+    return {
+        name: _place(entry, rows)
+        for name, entry in chunk.sharded_state_dict(metadata=dict(_METADATA)).items()
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
 
 
 def by_parameter(module: pl.LightningModule, where: dict[str, Place]) -> dict[int, Place]:

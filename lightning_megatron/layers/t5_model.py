@@ -98,6 +98,7 @@ class T5Model(WholeNames, LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = tie_embeddings
         self.stage = stage
+        self.positions = positions
         self.max_length = max_length
         self.pre_process = pre_process
         self.post_process = post_process
@@ -115,9 +116,6 @@ class T5Model(WholeNames, LanguageModule):
             self.decoder = TransformerBlock(config, spec, post_process=stage.ends_stack, vp_stage=vp_stage)
         if positions == "relative":
             self._build_position_bias(buckets, max_distance)
-            for block in (self.encoder if stage.encoder else None, self.decoder if stage.decoder else None):
-                if block is not None:
-                    start_queries_small(block)
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -219,6 +217,13 @@ class T5Model(WholeNames, LanguageModule):
             if "relative_pos_emb" in name and self.stage.copy is not None:
                 entry.replica_id = (self.stage.copy, *entry.replica_id[1:])
         return found
+
+    def start_queries_small(self) -> None:
+        """Scale the first weights of queries whose scores are not scaled: those with a position bias."""
+        if self.positions == "relative":
+            for block in (getattr(self, "encoder", None), getattr(self, "decoder", None)):
+                if block is not None:
+                    start_queries_small(block)
 
     def _build_position_bias(self, buckets: int, max_distance: int) -> None:
         """A table for each stack that has layers here."""

@@ -304,7 +304,7 @@ HOMES: dict[str, Home] = {
     "use_flash_attn": _dropped("PyTorch's attention is flash attention where it can be"),
     "use_mcore_models": _dropped("models are megatron-core's"),
     "use_legacy_models": _absent("models are megatron-core's", True),
-    "use_cpu_initialization": _dropped("weights are the same whatever the layout"),
+    "use_cpu_initialization": _dropped("a weight follows from the seed and its name, whatever the layout"),
     "no_gradient_accumulation_fusion": _dropped(_NO_KERNEL),
     "no_masked_softmax_fusion": _dropped(_NO_KERNEL),
     "no_bias_gelu_fusion": _dropped(_NO_KERNEL),

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lightning_megatron import groups
 from lightning_megatron.lora import LoRA
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.modules.bert_config import BertConfig
 from lightning_megatron.modules.bert_tasks import TASKS, BertTask
 from lightning_megatron.modules.configured import ConfiguredModule
+from lightning_megatron.modules.first_weights import FirstWeights
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
 from lightning_megatron.schedule import LRSchedule
 
@@ -64,8 +66,10 @@ class BertModule(ConfiguredModule):
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
         """One chunk of the task's model."""
         config, settings = self.config, self.build_settings
-        return self.task.model(
-            config.transformer_config(settings),
+        core = config.transformer_config(settings)
+        first_weights = FirstWeights(core)
+        model = self.task.model(
+            core,
             vocab_size=config.vocab_size,
             padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
             seq_length=config.seq_length,
@@ -76,6 +80,8 @@ class BertModule(ConfiguredModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
+        first_weights.draw(model, groups.seed_of_run(), config.vocab_size)
+        return model
 
     def check_batch(self, batch: Batch) -> None:
         """Refuse a batch without tokens, with ids or labels out of range, or longer than the positions.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lightning_megatron import groups
 from lightning_megatron.generation import GenerationSettings, GPTDecoder, Prompts, Stages
 from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import (
@@ -26,6 +27,7 @@ from lightning_megatron.modules.base import (
 )
 from lightning_megatron.modules.batch_checks import check_range, check_tokens, given, refuse
 from lightning_megatron.modules.documents import Documents, apart_by_positions
+from lightning_megatron.modules.first_weights import FirstWeights
 from lightning_megatron.modules.generating import GeneratingModule
 from lightning_megatron.modules.gpt_config import GPTConfig
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
@@ -85,6 +87,7 @@ class GPTModule(GeneratingModule):
         """One chunk of megatron-core's ``GPTModel``, with the batch's positions."""
         config, settings = self.config, self.build_settings
         core = config.transformer_config(settings)
+        first_weights = FirstWeights(core, draws_too=config.layers != "torch")
         model = PositionedGPT(
             config=core,
             transformer_layer_spec=gpt_block_spec(core, config.layers, config.parallel_residual, vp_stage),
@@ -98,6 +101,7 @@ class GPTModule(GeneratingModule):
             rotary_percent=config.rotary_percent,
             vp_stage=vp_stage,
         )
+        first_weights.draw(model, groups.seed_of_run(), config.vocab_size)
         if config.rope_scaling is not None:
             stretch_rotary(model, config.rotary_base, config.rotary_percent, config.seq_length, config.rope_scaling)
         if pre_process and config.embedding_multiplier != 1.0:

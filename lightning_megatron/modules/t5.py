@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_megatron import copies
+from lightning_megatron import copies, groups
 from lightning_megatron.generation import GenerationSettings, Prompts, Stages, T5Decoder
 from lightning_megatron.groups import gather_vocabulary
 from lightning_megatron.layers import cross_entropy_over_shards
@@ -17,6 +17,7 @@ from lightning_megatron.lora import LoRA
 from lightning_megatron.modules import t5_stages
 from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens, given
+from lightning_megatron.modules.first_weights import FirstWeights
 from lightning_megatron.modules.generating import GeneratingModule
 from lightning_megatron.modules.t5_config import T5Config
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
@@ -83,9 +84,11 @@ class T5Module(GeneratingModule):
         """One chunk: layers of the encoder, or of the decoder, or the whole model where there are no stages."""
         config, settings = self.config, self.build_settings
         number = (vp_stage or 0) * settings.layout.pp + self._pipeline_stage
-        return T5Model(
-            config.encoder_config(settings),
-            config.decoder_config(settings),
+        encoder, decoder = config.encoder_config(settings), config.decoder_config(settings)
+        first_weights = FirstWeights(decoder, encoder)
+        model = T5Model(
+            encoder,
+            decoder,
             stage=t5_stages.stage(settings.layout, number),
             vocab_size=config.vocab_size,
             padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
@@ -98,6 +101,9 @@ class T5Module(GeneratingModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
+        first_weights.draw(model, groups.seed_of_run(), config.vocab_size)
+        model.start_queries_small()
+        return model
 
     def check_batch(self, batch: Batch) -> None:
         """Refuse a batch without tokens or targets, with ids out of range, or longer than the configuration says.
