@@ -106,7 +106,8 @@ def join(device: torch.device) -> None:
 
 def _meet_nobody() -> None:
     global _alone
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    carriers = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(carriers, store=dist.HashStore(), rank=0, world_size=1)
     _alone = True
 
 

@@ -10,10 +10,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.distributed import (
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-)
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
@@ -39,6 +35,7 @@ from lightning_megatron import (
     plugins,
     predictions,
     preemption,
+    process_group_backends,
     refusals,
     report,
     timing,
@@ -93,7 +90,7 @@ class MegatronStrategy(Placement, Collectives):
             needs it is refused. Weights, optimizer, loops and random states are plain data and need no trust.
             ``trainer.fit(weights_only=)`` says nothing here: Lightning 2.6 does not hand it on.
         on_save_error: When a checkpoint cannot be written (a full disk): "raise", or "warn" and train on.
-        process_group_backend: "gloo" or "nccl"; follows from the device.
+        process_group_backend: "gloo" or "nccl"; follows from the device. One that cannot carry its tensors is refused.
         timeout: Of collectives: how long ranks wait for one that is gone without a word.
         launch: How the ranks start where nothing else (torchrun, SLURM) starts them: "subprocess" runs the script once
             per rank; "forkserver" takes them from a preloaded server and hands results back, for notebooks. By default
@@ -221,6 +218,7 @@ class MegatronStrategy(Placement, Collectives):
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        process_group_backends.choose(self.root_device.type, self._process_group_backend)
         self._layout = ParallelLayout(world_size=self.world_size, **self.sizes)
         if isinstance(self.lightning_module, MegatronModule):
             self._layout = self.lightning_module.complete_layout(self._layout)
@@ -249,14 +247,14 @@ class MegatronStrategy(Placement, Collectives):
         refusals.check_trainer(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
         groups.end_alone()
+        process_group_backends.make_way(self.root_device)
         reset_seed()
         self.set_world_ranks()
         backend.use_device(self.root_device)
-        name = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
-        device = None if self.root_device.type == "cpu" else self.root_device
         assert self.cluster_environment is not None
         store = launching.store_of_this_attempt(self._timeout)
-        _init_dist_connection(self.cluster_environment, name, timeout=self._timeout, device_id=device, store=store)
+        wanted = self._process_group_backend
+        process_group_backends.meet(self.root_device, wanted, self.cluster_environment, self._timeout, store)
         first_error.begin()
         groups.build(self.layout, self._timeout)
         peers.share_random_state()

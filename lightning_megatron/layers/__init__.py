@@ -4,7 +4,7 @@ from lightning_megatron.layers.bert import NormPlacement
 from lightning_megatron.layers.gpt import LayerKind, gpt_block_spec
 from lightning_megatron.layers.gpt_model import PositionedGPT
 from lightning_megatron.layers.multiplier import scale_output
-from lightning_megatron.layers.rotary import ROPE_TYPES, stretch_rotary
+from lightning_megatron.layers.rotary import ROPE_TYPES, move_rotary, stretch_rotary
 from lightning_megatron.layers.vocabulary import cross_entropy_over_shards, mask_padded_vocabulary
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "cross_entropy_over_shards",
     "gpt_block_spec",
     "mask_padded_vocabulary",
+    "move_rotary",
     "scale_output",
     "stretch_rotary",
 ]

@@ -1,10 +1,11 @@
-"""Rotary frequencies stretched for long sequences, by transformers' formulas."""
+"""Rotary frequencies: stretched for long sequences, by transformers' formulas, and moved with the model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 # Kinds whose frequencies do not depend on the length of the input.
 ROPE_TYPES = ("linear", "llama3", "yarn")
@@ -47,3 +48,16 @@ def stretch_rotary(model: torch.nn.Module, base: float, share: float, seq_length
     for layer in model.decoder.layers:  # type: ignore[union-attr]
         attention: Any = layer.self_attention.core_attention
         attention.softmax_scale = factor**2 * (attention.softmax_scale or config.kv_channels**-0.5)
+
+
+def move_rotary(model: torch.nn.Module) -> None:
+    """Have a model's rotary frequencies follow its weights to another device.
+
+    megatron-core holds them beside the buffers, and remembers the angles that it has computed on the old device.
+    """
+    rotaries = [module for module in model.modules() if isinstance(module, RotaryEmbedding)]
+    place = next((parameter.device for parameter in model.parameters()), None)
+    for rotary in rotaries:
+        if place is not None and rotary.inv_freq.device != place:
+            rotary.inv_freq = rotary.inv_freq.to(place)
+            RotaryEmbedding.forward.cache_clear()

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
-from lightning_megatron import groups, names
+from lightning_megatron import groups, names, process_group_backends
 from lightning_megatron.backend import model_rng, use_device
 from lightning_megatron.checkpoint import alone, local_path
+from lightning_megatron.layers import move_rotary
 from lightning_megatron.layout import LayoutError, ParallelLayout
 from lightning_megatron.modules.settings import BuildSettings
 from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
@@ -235,7 +236,7 @@ class MegatronModule(pl.LightningModule):
         self.connect_data(None)
         place = groups.default_device() if device is None else torch.device(device)
         use_device(place)
-        groups.join(place)
+        process_group_backends.join(place)
         layout = self.complete_layout(ParallelLayout(world_size=groups.world_size(), tp=tp, pp=pp))
         self.check_layout(layout)
         groups.build(layout)
@@ -243,6 +244,11 @@ class MegatronModule(pl.LightningModule):
         self.settings = BuildSettings(layout=layout, params_dtype=dtype, device=place)
         self.configure_model()
         return self.to(place, dtype).eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        move_rotary(self)
+        return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
         """One micro-batch through the active chunk: the loss on the last stage, hidden states before it."""
