@@ -29,7 +29,8 @@ def install(trainer: pl.Trainer) -> None:
     step_schedulers = epoch_loop.update_lr_schedulers
 
     def unless_skipped(interval: str, update_plateau_schedulers: bool) -> None:
-        if not (interval == "step" and _was_skipped(trainer)):
+        if not (interval == "step" and (_was_skipped(trainer) or epoch_loop._should_accumulate())):
+            trainer.strategy.checkpointer.plateaus.note_update(interval, update_plateau_schedulers)  # type: ignore[attr-defined]
             step_schedulers(interval, update_plateau_schedulers=update_plateau_schedulers)
 
     epoch_loop.update_lr_schedulers = unless_skipped  # type: ignore[method-assign]

@@ -24,6 +24,8 @@ from lightning_megatron.gradients import ShownGradients
 from lightning_megatron.timing import OPTIMIZER, timed
 
 _SHARDABLE = (AdamW, Adam, SGD)
+# How a step is computed, not what: the program's business, whatever a checkpoint says.
+HOW = {"foreach", "fused", "capturable", "differentiable"}
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class ShardedOptimizer(Optimizer):
         inner: megatron-core's optimizer around the user's.
         engine: Whose gradients it applies.
         watch_norm: Whether the gradient norm is computed without clipping, too.
+        given: The groups' settings at the start of the run, before any schedule has moved them.
     """
 
-    def __init__(self, inner: MegatronOptimizer, engine: Engine, watch_norm: bool) -> None:
+    def __init__(self, inner: MegatronOptimizer, engine: Engine, watch_norm: bool, given: list[dict[str, Any]]) -> None:
         # Not `super().__init__`: the groups and the state live in the torch optimizer.
+        self.given = given
         self.inner = inner
         self.engine = engine
         self.watch_norm = watch_norm
@@ -180,8 +184,8 @@ class ShardedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The groups' hyper-parameters and the loss scale; the tensors' way into a checkpoint is ``held``."""
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        state: dict[str, Any] = {"name": type(self).__name__, "groups": groups, "skipped_steps": self.skipped_steps}
+        state: dict[str, Any] = {"name": type(self).__name__, "groups": _settings(self), "given": self.given}
+        state["skipped_steps"] = self.skipped_steps
         if getattr(self.inner, "grad_scaler", None) is not None:
             state["grad_scaler"] = self.inner.grad_scaler.state_dict()
         return state
@@ -192,17 +196,26 @@ class ShardedOptimizer(Optimizer):
         Raises:
             ValueError: It is the state of another kind of optimizer, or has other groups.
         """
+        self.check_kind(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
+            set_values(group, {key: value for key, value in saved.items() if key not in HOW})
+        self.given = state_dict.get("given", self.given)
+        self.skipped_steps = state_dict["skipped_steps"]
+        if "grad_scaler" in state_dict and getattr(self.inner, "grad_scaler", None) is not None:
+            self.inner.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+    def check_kind(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the state of another kind of optimizer, or of other groups.
+
+        Raises:
+            ValueError: With both.
+        """
         if state_dict["name"] != type(self).__name__ or len(state_dict["groups"]) != len(self.param_groups):
             raise ValueError(
                 f"The checkpoint has the state of {state_dict['name']} with {len(state_dict['groups'])} groups, and"
                 f" this run's optimizer is {type(self).__name__} with {len(self.param_groups)}. Use the same one, or"
                 " start from the weights alone (GPTModule.load_from_checkpoint, then fit without ckpt_path)."
             )
-        for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
-            group.update(saved)
-        self.skipped_steps = state_dict["skipped_steps"]
-        if "grad_scaler" in state_dict and getattr(self.inner, "grad_scaler", None) is not None:
-            self.inner.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
     def trains(self, module: torch.nn.Module) -> bool:
         """Whether what it updates are weights of ``module``."""
@@ -253,6 +266,7 @@ def shard(
     _check_types(engine, params_dtype)
     for group in optimizer.param_groups:  # torch passes frozen ones over in each step; megatron-core does not take them
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    given = _settings(optimizer)
     config = OptimizerConfig(
         optimizer="sgd" if isinstance(optimizer, SGD) else "adam",
         lr=optimizer.defaults["lr"],
@@ -267,7 +281,31 @@ def shard(
     engine.config.grad_scale_func = inner.scale_loss if scaler is not None else None
     # Named as the user's: LearningRateMonitor and progress bars show the name.
     named = type(type(optimizer).__name__, (ShardedOptimizer,), {})
-    return named(inner, engine, watch_norm)
+    return named(inner, engine, watch_norm, given)
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What the groups say beside their parameters, as plain data."""
+    return [
+        {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+
+
+def set_values(group: dict[str, Any], values: dict[str, Any]) -> None:
+    """Give a group other settings; a rate that is a tensor stays one."""
+    for key, value in values.items():
+        if isinstance(group.get(key), torch.Tensor):
+            group[key].fill_(value)
+        else:
+            group[key] = value
+
+
+def _plain(value: Any) -> Any:
+    """A rate that is a tensor as a number, and a list (of YAML) as the tuple that is torch's own default."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _wrap(optimizer: Optimizer, config: OptimizerConfig, scaler: Any, engine: Engine) -> MegatronOptimizer:

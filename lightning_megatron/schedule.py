@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -208,9 +208,9 @@ class LRSchedule:
 class MegatronLRScheduler(LRScheduler):
     """A torch scheduler that asks megatron-core's ``OptimizerParamScheduler`` for its values.
 
-    Its state is its place; the schedule itself is what the program says now, so that a resumed run may change it. The
-    length of the run is asked for at the first step: asking in ``configure_optimizers`` would make Lightning load the
-    data before a resumed loader has its state back, and lose it.
+    Its state is its place and the schedule, as of torch's schedulers: a state that is loaded brings its own. The length
+    of the run, where the schedule ends with it, is the program's, and is asked for at the first step: asking in
+    ``configure_optimizers`` would make Lightning load the data before a resumed loader has its state back, and lose it.
 
     Args:
         optimizer: Whose groups it sets.
@@ -228,9 +228,10 @@ class MegatronLRScheduler(LRScheduler):
         self._trainer = trainer
         self._samples_per_step = samples_per_step
         self._max_lr = float(optimizer.defaults["lr"])
+        self._horizon: int | None = None  # the run's length, where it is needed and known; after a load, the one before
+        self._megatron: OptimizerParamScheduler | None = None
         self._check_rates(optimizer)
-        self._at_start = schedule.megatron_scheduler(self._max_lr, schedule.decay_steps or _FAR)
-        self._megatron = self._at_start if schedule.decay_steps or not schedule.needs_horizon else None
+        self._begin()
         self._check_trainer()
         if self._sets_weight_decay:
             _keep_weight_decay_ratios(optimizer)
@@ -241,7 +242,13 @@ class MegatronLRScheduler(LRScheduler):
         """The groups' learning rates; sets their weight decay, too, as torch's ``OneCycleLR`` sets momentum."""
         self._count()
         if self._megatron is None and self.num_steps:
-            self._megatron = self.schedule.megatron_scheduler(self._max_lr, self._length_of_run())
+            before, self._horizon = self._horizon, self._length_of_run()
+            if before not in (None, self._horizon):
+                rank_zero_warn(
+                    f"LRSchedule(decay_steps=None) ends with the run: now at {self._horizon} {self.schedule.unit},"
+                    f" before at {before}."
+                )
+            self._megatron = self.schedule.megatron_scheduler(self._max_lr, self._horizon)
         megatron = self._megatron or self._at_start
         megatron.num_steps = self.num_steps
         if self._sets_weight_decay:
@@ -254,19 +261,29 @@ class MegatronLRScheduler(LRScheduler):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The place in the schedule, and the schedule to compare with."""
-        names = ("last_epoch", "_step_count", "_last_lr", "num_steps", "_counted")
-        return {**{name: getattr(self, name) for name in names}, "schedule": asdict(self.schedule)}
+        """The place in the schedule, and the schedule."""
+        names = ("last_epoch", "_step_count", "_last_lr", "num_steps", "_counted", "base_lrs")
+        own = {"schedule": asdict(self.schedule), "max_lr": self._max_lr, "horizon": self._horizon}
+        return {**{name: getattr(self, name) for name in names}, **own}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the place back; where the schedule has changed since, say so and go on with the new one."""
+        """Take the place and the schedule back; the length of the run stays the program's."""
         state = dict(state_dict)
-        was, now = state.pop("schedule"), asdict(self.schedule)
-        changed = [f"{name}={was.get(name)!r} is now {now[name]!r}" for name in now if was.get(name) != now[name]]
-        if changed:
-            rank_zero_warn(f"LRSchedule differs from the checkpoint's, and holds from here on: {', '.join(changed)}.")
+        known = {each.name for each in fields(LRSchedule)}
+        self.schedule = LRSchedule(**{name: value for name, value in state.pop("schedule").items() if name in known})
+        peaks = [group["initial_lr"] for group in self.optimizer.param_groups]  # of states that do not tell
+        was, self.base_lrs = self.base_lrs, state.pop("base_lrs", peaks)
+        ratio = next((now / before for now, before in zip(self.base_lrs, was, strict=True) if before), 1.0)
+        self._max_lr = state.pop("max_lr", self._max_lr * ratio)
+        self._horizon = state.pop("horizon", None)
         self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        schedule = self.schedule
+        self._at_start = schedule.megatron_scheduler(self._max_lr, schedule.decay_steps or _FAR)
+        self._megatron = self._at_start if schedule.decay_steps or not schedule.needs_horizon else None
 
     @property
     def _sets_weight_decay(self) -> bool:

@@ -38,6 +38,7 @@ from lightning_megatron import (
     process_group_backends,
     refusals,
     report,
+    resumed_settings,
     timing,
     weight_settings,
 )
@@ -89,6 +90,9 @@ class MegatronStrategy(Placement, Collectives):
         trust_checkpoint: Unpickle the objects in a checkpoint, which can run any code; without it a checkpoint that
             needs it is refused. Weights, optimizer, loops and random states are plain data and need no trust.
             ``trainer.fit(weights_only=)`` says nothing here: Lightning 2.6 does not hand it on.
+        optimizer_settings: At a resume, whose learning rates, weight decay, betas, schedules and other settings of the
+            optimizer hold where the two differ: the "checkpoint"'s, as in Lightning, or the "program"'s. Differences
+            are named with both values.
         on_save_error: When a checkpoint cannot be written (a full disk): "raise", or "warn" and train on.
         process_group_backend: "gloo" or "nccl"; follows from the device. One that cannot carry its tensors is refused.
         timeout: Of collectives: how long ranks wait for one that is gone without a word.
@@ -123,6 +127,7 @@ class MegatronStrategy(Placement, Collectives):
         async_save: bool = False,
         verify_checkpoint: bool = True,
         trust_checkpoint: bool = False,
+        optimizer_settings: resumed_settings.Side = "checkpoint",
         on_save_error: Literal["raise", "warn"] = "raise",
         process_group_backend: str | None = None,
         timeout: timedelta = _DEFAULT_TIMEOUT,
@@ -144,6 +149,7 @@ class MegatronStrategy(Placement, Collectives):
         self.log_data_position = log_data_position
         self._heartbeat = liveness.Heartbeat()
         self.checkpointer = Checkpointer(async_save, verify_checkpoint, trust_checkpoint, on_save_error, skip_batches)
+        self._resumed_settings = resumed_settings.ResumedSettings(optimizer_settings)
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -283,6 +289,7 @@ class MegatronStrategy(Placement, Collectives):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self.checkpointer.resumption.forget()
+            self.checkpointer.plateaus.load([])
         else:
             self.checkpointer.resumption.give_back(trainer)
         self._timers = timing.Timers()  # who listened to an earlier run that failed may be in the old one
@@ -374,6 +381,10 @@ class MegatronStrategy(Placement, Collectives):
         return result
 
     @override
+    def on_validation_start(self) -> None:
+        self.checkpointer.plateaus.note_validation(self.lightning_module.trainer)  # type: ignore[union-attr]
+
+    @override
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         return self._steps.evaluate("validation_step", batch, *args, **kwargs)
 
@@ -396,6 +407,8 @@ class MegatronStrategy(Placement, Collectives):
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         for optimizer in self.optimizers:
             optimizer.take_changed_weights()  # type: ignore[attr-defined]
+        self._resumed_settings.set_rates()
+        self.checkpointer.plateaus.begin(trainer)
         preemption.install(trainer)
         self._heartbeat.start()
         self.checkpointer.resumption.begin(trainer)
@@ -460,7 +473,11 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):  # or there is none
+        if not checkpoint["optimizer_states"]:
+            return
+        configs = self.lr_scheduler_configs
+        self._resumed_settings.choose(self.optimizers[0], [each.scheduler for each in configs], checkpoint)  # type: ignore[arg-type]
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state["hyper"])
             state["finish"]()
 

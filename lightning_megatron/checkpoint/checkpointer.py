@@ -31,6 +31,7 @@ from lightning_megatron.checkpoint import (
 from lightning_megatron.checkpoint.callbacks import Retained
 from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.places import Place, by_parameter, places
+from lightning_megatron.checkpoint.plateaus import Plateaus
 from lightning_megatron.checkpoint.resumption import Resumption
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.optimizer import ShardedOptimizer
@@ -104,6 +105,7 @@ class Checkpointer:
         self.trust = trust
         self.on_save_error = on_save_error
         self.resumption = Resumption(skip_batches)
+        self.plateaus = Plateaus()
         self._last_save_failed = False
         self._background = writing.Background()
         self._copies = writing.HostCopies()
@@ -264,10 +266,13 @@ class Checkpointer:
         loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
         own = self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders}
         rank_state = trainer_state.dumps(own, loaders)
+        plateaus = self.plateaus.record(run.trainer) if full else []
         if dist.get_rank() != 0:
             return rank_state, {}, {}
         rest = {key: value for key, value in state.items() if key not in _SHARDED}
         rest["optimizer_states"] = state.get("optimizer_states")
+        if plateaus:
+            rest["plateaus"] = plateaus
         others = {n: v for n, v in state["state_dict"].items() if not isinstance(v, torch.Tensor) and v is not None}
         plain, objects, names = trainer_state.split({**rest, "state_dict": others})
         files = {trainer_state.STATE: plain} | ({trainer_state.OBJECTS: objects} if objects else {})
@@ -306,6 +311,7 @@ class Checkpointer:
             state["optimizer_states"] = [{"hyper": state["optimizer_states"][0], "finish": finish}]
         if resumes:
             self._read_rank_state(path, about, run, state)
+            self.plateaus.load(state.get("plateaus", []))
         return state
 
     def _read_rank_state(self, path: Path, about: dict[str, Any], run: Run, state: State) -> None:

@@ -124,6 +124,8 @@ class Resumption:
         saved, self._saved = self._saved, None
         if saved is not None:
             self._go_on(trainer, saved)
+            # Private (Lightning 2.6), which else leaves out ReduceLROnPlateau at the end of an epoch that was resumed.
+            trainer.fit_loop._restarting = False
         count, done = trainer.accumulate_grad_batches, progress.processed(trainer)
         if count > 1 and done % count == 0:  # the window's batches may have to be read again
             self._window = _now(trainer, done)
