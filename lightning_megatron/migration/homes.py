@@ -83,6 +83,17 @@ def _together(read: Reader = text, flag: bool = False) -> Home:
     return Home(None, read, flag=flag)
 
 
+def _settings_of(side: str) -> Home:
+    """Whose settings of optimizer and schedules hold at a resume; the checkpoint's where neither option is given."""
+    return Home(
+        f"{STRATEGY}.optimizer_settings",
+        truth,
+        says=f"MegatronStrategy(optimizer_settings={side!r})",
+        make=lambda on: side if on else "checkpoint",
+        flag=True,
+    )
+
+
 _SPLIT_TOKENIZERS = "data.init_args.tokenizer takes a tokenizer.json or a directory of transformers"
 _FSDP = "FSDP is Lightning's, Trainer(strategy='fsdp'); here the optimizer is sharded"
 _NO_KERNEL = "kernels here are PyTorch's, or Transformer Engine's where layers='transformer_engine'"
@@ -224,8 +235,8 @@ HOMES: dict[str, Home] = {
     "weight_decay_incr_style": _together(one_of("constant", "linear", "cosine")),
     "start_weight_decay": _together(number),
     "end_weight_decay": _together(number),
-    "override_opt_param_scheduler": _dropped("where the program's schedule changed, it holds, with a warning"),
-    "use_checkpoint_opt_param_scheduler": _absent("the program's schedule holds, not the checkpoint's", True),
+    "override_opt_param_scheduler": _settings_of("program"),
+    "use_checkpoint_opt_param_scheduler": _settings_of("checkpoint"),
     "decoupled_lr": _by_hand("ParameterGroups(scale_lr=['embedding.*', 'output_layer.*'], lr_mult=decoupled_lr / lr)"),
     "optimizer_cpu_offload": _absent("optimizer state stays on the device; more replicas share it out", True, truth),
     "overlap_cpu_optimizer_d2h_h2d": _absent("goes with optimizer_cpu_offload", True, truth),
