@@ -5,29 +5,36 @@ Knows neither Lightning nor any task: a ``step`` function runs one micro-batch t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from lightning_megatron import copies, groups
 from lightning_megatron.backend import model_rng
+from lightning_megatron.batch_rows import join_rows
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.microbatch import Cut, join, slices
+from lightning_megatron.microbatch import Cut, slices
 from lightning_megatron.timing import Timers
 
-# Runs (micro-batch, its share of the batch's rows, chunk number): hidden states, or on the last stage a sum and its
-# weight, or a mean.
+# Runs (micro-batch, its share of the batch's rows, chunk number). On the last stage it returns a loss, which is a sum
+# and its weight or a mean, or a dict with one under "loss"; in an evaluation, anything. What it returns before the last
+# stage is passed on where it is of the hidden states' shape; else the chunk's own output is.
 Step = Callable[[Any, float, int], Any]
 
 
+_NO_LOSS = (
+    "training_step returned {}. MegatronStrategy skips no batch: replicas and stages wait for one another. Return a"
+    " loss, or a dict with one under 'loss'; zero (loss * 0.0) where a batch shall count for nothing."
+)
 _TINY = torch.finfo(torch.float64).tiny  # in place of no weight at all
 
 
@@ -43,11 +50,22 @@ class Outcome:
         loss: Mean over the global batch, a float32 scalar.
         weight: What it was weighed by: tokens over all data-parallel replicas, or for means the number of replicas.
         noted: Whether any rank noted something (``Engine.has_notes``), so that all may gather it.
+        has_loss: Whether the steps returned losses at all.
+        returned: What they returned beside them, micro-batches joined by rows; None for nothing.
     """
 
     loss: torch.Tensor
     weight: float
     noted: bool
+    has_loss: bool = True
+    returned: Any = None
+
+    @property
+    def shown(self) -> Any:
+        """What the hooks at a batch's end are told: as one step on the whole batch would have returned it."""
+        if not self.has_loss:
+            return self.returned
+        return {**self.returned, "loss": self.loss} if isinstance(self.returned, dict) else self.loss
 
 
 class Engine:
@@ -174,17 +192,17 @@ class Engine:
                 for chunk in self.chunks:
                     stack.enter_context(chunk.no_sync())
             records = self._run(batch, cut, length, step, forward_only=False)
-        return self._outcome(records)
+        return self._outcome(records, cut)
 
     def evaluate(self, batch: Any, cut: Cut, length: int, step: Step) -> Outcome:
         """The loss of one batch, forward only."""
-        return self._outcome(self._run(batch, cut, length, step, forward_only=True))
+        return self._outcome(self._run(batch, cut, length, step, forward_only=True), cut)
 
     def predict(self, batch: Any, cut: Cut, length: int, step: Step) -> Any:
         """The last stage's outputs, rows joined in order, on every stage."""
         outputs = self._run(batch, cut, length, step, forward_only=True, collect=True)
-        joined = join(outputs[: len(cut.sizes)]) if outputs else None
-        return groups.broadcast_object_from_last_stage(joined) if self.layout.pp > 1 else joined
+        joined = join_rows(outputs[: len(cut.sizes)], list(cut.sizes)) if outputs else None
+        return self._from_last_stage(joined)
 
     def _run(
         self, batch: Any, cut: Cut, length: int, step: Step, *, forward_only: bool, collect: bool = False
@@ -194,15 +212,21 @@ class Engine:
 
         def forward_step(micro_batches: Iterator[tuple[Any, float]], model: torch.nn.Module) -> tuple[Any, Any]:
             micro_batch, share = next(micro_batches)
-            output = step(micro_batch, share, model.__dict__["chunk_number"])
-            return _tensor(output), partial(finish, output, share)
+            number = model.__dict__["chunk_number"]
+            with _outputs_of(model) as given:
+                output = step(micro_batch, share, number)
+            return _passed_on(output, given, self.device), partial(finish, output, share)
 
         def finish(output: Any, share: float, _: torch.Tensor, non_loss_data: bool = False) -> Any:
             if non_loss_data:
                 records.append(output)
                 return output
-            total, weight = self._weigh(output, share)
-            records.append((total.detach(), weight))
+            loss, extra = _loss_of(output)
+            if loss is None and not forward_only:
+                raise TypeError(_NO_LOSS.format("None" if output is None else f"no loss but {output!r:.200}"))
+            total, weight = self._weigh(loss, share)
+            extra = apply_to_collection(extra, torch.Tensor, torch.Tensor.detach, allow_frozen=True)
+            records.append((total.detach(), weight, loss is not None, extra))
             if not forward_only:
                 self._window_weight += float(weight)
             return total, torch.zeros((), dtype=torch.int, device=total.device), {}
@@ -222,21 +246,16 @@ class Engine:
             )
         return records
 
-    def _weigh(self, output: Any, share: float) -> tuple[torch.Tensor, Any]:
-        """A micro-batch's loss as a weighted sum and its weight; a ghost's are nothing."""
-        if isinstance(output, tuple):
-            total, tokens = output
+    def _weigh(self, loss: Any, share: float) -> tuple[torch.Tensor, Any]:
+        """A micro-batch's loss as a weighted sum and its weight; a ghost's are nothing, as are those of no loss."""
+        if loss is None:
+            return torch.zeros((), device=self.device), 0.0
+        if isinstance(loss, tuple):
+            total, tokens = loss
             if self.by_token:
                 return (total, tokens) if share else (total * 0.0, 0.0)
             return total / tokens.clamp(min=1) * share, share
-        if isinstance(output, dict):
-            output = output["loss"]
-        if output is None:
-            raise TypeError(
-                "training_step (or validation_step, ...) returned None. MegatronStrategy skips no batch: replicas and"
-                " stages wait for one another. Return a loss; zero (loss * 0.0) where a batch shall count for nothing."
-            )
-        return output.reshape(()) * share, share
+        return loss.reshape(()) * share, share
 
     def _finalize(self, window: int, model: Any, _: Any, pg_collection: Any = None, **__: Any) -> None:
         """Reduce the gradients and divide by the weight of the whole window, over all replicas.
@@ -247,19 +266,31 @@ class Engine:
         finalize_model_grads(model, torch.tensor(weight, device=self.device), pg_collection=pg_collection)
         copies.sum_gradients(model)
 
-    def _outcome(self, records: list[Any]) -> Outcome:
-        """The mean loss of the global batch, given to every rank."""
+    def _outcome(self, records: list[Any], cut: Cut) -> Outcome:
+        """The mean loss of the global batch, given to every rank, and what else this replica's steps returned."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         total = sum((r[0].double() for r in records), zero)
         weight = sum((torch.as_tensor(r[1], device=self.device).double() for r in records), zero)
         self.local_loss = total
-        summed = torch.stack([total, weight, torch.full_like(total, self.has_notes())])
+        extra = _joined([r[3] for r in records[: len(cut.sizes)]], list(cut.sizes))
+        flags = (self.has_notes(), any(r[2] for r in records), extra is not None)
+        summed = torch.stack([total, weight, *(torch.full_like(total, flag) for flag in flags)])
         for group in (groups.data_parallel(), groups.stages()):  # stages before the last have no records: zeros
             if group.size() > 1:
                 dist.all_reduce(summed, group=group)
-        total, weight, notes = summed.tolist()
+        total, weight, notes, losses, extras = summed.tolist()
         loss = torch.tensor(total / max(weight, _TINY), dtype=torch.float32, device=self.device)
-        return Outcome(loss, weight, notes > 0)
+        return Outcome(loss, weight, notes > 0, losses > 0, self._from_last_stage(extra) if extras else None)
+
+    def _from_last_stage(self, value: Any) -> Any:
+        """What the last stage has, on every stage, and on the device of each."""
+        if self.layout.pp == 1:
+            return value
+        if self.device.type == "cpu":
+            return groups.broadcast_object_from_last_stage(value)
+        host = apply_to_collection(value, torch.Tensor, torch.Tensor.cpu, allow_frozen=True)
+        host = groups.broadcast_object_from_last_stage(host)
+        return apply_to_collection(host, torch.Tensor, lambda x: x.to(self.device), allow_frozen=True)
 
 
 def _wrap(
@@ -286,8 +317,51 @@ def _equalise_replicated(chunk: torch.nn.Module) -> None:
             dist.broadcast(parameter.data, src=dist.get_global_rank(group, 0), group=group)
 
 
-def _tensor(output: Any) -> Any:
-    """What the schedule passes on: hidden states or the tensor that is differentiated."""
-    if isinstance(output, tuple):
-        return output[0]
-    return output["loss"] if isinstance(output, dict) else output
+@contextmanager
+def _outputs_of(model: torch.nn.Module) -> Iterator[list[Any]]:
+    """What a chunk before the last stage gives while the step runs it; an empty list for one that ends the model."""
+    chunk: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    given: list[Any] = []
+    if getattr(chunk, "post_process", True):
+        yield given
+        return
+    handle = chunk.register_forward_hook(lambda _, __, output: given.append(output))
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
+def _passed_on(output: Any, given: list[Any], device: torch.device) -> torch.Tensor:
+    """The tensor that the schedule passes on: hidden states; on the last stage one that nobody reads."""
+    tensor = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(tensor, torch.Tensor) and (not given or tensor.shape == given[-1].shape):
+        return tensor
+    return given[-1] if given else torch.zeros((), device=device)
+
+
+def _loss_of(output: Any) -> tuple[Any, Any]:
+    """What a step on the last stage returned, as its loss and the rest, each None where there is none."""
+    if isinstance(output, Mapping) and "loss" in output:
+        loss, rest = output["loss"], {name: value for name, value in output.items() if name != "loss"}
+        return loss, rest or None
+    if _is_one_number(output):
+        return output, None
+    is_sum = isinstance(output, tuple) and len(output) == 2 and not hasattr(output, "_fields")
+    if is_sum and _is_one_number(output[0]) and (isinstance(output[1], int | float) or _is_one_number(output[1])):
+        return output, None
+    return None, output
+
+
+def _is_one_number(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1
+
+
+def _joined(extras: list[Any], sizes: list[int]) -> Any:
+    """What the steps of the micro-batches returned beside losses, as one."""
+    if all(extra is None for extra in extras):
+        return None
+    if all(isinstance(extra, dict) for extra in extras):  # a name that only some have is None in the others
+        names = dict.fromkeys(name for extra in extras for name in extra)
+        extras = [{name: extra.get(name) for name in names} for extra in extras]
+    return join_rows(extras, sizes)

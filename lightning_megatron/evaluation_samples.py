@@ -1,46 +1,171 @@
-"""Each sample of an evaluation counts once, also where the replicas cannot share the samples out evenly.
+"""Each sample of an evaluation counts once, however the loader makes its batches.
 
-torch's ``DistributedSampler`` repeats samples so that every replica has as many as the others. Here the repeated ones
-are left out; only where a replica would have fewer batches than the others, and leave them waiting, it keeps the
-repeated sample as a batch that is computed but not counted.
+torch's ``DistributedSampler`` repeats samples so that every replica has as many as the others. Here a replica reads its
+own share only. One that has fewer batches than the others would leave them waiting, so it computes its last batch
+again, and that is not counted.
 """
 
 from __future__ import annotations
 
-import math
+import os
+from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DistributedSampler
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper, _DatasetSamplerWrapper
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.trainer.states import RunningStage
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+
+from lightning_megatron import groups
+from lightning_megatron.modules.base import MegatronModule
 
 
-def leave_out_repeats(loader: Any) -> Any:
-    """A loader that reads each sample of its set on one replica only, if ``loader`` has a ``DistributedSampler``.
+class Share(DistributedSampler):  # type: ignore[type-arg]
+    """This replica's samples, none of them repeated.
 
-    With ``drop_last`` it is left as it is: what a replica drops depends on how many samples it has.
+    Attributes:
+        is_repeated: Whether there were too few samples for this replica, so that it has another's, not to be counted.
     """
-    sampler, batch_size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
-    if not isinstance(sampler, DistributedSampler) or batch_size is None or loader.drop_last or sampler.drop_last:
+
+    def __init__(self, source: Any, **settings: Any) -> None:
+        super().__init__(source, **settings)
+        own = len(range(self.rank, len(source), self.num_replicas))
+        self.is_repeated = not own
+        if own:
+            self.num_samples, self.total_size = own, len(source)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Numbers of samples; of a wrapped sampler, what it gives in their places."""
+        if not isinstance(self.dataset, _DatasetSamplerWrapper):
+            return super().__iter__()
+        self.dataset.reset()
+        return (self.dataset[place] for place in super().__iter__())
+
+
+def install(trainer: pl.Trainer) -> None:
+    """Have Lightning share samples of evaluations and predictions out by ``Share``, whatever the batches are made by.
+
+    A plain module's evaluation is reduced by Lightning, which wants as many samples on every replica.
+    """
+    connector: Any = trainer._data_connector  # private (Lightning 2.6)
+    as_lightning = type(connector)._resolve_sampler
+
+    def resolve(loader: DataLoader[Any], shuffle: bool, mode: RunningStage | None = None) -> Any:
+        predicts = mode == RunningStage.PREDICTING
+        evaluates = mode is not None and mode.evaluating and isinstance(trainer.lightning_module, MegatronModule)
+        if not (predicts or evaluates) or not connector._requires_distributed_sampler(loader):
+            return as_lightning(connector, loader, shuffle, mode)
+        plain = isinstance(loader.sampler, RandomSampler | SequentialSampler) and not predicts
+        return Share(
+            loader.dataset if plain else _DatasetSamplerWrapper(loader.sampler),
+            shuffle=shuffle and not trainer.overfit_batches,  # type: ignore[attr-defined]
+            seed=int(os.getenv("PL_GLOBAL_SEED", 0)),
+            **(trainer.distributed_sampler_kwargs or {}),
+        )
+
+    connector._resolve_sampler = resolve
+
+
+def each_once(loader: Any) -> Any:
+    """A loader of which every replica reads as many batches as the others, and counts each sample once.
+
+    With ``drop_last`` each replica drops of its own share what fills no batch. A loader of unknown length stays as it
+    is: see ``peers.EvenLoader``. Called on all ranks.
+    """
+    if groups.data_parallel().size() == 1:
         return loader
-    total = len(sampler.dataset)  # type: ignore[arg-type]
-    if total % sampler.num_replicas == 0:
+    loader = without_repeats(loader)
+    sampler = sampler_of(loader)
+    repeated = getattr(sampler, "is_repeated", False)
+    own = sized_len(loader)
+    told = groups.gather_from_replicas((own, repeated))
+    every = [length for length, _ in told if length]
+    if own is None or len(every) < len(told):
         return loader
-    loader, sampler, batches = copy(loader), copy(sampler), copy(loader.batch_sampler)  # the user's stay as they are
-    batches.sampler = sampler
-    loader.__dict__.update(sampler=sampler, batch_sampler=batches)  # DataLoader refuses to have them assigned
-    own = len(range(sampler.rank, total, sampler.num_replicas))
-    if math.ceil(own / batch_size) == math.ceil(math.ceil(total / sampler.num_replicas) / batch_size):
-        sampler.num_samples, sampler.total_size = own, total
-    else:
-        sampler.last_batch_is_repeated = True  # type: ignore[attr-defined]
-    return loader
+    batches = max(every)
+    if all(length == batches for length in every) and not any(is_repeated for _, is_repeated in told):
+        return loader
+    return _AsLongAsTheOthers(loader, batches, 0 if repeated else own)
+
+
+class _AsLongAsTheOthers:
+    """A loader that goes on with its last batch, which is not counted, until the other replicas' loaders end.
+
+    Args:
+        loader: This replica's; everything but iteration and length is its own.
+        batches: As many as it gives.
+        own: As many of them are counted.
+    """
+
+    def __init__(self, loader: Any, batches: int, own: int) -> None:
+        self._loader = loader
+        self._batches = batches
+        self.own_batches = own
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # while this object is copied
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Any]:
+        given, batch = 0, None
+        for batch in self._loader:
+            given += 1
+            yield batch
+        for _ in range(given, self._batches):
+            yield batch
 
 
 def is_repeated_batch(trainer: pl.Trainer, batch_idx: int, dataloader_idx: int = 0) -> bool:
-    """Whether this batch of the running evaluation holds nothing but a sample that another replica counts."""
-    loaders = trainer._evaluation_loop._combined_loader  # private (Lightning 2.6): the loaders as Lightning made them
-    assert loaders is not None
-    loader = loaders.flattened[dataloader_idx]
-    repeated = getattr(getattr(loader, "sampler", None), "last_batch_is_repeated", False)
-    return repeated and batch_idx == len(loader) - 1
+    """Whether this batch of the running evaluation is one that is computed, but not counted."""
+    combined = trainer._evaluation_loop._combined_loader  # private (Lightning 2.6): the loaders as Lightning made them
+    assert combined is not None
+    loaders = combined.flattened if combined._mode != "sequential" else [combined.flattened[dataloader_idx]]
+    own = [getattr(loader, "own_batches", None) for loader in loaders]
+    return all(number is not None and batch_idx >= number for number in own)
+
+
+def sampler_of(loader: Any) -> Any:
+    """The ``DistributedSampler`` that a loader's numbers of samples come from, if there is one."""
+    holder, name = _sampler_place(loader)
+    return getattr(holder, name) if name else None
+
+
+def _sampler_place(loader: Any) -> tuple[Any, str]:
+    """The loader or its batch sampler, and the name under which it holds the ``DistributedSampler``."""
+    batching = getattr(loader, "batch_sampler", None)
+    holder = loader if batching is None else batching
+    held = vars(holder) if hasattr(holder, "__dict__") else {}
+    return holder, next((name for name, x in held.items() if isinstance(x, DistributedSampler)), "")
+
+
+def without_repeats(loader: Any) -> Any:
+    """The loader, or a copy of it whose ``DistributedSampler``, which the user made, repeats nothing."""
+    holder, name = _sampler_place(loader)
+    sampler = getattr(holder, name) if name else None
+    known = (DistributedSampler.__iter__, DistributedSamplerWrapper.__iter__)  # other ones may rely on their numbers
+    if sampler is None or sampler.drop_last or type(sampler).__iter__ not in known:
+        return loader
+    total = len(sampler.dataset)
+    own = len(range(sampler.rank, total, sampler.num_replicas))
+    sampler, made = copy(sampler), copy(loader)  # the user's stay as they are
+    if own:
+        sampler.num_samples, sampler.total_size = own, total
+    sampler.is_repeated = not own
+    if holder is loader:
+        made.__dict__[name] = sampler  # DataLoader refuses to have it assigned
+        return made
+    made.__dict__["batch_sampler"] = holder = copy(holder)
+    setattr(holder, name, sampler)
+    if isinstance(holder, _IndexBatchSamplerWrapper):  # Lightning's, around the one that predictions are made with
+        holder._batch_sampler = copy(holder._batch_sampler)
+        setattr(holder._batch_sampler, name, sampler)
+    if isinstance(made.__dict__.get("sampler"), DistributedSampler):
+        made.__dict__["sampler"] = sampler
+    return made

@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -38,7 +40,41 @@ def gather(tensor: torch.Tensor, group: Any | None = None) -> list[torch.Tensor]
     A module-level function that looks its groups up when called, so that metrics can be copied and pickled.
     """
     states = gather_all_tensors(tensor, group or groups.data_parallel())
-    return states if group else groups.broadcast_object_from_last_stage(states)
+    return states if group or _stages_agree else groups.broadcast_object_from_last_stage(states)
+
+
+_stages_agree = False  # whether every stage has the last one's states, so that a stage may compute alone
+
+
+@contextmanager
+def same_on_all_stages(module: pl.LightningModule, counts: list[int]) -> Iterator[None]:
+    """Give every pipeline stage the last one's states; inside, a stage may compute a metric that the others do not.
+
+    Args:
+        module: Whose metrics they are.
+        counts: Updates of the metrics when this was last left, kept up to date here: states that no stage has changed
+            are not sent again.
+    """
+    global _stages_agree
+    found = _metrics(module) if groups.stages().size() > 1 else []
+    if found:
+        now = [metric._update_count for metric in found]
+        changed = torch.tensor(int(counts != now), device=found[0].device)
+        dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=groups.stages())
+        if changed:
+            for metric, states in zip(found, groups.broadcast_object_from_last_stage(_states(found)), strict=True):
+                for name, value in apply_to_collection(states, torch.Tensor, torch.Tensor.to, metric.device).items():
+                    setattr(metric, name, value)
+    _stages_agree = bool(found)
+    try:
+        yield
+    finally:
+        _stages_agree = False
+        counts[:] = [metric._update_count for metric in found]
+
+
+def _states(found: list[Metric]) -> list[dict[str, Any]]:
+    return [apply_to_collection(_snapshot(metric), torch.Tensor, torch.Tensor.cpu) for metric in found]
 
 
 def attribute_of(module: pl.LightningModule, metric: torch.nn.Module) -> str:

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch.utils._pytree import tree_flatten, tree_unflatten
-
+from lightning_megatron.batch_rows import take_rows
 from lightning_megatron.layout import ParallelLayout
 
 # (p-1)/(n+p-1) of a pipeline's time is idle: with n = 4p micro-batches a fifth (arXiv 2104.04473, section 2.2).
@@ -54,49 +51,12 @@ def slices(batch: Any, sizes: Cut) -> Iterator[tuple[Any, float]]:
     """Yield each micro-batch with its share of the rows; ghosts, and batches that do not count, have none.
 
     Raises:
-        ValueError: A tensor is not batch first.
+        ValueError: Something in the batch does not have its rows; it is named.
     """
     rows = sum(sizes.sizes)
     start = 0
     for size in sizes.sizes:
-        yield _rows(batch, start, start + size, rows), size / rows if sizes.counts else 0.0
+        yield take_rows(batch, start, start + size, rows), size / rows if sizes.counts else 0.0
         start += size
     for _ in range(sizes.ghosts):
-        yield _rows(batch, 0, sizes.sizes[0], rows), 0.0
-
-
-def join(outputs: list[Any]) -> Any:
-    """Outputs of the micro-batches as one: tensors joined by rows, inside dicts, lists and tuples too; else a list."""
-    leaves, structure = tree_flatten(outputs[0])
-    others = [tree_flatten(output) for output in outputs]
-    alike = all(other == structure for _, other in others)
-    if not leaves or not alike or not all(isinstance(x, torch.Tensor) and x.dim() for x in leaves):
-        return outputs[0] if len(outputs) == 1 else outputs
-    return tree_unflatten([torch.cat(parts) for parts in zip(*(flat for flat, _ in others), strict=True)], structure)
-
-
-def count_rows(batch: Any) -> int:
-    """Rows of the first tensor that has any."""
-    found: list[int] = []
-    apply_to_collection(batch, torch.Tensor, lambda t: found.append(t.size(0)) if t.dim() else None)
-    if not found or not found[0]:
-        raise ValueError(f"An empty batch, or one without tensors, cannot be cut into micro-batches: {type(batch)}.")
-    return found[0]
-
-
-def _rows(batch: Any, start: int, stop: int, rows: int) -> Any:
-    def take(tensor: Any) -> Any:
-        if isinstance(tensor, list):
-            if any(isinstance(leaf, torch.Tensor) for leaf in tree_flatten(tensor)[0]):
-                return [apply_to_collection(part, (torch.Tensor, list), take) for part in tensor]
-            return tensor[start:stop] if len(tensor) == rows else tensor  # strings and the like, one a row
-        if tensor.dim() == 0:
-            return tensor
-        if tensor.size(0) != rows:
-            raise ValueError(
-                f"Every tensor of a batch has the batch first; here are {rows} rows, and a tensor of shape"
-                f" {tuple(tensor.shape)}."
-            )
-        return tensor[start:stop]
-
-    return batch if stop - start == rows else apply_to_collection(batch, (torch.Tensor, list), take)
+        yield take_rows(batch, 0, sizes.sizes[0], rows), 0.0

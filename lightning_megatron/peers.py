@@ -68,11 +68,17 @@ class EvenLoader:
     Args:
         loader: The user's; everything but iteration is its own.
         device: For the vote.
+        fills: Whether a replica that has fewer batches than the others goes on with its last one, not to be counted.
+
+    Attributes:
+        own_batches: As many batches are counted; None for all.
     """
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
+    def __init__(self, loader: Any, device: torch.device, fills: bool = False) -> None:
         self._loader = loader
         self._device = device
+        self._fills = fills
+        self.own_batches: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_loader", "_device"):  # while this object is copied
@@ -83,23 +89,33 @@ class EvenLoader:
         """Iterate.
 
         Raises:
-            DataError: On every rank, when one has no batch and another has.
+            DataError: On every rank, when one has no batch and another has, and it cannot be filled.
         """
-        batches, read = iter(self._loader), 0
+        batches, batch, read = iter(self._loader), None, 0
+        self.own_batches = None
         while True:
             try:
                 batch, here = next(batches), True
             except StopIteration:
-                batch, here = None, False
+                here = False
             votes = torch.tensor([int(here), -int(here)], device=self._device)
             dist.all_reduce(votes, op=dist.ReduceOp.MIN)
             least, most = int(votes[0]), -int(votes[1])
-            if least != most:
+            if least != most and not (self._fills and self._may_fill(here, read)):
                 self._complain(here, read)
-            if not here:
+            if not most:
                 return
+            if not here and self.own_batches is None:
+                self.own_batches = read
             read += 1
             yield batch
+
+    def _may_fill(self, here: bool, read: int) -> bool:
+        """Whether whole replicas have ended, none of them without a batch."""
+        peers = groups.gather(here, groups.model_parallel())
+        fine = torch.tensor(int(len(set(peers)) == 1 and read > 0), device=self._device)
+        dist.all_reduce(fine, op=dist.ReduceOp.MIN)
+        return bool(fine)
 
     def _complain(self, here: bool, read: int) -> None:
         every: list[bool] = [here] * dist.get_world_size()

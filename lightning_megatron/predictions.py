@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_megatron import groups
+from lightning_megatron.batch_rows import form_of_rows, join_rows, one_row
+from lightning_megatron.evaluation_samples import Share, sampler_of
 
 
 def join_replicas(trainer: pl.Trainer) -> None:
@@ -21,21 +21,29 @@ def join_replicas(trainer: pl.Trainer) -> None:
     if not loop.return_predictions or groups.data_parallel().size() == 1:
         return
     for loader, made in zip(loop._combined_loader.flattened, loop._predictions, strict=True):  # type: ignore[union-attr]
-        seen = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", [])[: len(made)]
-        mine = list(zip(seen, made, strict=False)) if len(seen) == len(made) else None
-        if mine is not None and not all(_row_by_row(prediction, len(numbers)) for numbers, prediction in mine):
-            mine = None
-        every = groups.gather_from_replicas(mine)
-        batches = [batch for replica in every if replica is not None for batch in replica]
-        alike = all(replica and [n for n, _ in replica] == [n for n, _ in every[0] or []] for replica in every)
-        shapes = {tuple(x.shape[1:] for x in tree_flatten(made)[0]) for _, made in batches}
-        if len(shapes) == 1 and None not in every and not alike:  # alike: each replica has read the whole set
-            made[:] = _in_order(batches)
+        sampler = sampler_of(loader)
+        if getattr(sampler, "is_repeated", False):  # another replica has predicted the sample too
+            made.clear()
+        if isinstance(sampler, Share) and loader.batch_sampler is None:  # the samples are batches already
+            places = range(sampler.rank, sampler.total_size, sampler.num_replicas)
+            every: Any = groups.gather_from_replicas(list(zip(places, made, strict=False)))
+            ordered = sorted((pair for replica in every for pair in replica), key=lambda pair: pair[0])
+            made[:] = [prediction for _, prediction in ordered]
+        else:
+            _join_rows_of_replicas(loader, made)
 
 
-def _row_by_row(prediction: Any, rows: int) -> bool:
-    leaves = tree_flatten(prediction)[0]
-    return bool(leaves) and all(isinstance(x, torch.Tensor) and x.dim() and x.size(0) == rows for x in leaves)
+def _join_rows_of_replicas(loader: Any, made: list[Any]) -> None:
+    seen = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
+    mine = None if seen is None else list(zip(seen, made, strict=False))
+    forms = {form_of_rows(prediction, len(numbers)) for numbers, prediction in mine or []}
+    every = groups.gather_from_replicas((mine, forms))
+    batches = [batch for replica, _ in every for batch in replica or []]
+    form = set().union(*(found for _, found in every))
+    read = [[numbers for numbers, _ in replica or []] for replica, _ in every]
+    shares = len(read[0]) == 0 or any(numbers != read[0] for numbers in read)  # else each has read the whole set
+    if batches and shares and len(form) == 1 and None not in form and all(r is not None for r, _ in every):
+        made[:] = _in_order(batches)
 
 
 def _in_order(batches: list[tuple[list[int], Any]]) -> list[Any]:
@@ -47,6 +55,6 @@ def _in_order(batches: list[tuple[list[int], Any]]) -> list[Any]:
     )
     joined = []
     for start in range(0, len(rows), size):
-        chosen = [tree_map(lambda x, r=row: x[r], batches[batch][1]) for _, batch, row in rows[start : start + size]]
-        joined.append(tree_map(lambda *xs: torch.stack(xs), *chosen))
+        chosen = [one_row(batches[b][1], row, len(batches[b][0])) for _, b, row in rows[start : start + size]]
+        joined.append(join_rows(chosen, [1] * len(chosen)))
     return joined

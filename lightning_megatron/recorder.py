@@ -83,6 +83,7 @@ class LogRecorder:
             given.pop("self")
             self._record(given.pop("name"), given.pop("value"), share * self._rows, chunk, given)
 
+        before = self._module.__dict__.get("log")
         self._module.__dict__["log"] = record if share else lambda *_, **__: None
         try:
             if share:
@@ -92,6 +93,8 @@ class LogRecorder:
                     yield
         finally:
             del self._module.__dict__["log"]
+            if before is not None:
+                self._module.__dict__["log"] = before
 
     def has_entries(self) -> bool:
         """Whether this rank has recorded anything."""
@@ -115,7 +118,7 @@ class LogRecorder:
             options = dict(entry.options)
             if entry.metric is not None:
                 metric: Any = module.get_submodule(entry.metric)
-                fallback = _reduce(entry.values, entry.weights, "mean")
+                fallback = reduce_values(entry.values, entry.weights, "mean")
                 shown = options.get("on_step", module.trainer.training) is not False
                 self._states.finish(metric, fallback, shown=shown)
                 module.log(name, metric, **{**options, "metric_attribute": entry.metric})
@@ -124,7 +127,7 @@ class LogRecorder:
                 options.update(batch_size=sum(entry.weights), sync_dist=True, sync_dist_group=groups.REDUCED)
             elif options.get("batch_size") is not None:
                 options["batch_size"] = sum(entry.weights)
-            module.log(name, _reduce(entry.values, entry.weights, options.get("reduce_fx", "mean")), **options)
+            module.log(name, reduce_values(entry.values, entry.weights, options.get("reduce_fx", "mean")), **options)
         self._states.finish_all()
 
     def end_prediction(self) -> None:
@@ -173,7 +176,7 @@ def _latest(stages: list[dict[str, _Entry]]) -> dict[str, _Entry]:
     return found
 
 
-def _reduce(values: list[Any], weights: list[float], reduce_fx: Any) -> Any:
+def reduce_values(values: list[Any], weights: list[float], reduce_fx: Any) -> Any:
     """One value of the micro-batches' values, as ``self.log(reduce_fx=)`` asks; a mean is weighted."""
     if len(values) == 1 or not all(isinstance(value, int | float | torch.Tensor) for value in values):
         return values[-1]  # Lightning says what it thinks of other types

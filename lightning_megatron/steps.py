@@ -12,9 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_megatron import evaluation_samples, peers
+from lightning_megatron.batch_rows import count_rows
 from lightning_megatron.engine import Engine, Outcome
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.microbatch import Cut, count_rows, cut, join
+from lightning_megatron.microbatch import Cut, cut
 from lightning_megatron.modules.base import MegatronModule, runs_on_all_stages
 from lightning_megatron.modules.plain import PlainModel, check_output
 from lightning_megatron.precision import MegatronPrecision
@@ -52,13 +53,13 @@ class Steps:
     micro_batch_size: int | None
     num_microbatches: int | None
     told: bool = False
+    counts: bool = True  # whether the batch that was evaluated last counts on this replica
     ends_window: bool = False  # whether the optimizer steps after the batch that was trained last
 
     def train(self, batch: Any, *args: Any, **kwargs: Any) -> Outcome:
         """``training_step`` forward and backward; ``finish`` it after a look at its loss."""
         trainer = self.module.trainer
         self._recorder = recorder = self._record(batch)
-        self._returned: list[Any] = []
         self.ends_window = not trainer.fit_loop._should_accumulate()
         step = self._step("training_step", recorder, args, kwargs)
         if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for batch norms
@@ -74,14 +75,10 @@ class Steps:
     def finish(self, outcome: Outcome) -> Any:
         """Log what ``train`` recorded and the loss; give what ``on_train_batch_end`` is told."""
         self._report("train", outcome, self._recorder)
-        extra = join(self._returned) if self._returned else {}
-        if isinstance(extra, dict):
-            return {**extra, "loss": outcome.loss} if extra else outcome.loss
-        names = extra[0]  # of micro-batches, values that do not join: a list of each
-        return {**{name: [part.get(name) for part in extra] for name in names}, "loss": outcome.loss}
+        return outcome.shown
 
     def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """``validation_step`` or ``test_step``: the loss of the batch, or what a plain module returned."""
+        """``validation_step`` or ``test_step``: what it returned, its loss that of the global batch."""
         recorder = self._record(batch)
         step = self._step(hook, recorder, args, kwargs)
         if self.engine.trains and self._batch_idx(args) == 0:
@@ -90,11 +87,11 @@ class Steps:
             output = step(batch, 1.0, 0)
             recorder.replay()
             return output
-        repeated = evaluation_samples.is_repeated_batch(self.module.trainer, self._batch_idx(args), *args[1:2])
+        self.counts = not evaluation_samples.is_repeated_batch(self.module.trainer, self._batch_idx(args), *args[1:2])
         chosen, length = self._shape(batch, args)
-        outcome = self.engine.evaluate(batch, replace(chosen, counts=not repeated), length, step)
+        outcome = self.engine.evaluate(batch, replace(chosen, counts=self.counts), length, step)
         self._report(_LOGGED_AS[hook], outcome, recorder)
-        return outcome.loss
+        return outcome.shown
 
     def predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """``predict_step``: what the last stage returned, on every stage."""
@@ -122,10 +119,8 @@ class Steps:
             finally:
                 if isinstance(module, MegatronModule):
                     module.in_pipeline = False
-            if hook == "training_step" and not isinstance(module, MegatronModule):
+            if hook == "training_step" and (not isinstance(module, MegatronModule) or module.lacks_loss(output)):
                 check_output(output)
-            if hook == "training_step" and isinstance(output, dict):
-                self._returned.append({name: value for name, value in output.items() if name != "loss"})
             return output
 
         return step
@@ -164,5 +159,5 @@ class Steps:
 
     def _report(self, stage: str, outcome: Outcome, recorder: LogRecorder | AtOnce) -> None:
         recorder.replay(gather=outcome.noted)
-        if isinstance(self.module, MegatronModule):
+        if isinstance(self.module, MegatronModule) and outcome.has_loss:
             self.module.log_loss(stage, outcome.loss, outcome.weight)

@@ -26,6 +26,7 @@ from lightning_megatron import (
     first_error,
     gradients,
     groups,
+    hook_logs,
     launching,
     liveness,
     loops,
@@ -154,6 +155,7 @@ class MegatronStrategy(Placement, Collectives):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._engine: Engine | None = None
+        self._hook_logs: hook_logs.HookLogs | None = None
         self._timers = timing.Timers()
         self.launch = launch
         launching.check(launch)
@@ -247,6 +249,7 @@ class MegatronStrategy(Placement, Collectives):
         else:
             refusals.check_stages(model, self.layout)
         loops.install(model.trainer)
+        evaluation_samples.install(model.trainer)
 
     @override
     def setup_environment(self) -> None:
@@ -306,6 +309,9 @@ class MegatronStrategy(Placement, Collectives):
         if fitting:
             self._shard_optimizer()
         self.setup_precision_plugin()
+        if isinstance(self.lightning_module, MegatronModule):
+            self._hook_logs = hook_logs.HookLogs(self.lightning_module, lambda: self._steps.counts)
+            self._hook_logs.install()
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -327,17 +333,19 @@ class MegatronStrategy(Placement, Collectives):
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
         """Refuse an empty or indivisible loader; seed its workers by replica, so that model-parallel peers agree."""
-        # A plain module's evaluation is reduced by Lightning, which wants as many samples on every replica.
-        if self.lightning_module.trainer.evaluating and isinstance(self.lightning_module, MegatronModule):  # type: ignore[union-attr]
-            dataloader = evaluation_samples.leave_out_repeats(dataloader)
-        refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        counts = trainer.evaluating and isinstance(self.lightning_module, MegatronModule)
         if getattr(dataloader, "worker_init_fn", self) is None:
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
-        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        if counts:
+            dataloader = evaluation_samples.each_once(dataloader)
+        elif trainer.predicting:
+            dataloader = evaluation_samples.without_repeats(dataloader)
+        refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
         if trainer.training:
             dataloader = self.checkpointer.resumption.watch(dataloader)
         if sized_len(dataloader) is None and not trainer.predicting:
-            return peers.EvenLoader(dataloader, self.root_device)
+            return peers.EvenLoader(dataloader, self.root_device, fills=counts)
         return dataloader
 
     # What the loops call
@@ -438,6 +446,8 @@ class MegatronStrategy(Placement, Collectives):
         if self._engine is not None:
             self._engine.rest()
             self.checkpointer.resumption.end(self.lightning_module.trainer)  # type: ignore[union-attr]
+        if self._hook_logs is not None:
+            self._hook_logs.remove()
         metrics.stop_syncing(self.lightning_module)  # type: ignore[arg-type]
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()

@@ -8,22 +8,30 @@ import torch.distributed as dist
 from lightning.fabric.strategies.launchers.multiprocessing import _check_missing_main_guard
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot, _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.call import _call_and_handle_interrupt
+from lightning.pytorch.trainer.call import (
+    _call_and_handle_interrupt,
+    _call_callback_hooks,
+    _call_lightning_module_hook,
+)
+from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
+from lightning.pytorch.trainer.connectors.logger_connector.fx_validator import _FxValidator
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import CombinedLoader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from tests.test_training import QUIET
 
@@ -119,3 +127,38 @@ def test_a_checkpoint_callback_makes_its_links_by_a_method_of_its_own():
     assert "self._link_checkpoint(trainer, " in inspect.getsource(ModelCheckpoint._save_last_checkpoint)
     assert list(inspect.signature(ModelCheckpoint.file_exists).parameters) == ["self", "filepath", "trainer"]
     assert "self.file_exists(" in inspect.getsource(ModelCheckpoint._get_metric_interpolated_filepath_name)
+
+
+class _Named(Profiler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.actions: list[str] = []
+
+    def start(self, action_name: str) -> None:
+        self.actions.append(action_name)
+
+    def stop(self, action_name: str) -> None:
+        pass
+
+
+def test_hooks_are_told_to_the_profiler_and_know_whether_they_may_log():
+    profiler = _Named()
+    trainer = Trainer(profiler=profiler, callbacks=[LambdaCallback()], **QUIET)
+    trainer.strategy._lightning_module = module = LightningModule()
+    _call_callback_hooks(trainer, "on_train_epoch_end")
+    _call_lightning_module_hook(trainer, "on_train_epoch_end")
+    assert f"[Callback]{LambdaCallback().state_key}.on_train_epoch_end" in profiler.actions
+    assert profiler.actions[-1] == f"[LightningModule]{type(module).__name__}.on_train_epoch_end"
+    assert _FxValidator.functions["on_train_epoch_end"] is not None
+    assert _FxValidator.functions["on_save_checkpoint"] is None
+
+
+def test_loaders_get_their_samplers_by_one_method():
+    assert list(inspect.signature(_DataConnector._resolve_sampler).parameters) == [
+        "self",
+        "dataloader",
+        "shuffle",
+        "mode",
+    ]
+    assert "dataloader" in inspect.signature(_DataConnector._requires_distributed_sampler).parameters
+    assert "_batch_sampler" in vars(_IndexBatchSamplerWrapper(BatchSampler([1], 1, False)))

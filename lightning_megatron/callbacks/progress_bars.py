@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
 
-from lightning_megatron.microbatch import count_rows
+from lightning_megatron.batch_rows import count_rows
 from lightning_megatron.modules.base import MegatronModule
 
 _WINDOW = 20  # optimizer steps that the speed is over

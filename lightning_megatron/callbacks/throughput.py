@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_megatron import groups
+from lightning_megatron.batch_rows import count_rows
 from lightning_megatron.callbacks.steps import log, logs_now
 from lightning_megatron.flops import training_flops
-from lightning_megatron.microbatch import count_rows
 from lightning_megatron.modules.base import MegatronModule
 
 _MEASURED_WITH = 1024  # rows and columns of the product that measures an unknown device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, Self, TypeVar
 
@@ -387,6 +387,10 @@ class MegatronModule(pl.LightningModule):
     def on_last_stage(self) -> bool:
         """Whether the active chunk gives the model's output."""
         return bool(self.active_model.post_process)
+
+    def lacks_loss(self, output: Any) -> bool:
+        """Whether ``output`` is a dict without a loss, from the chunk that should have given one."""
+        return self.on_last_stage and isinstance(output, Mapping) and "loss" not in output
 
     def _check_built_for(self, settings: BuildSettings) -> None:
         if self.built_for != settings:

@@ -1,0 +1,194 @@
+"""``self.log`` in the hooks between the steps: what some stages or replicas log is logged on every rank.
+
+An adapter's outputs are on the last pipeline stage, so a hook that logs what it has collected has nothing to log on the
+others. What is logged inside a hook waits for the hook's end; there the ranks tell each other, and all of them log the
+same. Only hooks that somebody wrote cost that, and a flag over all ranks where nobody logged.
+
+Leans on private names of Lightning 2.6: the actions that it names to its profiler, and the validator that says which
+hooks may log. ``tests/test_lightning_private.py`` fails when they change.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.connectors.logger_connector.fx_validator import _FxValidator
+from lightning.pytorch.utilities.data import extract_batch_size
+from torchmetrics import Metric
+
+from lightning_megatron import groups, metrics
+from lightning_megatron.layout import RankCoordinates
+from lightning_megatron.recorder import reduce_values
+
+_SIGNATURE = inspect.signature(pl.LightningModule.log)
+_STEPS = ("training_step", "validation_step", "test_step")
+_ENDS_OF_BATCHES = ("on_validation_batch_end", "on_test_batch_end")
+
+
+@dataclass
+class _Entry:
+    """What one name was given in a hook on one rank.
+
+    Args:
+        options: Of ``self.log``.
+        metric: The attribute that holds the logged metric, if it is one.
+        values: Numbers; of a metric, its values on the last batch.
+        weights: Of each value: ``batch_size``, or as Lightning finds it.
+    """
+
+    options: dict[str, Any]
+    metric: str | None = None
+    values: list[Any] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+class HookLogs:
+    """Listens to the hooks of a module and of callbacks, from ``install`` to ``remove``.
+
+    Args:
+        module: Whose ``log`` is replaced.
+        counts: Whether the batch that was run last counts on this rank; in an evaluation some do not.
+    """
+
+    def __init__(self, module: pl.LightningModule, counts: Callable[[], bool]) -> None:
+        self._module = module
+        self._counts = counts
+        self._profiler = module.trainer.profiler  # type: ignore[attr-defined]
+        self._running: list[tuple[str, dict[str, _Entry]]] = []  # actions that Lightning is in, and what each logged
+        self._listens: dict[str, bool] = {}
+        self._counts_of_metrics: list[int] = []
+
+    def install(self) -> None:
+        """Listen, where there is more than one rank."""
+        if dist.get_world_size() > 1:
+            self._module.__dict__["log"] = self._log
+            self._profiler.__dict__["profile"] = self._profile
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        self._module.__dict__.pop("log", None)
+        self._profiler.__dict__.pop("profile", None)
+
+    def _profile(self, action: str) -> AbstractContextManager[Any]:
+        """What Lightning surrounds each hook with."""
+        return self._surround(action)
+
+    @contextmanager
+    def _surround(self, action: str) -> Iterator[Any]:
+        pending: dict[str, _Entry] = {}
+        self._running.append((action, pending))
+        listens = self._is_listened_to(action)
+        try:
+            agreed = metrics.same_on_all_stages(self._module, self._counts_of_metrics) if listens else nullcontext()
+            with type(self._profiler).profile(self._profiler, action) as found, agreed:
+                yield found
+        finally:
+            self._running.pop()
+        if listens:
+            self._share(pending)
+
+    def _log(self, *args: Any, **options: Any) -> None:
+        """In place of ``module.log``."""
+        trainer = self._module.trainer
+        action, pending = self._running[-1] if self._running else ("", {})
+        if not self._is_listened_to(action) or trainer._results is None:
+            type(self._module).log(self._module, *args, **options)
+            return
+        given = _SIGNATURE.bind(self._module, *args, **options).arguments
+        given.pop("self")
+        name, value = given.pop("name"), given.pop("value")
+        if action.endswith(_ENDS_OF_BATCHES) and not self._counts():
+            return
+        entry = pending.setdefault(name, _Entry(given))
+        if isinstance(value, Metric):
+            entry.metric = given.get("metric_attribute") or metrics.attribute_of(self._module, value)
+            value = value._forward_cache
+        one = isinstance(value, torch.Tensor) and value.numel() == 1
+        entry.values.append(value.item() if one else value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+        entry.weights.append(float(given.get("batch_size") or self._rows()))
+
+    def _is_listened_to(self, action: str) -> bool:
+        """Whether it is a hook that may log, and that somebody wrote who is not Lightning or this package."""
+        if action not in self._listens:
+            self._listens[action] = self._is_written_by_a_user(action)
+        return self._listens[action]
+
+    def _is_written_by_a_user(self, action: str) -> bool:
+        place, _, hook = action.rpartition(".")
+        if hook in _STEPS or _FxValidator.functions.get(hook) is None:
+            return False
+        if place.startswith("[LightningModule]"):
+            owners: list[Any] = [self._module]
+        elif place.startswith("[Callback]"):
+            callbacks = self._module.trainer.callbacks  # type: ignore[attr-defined]
+            owners = [callback for callback in callbacks if place == f"[Callback]{callback.state_key}"]
+        else:
+            return False
+        written_in = [getattr(inspect.unwrap(getattr(owner, hook)), "__module__", "") for owner in owners]
+        return any(not name.startswith(("lightning.", "lightning_megatron.")) for name in written_in)
+
+    def _rows(self) -> int:
+        """By which Lightning would weigh a value that is logged now."""
+        batch = self._module.trainer._results.batch  # type: ignore[union-attr]
+        return 1 if batch is None else extract_batch_size(batch)
+
+    def _share(self, pending: dict[str, _Entry]) -> None:
+        """Log on all ranks what any has logged in this hook."""
+        device = self._module.trainer.strategy.root_device
+        noted = torch.tensor(len(pending), device=device)
+        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+        if not noted:
+            return
+        here = groups.coordinates(), pending
+        every: list[Any] = [here] * dist.get_world_size()
+        dist.all_gather_object(every, here)
+        for name in dict.fromkeys(name for _, entries in every for name in entries):
+            self._replay(name, _chosen(name, every))
+
+    def _replay(self, name: str, entries: list[_Entry]) -> None:
+        """Log what the replicas logged under one name."""
+        first = entries[0]
+        options = {**first.options, "batch_size": sum(w for entry in entries for w in entry.weights)}
+        values = [value for entry in entries for value in entry.values]
+        weights = [weight for entry in entries for weight in entry.weights]
+        value: Any
+        if first.metric is not None:
+            value = self._module.get_submodule(first.metric)
+            value._update_count = max(value._update_count, 1)  # the last stage's states are known when it is computed
+            known = [v for v in values if v is not None]
+            value._forward_cache = reduce_values(known, [1.0] * len(known), "mean") if known else None
+            value._forward_cache = _tensor(value._forward_cache, value.device)
+            options["metric_attribute"] = first.metric
+        else:
+            value = reduce_values(values, weights, first.options.get("reduce_fx", "mean"))
+            options.update(sync_dist=True, sync_dist_group=groups.REDUCED)
+        type(self._module).log(self._module, name, value, **options)
+
+
+def _chosen(name: str, every: list[tuple[RankCoordinates, dict[str, _Entry]]]) -> list[_Entry]:
+    """The entries that count, one of each replica: those of the latest stage that has logged the name.
+
+    An earlier stage, without outputs, may have logged what stands for nothing. A sum that is not to be reduced over
+    replicas, and what only rank 0 shall log, is that of the first replica.
+    """
+    found = {place: entries[name] for place, entries in every if name in entries}
+    stage = max(place.pp for place in found)
+    of_replica: dict[int, _Entry] = {}
+    for place in sorted((p for p in found if p.pp == stage), key=lambda p: (p.dp, p.tp)):
+        of_replica.setdefault(place.dp, found[place])
+    entries = list(of_replica.values())
+    options = entries[0].options
+    is_sum = options.get("reduce_fx") in ("sum", torch.sum)
+    alone = options.get("rank_zero_only") or (is_sum and not options.get("sync_dist"))
+    return entries[:1] if alone else entries
+
+
+def _tensor(value: Any, device: torch.device) -> Any:
+    return torch.tensor(value, device=device) if isinstance(value, int | float) else value
