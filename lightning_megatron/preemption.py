@@ -58,7 +58,7 @@ class Preemption:
         with trainer.strategy.checkpointer.at_once():  # type: ignore[attr-defined]
             if requeue:  # private (Lightning 2.6): saves, then asks SLURM to start the job anew, which ends this one
                 trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue, None)  # type: ignore[arg-type]
-            elif (path := _path(trainer)) is not None:
+            elif (path := last_path(trainer)) is not None:
                 rank_zero_info(f"Told to end: saving {path}.")
                 trainer.save_checkpoint(path)
             else:
@@ -87,7 +87,7 @@ def install(trainer: pl.Trainer) -> None:
     loop.on_advance_end = act_first  # type: ignore[method-assign]
 
 
-def _path(trainer: pl.Trainer) -> Path | None:
+def last_path(trainer: pl.Trainer) -> Path | None:
     """Where ``ckpt_path="last"`` looks; nowhere without a ModelCheckpoint."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:

@@ -1,9 +1,12 @@
 """Settings of accelerate and Megatron-LM become runs that the command reads, and that do what those tools document."""
 
+import csv
 import dataclasses
 import itertools
+import math
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +17,11 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from lightning_megatron import GPTConfig, LRSchedule, ParallelLayout, biases_and_vectors
+from lightning_megatron import BertConfig, GPTConfig, LRSchedule, ParallelLayout, T5Config, biases_and_vectors
 from lightning_megatron.data import RampUp
 from lightning_megatron.migration import MigrationError, from_accelerate, from_command_line, from_plugin
 from lightning_megatron.migration.accelerate import MEGATRON, PARAMETERS
-from lightning_megatron.migration.homes import HOMES
+from lightning_megatron.migration.homes import _PLACED, HOMES, _elsewhere
 from lightning_megatron.training_cli import MegatronCLI
 from tests.pages import blocks, script, shell
 
@@ -317,6 +320,218 @@ T5 = """--encoder-num-layers 12 --decoder-num-layers 12 --num-layers 12 --hidden
   --train-iters 1000000 --optimizer sgd --data-path sentences --tokenizer-model t5.json"""
 
 
+# The argument lists of train_gpt3_175b_distributed.sh, train_llama3_8b_h100_fp8.sh, train_bert_340m_distributed.sh and
+# train_t5_220m_distributed.sh of 2026-08-22, with its variables filled in.
+PUBLISHED = {
+    "gpt": """--num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048
+      --max-position-embeddings 2048 --attention-backend auto # Can use (flash/fused/unfused/local)
+      --micro-batch-size 1 --global-batch-size 1536 \\
+      --step-batch-size-schedule "0:16 2.4B:320 4.8B:624 7.2B:928 9.6B:1232 12B:1536" --train-iters 500000
+      --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --init-method-std 0.006 --clip-grad 1.0 --fp16 --lr 6.0e-5
+      --lr-decay-style cosine --min-lr 6.0e-6 --lr-warmup-fraction .001 --lr-decay-iters 430000
+      --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --data-path corpus --vocab-file v.json
+      --merge-file m.txt --split 949,50,1 --log-interval 100 --save-interval 10000 --eval-interval 1000 --save ck
+      --load ck --eval-iters 10 --tensorboard-dir tb""",
+    "llama": """--use-mcore-models --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
+      --group-query-attention --num-query-groups 8 --kv-channels 128 --seq-length 8192 --max-position-embeddings 8192
+      --position-embedding-type rope --rotary-base 1000000 --rotary-percent 1.0 --attention-dropout 0.0
+      --hidden-dropout 0.0 --swiglu --normalization RMSNorm --init-method-std 0.0134 --attention-backend fused
+      --apply-layernorm-1p --untie-embeddings-and-output-weights --disable-bias-linear --micro-batch-size 1
+      --global-batch-size 128 --train-samples 1953125000 --lr-decay-samples 1949218748 --lr-warmup-samples 3906252
+      --lr 0.00015 --min-lr 0.00001 --decoupled-lr 5.0e-4 --decoupled-min-lr 4.5e-5 --lr-decay-style cosine
+      --clip-grad 1.0 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --bf16 --grad-reduce-in-bf16
+      --cross-entropy-loss-fusion --calculate-per-token-loss --manual-gc --empty-unused-memory-level 1
+      --exit-duration-in-mins 235 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+      --fp8-format hybrid --fp8-amax-history-len 1024 --fp8-amax-compute-algo max --fp8-param-gather
+      --tensor-model-parallel-size 1 --context-parallel-size 1 --sequence-parallel --mock-data
+      --tokenizer-type NullTokenizer --vocab-size 128256 --data-cache-path cache --tiktoken-pattern v2
+      --split "'99,1,0'" --no-create-attention-mask-in-dataloader --no-mmap-bin-files --num-workers 1 --log-interval 1
+      --eval-iters 32 --eval-interval 100 --save-interval 1000 --log-throughput --profile --profile-step-start 4
+      --profile-step-end 6 --ckpt-format torch_dist --distributed-timeout-minutes 60 --save ck --load ck
+      --tensorboard-dir tb""",
+    "bert": """--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 512
+      --max-position-embeddings 512 --attention-backend auto --micro-batch-size 4 --global-batch-size 32
+      --train-iters 1000000 --weight-decay 1e-2 --clip-grad 1.0 --fp16 --lr 0.0001 --lr-decay-iters 990000
+      --lr-decay-style linear --min-lr 1.0e-5
+      --weight-decay 1e-2 --lr-warmup-fraction .01 --clip-grad 1.0 --tensor-model-parallel-size 8
+      --pipeline-model-parallel-size 16 --data-path corpus --vocab-file v.json --split 949,50,1 --log-interval 100
+      --save-interval 10000 --eval-interval 1000 --save ck --load ck --eval-iters 10 --tensorboard-dir tb""",
+    "t5": """--encoder-num-layers 12 --decoder-num-layers 12 --hidden-size 768 --num-attention-heads 12 --kv-channels 64
+      --ffn-hidden-size 3072 --encoder-seq-length 512 --decoder-seq-length 128 --max-position-embeddings 512
+      --micro-batch-size 64 --global-batch-size 512 --lr 0.0001 --train-iters 1000000 --lr-decay-iters 1000000
+      --lr-decay-style linear --min-lr 0.00001 --weight-decay 1e-2 --lr-warmup-fraction .01 --clip-grad 1.0 --bf16
+      --vocab-extra-ids 100 --init-method-std 0.015 --transformer-impl transformer_engine
+      --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --attention-backend auto --data-path corpus
+      --vocab-file v.txt --tokenizer-type BertWordPieceCase --split 99982,9,9 --log-interval 100 --tensorboard-dir tb
+      --save-interval 500 --eval-interval 1000 --eval-iters 10 --distributed-backend nccl --save ck --load ck""",
+}
+CONFIGS = {"gpt": GPTConfig, "llama": GPTConfig, "bert": BertConfig, "t5": T5Config}
+
+
+@pytest.fixture(scope="module")
+def published(parser):
+    """What becomes of the published lines: their plans, and the runs that ``fit --config`` reads of them."""
+    plans = {
+        name: from_command_line(
+            line, "gpt" if name == "llama" else name, num_nodes=16 if name in ("gpt", "bert") else 1
+        )
+        for name, line in PUBLISHED.items()
+    }
+    return {name: (plan, parsed(parser, plan)) for name, plan in plans.items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_line(name, published):
+    plan, run = published[name]
+    options = {word for word in PUBLISHED[name].split() if word.startswith("--")}
+    assert {line.setting for line in plan.lines} >= options
+    missing = {"--fp8-format", "--fp8-amax-history-len", "--fp8-amax-compute-algo", "--fp8-param-gather"}
+    assert {line.setting for line in plan.missing} == (missing if name == "llama" else set())
+    CONFIGS[name](**plan.run["model"]["init_args"]["config"])
+    # Megatron-LM's own: a mean over micro-batches, unless --calculate-per-token-loss is given.
+    assert run.model.init_args.loss_reduction == ("token" if name == "llama" else "micro_batch")
+    assert "--calculate-per-token-loss" in {line.setting for line in plan.lines}
+    checkpoint, end = run.trainer.callbacks
+    assert (checkpoint.class_path.rpartition(".")[2], checkpoint.init_args.dirpath) == ("ModelCheckpoint", "ck")
+    assert end.class_path == "lightning_megatron.callbacks.SaveAtEnd"
+
+
+def test_what_the_published_lines_ask_for_arrives(published):
+    run = published["gpt"][1]
+    sizes = {0: 16, 1171875: 320, 2343750: 624, 3515625: 928, 4687500: 1232, 5859375: 1536}  # tokens / 2048
+    assert run.data.init_args.ramp_up.init_args.sizes == sizes
+    assert run.data.init_args.global_batch_size == 1536
+    assert run.data.init_args.split == "949,50,1"
+    assert run.trainer.strategy.init_args.initial_loss_scale == 2**32
+    assert (run.trainer.val_check_interval, run.trainer.limit_val_batches, run.trainer.log_every_n_steps) == (
+        1000,
+        10,
+        100,
+    )
+    assert run.trainer.callbacks[0].init_args.every_n_train_steps == 10000
+    plan, run = published["llama"]
+    assert str(run.trainer.max_time) == "00:03:55:00"
+    assert "data" not in plan.run  # there is no data_path, so what was said of the data is for its user to set
+    by_hand = {line.setting for line in plan.lines if line.fate == "yours to do"}
+    assert by_hand >= {"--split", "--data-cache-path", "--num-workers", "--mock-data", "--decoupled-lr", "--load"}
+    assert run.trainer.max_steps == math.ceil(1953125000 / 128)
+    config = published["t5"][1].model.init_args.config
+    assert (config.num_layers, config.encoder_num_layers, config.decoder_num_layers) == (12, 12, 12)
+    assert (config.seq_length, config.decoder_seq_length, config.kv_channels, config.layers) == (512, 128, 64, "torch")
+    assert config.extra == {"add_bias_linear": True, "add_qkv_bias": True}
+    samples = published["t5"][1].data.init_args.samples.init_args
+    assert (samples.seq_length, samples.decoder_seq_length) == (512, 128)
+
+
+OPTIONS = list(csv.DictReader((Path(__file__).parent / "megatron_lm_options.tsv").open(), delimiter="\t"))
+
+
+@pytest.mark.parametrize("model", ["gpt", "bert", "t5"])
+def test_every_option_of_megatron_lm_is_accounted_for(model):
+    """Of its parser of 2026-08-22: each gets its line, alone as well."""
+    assert len(OPTIONS) == 616
+    for row in OPTIONS:
+        words = [row["option"], *row["value"].split()]
+        if row["option"] in ("--start-weight-decay", "--end-weight-decay"):  # Megatron-LM refuses one alone
+            words = ["--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "1"]
+        lines = from_command_line(words, model, devices=1).lines
+        assert row["option"] in {line.setting for line in lines}, words
+        assert all(line.says for line in lines)
+
+
+def test_no_setting_has_two_homes():
+    rows = list(_elsewhere())
+    names = [name for name, _ in rows]
+    assert len(names) == len(set(names))
+    assert not set(names) & _PLACED.keys()
+    assert {home.fate for _, home in rows} == {"not needed", "yours to do", "not here"}
+
+
+def test_a_setting_at_its_default_asks_for_nothing():
+    words = "--moe-router-topk 2 --main-params-dtype fp32 --mtp-loss-scaling-factor 0.10 --no-rl-skip-bos-token"
+    assert not from_command_line(words, devices=1).missing
+    plan = from_command_line("--moe-router-topk 8 --main-params-dtype fp16 --rl-skip-bos-token", devices=1)
+    assert [line.setting for line in plan.missing] == [
+        "--moe-router-topk",
+        "--main-params-dtype",
+        "--rl-skip-bos-token",
+    ]
+
+
+def test_arguments_are_read_as_argparse_does():
+    plan = from_command_line(
+        "--num-layers 4 --bf16 --lr 1e-3 --data-path a --num-layers=8 --bf16 --lr 2e-3 --data-path 0.5 b 0.5 c"
+        " --window-size -1,0 --micro-batch-size 2 --no-rl-skip-bos-token --rl-skip-bos-token",
+        devices=2,
+    )
+    run = plan.run
+    assert run["model"]["init_args"]["config"]["num_layers"] == 8
+    assert run["model"]["init_args"]["optimizer"]["init_args"]["optimizer"]["init_args"]["lr"] == 2e-3
+    assert (run["data"]["init_args"]["paths"], run["data"]["init_args"]["weights"]) == (["b", "c"], [0.5, 0.5])
+    assert run["data"]["init_args"]["global_batch_size"] == 4  # a micro-batch of each replica
+
+
+def test_all_mistakes_are_named_at_once():
+    with pytest.raises(MigrationError) as failed:
+        from_command_line("--num-layrs 2 --bf16 yes --hidden-size many --lr --seed 1 2 --num-layrs 3 --tp 4")
+    assert str(failed.value).splitlines() == [
+        "--num-layrs: this command knows no setting of Megatron of this name. Did you mean num_layers?",
+        "--bf16 yes: it takes no value; leave it out.",
+        "--hidden-size='many': use a whole number.",
+        "--lr is without its value.",
+        "--seed 1 2: it takes one value. Put quotes around words that are one.",
+        "--tp: this command knows no setting of Megatron of this name.",
+    ]
+    with pytest.raises(MigrationError, match=r"ranks, more than the 8 of.*--num-nodes"):
+        from_command_line("--tensor-model-parallel-size 8 --pipeline-model-parallel-size 16")
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "fates"),
+    [
+        ("bert", "--position-embedding-type rope --normalization LayerNorm --untie-embeddings-and-output-weights",
+         {"--position-embedding-type": "not here", "--normalization": "not needed",
+          "--untie-embeddings-and-output-weights": "not here"}),
+        ("t5", "--group-query-attention --num-query-groups 2 --disable-bias-linear --swiglu --rotary-base 500000",
+         {"--group-query-attention": "not here", "--num-query-groups": "not here",
+          "--disable-bias-linear": "not needed", "--swiglu": "carried over", "--rotary-base": "not here"}),
+        ("gpt", "--decoder-num-layers 2 --decoder-seq-length 8 --bert-no-binary-head --mask-prob 0.2 --optimizer muon",
+         {"--decoder-num-layers": "not needed", "--decoder-seq-length": "not needed",
+          "--bert-no-binary-head": "not needed", "--mask-prob": "not needed", "--optimizer": "not here"}),
+        ("bert", "--mask-prob 0.2 --short-seq-prob 0.3",
+         {"--mask-prob": "carried over", "--short-seq-prob": "carried over"}),
+    ],
+)  # fmt: skip
+def test_what_a_family_does_not_have_is_said_and_left_out(model, words, fates, parser):
+    sizes = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --data-path d --micro-batch-size 1"
+    plan = from_command_line(f"{sizes} {words}", model, devices=1)
+    said = {line.setting: line.fate for line in plan.lines}
+    assert fates.items() <= said.items()
+    parsed(parser, plan)
+
+
+def test_settings_that_megatron_does_not_look_at_do_not_reach_the_run(parser):
+    words = "--train-iters 9 --lr 1e-3 --lr-wsd-decay-iters 4 --lr-warmup-init 1e-5 --rope-scaling-factor 4"
+    plan = from_command_line(f"{words} --save-interval 5", devices=1)
+    ignored = {line.setting for line in plan.lines if "only with" in line.says}
+    assert ignored == {"--lr-wsd-decay-iters", "--lr-warmup-init", "--rope-scaling-factor", "--save-interval"}
+    assert "callbacks" not in plan.run["trainer"]
+    assert plan.run["trainer"]["limit_val_batches"] == 0  # no --eval-interval
+    assert "--eval-interval: Lightning's" in plan.report()
+
+
+def test_windows_positions_and_seeds():
+    words = (
+        "--num-layers 6 --window-size 128,0 --window-attn-skip-freq 3 --rotary-seq-len-interpolation-factor 2 --seed 7"
+    )
+    plan = from_command_line(f"{words} --data-path d --deterministic-mode --full-validation", devices=1)
+    config = plan.run["model"]["init_args"]["config"]
+    assert (config["sliding_window"], config["sliding_window_layers"]) == (129, [0, 1, 3, 4])
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2}
+    assert (plan.run["seed_everything"], plan.run["data"]["init_args"]["seed"]) == (7, 7)
+    assert (plan.run["trainer"]["deterministic"], plan.run["trainer"]["limit_val_batches"]) == (True, 1.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "model", "devices", "nodes"),
     [(GPT3, "gpt", 8, 16), (LLAMA, "gpt", 8, 1), (BERT, "bert", 8, 1), (T5, "t5", 8, 1)],
@@ -532,6 +747,29 @@ def test_what_is_not_here_ends_with_an_error_and_the_run_all_the_same(tmp_path):
         shell(tmp_path, "lightning-megatron migrate megatron-args")
     with pytest.raises(AssertionError, match="nowhere.yaml"):
         shell(tmp_path, "lightning-megatron migrate nowhere.yaml")
+
+
+def test_all_mistakes_of_a_configuration_are_named_at_once():
+    with pytest.raises(MigrationError, match=r"num_procesess: .*num_processes\?\nmixed: .*no such setting"):
+        from_accelerate({"num_procesess": 8, "mixed": 1})
+    block = {"megatron_lm_tp_degre": 2, "pp_degree": 2}
+    with pytest.raises(
+        MigrationError, match=r"tp_degre: .*tp_degree\?\nmegatron_lm_config.pp_degree: .*lm_pp_degree\?"
+    ):
+        from_accelerate(_accelerate(megatron_lm_config=block))
+    with pytest.raises(MigrationError, match=r"tp_degre: .*\npp: .*no such argument"):
+        from_plugin({"tp_degre": 2, "pp": 1})
+    with pytest.raises(MigrationError, match=r"\['nun_layers'\].*\nother_megatron_args\['lr'\]='fast': use a number"):
+        from_plugin({"other_megatron_args": {"nun_layers": 2, "lr": "fast"}})
+    with pytest.raises(MigrationError, match="other_megatron_args='--lr 1': give Megatron's names and their values"):
+        from_plugin({"other_megatron_args": "--lr 1"})
+    plan = from_accelerate(_accelerate(), environment={"MEGATRON_LM_TP_DEGRE": "2"})
+    assert (
+        "MEGATRON_LM_TP_DEGRE=2: not needed; accelerate reads no such variable. Did you mean tp_degree?"
+        in plan.report()
+    )
+    both = from_plugin({"recompute_activations": True, "recompute_granularity": "full"})
+    assert "recompute_activations" in {line.setting for line in both.lines}
 
 
 def test_plugin_mistakes():

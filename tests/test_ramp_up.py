@@ -5,7 +5,7 @@ import torch
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_megatron.data import RampUp, RampUpBatches
+from lightning_megatron.data import BatchSizeSteps, RampUp, RampUpBatches
 from tests import plain_gpt
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
 from tests.ranks import run_ranks
@@ -19,6 +19,21 @@ def test_sizes_are_megatrons(start, increment, samples, full):
     for consumed in range(3 * samples):
         theirs.update(consumed, consistency_check=True, verbose=False)
         assert rule.size(consumed, full) == theirs.current_running_global_batch_size
+
+
+def test_sizes_of_each_part_of_training():
+    rule = BatchSizeSteps({0: 2, 10: 4, 18: 8})
+    assert [rule.size(consumed, 8) for consumed in (0, 9, 10, 17, 18, 99)] == [2, 2, 4, 4, 8, 8]
+    assert rule.consumed(7, 8) == 5 * 2 + 2 * 4
+    sampler = DistributedSampler(range(50), 2, 1, shuffle=False)
+    assert [len(batch) for batch in RampUpBatches(sampler, 4, rule)] == [1] * 5 + [2] * 2 + [4] * 4
+    for sizes, full, replicas, says in (
+        ({5: 2}, 2, 1, "a size of 1 or more from 0 samples on"),
+        ({0: 2, 5: 4}, 8, 1, "ends at 4, and the global batch is 8"),
+        ({0: 2, 5: 4}, 4, 4, "2 does not divide by the 4 data-parallel ranks"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            BatchSizeSteps(sizes).check(full, replicas)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

@@ -6,16 +6,19 @@ from lightning_megatron.callbacks.phase_times import PhaseTimes
 from lightning_megatron.callbacks.pipeline_timeline import PipelineTimeline
 from lightning_megatron.callbacks.profile import Profile
 from lightning_megatron.callbacks.progress_bars import RichTrainingProgressBar, TrainingProgressBar
+from lightning_megatron.callbacks.run_end import ExitInterval, SaveAtEnd
 from lightning_megatron.callbacks.throughput import Throughput
 from lightning_megatron.callbacks.training_monitor import TrainingMonitor
 
 __all__ = [
+    "ExitInterval",
     "MemoryMonitor",
     "Perplexity",
     "PhaseTimes",
     "PipelineTimeline",
     "Profile",
     "RichTrainingProgressBar",
+    "SaveAtEnd",
     "Throughput",
     "TrainingMonitor",
     "TrainingProgressBar",

@@ -6,7 +6,7 @@ from lightning_megatron.data.indexed_samples import BertSamples, GPTSamples, Ind
 from lightning_megatron.data.masking import MaskedLMCollator
 from lightning_megatron.data.megatron_datamodule import MegatronDataModule
 from lightning_megatron.data.packed_text import PackedTextDataset
-from lightning_megatron.data.ramp_up import RampUp, RampUpBatches
+from lightning_megatron.data.ramp_up import BatchSizes, BatchSizeSteps, RampUp, RampUpBatches
 from lightning_megatron.data.sentence_pairs import SentencePairCollator
 from lightning_megatron.data.span_corruption import SpanCorruptionCollator
 from lightning_megatron.data.text_datamodule import TextDataModule
@@ -14,6 +14,8 @@ from lightning_megatron.data.text_sources import standard_library_sources
 from lightning_megatron.data.text_tokenizer import ByteTokenizer
 
 __all__ = [
+    "BatchSizeSteps",
+    "BatchSizes",
     "BertSamples",
     "ByteTokenizer",
     "GPTSamples",

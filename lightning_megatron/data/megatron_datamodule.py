@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_megatron.data import index_cache
 from lightning_megatron.data.indexed import check_contents, open_indexed
 from lightning_megatron.data.indexed_samples import IndexedSamples, Sample
-from lightning_megatron.data.ramp_up import RampUp, RampUpBatches, ramp_up_loader
+from lightning_megatron.data.ramp_up import BatchSizes, RampUpBatches, ramp_up_loader
 from lightning_megatron.data.text_tokenizer import Tokenizer
 from lightning_megatron.data.tokenized import PARTS, USED, Loader, TokenizedDataModule, default_cache_dir
 
@@ -65,7 +65,7 @@ class MegatronDataModule(TokenizedDataModule):
         seed: int = 1234,
         cache_dir: str | Path | None = None,
         num_workers: int = 0,
-        ramp_up: RampUp | None = None,
+        ramp_up: BatchSizes | None = None,
     ) -> None:
         super().__init__(tokenizer)
         given = {"batch_size": batch_size, "global_batch_size": global_batch_size, "train_samples": train_samples}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,31 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 
+class BatchSizes(ABC):
+    """How a global batch grows: ``RampUp``, or ``BatchSizeSteps``."""
+
+    @abstractmethod
+    def check(self, full: int, replicas: int) -> None:
+        """Refuse a global batch of ``full`` samples on ``replicas`` that the rule does not lead to.
+
+        Raises:
+            ValueError: With the numbers seen.
+        """
+
+    @abstractmethod
+    def size(self, consumed: int, full: int) -> int:
+        """Samples of the global batch that follows ``consumed`` samples, and is ``full`` in the end."""
+
+    def consumed(self, batches: int, full: int) -> int:
+        """Samples of the first ``batches`` global batches."""
+        total = 0
+        for _ in range(batches):
+            total += self.size(total, full)
+        return total
+
+
 @dataclass(frozen=True)
-class RampUp:
+class RampUp(BatchSizes):
     """How a global batch grows; Megatron's ``--rampup-batch-size START INCREMENT SAMPLES``.
 
     Args:
@@ -61,12 +85,43 @@ class RampUp:
             return full
         return min(self.start + int(consumed / (self.samples / steps)) * self.increment, full)
 
-    def consumed(self, batches: int, full: int) -> int:
-        """Samples of the first ``batches`` global batches."""
-        total = 0
-        for _ in range(batches):
-            total += self.size(total, full)
-        return total
+
+@dataclass(frozen=True)
+class BatchSizeSteps(BatchSizes):
+    """A global batch with a size for each part of training; Megatron's ``--step-batch-size-schedule``.
+
+    Args:
+        sizes: Samples of a global batch, by the samples of training from which on they hold: ``{0: 16, 8000: 32}``.
+
+    Raises:
+        ValueError: No size from the start, or a number that is out of range.
+    """
+
+    sizes: dict[int, int]
+
+    def __post_init__(self) -> None:
+        if 0 not in self.sizes or min(self.sizes) < 0 or min(self.sizes.values()) < 1:
+            raise ValueError(f"BatchSizeSteps(sizes={self.sizes}): give a size of 1 or more from 0 samples on.")
+
+    def check(self, full: int, replicas: int) -> None:
+        """Refuse another size at the end, and sizes that ``replicas`` cannot share.
+
+        Raises:
+            ValueError: With the numbers seen.
+        """
+        last = self.sizes[max(self.sizes)]
+        if last != full:
+            raise ValueError(f"BatchSizeSteps(sizes={self.sizes}) ends at {last}, and the global batch is {full}.")
+        for size in self.sizes.values():
+            if size % replicas:
+                raise ValueError(
+                    f"BatchSizeSteps(sizes={self.sizes}): {size} does not divide by the {replicas} data-parallel ranks,"
+                    " which share each batch out."
+                )
+
+    def size(self, consumed: int, full: int) -> int:
+        """Samples of the global batch that follows ``consumed`` samples."""
+        return self.sizes[max(start for start in self.sizes if start <= consumed)]
 
 
 class RampUpBatches(Sampler[list[int]]):
@@ -83,7 +138,7 @@ class RampUpBatches(Sampler[list[int]]):
 
     global_batches = True  # a resumed run may have other replicas: as many batches are the same samples
 
-    def __init__(self, sampler: DistributedSampler[Any], batch_size: int, ramp_up: RampUp) -> None:
+    def __init__(self, sampler: DistributedSampler[Any], batch_size: int, ramp_up: BatchSizes) -> None:
         ramp_up.check(batch_size * sampler.num_replicas, sampler.num_replicas)
         self.sampler = sampler
         self.full = batch_size * sampler.num_replicas

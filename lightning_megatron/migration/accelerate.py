@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_megatron.migration.homes import CONFIG, MODULE, STRATEGY
-from lightning_megatron.migration.megatron import carry_over, read
+from lightning_megatron.migration.megatron import carry_over, read, refuse
 from lightning_megatron.migration.plan import Fate, MigrationError, Plan, nearest
 from lightning_megatron.migration.values import whole
 
@@ -129,9 +129,8 @@ def from_accelerate(
     """
     settings = dict(config) if isinstance(config, Mapping) else _load(Path(config))
     environment = environment or {}
-    unknown = sorted(settings.keys() - _TOP - _IGNORED)
-    if unknown:
-        raise MigrationError(f"{unknown[0]}: accelerate has no such setting.{nearest(unknown[0], _TOP | _IGNORED)}")
+    known = _TOP | _IGNORED
+    refuse([f"{name}: accelerate has no such setting.{nearest(name, known)}" for name in settings if name not in known])
     kind = str(
         settings.get("distributed_type", "MEGATRON_LM" if environment.get("ACCELERATE_USE_MEGATRON_LM") else None)
     )
@@ -149,6 +148,13 @@ def from_accelerate(
     )
     for name in sorted(settings.keys() & _IGNORED):
         plan.say(name, settings[name] or None, "not needed", "it does not reach the Megatron-LM plugin")
+    for name in environment:
+        if (
+            name.startswith(_PREFIX.upper())
+            and (parameter := name.removeprefix(_PREFIX.upper()).lower()) not in PARAMETERS
+        ):
+            says = f"accelerate reads no such variable.{nearest(parameter, PARAMETERS)}"
+            plan.say(name, environment[name], "not needed", says)
     _plugin(_parameters(settings.get("megatron_lm_config") or {}, environment), plan, model, world_size)
     return plan
 
@@ -167,9 +173,8 @@ def from_plugin(plugin: Any, model: str | None = None, *, world_size: int | None
     """
     plan = Plan("accelerate's MegatronLMPlugin", _called)
     asked = dict(plugin) if isinstance(plugin, Mapping) else _asked(plugin, plan)
-    unknown = sorted(asked.keys() - PARAMETERS.keys())
-    if unknown:
-        raise MigrationError(f"{unknown[0]}: MegatronLMPlugin has no such argument.{nearest(unknown[0], PARAMETERS)}")
+    unknown = [name for name in asked if name not in PARAMETERS]
+    refuse([f"{name}: MegatronLMPlugin has no such argument.{nearest(name, PARAMETERS)}" for name in unknown])
     if world_size is not None:
         plan.put("trainer.devices", world_size)
     _plugin(asked, plan, model, world_size)
@@ -239,12 +244,8 @@ def _accumulation(steps: Any, plan: Plan) -> None:
 def _parameters(block: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
     """The plugin's parameters, of the configuration's block and the environment behind it."""
     known = {f"{_PREFIX}{name}" for name in PARAMETERS}
-    for key in block:
-        if key not in known:
-            raise MigrationError(
-                f"megatron_lm_config.{key}: accelerate has no such key, and leaves it out without a word."
-                f"{nearest(key, known)}"
-            )
+    wrong = "accelerate has no such key, and leaves it out without a word."
+    refuse([f"megatron_lm_config.{key}: {wrong}{nearest(key, known)}" for key in block if key not in known])
     found = {
         name.removeprefix(_PREFIX.upper()).lower(): value
         for name, value in environment.items()
@@ -268,11 +269,15 @@ def _asked(plugin: Any, plan: Plan) -> dict[str, Any]:
 
 def _plugin(asked: Mapping[str, Any], plan: Plan, model: str | None, world_size: int | None) -> None:
     given = read({MEGATRON[name]: value for name, value in asked.items() if name in MEGATRON}, _called)
-    given |= read(asked.get("other_megatron_args") or {}, lambda name: f"other_megatron_args[{name!r}]")
+    others = asked.get("other_megatron_args") or {}
+    if not isinstance(others, Mapping):
+        raise MigrationError(f"other_megatron_args={others!r}: give Megatron's names and their values, as a mapping.")
+    given |= read(others, lambda name: f"other_megatron_args[{name!r}]")
     if "clip_grad" not in given:
         given["clip_grad"] = 1.0  # accelerate's default; Lightning's is none
     if given.get("recompute_activations") and "recompute_granularity" in given:
-        del given["recompute_activations"]  # read and dropped by accelerate; the other says more
+        del given["recompute_activations"]
+        plan.say("recompute_activations", True, "not needed", "accelerate drops it beside recompute_granularity")
     carry_over(given, plan, model, world_size)
     for name in asked.keys() & OTHERS.keys():
         if asked[name] is not None:

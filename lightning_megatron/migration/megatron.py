@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from inspect import signature
 from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.migration.compounds import MODELS, settle
-from lightning_megatron.migration.homes import DATA, HOMES, MODULE, STRATEGY, Home, extra
+from lightning_megatron.migration.compounds import MODELS, growth, settle
+from lightning_megatron.migration.homes import CONFIG, DATA, HOMES, MODULE, STRATEGY, Home, extra, option_of
 from lightning_megatron.migration.plan import MigrationError, Plan, nearest
-from lightning_megatron.modules import AutoModule
+from lightning_megatron.migration.values import anything, truth
+from lightning_megatron.modules import AutoModule, BertConfig, GPTConfig, T5Config
 
-_EXTRA = {field.name for field in fields(TransformerConfig)}
+_EXTRA = {field.name: field.type for field in fields(TransformerConfig)}
+_CONFIGS = {"gpt": GPTConfig, "bert": BertConfig, "t5": T5Config}
+# What each BERT and T5 is, whatever is said.
+_BERT = {"position_embedding": "learned", "normalization": "LayerNorm", "bias": True, "tie_embeddings": True}
+_FIXED: dict[str, dict[str, Any]] = {
+    "gpt": {},
+    "bert": {**_BERT, "rotary_base": 10000.0, "rotary_percent": 1.0},
+    "t5": {"bias": False, "rotary_base": 10000.0, "rotary_percent": 1.0},
+}
+# Settings of one kind of model, which the others do not read.
+_OF_ONE = {"task": "BERT", "num_labels": "BERT"}
+_OF_ONE |= dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), "relative positions")
 _WAITING = {"cp": "context parallelism", "ep": "expert parallelism", "etp": "expert tensor parallelism"}
 
 
-def home_of(name: str, where: str) -> Home:
-    """Where a setting lives.
+def home_of(name: str) -> Home | None:
+    """Where a setting lives; None where Megatron has none of this name that this command knows.
 
     Args:
         name: Megatron's.
-        where: It was found, for the error.
-
-    Raises:
-        MigrationError: Megatron has none of this name that this command knows.
     """
     if name in HOMES:
         return HOMES[name]
     if name in _EXTRA:
-        return extra(name)
+        return extra(name, truth if _EXTRA[name] in (bool, "bool") else anything)
+    return None
+
+
+def unknown(name: str, called: Callable[[str], str]) -> str:
+    """What to say of a setting that nobody knows, with the nearest that there is."""
     near = nearest(name, [*HOMES, *_EXTRA])
-    raise MigrationError(f"{where}: this command knows no setting of Megatron of this name.{near}")
+    return f"{called(name)}: this command knows no setting of Megatron of this name.{near}"
 
 
 def read(settings: Mapping[str, Any], called: Callable[[str], str]) -> dict[str, Any]:
@@ -43,12 +56,32 @@ def read(settings: Mapping[str, Any], called: Callable[[str], str]) -> dict[str,
     Args:
         settings: By Megatron's names.
         called: How an error names a setting.
+
+    Raises:
+        MigrationError: With a line for each that is unknown, or cannot be read.
     """
-    return {
-        name: home_of(name, called(name)).read(called(name), value)
-        for name, value in settings.items()
-        if value is not None
-    }
+    found, wrong = {}, []
+    for name, value in settings.items():
+        home = home_of(name)
+        try:
+            if home is None:
+                raise MigrationError(unknown(name, called))
+            if value is not None:
+                found[name] = home.read(called(name), value)
+        except MigrationError as error:
+            wrong.append(str(error))
+    refuse(wrong)
+    return found
+
+
+def refuse(wrong: Sequence[str]) -> None:
+    """Raise an error of all that is wrong, a line each.
+
+    Raises:
+        MigrationError: Something is.
+    """
+    if wrong:
+        raise MigrationError("\n".join(wrong))
 
 
 def carry_over(given: Mapping[str, Any], plan: Plan, model: str | None = None, world_size: int | None = None) -> None:
@@ -70,16 +103,51 @@ def carry_over(given: Mapping[str, Any], plan: Plan, model: str | None = None, w
         plan.put("model.class_path", "lightning_megatron.AutoModule.from_pretrained")
         plan.put("model.init_args.source", model or "YOUR-MODEL")
     for name, value in given.items():
-        home = home_of(name, name)
+        home = home_of(name)
+        assert home is not None, name
         if home.place is not None:
             plan.put(home.place, home.at(value))
-        if home.place is not None or home.fate != "carried over":
-            on = not (home.flag and value is False)
-            plan.say(name, value, home.fate if on or home.place else "not needed", home.says)
+            plan.say(name, value, home.fate, home.says, home.place)
+        elif home.fate in ("not here", "yours to do") and home.asks_for_nothing(value):
+            plan.say(name, value, "not needed", "so it is where nothing is said")
+        elif home.fate != "carried over":
+            plan.say(name, value, home.fate, home.says)
     settle(given, plan)
-    if model not in MODELS:
+    if model in MODELS:
+        _fit_the_family(plan, str(model))
+    else:
         _move_what_the_adapter_takes(plan)
-    _check_layout(plan, world_size)
+    _check_layout(given, plan, world_size)
+
+
+def _fit_the_family(plan: Plan, model: str) -> None:
+    """Take back what the model's configuration does not have, and say what else it will refuse."""
+    family = _CONFIGS[model]
+    config: dict[str, Any] = plan.get(CONFIG, {})
+    known = {field.name for field in fields(family)}
+    for name in [name for name in config if name not in known]:
+        value = config[name]
+        if name in _OF_ONE:
+            plan.take_back(f"{CONFIG}.{name}", "not needed", f"of {_OF_ONE[name]} alone")
+        elif name in _FIXED[model] and value == _FIXED[model][name]:
+            plan.take_back(f"{CONFIG}.{name}", "not needed", f"so it is in every {family.__name__}")
+        else:
+            plan.take_back(f"{CONFIG}.{name}", "not here", f"{family.__name__} has no {name}")
+    if model != "gpt" and config.get("layers", "torch") != "torch":
+        says = f"{family.__name__}'s layers are PyTorch's, with the same numbers"
+        plan.take_back(f"{CONFIG}.layers", "not needed", says)
+    if model == "t5" and config.get("position_embedding", "learned") == "learned":
+        for name in ("relative_attention_num_buckets", "relative_attention_max_distance"):
+            plan.take_back(f"{CONFIG}.{name}", "not needed", f"of {_OF_ONE[name]} alone")
+    needed = [field.name for field in fields(family) if field.default is MISSING and field.default_factory is MISSING]
+    absent = [name for name in needed if name not in config]
+    for name in absent:
+        plan.say(name, None, "yours to do", f"config.{name} must be given: {option_of(name)}")
+    if not absent:
+        try:
+            family(**config)
+        except ValueError as error:
+            plan.say("config", None, "yours to do", str(error))
 
 
 def _move_what_the_adapter_takes(plan: Plan) -> None:
@@ -90,7 +158,7 @@ def _move_what_the_adapter_takes(plan: Plan) -> None:
         plan.put(f"model.dict_kwargs.{name}", arguments.pop(name))
 
 
-def _check_layout(plan: Plan, world_size: int | None) -> None:
+def _check_layout(given: Mapping[str, Any], plan: Plan, world_size: int | None) -> None:
     """Refuse sizes that do not divide, and name dimensions that wait."""
     sizes = {name: plan.get(f"{STRATEGY}.{name}") or 1 for name in ("tp", "pp", "cp", "ep", "etp")}
     for name, what in _WAITING.items():
@@ -112,5 +180,8 @@ def _check_layout(plan: Plan, world_size: int | None) -> None:
         raise MigrationError(
             f"global_batch_size={whole}: {layout.dp} data-parallel replicas do not share it evenly. Use a multiple."
         )
+    rule = growth(given)
+    if rule is not None and whole is not None:
+        rule.check(whole, layout.dp)
     if whole is not None and part is not None:
         layout.check_batch(whole // layout.dp, part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import yaml
@@ -25,12 +25,14 @@ class Line:
         value: What it was; None for what was not given and matters all the same.
         fate: In a word or two.
         says: Where it is now, or why it is nowhere.
+        place: In the run, dotted, where it is at one place.
     """
 
     setting: str
     value: Any
     fate: Fate
     says: str
+    place: str | None = None
 
     def __str__(self) -> str:
         given = self.setting if self.value is None else f"{self.setting}={self.value}"
@@ -68,9 +70,15 @@ class Plan:
             inside = inside[name]
         return inside
 
-    def say(self, setting: str, value: Any, fate: Fate, says: str = "") -> None:
+    def take_back(self, place: str, fate: Fate, says: str) -> None:
+        """Leave out what was put at a dotted place, and say of the settings that were there what becomes of them."""
+        parent, _, name = place.rpartition(".")
+        self.get(parent, {}).pop(name, None)
+        self.lines = [replace(line, fate=fate, says=says) if line.place == place else line for line in self.lines]
+
+    def say(self, setting: str, value: Any, fate: Fate, says: str = "", place: str | None = None) -> None:
         """Add a line."""
-        self.lines.append(Line(self._called(setting), value, fate, says))
+        self.lines.append(Line(self._called(setting), value, fate, says, place))
 
     @property
     def missing(self) -> list[Line]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,18 @@ def text(name: str, value: Any) -> str:
 def words(name: str, value: Any) -> list[str]:
     """Several, as a list or separated by blanks."""
     return [str(word) for word in value] if isinstance(value, list | tuple) else str(value).split()
+
+
+def shares(name: str, value: Any) -> str:
+    """Weights of training, validation and test, as Megatron reads them: the numbers in a text, whatever is between.
+
+    Raises:
+        MigrationError: There is none.
+    """
+    found = re.findall(r"[.0-9]+", str(value))
+    if not found:
+        raise MigrationError(f"{name}={value!r}: use shares such as 949,50,1.")
+    return ",".join(found)
 
 
 def anything(name: str, value: Any) -> Any:

@@ -1,0 +1,52 @@
+"""How a run ends before its last step, and that its end is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_megatron import preemption
+from lightning_megatron.checkpoint.callbacks import checkpoint_callbacks
+
+
+class ExitInterval(Callback):
+    """Ends the run after each optimizer step that is a multiple of ``steps``, as Megatron's ``--exit-interval``.
+
+    ``Trainer(max_steps=)`` stays the whole training's, and so do schedules; a resumed run goes on to the next multiple.
+
+    Args:
+        steps: Optimizer steps.
+
+    Raises:
+        ValueError: There are none.
+    """
+
+    def __init__(self, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"ExitInterval(steps={steps}) must be at least 1.")
+        self.steps = steps
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.steps == 0:
+            trainer.should_stop = True
+
+
+class SaveAtEnd(Callback):
+    """Saves the step at which a run ends, as Megatron does, where ``ckpt_path="last"`` looks; unless it is saved.
+
+    ``ModelCheckpoint(save_last=True)`` says where to, and alone saves the end only of a run that has saved nothing
+    before. Without one nothing is saved.
+    """
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        saved = {
+            callback._last_global_step_saved for callback in checkpoint_callbacks(trainer)
+        }  # private (Lightning 2.6)
+        path = preemption.last_path(trainer)
+        if path is not None and trainer.global_step not in saved:
+            trainer.save_checkpoint(path)
