@@ -24,7 +24,7 @@ def count_rows(batch: Any) -> int:
     """Rows of a batch: those of the first tensor or array that is no element of a list, else of its lists.
 
     Raises:
-        ValueError: It has none, or they cannot be told.
+        ValueError: It has none.
     """
     sizes = list(_sizes(batch))
     nearest = [size for depth, size in sizes if depth <= _is_sequence(batch)]
@@ -33,7 +33,7 @@ def count_rows(batch: Any) -> int:
     elif nearest:
         rows = nearest[0]
     else:
-        rows = _rows_of_lists(batch)
+        rows = _rows_of_lists(batch)[0]
     if not rows:
         raise ValueError(
             f"An empty batch, or one of which nothing has rows, cannot be cut into micro-batches: {type(batch)}."
@@ -49,6 +49,7 @@ def take_rows(batch: Any, start: int, stop: int, rows: int) -> Any:
     """
     if stop - start == rows:
         return batch
+    _check_clear(batch)
     if _is_sequence(batch) and not _holds_samples(batch):  # the fields of a batch, as torch's own collation makes them
         return _like(batch, [_take(x, start, stop, rows, f"batch[{i}]") for i, x in enumerate(batch)])
     return batch[start:stop] if _is_sequence(batch) else _take(batch, start, stop, rows, "batch")
@@ -174,20 +175,29 @@ def _sizes(value: Any, depth: int = 0) -> Iterator[tuple[int, int]]:
         yield depth, length
 
 
-def _rows_of_lists(batch: Any) -> int:
-    """The length that all lists of a batch without tensors of its own have in common."""
+def _rows_of_lists(batch: Any) -> tuple[int, int]:
+    """Of a batch without tensors outside of lists, what its rows may be: those in the lists, and the lists' length.
+
+    Each is 0 where they differ; where the lists hold no tensors, both are their length.
+    """
     fields = _fields(batch) or {}
     lists = [x for x in fields.values() if _is_sequence(x)]
-    inside = {size for _, size in _sizes(lists)}
     lengths = {len(x) for x in lists} or {len(batch) if _is_sequence(batch) else 0}
-    if len(lengths) == 1 and len(inside) != 1:
-        return lengths.pop()
-    if inside == lengths:
-        return inside.pop()
-    raise ValueError(
-        f"The rows of this batch cannot be told: its lists have {sorted(lengths)} elements, and what is in them has"
-        f" {sorted(inside)}. Add a tensor or an array with one row a sample, outside of a list."
-    )
+    length = lengths.pop() if len(lengths) == 1 else 0
+    inside = {size for _, size in _sizes(lists)}
+    return inside.pop() if len(inside) == 1 else length, length
+
+
+def _check_clear(batch: Any) -> None:
+    """Refuse to cut a batch of lists alone that may be one of fields, or one of rows."""
+    if _is_sequence(batch) or any(depth == 0 for depth, _ in _sizes(batch)):
+        return
+    inside, length = _rows_of_lists(batch)
+    if inside != length:
+        raise ValueError(
+            f"The rows of this batch cannot be told: its lists have {length or 'unequally many'} elements, and the"
+            f" tensors in them {inside} rows. Add a tensor or an array with one row a sample, outside of a list."
+        )
 
 
 def _holds_samples(batch: Any) -> bool:

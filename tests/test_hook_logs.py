@@ -26,7 +26,7 @@ class Collects:
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.seen: list[torch.Tensor] = []
-        self.ids = MeanMetric()
+        self.ids, self.now = MeanMetric(), MeanMetric()
         self.shown: list[dict[str, float]] = []
 
     def collect(self, batch: Any) -> None:
@@ -36,7 +36,15 @@ class Collects:
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.collect(batch)
+        if getattr(self, "on_last_stage", True):
+            self.now(batch["labels"].float())
+            self.log("now", self.now, on_step=True, on_epoch=True)
         return super().training_step(batch, batch_idx)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)  # runs training_step
+        if self.seen:
+            self.log("stepped", self.mean())
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         self.collect(batch)
