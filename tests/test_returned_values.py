@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from tests.lightning_runs import CONFIG, OurGPT
 from tests.parallel_gpt import Layout, Rows, text_samples
@@ -46,6 +46,10 @@ class Returns(OurGPT):
     kind = ""
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        numbers = batch["number"].tolist()
+        assert batch["names"] == tuple(_names(batch["number"]))
+        assert batch["array"].tolist() == numbers
+        assert [len(x) for x in batch["ragged"]] == [n + 1 for n in numbers]
         output = super().predict_step(batch, batch_idx)
         return KINDS[self.kind](batch["number"], output.detach())
 
@@ -75,8 +79,19 @@ class Told(Callback):
     on_test_batch_end = on_train_batch_end = on_validation_batch_end
 
 
+def _collated(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """A batch of tensors, and of other containers whose rows are cut with theirs."""
+    batch: dict[str, Any] = default_collate(samples)
+    batch["names"] = tuple(_names(batch["number"]))
+    batch["array"] = batch["number"].numpy()
+    batch["ragged"] = [torch.zeros(n + 1) for n in batch["number"].tolist()]
+    return batch
+
+
 def _data() -> DataLoader:
-    return DataLoader(Rows({**text_samples(CONFIG, ROWS), "number": torch.arange(ROWS)}), batch_size=4)
+    return DataLoader(
+        Rows({**text_samples(CONFIG, ROWS), "number": torch.arange(ROWS)}), batch_size=4, collate_fn=_collated
+    )
 
 
 def _returned(layouts: list[Layout]) -> list[dict[str, Any]]:
