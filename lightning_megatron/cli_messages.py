@@ -49,8 +49,10 @@ def explain(message: str, options: Iterable[str]) -> str:
 
 def reason(message: str) -> str:
     """What a class said when it was made, without what jsonargparse tried besides."""
-    found = re.search(r"Errors:\n((?:.|\n)*?)\n\s*- Expected a <class 'NoneType'>", message)
-    return re.sub(r"^\s*- ", "", found[1]).replace("\n    ", "\n") if found else message
+    found = re.search(r"Errors:\n((?:.|\n)*?)(?:\n\s*Given value|\Z)", message)
+    tried = re.split(r"\n\s*- ", "\n" + found[1])[1:] if found else []
+    told = [text for text in tried if not text.startswith("Expected a ")]
+    return told[0].replace("\n    ", "\n") if told else message
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # Dimensions whose layers do not exist yet. Deleting a line here is what switches a dimension on.
 _UNBUILT = {"cp": "context parallelism", "ep": "expert parallelism", "etp": "expert tensor parallelism"}
@@ -79,6 +79,17 @@ class ParallelLayout:
         self._check_interleaving()
         self._check_split()
         self._check_world()
+
+    @classmethod
+    def of_smallest_world(cls, **sizes: Any) -> ParallelLayout:
+        """The layout of one copy of the model (with ``vp`` of two stages at least): it checks all but the world.
+
+        Raises:
+            LayoutError: Sizes that are wrong in every world.
+        """
+        known = [size for name in ("tp", "pp", "cp") if _is_positive_int(size := sizes.get(name, 1))]
+        interleaved = sizes.get("vp") is not None and sizes.get("pp") == 1
+        return cls(world_size=math.prod(known) * (2 if interleaved else 1), **sizes)
 
     @property
     def num_model_ranks(self) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from lightning_megatron.arguments import Arguments
+
 OptimizerCallable = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 # Says of a parameter, by its name in the whole model and its number of dimensions, whether a condition holds.
 Predicate = Callable[[str, torch.nn.Parameter], bool]
@@ -53,6 +55,7 @@ class ParameterGroups:
 
     def __post_init__(self) -> None:
         """Refuse a factor for nothing, and nothing for a factor."""
+        Arguments("ParameterGroups").number(lr_mult=self.lr_mult)
         if (self.scale_lr is None) != (self.lr_mult == 1.0):
             raise ValueError(
                 f"ParameterGroups(scale_lr={self.scale_lr}, lr_mult={self.lr_mult}): the one says which parameters, the"

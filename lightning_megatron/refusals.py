@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -15,59 +16,114 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import check_folders
+from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.base import MegatronModule
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lightning_megatron.layout import ParallelLayout
-
+_STRATEGY = Arguments("MegatronStrategy", MisconfigurationException)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 _REGROUPING = (BaseFinetuning, ModelPruning)
 
 
-def check_arguments(micro_batch_size: int | None, num_microbatches: int | None, recompute: str | None) -> None:
-    """Refuse arguments that contradict each other, or that nothing answers to.
+def check_sizes(
+    sizes: dict[str, Any], micro_batch_size: int | None, num_microbatches: int | None, recompute: str | None
+) -> None:
+    """Refuse sizes that are wrong in every world, and those that contradict each other.
+
+    Args:
+        sizes: Of a ``ParallelLayout``, but for its world.
+        micro_batch_size: As the strategy was told.
+        num_microbatches: As the strategy was told.
+        recompute: As the strategy was told.
 
     Raises:
-        MisconfigurationException: With the values seen.
+        LayoutError: Of ``sizes``.
+        MisconfigurationException: Of the others.
     """
+    layout = ParallelLayout.of_smallest_world(**sizes)
     if micro_batch_size is not None and num_microbatches is not None:
         raise MisconfigurationException(
             f"MegatronStrategy(micro_batch_size={micro_batch_size}, num_microbatches={num_microbatches}):"
             " give one; the other follows from the loader's batch_size."
         )
-    for name, value in (("micro_batch_size", micro_batch_size), ("num_microbatches", num_microbatches)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise MisconfigurationException(f"MegatronStrategy({name}={value!r}): use a whole number from 1.")
-    if recompute not in (None, "selective", "full"):
-        raise MisconfigurationException(f"MegatronStrategy(recompute={recompute!r}): use None, 'selective' or 'full'.")
+    _STRATEGY.whole(optional=True, micro_batch_size=micro_batch_size, num_microbatches=num_microbatches)
+    if num_microbatches is not None:
+        layout.check_num_microbatches(num_microbatches)
+    _STRATEGY.one_of((None, "selective", "full"), recompute=recompute)
 
 
 def check_settings(
-    ddp: object, initial_loss_scale: float, process_group_backend: str | None, on_nonfinite: str
+    ddp: object,
+    initial_loss_scale: float,
+    process_group_backend: str | None,
+    timeout: object,
+    on_nonfinite: str,
+    optimizer_settings: str,
+    **flags: bool,
 ) -> None:
-    """Refuse settings that would fail only once processes run.
+    """Refuse settings that would fail only once processes run, and those that contradict each other.
+
+    Args:
+        ddp: As the strategy was told; so are the others.
+        initial_loss_scale: For fp16.
+        process_group_backend: Of the groups.
+        timeout: Of collectives.
+        on_nonfinite: What to do with losses that are no numbers.
+        optimizer_settings: Whose hold at a resume.
+        **flags: Arguments that are True or False.
 
     Raises:
         MisconfigurationException: With the values seen.
     """
+    _STRATEGY.flag(**flags)
+    _STRATEGY.one_of(("checkpoint", "program"), optimizer_settings=optimizer_settings)
+    if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
+        raise MisconfigurationException(
+            f"MegatronStrategy(timeout={timeout!r}): use a positive datetime.timedelta, such as timedelta(minutes=30)."
+        )
     if ddp is not None and not isinstance(ddp, DistributedDataParallelConfig):
         raise MisconfigurationException(
             f"MegatronStrategy(ddp={ddp!r}): use megatron.core.distributed.DistributedDataParallelConfig(...)."
         )
-    if not isinstance(initial_loss_scale, int | float) or not initial_loss_scale > 0:
+    if ddp is not None:
+        _check_ddp(ddp, flags["distributed_optimizer"])
+    _STRATEGY.number(above=0, initial_loss_scale=initial_loss_scale)
+    _STRATEGY.one_of(("raise", "skip"), on_nonfinite=on_nonfinite)
+    if on_nonfinite == "skip" and not flags["check_loss"]:
         raise MisconfigurationException(
-            f"MegatronStrategy(initial_loss_scale={initial_loss_scale!r}): use a positive number, such as 65536."
+            "MegatronStrategy(check_loss=False, on_nonfinite='skip'): losses that nobody looks at are not skipped."
+            " Leave one of the two out."
         )
-    if on_nonfinite not in ("raise", "skip"):
-        raise MisconfigurationException(f"MegatronStrategy(on_nonfinite={on_nonfinite!r}): use 'raise' or 'skip'.")
     if process_group_backend not in (None, "gloo", "nccl"):
         raise MisconfigurationException(
             f"MegatronStrategy(process_group_backend={process_group_backend!r}): use 'gloo', 'nccl', or None, which"
             " takes what fits the device."
         )
+
+
+def _check_ddp(ddp: DistributedDataParallelConfig, distributed_optimizer: bool) -> None:
+    """Refuse settings of data parallelism that would be silently without effect, or have groups that are not built."""
+    told = "MegatronStrategy(ddp=DistributedDataParallelConfig("
+    if ddp.overlap_param_gather and not (ddp.overlap_grad_reduce and distributed_optimizer):
+        raise MisconfigurationException(
+            f"{told}overlap_param_gather=True)): weights are gathered beside the forward pass only with"
+            f" overlap_grad_reduce=True and distributed_optimizer=True; seen: {ddp.overlap_grad_reduce} and"
+            f" {distributed_optimizer}."
+        )
+    if ddp.use_distributed_optimizer and not distributed_optimizer:
+        raise MisconfigurationException(
+            f"{told}use_distributed_optimizer=True), distributed_optimizer=False) contradict each other. Leave the"
+            " first out: it follows from the second."
+        )
+    for name, usual in (("num_distributed_optimizer_instances", 1), ("use_megatron_fsdp", False)):
+        if getattr(ddp, name, usual) != usual:
+            raise MisconfigurationException(
+                f"{told}{name}={getattr(ddp, name)!r})): its process groups are not built here. Leave it out."
+            )
 
 
 def check_some_batch(trainer: pl.Trainer) -> None:

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from lightning_megatron.arguments import Arguments
+
 Style = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WSDDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 WeightDecayStyle = Literal["constant", "linear", "cosine"]
@@ -80,8 +82,8 @@ class LRSchedule:
             value = getattr(self, name)
             if value not in known and not (name == "wsd_decay_style" and value is None):
                 raise _refusal(f"{name}={value!r} is unknown. Use one of {', '.join(map(repr, known))}.")
-        self._check_lengths()
         self._check_rates()
+        self._check_lengths()
         self._check_weight_decay()
         self._check_wsd()
 
@@ -159,6 +161,10 @@ class LRSchedule:
             )
 
     def _check_rates(self) -> None:
+        arguments = Arguments("LRSchedule")
+        arguments.number(min_lr=self.min_lr, init_lr=self.init_lr)
+        optional = ("warmup_fraction", "start_weight_decay", "end_weight_decay")
+        arguments.number(optional=True, **{name: getattr(self, name) for name in optional})
         for name in ("min_lr", "init_lr"):
             if getattr(self, name) < 0:
                 raise _refusal(f"{name}={getattr(self, name)} is negative. Use 0 or more.")

@@ -138,6 +138,22 @@ class MegatronStrategy(Placement, Collectives):
         self.sizes: dict[str, Any] = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
         self.sizes["sequence_parallel"] = sequence_parallel
         self.sizes["pipeline_split_rank"] = pipeline_split_rank
+        refusals.check_sizes(self.sizes, micro_batch_size, num_microbatches, recompute)
+        refusals.check_settings(
+            ddp,
+            initial_loss_scale,
+            process_group_backend,
+            timeout,
+            on_nonfinite,
+            optimizer_settings,
+            distributed_optimizer=distributed_optimizer,
+            log_grad_norm=log_grad_norm,
+            check_loss=check_loss,
+            log_data_position=log_data_position,
+            async_save=async_save,
+            verify_checkpoint=verify_checkpoint,
+            trust_checkpoint=trust_checkpoint,
+        )
         self.micro_batch_size = micro_batch_size
         self.num_microbatches = num_microbatches
         self.distributed_optimizer = distributed_optimizer
@@ -159,8 +175,6 @@ class MegatronStrategy(Placement, Collectives):
         self._timers = timing.Timers()
         self.launch = launch
         launching.check(launch)
-        refusals.check_arguments(micro_batch_size, num_microbatches, recompute)
-        refusals.check_settings(ddp, initial_loss_scale, process_group_backend, on_nonfinite)
 
     # What is known of the run, and who watches it
 

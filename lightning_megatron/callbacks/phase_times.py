@@ -8,10 +8,12 @@ from collections import defaultdict
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_megatron import groups
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.callbacks.steps import log, logs_now, rank_name
 from lightning_megatron.timing import BACKWARD, FORWARD, GRADIENT_SYNC, OPTIMIZER, SAVE, SCHEDULE, Intervals
 
@@ -46,6 +48,7 @@ class PhaseTimes(pl.Callback):
     """
 
     def __init__(self, factor: float = 1.5) -> None:
+        Arguments(type(self).__name__, MisconfigurationException).number(least=1, factor=factor)
         self.factor = factor
         self.named: set[tuple[str, int]] = set()  # (phase, rank) that were told of
         self._suspected: set[tuple[str, int]] = set()

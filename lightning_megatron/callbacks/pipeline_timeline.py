@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_megatron import groups, plots
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.timeline import RankTimeline, draw, spans, trace
 from lightning_megatron.timing import Intervals
 
@@ -35,6 +36,8 @@ class PipelineTimeline(pl.Callback):
     """
 
     def __init__(self, steps: int | Sequence[int] = 5, directory: str | Path | None = None) -> None:
+        for step in steps if isinstance(steps, Sequence) else [steps]:
+            Arguments("PipelineTimeline", MisconfigurationException).whole(None, steps=step)
         self.steps = [steps] if isinstance(steps, int) else list(steps)
         if not self.steps or min(self.steps) < 1:
             raise MisconfigurationException(f"PipelineTimeline(steps={steps}): steps are numbered from 1.")

@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.profiler import ProfilerActivity, record_function
 from typing_extensions import override
 
+from lightning_megatron.arguments import Arguments
+
 
 class Profile(pl.Callback):
     """Profiles optimizer steps ``first`` to ``last`` on every rank.
@@ -35,6 +37,7 @@ class Profile(pl.Callback):
         tool: Literal["torch", "nsight"] = "torch",
         directory: str | Path | None = None,
     ) -> None:
+        Arguments("Profile", MisconfigurationException).whole(None, first=first, last=first if last is None else last)
         self.first, self.last = first, first if last is None else last
         if not 1 <= self.first <= self.last:
             raise MisconfigurationException(f"Profile(first={first}, last={last}): steps are numbered from 1.")

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_megatron import groups
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.batch_rows import count_rows
 from lightning_megatron.callbacks.steps import log, logs_now
 from lightning_megatron.flops import training_flops
@@ -48,6 +49,9 @@ class Throughput(pl.Callback):
     """
 
     def __init__(self, window: int = 20, peak_tflops: float | None = None) -> None:
+        arguments = Arguments("Throughput", MisconfigurationException)
+        arguments.whole(None, window=window)
+        arguments.number(optional=True, peak_tflops=peak_tflops)
         if window < 1 or (peak_tflops is not None and peak_tflops <= 0):
             raise MisconfigurationException(f"Throughput(window={window}, peak_tflops={peak_tflops}): use 1 or more.")
         self.window = window

@@ -8,10 +8,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from typing_extensions import override
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.callbacks.steps import log, logs_now
 from lightning_megatron.optimizer import ShardedOptimizer
 
@@ -32,6 +34,7 @@ class TrainingMonitor(pl.Callback):
     """
 
     def __init__(self, zeros: bool = True) -> None:
+        Arguments("TrainingMonitor", MisconfigurationException).flag(zeros=zeros)
         self.zeros = zeros
 
     @override

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import (
     loading,
     manifest,
@@ -98,8 +99,7 @@ class Checkpointer:
             raise MisconfigurationException(
                 f"MegatronStrategy(on_save_error={on_save_error!r}): use 'raise' or 'warn'."
             )
-        if skip_batches < 0:
-            raise MisconfigurationException(f"MegatronStrategy(skip_batches={skip_batches}): use a number from 0.")
+        Arguments("MegatronStrategy", MisconfigurationException).whole(0, skip_batches=skip_batches)
         self.asynchronous = asynchronous
         self.verify = verify
         self.trust = trust

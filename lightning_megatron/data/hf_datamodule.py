@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.data import hf_source
 from lightning_megatron.data.hf_documents import Encoder, PackedDocuments, tokenise
 from lightning_megatron.data.hf_streams import DocumentStream, PackedStream, StreamLoader
@@ -96,6 +97,13 @@ class HFDataModule(TokenizedDataModule):
     ) -> None:
         super().__init__(tokenizer)
         positive = {"seq_length": seq_length, "batch_size": batch_size, "shuffle_block": shuffle_block}
+        arguments = Arguments(type(self).__name__)
+        arguments.whole(None, seq_length=seq_length, batch_size=batch_size, shuffle_block=shuffle_block, seed=seed)
+        arguments.whole(None, optional=True, num_proc=num_proc)
+        arguments.whole(0, num_workers=num_workers)
+        arguments.flag(
+            streaming=streaming, append_eod=append_eod, packing=packing, shuffle=shuffle, drop_last=drop_last
+        )
         for name, value in {**positive, "num_proc": num_proc}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{type(self).__name__}({name}={value}) must be at least 1.")

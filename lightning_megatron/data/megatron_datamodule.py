@@ -14,6 +14,7 @@ from megatron.core.datasets.utils import normalize
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.data import index_cache
 from lightning_megatron.data.indexed import check_contents, open_indexed
 from lightning_megatron.data.indexed_samples import IndexedSamples, Sample
@@ -68,6 +69,11 @@ class MegatronDataModule(TokenizedDataModule):
         ramp_up: BatchSizes | None = None,
     ) -> None:
         super().__init__(tokenizer)
+        arguments = Arguments(type(self).__name__)
+        sizes = {"batch_size": batch_size, "global_batch_size": global_batch_size, "train_samples": train_samples}
+        arguments.whole(None, optional=True, **sizes)
+        arguments.whole(None, seed=seed)
+        arguments.whole(0, num_workers=num_workers)
         given = {"batch_size": batch_size, "global_batch_size": global_batch_size, "train_samples": train_samples}
         for name, value in {**given, "seed": seed}.items():
             if value is not None and value < 1:

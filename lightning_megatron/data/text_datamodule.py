@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.data.packed_text import PackedTextDataset, find_packed, pack
 from lightning_megatron.data.text_sources import find_text_files, standard_library_sources
 from lightning_megatron.data.text_tokenizer import Tokenizer
@@ -64,6 +65,10 @@ class TextDataModule(TokenizedDataModule):
         collate_fn: Collator | None = None,
     ) -> None:
         super().__init__(tokenizer)
+        arguments = Arguments(type(self).__name__)
+        arguments.whole(None, seq_length=seq_length, batch_size=batch_size, seed=seed)
+        arguments.whole(0, num_workers=num_workers)
+        arguments.flag(shuffle=shuffle, drop_last=drop_last)
         for name, value in (("seq_length", seq_length), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{type(self).__name__}({name}={value}) must be at least 1.")

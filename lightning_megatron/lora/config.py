@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import plain_class
 
 ALL = "all-linear"
@@ -43,8 +44,10 @@ class LoRA:
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no update."""
-        if self.rank < 1:
-            raise ValueError(f"LoRA(rank={self.rank}): use a whole number from 1.")
+        arguments = Arguments("LoRA")
+        arguments.whole(rank=self.rank)
+        arguments.number(alpha=self.alpha, dropout=self.dropout)
+        arguments.flag(rslora=self.rslora)
         if self.alpha <= 0:
             raise ValueError(f"LoRA(alpha={self.alpha}): use a number above 0, such as 2 · rank.")
         if not 0 <= self.dropout < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import plain_class
 from lightning_megatron.layers import NormPlacement
 from lightning_megatron.modules.model_config import ModelConfig
@@ -70,9 +71,7 @@ class BertConfig(ModelConfig):
                     f"BertConfig(task={self.task!r}, problem_type={self.problem_type!r}): only"
                     " task='sequence_classification' has problem types."
                 )
-        for name in ("num_labels", "num_token_types"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"BertConfig({name}={getattr(self, name)}): use a whole number from 1.")
+        Arguments("BertConfig").whole(num_labels=self.num_labels, num_token_types=self.num_token_types)
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError(
                 "BertConfig(problem_type='single_label_classification', num_labels=1): one class alone teaches nothing."

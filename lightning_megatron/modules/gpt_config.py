@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import plain_class
 from lightning_megatron.layers import ROPE_TYPES
 from lightning_megatron.modules.model_config import ModelConfig
@@ -73,6 +74,14 @@ class GPTConfig(ModelConfig):
         """Refuse choices that do not exist."""
         self._one_of("position_embedding", self.position_embedding, _POSITIONS)
         self._one_of("normalization", self.normalization, ("LayerNorm", "RMSNorm"))
+        arguments = Arguments("GPTConfig")
+        arguments.whole(optional=True, num_query_groups=self.num_query_groups)
+        arguments.number(above=0, rotary_base=self.rotary_base)
+        arguments.number(above=0, at_most=1, rotary_percent=self.rotary_percent)
+        arguments.number(embedding_multiplier=self.embedding_multiplier)
+        flags = ("parallel_residual", "bias", "tie_embeddings")
+        arguments.flag(**{name: getattr(self, name) for name in flags})
+        arguments.flag(optional=True, qkv_bias=self.qkv_bias)
         super().__post_init__()
         if self.rope_scaling is not None:
             self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), ROPE_TYPES)
@@ -104,7 +113,7 @@ class GPTConfig(ModelConfig):
 
     def _check_window(self) -> None:
         window, layers = self.sliding_window, self.sliding_window_layers
-        if window is not None and window < 1:
+        if window is not None and (not isinstance(window, int) or window < 1):
             raise ValueError(f"GPTConfig(sliding_window={window}): use 1 token (itself) or more, or None.")
         if layers is None:
             return

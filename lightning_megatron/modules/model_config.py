@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer import TransformerConfig
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.layers import LayerKind
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules.settings import BuildSettings
@@ -84,11 +85,17 @@ class ModelConfig:
         """Refuse choices that do not exist."""
         self._one_of("activation", self.activation, _ACTIVATIONS)
         self._one_of("layers", self.layers, ("torch", "transformer_engine"))
+        arguments = Arguments(type(self).__name__)
+        arguments.whole(make_vocab_size_divisible_by=self.make_vocab_size_divisible_by)
+        optional = {name: getattr(self, name) for name in ("seq_length", "ffn_hidden_size", "kv_channels")}
+        arguments.whole(optional=True, **optional)
+        arguments.number(least=0, layernorm_epsilon=self.layernorm_epsilon, init_method_std=self.init_method_std)
         known = [f.name for f in fields(TransformerConfig) if f.init]
         for key in self.extra:
             self._one_of("extra key", key, known)
         for name in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ValueError(
                     f"{type(self).__name__}({name}={getattr(self, name)}): use a probability, from 0 to below 1."
                 )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from megatron.core.transformer import TransformerConfig
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import plain_class
 from lightning_megatron.layers.t5_model import PositionEmbedding
 from lightning_megatron.layout import ParallelLayout
@@ -73,12 +74,14 @@ class T5Config(ModelConfig):
         """Refuse choices that do not exist."""
         self._one_of("normalization", self.normalization, _NORMS)
         self._one_of("position_embedding", self.position_embedding, ("relative", "learned"))
+        arguments = Arguments("T5Config")
         if self.layers != "torch":
             raise ValueError(f"T5Config(layers={self.layers!r}): T5 has layers='torch' only.")
         for name in ("decoder_seq_length", "encoder_num_layers", "decoder_num_layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"T5Config({name}={value}): use a whole number from 1.")
+            arguments.whole(optional=True, **{name: getattr(self, name)})
+        for name in ("relative_attention_num_buckets", "relative_attention_max_distance", "decoder_start_id"):
+            arguments.whole(0, **{name: getattr(self, name)})
+        arguments.flag(tie_embeddings=self.tie_embeddings)
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets < 4 or buckets % 4 or distance <= buckets // 2:
             raise ValueError(

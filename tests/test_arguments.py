@@ -1,0 +1,134 @@
+"""Arguments that are wrong in every world are refused where they are written, with name, value and what to use."""
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+
+from lightning_megatron import BertConfig, GPTConfig, GPTModule, LoRA, LRSchedule, MegatronStrategy, T5Config
+from lightning_megatron.callbacks import PipelineTimeline, Profile, Throughput, TrainingMonitor
+from lightning_megatron.data import TextDataModule
+from lightning_megatron.training_cli import MegatronCLI
+
+STRATEGY: list[tuple[dict[str, Any], str]] = [
+    ({"tp": 0}, "MegatronStrategy(tp=0): tp=0 is not a positive integer. Use tp=1 or more"),
+    ({"tp": "two"}, "tp='two' is not a positive integer"),
+    ({"tp": True}, "tp=True is not a positive integer"),
+    ({"tp": 2.0}, "tp=2.0 is not a positive integer"),
+    ({"tp": None}, "tp=None is not a positive integer"),
+    ({"pp": -1}, "pp=-1 is not a positive integer"),
+    ({"vp": 2}, "vp=2 interleaves pipeline stages, but pp=1. Use pp=2, or vp=None"),
+    ({"vp": 0, "pp": 2}, "vp=0 is not a positive integer"),
+    ({"vp": 1, "pp": 2}, "which is no interleaving. Use vp=None"),
+    ({"cp": 2}, "context parallelism (cp) of 2 is refused"),
+    ({"ep": 2}, "expert parallelism (ep) of 2 is refused"),
+    ({"etp": "1"}, "etp='1' is not a positive integer"),
+    ({"sequence_parallel": 1}, "sequence_parallel=1 is not a bool"),
+    ({"pipeline_split_rank": 1}, "both sides of an encoder-decoder model need one. Use pp=2 or more"),
+    ({"pp": 2, "pipeline_split_rank": 2}, "Use pipeline_split_rank=1"),
+    ({"pp": 4, "pipeline_split_rank": "1"}, "Use pipeline_split_rank=1 to 3"),
+    ({"micro_batch_size": 1, "num_microbatches": 2}, "give one; the other follows"),
+    ({"micro_batch_size": 1.5}, "micro_batch_size=1.5): use a whole number from 1, or None."),
+    ({"num_microbatches": False}, "num_microbatches=False): use a whole number from 1"),
+    ({"num_microbatches": 3, "pp": 2, "vp": 2}, "num_microbatches=3 is not a multiple of pp=2"),
+    ({"distributed_optimizer": "no"}, "distributed_optimizer='no'): use True or False."),
+    ({"recompute": "ful"}, "recompute='ful'): use None or 'selective' or 'full'."),
+    ({"ddp": {"overlap_grad_reduce": True}}, "use megatron.core.distributed.DistributedDataParallelConfig(...)"),
+    ({"ddp": DistributedDataParallelConfig(overlap_param_gather=True)}, "only with overlap_grad_reduce=True"),
+    (
+        {"ddp": DistributedDataParallelConfig(use_distributed_optimizer=True), "distributed_optimizer": False},
+        "contradict each other",
+    ),
+    ({"ddp": DistributedDataParallelConfig(num_distributed_optimizer_instances=2)}, "are not built here"),
+    ({"log_grad_norm": None}, "log_grad_norm=None): use True or False."),
+    ({"initial_loss_scale": 0}, "initial_loss_scale=0): use a number above 0."),
+    ({"initial_loss_scale": float("nan")}, "initial_loss_scale=nan): use a number above 0."),
+    ({"check_loss": "yes"}, "check_loss='yes'): use True or False."),
+    ({"on_nonfinite": "skp"}, "on_nonfinite='skp'): use 'raise' or 'skip'."),
+    ({"on_nonfinite": "skip", "check_loss": False}, "losses that nobody looks at are not skipped"),
+    ({"skip_batches": -1}, "skip_batches=-1): use a whole number from 0."),
+    ({"skip_batches": 2.5}, "skip_batches=2.5): use a whole number from 0."),
+    ({"async_save": "false"}, "async_save='false'): use True or False."),
+    ({"optimizer_settings": "override"}, "optimizer_settings='override'): use 'checkpoint' or 'program'."),
+    ({"on_save_error": "ignore"}, "on_save_error='ignore'): use 'raise' or 'warn'."),
+    ({"process_group_backend": "mpi"}, "process_group_backend='mpi'): use 'gloo', 'nccl'"),
+    ({"timeout": 1800}, "timeout=1800): use a positive datetime.timedelta"),
+    ({"timeout": timedelta(0)}, "use a positive datetime.timedelta"),
+    ({"launch": "spawn"}, "launch='spawn'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), STRATEGY, ids=lambda value: str(value)[:60])
+def test_the_strategys_constructor_refuses(arguments, says):
+    with pytest.raises(Exception, match=re.escape(says)) as caught:
+        MegatronStrategy(**arguments)
+    assert str(caught.value).startswith("MegatronStrategy(")
+
+
+def test_what_is_right_is_taken():
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
+    MegatronStrategy(tp=2, pp=2, vp=2, num_microbatches=4, ddp=ddp, on_nonfinite="skip", initial_loss_scale=2**16)
+    MegatronStrategy(pp=4, pipeline_split_rank=3, recompute="full", timeout=timedelta(seconds=5))
+
+
+SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, "seq_length": 4}
+OTHERS: list[tuple[Any, dict[str, Any], str]] = [
+    (GPTConfig, {**SIZES, "num_layers": 0}, "num_layers=0 is not a positive integer"),
+    (GPTConfig, {**SIZES, "hidden_size": "8"}, "hidden_size='8' is not a positive integer"),
+    (GPTConfig, {**SIZES, "ffn_hidden_size": 0}, "GPTConfig(ffn_hidden_size=0): use a whole number from 1, or None."),
+    (GPTConfig, {**SIZES, "kv_channels": 2.5}, "kv_channels=2.5): use a whole number"),
+    (GPTConfig, {**SIZES, "num_query_groups": 0}, "num_query_groups=0): use a whole number"),
+    (GPTConfig, {**SIZES, "layernorm_epsilon": -1e-5}, "layernorm_epsilon=-1e-05): use a number from 0."),
+    (GPTConfig, {**SIZES, "init_method_std": "small"}, "init_method_std='small'): use a number from 0."),
+    (GPTConfig, {**SIZES, "make_vocab_size_divisible_by": 0}, "make_vocab_size_divisible_by=0): use a whole number"),
+    (GPTConfig, {**SIZES, "hidden_dropout": "0.1"}, "hidden_dropout=0.1): use a probability"),
+    (GPTConfig, {**SIZES, "rotary_percent": 25}, "rotary_percent=25): use a number above 0 up to 1."),
+    (GPTConfig, {**SIZES, "rotary_base": 0}, "rotary_base=0): use a number above 0."),
+    (GPTConfig, {**SIZES, "bias": "false"}, "bias='false'): use True or False."),
+    (GPTConfig, {**SIZES, "sliding_window": "4"}, "sliding_window=4"),
+    (BertConfig, {**SIZES, "seq_length": 0}, "BertConfig(seq_length=0): use a whole number"),
+    (BertConfig, {**SIZES, "num_labels": "3"}, "num_labels='3'): use a whole number from 1."),
+    (T5Config, {**SIZES, "decoder_num_layers": "2"}, "decoder_num_layers='2'): use a whole number from 1, or None."),
+    (T5Config, {**SIZES, "decoder_start_id": 1.5}, "decoder_start_id=1.5): use a whole number from 0."),
+    (LRSchedule, {"min_lr": "1e-4x"}, "LRSchedule(min_lr='1e-4x'): use a number."),
+    (LRSchedule, {"min_lr": float("nan")}, "LRSchedule(min_lr=nan): use a number."),
+    (LRSchedule, {"warmup_fraction": "0.1"}, "warmup_fraction='0.1'): use a number, or None."),
+    (LoRA, {"rank": 2.5}, "LoRA(rank=2.5): use a whole number from 1."),
+    (LoRA, {"alpha": float("inf")}, "LoRA(alpha=inf): use a number."),
+    (LoRA, {"rslora": "yes"}, "LoRA(rslora='yes'): use True or False."),
+    (TextDataModule, {"batch_size": "8"}, "TextDataModule(batch_size='8'): use a whole number."),
+    (TextDataModule, {"num_workers": -1}, "TextDataModule(num_workers=-1): use a whole number from 0."),
+    (TextDataModule, {"shuffle": "no"}, "TextDataModule(shuffle='no'): use True or False."),
+    (Throughput, {"window": 0.5}, "Throughput(window=0.5): use a whole number."),
+    (TrainingMonitor, {"zeros": 3}, "TrainingMonitor(zeros=3): use True or False."),
+    (Profile, {"first": "2"}, "Profile(first='2'): use a whole number."),
+    (PipelineTimeline, {"steps": [1, 2.5]}, "PipelineTimeline(steps=2.5): use a whole number."),
+]
+
+
+@pytest.mark.parametrize(("make", "arguments", "says"), OTHERS, ids=lambda value: str(value)[-50:])
+def test_other_constructors_refuse(make, arguments, says):
+    with pytest.raises(Exception, match=re.escape(says)):
+        make(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--trainer.strategy.tp=0", "error: MegatronStrategy(tp=0): tp=0 is not a positive integer. Use tp=1 or more."),
+        ("--trainer.strategy.vp=2", "error: MegatronStrategy(vp=2): vp=2 interleaves pipeline stages, but pp=1."),
+        ("--trainer.strategy.skip_batches=-1", "error: MegatronStrategy(skip_batches=-1): use a whole number from 0."),
+        ("--trainer.strategy.timeout=0:0:0", "use a positive datetime.timedelta"),
+        ("--model.config.ffn_hidden_size=0", "GPTConfig(ffn_hidden_size=0): use a whole number from 1, or None."),
+        ("--data.num_workers=-1", "TextDataModule(num_workers=-1): use a whole number from 0."),
+    ],
+)
+def test_the_command_line_says_it_in_one_line(option, says, capsys):
+    sizes = [f"--model.config.{name}={value}" for name, value in SIZES.items()]
+    with pytest.raises(SystemExit) as caught:
+        MegatronCLI(GPTModule, TextDataModule, args=[*sizes, "--trainer.accelerator=cpu", option], run=False)
+    told = [line for line in f"{caught.value.code}\n{capsys.readouterr().err}".splitlines() if says in line]
+    assert len(told) == 1, (caught.value.code, torch.__version__)
