@@ -21,6 +21,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_megatron.engine import Engine, NonFiniteLossError
 from lightning_megatron.gradients import ShownGradients
+from lightning_megatron.names import named_shards
 from lightning_megatron.timing import OPTIMIZER, timed
 
 _SHARDABLE = (AdamW, Adam, SGD)
@@ -54,11 +55,20 @@ class ShardedOptimizer(Optimizer):
         engine: Whose gradients it applies.
         watch_norm: Whether the gradient norm is computed without clipping, too.
         given: The groups' settings at the start of the run, before any schedule has moved them.
+        weights: The whole model's names of the weights in each group.
     """
 
-    def __init__(self, inner: MegatronOptimizer, engine: Engine, watch_norm: bool, given: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        inner: MegatronOptimizer,
+        engine: Engine,
+        watch_norm: bool,
+        given: list[dict[str, Any]],
+        weights: list[list[str]],
+    ) -> None:
         # Not `super().__init__`: the groups and the state live in the torch optimizer.
         self.given = given
+        self.weights = weights
         self.inner = inner
         self.engine = engine
         self.watch_norm = watch_norm
@@ -267,6 +277,8 @@ def shard(
     for group in optimizer.param_groups:  # torch passes frozen ones over in each step; megatron-core does not take them
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     given = _settings(optimizer)
+    known = {id(parameter): name for chunk in engine.chunks for name, parameter in named_shards(chunk.module)}
+    weights = [[known[id(p)] for p in group["params"] if id(p) in known] for group in optimizer.param_groups]
     config = OptimizerConfig(
         optimizer="sgd" if isinstance(optimizer, SGD) else "adam",
         lr=optimizer.defaults["lr"],
@@ -281,7 +293,7 @@ def shard(
     engine.config.grad_scale_func = inner.scale_loss if scaler is not None else None
     # Named as the user's: LearningRateMonitor and progress bars show the name.
     named = type(type(optimizer).__name__, (ShardedOptimizer,), {})
-    return named(inner, engine, watch_norm, given)
+    return named(inner, engine, watch_norm, given, weights)
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -104,11 +104,16 @@ def _train(layout: Layout, full: Any, path: Path) -> dict[str, Any]:
     return {"distance": module.distance(full), "trained": trained["val_loss"], "loaded": loaded["val_loss"]}
 
 
-@functools.cache
-def truth() -> dict[str, torch.Tensor]:
-    weights = {name: torch.nn.Parameter(w.clone()) for name, w in plain_gpt.initial_weights(CONFIG).items()}
-    groups = [{"params": [w], **_setting(n)} for n, w in weights.items() if not n.startswith("decoder.layers.2.mlp.")]
+def _by_name(parameters: Any) -> Any:
+    groups = [{"params": [w], **_setting(n)} for n, w in parameters if not n.startswith("decoder.layers.2.mlp.")]
     optimizer = torch.optim.AdamW(groups, **plain_gpt.ADAM)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _plain(make: Any) -> dict[str, torch.Tensor]:
+    """Plain torch's weights after the training, by an optimizer and its scheduler."""
+    weights = {name: torch.nn.Parameter(w.clone()) for name, w in plain_gpt.initial_weights(CONFIG).items()}
+    optimizer, scheduler = make(weights.items())
     samples = text_samples(CONFIG, ROWS * STEPS)
     for step in range(STEPS):
         batch = {name: value[step * ROWS : (step + 1) * ROWS] for name, value in samples.items()}
@@ -117,15 +122,56 @@ def truth() -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         ((each * batch["loss_mask"]).sum() / batch["loss_mask"].sum()).backward()
         optimizer.step()
+        scheduler.step()
     return {name: w.detach() for name, w in weights.items()}
 
 
 @pytest.mark.parametrize("layout", STAGES, ids=str)
 def test_settings_by_name_train_as_in_one_process(layout, tmp_path):
-    for rank in run_ranks(2, _train, layout, truth(), tmp_path / "one.ckpt"):
+    for rank in run_ranks(2, _train, layout, _plain(_by_name), tmp_path / "one.ckpt"):
         # Sums in another order, four steps of Adam with a large eps: some 1e-6.
         assert rank["distance"] < 1e-5
         assert rank["trained"] == rank["loaded"]  # the same numbers in the same order
+
+
+class ByLayer(LoadedGPT):
+    """A group for each layer and one for the rest, under a schedule: three of five on each of two stages."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer, scheduler = _by_layer(self.named_parameters())
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def _by_layer(parameters: Any) -> Any:
+    groups: dict[float, list[Any]] = {}
+    for name, parameter in parameters:
+        groups.setdefault(_setting(name)["lr"], []).append(parameter)
+    together = [{"params": members, "lr": rate} for rate, members in groups.items()]
+    optimizer = torch.optim.AdamW(together, **{**plain_gpt.ADAM, "lr": 0.0})
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+
+
+def _continued(parts: list[tuple[Layout, Path | None, Path | None]], full: Any) -> list[float]:
+    """Runs of two steps each, from one checkpoint to another; of those that go on, the distance to the truth."""
+    distances = []
+    for layout, load, save in parts:
+        module, run = ByLayer(CONFIG), trainer(layout, max_steps=STEPS if load else STEPS // 2, max_epochs=-1)
+        run.fit(module, loader(Rows(text_samples(CONFIG, ROWS * STEPS)), layout, ROWS, run), ckpt_path=load)
+        if save:
+            run.save_checkpoint(save)
+        else:
+            distances.append(module.distance(full))
+    return distances
+
+
+def test_groups_of_stages_come_back_by_their_weights(tmp_path):
+    full = _plain(_by_layer)
+    one, two = tmp_path / "one.ckpt", tmp_path / "two.ckpt"
+    run_ranks(1, _continued, [(Layout(), None, one)], full)
+    parts = [(STAGES[0], None, two), (STAGES[0], two, None), (STAGES[1], two, None), (STAGES[0], one, None)]
+    for distances in run_ranks(2, _continued, parts, full):
+        assert max(distances) < 1e-5, distances  # as above
+    assert max(run_ranks(1, _continued, [(Layout(), two, None)], full)[0]) < 1e-5
 
 
 def _unequal(layout: Layout, what: str) -> None:

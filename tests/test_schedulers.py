@@ -190,16 +190,19 @@ def test_resumed_rates_and_weights_are_exact(tmp_path):
     assert run_ranks(2, _resumed, str(tmp_path)) == [{"equal": True, "rates": True}] * 2
 
 
-def _page(code: str) -> list[float]:
+def _page(blocks: list[str]) -> tuple[list[float], list[dict[str, Any]]]:
+    """The rates of the page's module, and the groups of its layer-wise one."""
     names: dict[str, Any] = {}
-    exec(code, names)
-    rates = Rates()
+    for code in blocks:
+        exec(code, names)
+    rates, run = Rates(), trainer(Layout(), max_steps=1)
     trainer(Layout(), max_steps=5, callbacks=[rates]).fit(names["module"], _loaders(1, 0)[0])
-    return [lr for lr, _ in rates.seen]
+    run.fit(names["LayerWise"](names["module"].config), _loaders(1, 0)[0])
+    return [lr for lr, _ in rates.seen], run.optimizers[0].state_dict()["groups"]
 
 
 def test_the_example_of_the_docs_runs():
-    (code,) = blocks("schedules.md")
-    (rates,) = run_ranks(1, _page, code)
+    ((rates, groups),) = run_ranks(1, _page, blocks("schedules.md"))
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == {(1e-3, 0.0), (1e-3, 0.1), (8e-4, 0.1)}
     assert rates[:3] == pytest.approx([0.0, 1.5e-3, 3e-3])
     assert rates[3] > rates[4] > 1e-4

@@ -25,6 +25,7 @@ from lightning_megatron.checkpoint import (
     manifest,
     optimizer_state,
     progress,
+    stage_groups,
     trainer_state,
     weights,
     writing,
@@ -249,6 +250,8 @@ class Checkpointer:
         optimizer = run.optimizer if full else None
         planner = self._planners.setdefault(full, weights.Planner())
         known, problem = planner.knows(_tensors(state, optimizer)), ""
+        if optimizer is not None and state["optimizer_states"]:
+            state[stage_groups.KEY] = stage_groups.record(state, optimizer.weights)
         try:
             rank_state, files, about = self._all_but_tensors(state, run, full)
             shards = [] if known else _shards(state, run.module, optimizer)
@@ -308,6 +311,7 @@ class Checkpointer:
         others = {n: v for n, v in run.module.state_dict().items() if not isinstance(v, torch.Tensor)}
         state["state_dict"] = {**others, **state["state_dict"], **tensors}
         if optimizer is not None:
+            stage_groups.fit(state, optimizer.weights)
             state["optimizer_states"] = [{"hyper": state["optimizer_states"][0], "finish": finish}]
         if resumes:
             self._read_rank_state(path, about, run, state)

@@ -1,0 +1,88 @@
+"""An optimizer's groups, known by the weights in them: those of two pipeline stages, or two layouts, need not be alike.
+
+A group for each layer, say, is on the stage of its layer only. So a checkpoint has the groups of every stage with the
+whole model's names of their weights, and each rank of a resumed run takes for its own groups what their weights had.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_megatron import groups
+
+State = dict[str, Any]
+
+KEY = "groups_of_stages"
+# What optimizers and schedulers keep for each group, in lists of as many.
+_OF_OPTIMIZER = ("groups", "given")
+_OF_SCHEDULER = ("base_lrs", "_last_lr", "min_lrs")
+
+
+def record(state: State, weights: list[list[str]]) -> list[State]:
+    """The groups of every pipeline stage; once, where all have the same. Called by all ranks.
+
+    Args:
+        state: Lightning's, with ``optimizer_states`` and ``lr_schedulers``.
+        weights: The names of the weights in each of this rank's groups.
+    """
+    optimizer = state["optimizer_states"][0]
+    own = {key: optimizer[key] for key in _OF_OPTIMIZER}
+    own["schedules"] = [_lists(schedule) for schedule in state.get("lr_schedulers", [])]
+    stages = groups.gather_from_stages({**own, "weights": weights})
+    if all({**stage, "weights": None} == {**own, "weights": None} for stage in stages):
+        together = zip(*(stage["weights"] for stage in stages), strict=True)
+        return [{**own, "weights": [sorted({name for part in parts for name in part}) for parts in together]}]
+    return stages
+
+
+def fit(state: State, weights: list[list[str]]) -> None:
+    """Change what was saved, the first stage's, into what this rank's groups had.
+
+    Groups whose weights were in groups of several settings stay as they were saved: by their number.
+
+    Args:
+        state: As it was read; ``optimizer_states`` and ``lr_schedulers`` change.
+        weights: As for ``record``.
+    """
+    stages = state.pop(KEY, [])
+    places = {
+        name: (stage, number)
+        for stage, record in enumerate(stages)
+        for number, names in enumerate(record["weights"])
+        for name in names
+    }
+    chosen = [_choose(stages, places, number, weights) for number in range(len(weights))]
+    if not stages or None in chosen:
+        return
+    optimizer = state["optimizer_states"][0]
+    for key in _OF_OPTIMIZER:
+        optimizer[key] = [stages[stage][key][number] for stage, number in chosen]  # type: ignore[misc]
+    for number, schedule in enumerate(state.get("lr_schedulers", [])):
+        _set_lists(schedule, [record["schedules"][number] for record in stages], chosen)
+
+
+def _choose(
+    stages: list[State], places: dict[str, tuple[int, int]], number: int, weights: list[list[str]]
+) -> tuple[int, int] | None:
+    """The stage and the number of a saved group that is as group ``number`` of this rank was; None if there is none."""
+    found = sorted({places[name] for name in weights[number] if name in places})
+    if not found:  # an empty one, or of new weights
+        return next(((n, number) for n, record in enumerate(stages) if len(record["groups"]) == len(weights)), None)
+    settings = [[stages[stage][key][group] for key in _OF_OPTIMIZER] for stage, group in found]
+    return found[0] if all(each == settings[0] for each in settings) else None
+
+
+def _lists(schedule: State) -> State:
+    """What a scheduler keeps for each group; and of schedulers within it."""
+    own = {key: schedule[key] for key in _OF_SCHEDULER if isinstance(schedule.get(key), list)}
+    return {**own, "_schedulers": [_lists(each) for each in schedule.get("_schedulers", [])]}
+
+
+def _set_lists(schedule: State, of_stages: list[State], chosen: list[Any]) -> None:
+    for key in of_stages[0]:
+        if key != "_schedulers":
+            schedule[key] = [of_stages[stage][key][number] for stage, number in chosen]
+    if isinstance(schedule.get("lr_lambdas"), list) and len(schedule["lr_lambdas"]) != len(chosen):
+        schedule["lr_lambdas"] = [None] * len(chosen)  # the program's
+    for number, each in enumerate(schedule.get("_schedulers", [])):
+        _set_lists(each, [stage["_schedulers"][number] for stage in of_stages], chosen)
