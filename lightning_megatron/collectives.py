@@ -32,13 +32,15 @@ class Collectives(ParallelStrategy):
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
-        if not isinstance(tensor, torch.Tensor) or group == groups.REDUCED:
+        if not isinstance(tensor, torch.Tensor) or group == groups.REDUCED or not dist.is_initialized():
             return tensor
         return _sync_ddp_if_available(tensor, group or groups.data_parallel(), reduce_op=reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Over the world: every rank must decide the same."""
+        if not dist.is_initialized():
+            return decision
         votes = torch.tensor(int(decision), device=self.root_device)
         dist.all_reduce(votes, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
         return bool(votes.item())

@@ -97,6 +97,8 @@ class Engine:
         self.device = device
         self._draws = draws
         self.trains = ddp is not None
+        for chunk in chunks:
+            groups.rebind(chunk)  # an earlier run's may have been ended
         self.chunks: list[Any] = [_wrap(c, config, ddp, i) for i, c in enumerate(chunks)] if ddp else list(chunks)
         for number, chunk in enumerate(self.chunks):
             chunk.__dict__["chunk_number"] = number
@@ -133,7 +135,9 @@ class Engine:
             if chunk.remove_forward_pre_hook_handles:
                 chunk.disable_forward_pre_hook(param_sync=False)
             chunk.param_to_bucket_group = {}
-            chunk.grad_accs.clear()  # the only hold on the autograd nodes that the gradient hooks are on
+            for node in chunk.grad_accs:
+                _take_hooks_off(node)
+            chunk.grad_accs.clear()
 
     def bring_home(self) -> bool:
         """Put weights back into megatron-core's buffers that ``parameter.data = ...`` took out; whether any was."""
@@ -193,6 +197,10 @@ class Engine:
                     stack.enter_context(chunk.no_sync())
             records = self._run(batch, cut, length, step, forward_only=False)
         return self._outcome(records, cut)
+
+    def finish_window(self, window: int) -> None:
+        """Finish the gradients of a window whose last batch was skipped."""
+        self._finalize(window, self.chunks, None)
 
     def evaluate(self, batch: Any, cut: Cut, length: int, step: Step) -> Outcome:
         """The loss of one batch, forward only."""
@@ -301,6 +309,18 @@ def _wrap(
     wrapped.broadcast_params()
     _equalise_replicated(chunk)
     return wrapped
+
+
+def _take_hooks_off(node: Any) -> None:
+    """Remove megatron-core's hooks from an autograd node, which the optimizer's shards of the weights hold on to.
+
+    The hooks hold the model and with it the optimizer: a ring through autograd, which Python's collector does not see.
+    """
+    handle = node.register_hook(lambda *_: None)  # the way to megatron-core's, which keeps no handles (0.16.1)
+    hooks = handle.hooks_dict_ref()
+    handle.remove()
+    for key in [key for key, hook in hooks.items() if hook.__module__ == DistributedDataParallel.__module__]:
+        del hooks[key]
 
 
 def _kept_buffers(chunk: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:

@@ -13,6 +13,7 @@ from copy import copy
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper, _DatasetSamplerWrapper
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
@@ -75,7 +76,7 @@ def each_once(loader: Any) -> Any:
     With ``drop_last`` each replica drops of its own share what fills no batch. A loader of unknown length stays as it
     is: see ``peers.EvenLoader``. Called on all ranks.
     """
-    if groups.data_parallel().size() == 1:
+    if not dist.is_initialized() or groups.data_parallel().size() == 1:
         return loader
     loader = without_repeats(loader)
     sampler = sampler_of(loader)

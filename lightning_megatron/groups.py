@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from lightning_megatron.backend import model_rng
@@ -25,40 +31,146 @@ Stack = Literal["encoder", "decoder"]
 
 T = TypeVar("T")
 
-_built: ParallelLayout | None = None
-_host: tuple[dist.ProcessGroup, ...] | None = None
-_stacks: dict[Stack, dist.ProcessGroup] = {}
-_alone = False
 _timeout = timedelta(minutes=30)
 _seed = 0
 
 
-def build(layout: ParallelLayout, timeout: timedelta = _timeout) -> None:
+@dataclass
+class _Standing:
+    """The groups that stand, and the default group that they were made over.
+
+    Anybody may end either (a user, Lightning, another library), so ``_still_standing`` is asked before each use.
+    """
+
+    world: Any = None  # a weak reference: whoever ends the default group ends its store, which others would find again
+    layout: ParallelLayout | None = None
+    timeout: timedelta = _timeout
+    made: list[dist.ProcessGroup] = field(default_factory=list)  # for the layout, on this rank
+    stacks: dict[Stack, dist.ProcessGroup] = field(default_factory=dict)
+    host: tuple[dist.ProcessGroup, ...] = ()
+    alone: bool = False  # whether the default group was made here, for a model without a run
+
+
+_standing = _Standing()
+_meetings = count()
+_base: dist.Store | None = None
+
+
+def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
     """Make the process groups of ``layout``, or keep them where they stand already.
 
-    Groups of other sizes are replaced. Models built on the old groups hold on to them, so an earlier strategy in this
-    process can be used again: its own ``build`` then brings its groups back.
+    Groups of other sizes are ended first. ``rebind`` gives a model that was built on ended groups those that stand.
+
+    Args:
+        layout: Of as many ranks as have met.
+        timeout: Of collectives; None keeps what stands.
+
+    Raises:
+        RuntimeError: Another number of ranks has met.
     """
-    global _built, _timeout
-    _timeout = timeout
-    if parallel_state.model_parallel_is_initialized():
-        if _built == layout:
-            return
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vp,
-        distributed_timeout_minutes=timeout.total_seconds() / 60,
-        create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
-    )
+    standing = _still_standing()
+    timeout = timeout or standing.timeout
+    if standing.layout == layout and standing.timeout == timeout and _are_megatrons(standing.made):
+        return
+    if layout.world_size != dist.get_world_size():
+        raise RuntimeError(
+            f"The default process group has {dist.get_world_size()} ranks, and the layout has {layout.world_size}"
+            f" (tp={layout.tp}, pp={layout.pp}, dp={layout.dp}). Something else in this program has made it: call"
+            " torch.distributed.destroy_process_group() first, or give the Trainer as many devices."
+        )
+    _take_down()
+    standing.timeout = timeout
+    with _one_group_of_this_rank_alone(timeout):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vp,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
+            create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
+        )
+    made = parallel_state._global_process_group_list  # private (megatron-core 0.16.1): all it made, on this rank
+    standing.made = list(dict.fromkeys(group for group in made if group is not None))
     _build_stacks(layout, timeout)
-    _built = layout
+    standing.layout = layout
+
+
+def rebind(model: torch.nn.Module) -> None:
+    """Give the layers of ``model`` the groups that stand, where they were built on others of the same sizes."""
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    for layer in model.modules():
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, ProcessGroupCollection):
+                setattr(layer, name, collection)
+            elif isinstance(value, dist.ProcessGroup):  # tp_group, pp_group, ...
+                setattr(layer, name, getattr(collection, name.removesuffix("_group"), value))
+
+
+def _still_standing() -> _Standing:
+    """What stands, after forgetting what others have ended."""
+    global _standing
+    if _standing.world is not None and (not dist.is_initialized() or dist.group.WORLD is not _standing.world()):
+        _forget_megatrons()
+        _standing = _Standing()
+    if _standing.world is None and dist.is_initialized():
+        _standing.world = weakref.ref(dist.group.WORLD)
+    return _standing
+
+
+def _are_megatrons(made: list[dist.ProcessGroup]) -> bool:
+    """Whether megatron-core still works with the groups that were ``made``, and all of them are alive."""
+    alive = dist.distributed_c10d._world.pg_map  # private (torch 2.13), as megatron-core uses it
+    return (
+        parallel_state.model_parallel_is_initialized()
+        and parallel_state.get_model_parallel_group() in made
+        and all(group in alive for group in made)
+    )
+
+
+def _take_down() -> None:
+    """End the layout's groups; the default one and those of the host stay."""
+    standing = _still_standing()
+    _forget_megatrons()
+    alive = dist.distributed_c10d._world.pg_map
+    for group in (*standing.made, *standing.stacks.values()):
+        if group in alive:
+            dist.destroy_process_group(group)
+    standing.made.clear()
+    standing.stacks.clear()
+    standing.layout = None
+
+
+def _forget_megatrons() -> None:
+    """Have megatron-core hold on to no group; its own function leaves one behind (0.16.1)."""
+    parallel_state.destroy_model_parallel()
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
+
+
+@contextmanager
+def _one_group_of_this_rank_alone(timeout: timedelta) -> Iterator[None]:
+    """Let all groups that would hold this rank only be one: each costs threads, sockets and a meeting of all ranks."""
+    create, rank = parallel_state.create_group, dist.get_rank()
+    alone: list[dist.ProcessGroup] = []
+
+    def create_or_share(ranks: list[int], **options: Any) -> Any:
+        if len(ranks) > 1 or options.get("pg_options") is not None:
+            return create(ranks, **options)
+        if ranks[0] != rank:
+            return dist.GroupMember.NON_GROUP_MEMBER
+        if not alone:
+            alone.append(create(ranks, **{**options, "use_local_synchronization": True, "group_desc": "ALONE"}))
+        return alone[0]
+
+    parallel_state.create_group = create_or_share
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
 
 
 def _build_stacks(layout: ParallelLayout, timeout: timedelta) -> None:
     """Make the groups of the pipeline ranks that hold the encoder's stages, and the decoder's; all ranks make all."""
-    _stacks.clear()
     split = layout.pipeline_split_rank
     if split is None:
         return
@@ -69,7 +181,7 @@ def _build_stacks(layout: ParallelLayout, timeout: timedelta) -> None:
             ranks = sorted({pipeline[number % layout.pp] for number in numbers})
             group = dist.new_group(ranks, timeout=timeout)
             if dist.get_rank() in ranks:
-                _stacks[name] = group
+                _standing.stacks[name] = group
 
 
 def check_alone() -> None:
@@ -92,6 +204,49 @@ def default_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def meeting_store(rank: int, world_size: int, timeout: timedelta, base: dist.Store | None = None) -> dist.Store | None:
+    """Where ranks meet: a part of a store that no earlier meeting has used.
+
+    A store lives as long as any group that was made over it, also one in an object that nobody uses any more. Ranks
+    that meet again on the same port would find it again, and in it the addresses of groups that have ended; or one
+    would come while another is about to end it. So they leave the port at once, and keep a store of their own.
+
+    Args:
+        rank: This one.
+        world_size: How many meet, at the ``MASTER_ADDR`` and ``MASTER_PORT`` of the environment.
+        timeout: Of the meeting.
+        base: A store of the ranks that is there already, of torchrun's.
+
+    Returns:
+        None where they have met.
+    """
+    global _base
+    if dist.is_initialized():
+        return None
+    if world_size == 1:
+        return dist.HashStore()
+    if base is None:
+        base = _base = _base or _own_store(rank, world_size, timeout)
+    return dist.PrefixStore(f"lightning_megatron/meeting_{next(_meetings)}", base)
+
+
+def _own_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """A store on a port that the machine chooses, told at the agreed one."""
+    agreed: dist.Store = next(iter(dist.rendezvous("env://", rank, world_size, timeout=timeout)))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return agreed  # it stays with torchrun's agent
+    key, address = "lightning_megatron/port", os.environ["MASTER_ADDR"]
+    if rank == 0:
+        store = dist.TCPStore(address, 0, world_size, True, timeout, wait_for_workers=False)
+        agreed.set(key, str(store.port))
+    else:
+        store = dist.TCPStore(address, int(agreed.get(key)), world_size, False, timeout)
+    if store.add("here", 1) == world_size:
+        store.set("all are here", "")
+    store.wait(["all are here"], timeout)  # before rank 0 leaves the agreed one
+    return store
+
+
 def join(device: torch.device) -> None:
     """Meet the ranks that torchrun has started; or be alone, where nothing has."""
     if dist.is_initialized():
@@ -99,16 +254,17 @@ def join(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = meeting_store(rank, ranks, _Standing.timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
     else:
         _meet_nobody()
 
 
 def _meet_nobody() -> None:
-    global _alone
     carriers = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(carriers, store=dist.HashStore(), rank=0, world_size=1)
-    _alone = True
+    _still_standing().alone = True
 
 
 def world_size() -> int:
@@ -117,18 +273,19 @@ def world_size() -> int:
 
 
 def end_alone() -> None:
-    """Make room for a run's groups; models that were built alone cannot be called any more."""
-    if _alone:
+    """Make room for a run's groups, where a model was built without one."""
+    if _still_standing().alone:
         end()
 
 
 def end() -> None:
-    """Leave no group behind; models that were built on them cannot be called any more."""
-    global _alone, _built, _host
+    """Leave no group behind; a model that was built on them can be called again after ``build`` and ``rebind``."""
+    global _standing
     if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
+        _take_down()
         dist.destroy_process_group()
-    _alone, _built, _host = False, None, None
+    _forget_megatrons()
+    _standing = _Standing()
 
 
 def coordinates() -> RankCoordinates:
@@ -180,10 +337,11 @@ def beside_training() -> dist.ProcessGroup:
 
 
 def _hosts() -> tuple[dist.ProcessGroup, ...]:
-    global _host
-    if _host is None:
-        _host = tuple(dist.new_group(backend="gloo", timeout=_timeout) for _ in range(2))
-    return _host
+    standing = _still_standing()
+    alive = dist.distributed_c10d._world.pg_map
+    if not standing.host or any(group not in alive for group in standing.host):
+        standing.host = tuple(dist.new_group(backend="gloo", timeout=standing.timeout) for _ in range(2))
+    return standing.host
 
 
 def model_parallel() -> dist.ProcessGroup:
@@ -193,7 +351,7 @@ def model_parallel() -> dist.ProcessGroup:
 
 def stack(name: Stack) -> dist.ProcessGroup:
     """The group of the pipeline ranks that hold stages of the encoder, or of the decoder, this one among them."""
-    return _stacks[name]
+    return _standing.stacks[name]
 
 
 def tensor_parallel() -> dist.ProcessGroup:

@@ -26,6 +26,8 @@ def install(trainer: pl.Trainer) -> None:
         return
     epoch_loop.automatic_optimization = _ScheduleOptimization(trainer)
     epoch_loop.automatic_optimization.optim_progress = before.optim_progress
+    if "update_lr_schedulers" in vars(epoch_loop):  # from an earlier run
+        return
     step_schedulers = epoch_loop.update_lr_schedulers
 
     def unless_skipped(interval: str, update_plateau_schedulers: bool) -> None:
@@ -34,6 +36,15 @@ def install(trainer: pl.Trainer) -> None:
             step_schedulers(interval, update_plateau_schedulers=update_plateau_schedulers)
 
     epoch_loop.update_lr_schedulers = unless_skipped  # type: ignore[method-assign]
+
+
+def remove(trainer: pl.Trainer) -> None:
+    """Give the Trainer's epoch loop Lightning's own optimization back."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    before = epoch_loop.automatic_optimization
+    if isinstance(before, _ScheduleOptimization):
+        epoch_loop.automatic_optimization = _AutomaticOptimization(trainer)
+        epoch_loop.automatic_optimization.optim_progress = before.optim_progress
 
 
 class _ScheduleClosure(Closure):
@@ -45,6 +56,8 @@ class _ScheduleClosure(Closure):
         if self._zero_grad_fn is not None:
             self._zero_grad_fn()
         output = self._step_fn()
+        if output.closure_loss is None:
+            self.warning_cache.warn("`training_step` returned `None`. If this was on purpose, ignore this warning...")
         if self._backward_fn is not None and output.closure_loss is not None:
             self._backward_fn(output.closure_loss)
         return output

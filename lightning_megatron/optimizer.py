@@ -245,6 +245,11 @@ class ShardedOptimizer(Optimizer):
                         yield Held(parameter, getattr(parameter, "main_param", parameter), None)
 
 
+def is_shardable(optimizer: Optimizer) -> bool:
+    """Whether the distributed optimizer can make its update: one that is element by element."""
+    return type(optimizer) in _SHARDABLE
+
+
 def shard(
     optimizer: Optimizer,
     engine: Engine,

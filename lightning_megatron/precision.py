@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
+from lightning_megatron.optimizer import ShardedOptimizer
+
 # type of weights, and whether gradients are kept and reduced in fp32
 _KINDS: dict[str, tuple[torch.dtype, bool]] = {
     "32-true": (torch.float32, True),
@@ -94,6 +96,9 @@ class MegatronPrecision(Precision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         """Leave the norm to the optimizer's step, which takes it over all model-parallel ranks."""
+        if not isinstance(optimizer, ShardedOptimizer):  # of a module that Lightning's own loop trains
+            super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+            return
         if clip_val and gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             raise MisconfigurationException(
                 f"MegatronStrategy clips by norm only; gradient_clip_algorithm='value' (gradient_clip_val={clip_val})"

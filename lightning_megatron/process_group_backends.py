@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +21,7 @@ _CANNOT = {
     ("cuda", "gloo"): "over Gloo megatron-core's all-gather of CUDA tensors ends in a segmentation fault",
 }
 
-_made: Any = None  # the default group that a run of this process has made
-_kept_store: Any = None  # of groups that have made way
+_made: Any = None  # a weak reference to the default group that a run of this process has made
 
 
 def choose(device: str, wanted: str | None) -> str:
@@ -59,18 +59,15 @@ def make_way(device: torch.device) -> None:
     Raises:
         MisconfigurationException: They are somebody else's.
     """
-    global _kept_store
     if not dist.is_initialized() or carries(configuration := dist.get_backend_config(), device.type):
         return
-    if dist.group.WORLD is not _made:
+    if _made is None or dist.group.WORLD is not _made():
         raise MisconfigurationException(
             f"The process group that stands already has the back ends {configuration!r}, and a model on"
             f" {device.type!r} needs {_OF_DEVICE[device.type]!r}. Something else in this program has made it: call"
             " torch.distributed.destroy_process_group() before this run, or make it with"
             " init_process_group('cpu:gloo,cuda:nccl'), which carries both."
         )
-    # A new store at the same address would meet ranks that have not ended yet.
-    _kept_store = dist.PrefixStore(f"after_{configuration}", dist.distributed_c10d._get_default_store())
     groups.end()
 
 
@@ -102,11 +99,11 @@ def meet(
         return
     name = choose(device.type, wanted)
     bound = device if name == "nccl" else None  # Gloo cannot be bound to one
-    _init_dist_connection(environment, name, timeout=timeout, device_id=bound, store=_kept_store or store)
+    _init_dist_connection(environment, name, timeout=timeout, device_id=bound, store=store)
     _remember()
 
 
 def _remember() -> None:
     """Take the default group that stands for this process's own."""
     global _made
-    _made = dist.group.WORLD
+    _made = weakref.ref(dist.group.WORLD)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from lightning_megatron import one_rank
 from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import check_folders
 from lightning_megatron.layout import ParallelLayout
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _STRATEGY = Arguments("MegatronStrategy", MisconfigurationException)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
-_REGROUPING = (BaseFinetuning, ModelPruning)
 
 
 def check_sizes(
@@ -164,7 +164,7 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
     ddp = trainer.strategy.ddp  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
-        if isinstance(callback, _REGROUPING):
+        if isinstance(callback, one_rank.REGROUPING) and not one_rank.is_alone(trainer):
             raise MisconfigurationException(
                 f"MegatronStrategy does not work with {name}: it changes which parameters are trained, in the middle of"
                 " a run, and megatron-core's gradient buffers are laid out at its start. Freeze parameters before fit"
@@ -185,7 +185,7 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
 def _check_module(trainer: pl.Trainer) -> None:
     """Refuse hooks that no schedule calls, and a graph that rank 0 would draw alone."""
     module, name = trainer.lightning_module, type(trainer.lightning_module).__name__
-    fits = trainer.state.fn == TrainerFn.FITTING
+    fits = trainer.state.fn == TrainerFn.FITTING and not one_rank.is_alone(trainer)
     if fits and is_overridden("backward", module):
         raise MisconfigurationException(
             f"{name}.backward would never be called: MegatronStrategy's schedule runs forward and backward of all"

@@ -35,6 +35,10 @@ def make_engine(
     return Engine(layout, [plain], plain.config, ddp, False, device, draws=nullcontext)  # the user's own generators
 
 
+class _SkippedError(Exception):
+    """A ``training_step`` on one rank has returned None: the batch counts for nothing."""
+
+
 @dataclass
 class Steps:
     """Runs the hooks of a module on batches.
@@ -56,21 +60,24 @@ class Steps:
     counts: bool = True  # whether the batch that was evaluated last counts on this replica
     ends_window: bool = False  # whether the optimizer steps after the batch that was trained last
 
-    def train(self, batch: Any, *args: Any, **kwargs: Any) -> Outcome:
-        """``training_step`` forward and backward; ``finish`` it after a look at its loss."""
+    def train(self, batch: Any, *args: Any, **kwargs: Any) -> Outcome | None:
+        """``training_step`` forward and backward; ``finish`` it after a look at its loss. None where it was skipped."""
         trainer = self.module.trainer
         self._recorder = recorder = self._record(batch)
         self.ends_window = not trainer.fit_loop._should_accumulate()
         step = self._step("training_step", recorder, args, kwargs)
         if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for batch norms
             return self.engine.evaluate(batch, *self._shape(batch, args), step)
-        return self.engine.train(
-            batch,
-            *self._shape(batch, args),
-            step,
-            window=trainer.accumulate_grad_batches,
-            last_of_window=self.ends_window,
-        )
+        window, had_gradients = trainer.accumulate_grad_batches, self.engine.has_gradients
+        try:
+            return self.engine.train(
+                batch, *self._shape(batch, args), step, window=window, last_of_window=self.ends_window
+            )
+        except _SkippedError:
+            self.engine.has_gradients = had_gradients
+            if had_gradients and self.ends_window:
+                self.engine.finish_window(window)
+            return None
 
     def finish(self, outcome: Outcome) -> Any:
         """Log what ``train`` recorded and the loss; give what ``on_train_batch_end`` is told."""
@@ -120,6 +127,8 @@ class Steps:
                 if isinstance(module, MegatronModule):
                     module.in_pipeline = False
             if hook == "training_step" and (not isinstance(module, MegatronModule) or module.lacks_loss(output)):
+                if output is None and self.engine.layout.world_size == 1 and self._asked == (None, None):
+                    raise _SkippedError
                 check_output(output)
             return output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
@@ -32,6 +33,7 @@ from lightning_megatron import (
     loops,
     metrics,
     model_summary,
+    one_rank,
     peers,
     plugins,
     predictions,
@@ -172,6 +174,8 @@ class MegatronStrategy(Placement, Collectives):
         self._timeout = timeout
         self._engine: Engine | None = None
         self._hook_logs: hook_logs.HookLogs | None = None
+        self._told_world_size: int | None = None
+        self._trains_as_lightning = False
         self._timers = timing.Timers()
         self.launch = launch
         launching.check(launch)
@@ -210,6 +214,16 @@ class MegatronStrategy(Placement, Collectives):
         return self.parallel_devices[self.local_rank]
 
     @property
+    @override
+    def world_size(self) -> int:
+        """Ranks of the run, or what somebody has set it to."""
+        return self._ranks if self._told_world_size is None else self._told_world_size
+
+    @world_size.setter
+    def world_size(self, size: int) -> None:
+        self._told_world_size = size
+
+    @property
     def num_processes(self) -> int:
         """Processes of this node."""
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
@@ -241,7 +255,7 @@ class MegatronStrategy(Placement, Collectives):
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         process_group_backends.choose(self.root_device.type, self._process_group_backend)
-        self._layout = ParallelLayout(world_size=self.world_size, **self.sizes)
+        self._layout = ParallelLayout(world_size=self._ranks, **self.sizes)
         if isinstance(self.lightning_module, MegatronModule):
             self._layout = self.lightning_module.complete_layout(self._layout)
 
@@ -262,8 +276,6 @@ class MegatronStrategy(Placement, Collectives):
             model.check_layout(self.layout)
         else:
             refusals.check_stages(model, self.layout)
-        loops.install(model.trainer)
-        evaluation_samples.install(model.trainer)
 
     @override
     def setup_environment(self) -> None:
@@ -275,7 +287,10 @@ class MegatronStrategy(Placement, Collectives):
         self.set_world_ranks()
         backend.use_device(self.root_device)
         assert self.cluster_environment is not None
+        os.environ["MASTER_ADDR"] = self.cluster_environment.main_address
+        os.environ["MASTER_PORT"] = str(self.cluster_environment.main_port)
         store = launching.store_of_this_attempt(self._timeout)
+        store = groups.meeting_store(self.global_rank, self._ranks, self._timeout, store)
         wanted = self._process_group_backend
         process_group_backends.meet(self.root_device, wanted, self.cluster_environment, self._timeout, store)
         first_error.begin()
@@ -295,12 +310,15 @@ class MegatronStrategy(Placement, Collectives):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
+        loops.install(trainer)
+        evaluation_samples.install(trainer)
         metrics.sync_over_replicas(self.lightning_module)
         model_summary.install(trainer)
         attend(trainer)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
-        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-            loop.inference_mode = False
+        if self.layout.world_size > 1 or isinstance(self.lightning_module, MegatronModule):
+            for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+                loop.inference_mode = False
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -310,17 +328,22 @@ class MegatronStrategy(Placement, Collectives):
         else:
             self.checkpointer.resumption.give_back(trainer)
         self._timers = timing.Timers()  # who listened to an earlier run that failed may be in the old one
+        self._trains_as_lightning = False
         if fitting:
             self.optimizers = []
             self.setup_optimizers(trainer)
         elif not all(isinstance(o, ShardedOptimizer) and o.trains(self.lightning_module) for o in self.optimizers):
             self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
-        ddp = self._ddp_config() if fitting else None
+        if self._trains_as_lightning:
+            loops.remove(trainer)
+        ddp = self._ddp_config() if fitting and not self._trains_as_lightning else None
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
         self._steps = Steps(
             self.lightning_module, self._engine, self._precision, self.micro_batch_size, self.num_microbatches
         )
-        if fitting:
+        if self._trains_as_lightning:
+            _optimizers_to_device(self.optimizers, self.root_device)
+        elif fitting:
             self._shard_optimizer()
         self.setup_precision_plugin()
         if isinstance(self.lightning_module, MegatronModule):
@@ -335,6 +358,9 @@ class MegatronStrategy(Placement, Collectives):
         shards = module.named_shards if isinstance(module, MegatronModule) else module.named_parameters
         copies.freeze_together(shards())
         super().setup_optimizers(trainer)
+        self._trains_as_lightning = one_rank.is_alone(trainer) and one_rank.asks_for_more(trainer, self.optimizers)
+        if self._trains_as_lightning:
+            return
         refusals.check_optimizers(module, self.optimizers)
         copies.freeze_together(shards())
         weight_settings.check(shards(), self.optimizers[0])
@@ -375,7 +401,12 @@ class MegatronStrategy(Placement, Collectives):
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        if self._trains_as_lightning:
+            with self._precision.step_context(self.root_device):
+                return super().training_step(batch, *args, **kwargs)
         outcome = self._steps.train(batch, *args, **kwargs)
+        if outcome is None:
+            return None
         if self.check_loss and self.on_nonfinite == "raise":
             report.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
         return self._steps.finish(outcome)
@@ -384,6 +415,8 @@ class MegatronStrategy(Placement, Collectives):
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The schedule has run backward; fire the hooks around it."""
         assert self.lightning_module is not None
+        if self._trains_as_lightning:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         if self._steps.ends_window and gradients.has_onlookers(self.lightning_module.trainer):
             self.optimizers[0].show_gradients()  # type: ignore[attr-defined]
@@ -392,6 +425,8 @@ class MegatronStrategy(Placement, Collectives):
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._trains_as_lightning:
+            return result
         report.log_step(
             self.lightning_module,  # type: ignore[arg-type]
             self.optimizers[0],  # type: ignore[arg-type]
@@ -428,7 +463,8 @@ class MegatronStrategy(Placement, Collectives):
     def on_train_start(self) -> None:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         for optimizer in self.optimizers:
-            optimizer.take_changed_weights()  # type: ignore[attr-defined]
+            if isinstance(optimizer, ShardedOptimizer):
+                optimizer.take_changed_weights()
         self._resumed_settings.set_rates()
         self.checkpointer.plateaus.begin(trainer)
         preemption.install(trainer)
@@ -497,6 +533,9 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self._trains_as_lightning:
+            super().load_optimizer_state_dict(checkpoint)
+            return
         if not checkpoint["optimizer_states"]:
             return
         configs = self.lr_scheduler_configs
@@ -510,6 +549,10 @@ class MegatronStrategy(Placement, Collectives):
         self.checkpointer.remove(local_path(filepath))
 
     # Steps of the hooks above
+
+    @property
+    def _ranks(self) -> int:
+        return super().world_size
 
     def _shard_optimizer(self) -> None:
         self.optimizers = [

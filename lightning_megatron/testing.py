@@ -11,21 +11,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 import lightning_megatron  # noqa: F401  (registers the strategy)
-from lightning_megatron import backend
+from lightning_megatron import backend, groups
 
 __all__ = ["clean_process", "leave_no_groups"]
 
 
 def leave_no_groups() -> None:
     """End the process groups, megatron-core's first, and let megatron-core be as without a strategy."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    groups.end()
     backend.use_device(torch.device("meta"))  # any but the CPU undoes what was done for it
 
 

@@ -236,11 +236,6 @@ class Double(Base):
         self.b.double()
 
 
-class Nothing(Base):
-    def configure_optimizers(self) -> None:
-        return None
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -250,7 +245,6 @@ class Nothing(Base):
         (Detached, "does not require grad"),
         (NoLoss, "a dict with .*los.*key 'loss'"),
         (Double, "b.weight is torch.float64, and this run trains torch.float32"),
-        (Nothing, "configure_optimizers returned None"),
     ],
 )
 def test_refused_rather_than_trained_otherwise(kind, message):

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -261,11 +262,15 @@ class _OneByOne:
 
 
 def _held(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``collective``, and have the ``_OneByOne`` around it hold its handle and tensors."""
+    """Run ``collective``, and have the ``_OneByOne`` around it hold its handle and tensors.
+
+    Where torch calls it deprecated (2.13), what is behind the warning: a user may have made warnings errors.
+    """
+    function = inspect.unwrap(collective)
 
     @functools.wraps(collective)
     def call(*args: Any, **kwargs: Any) -> Any:
-        work = collective(*args, **kwargs)
+        work = function(*args, **kwargs)
         if work is not None and _OneByOne.within is not None:
             _OneByOne.within.works.append((work, (args, kwargs)))
         return work

@@ -144,12 +144,16 @@ class GeneratingModule(ConfiguredModule):
         if not len(self.chunks):
             self.build_alone()
         layout = self.build_settings.layout
+        if layout.world_size == 1:
+            groups.join(next(self.chunks.parameters()).device)
         if not dist.is_initialized() or dist.get_world_size() != layout.world_size:
             raise RuntimeError(
                 f"{type(self).__name__} was built for a run of {layout.world_size} ranks, which has ended. Save a"
                 f" checkpoint in the run, and use {type(self).__name__}.load_from_checkpoint."
             )
         groups.build(layout)
+        for chunk in self.chunks:
+            groups.rebind(chunk)
 
     @abstractmethod
     def _check_prompts(self, prompts: Prompts, new: int) -> None:

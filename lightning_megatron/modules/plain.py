@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
@@ -34,17 +35,18 @@ def check_output(output: Any) -> None:
     Raises:
         MisconfigurationException: It is no loss that can be differentiated.
     """
-    if isinstance(output, Mapping) and "loss" not in output:
-        raise MisconfigurationException(
-            f"training_step returned a dict with {sorted(map(str, output))}. Put the loss under the key 'loss'."
+    try:
+        ClosureResult.from_training_step_output(output)
+    except MisconfigurationException as error:
+        what = (
+            f"a dict with {sorted(map(str, output))}" if isinstance(output, Mapping) else f"a {type(output).__name__}"
         )
+        raise MisconfigurationException(
+            f"{error} Here training_step returned {what}. Return the loss, a tensor, or a dict with the key 'loss'."
+        ) from error
     loss = output["loss"] if isinstance(output, Mapping) else output
     if loss is None:
         return
-    if not isinstance(loss, torch.Tensor):
-        raise MisconfigurationException(
-            f"training_step returned a {type(loss).__name__}. Return the loss, a tensor, or a dict with the key 'loss'."
-        )
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise RuntimeError(
             "training_step returned a loss that does not require grad: nothing would be learned from it. Leave out"

@@ -1,0 +1,49 @@
+"""A plain module on one rank that asks for what no schedule gives: Lightning's own loop trains it, as without us."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.optimizer import is_shardable
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+REGROUPING = (BaseFinetuning, ModelPruning)  # they change what the optimizer holds while it trains
+
+
+def is_alone(trainer: pl.Trainer) -> bool:
+    """Whether the module is whole on this rank and shares nothing with others: Lightning's loop can train it."""
+    strategy: Any = trainer.strategy
+    if isinstance(trainer.lightning_module, MegatronModule) or strategy.precision_plugin.scales_loss:
+        return False
+    return bool(strategy.layout.world_size == 1)
+
+
+def asks_for_more(trainer: pl.Trainer, optimizers: list[Optimizer]) -> bool:
+    """Whether the module, its optimizers or a callback need more than one optimizer step for each batch.
+
+    Args:
+        trainer: Whose module ``is_alone``.
+        optimizers: What ``configure_optimizers`` gave.
+    """
+    module, strategy = trainer.lightning_module, cast("Any", trainer.strategy)
+    return (
+        not module.automatic_optimization
+        or is_overridden("backward", module)
+        or is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
+        or any(isinstance(callback, REGROUPING) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        or trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
+        or len(optimizers) != 1
+        or type(optimizers[0]).__name__ == "_MockOptimizer"  # configure_optimizers returned None
+        or isinstance(optimizers[0], torch.optim.LBFGS)
+        or (strategy.distributed_optimizer and not is_shardable(optimizers[0]))
+    )
