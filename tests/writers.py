@@ -50,7 +50,5 @@ def truth(name: str, **options: Any) -> torch.Tensor:
     """What transformers writes."""
     with torch.random.fork_rng():
         torch.manual_seed(options.pop("seed", 0))
-        if options.get("do_sample"):
-            options = {"top_k": 0, **options}  # theirs is 50 by default
         start = {"decoder_start_token_id": 0} if name.startswith("t5") else {}
         return model(name).generate(**prompts(name), max_new_tokens=NEW, pad_token_id=0, **start, **options)

@@ -17,36 +17,36 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from lightning_megatron import groups
 from lightning_megatron.generation.decoder import Decoder
+from lightning_megatron.generation.hooks import Hooks
 from lightning_megatron.generation.settings import GenerationSettings
 
-Stream = Callable[[torch.Tensor], Any]
 
-
-def write(decoder: Decoder, settings: GenerationSettings, seed: int, stream: Stream | None) -> torch.Tensor:
+def write(decoder: Decoder, settings: GenerationSettings, seed: int, hooks: Hooks) -> Any:
     """Go on with the decoder's start.
 
     Args:
         decoder: Gives the scores.
         settings: How tokens are chosen.
         seed: Of the tokens that are drawn.
-        stream: Called with the new tokens ``[b]``, on the host, on the replica's first rank.
+        hooks: What is run at each token.
 
     Returns:
-        ``[b, start + new]``, the same on every rank.
+        ``[b, start + new]``, the same on every rank; or transformers' output, where the settings ask for it.
 
     Raises:
-        RuntimeError: ``stream`` has failed, on all ranks.
+        RuntimeError: A hook has failed, on all ranks.
     """
-    streamer = None if stream is None else _Streamer(stream)
+    streamer = None if hooks.stream is None and hooks.streamer is None else _Streamer(hooks.stream, hooks.streamer)
     device = decoder.stages.device
-    # transformers' loop makes tensors wherever the device context says.
-    with device, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        texts: torch.Tensor = _Scorer(decoder).generate(
+        texts = _Scorer(decoder).generate(
             decoder.start.ids,
             attention_mask=decoder.start.keep.long(),
             generation_config=settings.to_transformers(),
-            logits_processor=settings.processors(),
+            logits_processor=hooks.processors(settings.processors(), settings.num_beams),
+            stopping_criteria=hooks.criteria(settings.config.max_time),
+            tokenizer=hooks.tokenizer,
             streamer=streamer,
         )
     if streamer is not None:
@@ -80,26 +80,39 @@ class _Scorer(PreTrainedModel, GenerationMixin):
 
 
 class _Streamer(BaseStreamer):
-    """Hands new tokens on. An error waits for the end of the text: other ranks would be left in their next pass."""
+    """Hands new tokens on. An error waits for the end of the text: other ranks would be left in their next pass.
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+    Args:
+        stream: Called with new tokens.
+        streamer: Another, which is given the prompts, too.
+    """
+
+    def __init__(self, stream: Callable[[torch.Tensor], Any] | None, streamer: Any) -> None:
+        self.stream, self.streamer = stream, streamer
         self.here = groups.model_parallel().rank() == 0
         self.begun = False
         self.error: Exception | None = None
 
     def put(self, value: torch.Tensor) -> None:
-        if self.begun and self.here and self.error is None:
-            try:
-                self.stream(value.cpu())
-            except Exception as error:
-                self.error = error
+        if self.streamer is not None:
+            self._call(lambda: self.streamer.put(value.cpu()))
+        elif self.begun and self.stream is not None:
+            stream = self.stream
+            self._call(lambda: stream(value.cpu()))
         self.begun = True  # the first call brings the prompt
 
     def end(self) -> None:
-        """Nothing is held back."""
+        if self.streamer is not None:
+            self._call(lambda: self.streamer.end())
 
     def raise_on_all_ranks(self) -> None:
         texts = groups.gather(None if self.error is None else repr(self.error), groups.model_parallel())
         if texts[0] is not None:
             raise RuntimeError(f"generate: the stream callback has failed with {texts[0]}.") from self.error
+
+    def _call(self, call: Callable[[], Any]) -> None:
+        if self.here and self.error is None:
+            try:
+                call()
+            except Exception as error:
+                self.error = error

@@ -205,7 +205,7 @@ class GPTModule(GeneratingModule):
             )
 
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> GPTDecoder:
-        return GPTDecoder(stages, prompts, self.config.vocab_size, settings.max_new_tokens, settings.num_beams)
+        return GPTDecoder(stages, prompts, self.config.vocab_size, settings.max_new_tokens, settings.copies)
 
     def _positions(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> Any:
         """As the documents have them, or the batch; None where rotary positions are the places in the row."""

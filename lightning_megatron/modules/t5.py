@@ -184,6 +184,10 @@ class T5Module(GeneratingModule):
             return output
         return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
 
+    @property
+    def _encodes(self) -> bool:
+        return True
+
     def _check_prompts(self, prompts: Prompts, new: int) -> None:
         config = self.config
         sides = {"seq_length": prompts.longest, "decoder_seq_length": new}
@@ -200,9 +204,10 @@ class T5Module(GeneratingModule):
                 )
 
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> T5Decoder:
-        start = Prompts.same(self.config.decoder_start_id, len(prompts.ids)).to(prompts.ids.device)
+        first = settings.given.get("decoder_start_token_id", self.config.decoder_start_id)
+        start = Prompts.same(first, len(prompts.ids)).to(prompts.ids.device)
         split = self.build_settings.layout.pipeline_split_rank or 0
-        vocab, new, beams = self.config.vocab_size, settings.max_new_tokens, settings.num_beams
+        vocab, new, beams = self.config.vocab_size, settings.max_new_tokens, settings.copies
         return T5Decoder(stages, prompts, start, vocab, new, beams, split)
 
     def _decoder_inputs(self, batch: Batch) -> torch.Tensor:

@@ -1,0 +1,142 @@
+"""A user's own processors, criteria and streamers: what they raise and decide is the same on every rank of a replica.
+
+A rank that stopped, or raised, alone would leave the others in their next pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from lightning_megatron import groups
+
+PrefixAllowedTokens = Callable[[int, torch.Tensor], list[int]]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a user has run at each token; as transformers' arguments of the same names.
+
+    Args:
+        logits_processor: Change the scores.
+        stopping_criteria: End texts; where ranks differ, the first one's decision holds.
+        prefix_allowed_tokens_fn: Tokens that may follow.
+        tokenizer: Of ``stop_strings``.
+        stream: Called with each new token of all texts, ``[b]``, on the replica's first rank.
+        streamer: transformers' streamer, likewise.
+    """
+
+    logits_processor: Sequence[LogitsProcessor] | None = None
+    stopping_criteria: Sequence[StoppingCriteria] | None = None
+    prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None
+    tokenizer: Any = None
+    stream: Callable[[torch.Tensor], Any] | None = None
+    streamer: Any = None
+
+    def check(self, num_beams: int, stop_strings: Any) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: A stream of beams, two streams, or strings without a tokenizer.
+            TypeError: Something is not of transformers' kind.
+        """
+        for name in ("stream", "streamer"):
+            if getattr(self, name) is not None and num_beams > 1:
+                raise ValueError(
+                    f"generate({name}=..., num_beams={num_beams}): beams change their beginnings. Use one."
+                )
+        if self.stream is not None and self.streamer is not None:
+            raise ValueError("generate(stream=..., streamer=...): use one of them.")
+        if stop_strings is not None and self.tokenizer is None:
+            raise ValueError(
+                f"generate(stop_strings={stop_strings!r}): tokens are compared, not text. Give tokenizer=, too."
+            )
+        for name in ("put", "end"):
+            if self.streamer is not None and not hasattr(self.streamer, name):
+                raise TypeError(f"generate(streamer={self.streamer!r}) has no {name}: use one of transformers'.")
+        for argument, kind in (("logits_processor", LogitsProcessor), ("stopping_criteria", StoppingCriteria)):
+            for entry in getattr(self, argument) or ():
+                if not callable(entry):
+                    raise TypeError(f"generate({argument}=[{entry!r}]): use a list of {kind.__name__}s.")
+
+    def told(self) -> str:
+        """What ranks can compare."""
+        lists = (self.logits_processor, self.stopping_criteria)
+        names = [[type(entry).__name__ for entry in entries or ()] for entries in lists]
+        rest = [self.prefix_allowed_tokens_fn, self.tokenizer, self.stream, self.streamer]
+        return repr((names, [entry is not None for entry in rest]))
+
+    def processors(self, first: LogitsProcessorList, num_beams: int) -> LogitsProcessorList:
+        """The user's, behind ``first``."""
+        own = list(self.logits_processor or ())
+        if self.prefix_allowed_tokens_fn is not None:
+            own.append(PrefixConstrainedLogitsProcessor(self.prefix_allowed_tokens_fn, num_beams))
+        return LogitsProcessorList([*first, *(entry if _is_alike(entry) else _Processor(entry) for entry in own)])
+
+    def criteria(self, max_time: float | None) -> StoppingCriteriaList:
+        """The user's, and a limit of time."""
+        own = list(self.stopping_criteria or ())
+        own += [MaxTimeCriteria(max_time)] if max_time is not None else []
+        return StoppingCriteriaList([entry if _is_alike(entry) else _Criteria(entry) for entry in own])
+
+
+def _is_alike(entry: Any) -> bool:
+    """Whether it does the same on every rank: transformers' own do, but for those that look at a clock or call on."""
+    odd = (MaxTimeCriteria, PrefixConstrainedLogitsProcessor)
+    return type(entry).__module__.startswith("transformers.") and not isinstance(entry, odd)
+
+
+class _Processor(LogitsProcessor):
+    """Raises on every rank what one raises."""
+
+    def __init__(self, own: LogitsProcessor) -> None:
+        self.own = own
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        found, _ = _together(self.own, lambda: self.own(input_ids, scores), lambda _: None)
+        result: torch.Tensor = found
+        return result
+
+
+class _Criteria(StoppingCriteria):
+    """Decides as the first rank does."""
+
+    def __init__(self, own: StoppingCriteria) -> None:
+        self.own = own
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        _, ends = _together(
+            self.own, lambda: self.own(input_ids, scores, **kwargs), lambda ends: torch.as_tensor(ends).tolist()
+        )
+        return torch.as_tensor(ends, device=input_ids.device, dtype=torch.bool).expand(len(input_ids))
+
+
+def _together(own: Any, call: Callable[[], Any], tell: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """What ``call`` gives here, and what the first rank tells of its own.
+
+    Raises:
+        RuntimeError: It has failed on a rank; on all of them.
+    """
+    error: Exception | None = None
+    found = told = None
+    try:
+        found = call()
+        told = tell(found)
+    except Exception as raised:
+        error = raised
+    everyone = groups.gather((None if error is None else repr(error), told), groups.model_parallel())
+    for text, _ in everyone:
+        if text is not None:
+            raise RuntimeError(f"generate: {type(own).__name__} has failed with {text}.") from error
+    return found, everyone[0][1]
