@@ -80,7 +80,8 @@ class HarnessGPT(TemplateLM):
             context, settings = request.args
             new = settings.get("max_gen_toks", self.max_new_tokens)
             ids = self.text.encode(context)[-(self.module.config.seq_length - new) :] or [self.eot_token_id]
-            draws = {"do_sample": True, "temperature": settings["temperature"]} if settings.get("do_sample") else {}
+            drawn = bool(settings.get("do_sample"))  # a task says so itself, whatever the model says
+            draws = {"do_sample": drawn, **({"temperature": settings["temperature"]} if drawn else {})}
             text = self.module.generate(
                 torch.tensor([ids], device="cpu"), max_new_tokens=new, eos_token_id=self.eot_token_id, **draws
             )
