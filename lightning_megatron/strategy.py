@@ -316,9 +316,8 @@ class MegatronStrategy(Placement, Collectives):
         model_summary.install(trainer)
         attend(trainer)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
-        if self.layout.world_size > 1 or isinstance(self.lightning_module, MegatronModule):
-            for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-                loop.inference_mode = False
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
