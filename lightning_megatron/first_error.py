@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import sys
+import threading
 import time
+from collections.abc import Callable
 from itertools import count
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -12,6 +16,7 @@ _KEY = "lightning_megatron/first_error_of_run"
 _CONSEQUENCE = "This is a consequence. First, "
 _SECONDS_FOR_ALL = 15
 _meetings = count()
+T = TypeVar("T")
 _run = 0
 
 
@@ -21,6 +26,11 @@ def begin() -> None:
     _run += 1
 
 
+def run() -> int:
+    """The number of the run, the same on all ranks."""
+    return _run
+
+
 def note(error: BaseException) -> None:
     """Record ``error`` as the run's first, or add to it a note of the one that was first on another rank."""
     if not dist.is_initialized():
@@ -28,11 +38,36 @@ def note(error: BaseException) -> None:
     what = f"{type(error).__name__}: {error}"
     mine = f"rank {dist.get_rank()} raised {what}"
     try:
-        first = _store().compare_set(f"{_KEY}_{_run}", "", mine).decode()
+        first = asked(lambda: _store().compare_set(f"{_KEY}_{_run}", "", mine), _SECONDS_FOR_ALL).decode()
     except Exception:  # the store dies with rank 0: then there is nobody to ask, and nothing to add
         return
     if not first.endswith(f" raised {what}"):  # the same error on every rank follows from nothing
         error.add_note(_CONSEQUENCE + first)
+
+
+def asked(question: Callable[[], T], seconds: float) -> T:
+    """The answer to a question to the store, which may never come where rank 0 is stopped.
+
+    Raises:
+        TimeoutError: None has come in time.
+        Exception: Of the question.
+    """
+    answers: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answers.put((question(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError("The store does not answer.") from None
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]
 
 
 def is_consequence(error: BaseException) -> bool:

@@ -1,22 +1,37 @@
-"""Who a rank has waited for when a collective times out: each rank tells the store, now and then, where it is."""
+"""Whom a rank has waited for in vain: each tells the store where it is, and in the end what it waited in."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import sys
 import threading
 import time
 import traceback
-from types import FrameType
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from lightning_megatron import first_error
 from lightning_megatron.layout import ParallelLayout
 
-_KEY = "lightning_megatron/where/"
+_HERE, _WAITED = "lightning_megatron/where/", "lightning_megatron/waited/"
 _PERIOD = 2.0  # seconds
 _SHOWN = 3
+_TIMED_OUT = ("timed out", "timeout")
+_CONNECTION_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused")
+# Where ranks wait for one another.
+_WAITING_FILES = (
+    "distributed/distributed_c10d.py",
+    "distributed/c10d_logger.py",
+    "megatron/core/pipeline_parallel/p2p_communication.py",
+    "megatron/core/distributed/param_and_grad_buffer.py",
+)
+
+State = dict[str, Any]
 
 
 class Heartbeat:
@@ -28,7 +43,7 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin; nothing happens where it has begun."""
+        """Begin, on all ranks; nothing happens where it has begun."""
         if self._thread is None and dist.is_initialized() and dist.get_world_size() > 1:
             self._stop = threading.Event()
             store: Any = dist.distributed_c10d._get_default_store()  # private; a copy is a connection of its own
@@ -38,7 +53,7 @@ class Heartbeat:
             self._thread.start()
 
     def stop(self) -> None:
-        """End."""
+        """End, and say that this rank has left the run."""
         if self._stop is not None and self._thread is not None:
             self._stop.set()
             self._thread.join(2 * _PERIOD)
@@ -46,63 +61,149 @@ class Heartbeat:
 
     def _tell(self, stop: threading.Event, store: dist.Store, rank: int) -> None:
         main, beats = threading.main_thread().ident, 0
-        while not stop.wait(_PERIOD):
-            beats += 1
-            frame = sys._current_frames().get(main or 0)
-            try:
-                store.set(f"{_KEY}{rank}", json.dumps({"beats": beats, **_where(frame)}))
-            except Exception:  # the store is gone with rank 0, and with it whoever would ask
-                return
+        who = {"run": first_error.run(), "process": os.getpid(), "host": platform.node()}
+        try:
+            while True:
+                frame = sys._current_frames().get(main or 0)
+                where = _where(traceback.extract_stack(frame))
+                store.set(f"{_HERE}{rank}", json.dumps({**who, "beats": beats, **where}))
+                if stop.wait(_PERIOD):
+                    break
+                beats += 1
+            store.set(f"{_HERE}{rank}", json.dumps({**who, "left": True}))
+        except Exception:  # the store is gone with rank 0, and with it whoever would ask
+            return
 
 
 def explain(error: BaseException, layout: ParallelLayout) -> None:
-    """To the error of a collective that timed out, add which ranks it waited for, and where they are.
+    """To the error of a collective that nobody answered, add which ranks it waited for, and where they are.
 
     Args:
         error: Any error; others are left as they are.
         layout: Of the run.
     """
     text = str(error).lower()
-    if not dist.is_initialized() or ("timed out" not in text and "timeout" not in text):
+    timed_out = any(words in text for words in _TIMED_OUT)
+    lost = any(words in text for words in _CONNECTION_LOST) and "gloo" in text and not first_error.is_consequence(error)
+    if not dist.is_initialized() or layout.world_size == 1 or not (timed_out or lost):
         return
+    here = _where(traceback.extract_tb(error.__traceback__))
+    rank, run = dist.get_rank(), first_error.run()
+    waited = f"This rank waited in {here['collective'] or 'a collective'}, called by {here['place']}."
     try:
-        before = _read(layout.world_size)
-        time.sleep(2.5 * _PERIOD)
-        now = _read(layout.world_size)
-    except Exception:  # rank 0 is gone
+        first, second, last_words = first_error.asked(lambda: _ask(rank, here, layout.world_size, run), 5 * _PERIOD + 5)
+    except Exception:
+        if rank != 0:
+            where = "the store, by which ranks tell where they are: it is dead, stopped, or its machine is gone"
+            error.add_note(f"{waited} rank 0 does not answer, and it has {where}.")
         return
-    lines = []
-    for rank, known in now.items():
-        place = layout.coordinates(rank)
-        name = f"rank {rank} (pipeline stage {place.pp}, tensor rank {place.tp}, replica {place.dp})"
-        if known is None or known == before[rank]:
-            lines.append(f"{name} is not heard of any more: it is dead, stopped, or its machine is gone")
-        elif not known["collective"] and rank != dist.get_rank():
-            lines.append(f"{name} is in no collective; it is in {known['stack']}")
-    last = _last_collective(error) or "a collective"
-    if lines:
-        shown = "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
-        error.add_note(f"This rank waited in {last}. {shown}.")
+    idle, waiting = [], {rank: here}
+    for other in range(layout.world_size):
+        if other == rank:
+            continue
+        before, now, last = first[other], second[other], last_words[other]
+        if last is not None:
+            waiting[other] = last  # it has given up, too; what it does since then says nothing
+        elif problem := _problem(before, now, run):
+            idle.append(f"{_name(other, layout)} {problem}")
+        else:
+            assert before is not None
+            waiting[other] = before
+    if idle:
+        more = f"; and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""
+        error.add_note(f"{waited} {'; '.join(idle[:_SHOWN])}{more}.")
+    else:
+        error.add_note(f"{waited} {_who_waits_where(waiting, rank)}")
 
 
-def _read(world_size: int) -> dict[int, dict[str, Any] | None]:
+def _ask(rank: int, here: State, world_size: int, run: int) -> tuple[list[State | None], ...]:
+    """Where all ranks were when this one gave up, where they are a little later, and what those waited in that gave up.
+
+    The second answer may be the first again: a rank 0 that has given up, too, ends, and the store with it.
+    """
     store = dist.distributed_c10d._get_default_store()
-    keys = {rank: f"{_KEY}{rank}" for rank in range(world_size)}
-    return {rank: json.loads(store.get(key)) if store.check([key]) else None for rank, key in keys.items()}
+    store.set(f"{_WAITED}{run}/{rank}", json.dumps(here))
+    first = _read(store, _HERE, world_size)
+    last_words = _read(store, f"{_WAITED}{run}/", world_size)
+    try:
+        time.sleep(2.5 * _PERIOD)
+        last_words = _read(store, f"{_WAITED}{run}/", world_size)
+        return first, _read(store, _HERE, world_size), last_words
+    except Exception:
+        return first, [state and {**state, "beats": -1} for state in first], last_words
 
 
-def _where(frame: FrameType | None) -> dict[str, Any]:
-    """The innermost calls, and the collective that is among them."""
-    stack = traceback.extract_stack(frame)
-    names = [f"{call.name} ({call.filename.rsplit('site-packages/')[-1]}:{call.lineno})" for call in stack[-_SHOWN:]]
-    collective = next((call.name for call in reversed(stack) if _is_collective(call.filename)), "")
-    return {"stack": " < ".join(reversed(names)), "collective": collective}
+def _read(store: dist.Store, prefix: str, world_size: int) -> list[State | None]:
+    keys = [f"{prefix}{rank}" for rank in range(world_size)]
+    return [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
 
 
-def _last_collective(error: BaseException) -> str:
-    calls = traceback.extract_tb(error.__traceback__)
-    return next((call.name for call in reversed(calls) if _is_collective(call.filename)), "")
+def _problem(before: State | None, now: State | None, run: int) -> str | None:
+    """Why a rank does not come to what others wait in; None where it waits itself."""
+    if before is None or now is None or now["run"] != run or now.get("left"):
+        return "is not in this run any more: it has left trainer.fit (or validate, ...), or never called it"
+    if before == now:
+        return f"is not heard of any more: {_what_became_of(now)}"
+    if not before["collective"]:
+        return f"is in no collective; it is in {before['stack']}"
+    return None
 
 
-def _is_collective(file: str) -> bool:
-    return file.endswith(("distributed/distributed_c10d.py", "distributed/c10d_logger.py"))
+def _what_became_of(rank: State) -> str:
+    """Of a rank whose heart does not beat; on this machine, the system knows."""
+    process, status = rank["process"], Path(f"/proc/{rank['process']}/stat")
+    if rank["host"] != platform.node() or not Path("/proc/self/stat").exists():
+        return "it is dead, stopped, or its machine is gone"
+    state = status.read_text().rpartition(")")[2].split()[0] if status.exists() else "Z"
+    if state in "ZX":
+        return f"its process {process} has ended without a word; `dmesg` says whether it was killed for want of memory"
+    if state in "Tt":
+        return f"its process {process} is stopped (SIGSTOP, or a debugger); `kill -CONT {process}` lets it go on"
+    return f"its process {process} lives, but its Python does not run: a call into C holds the interpreter"
+
+
+def _who_waits_where(waiting: dict[int, State], rank: int) -> str:
+    places: dict[tuple[str, str], list[int]] = {}
+    for other in sorted(waiting):
+        places.setdefault((waiting[other]["collective"], waiting[other]["place"]), []).append(other)
+    if len(places) == 1:
+        return (
+            "So do all ranks: one of them may be a call ahead of the others, behind a condition that differs between"
+            " ranks; or a connection is lost."
+        )
+    lines = [f"ranks {ranks} in {what}, called by {place}" for (what, place), ranks in places.items()]
+    return (
+        f"All ranks live, and wait for each other: {'; '.join(lines)}. Every rank has to make the same calls in the"
+        " same order. Look for one behind `if rank == 0`, or behind a condition that differs between ranks, such as the"
+        " number of batches."
+    )
+
+
+def _name(rank: int, layout: ParallelLayout) -> str:
+    place = layout.coordinates(rank)
+    return f"rank {rank} (pipeline stage {place.pp}, tensor rank {place.tp}, replica {place.dp})"
+
+
+def _where(stack: Iterable[traceback.FrameSummary]) -> State:
+    """The innermost calls; the collective that is among them, and whose call it is."""
+    calls = list(stack)
+    shown = " < ".join(_shown(call) for call in reversed(calls[-_SHOWN:]))
+    first = next((number for number, call in enumerate(calls) if call.filename.endswith(_WAITING_FILES)), len(calls))
+    names = [call.name for call in calls[first:] if call.filename.endswith(_WAITING_FILES) and call.name != "wrapper"]
+    return {"stack": shown, "collective": names[0] if names else "", "place": _place(calls[:first])}
+
+
+def _place(calls: list[traceback.FrameSummary]) -> str:
+    """The user's innermost call under the Trainer, or else this package's."""
+    under = [number for number, call in enumerate(calls) if "lightning/pytorch/trainer" in call.filename]
+    inside = calls[under[0] :] if under else calls
+    own = [
+        call for call in inside if "site-packages" not in call.filename and "lightning_megatron/" not in call.filename
+    ]
+    ours = [call for call in inside if "lightning_megatron/" in call.filename]
+    chosen = own or ours or inside
+    return _shown(chosen[-1]) if chosen else "nobody knows whom"
+
+
+def _shown(call: traceback.FrameSummary) -> str:
+    return f"{call.name} ({call.filename.rsplit('site-packages/')[-1]}:{call.lineno})"

@@ -7,10 +7,13 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.apply_func import apply_to_collection
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_megatron import groups
 
@@ -18,6 +21,10 @@ _ADVICE = (
     " A loader that shuffles needs the same seed on these ranks (seed_everything), one that is sharded by hand takes"
     " strategy.data_parallel_rank and data_parallel_size, and random augmentation draws from torch's generator, or from"
     " one that you seed by the sample's number."
+)
+_EQUALLY_MANY = (
+    " Every rank has to read equally many: cut the longer ones, repeat the shorter ones, or set limit_train_batches (or"
+    " limit_val_batches) to what all of them have."
 )
 
 
@@ -62,8 +69,54 @@ def check_same_batch(batch: Any) -> None:
         )
 
 
+def check_numbers_of_batches(trainer: pl.Trainer) -> None:
+    """Compare how many batches of each loader are to be read: by all ranks, or in a prediction by those of a replica.
+
+    What ``max_steps`` leaves out does not count, and loaders of unknown length are compared as they are read.
+
+    Raises:
+        DataError: On each of them, when they differ: those with more would wait for the others.
+    """
+    group = groups.model_parallel() if trainer.predicting else dist.group.WORLD
+    if trainer.training:
+        steps = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else float("inf")
+        here = [min(trainer.num_training_batches, steps * trainer.accumulate_grad_batches)]
+    else:
+        here = list(trainer.predict_loop.max_batches if trainer.predicting else trainer._evaluation_loop.max_batches)
+    everyone = groups.gather(here, group)  # type: ignore[arg-type]
+    if any(other != everyone[0] for other in everyone):
+        ranks = dist.get_process_group_ranks(group)
+        shown = {rank: of[0] if len(of) == 1 else of for rank, of in zip(ranks, everyone, strict=True)}
+        raise DataError(f"Ranks have different numbers of batches, by rank: {shown}.{_EQUALLY_MANY}")
+
+
+def read_evenly(loader: Any, device: torch.device, fills: bool) -> Any:
+    """Watch a loader that may end earlier on one rank than on another: of unknown length, or one that it may not keep.
+
+    Args:
+        loader: The user's.
+        device: For the ranks' votes.
+        fills: As of ``EvenLoader``.
+    """
+    if sized_len(loader) is None:
+        return EvenLoader(loader, device, fills)
+    return loader if dist.get_world_size() == 1 or _keeps_its_length(loader) else SizedEvenLoader(loader, device, fills)
+
+
+def _keeps_its_length(loader: Any) -> bool:
+    """Whether it reads a data set with samplers of torch's, Lightning's or this package's; or is filled up already."""
+    if getattr(loader, "own_batches", None) is not None:
+        return True
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    samplers = [loader.sampler, loader.batch_sampler]
+    samplers += [getattr(loader.batch_sampler, "sampler", None), *(getattr(each, "inner", None) for each in samplers)]
+    known = ("torch.utils.data.", "lightning.", "lightning_megatron.")
+    return all(sampler is None or type(sampler).__module__.startswith(known) for sampler in samplers)
+
+
 class EvenLoader:
-    """A loader of unknown length, of which every rank must read as many batches as the others.
+    """A loader of which every rank must read as many batches as the others.
 
     Args:
         loader: The user's; everything but iteration is its own.
@@ -122,10 +175,15 @@ class EvenLoader:
         dist.all_gather_object(every, here)
         without = [rank for rank, has in enumerate(every) if not has]
         raise DataError(
-            f"The loader of ranks {without} ended after {read} batches, that of the others goes on. Every rank has to"
-            " read equally many: cut the longer ones, repeat the shorter ones, or set limit_train_batches (or"
-            " limit_val_batches) to what all of them have."
+            f"The loader of ranks {without} ended after {read} batches, that of the others goes on.{_EQUALLY_MANY}"
         )
+
+
+class SizedEvenLoader(EvenLoader):
+    """As ``EvenLoader``, of a loader that says how long it is."""
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
 
 def _checksum(batch: Any) -> int:

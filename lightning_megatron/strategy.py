@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
@@ -295,6 +294,7 @@ class MegatronStrategy(Placement, Collectives):
         process_group_backends.meet(self.root_device, wanted, self.cluster_environment, self._timeout, store)
         first_error.begin()
         groups.build(self.layout, self._timeout)
+        self._heartbeat.start()
         peers.share_random_state()
         groups.seed(torch.initial_seed())
         if isinstance(self.lightning_module, MegatronModule):
@@ -383,9 +383,9 @@ class MegatronStrategy(Placement, Collectives):
         refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
         if trainer.training:
             dataloader = self.checkpointer.resumption.watch(dataloader)
-        if sized_len(dataloader) is None and not trainer.predicting:
-            return peers.EvenLoader(dataloader, self.root_device, fills=counts)
-        return dataloader
+        if trainer.predicting:
+            return dataloader
+        return peers.read_evenly(dataloader, self.root_device, fills=counts)
 
     # What the loops call
 
@@ -438,6 +438,7 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def on_validation_start(self) -> None:
+        peers.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
         self.checkpointer.plateaus.note_validation(self.lightning_module.trainer)  # type: ignore[union-attr]
 
     @override
@@ -452,6 +453,14 @@ class MegatronStrategy(Placement, Collectives):
     def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         return self._steps.predict(batch, *args, **kwargs)
 
+    @override
+    def on_test_start(self) -> None:
+        peers.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
+
+    @override
+    def on_predict_start(self) -> None:
+        peers.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
+
     # The end, and checkpoints
 
     @override
@@ -464,10 +473,10 @@ class MegatronStrategy(Placement, Collectives):
         for optimizer in self.optimizers:
             if isinstance(optimizer, ShardedOptimizer):
                 optimizer.take_changed_weights()
+        peers.check_numbers_of_batches(trainer)
         self._resumed_settings.set_rates()
         self.checkpointer.plateaus.begin(trainer)
         preemption.install(trainer)
-        self._heartbeat.start()
         self.checkpointer.resumption.begin(trainer)
 
     @override
