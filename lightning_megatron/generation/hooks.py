@@ -117,7 +117,9 @@ class _Criteria(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         _, ends = _together(
-            self.own, lambda: self.own(input_ids, scores, **kwargs), lambda ends: torch.as_tensor(ends).tolist()
+            self.own,
+            lambda: self.own(input_ids, scores, **kwargs),
+            lambda ends: torch.as_tensor(ends, device=input_ids.device).tolist(),
         )
         return torch.as_tensor(ends, device=input_ids.device, dtype=torch.bool).expand(len(input_ids))
 

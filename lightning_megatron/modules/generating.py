@@ -216,6 +216,7 @@ def _unpadded(input_ids: Any, says: Mapping[str, Any]) -> torch.Tensor | None:
     if padding is None or padding in (ends if isinstance(ends, list | tuple) else [ends]):
         return None
     try:
-        return torch.as_tensor(input_ids) != padding
+        ids = input_ids if isinstance(input_ids, torch.Tensor) else torch.as_tensor(input_ids, device="cpu")
+        return ids != padding
     except (ValueError, TypeError, RuntimeError):  # no prompts, which is told behind this
         return None
