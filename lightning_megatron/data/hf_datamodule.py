@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_megatron.arguments import Arguments
 from lightning_megatron.data import hf_source
-from lightning_megatron.data.hf_documents import Encoder, PackedDocuments, tokenise
+from lightning_megatron.data.hf_documents import Encoder, PackedDocuments, labels_in, tokenise
 from lightning_megatron.data.hf_streams import DocumentStream, PackedStream, StreamLoader
 from lightning_megatron.data.padding import PaddingCollator
 from lightning_megatron.data.text_tokenizer import Tokenizer
@@ -32,6 +32,11 @@ class HFDataModule(TokenizedDataModule):
     ``[batch_size, s]``, padded to their longest; labels are −100 on padding and prompts. Prediction runs over the test
     split.
 
+    Texts and prompts begin as the tokenizer's own call begins them (with Llama's BOS), and messages of a chat become
+    what its chat template makes of them. Where rows of ids have a column ``labels``, that is what is learnt, packed,
+    padded or streamed, and nothing is added; packed batches then are ``tokens`` and ``labels``
+    ``[batch_size, seq_length]``.
+
     Datasets are tokenised once into datasets' cache and shared out by sample. Streams are tokenised as they are read,
     and shared out by shard where their shards divide by the replicas, by row otherwise; an epoch ends where the first
     replica has no batch left, so up to a few of the others' samples are not seen in it. A resumed run goes on at the
@@ -48,11 +53,12 @@ class HFDataModule(TokenizedDataModule):
         split: Training, validation and test: a split's name, or a slice or sum as in ``"train[:98%]"``, or None for
             none; or three shares of the one split, contiguous in this order, such as ``(0.98, 0.01, 0.01)``. Streams
             take names only.
-        text_column: Holds the text, or lists of ids that are taken as they are.
-        prompt_column: Holds text that comes first in a sample and is not learnt, for supervised fine-tuning.
+        text_column: Holds the text, or messages with ``role`` and ``content``; or lists of ids that are taken as they
+            are, but for those that a column ``attention_mask`` hides.
+        prompt_column: Holds what comes first in a sample and is not learnt, for supervised fine-tuning.
         keep_columns: Columns that ``collate_fn`` needs, too.
         tokenizer: ``"bytes"``, the path of a ``tokenizer.json``, a transformers folder or hub name, or a tokenizer.
-        append_eod: Whether the end-of-document id follows each text.
+        append_eod: Whether the end-of-document id follows each text, where it is not there already.
         seq_length: Tokens that the model sees at once.
         batch_size: Samples of one optimizer step on one data-parallel rank; the strategy cuts them into micro-batches.
         packing: Whether rows share samples.
@@ -133,6 +139,7 @@ class HFDataModule(TokenizedDataModule):
         self.num_workers = num_workers
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self._opened: dict[str, Any] = {}
+        self._labelled: dict[str, bool] = {}  # whether a split's rows say what is learnt of their ids
         self._refuse_odd_arguments()
 
     @override
@@ -141,7 +148,7 @@ class HFDataModule(TokenizedDataModule):
         for name, rows in self._rows().items():
             self._check(name, rows)
             if not hf_source.is_stream(rows):
-                self._tokenise(rows)
+                self._tokenise(name, rows)
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -172,14 +179,14 @@ class HFDataModule(TokenizedDataModule):
         """
         samples = self._samples("train")
         if hf_source.is_stream(samples):
-            return self._stream(samples, self.seed if self.shuffle else None, self.drop_last)
+            return self._stream("train", samples, self.seed if self.shuffle else None, self.drop_last)
         sampler = self._sampler(samples, self.batch_size, self.shuffle, self.seed, self.drop_last)
         return self._loader(samples, sampler=sampler, drop_last=self.drop_last)
 
-    @property
-    def _encoder(self) -> Encoder:
+    def _encoder(self, name: str) -> Encoder:
         columns = (self.text_column, self.prompt_column, self.keep_columns)
-        return Encoder(self.tokenizer, *columns, self.append_eod, None if self.packing else self.seq_length)
+        longest = None if self.packing else self.seq_length
+        return Encoder(self.tokenizer, *columns, self.append_eod, longest, self._labelled[name])
 
     @property
     def _collator(self) -> Collator | None:
@@ -204,11 +211,19 @@ class HFDataModule(TokenizedDataModule):
                 f"{type(self).__name__}: the {name} split is empty, with split={self.split}. Name another, or enlarge"
                 " its part."
             )
-        self._encoder.check(list(first))
+        hf_source.check_column(self.text_column, list(first), "text_column")
+        self._labelled[name] = self._leaves_labels(first) and labels_in(first, self.text_column)
+        self._encoder(name).check(list(first))
 
-    def _tokenise(self, rows: Dataset) -> Dataset:
+    def _leaves_labels(self, row: Mapping[str, Any]) -> bool:
+        """Whether a column "labels" is ours: a collate function makes its own of text, or asks for the column."""
+        if self.collate_fn is None:
+            return True
+        return not (self.packing or "labels" in self.keep_columns or isinstance(row[self.text_column], str))
+
+    def _tokenise(self, name: str, rows: Dataset) -> Dataset:
         cache_dir = self.cache_dir or Path(hf_source.library().config.HF_DATASETS_CACHE)
-        return tokenise(rows, self._encoder, cache_dir / "lightning_megatron", self.num_proc)
+        return tokenise(rows, self._encoder(name), cache_dir / "lightning_megatron", self.num_proc)
 
     def _open(self, name: str, rows: Any) -> Any:
         """A stream, or the samples of a dataset."""
@@ -219,7 +234,7 @@ class HFDataModule(TokenizedDataModule):
                     " which alone knows its place in it when a checkpoint is saved. Use num_workers=0, or a dataset."
                 )
             return rows
-        documents = self._tokenise(rows)
+        documents = self._tokenise(name, rows)
         samples = PackedDocuments(documents, self.seq_length) if self.packing else documents
         if not len(samples):
             tokens = (
@@ -243,7 +258,7 @@ class HFDataModule(TokenizedDataModule):
             return []
         samples = self._samples(name)
         # Lightning spreads a dataset over the data-parallel ranks.
-        return self._stream(samples, None, False) if hf_source.is_stream(samples) else self._loader(samples)
+        return self._stream(name, samples, None, False) if hf_source.is_stream(samples) else self._loader(samples)
 
     def _loader(self, samples: Any, **options: Any) -> Loader:
         # `batch_size` by name: Lightning makes the loader of a prediction again, with one of its own.
@@ -251,13 +266,13 @@ class HFDataModule(TokenizedDataModule):
             samples, batch_size=self.batch_size, collate_fn=self._collator, num_workers=self.num_workers, **options
         )
 
-    def _stream(self, rows: IterableDataset, seed: int | None, drop_last: bool) -> StreamLoader:
+    def _stream(self, name: str, rows: IterableDataset, seed: int | None, drop_last: bool) -> StreamLoader:
         from datasets.distributed import split_dataset_by_node
 
         replicas = self._replicas
         with torch.device("cpu"):
             own = split_dataset_by_node(rows, rank=replicas["rank"], world_size=replicas["num_replicas"])
-        stream: Any = DocumentStream(own, self._encoder, self.shuffle_block, seed)
+        stream: Any = DocumentStream(own, self._encoder(name), self.shuffle_block, seed)
         if self.packing:
             stream = PackedStream(stream, self.seq_length)
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from lightning_megatron.data.hf_source import check_column, library
 from lightning_megatron.data.padding import IGNORED_LABEL
 from lightning_megatron.data.text_sources import lone_surrogate
-from lightning_megatron.data.text_tokenizer import Tokenizer
+from lightning_megatron.data.text_tokenizer import Tokenizer, begun
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would become other tokens than before.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ class Encoder:
 
     Args:
         tokenizer: Turns text into ids.
-        text_column: Holds the text, or ids already.
-        prompt_column: Holds text before it which is read, but not learnt.
+        text_column: Holds the text, ids already, or messages of a chat.
+        prompt_column: Holds what comes before it and is read, but not learnt.
         keep_columns: Handed on as they are.
-        append_eod: Whether the end-of-document id follows.
+        append_eod: Whether the end-of-document id follows text, and ids without labels that do not end so.
         max_length: Tokens behind it are cut off; None cuts nothing.
+        has_labels: Whether a column "labels" says what is learnt of ids.
     """
 
     tokenizer: Tokenizer
@@ -47,6 +48,7 @@ class Encoder:
     keep_columns: tuple[str, ...]
     append_eod: bool
     max_length: int | None
+    has_labels: bool = False
 
     def check(self, columns: Sequence[str]) -> None:
         """Refuse columns that are not there."""
@@ -57,18 +59,18 @@ class Encoder:
             check_column(column, columns, "keep_columns")
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """``input_ids``, ``labels`` where there are prompts, and what is kept; None where nothing is to be learnt."""
-        ids = self._ids(row, self.text_column)
+        """``input_ids``, ``labels`` where there are any or prompts, and what is kept; None where nothing is learnt."""
+        prompt, ids = self._prompt_and_text(row)
         if not ids:
             return None
-        prompt = [] if self.prompt_column is None else self._ids(row, self.prompt_column)
-        ids = [*prompt, *ids, *([self.tokenizer.eod_id] if self.append_eod else [])][: self.max_length]
-        if len(ids) <= len(prompt):
+        labels = self._labels(row, ids)
+        end = [self.tokenizer.eod_id] if self._lacks_end(row, ids) else []
+        ids = [*prompt, *ids, *end][: self.max_length]
+        labels = [*[IGNORED_LABEL] * len(prompt), *labels, *end][: self.max_length]
+        if all(label == IGNORED_LABEL for label in labels):
             return None
         sample = {"input_ids": ids, **{name: row[name] for name in self.keep_columns}}
-        if self.prompt_column is not None:
-            sample["labels"] = [IGNORED_LABEL] * len(prompt) + ids[len(prompt) :]
-        return sample
+        return {**sample, "labels": labels} if self._is_labelled else sample
 
     def encode_columns(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """The same for many rows, as ``Dataset.map`` hands them over."""
@@ -80,7 +82,7 @@ class Encoder:
     def identity(self) -> tuple[Any, ...]:
         """Equal for two encoders exactly when they encode alike."""
         columns = (self.text_column, self.prompt_column, self.keep_columns)
-        return (_FORMAT, self.tokenizer.identity, *columns, self.append_eod, self.max_length)
+        return (_FORMAT, self.tokenizer.identity, *columns, self.append_eod, self.max_length, self.has_labels)
 
     def features(self, given: Mapping[str, Any]) -> Any:
         """The types of the columns, for those of the dataset."""
@@ -89,8 +91,69 @@ class Encoder:
         return datasets.Features({name: given[name] if name in self.keep_columns else tokens for name in self._names})
 
     @property
+    def _is_labelled(self) -> bool:
+        return self.has_labels or self.prompt_column is not None
+
+    @property
     def _names(self) -> list[str]:
-        return ["input_ids", *(["labels"] if self.prompt_column is not None else []), *self.keep_columns]
+        return ["input_ids", *(["labels"] if self._is_labelled else []), *self.keep_columns]
+
+    def _labels(self, row: Mapping[str, Any], ids: list[int]) -> list[int]:
+        """What is learnt of the ids: what the row says, or all."""
+        if not self.has_labels:
+            return ids
+        labels = _shown(row, row["labels"])
+        if len(labels) != len(ids):
+            raise ValueError(
+                f"HFDataModule: a row has {len(labels)} 'labels' and {len(ids)} ids in {self.text_column!r}; each id"
+                f" has one, {IGNORED_LABEL} where it is not learnt. Correct the rows, or remove_columns('labels')."
+            )
+        return labels
+
+    def _lacks_end(self, row: Mapping[str, Any], ids: list[int]) -> bool:
+        """Whether the end-of-document id is to follow; labels and a chat template say themselves how a row ends."""
+        complete = self.has_labels or is_chat(row[self.text_column]) or ids[-1] == self.tokenizer.eod_id
+        return self.append_eod and not complete
+
+    def _prompt_and_text(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """What is read and what follows, as the tokenizer's own call begins the two; ids are taken as they are."""
+        value, before = row[self.text_column], None if self.prompt_column is None else row[self.prompt_column]
+        if is_chat(value):
+            return self._chat(value, before)
+        ids = self._ids(row, self.text_column)
+        if self.prompt_column is None:
+            return [], begun(self.tokenizer, ids) if ids and isinstance(value, str) else ids
+        if is_chat(before):
+            return self._chat_ids(before, answers=True), ids
+        prompt = self._ids(row, self.prompt_column)
+        is_text = isinstance(before, str) or (before is None and isinstance(value, str))
+        return begun(self.tokenizer, prompt) if is_text else prompt, ids
+
+    def _chat(self, messages: Any, before: Any) -> tuple[list[int], list[int]]:
+        """Of messages, and of those before them."""
+        if before is None:
+            return [], self._chat_ids(messages, answers=False)
+        if not is_chat(before):
+            raise ValueError(
+                f"HFDataModule: column {self.text_column!r} holds messages and {self.prompt_column!r} {before!r}. Make"
+                " both messages, or both text."
+            )
+        prompt, whole = self._chat_ids(before, answers=True), self._chat_ids([*before, *messages], answers=False)
+        if whole[: len(prompt)] != prompt:
+            raise ValueError(
+                f"HFDataModule: by the tokenizer's chat_template the messages of {self.prompt_column!r} do not come out"
+                " alike alone and with an answer, so an answer has no beginning. Make columns of text."
+            )
+        return prompt, whole[len(prompt) :]
+
+    def _chat_ids(self, messages: Any, answers: bool) -> list[int]:
+        chat = getattr(self.tokenizer, "chat", None)
+        if chat is None:
+            raise ValueError(
+                f"HFDataModule: messages become ids by a chat_template, and {type(self.tokenizer).__name__} has none."
+                " Use a tokenizer of transformers, or make a column of text."
+            )
+        return list(chat(list(messages), answers))
 
     def _ids(self, row: Mapping[str, Any], column: str) -> list[int]:
         value = row[column]
@@ -102,11 +165,46 @@ class Encoder:
         if value is None or isinstance(value, str):
             return self.tokenizer.encode(value) if value else []
         if np.ndim(value) == 1 and all(isinstance(id_, (int, np.integer)) for id_ in value):
-            return [int(id_) for id_ in value]
+            return _shown(row, value) if column == self.text_column else [int(id_) for id_ in value]
         raise ValueError(
-            f"HFDataModule: column {column!r} holds {value!r}, which is neither text nor a list of token ids. Name"
-            f" another of {list(row)}."
+            f"HFDataModule: column {column!r} holds {value!r}, which is neither text, nor a list of token ids, nor of"
+            f" messages with 'role' and 'content'. Name another of {list(row)}."
         )
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a column's value is messages, each with a role and what it says."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
+    )
+
+
+def labels_in(row: Mapping[str, Any], text_column: str) -> bool:
+    """Whether a row says of each id what is learnt; classes, of which a text has one, are none of these.
+
+    Raises:
+        ValueError: It says so of text, whose ids nobody has counted.
+    """
+    labels = row.get("labels")
+    if not isinstance(labels, (list, tuple, np.ndarray)):
+        return False
+    if np.ndim(row[text_column]) == 1 and not is_chat(row[text_column]):
+        return True
+    raise ValueError(
+        f"HFDataModule(text_column={text_column!r}): the column 'labels' has a label for each id, and {text_column!r}"
+        f" holds {type(row[text_column]).__name__}, no ids. Name the column of ids, such as 'input_ids', or"
+        " remove_columns('labels')."
+    )
+
+
+def _shown(row: Mapping[str, Any], values: Any) -> list[int]:
+    """The ids or labels of a row, without those of padding, where a column "attention_mask" of their length tells."""
+    mask = row.get("attention_mask")
+    if mask is None or np.ndim(mask) != 1 or len(mask) != len(values):
+        return [int(value) for value in values]
+    return [int(value) for value, shown in zip(values, mask, strict=True) if shown]
 
 
 def tokenise(rows: Dataset, encoder: Encoder, cache_dir: Path, num_proc: int | None) -> Dataset:
@@ -139,7 +237,7 @@ def tokenise(rows: Dataset, encoder: Encoder, cache_dir: Path, num_proc: int | N
 
 
 class PackedDocuments(TorchDataset[dict[str, Tensor]]):
-    """Fixed-length samples of tokenised rows that stand one after another, without padding.
+    """Fixed-length samples of tokenised rows that stand one after another, without padding; with their labels, if any.
 
     Sample ``i`` holds the tokens from ``i * seq_length`` up to and including ``(i + 1) * seq_length``, as those of
     ``PackedTextDataset``. The tokens stay in their file, which is mapped into memory.
@@ -150,7 +248,8 @@ class PackedDocuments(TorchDataset[dict[str, Tensor]]):
     """
 
     def __init__(self, documents: Dataset, seq_length: int) -> None:
-        self._documents = documents.select_columns("input_ids").with_format("arrow")
+        self._columns = [name for name in ("input_ids", "labels") if name in documents.column_names]
+        self._documents = documents.select_columns(self._columns).with_format("arrow")
         self.seq_length = seq_length
         self.num_tokens = int(self._stops[-1])
 
@@ -161,31 +260,50 @@ class PackedDocuments(TorchDataset[dict[str, Tensor]]):
         """Reads one sample.
 
         Returns:
-            ``{"text": ...}``, int64, ``[seq_length + 1]``.
+            As ``packed_sample`` makes it.
         """
         first, past = index * self.seq_length, (index + 1) * self.seq_length + 1
         if not 0 <= first < past <= self.num_tokens:
             raise IndexError(f"There are {len(self)} samples, and no sample {index}.")
         at = int(np.searchsorted(self._stops, first, side="right")) - 1
-        pieces = []
+        pieces: list[list[np.ndarray]] = [[] for _ in self._columns]
         while first < past:
             start, stop = int(self._stops[at]), int(self._stops[at + 1])
-            pieces.append(self._chunks[at][first - start : past - start])
+            for found, chunks in zip(pieces, self._chunks, strict=True):
+                found.append(chunks[at][first - start : past - start])
             first, at = min(stop, past), at + 1
-        return {"text": torch.from_numpy(np.concatenate(pieces).astype(np.int64))}  # [s + 1]
+        return packed_sample(*(np.concatenate(found) for found in pieces))
 
     @cached_property
-    def _chunks(self) -> list[np.ndarray]:
+    def _chunks(self) -> list[list[np.ndarray]]:
         """Arrow's batches of rows, each the tokens of some hundreds of documents: views, no copies."""
-        return [chunk.flatten().to_numpy() for chunk in self._documents[:]["input_ids"].chunks]
+        table = self._documents[:]
+        return [[chunk.flatten().to_numpy() for chunk in table[name].chunks] for name in self._columns]
 
     @cached_property
     def _stops(self) -> np.ndarray:
-        return np.cumsum([0, *map(len, self._chunks)])
+        return np.cumsum([0, *map(len, self._chunks[0])])
 
     def __getstate__(self) -> dict[str, Any]:
         # The views pickle as copies of the whole file; the dataset pickles as its path.
         return {name: value for name, value in vars(self).items() if name not in ("_chunks", "_stops")}
+
+
+def packed_sample(tokens: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Tensor]:
+    """A sample of ``seq_length + 1`` tokens that stand one after another.
+
+    Args:
+        tokens: ``[s + 1]``.
+        labels: Likewise, each of the token in its place.
+
+    Returns:
+        int64: ``text`` ``[s + 1]``; or, of labels that are given, ``tokens`` and what is next to each, ``labels``
+        ``[s]``.
+    """
+    text = torch.from_numpy(tokens.astype(np.int64))
+    if labels is None:
+        return {"text": text}
+    return {"tokens": text[:-1], "labels": torch.from_numpy(labels[1:].astype(np.int64))}
 
 
 def _fingerprint(rows: Dataset, encoder: Encoder) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from lightning_megatron.data.hf_documents import Encoder
+from lightning_megatron.data.hf_documents import Encoder, packed_sample
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -83,22 +83,23 @@ class PackedStream(TorchIterableDataset[dict[str, Tensor]]):
     def __init__(self, documents: DocumentStream, seq_length: int) -> None:
         self._documents = documents
         self._seq_length = seq_length
-        self._left = np.empty(0, np.int64)
+        self._left = np.empty((1, 0), np.int64)  # tokens, and where there are any, their labels
         self._resumed = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Samples ``{"text": int64 [seq_length + 1]}``."""
+        """Samples as ``packed_sample`` makes them."""
         if not self._resumed:
-            self._left = np.empty(0, np.int64)
+            self._left = self._left[:, :0]
         self._resumed = False
         documents = iter(self._documents)
         while True:
-            while len(self._left) > self._seq_length:
-                sample, self._left = self._left[: self._seq_length + 1], self._left[self._seq_length :]
-                yield {"text": torch.from_numpy(sample.copy())}  # [s + 1]
+            while self._left.shape[1] > self._seq_length:
+                sample, self._left = self._left[:, : self._seq_length + 1], self._left[:, self._seq_length :]
+                yield packed_sample(*sample)
             if (document := next(documents, None)) is None:
                 return
-            self._left = np.concatenate([self._left, document["input_ids"]])
+            more = np.array([document[name] for name in ("input_ids", "labels") if name in document], np.int64)
+            self._left = np.concatenate([self._left if self._left.size else more[:, :0], more], axis=1)
 
     def state_dict(self) -> State:
         """Where the next document comes from, and the tokens before it."""
@@ -107,7 +108,8 @@ class PackedStream(TorchIterableDataset[dict[str, Tensor]]):
     def load_state_dict(self, state: State) -> None:
         """Go on there."""
         self._documents.load_state_dict(state["documents"])
-        self._left, self._resumed = state["left"].numpy(), True
+        left = state["left"].numpy()
+        self._left, self._resumed = left if left.ndim == 2 else left[None], True  # older checkpoints have tokens only
 
 
 class StreamLoader(DataLoader[Any]):

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from lightning_megatron.data.atomic import atomic_path
 from lightning_megatron.data.text_sources import read_text
-from lightning_megatron.data.text_tokenizer import Tokenizer
+from lightning_megatron.data.text_tokenizer import Tokenizer, begun
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ _FORMAT = 1
 def pack(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> Path:
     """Tokenises documents into one file, or finds that this was done before.
 
-    The documents stand one after another, each ended by the end-of-document id; empty ones are left out. The name of
+    The documents stand one after another, each begun as the tokenizer begins texts and ended by the end-of-document id;
+    empty ones are left out. The name of
     the packed file is made from the files' names, sizes and times and from the tokenizer, so a finished file never
     changes: whoever has it open keeps reading what it opened.
 
@@ -133,7 +134,7 @@ def _write_tokens(stream: BinaryIO, files: Iterable[Path], tokenizer: Tokenizer,
     for file in files:
         if not (text := read_text(file)):
             continue
-        ids = np.asarray([*tokenizer.encode(text), tokenizer.eod_id], dtype=np.int64)
+        ids = np.asarray([*begun(tokenizer, tokenizer.encode(text)), tokenizer.eod_id], dtype=np.int64)
         if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
             raise ValueError(
                 f"The tokenizer gave ids from {ids.min()} to {ids.max()} for {file}, outside its vocab_size of "

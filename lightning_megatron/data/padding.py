@@ -26,16 +26,23 @@ class PaddingCollator:
 
         Args:
             samples: Mappings with ``input_ids`` ``[s]``, and optional ``labels`` ``[s]``, which are the inputs
-                otherwise.
+                otherwise, and ``attention_mask`` ``[s]``, 0 where there is padding already.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels`` ``[b, s]``; labels are −100 on the padding.
         """
         rows = [_ids(sample["input_ids"]) for sample in samples]
-        labels = [_ids(sample.get("labels", sample["input_ids"])) for sample in samples]
+        keep = [
+            torch.ones_like(row) if sample.get("attention_mask") is None else _ids(sample["attention_mask"])
+            for row, sample in zip(rows, samples, strict=True)
+        ]
+        labels = [
+            row.masked_fill(shown == 0, IGNORED_LABEL) if sample.get("labels") is None else _ids(sample["labels"])
+            for row, shown, sample in zip(rows, keep, samples, strict=True)
+        ]
         return {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            "attention_mask": pad_sequence(keep, batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
         }
 

@@ -17,7 +17,10 @@ _END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "<eod>", "<eos>", 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What packing text needs to know of a tokenizer. Any object with these five members will do."""
+    """What packing text needs to know of a tokenizer. Any object with these five members will do.
+
+    One that has ``prefix_ids``, too, has them put before each text, as its own call puts a BOS.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -36,6 +39,23 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turns ids back into text, leaving special ones out."""
+
+
+def begun(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids of a text behind what the tokenizer's own call puts before it (Llama's ``<s>``), which is there once.
+
+    Args:
+        tokenizer: Its ``prefix_ids`` are these; one without has none.
+        ids: Of the text, which may have begun so itself.
+    """
+    prefix = list(getattr(tokenizer, "prefix_ids", []))
+    return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
+
+
+def _prefix(called: list[int], ids: list[int]) -> list[int]:
+    """What stands before the ids of a text in what a tokenizer's call gives for it."""
+    starts = range(len(called) - len(ids) + 1)
+    return called[: next((start for start in starts if called[start : start + len(ids)] == ids), 0)]
 
 
 class ByteTokenizer:
@@ -72,7 +92,8 @@ class _TokenizersTokenizer:
         self.eod_id = vocab[names[0]]
         self.vocabulary = vocab
         self.vocab_size = max(vocab.values()) + 1
-        self.identity = f"tokenizers:{_digest(self._tokenizer.to_str())}"
+        self.prefix_ids = _prefix(self._tokenizer.encode("a").ids, self.encode("a"))
+        self.identity = f"tokenizers:{_digest(self._tokenizer.to_str())}{_begins(self.prefix_ids)}"
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -102,11 +123,24 @@ class _TransformersTokenizer:
         self.special_ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in roles}
         # Not `len(tokenizer)`: ids may have gaps.
         self.vocab_size = max(vocab.values()) + 1
-        self.identity = f"transformers:{type(tokenizer).__name__}:{eod_id}:{_digest(rules)}"
+        self.prefix_ids = _prefix(tokenizer.encode("a"), self.encode("a"))
+        template = getattr(tokenizer, "chat_template", None)
+        rules += json.dumps(template) if template else ""
+        self.identity = f"transformers:{type(tokenizer).__name__}:{eod_id}:{_digest(rules)}{_begins(self.prefix_ids)}"
 
     def encode(self, text: str) -> list[int]:
         # `verbose=False`: a document longer than the model's context is no mistake here.
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def chat(self, messages: list[Any], answers: bool) -> list[int]:
+        """The ids of a conversation by the tokenizer's template; ``answers`` asks for the beginning of the answer."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(
+                f"{type(self._tokenizer).__name__} has no chat_template, by which messages become text. Set one, or"
+                " make a column of text."
+            )
+        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=answers, return_dict=False)
+        return list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -226,6 +260,11 @@ def _load_from_files(source: str | Path) -> Tokenizer:
             "hub, or the hub is out of reach. Give a folder that holds tokenizer files, or 'bytes'."
         ) from error
     return _TransformersTokenizer(tokenizer)
+
+
+def _begins(prefix: list[int]) -> str:
+    """For an ``identity``; nothing where there is no prefix, as in caches that older versions made."""
+    return f":begins with {prefix}" if prefix else ""
 
 
 def _digest(text: str) -> str:

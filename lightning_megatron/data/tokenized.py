@@ -106,7 +106,8 @@ class OfPacked:
 
     def __call__(self, samples: list[dict[str, torch.Tensor]]) -> Any:
         """Without the last token of each sample, which GPT's labels need."""
-        return self.collate_fn([{"input_ids": sample["text"][:-1]} for sample in samples])
+        tokens = [sample["tokens"] if "tokens" in sample else sample["text"][:-1] for sample in samples]
+        return self.collate_fn([{"input_ids": each} for each in tokens])
 
 
 def default_cache_dir(name: str) -> Path:
