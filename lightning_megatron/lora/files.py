@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,8 +13,20 @@ from safetensors.torch import load_file, save_file
 from lightning_megatron.lora.config import LoRA
 from lightning_megatron.lora.merging import Each
 
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHTS, _PICKLED, _CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 _PREFIX = "base_model.model."
+
+# Fields of peft's ``LoraConfig``. Any other that is set changes what an adapter gives, one of a later version included.
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "ensure_weight_tying"}
+_READ |= {"init_lora_weights"}
+# What they say of layers is in the names of the tensors; the rest is bookkeeping, or of models and starts that are not
+# here.
+_WITHOUT_EFFECT = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
+_WITHOUT_EFFECT |= {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+_WITHOUT_EFFECT |= {"inference_mode", "runtime_config", "megatron_config", "megatron_core", "qalora_group_size"}
+_WITHOUT_EFFECT |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+# First weights of updates that leave the model beneath as it is.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -23,12 +36,17 @@ class Saved:
     Args:
         lora: The sizes of the updates.
         updates: ``A`` and ``B``, by transformers' name of the weight.
-        whole: Weights that were trained as they are, by transformers' name; ``peft`` calls them ``modules_to_save``.
+        whole: Further weights, by transformers' name: those that were trained as they are, ``peft``'s
+            ``modules_to_save``, and embeddings that it saves beside them.
+        frozen: Which of these were not trained.
+        ties: Whether weights that are tied were trained as one.
     """
 
     lora: LoRA
     updates: Each
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
+    ties: bool = False
 
 
 def write(folder: Path, saved: Saved, task: str, base: str | None, transposed: bool) -> None:
@@ -66,6 +84,22 @@ def write(folder: Path, saved: Saved, task: str, base: str | None, transposed: b
     (folder / _CONFIG).write_text(json.dumps(about, indent=2) + "\n")
 
 
+def base_of(folder: Path) -> str | Path | None:
+    """The model that an adapter's directory is of: in the directory itself, or what it names; None: it is no adapter's.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if not (folder / _CONFIG).is_file():
+        return None
+    if (folder / "config.json").is_file():
+        return folder
+    base = json.loads((folder / _CONFIG).read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder / _CONFIG} does not say what it is an adapter of. Load that, and call load_adapter.")
+    return str(base)
+
+
 def read(folder: Path) -> Saved:
     """A directory of ``peft``'s.
 
@@ -73,32 +107,75 @@ def read(folder: Path) -> Saved:
         FileNotFoundError: There is no such directory, or it is no adapter's.
         ValueError: An adapter of another kind.
     """
-    if not (folder / _CONFIG).is_file() or not (folder / _WEIGHTS).is_file():
+    if not (folder / _CONFIG).is_file() or not any((folder / name).is_file() for name in (_WEIGHTS, _PICKLED)):
         raise FileNotFoundError(f"{folder} is no adapter: it needs {_CONFIG} and {_WEIGHTS}.")
     about = json.loads((folder / _CONFIG).read_text())
-    told = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None}
-    for name, usual in told.items():
-        if about.get(name, usual) not in (usual, None):
-            raise ValueError(f"{folder / _CONFIG} has {name}={about[name]!r}, for which there is no counterpart here.")
-    if about.get("peft_type") != "LORA":
-        raise ValueError(f"{folder} is an adapter of kind {about.get('peft_type')!r}; only 'LORA' can be loaded.")
+    _check(folder, about)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     whole = {}
-    for key, tensor in load_file(folder / _WEIGHTS).items():
+    for key, tensor in _tensors(folder).items():
         name = key.removeprefix(_PREFIX)
         weight, _, kind = name.removesuffix(".weight").rpartition(".")
         if kind in ("lora_A", "lora_B"):
             parts.setdefault(f"{weight}.weight", {})[kind] = tensor
+        elif "lora_" in kind:
+            raise ValueError(f"{folder} has {name}, a part of an update which has no counterpart here.")
         else:
             whole[name] = tensor
     for name, found in parts.items():
         if len(found) < 2:
-            raise ValueError(f"{folder / _WEIGHTS} has the {next(iter(found))} of {name}, and not its other half.")
+            raise ValueError(f"{folder} has the {next(iter(found))} of {name}, and not its other half.")
     lora = LoRA(
-        rank=about["r"],
-        alpha=about["lora_alpha"],
+        rank=about.get("r", 8),
+        alpha=about.get("lora_alpha", 8),
         dropout=about.get("lora_dropout") or 0.0,
         rslora=bool(about.get("use_rslora")),
         targets=[name.removesuffix(".weight") for name in sorted(parts)],
     )
-    return Saved(lora, {name: (found["lora_A"], found["lora_B"]) for name, found in parts.items()}, whole)
+    updates = {name: (found["lora_A"], found["lora_B"]) for name, found in parts.items()}
+    trained = tuple(about.get("modules_to_save") or ())
+    return Saved(
+        lora,
+        updates,
+        whole,
+        frozen=frozenset(name for name in whole if not any(path.endswith(trained) for path in _modules_of(name))),
+        ties=bool(about.get("ensure_weight_tying")),
+    )
+
+
+def _modules_of(weight: str) -> list[str]:
+    """The modules that a weight is in, from the innermost."""
+    return [weight.rsplit(".", depth)[0] for depth in range(1, weight.count(".") + 1)]
+
+
+def _check(folder: Path, about: dict[str, Any]) -> None:
+    """Refuse what would not give what it gives in ``peft``.
+
+    Raises:
+        ValueError: Names the field and its value.
+    """
+    if about.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} is an adapter of kind {about.get('peft_type')!r}; only 'LORA' can be loaded.")
+    start = about.get("init_lora_weights", True)
+    if start is not None and start not in _STARTS:
+        raise ValueError(
+            f"{folder / _CONFIG} has init_lora_weights={start!r}, by which peft {_why(str(start))}. Merge it with peft"
+            " (merge_and_unload) and load that model, or have peft convert it (save_pretrained(...,"
+            " path_initial_model_for_weight_conversion=...))."
+        )
+    for name, value in about.items():
+        if name not in _READ | _WITHOUT_EFFECT and value and value != "none":
+            raise ValueError(f"{folder / _CONFIG} has {name}={value!r}, for which there is no counterpart here.")
+
+
+def _why(start: str) -> str:
+    if start.lower() == "mica":
+        return "freezes one half of each update"
+    return "changes the weights of the model beneath, too"
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    if (folder / _WEIGHTS).is_file():
+        return load_file(folder / _WEIGHTS)
+    found: dict[str, torch.Tensor] = torch.load(folder / _PICKLED, map_location="cpu", weights_only=True)
+    return found

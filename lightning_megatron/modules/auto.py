@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lightning_megatron import hf
 from lightning_megatron.lora import LoRA
+from lightning_megatron.modules import low_rank
 from lightning_megatron.modules.base import LossReduction, SchedulerCallable
 from lightning_megatron.modules.bert import BertModule
 from lightning_megatron.modules.configured import ConfiguredModule
@@ -57,8 +58,11 @@ class AutoModule:
         Raises:
             UnsupportedConfigError: An architecture without a counterpart.
         """
-        found = hf.open_source(source, revision)
+        base, beside = low_rank.beside(source)
+        if beside is not None and adapter is not None:
+            raise ValueError(f"{beside} is an adapter, and adapter={str(adapter)!r} another. Give one of them.")
+        found = hf.open_source(base, revision)
         kind = _MODULES[hf.family_of(found.config.model_type).kind]
         named = {"optimizer": optimizer, "lr_schedule": lr_schedule, "loss_reduction": loss_reduction, "lora": lora}
-        module = kind._from_source(found, config, ignore, {**named, **arguments})
-        return module if adapter is None else module.load_adapter(adapter)
+        chosen = beside if adapter is None else Path(adapter)
+        return kind._from_source(found, config, ignore, {**named, **arguments}, chosen)

@@ -94,8 +94,8 @@ class ConfiguredModule(MegatronModule):
         """A module that starts from a model of transformers; each rank reads its shards when the model is built.
 
         Args:
-            source: A directory (safetensors or ``.bin``, in one file or several), a model in memory, or a name on the
-                Hugging Face hub.
+            source: A directory (safetensors or ``.bin``, in one file or several; with ``adapter_config.json`` an
+                adapter's, which is loaded onto its model), a model in memory, or a name on the Hugging Face hub.
             config: Fields of ``config_type`` that are to differ: ``seq_length``, ``hidden_dropout``, a BERT's ``task``
                 and ``num_labels``; a head that the source does not have starts anew.
             ignore: Fields of transformers' configuration that change nothing here; "architectures" loads a model of
@@ -109,12 +109,23 @@ class ConfiguredModule(MegatronModule):
             WeightsError: Tensors are missing, or have no place in the model.
             FileNotFoundError: There are no such files.
         """
-        return cls._from_source(hf.open_source(source, revision), config, ignore, arguments)
+        base, adapter = low_rank.beside(source)
+        return cls._from_source(hf.open_source(base, revision), config, ignore, arguments, adapter)
 
     @classmethod
     def _from_source(
-        cls, source: hf.Source, config: dict[str, Any] | None, ignore: Sequence[str], arguments: dict[str, Any]
+        cls,
+        source: hf.Source,
+        config: dict[str, Any] | None,
+        ignore: Sequence[str],
+        arguments: dict[str, Any],
+        adapter: Path | None,
     ) -> Self:
+        if adapter is not None and arguments.get("lora") is not None:
+            raise ValueError(
+                f"{adapter} is an adapter, with updates of its own, and lora={arguments['lora']} asks for others. Leave"
+                " one out; to start others on the sum of both, merge it with peft (merge_and_unload)."
+            )
         cls.config_type.check_names(config or {})
         found = hf.Pretrained.find(source, hf.kind_of(cls.config_type), config or {}, ignore)
         module = cls(config=cls.config_type(**found.arguments()), **arguments)
@@ -123,7 +134,7 @@ class ConfiguredModule(MegatronModule):
         module.new_weights = found.new_weights(module.config)
         module.save_hyperparameters(found.origin().hyperparameters(), logger=False)
         low_rank.check(module)
-        return module
+        return module if adapter is None else module.load_adapter(adapter)
 
     def load_adapter(self, directory: str | Path) -> Self:
         """Start from an adapter that ``peft`` or ``save_adapter`` wrote, and train it further.

@@ -16,7 +16,7 @@ from lightning_megatron.hf.pieces import Heads, Pieces, Read, Shape, is_update, 
 from lightning_megatron.hf.whole import WholeTensors, on_first_rank
 from lightning_megatron.lora import LoRA
 from lightning_megatron.lora.attach import attach, chosen_of, target_names
-from lightning_megatron.lora.files import Saved, write
+from lightning_megatron.lora.files import Saved, base_of, write
 from lightning_megatron.lora.layer import Adapter
 from lightning_megatron.lora.merging import Updates
 
@@ -55,12 +55,16 @@ def understood(module: Any, saved: Saved) -> Saved:
     family, pieces = _family(module), pieces_of(module)
     ours = {name: key for key, piece in pieces.items() for name in piece.names}
     tied = family.tied(module.config) if family else {}
-    both = sorted(saved.whole.keys() & {*tied, *tied.values()})
-    if both:
+    both = sorted((saved.whole.keys() - saved.frozen) & {*tied, *tied.values()})
+    if both and not saved.ties:
         raise ValueError(
             f"The adapter holds {both[0]} whole, which peft trains apart from what it is tied to; this model has one"
             " tensor of both. Merge the adapter into the model with peft, and load that."
         )
+    # Of weights that are one tensor here, the adapter may have either name, or both.
+    whole = {tied.get(name, name): tensor for name, tensor in saved.whole.items()}
+    frozen = {tied.get(name, name) for name in saved.frozen}
+    saved = replace(saved, whole=whole, frozen=frozenset(frozen))
     unknown = sorted(saved.whole.keys() - ours.keys())
     if unknown:
         raise ValueError(f"The adapter holds weights that have no place in the model:\n{listed(unknown)}")
@@ -70,8 +74,21 @@ def understood(module: Any, saved: Saved) -> Saved:
         raise ValueError(
             f"The adapter lacks weights that megatron-core has in one tensor with some of its own:\n{listed(missing)}"
         )
-    parts = sorted({key.rpartition(".")[0] for key in keys})
+    trained = {ours[name] for name in saved.whole.keys() - saved.frozen}
+    parts = sorted({key.rpartition(".")[0] for key in trained})
     return replace(saved, lora=replace(saved.lora, also_train=parts))
+
+
+def beside(source: Any) -> tuple[Any, Path | None]:
+    """What a source of weights is read from, and the adapter that is to be put in then, where it is one's directory.
+
+    As in transformers: a directory with ``adapter_config.json`` is its own model and the adapter on it; with no model
+    in it, it is of the model that it names.
+    """
+    if not isinstance(source, str | Path):
+        return source, None
+    base = base_of(Path(source))
+    return (source, None) if base is None else (base, Path(source))
 
 
 def put_in(module: Any) -> None:
