@@ -167,7 +167,7 @@ class Encoder:
         if np.ndim(value) == 1 and all(isinstance(id_, (int, np.integer)) for id_ in value):
             return _shown(row, value) if column == self.text_column else [int(id_) for id_ in value]
         raise ValueError(
-            f"HFDataModule: column {column!r} holds {value!r}, which is neither text, nor a list of token ids, nor of"
+            f"HFDataModule: column {column!r} holds {value!r}, which is neither text nor a list of token ids or of"
             f" messages with 'role' and 'content'. Name another of {list(row)}."
         )
 

@@ -113,8 +113,11 @@ def read(folder: Path) -> Saved:
     _check(folder, about)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     whole = {}
-    for key, tensor in _tensors(folder).items():
-        name = key.removeprefix(_PREFIX)
+    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in _tensors(folder).items()}
+    for name, tensor in tensors.items():
+        plain = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        if plain != name and plain in tensors:
+            continue  # beside saved embeddings, peft writes a head that is trained whole again, under its inner names
         weight, _, kind = name.removesuffix(".weight").rpartition(".")
         if kind in ("lora_A", "lora_B"):
             parts.setdefault(f"{weight}.weight", {})[kind] = tensor
