@@ -25,6 +25,13 @@ def install(trainer: pl.Trainer) -> None:
             callback._summary = partial(_summarize, callback._max_depth)  # type: ignore[method-assign]
 
 
+def take_back(trainer: pl.Trainer) -> None:
+    """Leave the callbacks as they were: a plain Trainer may have them next, here or where this rank was launched."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelSummary):
+            vars(callback).pop("_summary", None)
+
+
 def count_parameters(module: torch.nn.Module, *, trainable_only: bool = False) -> int:
     """Parameters that this pipeline stage adds to the whole model: shards count ``tp`` times, copies on one stage."""
     tp = groups.tensor_parallel().size()

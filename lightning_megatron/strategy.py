@@ -44,7 +44,7 @@ from lightning_megatron import (
     timing,
     weight_settings,
 )
-from lightning_megatron.checkpoint import Checkpointer, Run, attend, local_path
+from lightning_megatron.checkpoint import Checkpointer, Run, attend, leave, local_path
 from lightning_megatron.collectives import Collectives
 from lightning_megatron.engine import Engine
 from lightning_megatron.layout import ParallelLayout
@@ -507,6 +507,8 @@ class MegatronStrategy(Placement, Collectives):
         if self._hook_logs is not None:
             self._hook_logs.remove()
         metrics.stop_syncing(self.lightning_module)  # type: ignore[arg-type]
+        model_summary.take_back(self.lightning_module.trainer)  # type: ignore[union-attr]
+        leave(self.lightning_module.trainer)  # type: ignore[union-attr]
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_megatron import BertConfig, BertModule, GPTModule
 from lightning_megatron.checkpoint.export import tensors
@@ -90,3 +91,24 @@ def test_another_head_starts_anew(tmp_path):
 def test_mistakes_are_named_at_once(tmp_path):
     with pytest.raises(Exception, match="no whole checkpoint"):
         GPTModule(CONFIG).load_weights(tmp_path)
+
+
+def _pretrained(path: str) -> list[float]:
+    """How far weights are from the pretrained and the checkpoint's: of a layer that both have, and of one it lacks."""
+    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64, n_positions=16)
+    source = GPT2LMHeadModel(config)
+    saved = GPTModule.from_pretrained(GPT2LMHeadModel(GPT2Config(**{**config.to_diff_dict(), "n_layer": 1})))
+    run = trainer(Layout(), max_steps=1)
+    run.fit(saved, DataLoader(Rows(text_samples(plain_gpt.GPT2, 4)), batch_size=4))
+    run.save_checkpoint(path)
+    module = GPTModule.from_pretrained(source).load_weights(path, strict=False).build()
+    new = {name: weight.detach() for name, weight in module.named_shards()}
+    old = dict(tensors(Path(path), prefer_main=True))
+    plain = {name: weight.detach() for name, weight in GPTModule.from_pretrained(source).build().named_shards()}
+    first, second = (f"decoder.layers.{number}.mlp.linear_fc1.weight" for number in (0, 1))
+    assert second not in old
+    return [float((new[first] - old[first]).abs().max()), float((new[second] - plain[second]).abs().max())]
+
+
+def test_what_the_checkpoint_lacks_stays_pretrained(tmp_path):
+    assert run_ranks(1, _pretrained, str(tmp_path / "one_layer.ckpt")) == [[0.0, 0.0]]

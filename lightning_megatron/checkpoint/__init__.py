@@ -9,9 +9,19 @@ A checkpoint is a directory::
     weights/         weights, moments and main weights: a torch_dist checkpoint of megatron-core
 """
 
-from lightning_megatron.checkpoint.callbacks import attend, check_folders, local_path
+from lightning_megatron.checkpoint.callbacks import attend, check_folders, leave, local_path
 from lightning_megatron.checkpoint.checkpointer import Checkpointer, Run
 from lightning_megatron.checkpoint.manifest import CheckpointError, newest
 from lightning_megatron.checkpoint.trainer_state import plain_class
 
-__all__ = ["CheckpointError", "Checkpointer", "Run", "attend", "check_folders", "local_path", "newest", "plain_class"]
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "Run",
+    "attend",
+    "leave",
+    "check_folders",
+    "local_path",
+    "newest",
+    "plain_class",
+]

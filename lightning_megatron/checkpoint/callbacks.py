@@ -27,6 +27,14 @@ def attend(trainer: pl.Trainer) -> None:
             callback._link_checkpoint = _link  # type: ignore[method-assign]  # private (Lightning 2.6)
 
 
+def leave(trainer: pl.Trainer) -> None:
+    """Undo ``attend``: another strategy may have the callbacks next."""
+    for callback in checkpoint_callbacks(trainer):
+        for name, ours in (("file_exists", _exists), ("_link_checkpoint", _link)):
+            if vars(callback).get(name) is ours:
+                del callback.__dict__[name]
+
+
 def checkpoint_callbacks(trainer: pl.Trainer) -> list[ModelCheckpoint]:
     """Those of the Trainer's callbacks that save by Lightning's rules."""
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]

@@ -303,7 +303,9 @@ class MegatronModule(pl.LightningModule):
                 f"{type(self).__name__}.load_weights comes too late: the model is built. Call it on a new"
                 f" {type(self).__name__}, before fit."
             )
-        self._fill = partial(alone.fill, path=alone.whole(local_path(path)), strict=strict)
+        fill = partial(alone.fill, path=alone.whole(local_path(path)), strict=strict)
+        before = None if strict else self._fill  # what the checkpoint lacks starts as it would have
+        self._fill = fill if before is None else partial(_in_turn, fills=[before, fill])
         return self
 
     @classmethod
@@ -412,6 +414,11 @@ class MegatronModule(pl.LightningModule):
         inputs = self.get_batch(batch)
         output = self.active_model(**inputs)
         return self.loss(output, inputs) if self.on_last_stage else output
+
+
+def _in_turn(module: Any, fills: list[Callable[[Any], None]]) -> None:
+    for fill in fills:
+        fill(module)
 
 
 def _when_to_step(scheduler: Any) -> dict[str, Any]:
