@@ -38,7 +38,8 @@ def write(decoder: Decoder, settings: GenerationSettings, seed: int, hooks: Hook
     """
     streamer = None if hooks.stream is None and hooks.streamer is None else _Streamer(hooks.stream, hooks.streamer)
     device = decoder.stages.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # transformers' loop makes tensors wherever the device context says.
+    with device, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         texts = _Scorer(decoder).generate(
             decoder.start.ids,
