@@ -46,4 +46,11 @@ def asks_for_more(trainer: pl.Trainer, optimizers: list[Optimizer]) -> bool:
         or type(optimizers[0]).__name__ == "_MockOptimizer"  # configure_optimizers returned None
         or isinstance(optimizers[0], torch.optim.LBFGS)
         or (strategy.distributed_optimizer and not is_shardable(optimizers[0]))
+        or _leaves_out(module, optimizers[0])
     )
+
+
+def _leaves_out(module: torch.nn.Module, optimizer: Optimizer) -> bool:
+    """Whether parameters that require gradients are in no group of the optimizer."""
+    members = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return any(parameter.requires_grad and id(parameter) not in members for parameter in module.parameters())

@@ -78,7 +78,13 @@ class OwnOptimizer(Plain):
         return torch.optim.Adagrad(self.parameters(), lr=0.1)
 
 
+class LeavesOut(Plain):
+    def configure_optimizers(self):
+        return torch.optim.Adam([self.layer.weight], lr=0.1)
+
+
 CASES = {
+    "parameters in no group": (LeavesOut, dict),
     "manual": (Manual, dict),
     "several": (Several, dict),
     "skips": (Skips, dict),
