@@ -187,6 +187,35 @@ def test_a_schedule_that_is_gone_is_said(folder):
     assert set(_rate_of(runs, "other")) == {2e-2}
 
 
+class LayerWise(Scheduled):
+    """Groups by layer, of which each pipeline stage has its own."""
+
+    def configure_optimizers(self):
+        found: dict[str, list] = {}
+        for name, parameter in self.named_parameters():
+            found.setdefault(name.partition("layers.")[2][:1], []).append(parameter)
+        rates = {"": 1e-2, "0": 3e-3, "1": 1e-3}
+        return torch.optim.AdamW([{"params": p, "lr": rates[layer]} for layer, p in found.items()])
+
+
+def _by_stage(path: str) -> tuple[Any, Any]:
+    data = DataLoader(Rows(text_samples(CONFIG, 4 * STEPS)), batch_size=4)
+    whole = _fit(LayerWise(CONFIG), data, Layout(pp=2), STEPS)
+    _fit(LayerWise(CONFIG), data, Layout(pp=2), STOP, save=path)
+    return whole, _fit(LayerWise(CONFIG), data, Layout(pp=2), STEPS, path)
+
+
+def test_each_stage_has_its_own_groups_back(tmp_path):
+    path = f"{tmp_path}/stages.ckpt"
+    rates = []
+    for whole, resumed in run_ranks(2, _by_stage, path):
+        assert resumed["groups"] == whole["groups"][STOP:]
+        assert all(map(torch.equal, resumed["weights"], whole["weights"]))
+        assert resumed["told"] == []
+        rates.append(sorted(group["lr"] for group in resumed["groups"][0]))
+    assert rates == [[3e-3, 1e-2], [1e-3, 1e-2]]
+
+
 class Plain(PlainModule):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
