@@ -124,8 +124,10 @@ def sweep(cycles):
 
 def test_a_sweep_over_layouts_stays_flat():
     for (threads, files, memory), *_, (threads_then, files_then, memory_then) in run_ranks(2, sweep, 20):
-        assert (threads_then, files_then) == (threads, files)
-        assert memory_then - memory < 2**24  # the allocator's own ups and downs; a model with its groups is about 2 MB
+        # One that is just about to end may be counted; a single group that is kept at each cycle would be 48 threads.
+        assert threads_then <= threads + 4
+        assert files_then <= files + 4
+        assert memory_then - memory < 2**25  # the allocator's own ups and downs; a model with its groups is about 2 MB
 
 
 def kept_trainers_on_one_rank():
