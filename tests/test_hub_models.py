@@ -93,6 +93,20 @@ def test_fields_at_which_nobody_looks_do_not_refuse(tmp_path):
     assert_same_logits(folder, transformers.LlamaForCausalLM)
 
 
+def test_a_share_of_positions_that_transformers_does_not_read(tmp_path):
+    """Its Llama turns whole heads, whatever is said; a scaled share it cannot compute, and Phi-3 reads it."""
+    folder = hub_models.write("meta-llama/Llama-2-7b-hf", tmp_path / "model")
+    edit(folder, partial_rotary_factor=0.5)
+    assert_same_logits(folder, transformers.LlamaForCausalLM)
+    edit(folder, rope_scaling={"type": "linear", "factor": 2.0})
+    with pytest.raises(UnsupportedConfigError, match="partial_rotary_factor=0.5 with rope_type='linear'"):
+        AutoModule.from_pretrained(folder)
+    module = AutoModule.from_pretrained(hub_models.write("google/gemma-2b", tmp_path / "gemma"))
+    module.config.rotary_percent = 0.5
+    with pytest.raises(UnsupportedConfigError, match="rotary_percent"):
+        module.save_pretrained(tmp_path / "out")
+
+
 def test_the_command_ignores_what_its_error_advises(tmp_path, capsys):
     folder = hub_models.write("openai-community/gpt2", tmp_path / "model")
     edit(folder, is_causal=False)

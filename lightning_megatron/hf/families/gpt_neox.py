@@ -39,7 +39,7 @@ class GPTNeoX(Family):
             "bias": fields.must_be("attention_bias", True),
             "parallel_residual": fields("use_parallel_residual"),
             "tie_embeddings": fields("tie_word_embeddings"),
-            **rotary.read(fields),
+            **rotary.read(fields, partial=True),
         }
 
     @override

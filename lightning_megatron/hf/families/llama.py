@@ -20,6 +20,7 @@ class Llama(Family):
     model_type = "llama"
     prefix = "model."
     buffers = (r".*rotary_emb\.inv_freq",)
+    partial_rotary = False  # whether transformers' class can turn a part of each head
 
     @override
     def read_config(self, fields: Fields) -> dict[str, Any]:
@@ -40,7 +41,7 @@ class Llama(Family):
             "layernorm_epsilon": fields("rms_norm_eps"),
             "attention_dropout": fields("attention_dropout"),
             "tie_embeddings": fields("tie_word_embeddings"),
-            **rotary.read(fields),
+            **rotary.read(fields, self.partial_rotary),
             **self.read_more(fields),
         }
 
@@ -54,6 +55,8 @@ class Llama(Family):
         activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
         self._require(config, position_embedding=("rope",), normalization=("RMSNorm",))
         self._require(config, activation=tuple(activations), parallel_residual=(False,))
+        if not self.partial_rotary:
+            self._require(config, rotary_percent=(1.0,))
         return {
             "num_hidden_layers": config.num_layers,
             "hidden_size": config.hidden_size,

@@ -15,6 +15,7 @@ class Phi3(Llama):
     """Queries, keys and values are one tensor, and so are the gate and what it gates."""
 
     model_type = "phi3"
+    partial_rotary = True
 
     @override
     def read_more(self, fields: Fields) -> dict[str, Any]:

@@ -10,11 +10,16 @@ from lightning_megatron.layers import ROPE_TYPES
 _KINDS = ("default", *ROPE_TYPES)
 
 
-def read(fields: Fields) -> dict[str, Any]:
+def read(fields: Fields, partial: bool) -> dict[str, Any]:
     """Arguments of ``GPTConfig`` for their ``rope_parameters``.
 
+    Args:
+        fields: Of the configuration.
+        partial: Whether transformers' class turns a part of each head where the configuration says so. Others turn
+            all of it, and cannot scale a part.
+
     Raises:
-        UnsupportedConfigError: Frequencies that change with the length of the input.
+        UnsupportedConfigError: Frequencies that change with the length of the input, or of a part that is scaled.
     """
     given = dict(fields("rope_parameters"))
     kind = given.get("rope_type", "default")
@@ -25,6 +30,12 @@ def read(fields: Fields) -> dict[str, Any]:
         )
     base, share = given.pop("rope_theta"), given.pop("partial_rotary_factor", 1.0)
     scaling = None if kind == "default" else given
+    if not partial and scaling is not None and share != 1.0:
+        raise UnsupportedConfigError(
+            f"{fields.model_type}: the configuration has partial_rotary_factor={share} with rope_type={kind!r}, which"
+            " transformers' own class cannot compute. Leave partial_rotary_factor out."
+        )
+    share = share if partial else 1.0
     return {"position_embedding": "rope", "rotary_base": base, "rotary_percent": share, "rope_scaling": scaling}
 
 
