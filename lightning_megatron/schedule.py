@@ -48,7 +48,7 @@ class LRSchedule:
         min_lr: Floor of the decay.
         init_lr: Where the warm-up begins, for every parameter group alike, as in Megatron.
         unit: "steps", or "samples" of the global batch: each step counts data-parallel size × ``batch_size`` of the
-            loader × ``accumulate_grad_batches``.
+            loader × ``accumulate_grad_batches``, or what its ``RampUpBatches`` give.
         weight_decay_style: "constant" leaves the optimizer's weight decay, or sets it where start and end are given
             (and equal). "linear" and "cosine" raise it from start to end; groups without weight decay stay without.
         start_weight_decay: First weight decay.
@@ -299,7 +299,7 @@ class MegatronLRScheduler(LRScheduler):
         if self.last_epoch == 0:  # the start, also when a SequentialLR switches to this schedule
             self.num_steps = 0
         elif self.last_epoch != self._counted:
-            self.num_steps += (self.last_epoch - self._counted) * self._step_length()
+            self.num_steps = self._after(self.num_steps, self.last_epoch - self._counted)
         self._counted = self.last_epoch
 
     def _min_lr(self, group: dict[str, Any], peak: float) -> float:
@@ -314,7 +314,7 @@ class MegatronLRScheduler(LRScheduler):
         steps = trainer.max_steps if trainer.max_steps != -1 else trainer.estimated_stepping_batches
         if steps in (-1, float("inf")):
             raise _endless()
-        length = int(steps) * self._step_length()
+        length = self._after(0, int(steps))
         least = schedule.warmup_steps + (schedule.wsd_decay_steps or 1)
         if length < least:
             rank_zero_warn(
@@ -323,11 +323,20 @@ class MegatronLRScheduler(LRScheduler):
             )
         return max(length, least)
 
-    def _step_length(self) -> int:
-        """What one optimizer step counts: 1, or the samples of the global batch."""
+    def _after(self, count: int, steps: int) -> int:
+        """Where the schedule is after ``steps`` more optimizer steps, in its unit; batches may grow."""
         if self.schedule.unit == "steps":
-            return 1
-        return self._samples_per_step or _global_batch(self._trainer)  # type: ignore[arg-type]
+            return count + steps
+        if self._samples_per_step:
+            return count + steps * self._samples_per_step
+        trainer = self._trainer
+        assert trainer is not None
+        following = getattr(getattr(trainer.train_dataloader, "batch_sampler", None), "following", None)
+        if following is None:
+            return count + steps * _global_batch(trainer)
+        for _ in range(steps * trainer.accumulate_grad_batches):
+            count += following(count)
+        return count
 
     def _check_rates(self, optimizer: Optimizer) -> None:
         schedule = self.schedule

@@ -15,13 +15,14 @@ import yaml
 from accelerate.utils import MegatronLMPlugin
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
+from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lightning_megatron import BertConfig, GPTConfig, LRSchedule, ParallelLayout, T5Config, biases_and_vectors
 from lightning_megatron.data import RampUp
 from lightning_megatron.migration import MigrationError, from_accelerate, from_command_line, from_plugin
 from lightning_megatron.migration.accelerate import MEGATRON, PARAMETERS
-from lightning_megatron.migration.homes import _PLACED, HOMES, _elsewhere
+from lightning_megatron.migration.homes import _PLACED, HOMES, SCHEDULE, _elsewhere
 from lightning_megatron.training_cli import MegatronCLI
 from tests.pages import blocks, script, shell
 
@@ -612,6 +613,37 @@ def test_samples_are_counted_through_a_ramp():
         consumed += rule.size(consumed, 32)
         steps += 1
     assert run["trainer"]["max_steps"] == steps > 200 / 32
+
+
+def test_a_schedule_is_in_samples_where_batches_grow(published):
+    """Megatron-LM counts samples: while batches are small its rates move slowly, whatever its options count."""
+    schedule = published["gpt"][1].model.init_args.lr_schedule
+    assert (schedule.unit, schedule.decay_steps, schedule.warmup_fraction) == ("samples", 430000 * 1536, 0.001)
+    ramp = "--num-layers 2 --data-path d --global-batch-size 32 --micro-batch-size 1 --rampup-batch-size 8 8 96"
+    rises = "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1"
+    by_steps = f"--train-iters 100 --lr-decay-iters 90 --lr-warmup-iters 5 {rises}"
+    found = from_command_line(f"{ramp} {by_steps}", devices=1).get(SCHEDULE)
+    assert {name: found[name] for name in ("unit", "warmup_steps", "decay_steps", "weight_decay_steps")} == {
+        "unit": "samples", "warmup_steps": 160, "decay_steps": 2880, "weight_decay_steps": 3200,
+    }  # fmt: skip
+    found = from_command_line(f"{ramp} --train-samples 1000 --lr-warmup-fraction 0.1", devices=1).get(SCHEDULE)
+    assert (found["unit"], found["decay_steps"]) == ("samples", 1000)
+
+
+@pytest.mark.parametrize(
+    ("words", "paths", "weights"),
+    [
+        ("a", ["a"], None),
+        ("0.3 a 0.7 b", ["a", "b"], [0.3, 0.7]),
+        ("2020 2021 2022", ["2020", "2021", "2022"], None),
+        ("1 a b c", ["1", "a", "b", "c"], None),
+    ],
+)
+def test_words_of_a_blend_are_read_as_megatron_core_reads_them(words, paths, weights):
+    plan = from_command_line(f"--num-layers 2 --data-path {words}", devices=1)
+    assert (plan.get("data.init_args.paths"), plan.get("data.init_args.weights")) == (paths, weights)
+    assert get_blend_from_list(words.split()) == (paths, weights)
+    assert "--global-batch-size" in {line.setting for line in plan.lines if line.fate == "yours to do"}
 
 
 def test_the_groups_of_the_optimizer_are_megatrons(parser):

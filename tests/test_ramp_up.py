@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_megatron import LRSchedule, MegatronStrategy
 from lightning_megatron.data import BatchSizeSteps, RampUp, RampUpBatches
 from tests import plain_gpt
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
@@ -82,6 +85,44 @@ def test_every_batch_is_a_step_of_all_its_tokens():
             assert seen == [size // layout.dp for size in sizes]
             assert losses == pytest.approx(expected, rel=1e-5)
             assert steps == len(sizes)
+
+
+@pytest.mark.parametrize("decay_steps", [40, None])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_schedule_counts_the_samples_of_growing_batches(decay_steps, accumulated):
+    """As Megatron-LM, which moves its scheduler by the samples of each global batch."""
+    rule, seen = RampUp(2, 2, 20), []
+
+    class Module(BoringModel):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            schedule = LRSchedule("cosine", unit="samples", decay_steps=decay_steps, warmup_steps=6)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule.build(optimizer, self.trainer), "interval": "step"},
+            }
+
+        def train_dataloader(self):
+            rows = torch.ones(200, 32)
+            batches = RampUpBatches(DistributedSampler(rows, 1, 0, shuffle=False), 8, rule)
+            return DataLoader(rows, batch_sampler=batches)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            seen.append((len(batch), self.trainer.optimizers[0].param_groups[0]["lr"]))
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 6}
+    run = Trainer(
+        accelerator="cpu", devices=1, strategy=MegatronStrategy(), use_distributed_sampler=False, limit_val_batches=0,
+        accumulate_grad_batches=accumulated, **options,
+    )  # fmt: skip
+    run.fit(Module())
+    horizon = decay_steps or rule.consumed(6 * accumulated, 8)
+    theirs = LRSchedule("cosine", warmup_steps=6).megatron_scheduler(1.0, horizon)
+    sizes = [2, 2, 2, 2, 4, 4, 6] + [8] * 20
+    assert [size for size, _ in seen] == sizes[: len(seen)]
+    for number, (_, rate) in enumerate(seen):
+        theirs.num_steps = sum(sizes[: number - number % accumulated])
+        assert rate == pytest.approx(theirs.get_lr({"max_lr": 1.0, "min_lr": 0.0})), number
 
 
 @pytest.mark.parametrize(

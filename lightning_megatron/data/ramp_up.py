@@ -144,6 +144,10 @@ class RampUpBatches(Sampler[list[int]]):
         self.full = batch_size * sampler.num_replicas
         self.ramp_up = ramp_up
 
+    def following(self, consumed: int) -> int:
+        """Samples of the global batch that follows ``consumed`` samples; schedules that count samples ask for it."""
+        return self.ramp_up.size(consumed, self.full)
+
     def __iter__(self) -> Iterator[list[int]]:
         samples = iter(self.sampler)
         for size in self._sizes():

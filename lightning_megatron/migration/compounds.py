@@ -214,6 +214,9 @@ def _batches(given: Given, plan: Plan) -> None:
         if rule is not None:
             says = "it leads to a global batch, which nobody says: global_batch_size"
             plan.say("rampup_batch_size", " ".join(given["rampup_batch_size"]), "yours to do", says)
+        if has_data:
+            says = "MegatronDataModule(global_batch_size=) must be given: --micro-batch-size, --global-batch-size"
+            plan.say("global_batch_size", None, "yours to do", says)
         return
     if has_data:
         plan.put(f"{DATA}.global_batch_size", size)
@@ -260,7 +263,9 @@ def _data(given: Given, plan: Plan) -> None:
             if given.get(name) is not None:
                 plan.say(name, given[name], "yours to do", "of the data module that you give; there is no data_path")
         return
-    weights = [float(word) for word in paths[::2]] if len(paths) > 1 and _is_number(paths[0]) else None
+    # As megatron-core's get_blend_from_list: an odd number of words are paths, whatever they look like.
+    weighted = len(paths) % 2 == 0 and all(map(_is_number, paths[::2]))
+    weights = [float(word) for word in paths[::2]] if weighted else None
     plan.put("data.class_path", "lightning_megatron.data.MegatronDataModule")
     plan.put(f"{DATA}.paths", paths[1::2] if weights else paths)
     if weights:
@@ -409,9 +414,16 @@ def _schedule(given: Given, plan: Plan) -> None:
         raise MigrationError("lr_warmup_fraction and lr_warmup_iters: give one.")
     if arguments.get("warmup_fraction") == 0:
         del arguments["warmup_fraction"]
+    whole_run = given.get("train_samples") if samples else given.get("train_iters")
+    if not samples and growth(given) is not None and (size := _full_batch(given)) is not None:
+        # Megatron-LM counts samples in any case: iterations of the schedule are so many full batches.
+        samples, whole_run = True, whole_run and whole_run * size
+        arguments |= {name: arguments[name] * size for name in ends.values() if arguments.get(name)}
+        plan.say("schedule", None, "carried over", f"in samples, since batches grow: an iteration is {size}")
     if samples:
         arguments["unit"] = "samples"
-    whole_run = given.get("train_samples") if samples else given.get("train_iters")
+        if whole_run:
+            arguments.setdefault("decay_steps", whole_run)
     rises = arguments.get("weight_decay_style", "constant") != "constant"
     if rises and whole_run and arguments.get("decay_steps") not in (None, whole_run):
         arguments["weight_decay_steps"] = whole_run
