@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torchmetrics import Metric
 
 from lightning_megatron import groups, metrics
+from lightning_megatron.kept_values import taken_back
 from lightning_megatron.layout import RankCoordinates
 from lightning_megatron.recorder import reduce_values
 
@@ -90,12 +91,21 @@ class HookLogs:
             agreed: Any = nullcontext()
             if listens and not action.endswith(_AROUND_STEPS):
                 agreed = metrics.same_on_all_stages(self._module, self._counts_of_metrics)
-            with type(self._profiler).profile(self._profiler, action) as found, agreed:
+            with type(self._profiler).profile(self._profiler, action) as found, agreed, self._counted(action):
                 yield found
         finally:
             self._running.pop()
         if listens:
             self._share(pending)
+
+    @contextmanager
+    def _counted(self, action: str) -> Iterator[None]:
+        """Surrounds a hook; what one behind a batch that does not count has noted down is taken back."""
+        if not (action.endswith(_ENDS_OF_BATCHES) and self._is_listened_to(action)) or self._counts():
+            yield
+            return
+        with metrics.untouched(self._module), taken_back([self._module, *self._owners(action)]):
+            yield
 
     def _log(self, *args: Any, **options: Any) -> None:
         """In place of ``module.log``."""
@@ -124,18 +134,20 @@ class HookLogs:
         return self._listens[action]
 
     def _is_written_by_a_user(self, action: str) -> bool:
-        place, _, hook = action.rpartition(".")
+        _, _, hook = action.rpartition(".")
         if hook in _STEPS or _FxValidator.functions.get(hook) is None:
             return False
-        if place.startswith("[LightningModule]"):
-            owners: list[Any] = [self._module]
-        elif place.startswith("[Callback]"):
-            callbacks = self._module.trainer.callbacks  # type: ignore[attr-defined]
-            owners = [callback for callback in callbacks if place == f"[Callback]{callback.state_key}"]
-        else:
-            return False
+        owners = self._owners(action)
         written_in = [getattr(inspect.unwrap(getattr(owner, hook)), "__module__", "") for owner in owners]
         return any(not name.startswith(("lightning.", "lightning_megatron.")) for name in written_in)
+
+    def _owners(self, action: str) -> list[Any]:
+        """Whose hook it is: the module, or callbacks of one name."""
+        place, _, _ = action.rpartition(".")
+        if place.startswith("[LightningModule]"):
+            return [self._module]
+        callbacks = self._module.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if place == f"[Callback]{callback.state_key}"]
 
     def _rows(self) -> int:
         """By which Lightning would weigh a value that is logged now."""

@@ -13,6 +13,7 @@ import torch
 from torchmetrics import Metric
 
 from lightning_megatron import groups, metrics
+from lightning_megatron.kept_values import taken_back
 from lightning_megatron.modules.base import MegatronModule
 
 _SIGNATURE = inspect.signature(pl.LightningModule.log)
@@ -89,7 +90,7 @@ class LogRecorder:
             if share:
                 yield
             else:
-                with metrics.untouched(self._module):
+                with metrics.untouched(self._module), taken_back([self._module]):
                     yield
         finally:
             del self._module.__dict__["log"]

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, Subset
 
 from tests.lightning_runs import CONFIG, OurGPT
@@ -134,3 +135,62 @@ def test_every_sample_counts_once():
                 logits = logits[rank::2]
             if predicted is not None:
                 torch.testing.assert_close(predicted, logits, rtol=1e-4, atol=1e-5, msg=lambda text, k=kind: k + text)
+
+
+class Notes(Counts):
+    """Keeps by itself what it has seen, in containers of several kinds."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen: list[torch.Tensor] = []
+        self.number, self.by_name, self.total = 0, {"sums": [torch.zeros(1)]}, torch.zeros(1)
+        self.register_buffer("summed", torch.zeros(1), persistent=False)
+        self.ends = 0
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        output = super().validation_step(batch, batch_idx)
+        if self.on_last_stage:
+            values = batch["labels"].float().sum(1)
+            self.seen.append(values)
+            self.number += len(values)
+            self.by_name["sums"][0] += values.sum()
+            self.total = self.total + values.sum()
+            self.summed += values.sum()
+        return output
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, *_: Any) -> None:
+        self.ends += len(batch["labels"])
+
+    def noted(self) -> list[float]:
+        sums = [self.by_name["sums"][0], self.total, self.summed, sum((x.sum() for x in self.seen), torch.zeros(1))]
+        return [float(self.number), *map(float, sums)]
+
+
+class Ends(Callback):
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        self.rows += len(batch["labels"])
+
+
+def _noted(layouts: list[Layout]) -> list[Any]:
+    found = []
+    for layout in layouts:
+        module, ends = Notes(CONFIG), Ends()
+        _trainer(layout, ".", callbacks=[ends], limit_val_batches=1.0).validate(
+            module, _loader(batch_size=4 // layout.dp), verbose=False
+        )
+        found.append((module.noted(), [module.ends, ends.rows]))
+    return found
+
+
+def test_what_a_module_or_a_callback_notes_down_counts_once():
+    labels = float(text_samples(CONFIG, ROWS)["labels"].sum())
+    # the replicas have five and four rows, in batches of two: the second computes its last batch again;
+    # interleaved stages fill up a batch of one row with another micro-batch
+    (first, last), (other, stage) = zip(*run_ranks(2, _noted, [Layout(dp=2), Layout(pp=2, vp=2)]), strict=True)
+    assert [a + b for a, b in zip(first[0], last[0], strict=True)] == [ROWS] + [labels] * 4
+    assert [a + b for a, b in zip(first[1], last[1], strict=True)] == [ROWS] * 2
+    assert stage == ([ROWS] + [labels] * 4, [ROWS] * 2)
+    assert other == ([0.0] * 5, [ROWS] * 2)
