@@ -58,6 +58,19 @@ class Arguments:
             if not isinstance(value, bool) and not (optional and value is None):
                 self._refuse(name, value, "True or False", optional)
 
+    def names(self, *, optional: bool = False, **values: Any) -> None:
+        """Refuse what is no list of texts; None passes where ``optional``."""
+        for name, value in values.items():
+            fits = isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
+            if not fits and not (optional and value is None):
+                self._refuse(name, value, "a list of names", optional)
+
+    def kind(self, of: type | tuple[type, ...], called: str, *, optional: bool = False, **values: Any) -> None:
+        """Refuse what is none ``of`` these types, ``called`` so for people; None passes where ``optional``."""
+        for name, value in values.items():
+            if not isinstance(value, of) and not (optional and value is None):
+                self._refuse(name, value, called, optional)
+
     def one_of(self, known: Iterable[str | None], **values: Any) -> None:
         """Refuse what is not among the ``known`` values."""
         choices = list(known)

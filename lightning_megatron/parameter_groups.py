@@ -55,7 +55,15 @@ class ParameterGroups:
 
     def __post_init__(self) -> None:
         """Refuse a factor for nothing, and nothing for a factor."""
-        Arguments("ParameterGroups").number(lr_mult=self.lr_mult)
+        arguments = Arguments("ParameterGroups")
+        arguments.number(lr_mult=self.lr_mult)
+        if not callable(self.optimizer) and self.optimizer is not None:
+            raise ValueError(
+                f"ParameterGroups(optimizer={self.optimizer!r}): use what makes one of parameters, such as"
+                " functools.partial(torch.optim.AdamW, lr=1e-3), or None."
+            )
+        conditions = {"no_weight_decay": self.no_weight_decay, "scale_lr": self.scale_lr}
+        arguments.names(optional=True, **{name: value for name, value in conditions.items() if not callable(value)})
         if (self.scale_lr is None) != (self.lr_mult == 1.0):
             raise ValueError(
                 f"ParameterGroups(scale_lr={self.scale_lr}, lr_mult={self.lr_mult}): the one says which parameters, the"

@@ -142,7 +142,9 @@ class LRSchedule:
     def _check_lengths(self) -> None:
         for name in ("warmup_steps", "decay_steps", "weight_decay_steps", "wsd_decay_steps"):
             value, least = getattr(self, name), 0 if name == "warmup_steps" else 1
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if value is None and name != "warmup_steps":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise _refusal(f"{name}={value!r} is not a whole number of {self.unit} from {least}.")
         if self.warmup_fraction is not None:
             if self.warmup_steps:

@@ -8,9 +8,35 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from lightning_megatron import BertConfig, GPTConfig, GPTModule, LoRA, LRSchedule, MegatronStrategy, T5Config
-from lightning_megatron.callbacks import PipelineTimeline, Profile, Throughput, TrainingMonitor
-from lightning_megatron.data import TextDataModule
+from lightning_megatron import (
+    BertConfig,
+    GPTConfig,
+    GPTModule,
+    LoRA,
+    LRSchedule,
+    MegatronStrategy,
+    ParameterGroups,
+    T5Config,
+    biases_and_vectors,
+)
+from lightning_megatron.callbacks import (
+    ExitInterval,
+    Perplexity,
+    PipelineTimeline,
+    Profile,
+    Throughput,
+    TrainingMonitor,
+    TrainingProgressBar,
+)
+from lightning_megatron.data import (
+    BatchSizeSteps,
+    BertSamples,
+    GPTSamples,
+    MaskedLMCollator,
+    RampUp,
+    T5Samples,
+    TextDataModule,
+)
 from lightning_megatron.training_cli import MegatronCLI
 
 STRATEGY: list[tuple[dict[str, Any], str]] = [
@@ -72,12 +98,39 @@ def test_what_is_right_is_taken():
     ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
     MegatronStrategy(tp=2, pp=2, vp=2, num_microbatches=4, ddp=ddp, on_nonfinite="skip", initial_loss_scale=2**16)
     MegatronStrategy(pp=4, pipeline_split_rank=3, recompute="full", timeout=timedelta(seconds=5))
+    T5Config(**{**SIZES, "num_layers": None}, encoder_num_layers=2, decoder_num_layers=1)
+    LoRA(targets="layers.*", also_train=["head"])
+    LoRA(targets=("q_proj", "v_proj"))
+    ParameterGroups(torch.optim.AdamW, no_weight_decay=biases_and_vectors, scale_lr=["*.bias"], lr_mult=0.5)
 
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, "seq_length": 4}
 OTHERS: list[tuple[Any, dict[str, Any], str]] = [
-    (GPTConfig, {**SIZES, "num_layers": 0}, "num_layers=0 is not a positive integer"),
-    (GPTConfig, {**SIZES, "hidden_size": "8"}, "hidden_size='8' is not a positive integer"),
+    (GPTConfig, {**SIZES, "num_layers": 0}, "GPTConfig(num_layers=0): use a whole number from 1."),
+    (GPTConfig, {**SIZES, "hidden_size": "8"}, "hidden_size='8'): use a whole number from 1."),
+    (GPTConfig, {**SIZES, "num_attention_heads": None}, "num_attention_heads=None): use a whole number from 1."),
+    (GPTConfig, {**SIZES, "activation": ["gelu"]}, "unknown activation ['gelu']"),
+    (GPTConfig, {**SIZES, "extra": None}, "extra=None): use a dictionary"),
+    (GPTConfig, {**SIZES, "rope_scaling": "linear"}, "rope_scaling='linear'): use a dictionary with rope_type"),
+    (GPTConfig, {**SIZES, "sliding_window": True}, "sliding_window=True"),
+    (BertConfig, {**SIZES, "num_layers": None}, "BertConfig(num_layers=None): use a whole number"),
+    (T5Config, {**SIZES, "num_layers": None}, "T5Config(num_layers=None): use a whole number"),
+    (T5Config, {**SIZES, "vocab_size": "9"}, "T5Config(vocab_size='9'): use a whole number"),
+    (LRSchedule, {"warmup_steps": None}, "LRSchedule: warmup_steps=None is not a whole number"),
+    (LoRA, {"targets": [1]}, "LoRA(targets=[1]): use a list of names."),
+    (LoRA, {"also_train": "head"}, "LoRA(also_train='head'): use a list of names."),
+    (ParameterGroups, {"optimizer": "adamw"}, "ParameterGroups(optimizer='adamw'): use what makes one"),
+    (ParameterGroups, {"no_weight_decay": "*.bias"}, "no_weight_decay='*.bias'): use a list of names, or None."),
+    (RampUp, {"start": "8", "increment": 8, "samples": 64}, "RampUp(start='8') must be at least 1, and a whole"),
+    (BatchSizeSteps, {"sizes": {0: 8, 8.5: 16}}, "BatchSizeSteps(sizes={0: 8, 8.5: 16})"),
+    (GPTSamples, {"seq_length": 8.5}, "GPTSamples(seq_length=8.5): use a whole number"),
+    (GPTSamples, {"seq_length": 8, "eod_mask_loss": "no"}, "eod_mask_loss='no'): use True or False."),
+    (BertSamples, {"seq_length": "64"}, "BertSamples(seq_length='64'): use a whole number"),
+    (T5Samples, {"seq_length": 64, "masking_probability": "0.1"}, "masking_probability='0.1'): use a number."),
+    (MaskedLMCollator, {"vocab_size": 9, "mask_id": 1.5}, "MaskedLMCollator(mask_id=1.5): use a whole number."),
+    (ExitInterval, {"steps": 2.5}, "ExitInterval(steps=2.5): use a whole number from 1."),
+    (Perplexity, {"loss": None}, "Perplexity(loss=None): use the name of a logged metric."),
+    (TrainingProgressBar, {"refresh_rate": "1"}, "TrainingProgressBar(refresh_rate='1'): use a whole number from 0."),
     (GPTConfig, {**SIZES, "ffn_hidden_size": 0}, "GPTConfig(ffn_hidden_size=0): use a whole number from 1, or None."),
     (GPTConfig, {**SIZES, "kv_channels": 2.5}, "kv_channels=2.5): use a whole number"),
     (GPTConfig, {**SIZES, "num_query_groups": 0}, "num_query_groups=0): use a whole number"),

@@ -39,5 +39,5 @@ def test_a_run_ends_at_each_multiple_and_goes_on_from_there(tmp_path):
 
 
 def test_an_interval_is_a_number_of_steps():
-    with pytest.raises(ValueError, match=r"ExitInterval\(steps=0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"ExitInterval\(steps=0\): use a whole number from 1"):
         ExitInterval(0)

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_megatron.arguments import Arguments
+
 
 class Perplexity(pl.Callback):
     """Logs ``val_perplexity`` and ``test_perplexity``, over all tokens of the whole set, alike on every rank.
@@ -16,6 +18,7 @@ class Perplexity(pl.Callback):
     """
 
     def __init__(self, loss: str = "loss") -> None:
+        Arguments("Perplexity").kind(str, "the name of a logged metric", loss=loss)
         self.loss = loss
 
     @override

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.batch_rows import count_rows
 from lightning_megatron.modules.base import MegatronModule
 
@@ -22,6 +23,7 @@ class _OfTraining(ProgressBar):
     """How far training is, and how fast; of rank 0 alone, whose replica reads as much as any."""
 
     def __init__(self, refresh_rate: int) -> None:
+        Arguments(type(self).__name__).whole(0, refresh_rate=refresh_rate)
         super().__init__(refresh_rate=refresh_rate)  # type: ignore[call-arg]  # the bar's, which comes next
         self._steps: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._tokens = 0

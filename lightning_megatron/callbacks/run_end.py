@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_megatron import preemption
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint.callbacks import checkpoint_callbacks
 
 
@@ -25,8 +26,7 @@ class ExitInterval(Callback):
     """
 
     def __init__(self, steps: int) -> None:
-        if steps < 1:
-            raise ValueError(f"ExitInterval(steps={steps}) must be at least 1.")
+        Arguments("ExitInterval").whole(steps=steps)
         self.steps = steps
 
     @override

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.data.index_builder import PAD
 from lightning_megatron.data.masking import IGNORED_LABEL
 from lightning_megatron.data.span_corruption import sentinels
@@ -74,8 +75,10 @@ class GPTSamples(IndexedSamples):
         reset_attention_mask: bool = False,
         eod_mask_loss: bool = False,
     ) -> None:
-        if seq_length < 1:
-            raise ValueError(f"GPTSamples(seq_length={seq_length}) must be at least 1.")
+        arguments = Arguments("GPTSamples")
+        arguments.whole(seq_length=seq_length)
+        arguments.flag(reset_position_ids=reset_position_ids, reset_attention_mask=reset_attention_mask)
+        arguments.flag(eod_mask_loss=eod_mask_loss)
         self.seq_length = seq_length
         self.reset_position_ids = reset_position_ids
         self.reset_attention_mask = reset_attention_mask
@@ -205,6 +208,7 @@ class BertSamples(_Masked):
         whole_words: bool = True,
     ) -> None:
         super().__init__(seq_length, masking_probability, short_sequence_probability, max_ngram, whole_words)
+        Arguments("BertSamples").flag(binary_head=binary_head)
         self.binary_head = binary_head
         self.minimum_sentences = 2 if binary_head else 1
 
@@ -324,6 +328,9 @@ def _named(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _check_masking(name: str, seq_length: int, masking: float, short: float, max_ngram: int) -> None:
+    arguments = Arguments(name)
+    arguments.whole(None, seq_length=seq_length, max_ngram=max_ngram)
+    arguments.number(masking_probability=masking, short_sequence_probability=short)
     if seq_length < 8:
         raise ValueError(f"{name}(seq_length={seq_length}) must be at least 8: special tokens take three.")
     if not 0 < masking < 1:

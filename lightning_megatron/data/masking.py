@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.data.draws import Draws, ids_of, padded
 
 IGNORED_LABEL = -100
@@ -49,6 +50,10 @@ class MaskedLMCollator:
         seed: int = 0,
         pad_to_multiple_of: int = 1,
     ) -> None:
+        arguments = Arguments("MaskedLMCollator")
+        arguments.whole(vocab_size=vocab_size, pad_to_multiple_of=pad_to_multiple_of)
+        arguments.whole(None, mask_id=mask_id, pad_id=pad_id, seed=seed)
+        arguments.number(probability=probability, mask_share=mask_share, random_share=random_share)
         if not 0 < probability <= 1:
             raise ValueError(f"MaskedLMCollator(probability={probability}): use a share above 0, up to 1.")
         if min(mask_share, random_share) < 0 or mask_share + random_share > 1:

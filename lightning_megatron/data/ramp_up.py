@@ -52,8 +52,8 @@ class RampUp(BatchSizes):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"RampUp({name}={value}) must be at least 1.")
+            if not _is_whole(value):
+                raise ValueError(f"RampUp({name}={value!r}) must be at least 1, and a whole number.")
 
     def check(self, full: int, replicas: int) -> None:
         """Refuse a global batch of ``full`` samples on ``replicas`` that the rule does not lead to.
@@ -100,7 +100,8 @@ class BatchSizeSteps(BatchSizes):
     sizes: dict[int, int]
 
     def __post_init__(self) -> None:
-        if 0 not in self.sizes or min(self.sizes) < 0 or min(self.sizes.values()) < 1:
+        sizes = self.sizes if isinstance(self.sizes, dict) else {}
+        if 0 not in sizes or not all(_is_whole(start, 0) and _is_whole(size) for start, size in sizes.items()):
             raise ValueError(f"BatchSizeSteps(sizes={self.sizes}): give a size of 1 or more from 0 samples on.")
 
     def check(self, full: int, replicas: int) -> None:
@@ -122,6 +123,10 @@ class BatchSizeSteps(BatchSizes):
     def size(self, consumed: int, full: int) -> int:
         """Samples of the global batch that follows ``consumed`` samples."""
         return self.sizes[max(start for start in self.sizes if start <= consumed)]
+
+
+def _is_whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 class RampUpBatches(Sampler[list[int]]):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.data.draws import Draws
 from lightning_megatron.data.masking import MaskedLMCollator
 
@@ -45,6 +46,7 @@ class SentencePairCollator:
         negatives: Literal["random", "swapped"] = "random",
         seed: int = 0,
     ) -> None:
+        Arguments("SentencePairCollator").whole(None, seq_length=seq_length, cls_id=cls_id, sep_id=sep_id, seed=seed)
         if seq_length < 5:
             raise ValueError(
                 f"SentencePairCollator(seq_length={seq_length}): use 5 or more, two tokens and three special ones."

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_megatron.arguments import Arguments
 from lightning_megatron.data.draws import Draws, ids_of, padded
 from lightning_megatron.data.masking import IGNORED_LABEL
 
@@ -52,6 +53,8 @@ class SpanCorruptionCollator:
             raise ValueError(f"SpanCorruptionCollator(noise_density={noise_density}): use a share between 0 and 1.")
         if mean_span_length < 1:
             raise ValueError(f"SpanCorruptionCollator(mean_span_length={mean_span_length}): use 1 or more.")
+        arguments = Arguments("SpanCorruptionCollator")
+        arguments.whole(None, seq_length=seq_length, eos_id=eos_id, pad_id=pad_id, seed=seed)
         if seq_length < 2:
             raise ValueError(f"SpanCorruptionCollator(seq_length={seq_length}): use 2 or more; one token stays.")
         self.sentinel_ids = np.asarray(sentinel_ids, dtype=np.int64)

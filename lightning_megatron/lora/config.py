@@ -52,6 +52,9 @@ class LoRA:
             raise ValueError(f"LoRA(alpha={self.alpha}): use a number above 0, such as 2 · rank.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA(dropout={self.dropout}): use a probability, from 0 to below 1.")
+        arguments.names(also_train=self.also_train)
+        if not isinstance(self.targets, str):
+            arguments.names(targets=self.targets)
         if not self.targets:
             raise ValueError(f"LoRA(targets={self.targets!r}): name layers, or use {ALL!r}.")
 

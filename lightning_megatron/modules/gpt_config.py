@@ -83,6 +83,7 @@ class GPTConfig(ModelConfig):
         arguments.flag(**{name: getattr(self, name) for name in flags})
         arguments.flag(optional=True, qkv_bias=self.qkv_bias)
         super().__post_init__()
+        arguments.kind(dict, "a dictionary with rope_type, factor, ...", optional=True, rope_scaling=self.rope_scaling)
         if self.rope_scaling is not None:
             self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), ROPE_TYPES)
         self._check_window()
@@ -113,7 +114,7 @@ class GPTConfig(ModelConfig):
 
     def _check_window(self) -> None:
         window, layers = self.sliding_window, self.sliding_window_layers
-        if window is not None and (not isinstance(window, int) or window < 1):
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
             raise ValueError(f"GPTConfig(sliding_window={window}): use 1 token (itself) or more, or None.")
         if layers is None:
             return

@@ -86,10 +86,15 @@ class ModelConfig:
         self._one_of("activation", self.activation, _ACTIVATIONS)
         self._one_of("layers", self.layers, ("torch", "transformer_engine"))
         arguments = Arguments(type(self).__name__)
-        arguments.whole(make_vocab_size_divisible_by=self.make_vocab_size_divisible_by)
-        optional = {name: getattr(self, name) for name in ("seq_length", "ffn_hidden_size", "kv_channels")}
+        sizes = ("hidden_size", "num_attention_heads", "make_vocab_size_divisible_by")
+        arguments.whole(**{name: getattr(self, name) for name in sizes})
+        arguments.whole(**self.depths())
+        optional = {
+            name: getattr(self, name) for name in ("vocab_size", "seq_length", "ffn_hidden_size", "kv_channels")
+        }
         arguments.whole(optional=True, **optional)
         arguments.number(least=0, layernorm_epsilon=self.layernorm_epsilon, init_method_std=self.init_method_std)
+        arguments.kind(dict, "a dictionary of TransformerConfig's fields", extra=self.extra)
         known = [f.name for f in fields(TransformerConfig) if f.init]
         for key in self.extra:
             self._one_of("extra key", key, known)
@@ -100,6 +105,10 @@ class ModelConfig:
                     f"{type(self).__name__}({name}={getattr(self, name)}): use a probability, from 0 to below 1."
                 )
         self.check(ParallelLayout(world_size=1))
+
+    def depths(self) -> dict[str, Any]:
+        """How many layers there are, by the arguments' names."""
+        return {"num_layers": self.num_layers}
 
     def take_sizes(self, data: Any) -> None:
         """Fill in what is left to the data module; ids and lengths that are given are held against each batch.
@@ -192,7 +201,7 @@ class ModelConfig:
                 raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {near[0]!r}?")
 
     def _one_of(self, name: str, value: str, known: Any) -> None:
-        if value in known:
+        if value in list(known):
             return
         near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.0)
         choices = f" Choose from: {', '.join(sorted(known))}." if len(known) < 20 else ""

@@ -77,7 +77,7 @@ class T5Config(ModelConfig):
         arguments = Arguments("T5Config")
         if self.layers != "torch":
             raise ValueError(f"T5Config(layers={self.layers!r}): T5 has layers='torch' only.")
-        for name in ("decoder_seq_length", "encoder_num_layers", "decoder_num_layers"):
+        for name in ("vocab_size", "decoder_seq_length", "encoder_num_layers", "decoder_num_layers"):
             arguments.whole(optional=True, **{name: getattr(self, name)})
         for name in ("relative_attention_num_buckets", "relative_attention_max_distance", "decoder_start_id"):
             arguments.whole(0, **{name: getattr(self, name)})
@@ -91,6 +91,7 @@ class T5Config(ModelConfig):
             )
         if self.decoder_start_id < 0 or (self.vocab_size is not None and self.decoder_start_id >= self.vocab_size):
             raise ValueError(f"T5Config(decoder_start_id={self.decoder_start_id}): not below vocab_size.")
+        arguments.kind(dict, "a dictionary of TransformerConfig's fields", extra=self.extra)
         pipeline = [key for key in self.extra if "pipeline" in key]
         if pipeline:
             raise ValueError(
@@ -98,6 +99,11 @@ class T5Config(ModelConfig):
                 " MegatronStrategy(pipeline_split_rank=). Leave it out."
             )
         super().__post_init__()
+
+    def depths(self) -> dict[str, Any]:
+        """How many layers there are, by the arguments' names; both sides' own need no common number."""
+        sides = (self.encoder_num_layers, self.decoder_num_layers)
+        return super().depths() if None in sides else {}
 
     @property
     def encoder_layers(self) -> int:
