@@ -459,6 +459,13 @@ def test_a_setting_at_its_default_asks_for_nothing():
     ]
 
 
+def test_options_of_older_scripts_have_their_line():
+    words = "--DDP-impl local --data-impl mmap --activations-checkpoint-method uniform --checkpoint-activations"
+    plan = from_command_line(words, devices=1)
+    assert {line.setting for line in plan.lines} >= {word for word in words.split() if word.startswith("--")}
+    assert {line.setting for line in plan.missing} == {"--activations-checkpoint-method", "--checkpoint-activations"}
+
+
 def test_arguments_are_read_as_argparse_does():
     plan = from_command_line(
         "--num-layers 4 --bf16 --lr 1e-3 --data-path a --num-layers=8 --bf16 --lr 2e-3 --data-path 0.5 b 0.5 c"
