@@ -7,12 +7,13 @@ checkpoint's settings hold by default. Whichever hold, those that differ are nam
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LambdaLR, OneCycleLR
 
 from lightning_megatron.optimizer import HOW, ShardedOptimizer, set_values
 from lightning_megatron.schedule import MegatronLRScheduler
@@ -27,6 +28,8 @@ _PLACE = {"last_epoch", "num_steps", "T_cur", "T_i", "best", "num_bad_epochs", "
 _DERIVED = {"lr", "initial_lr", "wd_mult", "base_lrs", "max_lr", "default_min_lr", "mode_worse", "_schedule_phases"}
 # Of a class that has no public name for them (torch 2.13's SequentialLR and OneCycleLR).
 _PRIVATE = {"_milestones", "_anneal_func_type", "_schedule_phases"}
+# Their ``step`` of a given place sets all that follows from it, momenta and the number of the cycle included.
+_STEPPED_TO = (CosineAnnealingWarmRestarts, CyclicLR, OneCycleLR)
 
 
 class ResumedSettings:
@@ -78,6 +81,11 @@ class ResumedSettings:
     def set_rates(self) -> None:
         """Set the rates that changed schedules give at the place that was loaded, before the first step."""
         for scheduler in self._to_set if len(self._to_set) == 1 else []:
+            if isinstance(scheduler, _STEPPED_TO):
+                with warnings.catch_warnings():  # torch would rather have no place given
+                    warnings.simplefilter("ignore")
+                    scheduler.step(scheduler.last_epoch)
+                continue
             rates = _rates(scheduler)
             for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=False):
                 set_values(group, {"lr": rate})
@@ -115,8 +123,15 @@ def _in_states(then: State, now: State) -> Iterator[Difference]:
         if key == "_schedulers":
             for number, (one, other) in enumerate(zip(then[key], given, strict=True)):
                 yield from ((f"{name} of schedule {number}", a, b) for name, a, b in _in_states(one, other))
+        elif key == "_schedule_phases" and was is not None:
+            saved_ends, ends = ([phase["end_step"] for phase in phases] for phases in (was, given))
+            if saved_ends != ends:
+                yield "ends of phases", saved_ends, ends
         elif isinstance(given, dict) and isinstance(was, dict):
-            yield from ((name, a, b) for name, a, b in _in_states(was, given))
+            if all(isinstance(name, str) for name in [*was, *given]):
+                yield from _in_states(was, given)
+            elif was != given:  # MultiStepLR's milestones are counted
+                yield key, sorted(was), sorted(given)
         elif key in then and _is_setting(key) and key not in _DERIVED and was != given:
             yield key.removeprefix("_"), was, given
 

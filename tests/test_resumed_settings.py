@@ -9,7 +9,18 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LinearLR, ReduceLROnPlateau, SequentialLR, StepLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTModule, LRSchedule
@@ -45,6 +56,14 @@ CASES: dict[str, Any] = {
     "sgd": (sgd, None, None),
     "megatron": (adamw, LRSchedule("linear", decay_steps=20), LRSchedule("linear", decay_steps=10, min_lr=1e-3)),
     "step": (adamw, lambda o: StepLR(o, 2, 0.5), lambda o: StepLR(o, 2, 0.9)),
+    "milestones": (adamw, lambda o: MultiStepLR(o, [2, 5], 0.5), lambda o: MultiStepLR(o, [1, 4], 0.5)),
+    "one cycle": (
+        adamw, lambda o: OneCycleLR(o, 1e-2, 20), lambda o: OneCycleLR(o, 1e-2, 20, pct_start=0.5)
+    ),
+    "cycles": (sgd, lambda o: CyclicLR(o, 1e-3, 1e-2, 4), lambda o: CyclicLR(o, 1e-3, 2e-2, 6)),
+    "restarts": (
+        adamw, lambda o: CosineAnnealingWarmRestarts(o, 3), lambda o: CosineAnnealingWarmRestarts(o, 4, eta_min=1e-4)
+    ),
     "sequential": (adamw, lambda o: sequential(o, 0.8), lambda o: sequential(o, 0.9)),
     "another kind": (adamw, lambda o: StepLR(o, 2, 0.5), LRSchedule("linear", decay_steps=10)),
     "lambda behind megatron": (
@@ -124,14 +143,17 @@ def test_what_has_not_changed_is_not_talked_of(folder):
         assert runs["same"]["groups"] == runs["whole"]["groups"][STOP:], case
 
 
-@pytest.mark.parametrize("case", ["adamw", "sgd", "megatron", "step", "sequential"])
+TORCHS = ["step", "milestones", "one cycle", "cycles", "restarts"]
+
+
+@pytest.mark.parametrize("case", ["adamw", "sgd", "megatron", "sequential", *TORCHS])
 def test_the_checkpoints_settings_hold(case, folder):
     runs = resumed(folder)[case]
     assert runs["held"]["groups"] == runs["whole"]["groups"][STOP:]
     assert all(map(torch.equal, runs["held"]["weights"], runs["whole"]["weights"]))
 
 
-@pytest.mark.parametrize("case", ["adamw", "sgd", "megatron", "step"])
+@pytest.mark.parametrize("case", ["adamw", "sgd", "megatron", *TORCHS])
 def test_if_asked_the_programs_settings_hold(case, folder):
     """Exactly those that a run with them from the start has at the same steps; its weights are others, of course."""
     runs = resumed(folder)[case]
@@ -167,6 +189,10 @@ def test_both_values_are_said(folder):
     assert "The program's hold; MegatronStrategy(optimizer_settings='checkpoint') takes the checkpoint's." in told
     (told,) = resumed(folder)["sgd"]["held"]["told"]
     assert "momentum: 0.9 in the checkpoint, 0.8 in the program" in told
+    (told,) = resumed(folder)["milestones"]["held"]["told"]
+    assert "MultiStepLR's milestones: [2, 5] in the checkpoint, [1, 4] in the program" in told
+    (told,) = resumed(folder)["one cycle"]["held"]["told"]
+    assert "OneCycleLR's ends of phases: [5.0, 19] in the checkpoint, [9.0, 19] in the program" in told
 
 
 def test_another_kind_of_schedule_goes_on_at_the_same_place(folder):
