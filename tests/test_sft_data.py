@@ -152,9 +152,31 @@ def test_packed_labels_are_learnt_as_they_are():
 def test_labels_that_fit_nothing_are_named_and_classes_are_none():
     with pytest.raises(ValueError, match="a row has 1 'labels' and 2 ids in 'input_ids'"):
         batch_of([{"input_ids": [1, 2], "labels": [1]}], text_column="input_ids")
-    with pytest.raises(ValueError, match="'labels' has a label for each id, and 'text' holds str"):
+    with pytest.raises(ValueError, match="'labels' has a value for each id, and 'text' holds str"):
         batch_of([{"text": "ab", "labels": [1, 2]}])
     assert shown(batch_of([{"text": "ab", "labels": 1}])) == [[*b"ab", ByteTokenizer.eod_id]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_say_what_is_learnt_are_heard_in_every_row(streaming):
+    """TRL's and transformers' masks; and labels that are missing in the first row, or in a later one."""
+    ids, options = [0, 6, 7, 8], {"text_column": "input_ids", "tokenizer": tokenizer()}
+    for name in ("completion_mask", "assistant_masks", "loss_mask"):
+        batch = batch_of([{"input_ids": ids, name: [0, 0, 1, 1]}], streaming, **options)
+        assert shown(batch) == [ids]
+        assert shown(batch, "labels") == [[-100, -100, 7, 8]]
+        with pytest.raises(ValueError, match=f"a row has 1 '{name}' and 4 ids in 'input_ids'; each id has one, 0 "):
+            batch_of([{"input_ids": ids, name: [1]}], streaming, **options)
+    both = {"input_ids": ids, "completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 0, 1, 1]}
+    assert shown(batch_of([both], streaming, **options), "labels") == [[-100, -100, 7, 8]]
+    rows = [{"input_ids": [6], "labels": None}, {"input_ids": ids, "labels": [-100, -100, 7, 8]}]
+    for mixed in (rows, rows[::-1]):
+        with pytest.raises(ValueError, match="a row has 'labels' None beside ids in 'input_ids', and other rows"):
+            batch_of(mixed, streaming, **options)
+    apart = [{"input_ids": ids, "position_ids": [0, 1, 0, 1]}]
+    with pytest.raises(ValueError, match="'position_ids' of a row do not go on by one, so it holds several documents"):
+        batch_of(apart, streaming, **options)
+    assert len(batch_of([{"input_ids": ids, "position_ids": [0, 1, 2, 3]}], streaming, **options)["input_ids"]) == 1
 
 
 def test_a_collator_keeps_padding_out_of_what_is_learnt():

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would become other tokens than before.
-_FORMAT = 2
+_FORMAT = 3
+
+# Columns that say of each id whether it is learnt, as transformers' chat templates, TRL and Megatron call them.
+_LEARNT = ("completion_mask", "assistant_masks", "loss_mask")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Encoder:
         keep_columns: Handed on as they are.
         append_eod: Whether the end-of-document id follows text, and ids without labels that do not end so.
         max_length: Tokens behind it are cut off; None cuts nothing.
-        has_labels: Whether a column "labels" says what is learnt of ids.
+        has_labels: Whether columns such as "labels" say what is learnt of ids.
     """
 
     tokenizer: Tokenizer
@@ -102,13 +105,41 @@ class Encoder:
         """What is learnt of the ids: what the row says, or all."""
         if not self.has_labels:
             return ids
-        labels = _shown(row, row["labels"])
-        if len(labels) != len(ids):
-            raise ValueError(
-                f"HFDataModule: a row has {len(labels)} 'labels' and {len(ids)} ids in {self.text_column!r}; each id"
-                f" has one, {IGNORED_LABEL} where it is not learnt. Correct the rows, or remove_columns('labels')."
-            )
+        labels = self._of_each(row, "labels", ids) if "labels" in row else ids
+        for name in _LEARNT:
+            if name in row:
+                learnt = self._of_each(row, name, ids)
+                labels = [label if on else IGNORED_LABEL for label, on in zip(labels, learnt, strict=True)]
         return labels
+
+    def _of_each(self, row: Mapping[str, Any], name: str, ids: list[int]) -> list[int]:
+        """What a column says of each id that is shown."""
+        values = row[name]
+        if not _is_list(values):
+            raise ValueError(
+                f"HFDataModule: a row has {name!r} {values!r} beside ids in {self.text_column!r}, and other rows have a"
+                f" value for each id. Correct the rows, or remove_columns({name!r})."
+            )
+        values = _shown(row, values)
+        if len(values) != len(ids):
+            not_learnt = IGNORED_LABEL if name == "labels" else 0
+            raise ValueError(
+                f"HFDataModule: a row has {len(values)} {name!r} and {len(ids)} ids in {self.text_column!r}; each id"
+                f" has one, {not_learnt} where it is not learnt. Correct the rows, or remove_columns({name!r})."
+            )
+        return values
+
+    def _refuse_documents(self, row: Mapping[str, Any]) -> None:
+        """Refuse ids whose positions begin anew, which nobody would keep apart."""
+        positions = row.get("position_ids")
+        if "position_ids" in self.keep_columns or not _is_list(positions):
+            return
+        if any(step != 1 for step in np.diff(_shown(row, positions))):
+            raise ValueError(
+                "HFDataModule: the 'position_ids' of a row do not go on by one, so it holds several documents, which"
+                " would look at each other. Make a row of each, keep_columns=['position_ids'] with a collate_fn that"
+                " hands them on, or remove_columns('position_ids')."
+            )
 
     def _lacks_end(self, row: Mapping[str, Any], ids: list[int]) -> bool:
         """Whether the end-of-document id is to follow; labels and a chat template say themselves how a row ends."""
@@ -165,6 +196,7 @@ class Encoder:
         if value is None or isinstance(value, str):
             return self.tokenizer.encode(value) if value else []
         if np.ndim(value) == 1 and all(isinstance(id_, (int, np.integer)) for id_ in value):
+            self._refuse_documents(row)
             return _shown(row, value) if column == self.text_column else [int(id_) for id_ in value]
         raise ValueError(
             f"HFDataModule: column {column!r} holds {value!r}, which is neither text nor a list of token ids or of"
@@ -187,16 +219,21 @@ def labels_in(row: Mapping[str, Any], text_column: str) -> bool:
     Raises:
         ValueError: It says so of text, whose ids nobody has counted.
     """
-    labels = row.get("labels")
-    if not isinstance(labels, (list, tuple, np.ndarray)):
-        return False
-    if np.ndim(row[text_column]) == 1 and not is_chat(row[text_column]):
-        return True
-    raise ValueError(
-        f"HFDataModule(text_column={text_column!r}): the column 'labels' has a label for each id, and {text_column!r}"
-        f" holds {type(row[text_column]).__name__}, no ids. Name the column of ids, such as 'input_ids', or"
-        " remove_columns('labels')."
-    )
+    of_ids = np.ndim(row[text_column]) == 1 and not is_chat(row[text_column])
+    for name in ("labels", *_LEARNT):
+        if of_ids and name in row and (row[name] is None or _is_list(row[name])):
+            return True
+        if not of_ids and _is_list(row.get(name)):
+            raise ValueError(
+                f"HFDataModule(text_column={text_column!r}): the column {name!r} has a value for each id, and"
+                f" {text_column!r} holds {type(row[text_column]).__name__}, no ids. Name the column of ids, such as"
+                f" 'input_ids', or remove_columns({name!r})."
+            )
+    return False
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray))
 
 
 def _shown(row: Mapping[str, Any], values: Any) -> list[int]:
