@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from lightning_megatron import groups
 from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import (
     loading,
@@ -249,13 +248,12 @@ class Checkpointer:
         """What to write, on all ranks, or an error on all ranks."""
         full = "optimizer_states" in state
         optimizer = run.optimizer if full else None
-        settings = _own_settings(state) if full else {}
         planner = self._planners.setdefault(full, weights.Planner())
         known, problem = planner.knows(_tensors(state, optimizer)), ""
         if optimizer is not None and state["optimizer_states"]:
             state[stage_groups.KEY] = stage_groups.record(state, optimizer.weights)
         try:
-            rank_state, files, about = self._all_but_tensors(state, run, full, settings)
+            rank_state, files, about = self._all_but_tensors(state, run, full)
             shards = [] if known else _shards(state, run.module, optimizer)
         except Exception as error:
             problem = str(error) if isinstance(error, CheckpointError) else writing.describe(error)
@@ -264,14 +262,12 @@ class Checkpointer:
             plan = planner.plan(_shards(state, run.module, optimizer) if known else shards)
         return writing.Content(writing.Part(plan.items), plan.metadata, rank_state, files, about)
 
-    def _all_but_tensors(
-        self, state: State, run: Run, full: bool, settings: State
-    ) -> tuple[bytes, dict[str, bytes], State]:
+    def _all_but_tensors(self, state: State, run: Run, full: bool) -> tuple[bytes, dict[str, bytes], State]:
         """This rank's own state, and of the first rank its files and the manifest."""
         position = progress.position(run.trainer)
         progress.put_right(state["loops"], position)
         loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
-        own = self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders} | settings
+        own = self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders}
         rank_state = trainer_state.dumps(own, loaders)
         plateaus = self.plateaus.record(run.trainer) if full else []
         if dist.get_rank() != 0:
@@ -332,13 +328,6 @@ class Checkpointer:
             rank = next(r for r in range(before.world_size) if before.coordinates(r).dp == replica)
         file = path / writing.RANKS / f"{rank:05d}.pt"
         record = loading.on_each_rank(path, self.verify, lambda: trainer_state.loads_plain(file.read_bytes()))
-        if "optimizer" in record and not same_layout:
-            raise MisconfigurationException(
-                f"The optimizer's groups in {path} differ from one pipeline stage to the next, and this run has another"
-                " layout. Resume in the layout that saved it, or give all stages the same groups (ParameterGroups)."
-            )
-        if "optimizer" in record and state["optimizer_states"]:
-            state["optimizer_states"][0]["hyper"].update(record["optimizer"])
         loaders = record["combined_loader"]
         if loaders and before.dp != run.layout.dp:
             raise MisconfigurationException(
@@ -348,13 +337,6 @@ class Checkpointer:
         if loaders:
             state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = loaders
         self.resumption.load(record, same_layout)
-
-
-def _own_settings(state: State) -> State:
-    """This rank's groups of the optimizer, where those of its stages differ; else all have those of the first rank."""
-    own = [{name: each[name] for name in ("groups", "given")} for each in state["optimizer_states"]]
-    stages = groups.gather_from_stages(own)
-    return {"optimizer": own[0]} if any(each != stages[0] for each in stages) else {}
 
 
 def _tensors(state: State, optimizer: ShardedOptimizer | None) -> list[tuple[str, Any]]:
