@@ -56,6 +56,7 @@ class ShardedOptimizer(Optimizer):
         watch_norm: Whether the gradient norm is computed without clipping, too.
         given: The groups' settings at the start of the run, before any schedule has moved them.
         weights: The whole model's names of the weights in each group.
+        parameters: Of each group as ``configure_optimizers`` gave it, frozen ones included.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class ShardedOptimizer(Optimizer):
         watch_norm: bool,
         given: list[dict[str, Any]],
         weights: list[list[str]],
+        parameters: list[list[torch.nn.Parameter]],
     ) -> None:
         # Not `super().__init__`: the groups and the state live in the torch optimizer.
         self.given = given
         self.weights = weights
+        self.parameters = parameters
         self.inner = inner
         self.engine = engine
         self.watch_norm = watch_norm
@@ -279,6 +282,7 @@ def shard(
             " shards. Use one of these, or distributed_optimizer=False."
         )
     _check_types(engine, params_dtype)
+    parameters = [list(group["params"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:  # torch passes frozen ones over in each step; megatron-core does not take them
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     given = _settings(optimizer)
@@ -298,7 +302,7 @@ def shard(
     engine.config.grad_scale_func = inner.scale_loss if scaler is not None else None
     # Named as the user's: LearningRateMonitor and progress bars show the name.
     named = type(type(optimizer).__name__, (ShardedOptimizer,), {})
-    return named(inner, engine, watch_norm, given, weights)
+    return named(inner, engine, watch_norm, given, weights, parameters)
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:

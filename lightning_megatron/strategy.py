@@ -583,7 +583,10 @@ class MegatronStrategy(Placement, Collectives):
         assert self.lightning_module is not None
         optimizer = self.optimizers[0] if self.optimizers else None
         sharded = optimizer if isinstance(optimizer, ShardedOptimizer) else None
-        return Run(self.lightning_module.trainer, self.layout, sharded)
+        trainer = self.lightning_module.trainer
+        is_plain = not isinstance(self.lightning_module, MegatronModule)
+        in_one_file = one_rank.is_alone(trainer) and not self.checkpointer.asynchronous
+        return Run(trainer, self.layout, sharded, is_plain, in_one_file)
 
     @property
     def _precision(self) -> MegatronPrecision:

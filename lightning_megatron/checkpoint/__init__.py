@@ -7,6 +7,8 @@ A checkpoint is a directory::
     objects.pt       what of it is no plain data, if anything: a pickle, read only when trusted
     ranks/00000.pt   random states and loaders of each rank; plain data
     weights/         weights, moments and main weights: a torch_dist checkpoint of megatron-core
+
+That of a plain LightningModule on one rank is Lightning's own file instead.
 """
 
 from lightning_megatron.checkpoint.callbacks import attend, check_folders, leave, local_path

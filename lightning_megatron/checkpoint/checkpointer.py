@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import (
+    lightning_file,
     loading,
     manifest,
     optimizer_state,
@@ -50,11 +51,15 @@ class Run:
         trainer: Whose.
         layout: The sizes of the run.
         optimizer: None outside of a fit.
+        is_plain: Whether the module is a plain LightningModule, whole on every rank.
+        in_one_file: Whether it is saved in Lightning's own form.
     """
 
     trainer: pl.Trainer
     layout: ParallelLayout
     optimizer: ShardedOptimizer | None
+    is_plain: bool = False
+    in_one_file: bool = False
 
     @property
     def module(self) -> pl.LightningModule:
@@ -128,6 +133,9 @@ class Checkpointer:
         """
         self._retained.note(run.trainer)
         try:
+            if run.in_one_file:
+                self._write_one_file(state, path, run)
+                return
             content = self._content(state, run)
             # After a run nobody is there to wait: the script may end.
             beside = self.asynchronous and run.trainer.state.status == TrainerStatus.RUNNING
@@ -229,6 +237,19 @@ class Checkpointer:
         step.done = True
         self._whole.append(step.path)
 
+    def _write_one_file(self, state: State, path: Path, run: Run) -> None:
+        full, position = "optimizer_states" in state, progress.position(run.trainer)
+        progress.put_right(state["loops"], position)
+        ours: State = {"layout": asdict(run.layout)}
+        if full:
+            ours["rank"] = self._own_record(state, position, run)
+            ours["plateaus"] = self.plateaus.record(run.trainer)
+            if run.optimizer is not None:
+                ours["optimizer"] = lightning_file.put_optimizer(state, run.module, run.optimizer)
+        lightning_file.write({**state, lightning_file.OURS: ours}, path)
+        self._whole.append(path)
+        self._last_save_failed = False
+
     def _failed(self, error: CheckpointError, undone: list[_Step]) -> None:
         self._last_save_failed = True
         if self.on_save_error == "raise":
@@ -266,9 +287,8 @@ class Checkpointer:
         """This rank's own state, and of the first rank its files and the manifest."""
         position = progress.position(run.trainer)
         progress.put_right(state["loops"], position)
-        loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
-        own = self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders}
-        rank_state = trainer_state.dumps(own, loaders)
+        own = self._own_record(state, position, run)
+        rank_state = trainer_state.dumps(own, own["combined_loader"])
         plateaus = self.plateaus.record(run.trainer) if full else []
         if dist.get_rank() != 0:
             return rank_state, {}, {}
@@ -280,6 +300,11 @@ class Checkpointer:
         plain, objects, names = trainer_state.split({**rest, "state_dict": others})
         files = {trainer_state.STATE: plain} | ({trainer_state.OBJECTS: objects} if objects else {})
         return rank_state, files, _about(state, run, full, names)
+
+    def _own_record(self, state: State, position: progress.Position, run: Run) -> State:
+        """Random states and the place in the data of this rank."""
+        loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
+        return self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders}
 
     # Loading
 
@@ -295,9 +320,11 @@ class Checkpointer:
             CheckpointError: It is not whole, is damaged, or does not fit.
         """
         self.wait()
+        trust = self.trust if weights_only is None else not weights_only
+        if run.is_plain and loading.is_one_file(path):
+            return self._load_one_file(path, run, trust)
         path, about = loading.choose(path, run.trainer)
         loading.check(path, about, self.verify)
-        trust = self.trust if weights_only is None else not weights_only
         read = partial(loading.on_each_rank, path, self.verify)
         state: State = read(lambda: loading.trainer_state_of(path, about, trust))
         full = state["optimizer_states"] is not None
@@ -318,16 +345,34 @@ class Checkpointer:
             self.plateaus.load(state.get("plateaus", []))
         return state
 
+    def _load_one_file(self, path: Path, run: Run, trust: bool) -> State:
+        """A file of Lightning's form, by this package or by another strategy."""
+        state = loading.on_each_rank(path, True, lambda: lightning_file.read(path, trust))
+        ours: State = state.pop(lightning_file.OURS, {})
+        if not state.get("optimizer_states") or run.trainer.state.fn != TrainerFn.FITTING:
+            return state
+        if (optimizer := run.optimizer) is not None:
+            saved = ours.get("optimizer")
+            loading.on_each_rank(path, True, lambda: lightning_file.take_optimizer(state, run.module, optimizer, saved))
+        if "rank" in ours:
+            before = ParallelLayout(**ours["layout"])
+            self._take_record(path, ours["rank"], before, run, state)
+        self.plateaus.load(ours.get("plateaus", []))
+        return state
+
     def _read_rank_state(self, path: Path, about: dict[str, Any], run: Run, state: State) -> None:
         """This rank's random states and loaders, or under another layout those of a rank with the same data."""
         before = ParallelLayout(**about["layout"])
-        same_layout = before == run.layout
         rank = dist.get_rank()
-        if not same_layout:
+        if before != run.layout:
             replica = run.layout.coordinates(rank).dp % before.dp
             rank = next(r for r in range(before.world_size) if before.coordinates(r).dp == replica)
         file = path / writing.RANKS / f"{rank:05d}.pt"
         record = loading.on_each_rank(path, self.verify, lambda: trainer_state.loads_plain(file.read_bytes()))
+        self._take_record(path, record, before, run, state)
+
+    def _take_record(self, path: Path, record: State, before: ParallelLayout, run: Run, state: State) -> None:
+        """Go on in the data where a rank of the layout ``before`` was."""
         loaders = record["combined_loader"]
         if loaders and before.dp != run.layout.dp:
             raise MisconfigurationException(
@@ -336,7 +381,7 @@ class Checkpointer:
             )
         if loaders:
             state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = loaders
-        self.resumption.load(record, same_layout)
+        self.resumption.load(record, before == run.layout)
 
 
 def _tensors(state: State, optimizer: ShardedOptimizer | None) -> list[tuple[str, Any]]:

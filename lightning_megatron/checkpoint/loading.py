@@ -38,6 +38,13 @@ def choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]]:
     return answer[0]
 
 
+def is_one_file(path: Path) -> bool:
+    """Whether a checkpoint is a file, as the first rank sees it."""
+    answer = [path.is_file()]
+    dist.broadcast_object_list(answer, src=0, group=groups.on_host())
+    return answer[0]
+
+
 def check(path: Path, about: dict[str, Any], checksums: bool) -> None:
     """Each rank checks its share of the files; what one finds, all raise.
 

@@ -91,9 +91,9 @@ def read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"There is no checkpoint {path}.")
     if path.is_file():
         raise CheckpointError(
-            f"{path} is a file, and checkpoints of MegatronStrategy are directories. If another strategy of Lightning's"
-            " wrote it, a plain LightningModule takes its weights before fit, without ckpt_path:"
-            " module.load_state_dict(torch.load(path)['state_dict'])."
+            f"{path} is a file, and checkpoints of MegatronStrategy are directories. A file is of a plain"
+            " LightningModule, on one rank or under another strategy of Lightning's, and only such modules read it:"
+            " fit(ckpt_path=), load_from_checkpoint."
         )
     if not file.is_file():
         raise CheckpointError(

@@ -17,6 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
+from lightning_megatron.checkpoint import manifest
+
 _METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 _KEPT = "_kept_checkpoint"
 
@@ -47,9 +49,10 @@ class KeptCheckpoint:
                 " checkpoint whole. Leave weights_only out."
             )
         unfinished = path.with_name(path.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(self.path, unfinished)
-        shutil.rmtree(path, ignore_errors=True)
+        manifest.remove(unfinished)
+        copy = shutil.copytree if self.path.is_dir() else shutil.copyfile
+        copy(self.path, unfinished)
+        manifest.remove(path)
         unfinished.rename(path)
 
 

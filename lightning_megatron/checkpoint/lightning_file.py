@@ -1,0 +1,161 @@
+"""A checkpoint in Lightning's own form: one file, which ``torch.load`` and every strategy of Lightning's read.
+
+A run of a plain LightningModule on one rank writes it. Runs of such modules on any number of replicas read it, and read
+what another strategy of Lightning wrote. What this package keeps beside what Lightning does is under the key ``OURS``.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from lightning_megatron.checkpoint import trainer_state
+from lightning_megatron.checkpoint.manifest import CheckpointError
+from lightning_megatron.optimizer import Held, ShardedOptimizer
+
+State = dict[str, Any]
+
+OURS = "lightning_megatron"
+
+
+def write(state: State, path: Path) -> None:
+    """Write a checkpoint, which is visible once it is whole.
+
+    Raises:
+        CheckpointError: It could not be written.
+    """
+    try:
+        TorchCheckpointIO().save_checkpoint(state, path)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} was not saved; earlier checkpoints are as they were. {type(error).__name__}: {error}"
+        ) from error
+
+
+def read(path: Path, trust: bool) -> State:
+    """What was written, on the host.
+
+    Raises:
+        CheckpointError: It holds objects, and is not trusted; or it is damaged, or no checkpoint.
+    """
+    try:
+        state: State = trainer_state.loads_plain(path.read_bytes())
+    except pickle.UnpicklingError as error:
+        if not trust:
+            raise CheckpointError(
+                f"{path} is no checkpoint, or holds objects whose loading can run any code ({error!s:.200}). If you"
+                " trust where it comes from: MegatronStrategy(trust_checkpoint=True)."
+            ) from error
+        state = torch.load(path, map_location="cpu", weights_only=False)
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged, or no checkpoint, and nothing of it was loaded: {error}") from error
+    if not isinstance(state, dict) or "state_dict" not in state:
+        raise CheckpointError(f"{path} is no checkpoint of Lightning's: it has no 'state_dict'.")
+    return state
+
+
+def put_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer) -> State:
+    """Have ``state`` hold the optimizer's as torch does, and fp32 main weights in place of rounded ones.
+
+    Args:
+        state: Lightning's, which changes.
+        module: Whole on this rank.
+        optimizer: Of all of its weights.
+
+    Returns:
+        What of the optimizer torch's form has no place for.
+    """
+    numbers = _numbers(optimizer)
+    tensors: dict[int, State] = {}
+    for held in optimizer.held():
+        if held.main in optimizer.state:
+            tensors[numbers[id(held.parameter)]] = {
+                name: _whole(value, held) for name, value in optimizer.state[held.main].items()
+            }
+        if held.main.dtype != held.parameter.dtype:
+            for name in _names(module, held.parameter):
+                state["state_dict"][name] = _whole(held.main.detach(), held)
+    ours: State = state["optimizer_states"][0]
+    groups = [
+        {**group, "params": [numbers[id(parameter)] for parameter in parameters]}
+        for group, parameters in zip(ours["groups"], optimizer.parameters, strict=True)
+    ]
+    state["optimizer_states"] = [{"state": dict(sorted(tensors.items())), "param_groups": groups}]
+    return ours
+
+
+def take_optimizer(
+    state: State, module: pl.LightningModule, optimizer: ShardedOptimizer, ours: State | None
+) -> Callable[[], None]:
+    """Have ``state`` hold the optimizer's in this package's form.
+
+    Args:
+        state: As it was read, which changes.
+        module: That takes the weights.
+        optimizer: That takes the state, of all replicas or of a part on each.
+        ours: What ``put_optimizer`` returned; None where another strategy wrote the file.
+
+    Returns:
+        What hands the optimizer its tensors.
+
+    Raises:
+        CheckpointError: The optimizer has other parameters.
+    """
+    saved = state["optimizer_states"][0]
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
+    hyper = ours or {"name": type(optimizer).__name__, "groups": groups, "skipped_steps": 0}
+    known = [number for group in saved["param_groups"] for number in group["params"]]
+    numbers = dict(zip((id(p) for group in optimizer.parameters for p in group), known, strict=False))
+    if [len(group["params"]) for group in saved["param_groups"]] != [len(group) for group in optimizer.parameters]:
+        raise CheckpointError(
+            f"The checkpoint's optimizer has groups of {[len(g['params']) for g in saved['param_groups']]} parameters,"
+            f" and this run's of {[len(group) for group in optimizer.parameters]}. Use the same groups, or start from"
+            " the weights alone: module.load_state_dict(torch.load(path)['state_dict'])."
+        )
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+
+    def finish() -> None:
+        for held in optimizer.held():
+            values = saved["state"].get(numbers[id(held.parameter)], {})
+            if values:
+                optimizer.state[held.main] = {name: _part(name, value, held) for name, value in values.items()}
+            if held.main.dtype != held.parameter.dtype:
+                weight = state["state_dict"][names[id(held.parameter)]]
+                held.main.data.copy_(_part("weight", weight, held))
+
+    state["optimizer_states"] = [{"hyper": hyper, "finish": finish}]
+    return finish
+
+
+def _numbers(optimizer: ShardedOptimizer) -> dict[int, int]:
+    """torch's number of each parameter, by its ``id``: counted through the groups."""
+    return {id(p): number for number, p in enumerate(p for group in optimizer.parameters for p in group)}
+
+
+def _names(module: pl.LightningModule, parameter: torch.nn.Parameter) -> list[str]:
+    return [name for name, other in module.named_parameters(remove_duplicate=False) if other is parameter]
+
+
+def _whole(value: Any, held: Held) -> Any:
+    """A state of the optimizer's in the weight's shape, where it is as large."""
+    if isinstance(value, torch.Tensor) and value.numel() == held.parameter.numel() and value.dim():
+        return value.view(held.parameter.shape)
+    return value
+
+
+def _part(name: str, value: Any, held: Held) -> Any:
+    """What this rank holds of a state; as torch's ``load_state_dict`` places and types it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if name == "step":
+        return value.clone()
+    if value.numel() == held.parameter.numel() and value.dim():
+        flat = value.reshape(-1)[held.start or 0 :][: held.main.numel()]
+        return flat.view(held.main.shape).to(held.main.device).clone()
+    return value.to(held.main.device)
