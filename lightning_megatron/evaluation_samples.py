@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from copy import copy
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -52,22 +53,24 @@ def install(trainer: pl.Trainer) -> None:
     A plain module's evaluation is reduced by Lightning, which wants as many samples on every replica.
     """
     connector: Any = trainer._data_connector  # private (Lightning 2.6)
-    as_lightning = type(connector)._resolve_sampler
+    connector._resolve_sampler = partial(_resolve_sampler, trainer)  # no local function: a Trainer may be pickled
 
-    def resolve(loader: DataLoader[Any], shuffle: bool, mode: RunningStage | None = None) -> Any:
-        predicts = mode == RunningStage.PREDICTING
-        evaluates = mode is not None and mode.evaluating and isinstance(trainer.lightning_module, MegatronModule)
-        if not (predicts or evaluates) or not connector._requires_distributed_sampler(loader):
-            return as_lightning(connector, loader, shuffle, mode)
-        plain = isinstance(loader.sampler, RandomSampler | SequentialSampler) and not predicts
-        return Share(
-            loader.dataset if plain else _DatasetSamplerWrapper(loader.sampler),
-            shuffle=shuffle and not trainer.overfit_batches,  # type: ignore[attr-defined]
-            seed=int(os.getenv("PL_GLOBAL_SEED", 0)),
-            **(trainer.distributed_sampler_kwargs or {}),
-        )
 
-    connector._resolve_sampler = resolve
+def _resolve_sampler(
+    trainer: pl.Trainer, loader: DataLoader[Any], shuffle: bool, mode: RunningStage | None = None
+) -> Any:
+    connector: Any = trainer._data_connector
+    predicts = mode == RunningStage.PREDICTING
+    evaluates = mode is not None and mode.evaluating and isinstance(trainer.lightning_module, MegatronModule)
+    if not (predicts or evaluates) or not connector._requires_distributed_sampler(loader):
+        return type(connector)._resolve_sampler(connector, loader, shuffle, mode)
+    plain = isinstance(loader.sampler, RandomSampler | SequentialSampler) and not predicts
+    return Share(
+        loader.dataset if plain else _DatasetSamplerWrapper(loader.sampler),
+        shuffle=shuffle and not trainer.overfit_batches,  # type: ignore[attr-defined]
+        seed=int(os.getenv("PL_GLOBAL_SEED", 0)),
+        **(trainer.distributed_sampler_kwargs or {}),
+    )
 
 
 def each_once(loader: Any) -> Any:

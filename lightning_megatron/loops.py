@@ -7,6 +7,7 @@ Leans on private names of Lightning 2.6 (``_AutomaticOptimization._make_closure`
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,16 +27,15 @@ def install(trainer: pl.Trainer) -> None:
         return
     epoch_loop.automatic_optimization = _ScheduleOptimization(trainer)
     epoch_loop.automatic_optimization.optim_progress = before.optim_progress
-    if "update_lr_schedulers" in vars(epoch_loop):  # from an earlier run
-        return
-    step_schedulers = epoch_loop.update_lr_schedulers
+    epoch_loop.update_lr_schedulers = partial(_step_schedulers, trainer)  # type: ignore[method-assign]
 
-    def unless_skipped(interval: str, update_plateau_schedulers: bool) -> None:
-        if not (interval == "step" and (_was_skipped(trainer) or epoch_loop._should_accumulate())):
-            trainer.strategy.checkpointer.plateaus.note_update(interval, update_plateau_schedulers)  # type: ignore[attr-defined]
-            step_schedulers(interval, update_plateau_schedulers=update_plateau_schedulers)
 
-    epoch_loop.update_lr_schedulers = unless_skipped  # type: ignore[method-assign]
+def _step_schedulers(trainer: pl.Trainer, interval: str, update_plateau_schedulers: bool) -> None:
+    """As Lightning's, but not behind a step that was skipped."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    if not (interval == "step" and (_was_skipped(trainer) or epoch_loop._should_accumulate())):
+        trainer.strategy.checkpointer.plateaus.note_update(interval, update_plateau_schedulers)  # type: ignore[attr-defined]
+        type(epoch_loop).update_lr_schedulers(epoch_loop, interval, update_plateau_schedulers)
 
 
 def remove(trainer: pl.Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -41,6 +42,7 @@ class MegatronPrecision(Precision):
             )
         self.precision = precision  # type: ignore[assignment]
         self.compute_dtype, self.grads_in_fp32 = _KINDS[precision]
+        self.behind_schedule: Callable[[], None] | None = None  # set by the strategy where a schedule runs backward
         self.plain_module = False  # set by the strategy: layers of plain torch do not cast their inputs by themselves
 
     @property
@@ -87,6 +89,14 @@ class MegatronPrecision(Precision):
         if self.plain_module and self.params_dtype != torch.float32:
             return _DtypeContextManager(self.params_dtype)  # what the step makes is of the weights' type
         return nullcontext()
+
+    @override
+    def backward(self, tensor: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Run backward, unless a schedule has done so: then only what is to happen behind it, between the hooks."""
+        if self.behind_schedule is None:
+            super().backward(tensor, model, optimizer, *args, **kwargs)
+        else:
+            self.behind_schedule()
 
     @override
     def clip_gradients(

@@ -63,28 +63,32 @@ class Preemption:
                 trainer.save_checkpoint(path)
             else:
                 rank_zero_warn("Told to end. Nothing is saved: there is no ModelCheckpoint to say where.")
+        trainer._signal_connector.received_sigterm = True  # what `trainer.received_sigterm` tells
         raise SIGTERMException(_EXIT_CODE)
 
-    def _note(self, number: int, _: Any) -> None:
+    def end_advance(self, data_fetcher: Any) -> None:
+        """In place of the epoch loop's ``on_advance_end``."""
+        self.act()
+        loop = self._trainer.fit_loop.epoch_loop
+        type(loop).on_advance_end(loop, data_fetcher)
+
+    def _note(self, number: int, frame: Any) -> None:
+        connector: Any = self._trainer._signal_connector
         if not self._signal:
             launcher = self._trainer.strategy.launcher
             if launcher is not None and hasattr(launcher, "kill"):
                 launcher.kill(signal.Signals(number))  # hands it on to the ranks that this process started
         self._signal = number
+        before = connector._original_handlers.get(number)  # private (Lightning 2.6): what the user's program listens by
+        if callable(before) and before is not signal.default_int_handler:
+            before(number, frame)
 
 
 def install(trainer: pl.Trainer) -> None:
     """Listen during this fit, and act after each batch."""
     preemption = Preemption(trainer)
     preemption.listen()
-    loop = trainer.fit_loop.epoch_loop
-    advance_end = type(loop).on_advance_end
-
-    def act_first(data_fetcher: Any) -> None:
-        preemption.act()
-        advance_end(loop, data_fetcher)
-
-    loop.on_advance_end = act_first  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop.on_advance_end = preemption.end_advance  # type: ignore[method-assign]
 
 
 def last_path(trainer: pl.Trainer) -> Path | None:

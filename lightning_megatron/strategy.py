@@ -179,6 +179,15 @@ class MegatronStrategy(Placement, Collectives):
         self.launch = launch
         launching.check(launch)
 
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickled Trainer takes along: no process groups, and nothing that lives in their buffers."""
+        state = {**super().__getstate__(), "_engine": None, "_hook_logs": None, "_timers": timing.Timers()}
+        state.pop("_steps", None)
+        if any(isinstance(optimizer, ShardedOptimizer) for optimizer in self.optimizers):
+            state.update(_optimizers=[], lr_scheduler_configs=[])
+        return state
+
     # What is known of the run, and who watches it
 
     def listen(self, listener: timing.Listener) -> None:
@@ -250,6 +259,7 @@ class MegatronStrategy(Placement, Collectives):
     def set_world_ranks(self) -> None:
         """Number the ranks, and check the layout against their number: the first moment it is known."""
         if self.cluster_environment is not None:
+            self.cluster_environment = launching.environment_of(self)
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
@@ -344,6 +354,7 @@ class MegatronStrategy(Placement, Collectives):
             _optimizers_to_device(self.optimizers, self.root_device)
         elif fitting:
             self._shard_optimizer()
+        self._precision.behind_schedule = None if self._trains_as_lightning else self._behind_schedule
         self.setup_precision_plugin()
         if isinstance(self.lightning_module, MegatronModule):
             self._hook_logs = hook_logs.HookLogs(self.lightning_module, lambda: self._steps.counts)
@@ -409,17 +420,6 @@ class MegatronStrategy(Placement, Collectives):
         if self.check_loss and self.on_nonfinite == "raise":
             report.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
         return self._steps.finish(outcome)
-
-    @override
-    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The schedule has run backward; fire the hooks around it."""
-        assert self.lightning_module is not None
-        if self._trains_as_lightning:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        if self._steps.ends_window and gradients.has_onlookers(self.lightning_module.trainer):
-            self.optimizers[0].show_gradients()  # type: ignore[attr-defined]
-        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -490,8 +490,9 @@ class MegatronStrategy(Placement, Collectives):
         if launching.kept_checkpoint(self):
             return {}  # the ranks that had it are gone; `save_checkpoint` copies what they left
         first_error.meet_while_handling()
-        self.engine.finish_param_gather()
-        self.engine.share_buffers()
+        if self._engine is not None:  # else no run has been set up yet
+            self._engine.finish_param_gather()
+            self._engine.share_buffers()
         return super().lightning_module_state_dict()
 
     @override
@@ -563,6 +564,11 @@ class MegatronStrategy(Placement, Collectives):
     @property
     def _ranks(self) -> int:
         return super().world_size
+
+    def _behind_schedule(self) -> None:
+        """Between the hooks around backward, which the schedule has run."""
+        if self._steps.ends_window and gradients.has_onlookers(self.lightning_module.trainer):  # type: ignore[union-attr]
+            self.optimizers[0].show_gradients()  # type: ignore[attr-defined]
 
     def _shard_optimizer(self) -> None:
         self.optimizers = [

@@ -463,7 +463,7 @@ def _near_last(folder):
     for name in ("last-v1.ckpt", "last.ckpt"):
         (folder / name).mkdir()
         assert fit(steps=2, load=folder / name)[0].global_step == 2
-    with pytest.raises(CheckpointError, match="There is no checkpoint .*last_typo"):
+    with pytest.raises(FileNotFoundError, match="Checkpoint file not found: .*last_typo"):
         fit(steps=2, load=folder / "last_typo")
 
 

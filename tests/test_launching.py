@@ -131,6 +131,12 @@ def test_an_environment_that_starts_the_processes(variables, kind, monkeypatch, 
         Trainer(accelerator="cpu", devices=2, strategy=MegatronStrategy(pp=2, launch="forkserver"), **QUIET)
 
 
+def test_one_process_that_srun_has_not_started():
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=MegatronStrategy(), plugins=[SLURMEnvironment()], **QUIET)
+    assert isinstance(trainer.strategy.cluster_environment, SLURMEnvironment)
+    assert (trainer.global_rank, trainer.node_rank, trainer.world_size) == (0, 0, 1)
+
+
 def test_an_environment_of_the_users():
     class Ours(LightningEnvironment):
         creates_processes_externally = True

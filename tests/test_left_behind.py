@@ -71,6 +71,10 @@ def _in_turn(folder: str) -> Any:
     )
     ours.fit(module, data, data)
     ours.validate(module, data, verbose=False)
+    again = pickle.loads(pickle.dumps(ours))  # a Trainer, too, is sent elsewhere with its callbacks
+    again.fit_loop.max_epochs = 2
+    again.fit(again.lightning_module, data, data)
+    assert again.global_step == 2 * ours.global_step
     # Of methods, Lightning itself leaves the module's two.
     added = [
         (type(each).__name__, name)

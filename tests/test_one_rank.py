@@ -1,10 +1,14 @@
 """Plain modules on one rank that ask for what no schedule gives: weights and checkpoints as vanilla Lightning's."""
 
+import os
+import signal
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_megatron import MegatronStrategy
 from tests.parallel import QUIET
@@ -137,6 +141,23 @@ def test_what_no_schedule_gives_is_vanillas_to_the_bit(tmp_path):
     assert run_ranks(1, differences, tmp_path)[0] == []
 
 
+class Told(Plain):
+    def training_step(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+def told_to_end():
+    """What hears of SIGTERM beside the strategy: the program's own handler, and ``trainer.received_sigterm``."""
+    heard = []
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    trainer = Trainer(accelerator="cpu", strategy=MegatronStrategy(), max_steps=2, **QUIET)
+    with pytest.raises(SIGTERMException):
+        trainer.fit(Told())
+    assert heard == [signal.SIGTERM]
+    assert trainer.received_sigterm
+
+
 def back_to_the_schedule():
     """A Trainer whose module trains by the schedule after one that did not, and the error of a step without a loss."""
     for module in (Manual, Plain, Manual, Plain):
@@ -157,3 +178,7 @@ def back_to_the_schedule():
 
 def test_lightnings_own_words_and_ways_back():
     run_ranks(1, back_to_the_schedule)
+
+
+def test_the_programs_own_handler_of_signals_is_called():
+    run_ranks(1, told_to_end)

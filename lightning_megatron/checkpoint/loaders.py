@@ -93,6 +93,8 @@ class Batches:
         self._at_first: Record | None = None
 
     def __getattr__(self, name: str) -> Any:
+        if "inner" not in self.__dict__:  # while this object is copied
+            raise AttributeError(name)
         return getattr(self.__dict__["inner"], name)
 
     def __len__(self) -> int:
@@ -172,6 +174,8 @@ class _OneAhead:
         self._before: Any = None
 
     def __getattr__(self, name: str) -> Any:
+        if "loader" not in self.__dict__:  # while this object is copied
+            raise AttributeError(name)
         return getattr(self.__dict__["loader"], name)
 
     def __iter__(self) -> Iterator[Any]:

@@ -33,6 +33,8 @@ def choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]]:
     if dist.get_rank() == 0:
         answer = [_choose(path, trainer)]
     dist.broadcast_object_list(answer, src=0, group=groups.on_host())
+    if answer[0] is None:
+        raise manifest.NoCheckpointError(path)
     if isinstance(answer[0], str):
         raise CheckpointError(answer[0])
     return answer[0]
@@ -147,7 +149,7 @@ def _source(place: Place, tensor: torch.Tensor, stored: dict[str, Any]) -> str:
     return main if tensor.dtype == torch.float32 and main in stored else f"model.{place.key}"
 
 
-def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | str:
+def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | str | None:
     left = manifest.leftovers(path.parent)
     if left:
         names = ", ".join(sorted(p.name for p in left))
@@ -161,7 +163,7 @@ def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | st
     except CheckpointError as error:
         other = manifest.newest(path.parent) if _is_last(path, trainer) else None
         if other is None:
-            return str(error)
+            return None if isinstance(error, manifest.NoCheckpointError) else str(error)
         rank_zero_warn(f"{error}\nIt is skipped; the newest whole checkpoint beside it is {other}.")
         rank_zero_info(f"Resuming from {other}.")
         return other, manifest.read(other)

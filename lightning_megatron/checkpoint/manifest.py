@@ -28,6 +28,13 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written, or is not whole."""
 
 
+class NoCheckpointError(CheckpointError, FileNotFoundError):
+    """There is nothing at a checkpoint's path: Lightning's own kind of error, and its words."""
+
+    def __init__(self, path: object) -> None:
+        super().__init__(f"Checkpoint file not found: {path}. There is nothing of that name.")
+
+
 class Staging:
     """The directory in which a checkpoint is written, on the first rank.
 
@@ -88,7 +95,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     if not path.exists():
-        raise CheckpointError(f"There is no checkpoint {path}.")
+        raise NoCheckpointError(path)
     if path.is_file():
         raise CheckpointError(
             f"{path} is a file, and checkpoints of MegatronStrategy are directories. A file is of a plain"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -101,14 +102,7 @@ class Resumption:
             # So that loaders are made anew before the same epochs (reload_dataloaders_every_n_epochs).
             trainer.fit_loop._last_train_dl_reload_epoch = self._saved["made_in"]
             self._restore(self._saved)
-        loop = trainer.fit_loop.epoch_loop
-        advance = type(loop).advance
-
-        def advance_from_here(fetcher: Any) -> None:
-            self._before_batch(trainer)
-            advance(loop, fetcher)
-
-        loop.advance = advance_from_here  # type: ignore[method-assign,assignment]
+        trainer.fit_loop.epoch_loop.advance = partial(self._advance, trainer)  # type: ignore[method-assign]
 
     def end(self, trainer: pl.Trainer) -> None:
         """Keep what a fit has ended with, its loaders and random states, for a save behind later evaluations."""
@@ -119,6 +113,12 @@ class Resumption:
         """Give the fit's loaders back to its loop, from which Lightning takes them at the start of an evaluation."""
         if self._ended is not None:
             trainer.fit_loop._combined_loader = self._ended[0]
+
+    def _advance(self, trainer: pl.Trainer, fetcher: Any) -> None:
+        """In place of the epoch loop's."""
+        self._before_batch(trainer)
+        loop = trainer.fit_loop.epoch_loop
+        type(loop).advance(loop, fetcher)
 
     def _before_batch(self, trainer: pl.Trainer) -> None:
         saved, self._saved = self._saved, None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_megatron.launching.allocation import environment_of
 from lightning_megatron.launching.script import ScriptLauncher
 from lightning_megatron.launching.torchrun import store_of_this_attempt
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 Launch = Literal["subprocess", "forkserver"]
 
-__all__ = ["Launch", "check", "choose", "kept_checkpoint", "store_of_this_attempt"]
+__all__ = ["Launch", "check", "choose", "environment_of", "kept_checkpoint", "store_of_this_attempt"]
 
 
 def check(launch: str | None) -> None:
