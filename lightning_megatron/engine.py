@@ -229,7 +229,7 @@ class Engine:
             if non_loss_data:
                 records.append(output)
                 return output
-            loss, extra = _loss_of(output)
+            loss, extra = _loss_of(output, may_be_rows=forward_only and 1 in cut.sizes)
             if loss is None and not forward_only:
                 raise TypeError(_NO_LOSS.format("None" if output is None else f"no loss but {output!r:.200}"))
             total, weight = self._weigh(loss, share)
@@ -360,21 +360,26 @@ def _passed_on(output: Any, given: list[Any], device: torch.device) -> torch.Ten
     return given[-1] if given else torch.zeros((), device=device)
 
 
-def _loss_of(output: Any) -> tuple[Any, Any]:
-    """What a step on the last stage returned, as its loss and the rest, each None where there is none."""
+def _loss_of(output: Any, may_be_rows: bool) -> tuple[Any, Any]:
+    """What a step on the last stage returned, as its loss and the rest, each None where there is none.
+
+    Args:
+        output: Of the step.
+        may_be_rows: Whether a tensor of shape [1] may be the one row of a micro-batch, so that only scalars are losses.
+    """
     if isinstance(output, Mapping) and "loss" in output:
         loss, rest = output["loss"], {name: value for name, value in output.items() if name != "loss"}
         return loss, rest or None
-    if _is_one_number(output):
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.numel() == 1 and not (may_be_rows and value.dim())
+
+    if is_number(output):
         return output, None
     is_sum = isinstance(output, tuple) and len(output) == 2 and not hasattr(output, "_fields")
-    if is_sum and _is_one_number(output[0]) and (isinstance(output[1], int | float) or _is_one_number(output[1])):
+    if is_sum and is_number(output[0]) and (isinstance(output[1], int | float) or is_number(output[1])):
         return output, None
     return None, output
-
-
-def _is_one_number(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() == 1
 
 
 def _joined(extras: list[Any], sizes: list[int]) -> Any:

@@ -218,7 +218,7 @@ def _in_flight(folder, asynchronous):
     one = {"filename": "one", "every_n_train_steps": 1, "save_top_k": -1}
     keep = [ModelCheckpoint(folder, **one), ModelCheckpoint(folder, monitor="train_loss", **one)]
     fit(steps=2, callbacks=[HoldUp(), *keep], strategy={"async_save": asynchronous})
-    pickle.dumps([callback.file_exists for callback in keep])  # a launcher hands callbacks back
+    assert not any("file_exists" in vars(callback) for callback in keep)  # they are as they were
     return sorted((path.name, manifest.read(path)["global_step"]) for path in folder.iterdir())
 
 

@@ -95,6 +95,7 @@ def test_help_describes_every_argument(tmp_path):
         (["fitt"], "there is no command fitt; did you mean fit?"),
         (["fit", "--config", "nowhere.yaml"], "--config=.*nowhere.yaml: there is no such file; check the path"),
         (["fit"], "--model is required; give it here or in a --config file"),
+        (["preprocess", "texts.jsonl"], "[^-]--out is required"),
         (["--trainer.strateg.tp", "4"], "no argument --trainer.strateg.tp; did you mean --trainer.strategy.tp?"),
         (["--trainer.strategy.tpp", "4"], "no argument --trainer.strategy.tpp; did you mean --trainer.strategy.tp?"),
         (["--trainer.strategy.seq_parallel", "true"], "did you mean --trainer.strategy.sequence_parallel?"),

@@ -32,6 +32,8 @@ KINDS: dict[str, Any] = {
     "numpy": lambda numbers, logits: logits[:, 0].numpy(),
     "dataclass": lambda numbers, logits: Guess(logits[:, 0], _names(numbers)),
     "tuple": lambda numbers, logits: (logits[:, 0], numbers),
+    "numbers, one a row": lambda numbers, logits: logits[:, 0, 0],
+    "two numbers a row": lambda numbers, logits: (logits[:, 0, 0], numbers.float()),
     "tensors, one a row": lambda numbers, logits: [logits[i, 0, : 3 + n] for i, n in enumerate(numbers)],
 }
 
