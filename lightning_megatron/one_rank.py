@@ -50,6 +50,16 @@ def asks_for_more(trainer: pl.Trainer, optimizers: list[Optimizer]) -> bool:
     )
 
 
+def regroup(trainer: pl.Trainer) -> None:
+    """Have finetuning callbacks give the optimizers the groups of a checkpoint, before these take its state.
+
+    They do so in ``on_fit_start``, which has been called by then: here a checkpoint is read behind it.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning) and callback._restarting:  # private (Lightning 2.6)
+            callback.on_fit_start(trainer, trainer.lightning_module)
+
+
 def _leaves_out(module: torch.nn.Module, optimizer: Optimizer) -> bool:
     """Whether parameters that require gradients are in no group of the optimizer."""
     members = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

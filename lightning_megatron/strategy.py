@@ -545,6 +545,7 @@ class MegatronStrategy(Placement, Collectives):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self._trains_as_lightning:
+            one_rank.regroup(self.lightning_module.trainer)  # type: ignore[union-attr]
             super().load_optimizer_state_dict(checkpoint)
             return
         if not checkpoint["optimizer_states"]:
