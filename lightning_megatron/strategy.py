@@ -527,12 +527,17 @@ class MegatronStrategy(Placement, Collectives):
         if kept := launching.kept_checkpoint(self):
             kept.copy_to(local_path(filepath), checkpoint)
             return
+        if self._is_not_set_up:
+            super().save_checkpoint(checkpoint, local_path(filepath))
+            return
         first_error.meet_while_handling()
         with timing.timed(self.engine.timers, timing.SAVE):
             self.checkpointer.save(checkpoint, local_path(self.broadcast(filepath)), self._run)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if self._is_not_set_up:
+            return super().load_checkpoint(local_path(checkpoint_path), weights_only)
         return self.checkpointer.load(local_path(self.broadcast(checkpoint_path)), self._run, weights_only)
 
     @override
@@ -584,6 +589,11 @@ class MegatronStrategy(Placement, Collectives):
         ]
         self.optimizers[0].on_nonfinite = self.on_nonfinite if self.check_loss else None  # type: ignore[attr-defined]
         _optimizers_to_device([self.optimizers[0].inner.optimizer], self.root_device)  # type: ignore[attr-defined]
+
+    @property
+    def _is_not_set_up(self) -> bool:
+        """Whether a plain module on one rank, or none, is saved or loaded outside of any run: as Lightning does."""
+        return self._engine is None and self._ranks == 1 and not isinstance(self.lightning_module, MegatronModule)
 
     @property
     def _run(self) -> Run:

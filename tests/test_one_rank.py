@@ -180,5 +180,18 @@ def test_lightnings_own_words_and_ways_back():
     run_ranks(1, back_to_the_schedule)
 
 
+def before_a_run(path):
+    """What a Trainer saves and loads that has not run."""
+    trainer, module = Trainer(accelerator="cpu", strategy=MegatronStrategy(), **QUIET), Plain()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
+    other = Trainer(accelerator="cpu", strategy=MegatronStrategy(), **QUIET).strategy.load_checkpoint(path)
+    assert torch.equal(other["state_dict"]["layer.weight"], module.layer.weight)
+
+
+def test_a_trainer_that_has_not_run_saves_and_loads(tmp_path):
+    run_ranks(1, before_a_run, tmp_path / "one.ckpt")
+
+
 def test_the_programs_own_handler_of_signals_is_called():
     run_ranks(1, told_to_end)
