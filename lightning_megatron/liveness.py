@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -24,6 +25,7 @@ _SHOWN = 3
 _TIMED_OUT = ("timed out", "timeout")
 _CONNECTION_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused")
 # Where ranks wait for one another.
+_NOT_THE_USERS = ("site-packages", "lightning_megatron/", sysconfig.get_paths()["stdlib"])
 _WAITING_FILES = (
     "distributed/distributed_c10d.py",
     "distributed/c10d_logger.py",
@@ -197,9 +199,7 @@ def _place(calls: list[traceback.FrameSummary]) -> str:
     """The user's innermost call under the Trainer, or else this package's."""
     under = [number for number, call in enumerate(calls) if "lightning/pytorch/trainer" in call.filename]
     inside = calls[under[0] :] if under else calls
-    own = [
-        call for call in inside if "site-packages" not in call.filename and "lightning_megatron/" not in call.filename
-    ]
+    own = [call for call in inside if not any(part in call.filename for part in _NOT_THE_USERS)]
     ours = [call for call in inside if "lightning_megatron/" in call.filename]
     chosen = own or ours or inside
     return _shown(chosen[-1]) if chosen else "nobody knows whom"
