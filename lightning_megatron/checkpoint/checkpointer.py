@@ -135,6 +135,7 @@ class Checkpointer:
         try:
             if run.in_one_file:
                 self._write_one_file(state, path, run)
+                self._last_save_failed = False
                 return
             content = self._content(state, run)
             # After a run nobody is there to wait: the script may end.
@@ -248,7 +249,6 @@ class Checkpointer:
                 ours["optimizer"] = lightning_file.put_optimizer(state, run.module, run.optimizer)
         lightning_file.write({**state, lightning_file.OURS: ours}, path)
         self._whole.append(path)
-        self._last_save_failed = False
 
     def _failed(self, error: CheckpointError, undone: list[_Step]) -> None:
         self._last_save_failed = True

@@ -7,7 +7,6 @@ what another strategy of Lightning wrote. What this package keeps beside what Li
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +89,14 @@ def put_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOp
     return ours
 
 
-def take_optimizer(
-    state: State, module: pl.LightningModule, optimizer: ShardedOptimizer, ours: State | None
-) -> Callable[[], None]:
-    """Have ``state`` hold the optimizer's in this package's form.
+def take_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer, ours: State | None) -> None:
+    """Have ``state`` hold the optimizer's in this package's form, with what hands it its tensors.
 
     Args:
         state: As it was read, which changes.
         module: That takes the weights.
         optimizer: That takes the state, of all replicas or of a part on each.
         ours: What ``put_optimizer`` returned; None where another strategy wrote the file.
-
-    Returns:
-        What hands the optimizer its tensors.
 
     Raises:
         CheckpointError: The optimizer has other parameters.
@@ -130,7 +124,6 @@ def take_optimizer(
                 held.main.data.copy_(_part("weight", weight, held))
 
     state["optimizer_states"] = [{"hyper": hyper, "finish": finish}]
-    return finish
 
 
 def _numbers(optimizer: ShardedOptimizer) -> dict[int, int]:
