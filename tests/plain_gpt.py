@@ -1,5 +1,6 @@
 """The truth: a GPT in plain PyTorch, one process, fp32; its weights carry megatron-core's names, unsharded."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,18 @@ def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor) -> torch.Tensor:
     return x @ w["embedding.word_embeddings.weight" if c.tie_embeddings else "output_layer.weight"].T
 
 
+def batches(samples: dict[str, torch.Tensor], rows: int, steps: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The first ``steps`` batches of ``rows`` of the samples."""
+    for step in range(steps):
+        yield {name: value[step * rows : (step + 1) * rows] for name, value in samples.items()}
+
+
+def mean_loss(c: GPTConfig, w: Weights, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of a batch, over the tokens that its loss mask keeps."""
+    each = F.cross_entropy(logits(c, w, batch["tokens"]).transpose(1, 2), batch["labels"], reduction="none")
+    return (each * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+
+
 def train(
     c: GPTConfig,
     samples: dict[str, torch.Tensor],
@@ -96,14 +109,9 @@ def train(
     w = {name: value.clone().requires_grad_() for name, value in initial_weights(c).items()}
     optimizer = torch.optim.AdamW(w.values(), **ADAM)
     losses, norms = [], []
-    for step in range(steps):
-        batch = {name: value[step * rows : (step + 1) * rows] for name, value in samples.items()}
-        each = F.cross_entropy(logits(c, w, batch["tokens"]).transpose(1, 2), batch["labels"], reduction="none")
-        means = [
-            (each[part] * batch["loss_mask"][part]).sum() / batch["loss_mask"][part].sum()
-            for part in micro_batches or [slice(None)]
-        ]
-        loss = torch.stack(means).mean()
+    for batch in batches(samples, rows, steps):
+        parts = [{name: value[part] for name, value in batch.items()} for part in micro_batches or [slice(None)]]
+        loss = torch.stack([mean_loss(c, w, part) for part in parts]).mean()
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(w.values(), clip)))

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lightning_megatron import GPTModule, LRSchedule, ParameterGroups, biases_and_vectors
@@ -85,12 +84,9 @@ def truth() -> dict:
     )
     scheduler = OptimizerParamScheduler(optimizer, 0.0, lr, 1e-3, 2, 8, "cosine", 0.1, 0.9, 8, "linear")
     samples = text_samples(CONFIG, ROWS * STEPS)
-    for step in range(STEPS):
-        batch = {name: value[step * ROWS : (step + 1) * ROWS] for name, value in samples.items()}
-        each = plain_gpt.logits(CONFIG, weights, batch["tokens"]).transpose(1, 2)
-        each = F.cross_entropy(each, batch["labels"], reduction="none")
+    for batch in plain_gpt.batches(samples, ROWS, STEPS):
         optimizer.zero_grad()
-        ((each * batch["loss_mask"]).sum() / batch["loss_mask"].sum()).backward()
+        plain_gpt.mean_loss(CONFIG, weights, batch).backward()
         optimizer.step()
         scheduler.step(1)
     values = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, LoRA, T5Config, T5Module
 from tests import plain_gpt
@@ -115,12 +114,9 @@ def _plain(make: Any) -> dict[str, torch.Tensor]:
     weights = {name: torch.nn.Parameter(w.clone()) for name, w in plain_gpt.initial_weights(CONFIG).items()}
     optimizer, scheduler = make(weights.items())
     samples = text_samples(CONFIG, ROWS * STEPS)
-    for step in range(STEPS):
-        batch = {name: value[step * ROWS : (step + 1) * ROWS] for name, value in samples.items()}
-        each = plain_gpt.logits(CONFIG, weights, batch["tokens"]).transpose(1, 2)
-        each = F.cross_entropy(each, batch["labels"], reduction="none")
+    for batch in plain_gpt.batches(samples, ROWS, STEPS):
         optimizer.zero_grad()
-        ((each * batch["loss_mask"]).sum() / batch["loss_mask"].sum()).backward()
+        plain_gpt.mean_loss(CONFIG, weights, batch).backward()
         optimizer.step()
         scheduler.step()
     return {name: w.detach() for name, w in weights.items()}
