@@ -14,7 +14,7 @@ That of a plain LightningModule on one rank is Lightning's own file instead.
 from lightning_megatron.checkpoint.callbacks import attend, check_folders, leave, local_path
 from lightning_megatron.checkpoint.checkpointer import Checkpointer, Run
 from lightning_megatron.checkpoint.manifest import CheckpointError, newest
-from lightning_megatron.checkpoint.trainer_state import plain_class
+from lightning_megatron.checkpoint.trainer_state import formerly_in, plain_class
 
 __all__ = [
     "CheckpointError",
@@ -25,5 +25,6 @@ __all__ = [
     "check_folders",
     "local_path",
     "newest",
+    "formerly_in",
     "plain_class",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -22,13 +23,26 @@ OBJECTS = "objects.pt"
 _NOT_NEEDED = ("hyper_parameters", "datamodule_hyper_parameters")
 
 C = TypeVar("C", bound=type)
-_plain_classes: list[type] = []
+_plain_classes: list[type | tuple[type, str]] = []
 
 
 def plain_class(cls: C) -> C:
     """Declare that objects of a class are nothing but their attributes, and may be loaded from any checkpoint."""
     _plain_classes.append(cls)
     return cls
+
+
+def formerly_in(module: str) -> Callable[[C], C]:
+    """Load a plain class from checkpoints that were written when it was defined in another module.
+
+    A checkpoint names the class of an object by its module.
+    """
+
+    def declared(cls: C) -> C:
+        _plain_classes.append((cls, f"{module}.{cls.__qualname__}"))
+        return cls
+
+    return declared
 
 
 def split(state: dict[str, Any]) -> tuple[bytes, bytes | None, list[str]]:

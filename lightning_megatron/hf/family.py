@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
 from lightning_megatron.hf.pieces import Pieces
@@ -111,9 +111,7 @@ def family_of(model_type: str) -> Family:
 
 def kind_of(config: Any) -> str:
     """The kind of model that a configuration, or its type, is of; a subclass of a user's is of its base's."""
-    cls = config if isinstance(config, type) else type(config)
-    kinds = [base.__name__.removesuffix("Config") for base in cls.__mro__]
-    return next((kind for kind in kinds if kind in get_args(Kind)), "")
+    return getattr(config, "kind", "")
 
 
 def family_for(config: Any) -> Family:

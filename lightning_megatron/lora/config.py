@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lightning_megatron.arguments import Arguments
-from lightning_megatron.checkpoint import plain_class
+from lightning_megatron.checkpoint import formerly_in, plain_class
 
 ALL = "all-linear"
 
 
 @plain_class
+@formerly_in("lightning_megatron.lora.config")
 @dataclass(kw_only=True)
 class LoRA:
     """Low-rank updates of linear layers, trained while all else is frozen (https://arxiv.org/abs/2106.09685).

@@ -137,6 +137,8 @@ class BertModule(ConfiguredModule):
         mask: Any = None if bool(keep.all()) else ~keep[:, None, None, :]
         return {**inputs, "attention_mask": mask, **self.task.labels(batch, padding)}
 
+    _get_batch_of_family = get_batch
+
     def loss(self, output: Any, batch: Batch) -> Loss:
         """The sum and weight of the task's losses; ``output`` are the logits."""
         parts = self.task.parts(output, batch)

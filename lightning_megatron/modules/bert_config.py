@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_megatron.arguments import Arguments
-from lightning_megatron.checkpoint import plain_class
+from lightning_megatron.checkpoint import formerly_in, plain_class
 from lightning_megatron.layers import NormPlacement
 from lightning_megatron.modules.model_config import ModelConfig
 
@@ -18,6 +18,7 @@ _PROBLEMS = ("regression", "single_label_classification", "multi_label_classific
 
 
 @plain_class
+@formerly_in("lightning_megatron.modules.bert_config")
 @dataclass(kw_only=True)
 class BertConfig(ModelConfig):
     """The shape of a BERT and what it is trained for.
@@ -52,6 +53,8 @@ class BertConfig(ModelConfig):
         LayoutError: Sizes that fit no layout, such as heads that do not divide ``hidden_size``.
         ValueError: An unknown choice or key of ``extra``; a number that is out of range.
     """
+
+    kind: ClassVar[str] = "Bert"
 
     task: BertTaskName = "masked_lm"
     num_labels: int = 2

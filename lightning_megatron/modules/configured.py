@@ -40,6 +40,7 @@ class ConfiguredModule(MegatronModule):
     """
 
     config_type: ClassVar[type[ModelConfig]]
+    _get_batch_of_family: ClassVar[Any] = MegatronModule.get_batch
 
     def __init__(
         self,
@@ -219,7 +220,7 @@ class ConfiguredModule(MegatronModule):
     @property
     def has_own_get_batch(self) -> bool:
         """Whether a class of the user's has overridden ``get_batch``: then its batches may look like anything."""
-        return not type(self).get_batch.__module__.startswith("lightning_megatron.")
+        return type(self).get_batch is not self._get_batch_of_family
 
     def readable(self, batch: Any) -> Batch:
         """A batch in a form that the family knows, not padded: as the loader or an overridden ``get_batch`` made it.

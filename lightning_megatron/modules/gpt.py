@@ -174,6 +174,8 @@ class GPTModule(GeneratingModule):
         inputs["attention_mask"] = causal_masks.joined(unseen, padding, whole)  # type: ignore[assignment]
         return inputs
 
+    _get_batch_of_family = get_batch
+
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Sum and count over the tokens that the loss mask keeps; ``output`` is the loss of each, ``[b, s]``."""
         mask = batch["loss_mask"]

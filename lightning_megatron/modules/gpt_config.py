@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_megatron.arguments import Arguments
-from lightning_megatron.checkpoint import plain_class
+from lightning_megatron.checkpoint import formerly_in, plain_class
 from lightning_megatron.layers import ROPE_TYPES
 from lightning_megatron.modules.model_config import ModelConfig
 
@@ -14,6 +14,7 @@ _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
 
 
 @plain_class
+@formerly_in("lightning_megatron.modules.gpt_config")
 @dataclass(kw_only=True)
 class GPTConfig(ModelConfig):
     """The shape of a GPT.
@@ -55,6 +56,8 @@ class GPTConfig(ModelConfig):
         ValueError: An unknown activation, normalization, position embedding, or key of ``extra``; a probability that is
             none.
     """
+
+    kind: ClassVar[str] = "GPT"
 
     num_query_groups: int | None = None
     position_embedding: Literal["learned", "rope", "none"] = "learned"

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
@@ -64,6 +64,8 @@ class ModelConfig:
         LayoutError: Sizes that fit no layout, such as heads that do not divide ``hidden_size``.
         ValueError: An unknown activation, kind of layers, or key of ``extra``; a probability that is none.
     """
+
+    kind: ClassVar[str] = ""
 
     num_layers: int
     hidden_size: int

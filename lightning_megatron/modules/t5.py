@@ -71,7 +71,9 @@ class T5Module(GeneratingModule):
         Raises:
             LayoutError: A stage would have no layer.
         """
-        return t5_stages.with_split(layout, self.config)
+        return t5_stages.with_split(
+            layout, self.config.encoder_layers, self.config.decoder_layers, self.config.layer_costs()
+        )
 
     def configure_model(self) -> None:
         """Build this rank's chunks, once; stages of a stack start with the same position bias."""
@@ -171,6 +173,8 @@ class T5Module(GeneratingModule):
         if "labels" in batch:
             inputs["labels"] = F.pad(batch["labels"].long(), (0, more_targets), value=IGNORED_LABEL)
         return inputs
+
+    _get_batch_of_family = get_batch
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Sum and count over the labels that are not ignored; ``output`` are the logits ``[b, sd, vocab/tp]``."""

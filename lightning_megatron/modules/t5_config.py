@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron.core.transformer import TransformerConfig
 
 from lightning_megatron.arguments import Arguments
-from lightning_megatron.checkpoint import plain_class
+from lightning_megatron.checkpoint import formerly_in, plain_class
 from lightning_megatron.layers.t5_model import PositionEmbedding
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.modules import t5_stages
@@ -19,6 +19,7 @@ _NORMS = ("RMSNorm", "LayerNorm")
 
 
 @plain_class
+@formerly_in("lightning_megatron.modules.t5_config")
 @dataclass(kw_only=True)
 class T5Config(ModelConfig):
     """The shape of a T5: an encoder and a decoder with norms before the blocks.
@@ -57,6 +58,8 @@ class T5Config(ModelConfig):
         LayoutError: Sizes that fit no layout, such as heads that do not divide ``hidden_size``.
         ValueError: An unknown choice or key of ``extra``; a number that is out of range.
     """
+
+    kind: ClassVar[str] = "T5"
 
     decoder_seq_length: int | None = None
     encoder_num_layers: int | None = None
@@ -144,3 +147,16 @@ class T5Config(ModelConfig):
             "add_qkv_bias": False,
             "softmax_scale": {"relative": 1.0, "learned": None}[self.position_embedding],
         }
+
+    def layer_costs(self) -> tuple[int, int]:
+        """Multiplications of one sequence in a layer of the encoder, and in one of the decoder."""
+        heads = (self.kv_channels or self.hidden_size // self.num_attention_heads) * self.num_attention_heads
+        projection = self.hidden_size * heads  # each of query, key, value and output, a token
+        feed_forward = (3 if self.is_gated else 2) * self.hidden_size * (self.ffn_hidden_size or 4 * self.hidden_size)
+        source, target = self.seq_length, self.decoder_seq_length or self.seq_length
+
+        def layer(tokens: int) -> int:
+            return tokens * (4 * projection + feed_forward + 2 * tokens * heads)
+
+        crossing = 2 * projection * (source + target) + 2 * source * target * heads
+        return layer(source), layer(target) + crossing

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from lightning_megatron.layers.t5_model import T5Stage
 from lightning_megatron.layout import LayoutError, ParallelLayout
 
-if TYPE_CHECKING:
-    from lightning_megatron.modules.t5_config import T5Config
 
-
-def with_split(layout: ParallelLayout, config: T5Config) -> ParallelLayout:
+def with_split(layout: ParallelLayout, encoder: int, decoder: int, costs: tuple[int, int]) -> ParallelLayout:
     """The layout with the split that was asked for, or the one whose slowest stage is the fastest.
+
+    Args:
+        layout: The layout, with or without a ``pipeline_split_rank``.
+        encoder: Layers of the encoder.
+        decoder: Layers of the decoder.
+        costs: Time of a layer of the encoder and of one of the decoder, in any unit.
 
     Raises:
         LayoutError: More stages than layers, in all or on one side of the split.
     """
     if layout.pp == 1:
         return layout
-    encoder, decoder, stages = config.encoder_layers, config.decoder_layers, layout.num_stages
+    stages = layout.num_stages
     legal = range(max(1, stages - decoder), min(encoder, stages - 1) + 1)
     sides = f"{encoder} encoder and {decoder} decoder layers"
     if not legal:
@@ -36,7 +38,9 @@ def with_split(layout: ParallelLayout, config: T5Config) -> ParallelLayout:
             f" {stages - split} of the decoder, but T5Config has {sides}, and each stage needs a layer. Use"
             f" pipeline_split_rank={some}, or None to have it chosen."
         )
-    split = split or min(legal, key=lambda at: _slowest_stage(config, at, stages - at))
+    split = split or min(
+        legal, key=lambda at: _slowest_stage(_shares(encoder, at), _shares(decoder, stages - at), costs)
+    )
     return replace(layout, pipeline_split_rank=split)
 
 
@@ -73,25 +77,7 @@ def _shares(num_layers: int, stages: int) -> list[int]:
     return [num_layers // stages + (number < num_layers % stages) for number in range(stages)]
 
 
-def _slowest_stage(config: T5Config, encoder_stages: int, decoder_stages: int) -> tuple[int, int]:
-    """What the slower side's fullest stage costs, then the other side's."""
-    encoder, decoder = _costs(config)
-    each = (
-        encoder * max(_shares(config.encoder_layers, encoder_stages)),
-        decoder * max(_shares(config.decoder_layers, decoder_stages)),
-    )
+def _slowest_stage(encoder: list[int], decoder: list[int], costs: tuple[int, int]) -> tuple[int, int]:
+    """The time of the slower side's fullest stage, then the other side's; each list has the layers of each stage."""
+    each = costs[0] * max(encoder), costs[1] * max(decoder)
     return max(each), min(each)
-
-
-def _costs(c: T5Config) -> tuple[int, int]:
-    """Multiplications of one sequence in a layer of the encoder, and in one of the decoder."""
-    heads = (c.kv_channels or c.hidden_size // c.num_attention_heads) * c.num_attention_heads
-    projection = c.hidden_size * heads  # each of query, key, value and output, a token
-    feed_forward = (3 if c.is_gated else 2) * c.hidden_size * (c.ffn_hidden_size or 4 * c.hidden_size)
-    source, target = c.seq_length, c.decoder_seq_length or c.seq_length
-
-    def layer(tokens: int) -> int:
-        return tokens * (4 * projection + feed_forward + 2 * tokens * heads)
-
-    crossing = 2 * projection * (source + target) + 2 * source * target * heads
-    return layer(source), layer(target) + crossing

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
-from lightning_megatron.layers import ROPE_TYPES
 
-_KINDS = ("default", *ROPE_TYPES)
+# Kinds whose frequencies do not depend on the length of the input; ``GPTConfig`` refuses others, too.
+_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def read(fields: Fields, partial: bool) -> dict[str, Any]:
