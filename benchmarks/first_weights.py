@@ -10,7 +10,7 @@ import time
 import torch
 
 from lightning_megatron import GPTConfig, GPTModule
-from lightning_megatron.modules import gpt
+from lightning_megatron.models.gpt import module as gpt_module
 
 
 class MegatronsOwn:
@@ -23,12 +23,12 @@ class MegatronsOwn:
         pass
 
 
-SIDES = {"by name": gpt.FirstWeights, "megatron-core's own": MegatronsOwn}
+SIDES = {"by name": gpt_module.FirstWeights, "megatron-core's own": MegatronsOwn}
 
 
 def seconds(config: GPTConfig, first_weights: type) -> tuple[float, float]:
     """To build the model: by the clock, and of this process."""
-    gpt.FirstWeights = first_weights
+    gpt_module.FirstWeights = first_weights
     clock, own = time.perf_counter(), time.process_time()
     module = GPTModule(config).build()
     spent = time.perf_counter() - clock, time.process_time() - own

@@ -23,10 +23,10 @@ from timing import BATCH, CONFIG, QUIET, WARM_UP, Clock, adamw, rows, tell
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_megatron import GPTModule, MegatronStrategy, ParallelLayout
-from lightning_megatron.backend import model_rng
-from lightning_megatron.groups import data_parallel
-from lightning_megatron.modules.settings import BuildSettings
-from lightning_megatron.optimizer import shard
+from lightning_megatron.distributed.device import model_rng
+from lightning_megatron.distributed.process_groups import data_parallel
+from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.training.optimizer import shard
 
 LAYOUTS = {"one process": {}, "dp=2": {}, "tp=2": {"tp": 2}, "pp=2": {"pp": 2}}
 CLIP, MICRO_BATCH = 1.0, 2

@@ -1,9 +1,13 @@
 """Train transformers with Megatron-core's parallelism from a PyTorch Lightning Trainer."""
 
+__version__ = "0.1.0.dev0"
+
 import torch as _torch
 
-from lightning_megatron.quiet import ignore_known_warnings as _ignore_known_warnings
+from lightning_megatron.distributed.former_names import keep_former_names as _keep_former_names
+from lightning_megatron.distributed.warning_filters import ignore_known_warnings as _ignore_known_warnings
 
+_keep_former_names()
 _ignore_known_warnings()
 
 if not _torch.cuda.is_available():
@@ -14,10 +18,9 @@ if not _torch.cuda.is_available():
 
 from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
 
-from lightning_megatron.groups import average_losses_across_data_parallel_group
-from lightning_megatron.layout import LayoutError, ParallelLayout
-from lightning_megatron.lora import LoRA
-from lightning_megatron.modules import (
+from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
+from lightning_megatron.distributed.process_groups import average_losses_across_data_parallel_group
+from lightning_megatron.models import (
     AutoModule,
     BertConfig,
     BertModule,
@@ -28,11 +31,11 @@ from lightning_megatron.modules import (
     T5Module,
     on_all_stages,
 )
-from lightning_megatron.parameter_groups import ParameterGroups, biases_and_vectors
-from lightning_megatron.precision import MegatronPrecision
-from lightning_megatron.schedule import LRSchedule
-from lightning_megatron.strategy import MegatronStrategy
-from lightning_megatron.version import __version__
+from lightning_megatron.models.lora import LoRA
+from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
+from lightning_megatron.strategy.precision import MegatronPrecision
+from lightning_megatron.training.lr_schedule import LRSchedule
+from lightning_megatron.training.parameter_groups import ParameterGroups, biases_and_vectors
 
 __all__ = [
     "AutoModule",

@@ -1,6 +1,6 @@
 """``python -m lightning_megatron``: the ``lightning-megatron`` command."""
 
-from lightning_megatron.cli import main
+from lightning_megatron.cli.main import main
 
 if __name__ == "__main__":
     main()

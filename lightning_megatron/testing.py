@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import lightning_megatron  # noqa: F401  (registers the strategy)
-from lightning_megatron import backend, groups
+from lightning_megatron.distributed import device, process_groups
 
 __all__ = ["clean_process", "leave_no_groups"]
 
 
 def leave_no_groups() -> None:
     """End the process groups, megatron-core's first, and let megatron-core be as without a strategy."""
-    groups.end()
-    backend.use_device(torch.device("meta"))  # any but the CPU undoes what was done for it
+    process_groups.end()
+    device.use_device(torch.device("meta"))  # any but the CPU undoes what was done for it
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_megatron.data import BertSamples, GPTSamples, MegatronDataModule, T5Samples
-from lightning_megatron.data.indexed import writing
+from lightning_megatron.data.indexed.files import writing
 from tests.parallel_bert import LoadedBert
 from tests.parallel_gpt import Layout, LoadedGPT
 from tests.parallel_t5 import LoadedT5

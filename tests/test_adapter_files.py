@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from lightning_megatron import AutoModule, LoRA
-from lightning_megatron.lora import files
+from lightning_megatron.models.lora import peft_files
 from tests import pretrained
 
 IDS = pretrained.samples("llama")[0]["input_ids"][None]
@@ -69,28 +69,28 @@ def change(folder: Path, **fields: Any) -> None:
 
 def test_every_field_of_peft_is_known():
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert fields <= files._READ | files._WITHOUT_EFFECT | REFUSED.keys()
-    assert not (files._READ | files._WITHOUT_EFFECT) & REFUSED.keys()
+    assert fields <= peft_files._READ | peft_files._WITHOUT_EFFECT | REFUSED.keys()
+    assert not (peft_files._READ | peft_files._WITHOUT_EFFECT) & REFUSED.keys()
 
 
 def test_a_field_without_a_counterpart_is_named(tmp_path):
     save(tmp_path)
     about = (tmp_path / "adapter_config.json").read_text()
-    files.read(tmp_path)
+    peft_files.read(tmp_path)
     for name, value in {**REFUSED, "of_a_later_version": True}.items():
         change(tmp_path, **{name: value})
         with pytest.raises(ValueError, match=rf"{name}=.*, for which there is no counterpart here"):
-            files.read(tmp_path)
+            peft_files.read(tmp_path)
         (tmp_path / "adapter_config.json").write_text(about)
     for start in STARTS:
         change(tmp_path, init_lora_weights=start)
         with pytest.raises(
             ValueError, match=f"init_lora_weights='{start}', by which peft (changes|freezes).*merge_and"
         ):
-            files.read(tmp_path)
+            peft_files.read(tmp_path)
     change(tmp_path, peft_type="IA3")
     with pytest.raises(ValueError, match="of kind 'IA3'"):
-        files.read(tmp_path)
+        peft_files.read(tmp_path)
 
 
 def test_why_pissa_is_refused(tmp_path):
@@ -153,7 +153,7 @@ def test_a_pickled_adapter_is_read_and_a_strange_tensor_named(tmp_path):
         torch.testing.assert_close(ours(input_ids=IDS), theirs, rtol=0, atol=1e-4)
     save(tmp_path / "embedding", target_modules=["embed_tokens", "q_proj"])
     with pytest.raises(ValueError, match="embed_tokens.lora_embedding_A, a part of an update"):
-        files.read(tmp_path / "embedding")
+        peft_files.read(tmp_path / "embedding")
 
 
 def test_a_directory_with_an_adapter_is_the_model_and_the_adapter(tmp_path):

@@ -28,6 +28,7 @@ from lightning_megatron.callbacks import (
     TrainingMonitor,
     TrainingProgressBar,
 )
+from lightning_megatron.cli.training import MegatronCLI
 from lightning_megatron.data import (
     BatchSizeSteps,
     BertSamples,
@@ -37,7 +38,6 @@ from lightning_megatron.data import (
     T5Samples,
     TextDataModule,
 )
-from lightning_megatron.training_cli import MegatronCLI
 
 STRATEGY: list[tuple[dict[str, Any], str]] = [
     ({"tp": 0}, "MegatronStrategy(tp=0): tp=0 is not a positive integer. Use tp=1 or more"),

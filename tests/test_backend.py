@@ -11,7 +11,8 @@ from megatron.core.distributed import param_and_grad_buffer as buffers
 from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 
-from lightning_megatron.backend import cpu, model_rng, use_device
+from lightning_megatron.distributed import cpu_patches
+from lightning_megatron.distributed.device import model_rng, use_device
 from tests.ranks import run_ranks
 
 
@@ -25,9 +26,9 @@ def test_bend_and_unbend():
         assert schedules.torch.zeros([], device="cuda").device.type == "cpu"
         assert schedules.torch.Tensor is torch.Tensor
         assert (torch.cuda.current_device, torch.zeros, torch.Tensor.type) == public
-        replaced = len(cpu._undo)
+        replaced = len(cpu_patches._undo)
         use_device(torch.device("cpu"))
-        assert len(cpu._undo) == replaced
+        assert len(cpu_patches._undo) == replaced
     finally:
         use_device(torch.device("cuda"))
     after = (schedules.torch, clip_grads.clip_grad_by_total_norm_fp32, distrib_optimizer.DistributedOptimizer.__init__)

@@ -10,8 +10,8 @@ import torch
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 from transformers import BatchEncoding
 
-from lightning_megatron.batch_rows import count_rows, form_of_rows, join_rows, take_rows
-from lightning_megatron.microbatch import Cut, slices
+from lightning_megatron.training.batch_rows import count_rows, form_of_rows, join_rows, take_rows
+from lightning_megatron.training.microbatches import Cut, slices
 
 ROWS = 4
 Pair = collections.namedtuple("Pair", "left right")

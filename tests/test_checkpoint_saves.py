@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_megatron.checkpoint import manifest, newest, weights
+from lightning_megatron.checkpoint import manifest, newest, shard_files
 from lightning_megatron.checkpoint.manifest import UNFINISHED
 from tests.parallel_gpt import Layout, LoadedGPT
 from tests.ranks import RankError, run_ranks
@@ -45,13 +45,13 @@ def test_top_k_and_last(tmp_path, asynchronous, save_last):
 
 def _kept_until_whole(folder):
     """The second save is held up, while the first is due to be removed."""
-    folder, go, write, seen = Path(folder), threading.Event(), weights.write, []
+    folder, go, write, seen = Path(folder), threading.Event(), shard_files.write, []
 
     class Look(Callback):
         def on_train_batch_start(self, trainer, *_):
             if trainer.global_step == 1:
                 trainer.strategy.checkpointer.wait()
-                weights.write = lambda *a: (go.wait(20), write(*a))[1]
+                shard_files.write = lambda *a: (go.wait(20), write(*a))[1]
             elif trainer.global_step == 2:
                 seen.append(sorted(path.name for path in folder.glob("*.ckpt")))
                 go.set()
@@ -67,14 +67,14 @@ def test_the_last_good_one_stays_until_the_new_one_is_whole(tmp_path):
 
 def _linked(folder, asynchronous):
     """What ``last.ckpt`` names while the second save is held up, and after the removal of the first."""
-    folder, go, write, seen = Path(folder), threading.Event(), weights.write, []
+    folder, go, write, seen = Path(folder), threading.Event(), shard_files.write, []
 
     class Look(Callback):
         def on_train_batch_start(self, trainer, *_):
             if trainer.global_step == 1:
                 trainer.strategy.checkpointer.wait()
                 if asynchronous:
-                    weights.write = lambda *a: (go.wait(20), write(*a))[1]
+                    shard_files.write = lambda *a: (go.wait(20), write(*a))[1]
             elif trainer.global_step == 2:
                 seen.append(manifest.read(folder / "last.ckpt")["global_step"])
                 go.set()
@@ -104,8 +104,8 @@ def test_a_link_to_what_is_removed_names_the_next_newest(tmp_path):
 
 def _saved_twice(folder, change):
     """Two saves at one step; in between the weights are changed, or not."""
-    folder, written, write = Path(folder), [], weights.write
-    weights.write = lambda *a: (written.append(a[1].parent.name), write(*a))[1]
+    folder, written, write = Path(folder), [], shard_files.write
+    shard_files.write = lambda *a: (written.append(a[1].parent.name), write(*a))[1]
 
     class Twice(Callback):
         def on_train_batch_end(self, trainer, module, *_):
@@ -134,8 +134,8 @@ def test_what_was_just_written_is_not_written_again(tmp_path, change):
 
 
 def _planned(folder):
-    plans, plan = [], weights.Planner.plan
-    weights.Planner.plan = lambda *a: (plans.append(1), plan(*a))[1]
+    plans, plan = [], shard_files.Planner.plan
+    shard_files.Planner.plan = lambda *a: (plans.append(1), plan(*a))[1]
     seen = []
 
     class Keep(Callback):
@@ -158,9 +158,9 @@ def test_a_save_is_planned_once_and_again_when_tensors_are_others(tmp_path):
 
 
 def test_a_plan_that_was_not_made_is_not_kept():
-    planner, one, other = weights.Planner(), torch.zeros(2), torch.zeros(2)
+    planner, one, other = shard_files.Planner(), torch.zeros(2), torch.zeros(2)
     planner.knows([("weight", one)])
-    planner.last = weights.Plan([], None)
+    planner.last = shard_files.Plan([], None)
     assert planner.knows([("weight", one)])
     assert not planner.knows([("weight", other)])
     assert not planner.knows([("weight", other)]), "the save before it has failed"
@@ -206,14 +206,14 @@ def test_the_version_counter_and_weights_alone(tmp_path):
 
 def _in_flight(folder, asynchronous):
     """Nothing is visible before somebody waits for it."""
-    folder, go, write = Path(folder), threading.Event(), weights.write
+    folder, go, write = Path(folder), threading.Event(), shard_files.write
 
     class HoldUp(Callback):
         def on_train_start(self, trainer, *_):
             checkpointer, wait = trainer.strategy.checkpointer, trainer.strategy.checkpointer.wait
             checkpointer.wait = lambda: (go.set(), wait(), go.clear())[1]
             if asynchronous:
-                weights.write = lambda *a: (go.wait(20), write(*a))[1]
+                shard_files.write = lambda *a: (go.wait(20), write(*a))[1]
 
     one = {"filename": "one", "every_n_train_steps": 1, "save_top_k": -1}
     keep = [ModelCheckpoint(folder, **one), ModelCheckpoint(folder, monitor="train_loss", **one)]
@@ -274,7 +274,7 @@ def _failed_behind_the_next(folder):
             raise OSError(28, "No space left on device")
         return write(*args)
 
-    write, weights.write, folder = weights.write, broken, Path(folder)
+    write, shard_files.write, folder = shard_files.write, broken, Path(folder)
     options = {"monitor": "train_loss", "every_n_train_steps": 1, "save_top_k": 2, "filename": "{step}"}
     keep = ModelCheckpoint(folder, **options)
     fit(Layout(dp=2), 4, callbacks=[keep], strategy={"on_save_error": "warn", "async_save": True})
@@ -349,12 +349,12 @@ def _background_failure(folder):
             raise OSError(28, "No space left on device")
         return write(*_)
 
-    write, weights.write = weights.write, broken
+    write, shard_files.write = shard_files.write, broken
     callback = ModelCheckpoint(folder, every_n_train_steps=1, filename="{step}")
     try:
         fit(Layout(dp=2), 4, callbacks=[callback], strategy={"async_save": True})
     finally:
-        weights.write = write
+        shard_files.write = write
 
 
 def test_a_failure_in_the_background_reaches_all_ranks(tmp_path):

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTModule
-from lightning_megatron.checkpoint import CheckpointError, manifest, weights
-from lightning_megatron.checkpoint.export import export
-from lightning_megatron.cli import main
+from lightning_megatron.checkpoint import CheckpointError, manifest, shard_files
+from lightning_megatron.checkpoint.consolidate import export
+from lightning_megatron.cli.main import main
 from tests import plain_gpt
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
 from tests.ranks import RankError, run_ranks
@@ -106,13 +106,13 @@ def _stock_halves(path):
 
 def _bytes_read(layout, path):
     read = []
-    read_data = weights._Reader.read_data
+    read_data = shard_files._Reader.read_data
 
     def counted(self, plan, planner):
         read.append(sum(self.storage_data[item.storage_index].length for item in plan.items))
         return read_data(self, plan, planner)
 
-    weights._Reader.read_data = counted
+    shard_files._Reader.read_data = counted
     _load(layout, path)
     return sum(read)
 
@@ -142,7 +142,7 @@ def _validate(layout, path):
 
 def test_weights_alone_and_validation(good, tmp_path):
     run_ranks(2, _save, Layout(tp=2), tmp_path / "weights.ckpt", "32-true", True)
-    assert not any("optimizer" in key for key in weights.stored(tmp_path / "weights.ckpt" / "weights"))
+    assert not any("optimizer" in key for key in shard_files.stored(tmp_path / "weights.ckpt" / "weights"))
     loss = run_ranks(2, _weights_only, tmp_path / "weights.ckpt")[0]
     whole = run_ranks(2, _validate, Layout(pp=2), good)[0]
     assert loss == pytest.approx(whole, rel=1e-5)

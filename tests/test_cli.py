@@ -14,7 +14,7 @@ from tests.ranks import PRELOADED
 
 RECIPES = ROOT / "examples" / "recipes"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([*PRELOADED, "lightning_megatron.training_cli"])
+_context.set_forkserver_preload([*PRELOADED, "lightning_megatron.cli.training"])
 
 
 def command(folder, *arguments):
@@ -39,7 +39,7 @@ def _main(folder, arguments):
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
     sys.argv = ["lightning-megatron", *arguments]
-    from lightning_megatron.cli import main
+    from lightning_megatron.cli.main import main
 
     main()
 
@@ -149,7 +149,7 @@ def test_training_in_this_process_is_the_same(run_yaml, tmp_path, monkeypatch):
     """``MegatronCLI`` in a script of one's own, whose module leaves its sizes to the data."""
     monkeypatch.chdir(tmp_path)
     from lightning_megatron import GPTModule
-    from lightning_megatron.training_cli import MegatronCLI
+    from lightning_megatron.cli.training import MegatronCLI
 
     arguments = ["--config", str(run_yaml), "--trainer.devices", "1", "--trainer.strategy", "megatron"]
     monkeypatch.setattr(sys, "argv", ["script.py"])
@@ -173,6 +173,6 @@ def test_the_commands_of_the_page(tmp_path):
 
 
 def test_a_picture_without_matplotlib_says_what_to_install(tmp_path):
-    code = "import sys; from lightning_megatron.cli import main; sys.modules['matplotlib'] = None; "
+    code = "import sys; from lightning_megatron.cli.main import main; sys.modules['matplotlib'] = None; "
     with pytest.raises(AssertionError, match=r"draws with matplotlib.*pip install 'lightning-megatron\[plots\]'"):
         run(tmp_path, sys.executable, "-c", code + "main(['show', 'tp=2,world=2', '--out', 'grid.png'])")

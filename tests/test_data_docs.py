@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_megatron.cli import main
-from lightning_megatron.data.indexed import open_indexed
-from lightning_megatron.data.text_tokenizer import train_bpe
+from lightning_megatron.cli.main import main
+from lightning_megatron.data.indexed.files import open_indexed
+from lightning_megatron.data.tokenizers import train_bpe
 from tests.pages import blocks, names_of
 from tests.ranks import run_ranks
 

@@ -22,7 +22,7 @@ import lightning_megatron
 from lightning_megatron import AutoModule, GPTConfig, GPTModule, LoRA
 from lightning_megatron.callbacks import Perplexity, TrainingMonitor
 from lightning_megatron.data import HFDataModule, MaskedLMCollator, SentencePairCollator, SpanCorruptionCollator
-from lightning_megatron.data.padding import PaddingCollator
+from lightning_megatron.data.collators.padding import PaddingCollator
 from tests import indexed, pretrained
 from tests.parallel import Layout, trainer
 from tests.plain_gpt import ADAM

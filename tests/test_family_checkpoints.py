@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_megatron import BertModule, T5Module
-from lightning_megatron.checkpoint.export import export
+from lightning_megatron.checkpoint.consolidate import export
 from tests import plain_bert, plain_t5
 from tests.parallel import Layout, loader, trainer
 from tests.parallel_bert import LoadedBert

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import seed_everything
 
 from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, LoRA, T5Config, T5Module
-from lightning_megatron.hf.whole import WholeTensors
+from lightning_megatron.hf.gather import WholeTensors
 from tests.parallel import Layout, Logged, loader, trainer
 from tests.ranks import run_ranks
 

@@ -9,7 +9,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lightning_megatron import AutoModule, GPTModule
-from lightning_megatron.cli import main
+from lightning_megatron.cli.main import main
 from tests import pretrained, writers
 from tests.ranks import RankError, run_ranks
 

@@ -13,8 +13,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader
 
-from lightning_megatron import MegatronStrategy, groups
-from lightning_megatron.layout import ParallelLayout
+from lightning_megatron import MegatronStrategy
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.layout import ParallelLayout
 from tests import plain_gpt
 from tests.parallel import QUIET
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
@@ -75,7 +76,7 @@ def megatrons_own_groups():
 BETWEEN = [
     nothing,
     dist.destroy_process_group,
-    groups.end,
+    process_groups.end,
     parallel_state.destroy_model_parallel,
     another_default_group,
     another_layout,
@@ -115,9 +116,9 @@ def sweep(cycles):
     for cycle in range(cycles):
         fit(LoadedGPT(plain_gpt.GPT2), (TP, PP, DP, PP)[cycle % 4], steps=1)
         if cycle % 4 < 3:
-            (groups.end, dist.destroy_process_group, nothing)[cycle % 4]()
+            (process_groups.end, dist.destroy_process_group, nothing)[cycle % 4]()
         else:
-            groups.end()
+            process_groups.end()
             counts.append(held())
     return counts
 
@@ -148,9 +149,9 @@ def test_one_rank_needs_few_threads_and_files():
 
 
 def build_for_another_number_of_ranks():
-    groups.join(torch.device("cpu"))
+    process_groups.join(torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"has 1 ranks, and the layout has 2 \(tp=2.*destroy_process_group"):
-        groups.build(ParallelLayout(world_size=2, tp=2))
+        process_groups.build(ParallelLayout(world_size=2, tp=2))
 
 
 def test_a_default_group_of_another_size_is_refused():

@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_megatron.peers import DataError
+from lightning_megatron.strategy.dataloading.rank_consistency import DataError
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
 from tests.ranks import RankError, run_ranks
 from tests.test_checkpoints import SMALL

@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lightning_megatron import AutoModule
-from lightning_megatron.harness import HarnessGPT
+from lightning_megatron.models.gpt.lm_eval import HarnessGPT
 
 CHOOSE = """
 task: choose

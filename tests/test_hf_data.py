@@ -23,7 +23,7 @@ from lightning_megatron.data import (
     TextDataModule,
     standard_library_sources,
 )
-from lightning_megatron.data.hf_documents import Encoder
+from lightning_megatron.data.huggingface.documents import Encoder
 from tests.pages import names_of
 from tests.parallel_gpt import Layout, Watch
 from tests.ranks import RankError, run_ranks

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lightning_megatron import AutoModule
-from lightning_megatron.cli import main
+from lightning_megatron.cli.main import main
 from lightning_megatron.hf import UnsupportedConfigError, WeightsError
 from tests import hub_models
 

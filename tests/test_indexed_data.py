@@ -19,14 +19,14 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from lightning_megatron.cli import main
+from lightning_megatron.cli.main import main
 from lightning_megatron.data import BertSamples, GPTSamples, IndexedDataError, MegatronDataModule, RampUp, T5Samples
-from lightning_megatron.data.indexed import check_contents, files, open_indexed, writing
-from lightning_megatron.data.indexed_samples import LONGEST_SENTENCE
+from lightning_megatron.data.indexed.files import check_contents, files, open_indexed, writing
+from lightning_megatron.data.indexed.samples import LONGEST_SENTENCE
+from lightning_megatron.data.indexed.sentences import split_sentences
 from lightning_megatron.data.preprocess import preprocess, train_tokenizer
-from lightning_megatron.data.sentences import split_sentences
-from lightning_megatron.data.text_sources import standard_library_sources
-from lightning_megatron.data.text_tokenizer import load_tokenizer
+from lightning_megatron.data.text_files import standard_library_sources
+from lightning_megatron.data.tokenizers import load_tokenizer
 from tests.indexed import FIRST, Numbers, make, write
 from tests.test_training import QUIET
 
@@ -241,7 +241,7 @@ def test_long_sentences_are_cut_for_megatron(tmp_path):
 def test_the_command_on_the_standard_library(tmp_path):
     """A real process, on real text, with a tokenizer that it trains, and two workers."""
     library = Path(json.__file__).parent
-    command = "from lightning_megatron.cli import main; main()"
+    command = "from lightning_megatron.cli.main import main; main()"
     options = ["--out", "data/code", "--train-bpe", "700", "--append-eod", "--split-sentences", "--workers", "2"]
     done = subprocess.run(
         [sys.executable, "-c", command, "preprocess", str(library), str(library.parent / "email"), *options],

@@ -13,7 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
 from lightning_megatron.data import GPTSamples, RampUp, SpanCorruptionCollator
-from lightning_megatron.data.indexed import files
+from lightning_megatron.data.indexed.files import files
 from tests.indexed import MODULES, Seen, make, train, write_all
 from tests.parallel_gpt import Layout, LoadedGPT
 from tests.plain_gpt import GPT2

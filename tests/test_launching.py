@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 from torch.utils.data import DataLoader
 
 from lightning_megatron import MegatronPrecision, MegatronStrategy
-from lightning_megatron.launching import forkserver
+from lightning_megatron.strategy.launchers import worker_pool
 from tests.ranks import free_port
 from tests.test_training import QUIET, PlainModule
 
@@ -63,7 +63,7 @@ def _answer(rank_to_kill: str | None) -> str:
 def _run(rank_to_kill: str | None) -> list[str]:
     from functools import partial
 
-    return forkserver.run(partial(_answer, rank_to_kill), [{**os.environ, "LOCAL_RANK": str(rank)} for rank in (0, 1)])
+    return worker_pool.run(partial(_answer, rank_to_kill), [{**os.environ, "LOCAL_RANK": str(rank)} for rank in (0, 1)])
 
 
 def test_each_process_has_its_environment():
@@ -71,7 +71,7 @@ def test_each_process_has_its_environment():
 
 
 def test_a_killed_rank_ends_the_others_and_is_named():
-    with pytest.raises(forkserver.RankDiedError, match="rank 1 was ended by SIGKILL"):
+    with pytest.raises(worker_pool.RankDiedError, match="rank 1 was ended by SIGKILL"):
         _run("1")
 
 
@@ -98,7 +98,7 @@ def test_ways_that_do_not_work_are_refused(monkeypatch):
         MegatronStrategy(launch="spawn")
     with pytest.raises(Exception, match="one machine"):
         Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=MegatronStrategy(launch="forkserver"))
-    monkeypatch.setattr("lightning_megatron.launching._IS_INTERACTIVE", True)
+    monkeypatch.setattr("lightning_megatron.strategy.launchers._IS_INTERACTIVE", True)
     with pytest.raises(Exception, match="launch='forkserver', or leave launch out"):
         Trainer(accelerator="cpu", devices=2, strategy=MegatronStrategy(launch="subprocess"))
 

@@ -9,8 +9,8 @@ from itertools import product
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
-from lightning_megatron import layout as layout_module
-from lightning_megatron.layout import LayoutError, ParallelLayout
+from lightning_megatron.distributed import layout as layout_module
+from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 
 MODEL = {
     "num_layers": 8,

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_megatron import BertConfig, BertModule, GPTModule
-from lightning_megatron.checkpoint.export import tensors
+from lightning_megatron.checkpoint.consolidate import tensors
 from tests import plain_gpt
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
 from tests.ranks import RankError, run_ranks

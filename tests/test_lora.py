@@ -147,7 +147,7 @@ def test_what_is_frozen_costs_nothing(layout, results):
 
 
 def test_a_checkpoint_of_any_layout_goes_on_and_out(results):
-    from lightning_megatron.pretrained_checkpoints import export_pretrained
+    from lightning_megatron.models.export_checkpoint import export_pretrained
 
     layout = LAYOUTS[-1]
     folder = results(layout)[0] / "llama"

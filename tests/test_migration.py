@@ -19,11 +19,11 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lightning_megatron import BertConfig, GPTConfig, LRSchedule, ParallelLayout, T5Config, biases_and_vectors
+from lightning_megatron.cli.migrate import MigrationError, from_accelerate, from_command_line, from_plugin
+from lightning_megatron.cli.migrate.accelerate import MEGATRON, PARAMETERS
+from lightning_megatron.cli.migrate.settings_table import _PLACED, HOMES, SCHEDULE, _elsewhere
+from lightning_megatron.cli.training import MegatronCLI
 from lightning_megatron.data import RampUp
-from lightning_megatron.migration import MigrationError, from_accelerate, from_command_line, from_plugin
-from lightning_megatron.migration.accelerate import MEGATRON, PARAMETERS
-from lightning_megatron.migration.homes import _PLACED, HOMES, SCHEDULE, _elsewhere
-from lightning_megatron.training_cli import MegatronCLI
 from tests.pages import blocks, script, shell
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_megatron import BertConfig, GPTConfig, T5Config
 from lightning_megatron.callbacks import MemoryMonitor, PhaseTimes, PipelineTimeline, Throughput, TrainingMonitor
-from lightning_megatron.flops import training_flops
+from lightning_megatron.models.flops import training_flops
 from tests import plain_gpt
 from tests.parallel import Layout, loader, trainer
 from tests.parallel_gpt import LoadedGPT, Rows, text_samples

@@ -8,8 +8,8 @@ import transformers
 from safetensors.torch import load_file
 
 from lightning_megatron import AutoModule, GPTModule
-from lightning_megatron.cli import main
-from lightning_megatron.hf.saving import in_bytes
+from lightning_megatron.cli.main import main
+from lightning_megatron.hf.pretrained_directory import in_bytes
 from tests import hub_models
 from tests.ranks import run_ranks
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from lightning_megatron import AutoModule, BertModule, GPTConfig, GPTModule, LayoutError, T5Module
-from lightning_megatron.cli import main
+from lightning_megatron.cli.main import main
 from lightning_megatron.hf import UnsupportedConfigError, WeightsError
 from tests import pretrained
 from tests.parallel import Layout, trainer

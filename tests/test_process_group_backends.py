@@ -9,7 +9,8 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_megatron import AutoModule, GPTModule, MegatronStrategy, process_group_backends
+from lightning_megatron import AutoModule, GPTModule, MegatronStrategy
+from lightning_megatron.distributed import process_group_backends
 from tests import plain_gpt, pretrained
 from tests.parallel import Layout, trainer
 from tests.parallel_gpt import Rows, text_samples

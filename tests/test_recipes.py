@@ -9,8 +9,8 @@ import yaml
 from jsonargparse import Namespace
 
 from lightning_megatron import BertConfig, GPTConfig, LoRA, ParallelLayout, T5Config
-from lightning_megatron.rank_grid import RankGrid
-from lightning_megatron.training_cli import MegatronCLI
+from lightning_megatron.cli.rank_grid import RankGrid
+from lightning_megatron.cli.training import MegatronCLI
 from tests import pretrained
 from tests.pages import blocks
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_megatron import GPTModule
-from lightning_megatron.optimizer import ShardedOptimizer
+from lightning_megatron.training.optimizer import ShardedOptimizer
 from tests import plain_gpt
 from tests.parallel_gpt import Layout, Rows, Watch, text_samples
 from tests.ranks import RankError, run_ranks

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTModule, LRSchedule
-from lightning_megatron.schedule import MegatronLRScheduler
+from lightning_megatron.training.lr_schedule import MegatronLRScheduler
 from tests.parallel_gpt import Layout, Rows, text_samples
 from tests.ranks import RankError, run_ranks
 from tests.test_schedulers import CONFIG, Scheduled, _loaders, _optimizer

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader
 
-from lightning_megatron.checkpoint import manifest, weights
+from lightning_megatron.checkpoint import manifest, shard_files
 from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
 from tests.ranks import RankError, run_ranks
 from tests.test_checkpoints import SMALL
@@ -271,7 +271,7 @@ def _stops_while_it_saves(folder):
             os.kill(os.getpid(), signal.SIGSTOP)
         return write(*args)
 
-    write, weights.write = weights.write, stop
+    write, shard_files.write = shard_files.write, stop
     strategy = {"timeout": timedelta(seconds=4), "async_save": True}
     fit(Layout(pp=2), 6, [ModelCheckpoint(folder, every_n_train_steps=1)], strategy=strategy)
 
@@ -286,7 +286,7 @@ def test_a_save_waits_no_longer_than_the_timeout(tmp_path):
 
 def _interrupted(folder, both):
     """Ctrl-C while a save goes on."""
-    write, weights.write = weights.write, lambda *args: (time.sleep(1), write(*args))[1]
+    write, shard_files.write = shard_files.write, lambda *args: (time.sleep(1), write(*args))[1]
 
     class Interrupt(Callback):
         def on_train_batch_start(self, trainer, *_):

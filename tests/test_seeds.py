@@ -6,7 +6,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTModule
-from lightning_megatron.backend import model_rng
+from lightning_megatron.distributed.device import model_rng
 from tests import plain_gpt
 from tests.parallel_gpt import Layout, Rows, text_samples
 from tests.ranks import run_ranks

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_megatron import AutoModule
 from lightning_megatron.data import ByteTokenizer, PackedTextDataset
-from lightning_megatron.data.packed_text import pack
-from lightning_megatron.data.padding import PaddingCollator
-from lightning_megatron.data.text_tokenizer import load_tokenizer
+from lightning_megatron.data.collators.padding import PaddingCollator
+from lightning_megatron.data.text.packing import pack
+from lightning_megatron.data.tokenizers import load_tokenizer
 from tests import pretrained
 from tests.test_hf_data import made
 

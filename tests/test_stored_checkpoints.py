@@ -10,7 +10,9 @@ from lightning_megatron import BertModule, GPTModule, MegatronStrategy, T5Module
 from tests.pages import ROOT
 
 STORED = ROOT / "tests/assets/checkpoints_before_the_move.tar.xz"
-QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+QUIET = {
+    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "kind"), [("gpt_lora", GPTModule), ("bert", BertModule), ("t5", T5Module)])

@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary
 
 from lightning_megatron import MegatronStrategy, ParallelLayout, T5Config, T5Module
-from lightning_megatron.checkpoint.places import places
-from lightning_megatron.layout import LayoutError
+from lightning_megatron.checkpoint.tensor_shards import places
+from lightning_megatron.distributed.layout import LayoutError
 from tests import plain_gpt, plain_t5
 from tests.parallel import QUIET, Layout, loader, trainer
 from tests.parallel_gpt import LoadedGPT, Rows, text_samples

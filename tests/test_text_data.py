@@ -25,9 +25,9 @@ from lightning_megatron.data import (
     TextDataModule,
     standard_library_sources,
 )
-from lightning_megatron.data.packed_text import find_packed, pack
-from lightning_megatron.data.text_sources import find_text_files
-from lightning_megatron.data.text_tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer, train_bpe
+from lightning_megatron.data.text.packing import find_packed, pack
+from lightning_megatron.data.text_files import find_text_files
+from lightning_megatron.data.tokenizers import END_OF_DOCUMENT, Tokenizer, load_tokenizer, train_bpe
 
 EOD = ByteTokenizer.eod_id
 
@@ -487,7 +487,7 @@ def test_no_validation_where_its_part_is_zero(tmp_path: Path) -> None:
 def test_standard_library_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = standard_library_sources()[:30]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("lightning_megatron.data.text_datamodule.standard_library_sources", lambda: files)
+    monkeypatch.setattr("lightning_megatron.data.text.datamodule.standard_library_sources", lambda: files)
     module = ready(TextDataModule(split=(1, 0, 0), num_workers=1))
     assert module.cache_dir == tmp_path / "lightning_megatron" / "text"
     batch = next(iter(module.train_dataloader()))["text"]

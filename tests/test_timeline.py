@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_megatron import ParallelLayout
 from lightning_megatron.callbacks import PipelineTimeline, Profile
-from lightning_megatron.layout import RankCoordinates
-from lightning_megatron.timeline import RankTimeline, Span, bubble, ideal_bubble, spans
-from lightning_megatron.timing import Interval
+from lightning_megatron.callbacks.timeline import RankTimeline, Span, bubble, ideal_bubble, spans
+from lightning_megatron.distributed.layout import RankCoordinates
+from lightning_megatron.training.timers import Interval
 from tests import plain_gpt, plain_t5
 from tests.pages import run
 from tests.parallel import Layout, loader, trainer

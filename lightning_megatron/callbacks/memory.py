@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import SGD, Adam, AdamW
 from typing_extensions import override
 
-from lightning_megatron import groups
-from lightning_megatron.callbacks.steps import log, logs_now, rank_name
-from lightning_megatron.engine import Engine
-from lightning_megatron.optimizer import ShardedOptimizer
+from lightning_megatron.callbacks.logging_schedule import log, logs_now, rank_name
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.training.engine import Engine
+from lightning_megatron.training.optimizer import ShardedOptimizer
 
 _GIB = 2**30
 
@@ -71,7 +71,9 @@ class MemoryMonitor(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy: Any = trainer.strategy
         self._device = strategy.root_device
-        self._estimates = groups.gather(estimate(strategy.engine, strategy.optimizers[0]), groups.on_host())
+        self._estimates = process_groups.gather(
+            estimate(strategy.engine, strategy.optimizers[0]), process_groups.on_host()
+        )
         self._told = False
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -80,7 +82,7 @@ class MemoryMonitor(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if not logs_now(trainer):
             return
-        taken = groups.gather(_taken(self._device), groups.on_host())
+        taken = process_groups.gather(_taken(self._device), process_groups.on_host())
         most = max(range(len(taken)), key=lambda rank: taken[rank])
         expected = self._estimates[most]
         log(pl_module, {"memory_gib": taken[most] / _GIB, "memory_estimate_gib": expected.total / _GIB})

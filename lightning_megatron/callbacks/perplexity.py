@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_megatron.arguments import Arguments
+from lightning_megatron.distributed.arguments import Arguments
 
 
 class Perplexity(pl.Callback):

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_megatron import groups
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.callbacks.steps import log, logs_now, rank_name
-from lightning_megatron.timing import BACKWARD, FORWARD, GRADIENT_SYNC, OPTIMIZER, SAVE, SCHEDULE, Intervals
+from lightning_megatron.callbacks.logging_schedule import log, logs_now, rank_name
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.training.timers import BACKWARD, FORWARD, GRADIENT_SYNC, OPTIMIZER, SAVE, SCHEDULE, Intervals
 
 # How a phase is made of what megatron-core times.
 _PHASES = {
@@ -93,7 +93,7 @@ class PhaseTimes(pl.Callback):
                 if interval.name in names:
                     self._seconds[phase] += interval.seconds
         mine = {phase: self._seconds[phase] / self._steps for phase in ("data", *_PHASES, "step")}
-        everyone = groups.gather(mine, groups.on_host())
+        everyone = process_groups.gather(mine, process_groups.on_host())
         values = {}
         for phase in mine:
             times = [each[phase] for each in everyone]

@@ -13,10 +13,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_megatron import groups, plots
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.timeline import RankTimeline, draw, spans, trace
-from lightning_megatron.timing import Intervals
+from lightning_megatron.callbacks import plots
+from lightning_megatron.callbacks.timeline import RankTimeline, draw, spans, trace
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.training.timers import Intervals
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # ranks of one machine share it, and its monotonic clock
 
@@ -65,7 +66,7 @@ class PipelineTimeline(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         here = (_BOOT.read_text() if _BOOT.is_file() else "", _meet(trainer))
-        machines = groups.gather(here, groups.on_host())
+        machines = process_groups.gather(here, process_groups.on_host())
         first = machines[0]
         self._ahead = 0.0 if here[0] == first[0] else here[1] - first[1]
 
@@ -86,7 +87,7 @@ class PipelineTimeline(pl.Callback):
         layout, rank = strategy.layout, trainer.global_rank
         mine = RankTimeline(rank, layout.coordinates(rank), spans(self._intervals.take(), layout))
         self._intervals = None
-        everyone = groups.gather(mine.shifted(self._ahead), groups.on_host())
+        everyone = process_groups.gather(mine.shifted(self._ahead), process_groups.on_host())
         if trainer.is_global_zero:
             start = min(span.start for each in everyone for span in each.spans)
             self._write([each.shifted(start) for each in everyone], layout, trainer.global_step)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.profiler import ProfilerActivity, record_function
 from typing_extensions import override
 
-from lightning_megatron.arguments import Arguments
+from lightning_megatron.distributed.arguments import Arguments
 
 
 class Profile(pl.Callback):

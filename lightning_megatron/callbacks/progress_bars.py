@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
 
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.batch_rows import count_rows
-from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.training.batch_rows import count_rows
 
 _WINDOW = 20  # optimizer steps that the speed is over
 

@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightning_megatron import preemption
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.checkpoint.callbacks import checkpoint_callbacks
+from lightning_megatron.checkpoint.model_checkpoint import checkpoint_callbacks
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.strategy import preemption
 
 
 class ExitInterval(Callback):

@@ -13,12 +13,12 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_megatron import groups
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.batch_rows import count_rows
-from lightning_megatron.callbacks.steps import log, logs_now
-from lightning_megatron.flops import training_flops
-from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.callbacks.logging_schedule import log, logs_now
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.models.flops import training_flops
+from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.training.batch_rows import count_rows
 
 _MEASURED_WITH = 1024  # rows and columns of the product that measures an unknown device
 
@@ -150,7 +150,7 @@ def _work_of(module: pl.LightningModule, batch: Any) -> list[float]:
 
 
 def _replicas_sum(values: list[float], device: torch.device) -> list[float]:
-    group = groups.data_parallel()
+    group = process_groups.data_parallel()
     if group.size() == 1:
         return values
     summed = torch.tensor(values, dtype=torch.float64, device=device)

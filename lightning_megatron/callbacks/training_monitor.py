@@ -13,9 +13,9 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from typing_extensions import override
 
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.callbacks.steps import log, logs_now
-from lightning_megatron.optimizer import ShardedOptimizer
+from lightning_megatron.callbacks.logging_schedule import log, logs_now
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.training.optimizer import ShardedOptimizer
 
 
 class TrainingMonitor(pl.Callback):

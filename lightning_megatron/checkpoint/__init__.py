@@ -11,9 +11,9 @@ A checkpoint is a directory::
 That of a plain LightningModule on one rank is Lightning's own file instead.
 """
 
-from lightning_megatron.checkpoint.callbacks import attend, check_folders, leave, local_path
 from lightning_megatron.checkpoint.checkpointer import Checkpointer, Run
 from lightning_megatron.checkpoint.manifest import CheckpointError, newest
+from lightning_megatron.checkpoint.model_checkpoint import attend, check_folders, leave, local_path
 from lightning_megatron.checkpoint.trainer_state import formerly_in, plain_class
 
 __all__ = [

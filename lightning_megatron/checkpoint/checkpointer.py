@@ -19,25 +19,25 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import (
     lightning_file,
-    loading,
     manifest,
-    optimizer_state,
-    progress,
-    stage_groups,
+    optimizer_groups,
+    optimizer_shards,
+    reading,
+    shard_files,
     trainer_state,
-    weights,
     writing,
 )
-from lightning_megatron.checkpoint.callbacks import Retained
+from lightning_megatron.checkpoint.data_position import loop_progress
+from lightning_megatron.checkpoint.data_position.resume import Resumption
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.checkpoint.places import Place, by_parameter, places
-from lightning_megatron.checkpoint.plateaus import Plateaus
-from lightning_megatron.checkpoint.resumption import Resumption
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.optimizer import ShardedOptimizer
+from lightning_megatron.checkpoint.model_checkpoint import Retained
+from lightning_megatron.checkpoint.plateau_schedulers import Plateaus
+from lightning_megatron.checkpoint.tensor_shards import Place, by_parameter, places
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.training.optimizer import ShardedOptimizer
 
 State = dict[str, Any]
 _SHARDED = ("state_dict", "optimizer_states")
@@ -115,7 +115,7 @@ class Checkpointer:
         self._last_save_failed = False
         self._background = writing.Background()
         self._copies = writing.HostCopies()
-        self._planners: dict[bool, weights.Planner] = {}
+        self._planners: dict[bool, shard_files.Planner] = {}
         self._retained = Retained()
         self._whole: list[Path] = []
         # Since the last wait, the same on every rank: what is saved, and what is removed behind it.
@@ -239,8 +239,8 @@ class Checkpointer:
         self._whole.append(step.path)
 
     def _write_one_file(self, state: State, path: Path, run: Run) -> None:
-        full, position = "optimizer_states" in state, progress.position(run.trainer)
-        progress.put_right(state["loops"], position)
+        full, position = "optimizer_states" in state, loop_progress.position(run.trainer)
+        loop_progress.put_right(state["loops"], position)
         ours: State = {"layout": asdict(run.layout)}
         if full:
             ours["rank"] = self._own_record(state, position, run)
@@ -269,10 +269,10 @@ class Checkpointer:
         """What to write, on all ranks, or an error on all ranks."""
         full = "optimizer_states" in state
         optimizer = run.optimizer if full else None
-        planner = self._planners.setdefault(full, weights.Planner())
+        planner = self._planners.setdefault(full, shard_files.Planner())
         known, problem = planner.knows(_tensors(state, optimizer)), ""
         if optimizer is not None and state["optimizer_states"]:
-            state[stage_groups.KEY] = stage_groups.record(state, optimizer.weights)
+            state[optimizer_groups.KEY] = optimizer_groups.record(state, optimizer.weights)
         try:
             rank_state, files, about = self._all_but_tensors(state, run, full)
             shards = [] if known else _shards(state, run.module, optimizer)
@@ -285,8 +285,8 @@ class Checkpointer:
 
     def _all_but_tensors(self, state: State, run: Run, full: bool) -> tuple[bytes, dict[str, bytes], State]:
         """This rank's own state, and of the first rank its files and the manifest."""
-        position = progress.position(run.trainer)
-        progress.put_right(state["loops"], position)
+        position = loop_progress.position(run.trainer)
+        loop_progress.put_right(state["loops"], position)
         own = self._own_record(state, position, run)
         rank_state = trainer_state.dumps(own, own["combined_loader"])
         plateaus = self.plateaus.record(run.trainer) if full else []
@@ -301,7 +301,7 @@ class Checkpointer:
         files = {trainer_state.STATE: plain} | ({trainer_state.OBJECTS: objects} if objects else {})
         return rank_state, files, _about(state, run, full, names)
 
-    def _own_record(self, state: State, position: progress.Position, run: Run) -> State:
+    def _own_record(self, state: State, position: loop_progress.Position, run: Run) -> State:
         """Random states and the place in the data of this rank."""
         loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
         return self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders}
@@ -321,12 +321,12 @@ class Checkpointer:
         """
         self.wait()
         trust = self.trust if weights_only is None else not weights_only
-        if run.is_plain and loading.is_one_file(path):
+        if run.is_plain and reading.is_one_file(path):
             return self._load_one_file(path, run, trust)
-        path, about = loading.choose(path, run.trainer)
-        loading.check(path, about, self.verify)
-        read = partial(loading.on_each_rank, path, self.verify)
-        state: State = read(lambda: loading.trainer_state_of(path, about, trust))
+        path, about = reading.choose(path, run.trainer)
+        reading.check(path, about, self.verify)
+        read = partial(reading.on_each_rank, path, self.verify)
+        state: State = read(lambda: reading.trainer_state_of(path, about, trust))
         full = state["optimizer_states"] is not None
         if not full:
             del state["optimizer_states"]
@@ -334,11 +334,11 @@ class Checkpointer:
         if resumes and not state["optimizer_states"]:
             rank_zero_warn(f"{path} was saved by a run that had not trained: the optimizer starts anew.")
         optimizer = run.optimizer if resumes and state["optimizer_states"] else None
-        tensors, finish = read(lambda: loading.read(path, run.module, optimizer))
+        tensors, finish = read(lambda: reading.read(path, run.module, optimizer))
         others = {n: v for n, v in run.module.state_dict().items() if not isinstance(v, torch.Tensor)}
         state["state_dict"] = {**others, **state["state_dict"], **tensors}
         if optimizer is not None:
-            stage_groups.fit(state, optimizer.weights)
+            optimizer_groups.fit(state, optimizer.weights)
             state["optimizer_states"] = [{"hyper": state["optimizer_states"][0], "finish": finish}]
         if resumes:
             self._read_rank_state(path, about, run, state)
@@ -347,13 +347,13 @@ class Checkpointer:
 
     def _load_one_file(self, path: Path, run: Run, trust: bool) -> State:
         """A file of Lightning's form, by this package or by another strategy."""
-        state = loading.on_each_rank(path, True, lambda: lightning_file.read(path, trust))
+        state = reading.on_each_rank(path, True, lambda: lightning_file.read(path, trust))
         ours: State = state.pop(lightning_file.OURS, {})
         if not state.get("optimizer_states") or run.trainer.state.fn != TrainerFn.FITTING:
             return state
         if (optimizer := run.optimizer) is not None:
             saved = ours.get("optimizer")
-            loading.on_each_rank(path, True, lambda: lightning_file.take_optimizer(state, run.module, optimizer, saved))
+            reading.on_each_rank(path, True, lambda: lightning_file.take_optimizer(state, run.module, optimizer, saved))
         if "rank" in ours:
             before = ParallelLayout(**ours["layout"])
             self._take_record(path, ours["rank"], before, run, state)
@@ -368,7 +368,7 @@ class Checkpointer:
             replica = run.layout.coordinates(rank).dp % before.dp
             rank = next(r for r in range(before.world_size) if before.coordinates(r).dp == replica)
         file = path / writing.RANKS / f"{rank:05d}.pt"
-        record = loading.on_each_rank(path, self.verify, lambda: trainer_state.loads_plain(file.read_bytes()))
+        record = reading.on_each_rank(path, self.verify, lambda: trainer_state.loads_plain(file.read_bytes()))
         self._take_record(path, record, before, run, state)
 
     def _take_record(self, path: Path, record: State, before: ParallelLayout, run: Run, state: State) -> None:
@@ -403,7 +403,7 @@ def _shards(state: State, module: pl.LightningModule, optimizer: ShardedOptimize
             place = _place(where, name)
             shards += place.shards(value.detach(), f"model.{place.key}")
     if optimizer is not None:
-        shards += optimizer_state.shards(optimizer, by_parameter(module, where))
+        shards += optimizer_shards.shards(optimizer, by_parameter(module, where))
     return shards
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.checkpoint import comparison, manifest, safetensors_file, trainer_state, weights, writing
+from lightning_megatron.checkpoint import manifest, mismatches, safetensors_writer, shard_files, trainer_state, writing
 from lightning_megatron.checkpoint.manifest import CheckpointError
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt")
@@ -38,7 +38,7 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if out.suffix == ".safetensors":
-            safetensors_file.write(unfinished, kinds(path), tensors(path))
+            safetensors_writer.write(unfinished, kinds(path), tensors(path))
         else:
             torch.save({**state_of(path, trust=False), "state_dict": dict(tensors(path))}, unfinished)
         unfinished.replace(out)
@@ -56,7 +56,7 @@ def checked(path: Path) -> dict[str, Any]:
     about = manifest.read(path)
     wrong = manifest.damage(path, about, sorted(about["files"]), checksums=True)
     if wrong:
-        raise CheckpointError(f"{path} is damaged:\n{comparison.listed(wrong)}")
+        raise CheckpointError(f"{path} is damaged:\n{mismatches.listed(wrong)}")
     return about
 
 
@@ -76,7 +76,7 @@ def tensors(path: Path, prefer_main: bool = False, only: Set[str] | None = None)
         prefer_main: Whether to give fp32 main weights where a run of low precision has them.
         only: Names of those to give; None gives all.
     """
-    reader = weights.OneByOne(path / writing.WEIGHTS)
+    reader = shard_files.OneByOne(path / writing.WEIGHTS)
     for key in sorted(reader.stored):
         name = key.removeprefix(_MODEL)
         if key.startswith(_MODEL) and (only is None or name in only):
@@ -86,7 +86,7 @@ def tensors(path: Path, prefer_main: bool = False, only: Set[str] | None = None)
 
 def kinds(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of each of the whole model's tensors, in the order of ``tensors``."""
-    stored = weights.stored(path / writing.WEIGHTS)
+    stored = shard_files.stored(path / writing.WEIGHTS)
     return {
         key.removeprefix(_MODEL): (tuple(about.size), about.properties.dtype)
         for key, about in sorted(stored.items())

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from lightning_megatron.checkpoint import trainer_state
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.optimizer import Held, ShardedOptimizer
+from lightning_megatron.training.optimizer import Held, ShardedOptimizer
 
 State = dict[str, Any]
 

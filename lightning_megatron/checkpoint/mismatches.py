@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch.distributed as dist
 
-from lightning_megatron import groups
 from lightning_megatron.checkpoint.manifest import CheckpointError
+from lightning_megatron.distributed import process_groups
 
 _SHOWN = 20
 
@@ -23,7 +23,7 @@ def differences(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int,
         A line for each key, the same on every rank.
     """
     every: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(every, wanted, group=groups.on_host())
+    dist.all_gather_object(every, wanted, group=process_groups.on_host())
     model = {key: tuple(shape) for shapes in every for key, shape in shapes.items()}
     lines = {}
     for key in model.keys() | stored.keys():

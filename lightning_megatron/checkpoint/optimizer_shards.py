@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.checkpoint.places import Place
-from lightning_megatron.optimizer import Held, ShardedOptimizer
+from lightning_megatron.checkpoint.tensor_shards import Place
+from lightning_megatron.training.optimizer import Held, ShardedOptimizer
 
 MAIN_WEIGHT = "main_weight"
 # Kinds of state that are not as large as their weight, at the end of its key.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from lightning_megatron.backend import model_rng
+from lightning_megatron.distributed.device import model_rng
 
 States = dict[str, Any]
 

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from lightning_megatron import groups
+from lightning_megatron.distributed import process_groups
 
 METADATA = ".metadata"
 # What `.metadata`, a pickle, may name: torch's own records of shapes and offsets, and no code.
@@ -116,8 +116,8 @@ class Planner:
         """
         self.last = None
         named = {f"{s.key}/{number}": s for number, s in enumerate(_one_copy(shards))}
-        distribution = determine_main_replica_uniform_distribution(named, groups.data_parallel())
-        distribute_main_replicas_with_precomputed_distribution(named, groups.data_parallel(), distribution)
+        distribution = determine_main_replica_uniform_distribution(named, process_groups.data_parallel())
+        distribute_main_replicas_with_precomputed_distribution(named, process_groups.data_parallel(), distribution)
         mine: dict[str, list[ShardedTensor]] = {}
         for shard in shards:
             if is_main_replica(shard.replica_id):
@@ -151,14 +151,14 @@ def _whole_metadata(planner: MCoreSavePlanner, local: Any) -> Metadata | None:
     """The plans of all ranks as one, checked, on the first; an error there is one on all ranks."""
     first = dist.get_rank() == 0
     plans: list[Any] | None = [None] * dist.get_world_size() if first else None
-    dist.gather_object(local, plans, group=groups.on_host())
+    dist.gather_object(local, plans, group=process_groups.on_host())
     metadata, problem = None, [""]
     if first:
         try:
             _, metadata = planner.create_global_plan(plans)
         except ValueError as error:
             problem = [f"The shards of all ranks do not make whole tensors: {error}"]
-    dist.broadcast_object_list(problem, src=0, group=groups.on_host())
+    dist.broadcast_object_list(problem, src=0, group=process_groups.on_host())
     if problem[0]:
         raise ValueError(problem[0])
     return metadata
@@ -246,7 +246,7 @@ def read(shards: list[ShardedTensor], folder: Path) -> None:
     Raises:
         CheckpointException: A rank could not read, with its cause.
     """
-    group = groups.data_parallel()
+    group = process_groups.data_parallel()
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     shared = [s for s in shards if s.data is not None and s.data.device.type == device]  # the group carries no others
     distribution = determine_main_replica_uniform_distribution({"": shared}, group, ignore_groups=True)

@@ -17,7 +17,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from lightning_megatron import groups
+from lightning_megatron.distributed import process_groups
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
@@ -104,7 +104,7 @@ def places(module: pl.LightningModule) -> dict[str, Place]:
     rows = getattr(getattr(module, "config", None), "vocab_size", None)
     for number, chunk in enumerate(chunks):
         found |= {f"chunks.{number}.{name}": place for name, place in chunk_places(chunk, rows).items()}
-    replica = groups.coordinates()
+    replica = process_groups.coordinates()
     everything = torch.nn.Module.state_dict(module, keep_vars=True)  # also what an override leaves out
     for name, tensor in {**everything, **module.state_dict(keep_vars=True)}.items():
         if name not in found and isinstance(tensor, torch.Tensor):

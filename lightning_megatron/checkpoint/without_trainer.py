@@ -11,16 +11,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_megatron.checkpoint import comparison, export, weights, writing
-from lightning_megatron.checkpoint.places import Place, places
+from lightning_megatron.checkpoint import consolidate, mismatches, shard_files, writing
+from lightning_megatron.checkpoint.tensor_shards import Place, places
 
 M = TypeVar("M", bound=pl.LightningModule)
 
 
 def construct(cls: type[M], path: Path, trust: bool, changes: dict[str, Any]) -> M:
     """Make the module as it was made for the run, but for ``changes``."""
-    export.checked(path)
-    saved = dict(export.state_of(path, trust).get("hyper_parameters", {}))
+    consolidate.checked(path)
+    saved = dict(consolidate.state_of(path, trust).get("hyper_parameters", {}))
     parameters = inspect.signature(cls.__init__).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     known = {name: value for name, value in saved.items() if takes_all or name in parameters}
@@ -35,7 +35,7 @@ def whole(path: Path) -> Path:
     Raises:
         CheckpointError: It is not whole, or damaged.
     """
-    export.checked(path)
+    consolidate.checked(path)
     return path
 
 
@@ -50,16 +50,16 @@ def fill(module: pl.LightningModule, path: Path, strict: bool) -> None:
     where: dict[str, list[tuple[str, Place]]] = {}
     for name, place in places(module).items():
         where.setdefault(place.key, []).append((name, place))
-    stored = {key: tuple(value.size) for key, value in weights.stored(path / writing.WEIGHTS).items()}
+    stored = {key: tuple(value.size) for key, value in shard_files.stored(path / writing.WEIGHTS).items()}
     wanted = {f"model.{key}": held[0][1].shape for key, held in where.items()}
-    lines = comparison.differences(wanted, {key: size for key, size in stored.items() if key.startswith("model.")})
+    lines = mismatches.differences(wanted, {key: size for key, size in stored.items() if key.startswith("model.")})
     if lines and strict:
-        comparison.refuse(path, lines)
+        mismatches.refuse(path, lines)
     if lines:
-        rank_zero_warn(f"Not loaded from {path}, for they differ:\n{comparison.listed(lines.values())}")
+        rank_zero_warn(f"Not loaded from {path}, for they differ:\n{mismatches.listed(lines.values())}")
     state = module.state_dict()
     with torch.no_grad():
-        for key, tensor in export.tensors(path, prefer_main=True, only=where.keys() - _without_model(lines)):
+        for key, tensor in consolidate.tensors(path, prefer_main=True, only=where.keys() - _without_model(lines)):
             for name, place in where[key]:
                 if place.is_padded:
                     state[name].zero_()

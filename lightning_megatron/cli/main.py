@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from lightning_megatron import __version__
 from lightning_megatron.checkpoint import CheckpointError
-from lightning_megatron.checkpoint.export import SUFFIXES, export
-from lightning_megatron.version import __version__
+from lightning_megatron.checkpoint.consolidate import SUFFIXES, export
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process."""
-        from lightning_megatron.cli_messages import explain
+        from lightning_megatron.cli.error_messages import explain
 
         self.exit(2, f"error: {explain(message, self._option_string_actions)}\nSee {self.prog} --help\n")
 
@@ -71,13 +71,13 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _train(arguments: list[str]) -> None:
-    from lightning_megatron.training_cli import MegatronCLI
+    from lightning_megatron.cli.training import MegatronCLI
 
     MegatronCLI(args=None if arguments == sys.argv[1:] else arguments)
 
 
 def _complete(shell: str, parser: argparse.ArgumentParser, training: Mapping[str, argparse.ArgumentParser]) -> None:
-    from lightning_megatron.completion import script
+    from lightning_megatron.cli.shell_completion import script
 
     print(script(shell, parser, training))
 
@@ -94,7 +94,7 @@ def _add_migrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _migrate(given: argparse.Namespace) -> None:
-    from lightning_megatron.migration.command import run
+    from lightning_megatron.cli.migrate.command import run
 
     run(given)
 
@@ -107,7 +107,7 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(given: argparse.Namespace) -> None:
-    from lightning_megatron.rank_grid import RankGrid
+    from lightning_megatron.cli.rank_grid import RankGrid
 
     grid = RankGrid.parse(given.layout, given.ranks_per_node)
     print(grid.text())
@@ -133,7 +133,7 @@ def _export(given: argparse.Namespace) -> None:
     if Path(given.out).suffix in SUFFIXES:
         print(export(given.checkpoint, given.out))
         return
-    from lightning_megatron.pretrained_checkpoints import export_pretrained
+    from lightning_megatron.models.export_checkpoint import export_pretrained
 
     path = export_pretrained(
         given.checkpoint,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_megatron import plots
-from lightning_megatron.layout import LayoutError, ParallelLayout
+from lightning_megatron.callbacks import plots
+from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 
 _WIDEST = 40  # ranks in a line of text; of more replicas the first ones are shown
 _MOST_NUMBERED = 1024  # ranks with a number in a picture

@@ -17,8 +17,8 @@ from typing_extensions import override
 
 import lightning_megatron.callbacks
 from lightning_megatron import AutoModule, BertModule, GPTModule, MegatronStrategy, T5Module
+from lightning_megatron.cli.training import MegatronCLI
 from lightning_megatron.data import HFDataModule, MegatronDataModule, TextDataModule
-from lightning_megatron.training_cli import MegatronCLI
 
 _MODULES = (GPTModule, BertModule, T5Module)
 _DATA = (TextDataModule, MegatronDataModule, HFDataModule)

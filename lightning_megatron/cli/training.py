@@ -15,9 +15,9 @@ from typing_extensions import override
 import lightning_megatron.callbacks
 import lightning_megatron.data  # noqa: F401  # known by their short names once they are imported
 from lightning_megatron.checkpoint import CheckpointError
-from lightning_megatron.cli_messages import explain, reason
+from lightning_megatron.cli.error_messages import explain, reason
+from lightning_megatron.distributed.layout import LayoutError
 from lightning_megatron.hf import UnsupportedConfigError
-from lightning_megatron.layout import LayoutError
 
 
 class _Parser(LightningArgumentParser):

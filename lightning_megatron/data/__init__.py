@@ -1,17 +1,17 @@
 """Datasets and data modules that feed Megatron models."""
 
-from lightning_megatron.data.hf_datamodule import HFDataModule
-from lightning_megatron.data.indexed import IndexedDataError
-from lightning_megatron.data.indexed_samples import BertSamples, GPTSamples, IndexedSamples, T5Samples
-from lightning_megatron.data.masking import MaskedLMCollator
-from lightning_megatron.data.megatron_datamodule import MegatronDataModule
-from lightning_megatron.data.packed_text import PackedTextDataset
-from lightning_megatron.data.ramp_up import BatchSizes, BatchSizeSteps, RampUp, RampUpBatches
-from lightning_megatron.data.sentence_pairs import SentencePairCollator
-from lightning_megatron.data.span_corruption import SpanCorruptionCollator
-from lightning_megatron.data.text_datamodule import TextDataModule
-from lightning_megatron.data.text_sources import standard_library_sources
-from lightning_megatron.data.text_tokenizer import ByteTokenizer
+from lightning_megatron.data.collators.masked_lm import MaskedLMCollator
+from lightning_megatron.data.collators.sentence_pairs import SentencePairCollator
+from lightning_megatron.data.collators.span_corruption import SpanCorruptionCollator
+from lightning_megatron.data.huggingface.datamodule import HFDataModule
+from lightning_megatron.data.indexed.batch_size_rampup import BatchSizes, BatchSizeSteps, RampUp, RampUpBatches
+from lightning_megatron.data.indexed.datamodule import MegatronDataModule
+from lightning_megatron.data.indexed.files import IndexedDataError
+from lightning_megatron.data.indexed.samples import BertSamples, GPTSamples, IndexedSamples, T5Samples
+from lightning_megatron.data.text.datamodule import TextDataModule
+from lightning_megatron.data.text.packing import PackedTextDataset
+from lightning_megatron.data.text_files import standard_library_sources
+from lightning_megatron.data.tokenizers import ByteTokenizer
 
 __all__ = [
     "BatchSizeSteps",

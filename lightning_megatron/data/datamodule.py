@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
-from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer
+from lightning_megatron.data.tokenizers import Tokenizer, load_tokenizer
 
 PARTS = ("train", "val", "test")
 

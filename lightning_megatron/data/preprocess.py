@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from lightning_megatron.data.indexed import IndexedWriter, writing
-from lightning_megatron.data.indexed_samples import LONGEST_SENTENCE
-from lightning_megatron.data.sentences import pieces, split_sentences
-from lightning_megatron.data.text_sources import find_text_files, lone_surrogate, read_text
-from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer, train_bpe_on
+from lightning_megatron.data.indexed.files import IndexedWriter, writing
+from lightning_megatron.data.indexed.samples import LONGEST_SENTENCE
+from lightning_megatron.data.indexed.sentences import pieces, split_sentences
+from lightning_megatron.data.text_files import find_text_files, lone_surrogate, read_text
+from lightning_megatron.data.tokenizers import Tokenizer, load_tokenizer, train_bpe_on
 
 # What BERT's and T5's samples need of a tokenizer that is trained here.
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", *(f"<extra_id_{number}>" for number in range(100)))

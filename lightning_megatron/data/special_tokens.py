@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_megatron.data.text_tokenizer import Tokenizer
+from lightning_megatron.data.tokenizers import Tokenizer
 
 # How well-known vocabularies call them, where the tokenizer itself does not say; the first one present is taken.
 _NAMES = {

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from lightning_megatron.data.atomic import atomic_path
-from lightning_megatron.data.text_sources import read_text
+from lightning_megatron.data.atomic_write import atomic_path
+from lightning_megatron.data.text_files import read_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 

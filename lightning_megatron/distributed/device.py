@@ -1,6 +1,7 @@
 """What differs between a machine with CUDA and one without: chosen once per run by the device, CUDA being the default.
 
-On CUDA nothing here touches megatron-core. :mod:`lightning_megatron.backend.cpu` is imported only for a CPU run.
+On CUDA nothing here touches megatron-core. :mod:`lightning_megatron.distributed.cpu_patches` is imported only for a run
+on the CPU.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ def use_device(device: torch.device) -> None:
     wanted = device.type == "cpu"
     if wanted == _on_cpu:
         return
-    from lightning_megatron.backend import cpu
+    from lightning_megatron.distributed import cpu_patches
 
-    (cpu.bend if wanted else cpu.unbend)()
+    (cpu_patches.bend if wanted else cpu_patches.unbend)()
     _on_cpu = wanted
 
 
@@ -34,6 +35,6 @@ def model_rng() -> AbstractContextManager[None]:
     """
     if not _on_cpu:
         return nullcontext()
-    from lightning_megatron.backend import cpu
+    from lightning_megatron.distributed import cpu_patches
 
-    return cpu.model_rng()
+    return cpu_patches.model_rng()

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_megatron import first_error
-from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.distributed import first_error
+from lightning_megatron.distributed.layout import ParallelLayout
 
 _HERE, _WAITED = "lightning_megatron/where/", "lightning_megatron/waited/"
 _PERIOD = 2.0  # seconds

@@ -12,7 +12,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_megatron import groups
+from lightning_megatron.distributed import process_groups
 
 _OF_DEVICE = {"cpu": "gloo", "cuda": "nccl"}
 _CANNOT = {
@@ -68,7 +68,7 @@ def make_way(device: torch.device) -> None:
             " torch.distributed.destroy_process_group() before this run, or make it with"
             " init_process_group('cpu:gloo,cuda:nccl'), which carries both."
         )
-    groups.end()
+    process_groups.end()
 
 
 def join(device: torch.device) -> None:
@@ -79,7 +79,7 @@ def join(device: torch.device) -> None:
     """
     make_way(device)
     if not dist.is_initialized():
-        groups.join(device)
+        process_groups.join(device)
         _remember()
 
 

@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from lightning_megatron.backend import model_rng
-from lightning_megatron.layout import ParallelLayout, RankCoordinates
+from lightning_megatron.distributed.device import model_rng
+from lightning_megatron.distributed.layout import ParallelLayout, RankCoordinates
 
 # Megatron's scheme: pipeline stages start 100 apart; tensor-parallel ranks follow inside `model_parallel_...seed`.
 _SEED_STEP_OF_PIPELINE_STAGES = 100

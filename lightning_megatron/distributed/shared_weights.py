@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from lightning_megatron import groups
-from lightning_megatron.groups import Stack
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.process_groups import Stack
 
 
 def mark(weight: torch.nn.Parameter, stack: Stack, number: int) -> None:
@@ -30,7 +30,7 @@ def mark(weight: torch.nn.Parameter, stack: Stack, number: int) -> None:
 def equalise(chunks: Iterable[torch.nn.Module]) -> None:
     """Give all copies the values of the stack's first rank."""
     for stack, weights in _by_stack(chunks):
-        group = groups.stack(stack)
+        group = process_groups.stack(stack)
         dist.broadcast(weights[0].data, src=dist.get_global_rank(group, 0), group=group)
         for other in weights[1:]:
             other.data.copy_(weights[0].data)
@@ -49,7 +49,7 @@ def freeze_together(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> Non
         if getattr(weight, "shared_embedding", False):
             held.setdefault(name, []).append(weight)
     frozen = {name for name, weights in held.items() if not all(weight.requires_grad for weight in weights)}
-    for name in set().union(*groups.gather_from_stages(frozen)):
+    for name in set().union(*process_groups.gather_from_stages(frozen)):
         for weight in held.get(name, ()):
             weight.requires_grad_(False)
 
@@ -61,7 +61,7 @@ def sum_gradients(chunks: Iterable[torch.nn.Module]) -> None:
         if gradients:
             for other in gradients[1:]:
                 gradients[0].add_(other)
-            dist.all_reduce(gradients[0], group=groups.stack(stack))
+            dist.all_reduce(gradients[0], group=process_groups.stack(stack))
             for other in gradients[1:]:
                 other.copy_(gradients[0])
 

@@ -1,18 +1,21 @@
-"""Models of transformers, in and out: a family's names in one file, and one way for all of them to be read and written.
+"""Models of transformers, in and out: a family's names in one file, one way to read and write all of them.
 
-``pieces.py`` says which of their rows make one of our tensors; ``fields.py`` reads their configuration and names what
-nobody read; ``blueprint.py`` knows what transformers' own model reads, and its names; ``source.py`` reads rectangles
-of their tensors; ``loading.py`` fills a rank's shards; ``origin.py`` keeps what came with them; ``whole.py`` and
-``saving.py`` write a directory, which ``target.py`` describes. ``families/`` has a file for each architecture.
+``weight_mapping.py`` says which rows of their tensors make one of ours. ``config_reader.py`` reads their configuration
+and names the fields that nobody read. ``meta_model.py`` knows what transformers' own model reads, and its tensors'
+names. ``source.py`` reads slices of their tensors, and ``load_pretrained.py`` fills a rank's shards with them.
+``original_settings.py`` keeps what came beside the weights. ``gather.py`` and ``pretrained_directory.py`` write a
+directory, which ``export.py`` describes. ``families/`` has a file for each architecture.
+
+Imports ``distributed`` and ``checkpoint``.
 """
 
 from lightning_megatron.hf import families  # they register themselves
+from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
+from lightning_megatron.hf.export import Target
 from lightning_megatron.hf.family import Family, family_for, family_of, kind_of, known_families
-from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
-from lightning_megatron.hf.loading import Pretrained, WeightsError, fill
-from lightning_megatron.hf.origin import Origin
+from lightning_megatron.hf.load_pretrained import Pretrained, WeightsError, fill
+from lightning_megatron.hf.original_settings import Origin
 from lightning_megatron.hf.source import Source, open_source
-from lightning_megatron.hf.target import Target
 
 __all__ = [
     "Family",

@@ -12,14 +12,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_megatron.checkpoint import export
-from lightning_megatron.hf.blueprint import Blueprint
+from lightning_megatron.checkpoint import consolidate
+from lightning_megatron.hf.config_reader import UnsupportedConfigError
 from lightning_megatron.hf.family import Family, family_for, family_of, kind_of
-from lightning_megatron.hf.fields import UnsupportedConfigError
-from lightning_megatron.hf.origin import Origin
-from lightning_megatron.hf.pieces import Heads, Pieces, is_update
-from lightning_megatron.hf.saving import Directory, Kinds, Updates, in_bytes, their_config
-from lightning_megatron.hf.whole import WholeTensors, on_first_rank
+from lightning_megatron.hf.gather import WholeTensors, on_first_rank
+from lightning_megatron.hf.meta_model import Blueprint
+from lightning_megatron.hf.original_settings import Origin
+from lightning_megatron.hf.pretrained_directory import Directory, Kinds, Updates, in_bytes, their_config
+from lightning_megatron.hf.weight_mapping import Heads, Pieces, is_update
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,12 @@ class Target:
 
     def write_checkpoint(self, path: Path, checkpoint: Path) -> Path:
         """Write the directory from a checkpoint that is whole, on one process, holding one tensor at a time."""
-        kinds = export.kinds(checkpoint)
+        kinds = consolidate.kinds(checkpoint)
         updates = {key for key in kinds if is_update(key)}
-        first, rest = export.tensors(checkpoint, only=updates), export.tensors(checkpoint, only=kinds.keys() - updates)
+        first, rest = (
+            consolidate.tensors(checkpoint, only=updates),
+            consolidate.tensors(checkpoint, only=kinds.keys() - updates),
+        )
         self._write(path, kinds, chain(first if updates else (), rest))
         return path
 

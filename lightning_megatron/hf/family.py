@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
-from lightning_megatron.hf.pieces import Pieces
+from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
+from lightning_megatron.hf.weight_mapping import Pieces
 
 Kind = Literal["GPT", "Bert", "T5"]
 

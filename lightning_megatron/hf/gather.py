@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from lightning_megatron import groups
-from lightning_megatron.checkpoint.places import places
+from lightning_megatron.checkpoint.tensor_shards import places
+from lightning_megatron.distributed import process_groups
 
 Kind = tuple[tuple[int, ...], torch.dtype]
 
@@ -42,7 +42,7 @@ def on_first_rank(path: Path, write: Callable[[], None], beside: Callable[[], No
             problem = [f"{type(error).__name__}: {error}"]
     else:
         beside()
-    dist.broadcast_object_list(problem, src=0, group=groups.on_host())
+    dist.broadcast_object_list(problem, src=0, group=process_groups.on_host())
     if problem[0]:
         raise RuntimeError(f"{path} was not saved. {problem[0]}")
 
@@ -78,7 +78,7 @@ class WholeTensors:
             told[place.key] = ((place.shape, state[name].dtype), parts)
         self.kinds: dict[str, Kind] = {}
         self._parts: dict[str, list[_Part]] = {}
-        for found in groups.gather(told, groups.on_host()):
+        for found in process_groups.gather(told, process_groups.on_host()):
             for key, (kind, parts) in found.items():
                 self.kinds[key] = kind
                 self._parts.setdefault(key, []).extend(parts)
@@ -96,12 +96,12 @@ class WholeTensors:
     def _bring(self, part: _Part, mine: Iterator[torch.Tensor], whole: torch.Tensor | None) -> None:
         rank = dist.get_rank()
         if part.rank == rank and whole is None:
-            dist.send(next(mine).detach().cpu().contiguous(), 0, group=groups.on_host())
+            dist.send(next(mine).detach().cpu().contiguous(), 0, group=process_groups.on_host())
         elif whole is not None:
             where = tuple(slice(o, o + n) for o, n in zip(part.offset, part.sizes, strict=True))
             if part.rank == rank:
                 whole[where] = next(mine).detach().cpu()
             else:
                 taken = torch.empty(part.sizes, dtype=whole.dtype, device="cpu")
-                dist.recv(taken, part.rank, group=groups.on_host())
+                dist.recv(taken, part.rank, group=process_groups.on_host())
                 whole[where] = taken

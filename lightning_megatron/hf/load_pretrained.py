@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import MODEL_MAPPING
 
-from lightning_megatron import groups
-from lightning_megatron.checkpoint.comparison import listed
-from lightning_megatron.checkpoint.places import places
-from lightning_megatron.hf.blueprint import Blueprint, class_named
+from lightning_megatron.checkpoint.mismatches import listed
+from lightning_megatron.checkpoint.tensor_shards import places
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
 from lightning_megatron.hf.family import Family, family_of
-from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
-from lightning_megatron.hf.origin import Origin
-from lightning_megatron.hf.pieces import Heads, Pieces, Read, Shape, assemble, their_shapes
+from lightning_megatron.hf.meta_model import Blueprint, class_named
+from lightning_megatron.hf.original_settings import Origin
 from lightning_megatron.hf.source import Source
+from lightning_megatron.hf.weight_mapping import Heads, Pieces, Read, Shape, assemble, their_shapes
 
 
 class WeightsError(ValueError):
@@ -221,7 +221,7 @@ def fill(module: Any, pieces: Pieces, shapes: Mapping[str, Shape], read: Read, s
         for name, shape in their_shapes(pieces[place.key], place.shape, heads).items()
         if name in shapes and shapes[name] != shape
     ]
-    everywhere = groups.gather(problems, groups.on_host())
+    everywhere = process_groups.gather(problems, process_groups.on_host())
     if any(everywhere):
         lines = sorted({line for found in everywhere for line in found})
         raise WeightsError(f"{source} does not fit; nothing was loaded:\n{listed(lines)}")

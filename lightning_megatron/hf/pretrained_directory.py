@@ -15,11 +15,11 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from lightning_megatron.checkpoint import safetensors_file
-from lightning_megatron.hf.blueprint import class_named
+from lightning_megatron.checkpoint import safetensors_writer
+from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.family import Family
-from lightning_megatron.hf.fields import Fields
-from lightning_megatron.hf.pieces import Heads, Pieces, take_apart, their_shapes
+from lightning_megatron.hf.meta_model import class_named
+from lightning_megatron.hf.weight_mapping import Heads, Pieces, take_apart, their_shapes
 
 _INDEX = "model.safetensors.index.json"
 _OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -36,7 +36,7 @@ class Updates(Protocol):
         """Add the updates to weights of transformers', in place."""
 
 
-Kinds = safetensors_file.Kinds
+Kinds = safetensors_writer.Kinds
 
 
 def in_bytes(size: int | str) -> int:
@@ -138,9 +138,9 @@ class Directory:
             max_shard_size=max_shard_size,
         )
         self.dtypes = {name: kind for name, (_, kind) in theirs.items()}
-        self._files: dict[str, safetensors_file.SafetensorsFile] = {}
+        self._files: dict[str, safetensors_writer.SafetensorsFile] = {}
         for name, shard in split.filename_to_tensors.items():
-            file = safetensors_file.SafetensorsFile(self.folder / name, {tensor: stored[tensor] for tensor in shard})
+            file = safetensors_writer.SafetensorsFile(self.folder / name, {tensor: stored[tensor] for tensor in shard})
             self._files |= dict.fromkeys(shard, file)
         if split.is_sharded:
             parameters = sum(math.prod(shape) for shape, _ in stored.values())

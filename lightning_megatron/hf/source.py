@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from lightning_megatron.hf.pieces import Shape
+from lightning_megatron.hf.weight_mapping import Shape
 
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _GENERATION = "generation_config.json"

@@ -1,13 +1,13 @@
 """The adapters: LightningModules that build a model, make its batches and compute its loss."""
 
-from lightning_megatron.modules.auto import AutoModule
-from lightning_megatron.modules.base import MegatronModule, on_all_stages
-from lightning_megatron.modules.bert import BertModule
-from lightning_megatron.modules.bert_config import BertConfig
-from lightning_megatron.modules.gpt import GPTModule
-from lightning_megatron.modules.gpt_config import GPTConfig
-from lightning_megatron.modules.t5 import T5Module
-from lightning_megatron.modules.t5_config import T5Config
+from lightning_megatron.models.auto import AutoModule
+from lightning_megatron.models.bert.config import BertConfig
+from lightning_megatron.models.bert.module import BertModule
+from lightning_megatron.models.gpt.config import GPTConfig
+from lightning_megatron.models.gpt.module import GPTModule
+from lightning_megatron.models.megatron_module import MegatronModule, on_all_stages
+from lightning_megatron.models.t5.config import T5Config
+from lightning_megatron.models.t5.module import T5Module
 
 __all__ = [
     "AutoModule",

@@ -9,15 +9,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lightning_megatron import hf
-from lightning_megatron.lora import LoRA
-from lightning_megatron.modules import low_rank
-from lightning_megatron.modules.base import LossReduction, SchedulerCallable
-from lightning_megatron.modules.bert import BertModule
-from lightning_megatron.modules.configured import ConfiguredModule
-from lightning_megatron.modules.gpt import GPTModule
-from lightning_megatron.modules.t5 import T5Module
-from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
-from lightning_megatron.schedule import LRSchedule
+from lightning_megatron.models.bert.module import BertModule
+from lightning_megatron.models.configured_module import ConfiguredModule
+from lightning_megatron.models.gpt.module import GPTModule
+from lightning_megatron.models.lora import LoRA, lora_module
+from lightning_megatron.models.megatron_module import LossReduction, SchedulerCallable
+from lightning_megatron.models.t5.module import T5Module
+from lightning_megatron.training.lr_schedule import LRSchedule
+from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
 _MODULES: dict[str, type[ConfiguredModule]] = {"GPT": GPTModule, "Bert": BertModule, "T5": T5Module}
 
@@ -58,7 +57,7 @@ class AutoModule:
         Raises:
             UnsupportedConfigError: An architecture without a counterpart.
         """
-        base, beside = low_rank.beside(source)
+        base, beside = lora_module.beside(source)
         if beside is not None and adapter is not None:
             raise ValueError(f"{beside} is an adapter, and adapter={str(adapter)!r} another. Give one of them.")
         found = hf.open_source(base, revision)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.distributed.layout import ParallelLayout
 
 Recompute = Literal["selective", "full"]
 

@@ -11,18 +11,17 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_megatron import hf
-from lightning_megatron.checkpoint import alone
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.lora import LoRA
-from lightning_megatron.lora.files import Saved
-from lightning_megatron.lora.files import read as read_adapter
-from lightning_megatron.lora.merging import Updates
-from lightning_megatron.modules import low_rank
-from lightning_megatron.modules.base import Batch, LossReduction, MegatronModule, SchedulerCallable
-from lightning_megatron.modules.batch_checks import UNMET, given, refuse
-from lightning_megatron.modules.model_config import ModelConfig
-from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
-from lightning_megatron.schedule import LRSchedule
+from lightning_megatron.checkpoint import without_trainer
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.batch_checks import UNMET, given, refuse
+from lightning_megatron.models.lora import LoRA, lora_module
+from lightning_megatron.models.lora.merge import Updates
+from lightning_megatron.models.lora.peft_files import Saved
+from lightning_megatron.models.lora.peft_files import read as read_adapter
+from lightning_megatron.models.megatron_module import Batch, LossReduction, MegatronModule, SchedulerCallable
+from lightning_megatron.models.model_config import ModelConfig
+from lightning_megatron.training.lr_schedule import LRSchedule
+from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
 
 class ConfiguredModule(MegatronModule):
@@ -69,18 +68,18 @@ class ConfiguredModule(MegatronModule):
     def check_layout(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the layout cannot divide, and targets of updates that the model does not have."""
         self.config.check(layout)
-        low_rank.check(self)
+        lora_module.check(self)
 
     def adapt_model(self) -> None:
         """Put low-rank updates beside the layers, where there are any."""
         if self.lora is not None:
-            low_rank.put_in(self)
+            lora_module.put_in(self)
 
     def fill_model(self) -> None:
         """Give the built chunks their first weights, and those of an adapter."""
         super().fill_model()
         if self._loaded is not None:
-            low_rank.fill(self, self._loaded)
+            lora_module.fill(self, self._loaded)
 
     @classmethod
     def from_pretrained(
@@ -110,7 +109,7 @@ class ConfiguredModule(MegatronModule):
             WeightsError: Tensors are missing, or have no place in the model.
             FileNotFoundError: There are no such files.
         """
-        base, adapter = low_rank.beside(source)
+        base, adapter = lora_module.beside(source)
         return cls._from_source(hf.open_source(base, revision), config, ignore, arguments, adapter)
 
     @classmethod
@@ -134,7 +133,7 @@ class ConfiguredModule(MegatronModule):
         module._fill = found.fill
         module.new_weights = found.new_weights(module.config)
         module.save_hyperparameters(found.origin().hyperparameters(), logger=False)
-        low_rank.check(module)
+        lora_module.check(module)
         return module if adapter is None else module.load_adapter(adapter)
 
     def load_adapter(self, directory: str | Path) -> Self:
@@ -155,10 +154,10 @@ class ConfiguredModule(MegatronModule):
         """
         if len(self.chunks):
             raise RuntimeError(f"{type(self).__name__}.load_adapter comes too late: the model is built.")
-        self._loaded = low_rank.understood(self, read_adapter(Path(directory)))
+        self._loaded = lora_module.understood(self, read_adapter(Path(directory)))
         self.lora = self._loaded.lora
         self.save_hyperparameters({"lora": self.lora}, logger=False)
-        low_rank.check(self)
+        lora_module.check(self)
         return self
 
     def save_adapter(self, directory: str | Path) -> Path:
@@ -174,7 +173,7 @@ class ConfiguredModule(MegatronModule):
             ValueError: The module has none.
         """
         self._bring_weights_up_to_date()
-        return low_rank.save(self, Path(directory))
+        return lora_module.save(self, Path(directory))
 
     def save_pretrained(
         self,
@@ -206,7 +205,7 @@ class ConfiguredModule(MegatronModule):
         target = hf.Target.choose(self.config, origin, family, dtype, max_shard_size, tokenizer, updates)
         kept = self.__dict__.get("_kept_checkpoint")
         if kept is not None:
-            return target.write_checkpoint(Path(directory), alone.whole(kept.path))
+            return target.write_checkpoint(Path(directory), without_trainer.whole(kept.path))
         self._bring_weights_up_to_date()
         return target.write_module(Path(directory), self)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.checkpoint import CheckpointError, export
+from lightning_megatron.checkpoint import CheckpointError, consolidate
+from lightning_megatron.hf.export import Target
 from lightning_megatron.hf.family import kind_of
-from lightning_megatron.hf.origin import Origin
-from lightning_megatron.hf.target import Target
-from lightning_megatron.lora.merging import Updates
+from lightning_megatron.hf.original_settings import Origin
+from lightning_megatron.models.lora.merge import Updates
 
 
 def export_pretrained(
@@ -43,8 +43,8 @@ def export_pretrained(
         UnsupportedConfigError: The family has no such model.
     """
     path = Path(checkpoint)
-    export.checked(path)
-    arguments = export.state_of(path, trust=False).get("hyper_parameters", {})
+    consolidate.checked(path)
+    arguments = consolidate.state_of(path, trust=False).get("hyper_parameters", {})
     config = arguments.get("config")
     if not kind_of(config):
         raise CheckpointError(

@@ -7,8 +7,8 @@ needs half of its scores. Norms, activations, softmax and embeddings are left ou
 
 from __future__ import annotations
 
-from lightning_megatron.modules import GPTConfig, T5Config
-from lightning_megatron.modules.model_config import ModelConfig
+from lightning_megatron.models import GPTConfig, T5Config
+from lightning_megatron.models.model_config import ModelConfig
 
 _FORWARD_AND_BACKWARD = 3
 

@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
-from lightning_megatron import groups, names, process_group_backends
-from lightning_megatron.backend import model_rng, use_device
-from lightning_megatron.checkpoint import alone, local_path
-from lightning_megatron.layers import move_rotary
-from lightning_megatron.layout import LayoutError, ParallelLayout
-from lightning_megatron.modules.settings import BuildSettings
-from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
-from lightning_megatron.schedule import LRSchedule
+from lightning_megatron.checkpoint import local_path, without_trainer
+from lightning_megatron.distributed import parameter_names, process_group_backends, process_groups
+from lightning_megatron.distributed.device import model_rng, use_device
+from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
+from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.gpt.rope_scaling import move_rotary
+from lightning_megatron.training.lr_schedule import LRSchedule
+from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
 
 LossReduction = Literal["token", "micro_batch"]
 # Also returns a ReduceLROnPlateau, or Lightning's dictionary of a scheduler and when to step it.
@@ -175,7 +175,7 @@ class MegatronModule(pl.LightningModule):
             optimizer = self.optimizer.build(self.named_shards())
         else:
             trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            every = groups.gather_from_stages(len(trained))
+            every = process_groups.gather_from_stages(len(trained))
             if not all(every):
                 raise MisconfigurationException(
                     f"{type(self).__name__}: pipeline stage {every.index(0)} of {len(every)} has no parameter to train"
@@ -234,13 +234,13 @@ class MegatronModule(pl.LightningModule):
         if len(self.chunks):
             raise RuntimeError(f"{type(self).__name__}.build: it is built already, for {self.built_for}.")
         self.connect_data(None)
-        place = groups.default_device() if device is None else torch.device(device)
+        place = process_groups.default_device() if device is None else torch.device(device)
         use_device(place)
         process_group_backends.join(place)
-        layout = self.complete_layout(ParallelLayout(world_size=groups.world_size(), tp=tp, pp=pp))
+        layout = self.complete_layout(ParallelLayout(world_size=process_groups.world_size(), tp=tp, pp=pp))
         self.check_layout(layout)
-        groups.build(layout)
-        groups.seed(torch.initial_seed())
+        process_groups.build(layout)
+        process_groups.seed(torch.initial_seed())
         self.settings = BuildSettings(layout=layout, params_dtype=dtype, device=place)
         self.configure_model()
         return self.to(place, dtype).eval()
@@ -303,7 +303,7 @@ class MegatronModule(pl.LightningModule):
                 f"{type(self).__name__}.load_weights comes too late: the model is built. Call it on a new"
                 f" {type(self).__name__}, before fit."
             )
-        fill = partial(alone.fill, path=alone.whole(local_path(path)), strict=strict)
+        fill = partial(without_trainer.fill, path=without_trainer.whole(local_path(path)), strict=strict)
         before = None if strict else self._fill  # what the checkpoint lacks starts as it would have
         self._fill = fill if before is None else partial(_in_turn, fills=[before, fill])
         return self
@@ -331,8 +331,10 @@ class MegatronModule(pl.LightningModule):
         if hparams_file is not None:
             raise TypeError(f"{cls.__name__}.load_from_checkpoint takes no hparams_file; name the arguments.")
         path = local_path(checkpoint_path)
-        module = alone.construct(cls, path, weights_only is False, kwargs)
-        module._fill = partial(alone.fill, path=path, strict=module.strict_loading if strict is None else strict)
+        module = without_trainer.construct(cls, path, weights_only is False, kwargs)
+        module._fill = partial(
+            without_trainer.fill, path=path, strict=module.strict_loading if strict is None else strict
+        )
         return module.build_alone("cpu" if map_location is None else map_location).train()
 
     def build_alone(self, device: torch.device | str | None = None) -> Self:
@@ -341,7 +343,7 @@ class MegatronModule(pl.LightningModule):
         Raises:
             RuntimeError: This process is a rank of a larger run.
         """
-        groups.check_alone()
+        process_groups.check_alone()
         return self.build(device=device)
 
     # What is the same for all
@@ -360,7 +362,7 @@ class MegatronModule(pl.LightningModule):
     def named_shards(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's parameters, shards as they are, under the unsharded model's names."""
         for chunk in self.chunks:
-            yield from names.named_shards(chunk)
+            yield from parameter_names.named_shards(chunk)
 
     @override
     def named_parameters(
@@ -377,7 +379,7 @@ class MegatronModule(pl.LightningModule):
             room, _, rest = name.partition(".")
             if room == "chunks":
                 number, _, rest = rest.partition(".")
-                name = names.whole_name(self.chunks[int(number)], rest)
+                name = parameter_names.whole_name(self.chunks[int(number)], rest)
             yield start + name, parameter
 
     @property
@@ -403,7 +405,7 @@ class MegatronModule(pl.LightningModule):
 
     @property
     def _pipeline_stage(self) -> int:
-        return groups.coordinates().pp
+        return process_groups.coordinates().pp
 
     def _padding(self, length: int) -> int:
         """Tokens to add so that sequence parallelism can share the sequence out."""

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer import TransformerConfig
 
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.layers import LayerKind
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.modules.settings import BuildSettings
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.gpt.layer_spec import LayerKind
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "geglu_tanh"]
 

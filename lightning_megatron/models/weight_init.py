@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from lightning_megatron.checkpoint.places import Place, chunk_places
+from lightning_megatron.checkpoint.tensor_shards import Place, chunk_places
 
 Draw = Callable[[torch.Tensor], Any]
 

@@ -16,11 +16,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from lightning_megatron import one_rank
-from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import check_folders
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.strategy import single_rank
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -164,7 +164,7 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
     ddp = trainer.strategy.ddp  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
-        if isinstance(callback, one_rank.REGROUPING) and not one_rank.is_alone(trainer):
+        if isinstance(callback, single_rank.REGROUPING) and not single_rank.is_alone(trainer):
             raise MisconfigurationException(
                 f"MegatronStrategy does not work with {name}: it changes which parameters are trained, in the middle of"
                 " a run, and megatron-core's gradient buffers are laid out at its start. Freeze parameters before fit"
@@ -185,7 +185,7 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
 def _check_module(trainer: pl.Trainer) -> None:
     """Refuse hooks that no schedule calls, and a graph that rank 0 would draw alone."""
     module, name = trainer.lightning_module, type(trainer.lightning_module).__name__
-    fits = trainer.state.fn == TrainerFn.FITTING and not one_rank.is_alone(trainer)
+    fits = trainer.state.fn == TrainerFn.FITTING and not single_rank.is_alone(trainer)
     if fits and is_overridden("backward", module):
         raise MisconfigurationException(
             f"{name}.backward would never be called: MegatronStrategy's schedule runs forward and backward of all"

@@ -19,41 +19,36 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
-from lightning_megatron import (
-    backend,
-    copies,
-    evaluation_samples,
-    first_error,
-    gradients,
-    groups,
-    hook_logs,
-    launching,
-    liveness,
-    loops,
-    metrics,
-    model_summary,
-    one_rank,
-    peers,
-    plugins,
-    predictions,
-    preemption,
-    process_group_backends,
-    refusals,
-    report,
-    resumed_settings,
-    timing,
-    weight_settings,
-)
 from lightning_megatron.checkpoint import Checkpointer, Run, attend, leave, local_path
-from lightning_megatron.collectives import Collectives
-from lightning_megatron.engine import Engine
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.modules.base import MegatronModule
-from lightning_megatron.modules.settings import BuildSettings
-from lightning_megatron.optimizer import ShardedOptimizer, shard
-from lightning_megatron.placement import Placement
-from lightning_megatron.precision import MegatronPrecision
-from lightning_megatron.steps import Steps, make_engine
+from lightning_megatron.distributed import (
+    first_error,
+    heartbeat,
+    process_group_backends,
+    process_groups,
+    shared_weights,
+)
+from lightning_megatron.distributed.device import use_device
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.strategy import (
+    checks,
+    launchers,
+    model_summary,
+    optimization_loop,
+    plugins,
+    preemption,
+    single_rank,
+)
+from lightning_megatron.strategy.dataloading import evaluation_sampler, prediction_gather, rank_consistency
+from lightning_megatron.strategy.logging import hook_values, step_values, torchmetrics_sync
+from lightning_megatron.strategy.parallel_ranks import Placement
+from lightning_megatron.strategy.precision import MegatronPrecision
+from lightning_megatron.strategy.rank_communication import Collectives
+from lightning_megatron.strategy.step_runner import Steps, make_engine
+from lightning_megatron.training import gradients, resumed_settings, timers, weight_settings
+from lightning_megatron.training.engine import Engine
+from lightning_megatron.training.optimizer import ShardedOptimizer, shard
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -133,14 +128,14 @@ class MegatronStrategy(Placement, Collectives):
         on_save_error: Literal["raise", "warn"] = "raise",
         process_group_backend: str | None = None,
         timeout: timedelta = _DEFAULT_TIMEOUT,
-        launch: launching.Launch | None = None,
+        launch: launchers.Launch | None = None,
     ) -> None:
         super().__init__()
         self.sizes: dict[str, Any] = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
         self.sizes["sequence_parallel"] = sequence_parallel
         self.sizes["pipeline_split_rank"] = pipeline_split_rank
-        refusals.check_sizes(self.sizes, micro_batch_size, num_microbatches, recompute)
-        refusals.check_settings(
+        checks.check_sizes(self.sizes, micro_batch_size, num_microbatches, recompute)
+        checks.check_settings(
             ddp,
             initial_loss_scale,
             process_group_backend,
@@ -165,24 +160,24 @@ class MegatronStrategy(Placement, Collectives):
         self.check_loss = check_loss
         self.on_nonfinite = on_nonfinite
         self.log_data_position = log_data_position
-        self._heartbeat = liveness.Heartbeat()
+        self._heartbeat = heartbeat.Heartbeat()
         self.checkpointer = Checkpointer(async_save, verify_checkpoint, trust_checkpoint, on_save_error, skip_batches)
         self._resumed_settings = resumed_settings.ResumedSettings(optimizer_settings)
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._engine: Engine | None = None
-        self._hook_logs: hook_logs.HookLogs | None = None
+        self._hook_logs: hook_values.HookLogs | None = None
         self._told_world_size: int | None = None
         self._trains_as_lightning = False
-        self._timers = timing.Timers()
+        self._timers = timers.Timers()
         self.launch = launch
-        launching.check(launch)
+        launchers.check(launch)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         """What a pickled Trainer takes along: no process groups, and nothing that lives in their buffers."""
-        state = {**super().__getstate__(), "_engine": None, "_hook_logs": None, "_timers": timing.Timers()}
+        state = {**super().__getstate__(), "_engine": None, "_hook_logs": None, "_timers": timers.Timers()}
         state.pop("_steps", None)
         if any(isinstance(optimizer, ShardedOptimizer) for optimizer in self.optimizers):
             state.update(_optimizers=[], lr_scheduler_configs=[])
@@ -190,12 +185,12 @@ class MegatronStrategy(Placement, Collectives):
 
     # What is known of the run, and who watches it
 
-    def listen(self, listener: timing.Listener) -> None:
+    def listen(self, listener: timers.Listener) -> None:
         """Tell ``listener`` what this rank does, and when, from now on."""
         self._timers.listeners.append(listener)
         self.engine.tell(self._timers)
 
-    def stop_listening(self, listener: timing.Listener) -> None:
+    def stop_listening(self, listener: timers.Listener) -> None:
         """Tell it nothing more."""
         self._timers.listeners.remove(listener)
         if not self._timers.listeners:
@@ -259,7 +254,7 @@ class MegatronStrategy(Placement, Collectives):
     def set_world_ranks(self) -> None:
         """Number the ranks, and check the layout against their number: the first moment it is known."""
         if self.cluster_environment is not None:
-            self.cluster_environment = launching.environment_of(self)
+            self.cluster_environment = launchers.environment_of(self)
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
@@ -271,7 +266,7 @@ class MegatronStrategy(Placement, Collectives):
     @override
     def _configure_launcher(self) -> None:
         plugins.check_checkpoint_io(self._checkpoint_io)
-        self._launcher = launching.choose(self, self.launch)
+        self._launcher = launchers.choose(self, self.launch)
 
     # What trainer.fit, validate, test and predict call before the loops
 
@@ -284,29 +279,29 @@ class MegatronStrategy(Placement, Collectives):
             self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))
             model.check_layout(self.layout)
         else:
-            refusals.check_stages(model, self.layout)
+            checks.check_stages(model, self.layout)
 
     @override
     def setup_environment(self) -> None:
-        refusals.check_trainer(self.lightning_module.trainer)  # type: ignore[union-attr]
+        checks.check_trainer(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
-        groups.end_alone()
+        process_groups.end_alone()
         process_group_backends.make_way(self.root_device)
         reset_seed()
         self.set_world_ranks()
-        backend.use_device(self.root_device)
+        use_device(self.root_device)
         assert self.cluster_environment is not None
         os.environ["MASTER_ADDR"] = self.cluster_environment.main_address
         os.environ["MASTER_PORT"] = str(self.cluster_environment.main_port)
-        store = launching.store_of_this_attempt(self._timeout)
-        store = groups.meeting_store(self.global_rank, self._ranks, self._timeout, store)
+        store = launchers.store_of_this_attempt(self._timeout)
+        store = process_groups.meeting_store(self.global_rank, self._ranks, self._timeout, store)
         wanted = self._process_group_backend
         process_group_backends.meet(self.root_device, wanted, self.cluster_environment, self._timeout, store)
         first_error.begin()
-        groups.build(self.layout, self._timeout)
+        process_groups.build(self.layout, self._timeout)
         self._heartbeat.start()
-        peers.share_random_state()
-        groups.seed(torch.initial_seed())
+        rank_consistency.share_random_state()
+        process_groups.seed(torch.initial_seed())
         if isinstance(self.lightning_module, MegatronModule):
             self.lightning_module.settings = BuildSettings(
                 layout=self.layout,
@@ -320,9 +315,9 @@ class MegatronStrategy(Placement, Collectives):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        loops.install(trainer)
-        evaluation_samples.install(trainer)
-        metrics.sync_over_replicas(self.lightning_module)
+        optimization_loop.install(trainer)
+        evaluation_sampler.install(trainer)
+        torchmetrics_sync.sync_over_replicas(self.lightning_module)
         model_summary.install(trainer)
         attend(trainer)
         # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
@@ -336,7 +331,7 @@ class MegatronStrategy(Placement, Collectives):
             self.checkpointer.plateaus.load([])
         else:
             self.checkpointer.resumption.give_back(trainer)
-        self._timers = timing.Timers()  # who listened to an earlier run that failed may be in the old one
+        self._timers = timers.Timers()  # who listened to an earlier run that failed may be in the old one
         self._trains_as_lightning = False
         if fitting:
             self.optimizers = []
@@ -344,7 +339,7 @@ class MegatronStrategy(Placement, Collectives):
         elif not all(isinstance(o, ShardedOptimizer) and o.trains(self.lightning_module) for o in self.optimizers):
             self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
         if self._trains_as_lightning:
-            loops.remove(trainer)
+            optimization_loop.remove(trainer)
         ddp = self._ddp_config() if fitting and not self._trains_as_lightning else None
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
         self._steps = Steps(
@@ -357,7 +352,7 @@ class MegatronStrategy(Placement, Collectives):
         self._precision.behind_schedule = None if self._trains_as_lightning else self._behind_schedule
         self.setup_precision_plugin()
         if isinstance(self.lightning_module, MegatronModule):
-            self._hook_logs = hook_logs.HookLogs(self.lightning_module, lambda: self._steps.counts)
+            self._hook_logs = hook_values.HookLogs(self.lightning_module, lambda: self._steps.counts)
             self._hook_logs.install()
 
     @override
@@ -366,13 +361,15 @@ class MegatronStrategy(Placement, Collectives):
         module = self.lightning_module
         assert module is not None
         shards = module.named_shards if isinstance(module, MegatronModule) else module.named_parameters
-        copies.freeze_together(shards())
+        shared_weights.freeze_together(shards())
         super().setup_optimizers(trainer)
-        self._trains_as_lightning = one_rank.is_alone(trainer) and one_rank.asks_for_more(trainer, self.optimizers)
+        self._trains_as_lightning = single_rank.is_alone(trainer) and single_rank.asks_for_more(
+            trainer, self.optimizers
+        )
         if self._trains_as_lightning:
             return
-        refusals.check_optimizers(module, self.optimizers)
-        copies.freeze_together(shards())
+        checks.check_optimizers(module, self.optimizers)
+        shared_weights.freeze_together(shards())
         weight_settings.check(shards(), self.optimizers[0])
 
     @override
@@ -388,15 +385,15 @@ class MegatronStrategy(Placement, Collectives):
         if getattr(dataloader, "worker_init_fn", self) is None:
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
         if counts:
-            dataloader = evaluation_samples.each_once(dataloader)
+            dataloader = evaluation_sampler.each_once(dataloader)
         elif trainer.predicting:
-            dataloader = evaluation_samples.without_repeats(dataloader)
-        refusals.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
+            dataloader = evaluation_sampler.without_repeats(dataloader)
+        checks.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
         if trainer.training:
             dataloader = self.checkpointer.resumption.watch(dataloader)
         if trainer.predicting:
             return dataloader
-        return peers.read_evenly(dataloader, self.root_device, fills=counts)
+        return rank_consistency.read_evenly(dataloader, self.root_device, fills=counts)
 
     # What the loops call
 
@@ -418,7 +415,7 @@ class MegatronStrategy(Placement, Collectives):
         if outcome is None:
             return None
         if self.check_loss and self.on_nonfinite == "raise":
-            report.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
+            step_values.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
         return self._steps.finish(outcome)
 
     @override
@@ -426,7 +423,7 @@ class MegatronStrategy(Placement, Collectives):
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._trains_as_lightning:
             return result
-        report.log_step(
+        step_values.log_step(
             self.lightning_module,  # type: ignore[arg-type]
             self.optimizers[0],  # type: ignore[arg-type]
             grad_norm=self.log_grad_norm,
@@ -438,7 +435,7 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def on_validation_start(self) -> None:
-        peers.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
+        rank_consistency.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
         self.checkpointer.plateaus.note_validation(self.lightning_module.trainer)  # type: ignore[union-attr]
 
     @override
@@ -455,17 +452,17 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def on_test_start(self) -> None:
-        peers.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
+        rank_consistency.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
 
     @override
     def on_predict_start(self) -> None:
-        peers.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
+        rank_consistency.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
 
     # The end, and checkpoints
 
     @override
     def on_predict_end(self) -> None:
-        predictions.join_replicas(self.lightning_module.trainer)  # type: ignore[union-attr]
+        prediction_gather.join_replicas(self.lightning_module.trainer)  # type: ignore[union-attr]
 
     @override
     def on_train_start(self) -> None:
@@ -473,7 +470,7 @@ class MegatronStrategy(Placement, Collectives):
         for optimizer in self.optimizers:
             if isinstance(optimizer, ShardedOptimizer):
                 optimizer.take_changed_weights()
-        peers.check_numbers_of_batches(trainer)
+        rank_consistency.check_numbers_of_batches(trainer)
         self._resumed_settings.set_rates()
         self.checkpointer.plateaus.begin(trainer)
         preemption.install(trainer)
@@ -481,13 +478,13 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def on_train_end(self) -> None:
-        refusals.check_some_batch(self.lightning_module.trainer)  # type: ignore[union-attr]
+        checks.check_some_batch(self.lightning_module.trainer)  # type: ignore[union-attr]
         self.engine.finish_param_gather()
         self.checkpointer.wait()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        if launching.kept_checkpoint(self):
+        if launchers.kept_checkpoint(self):
             return {}  # the ranks that had it are gone; `save_checkpoint` copies what they left
         first_error.meet_while_handling()
         if self._engine is not None:  # else no run has been set up yet
@@ -507,7 +504,7 @@ class MegatronStrategy(Placement, Collectives):
             self.checkpointer.resumption.end(self.lightning_module.trainer)  # type: ignore[union-attr]
         if self._hook_logs is not None:
             self._hook_logs.remove()
-        metrics.stop_syncing(self.lightning_module)  # type: ignore[arg-type]
+        torchmetrics_sync.stop_syncing(self.lightning_module)  # type: ignore[arg-type]
         model_summary.take_back(self.lightning_module.trainer)  # type: ignore[union-attr]
         leave(self.lightning_module.trainer)  # type: ignore[union-attr]
         self.cluster_environment.teardown()
@@ -517,21 +514,21 @@ class MegatronStrategy(Placement, Collectives):
     @override
     def on_exception(self, exception: BaseException) -> None:
         first_error.note(exception)
-        liveness.explain(exception, self.layout)
+        heartbeat.explain(exception, self.layout)
         self.checkpointer.give_up()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} writes to local paths and takes no storage_options.")
-        if kept := launching.kept_checkpoint(self):
+        if kept := launchers.kept_checkpoint(self):
             kept.copy_to(local_path(filepath), checkpoint)
             return
         if self._is_not_set_up:
             super().save_checkpoint(checkpoint, local_path(filepath))
             return
         first_error.meet_while_handling()
-        with timing.timed(self.engine.timers, timing.SAVE):
+        with timers.timed(self.engine.timers, timers.SAVE):
             self.checkpointer.save(checkpoint, local_path(self.broadcast(filepath)), self._run)
 
     @override
@@ -550,7 +547,7 @@ class MegatronStrategy(Placement, Collectives):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self._trains_as_lightning:
-            one_rank.regroup(self.lightning_module.trainer)  # type: ignore[union-attr]
+            single_rank.regroup(self.lightning_module.trainer)  # type: ignore[union-attr]
             super().load_optimizer_state_dict(checkpoint)
             return
         if not checkpoint["optimizer_states"]:
@@ -602,7 +599,7 @@ class MegatronStrategy(Placement, Collectives):
         sharded = optimizer if isinstance(optimizer, ShardedOptimizer) else None
         trainer = self.lightning_module.trainer
         is_plain = not isinstance(self.lightning_module, MegatronModule)
-        in_one_file = one_rank.is_alone(trainer) and not self.checkpointer.asynchronous
+        in_one_file = single_rank.is_alone(trainer) and not self.checkpointer.asynchronous
         return Run(trainer, self.layout, sharded, is_plain, in_one_file)
 
     @property

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
 from typing_extensions import override
 
-from lightning_megatron import groups
-from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.models.megatron_module import MegatronModule
 
 
 def install(trainer: pl.Trainer) -> None:
@@ -34,7 +34,7 @@ def take_back(trainer: pl.Trainer) -> None:
 
 def count_parameters(module: torch.nn.Module, *, trainable_only: bool = False) -> int:
     """Parameters that this pipeline stage adds to the whole model: shards count ``tp`` times, copies on one stage."""
-    tp = groups.tensor_parallel().size()
+    tp = process_groups.tensor_parallel().size()
     return sum(
         p.numel() * (tp if getattr(p, "tensor_model_parallel", False) else 1)
         for p in module.parameters()
@@ -68,7 +68,7 @@ class _WholeSummary(Summary):
             name: _Row(count_parameters(layer._module), layer.layer_type, layer.training) for name, layer in own.items()
         }
         totals = tuple(count_parameters(self._model, trainable_only=only) for only in (False, True))
-        stages = groups.gather_from_stages((rows, totals))
+        stages = process_groups.gather_from_stages((rows, totals))
         self._totals = [sum(parts) for parts in zip(*(totals for _, totals in stages), strict=True)]
         if len(stages) == 1:
             return rows

@@ -16,7 +16,7 @@ from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResul
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_megatron.optimizer import ShardedOptimizer
+from lightning_megatron.training.optimizer import ShardedOptimizer
 
 
 def install(trainer: pl.Trainer) -> None:

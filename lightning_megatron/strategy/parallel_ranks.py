@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.distributed.layout import ParallelLayout
 
 
 class Placement:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
-from lightning_megatron.optimizer import ShardedOptimizer
+from lightning_megatron.training.optimizer import ShardedOptimizer
 
 # type of weights, and whether gradients are kept and reduced in fp32
 _KINDS: dict[str, tuple[torch.dtype, bool]] = {

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.pytorch.strategies import ParallelStrategy
 from typing_extensions import override
 
-from lightning_megatron import groups
+from lightning_megatron.distributed import process_groups
 
 
 class Collectives(ParallelStrategy):
@@ -32,9 +32,9 @@ class Collectives(ParallelStrategy):
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
-        if not isinstance(tensor, torch.Tensor) or group == groups.REDUCED or not dist.is_initialized():
+        if not isinstance(tensor, torch.Tensor) or group == process_groups.REDUCED or not dist.is_initialized():
             return tensor
-        return _sync_ddp_if_available(tensor, group or groups.data_parallel(), reduce_op=reduce_op)
+        return _sync_ddp_if_available(tensor, group or process_groups.data_parallel(), reduce_op=reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -49,7 +49,7 @@ class Collectives(ParallelStrategy):
     def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
         """Over the data-parallel replicas, as ``reduce``, also where ``LightningModule.all_gather`` says the world."""
         if group in (None, dist.group.WORLD):
-            group = groups.data_parallel()
+            group = process_groups.data_parallel()
         if sync_grads:
-            return groups.gather_with_gradients(tensor, group)
+            return process_groups.gather_with_gradients(tensor, group)
         return super().all_gather(tensor, group, sync_grads)

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_megatron.modules.base import MegatronModule
-from lightning_megatron.optimizer import is_shardable
+from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.training.optimizer import is_shardable
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

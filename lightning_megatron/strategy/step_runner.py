@@ -11,15 +11,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from lightning_megatron import evaluation_samples, peers
-from lightning_megatron.batch_rows import count_rows
-from lightning_megatron.engine import Engine, Outcome
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.microbatch import Cut, cut
-from lightning_megatron.modules.base import MegatronModule, runs_on_all_stages
-from lightning_megatron.modules.plain import PlainModel, check_output
-from lightning_megatron.precision import MegatronPrecision
-from lightning_megatron.recorder import AtOnce, LogRecorder
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.megatron_module import MegatronModule, runs_on_all_stages
+from lightning_megatron.strategy.dataloading import evaluation_sampler, rank_consistency
+from lightning_megatron.strategy.logging.recorder import AtOnce, LogRecorder
+from lightning_megatron.strategy.plain_module import PlainModel, check_output
+from lightning_megatron.strategy.precision import MegatronPrecision
+from lightning_megatron.training.batch_rows import count_rows
+from lightning_megatron.training.engine import Engine, Outcome
+from lightning_megatron.training.microbatches import Cut, cut
 
 _LOGGED_AS = {"validation_step": "val", "test_step": "test"}
 
@@ -94,7 +94,7 @@ class Steps:
             output = step(batch, 1.0, 0)
             recorder.replay()
             return output
-        self.counts = not evaluation_samples.is_repeated_batch(self.module.trainer, self._batch_idx(args), *args[1:2])
+        self.counts = not evaluation_sampler.is_repeated_batch(self.module.trainer, self._batch_idx(args), *args[1:2])
         chosen, length = self._shape(batch, args)
         outcome = self.engine.evaluate(batch, replace(chosen, counts=self.counts), length, step)
         self._report(_LOGGED_AS[hook], outcome, recorder)
@@ -137,7 +137,7 @@ class Steps:
     def _shape(self, batch: Any, args: Any) -> tuple[Cut, int]:
         """The micro-batches of ``batch`` and the length of its hidden states."""
         if self._batch_idx(args) == 0:
-            peers.check_same_batch(batch)
+            rank_consistency.check_same_batch(batch)
         if not isinstance(self.module, MegatronModule) and self._asked == (None, None):
             return Cut((1,)), 1  # one micro-batch, whatever the batch is made of
         chosen = cut(self.engine.layout, count_rows(batch), *self._asked)

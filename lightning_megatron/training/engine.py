@@ -18,12 +18,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from lightning_megatron import copies, groups
-from lightning_megatron.backend import model_rng
-from lightning_megatron.batch_rows import join_rows
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.microbatch import Cut, slices
-from lightning_megatron.timing import Timers
+from lightning_megatron.distributed import process_groups, shared_weights
+from lightning_megatron.distributed.device import model_rng
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.training.batch_rows import join_rows
+from lightning_megatron.training.microbatches import Cut, slices
+from lightning_megatron.training.timers import Timers
 
 # Runs (micro-batch, its share of the batch's rows, chunk number). On the last stage it returns a loss, which is a sum
 # and its weight or a mean, or a dict with one under "loss"; in an evaluation, anything. What it returns before the last
@@ -98,7 +98,7 @@ class Engine:
         self._draws = draws
         self.trains = ddp is not None
         for chunk in chunks:
-            groups.rebind(chunk)  # an earlier run's may have been ended
+            process_groups.rebind(chunk)  # an earlier run's may have been ended
         self.chunks: list[Any] = [_wrap(c, config, ddp, i) for i, c in enumerate(chunks)] if ddp else list(chunks)
         for number, chunk in enumerate(self.chunks):
             chunk.__dict__["chunk_number"] = number
@@ -157,7 +157,7 @@ class Engine:
 
     def share_buffers(self) -> None:
         """Give every replica the first one's batch norms' means and their like, which differ after a training step."""
-        groups.broadcast_from_first_replica([getattr(module, name) for module, name in self._buffers])
+        process_groups.broadcast_from_first_replica([getattr(module, name) for module, name in self._buffers])
 
     def finish_param_gather(self) -> None:
         """Bring weights up to date whose gathering ``overlap_param_gather`` puts off to the next forward pass."""
@@ -272,7 +272,7 @@ class Engine:
         """
         weight = self._window_weight if self.by_token else float(window)
         finalize_model_grads(model, torch.tensor(weight, device=self.device), pg_collection=pg_collection)
-        copies.sum_gradients(model)
+        shared_weights.sum_gradients(model)
 
     def _outcome(self, records: list[Any], cut: Cut) -> Outcome:
         """The mean loss of the global batch, given to every rank, and what else this replica's steps returned."""
@@ -283,7 +283,10 @@ class Engine:
         extra = _joined([r[3] for r in records[: len(cut.sizes)]], list(cut.sizes))
         flags = (self.has_notes(), any(r[2] for r in records), extra is not None)
         summed = torch.stack([total, weight, *(torch.full_like(total, flag) for flag in flags)])
-        for group in (groups.data_parallel(), groups.stages()):  # stages before the last have no records: zeros
+        for group in (
+            process_groups.data_parallel(),
+            process_groups.stages(),
+        ):  # stages before the last have no records: zeros
             if group.size() > 1:
                 dist.all_reduce(summed, group=group)
         total, weight, notes, losses, extras = summed.tolist()
@@ -295,9 +298,9 @@ class Engine:
         if self.layout.pp == 1:
             return value
         if self.device.type == "cpu":
-            return groups.broadcast_object_from_last_stage(value)
+            return process_groups.broadcast_object_from_last_stage(value)
         host = apply_to_collection(value, torch.Tensor, torch.Tensor.cpu, allow_frozen=True)
-        host = groups.broadcast_object_from_last_stage(host)
+        host = process_groups.broadcast_object_from_last_stage(host)
         return apply_to_collection(host, torch.Tensor, lambda x: x.to(self.device), allow_frozen=True)
 
 
@@ -331,7 +334,7 @@ def _kept_buffers(chunk: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
 
 def _equalise_replicated(chunk: torch.nn.Module) -> None:
     """Start weights that tensor-parallel ranks do not share out from the first rank's values."""
-    group = groups.tensor_parallel()
+    group = process_groups.tensor_parallel()
     for parameter in chunk.parameters():
         if not getattr(parameter, "tensor_model_parallel", False):
             dist.broadcast(parameter.data, src=dist.get_global_rank(group, 0), group=group)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import WarningCache
 
-from lightning_megatron.engine import Engine
+from lightning_megatron.training.engine import Engine
 
 _OF_CALLBACKS = ("on_after_backward", "on_before_optimizer_step")
 _OF_MODULES = (*_OF_CALLBACKS, "configure_gradient_clipping", "optimizer_step")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from lightning_megatron.arguments import Arguments
+from lightning_megatron.distributed.arguments import Arguments
 
 Style = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WSDDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_megatron.batch_rows import take_rows
-from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.training.batch_rows import take_rows
 
 # (p-1)/(n+p-1) of a pipeline's time is idle: with n = 4p micro-batches a fifth (arXiv 2104.04473, section 2.2).
 _MICRO_BATCHES_PER_STAGE = 4

@@ -19,10 +19,10 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_megatron.engine import Engine, NonFiniteLossError
-from lightning_megatron.gradients import ShownGradients
-from lightning_megatron.names import named_shards
-from lightning_megatron.timing import OPTIMIZER, timed
+from lightning_megatron.distributed.parameter_names import named_shards
+from lightning_megatron.training.engine import Engine, NonFiniteLossError
+from lightning_megatron.training.gradients import ShownGradients
+from lightning_megatron.training.timers import OPTIMIZER, timed
 
 _SHARDABLE = (AdamW, Adam, SGD)
 # How a step is computed, not what: the program's business, whatever a checkpoint says.

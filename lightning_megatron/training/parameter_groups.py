@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_megatron.arguments import Arguments
+from lightning_megatron.distributed.arguments import Arguments
 
 OptimizerCallable = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 # Says of a parameter, by its name in the whole model and its number of dimensions, whether a condition holds.

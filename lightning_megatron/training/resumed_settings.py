@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LambdaLR, OneCycleLR
 
-from lightning_megatron.optimizer import HOW, ShardedOptimizer, set_values
-from lightning_megatron.schedule import MegatronLRScheduler
+from lightning_megatron.training.lr_schedule import MegatronLRScheduler
+from lightning_megatron.training.optimizer import HOW, ShardedOptimizer, set_values
 
 Side = Literal["checkpoint", "program"]
 State = dict[str, Any]

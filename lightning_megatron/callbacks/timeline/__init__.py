@@ -1,7 +1,7 @@
 """One step's schedule, seen: which micro-batch was where, on all ranks, as a picture and as a trace."""
 
-from lightning_megatron.timeline.picture import draw
-from lightning_megatron.timeline.spans import RankTimeline, Span, bubble, ideal_bubble, spans
-from lightning_megatron.timeline.trace import trace
+from lightning_megatron.callbacks.timeline.picture import draw
+from lightning_megatron.callbacks.timeline.spans import RankTimeline, Span, bubble, ideal_bubble, spans
+from lightning_megatron.callbacks.timeline.trace import trace
 
 __all__ = ["RankTimeline", "Span", "bubble", "draw", "ideal_bubble", "spans", "trace"]

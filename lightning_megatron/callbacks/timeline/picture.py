@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_megatron import plots
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.timeline.spans import Kind, RankTimeline, bubble, ideal_bubble
+from lightning_megatron.callbacks import plots
+from lightning_megatron.callbacks.timeline.spans import Kind, RankTimeline, bubble, ideal_bubble
+from lightning_megatron.distributed.layout import ParallelLayout
 
 # Of chunks in turn; distinguishable without colour by their brightness.
 _FORWARD = ("#2f6db5", "#7fb0e6", "#1b3f6b", "#b8d4f2")

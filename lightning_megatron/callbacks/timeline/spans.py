@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_megatron.layout import ParallelLayout, RankCoordinates
-from lightning_megatron.timing import BACKWARD, FORWARD, GRADIENT_SYNC, OPTIMIZER, Interval
+from lightning_megatron.distributed.layout import ParallelLayout, RankCoordinates
+from lightning_megatron.training.timers import BACKWARD, FORWARD, GRADIENT_SYNC, OPTIMIZER, Interval
 
 Kind = Literal["forward", "backward", "exchange", "gradient sync", "optimizer"]
 _EXCHANGES = ("send", "recv")  # in the names of what stages do to pass hidden states and their gradients

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.timeline.spans import RankTimeline, Span
+from lightning_megatron.callbacks.timeline.spans import RankTimeline, Span
+from lightning_megatron.distributed.layout import ParallelLayout
 
 
 def trace(timelines: Sequence[RankTimeline], layout: ParallelLayout) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_megatron.checkpoint import rng
+from lightning_megatron.checkpoint import rng_state
 
 Record = dict[str, Any]
 
@@ -154,15 +154,15 @@ class Batches:
         for _ in range(place.skip):
             next(batches, None)
         if place.at_first is not None and self.is_indexed:
-            rng.set_data_states(now["rng"])  # generators of the loader's own go on from here
+            rng_state.set_data_states(now["rng"])  # generators of the loader's own go on from here
         yield from batches
 
     def _states(self) -> Record:
-        return {"rng": rng.data_states(), "generators": [g.get_state() for g in self._generators]}
+        return {"rng": rng_state.data_states(), "generators": [g.get_state() for g in self._generators]}
 
     def _set(self, states: Record | None) -> None:
         if states is not None:
-            rng.set_data_states(states["rng"])
+            rng_state.set_data_states(states["rng"])
             self.set_generators(states["generators"])
 
 

@@ -21,11 +21,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_megatron import groups
-from lightning_megatron.checkpoint import progress, rng
-from lightning_megatron.checkpoint.loaders import Place, Record, batches_of, followed, keeps_its_place, place_of
+from lightning_megatron.checkpoint import rng_state
+from lightning_megatron.checkpoint.data_position import loop_progress
+from lightning_megatron.checkpoint.data_position.dataloader_state import (
+    Place,
+    Record,
+    batches_of,
+    followed,
+    keeps_its_place,
+    place_of,
+)
+from lightning_megatron.checkpoint.data_position.loop_progress import Position
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.checkpoint.progress import Position
+from lightning_megatron.distributed import process_groups
 
 _NOTHING = object()
 
@@ -48,7 +56,7 @@ class Resumption:
         self._window: Record | None = None
         self._left_out = 0
         self._seeds: dict[int, int] = {}
-        self._ended: tuple[Any, rng.States] | None = None
+        self._ended: tuple[Any, rng_state.States] | None = None
 
     def watch(self, loader: Any) -> Any:
         """Have a training loader take part; one that has ``state_dict`` keeps its own place."""
@@ -107,7 +115,7 @@ class Resumption:
     def end(self, trainer: pl.Trainer) -> None:
         """Keep what a fit has ended with, its loaders and random states, for a save behind later evaluations."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._ended = trainer.fit_loop._combined_loader, rng.snapshot()
+            self._ended = trainer.fit_loop._combined_loader, rng_state.snapshot()
 
     def give_back(self, trainer: pl.Trainer) -> None:
         """Give the fit's loaders back to its loop, from which Lightning takes them at the start of an evaluation."""
@@ -126,7 +134,7 @@ class Resumption:
             self._go_on(trainer, saved)
             # Private (Lightning 2.6), which else leaves out ReduceLROnPlateau at the end of an epoch that was resumed.
             trainer.fit_loop._restarting = False
-        count, done = trainer.accumulate_grad_batches, progress.processed(trainer)
+        count, done = trainer.accumulate_grad_batches, loop_progress.processed(trainer)
         if count > 1 and done % count == 0:  # the window's batches may have to be read again
             self._window = _now(trainer, done)
 
@@ -142,7 +150,7 @@ class Resumption:
         self._take_seeds(loaders, records)
         trainer.fit_loop._combined_loader_states_to_load = saved["combined_loader"] or []
         trainer.fit_loop._load_combined_loader_states()
-        replicas = dist.get_world_size(groups.data_parallel())
+        replicas = dist.get_world_size(process_groups.data_parallel())
         done, more = _batches_now(saved, loaders, replicas), self._to_leave_out(saved)
         _check_left(trainer, done, more)
         to_read = []
@@ -157,16 +165,16 @@ class Resumption:
                     batches.renew_workers()
             to_read.append(0 if by_number else given + more)
         _iterate(fetcher, to_read)
-        progress.set_batches(trainer, done + more)
+        loop_progress.set_batches(trainer, done + more)
         fetcher.fetched = done + more
         if saved["begun"]:
             self._restore(saved)
 
     def _restore(self, saved: Record) -> None:
         if self._same_layout:
-            rng.restore(saved["rng"])
+            rng_state.restore(saved["rng"])
         else:
-            rng.set_data_states(saved["rng"]["data"])
+            rng_state.set_data_states(saved["rng"]["data"])
 
     def _take_seeds(self, loaders: list[Any], records: list[Record]) -> None:
         """A distributed sampler's order comes from a seed, and this run's may be another."""
@@ -193,11 +201,11 @@ def _loaders(trainer: pl.Trainer) -> list[Any]:
     return [] if combined is None else combined.flattened
 
 
-def _now(trainer: pl.Trainer, batches: int, states: rng.States | None = None) -> Record:
+def _now(trainer: pl.Trainer, batches: int, states: rng_state.States | None = None) -> Record:
     """Random states, or the ``states`` given; and the places of the loaders after ``batches`` of the epoch."""
     cycles = getattr(trainer.fit_loop._combined_loader, "_mode", None) == "max_size_cycle"
     return {
-        "rng": rng.snapshot() if states is None else states,
+        "rng": rng_state.snapshot() if states is None else states,
         "loaders": [_record(loader, batches, cycles) for loader in _loaders(trainer)],
     }
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from lightning_megatron.migration.homes import CONFIG, MODULE, STRATEGY
-from lightning_megatron.migration.megatron import carry_over, read, refuse
-from lightning_megatron.migration.plan import Fate, MigrationError, Plan, nearest
-from lightning_megatron.migration.values import whole
+from lightning_megatron.cli.migrate.carry_over import carry_over, read, refuse
+from lightning_megatron.cli.migrate.plan import Fate, MigrationError, Plan, nearest
+from lightning_megatron.cli.migrate.settings_table import CONFIG, MODULE, STRATEGY
+from lightning_megatron.cli.migrate.values import whole
 
 _PREFIX = "megatron_lm_"
 # The plugin's parameters that are Megatron's under its own or another name.

@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.migration.compounds import MODELS, growth, settle
-from lightning_megatron.migration.homes import CONFIG, DATA, HOMES, MODULE, STRATEGY, Home, extra, option_of
-from lightning_megatron.migration.plan import MigrationError, Plan, nearest
-from lightning_megatron.migration.values import anything, truth
-from lightning_megatron.modules import AutoModule, BertConfig, GPTConfig, T5Config
+from lightning_megatron.cli.migrate.combined_settings import MODELS, growth, settle
+from lightning_megatron.cli.migrate.plan import MigrationError, Plan, nearest
+from lightning_megatron.cli.migrate.settings_table import CONFIG, DATA, HOMES, MODULE, STRATEGY, Home, extra, option_of
+from lightning_megatron.cli.migrate.values import anything, truth
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models import AutoModule, BertConfig, GPTConfig, T5Config
 
 _EXTRA = {field.name: field.type for field in fields(TransformerConfig)}
 _CONFIGS = {"gpt": GPTConfig, "bert": BertConfig, "t5": T5Config}

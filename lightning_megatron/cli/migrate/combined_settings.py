@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning_megatron.cli.migrate.plan import MigrationError, Plan
+from lightning_megatron.cli.migrate.settings_table import CONFIG, DATA, MODULE, SCHEDULE, STRATEGY
 from lightning_megatron.data import BatchSizes, BatchSizeSteps, RampUp
-from lightning_megatron.migration.homes import CONFIG, DATA, MODULE, SCHEDULE, STRATEGY
-from lightning_megatron.migration.plan import MigrationError, Plan
 
 Given = Mapping[str, Any]
 MODELS = {"gpt": ("GPTModule", "GPTSamples"), "bert": ("BertModule", "BertSamples"), "t5": ("T5Module", "T5Samples")}

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from lightning_megatron.migration.accelerate import environment_of_this_process, from_accelerate
-from lightning_megatron.migration.megatron_lm import from_command_line
-from lightning_megatron.migration.plan import MigrationError, Plan
+from lightning_megatron.cli.migrate.accelerate import environment_of_this_process, from_accelerate
+from lightning_megatron.cli.migrate.megatron_lm import from_command_line
+from lightning_megatron.cli.migrate.plan import MigrationError, Plan
 
 MEGATRON_ARGS = "megatron-args"
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_megatron.migration.compounds import MODELS
-from lightning_megatron.migration.homes import CONFIG, HOMES, SCHEDULE, Takes, name_of, option_of
-from lightning_megatron.migration.megatron import carry_over, home_of, refuse, unknown
-from lightning_megatron.migration.plan import MigrationError, Plan
-from lightning_megatron.schedule import LRSchedule
+from lightning_megatron.cli.migrate.carry_over import carry_over, home_of, refuse, unknown
+from lightning_megatron.cli.migrate.combined_settings import MODELS
+from lightning_megatron.cli.migrate.plan import MigrationError, Plan
+from lightning_megatron.cli.migrate.settings_table import CONFIG, HOMES, SCHEDULE, Takes, name_of, option_of
+from lightning_megatron.training.lr_schedule import LRSchedule
 
 # What Megatron-LM does where nothing is said, and Lightning or we would not.
 _DEFAULTS: dict[str, Any] = {

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, get_args
 
-from lightning_megatron.migration.plan import Fate
-from lightning_megatron.migration.values import Reader, anything, number, one_of, shares, text, truth, whole, words
+from lightning_megatron.cli.migrate.plan import Fate
+from lightning_megatron.cli.migrate.values import Reader, anything, number, one_of, shares, text, truth, whole, words
 
 Takes = Literal["flag", "value", "list", "switch"]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lightning_megatron.migration.plan import MigrationError
+from lightning_megatron.cli.migrate.plan import MigrationError
 
 Reader = Callable[[str, Any], Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.data.draws import Draws, ids_of, padded
+from lightning_megatron.data.collators.random_draws import Draws, ids_of, padded
+from lightning_megatron.distributed.arguments import Arguments
 
 IGNORED_LABEL = -100
 

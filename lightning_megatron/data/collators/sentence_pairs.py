@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.data.draws import Draws
-from lightning_megatron.data.masking import MaskedLMCollator
+from lightning_megatron.data.collators.masked_lm import MaskedLMCollator
+from lightning_megatron.data.collators.random_draws import Draws
+from lightning_megatron.distributed.arguments import Arguments
 
 # A segment, or one of its ends: token ids.
 Ids = np.ndarray

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.data.draws import Draws, ids_of, padded
-from lightning_megatron.data.masking import IGNORED_LABEL
+from lightning_megatron.data.collators.masked_lm import IGNORED_LABEL
+from lightning_megatron.data.collators.random_draws import Draws, ids_of, padded
+from lightning_megatron.distributed.arguments import Arguments
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 

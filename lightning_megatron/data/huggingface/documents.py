@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from lightning_megatron.data.hf_source import check_column, library
-from lightning_megatron.data.padding import IGNORED_LABEL
-from lightning_megatron.data.text_sources import lone_surrogate
-from lightning_megatron.data.text_tokenizer import Tokenizer, begun
+from lightning_megatron.data.collators.padding import IGNORED_LABEL
+from lightning_megatron.data.huggingface.source import check_column, library
+from lightning_megatron.data.text_files import lone_surrogate
+from lightning_megatron.data.tokenizers import Tokenizer, begun
 
 if TYPE_CHECKING:
     from datasets import Dataset

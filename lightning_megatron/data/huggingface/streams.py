@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from lightning_megatron.data.hf_documents import Encoder, packed_sample
+from lightning_megatron.data.huggingface.documents import Encoder, packed_sample
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -14,13 +14,13 @@ from megatron.core.datasets.utils import normalize
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.data import index_cache
-from lightning_megatron.data.indexed import check_contents, open_indexed
-from lightning_megatron.data.indexed_samples import IndexedSamples, Sample
-from lightning_megatron.data.ramp_up import BatchSizes, RampUpBatches, ramp_up_loader
-from lightning_megatron.data.text_tokenizer import Tokenizer
-from lightning_megatron.data.tokenized import PARTS, USED, Loader, TokenizedDataModule, default_cache_dir
+from lightning_megatron.data.datamodule import PARTS, USED, Loader, TokenizedDataModule, default_cache_dir
+from lightning_megatron.data.indexed import index_cache
+from lightning_megatron.data.indexed.batch_size_rampup import BatchSizes, RampUpBatches, ramp_up_loader
+from lightning_megatron.data.indexed.files import check_contents, open_indexed
+from lightning_megatron.data.indexed.samples import IndexedSamples, Sample
+from lightning_megatron.data.tokenizers import Tokenizer
+from lightning_megatron.distributed.arguments import Arguments
 
 
 class MegatronDataModule(TokenizedDataModule):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from lightning_megatron.data.atomic import atomic_path
+from lightning_megatron.data.atomic_write import atomic_path
 
 # What stands at the front of an index: magic, version, code of the dtype, items, documents + 1.
 _HEADER = struct.Struct("<9sQBQQ")

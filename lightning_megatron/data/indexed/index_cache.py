@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning_megatron.data import index_builder
-from lightning_megatron.data.indexed import files
+from lightning_megatron.data.indexed import index_builder
+from lightning_megatron.data.indexed.files import files
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.data.index_builder import PAD
-from lightning_megatron.data.masking import IGNORED_LABEL
-from lightning_megatron.data.span_corruption import sentinels
+from lightning_megatron.data.collators.masked_lm import IGNORED_LABEL
+from lightning_megatron.data.collators.span_corruption import sentinels
+from lightning_megatron.data.indexed.index_builder import PAD
 from lightning_megatron.data.special_tokens import special_ids, vocabulary
-from lightning_megatron.data.text_tokenizer import Tokenizer
+from lightning_megatron.data.tokenizers import Tokenizer
+from lightning_megatron.distributed.arguments import Arguments
 
 Sample = dict[str, Any]
 

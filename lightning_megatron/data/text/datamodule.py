@@ -7,11 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_megatron.arguments import Arguments
-from lightning_megatron.data.packed_text import PackedTextDataset, find_packed, pack
-from lightning_megatron.data.text_sources import find_text_files, standard_library_sources
-from lightning_megatron.data.text_tokenizer import Tokenizer
-from lightning_megatron.data.tokenized import (
+from lightning_megatron.data.datamodule import (
     PARTS,
     USED,
     Collator,
@@ -20,6 +16,10 @@ from lightning_megatron.data.tokenized import (
     TokenizedDataModule,
     default_cache_dir,
 )
+from lightning_megatron.data.text.packing import PackedTextDataset, find_packed, pack
+from lightning_megatron.data.text_files import find_text_files, standard_library_sources
+from lightning_megatron.data.tokenizers import Tokenizer
+from lightning_megatron.distributed.arguments import Arguments
 
 
 class TextDataModule(TokenizedDataModule):

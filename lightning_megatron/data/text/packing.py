@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_megatron.data.atomic import atomic_path
-from lightning_megatron.data.text_sources import read_text
-from lightning_megatron.data.text_tokenizer import Tokenizer, begun
+from lightning_megatron.data.atomic_write import atomic_path
+from lightning_megatron.data.text_files import read_text
+from lightning_megatron.data.tokenizers import Tokenizer, begun
 
 log = logging.getLogger(__name__)
 

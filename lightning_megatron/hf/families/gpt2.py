@@ -6,9 +6,9 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.family import Family
-from lightning_megatron.hf.fields import Fields
-from lightning_megatron.hf.pieces import FusedQueryKeyValue, Pieces, Same, table
+from lightning_megatron.hf.weight_mapping import FusedQueryKeyValue, Pieces, Same, table
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 

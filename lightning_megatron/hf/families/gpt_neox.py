@@ -6,10 +6,10 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_megatron.hf.families import rotary
+from lightning_megatron.hf.config_reader import Fields
+from lightning_megatron.hf.families import rope
 from lightning_megatron.hf.family import Family
-from lightning_megatron.hf.fields import Fields
-from lightning_megatron.hf.pieces import Pieces, table
+from lightning_megatron.hf.weight_mapping import Pieces, table
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
 
@@ -39,7 +39,7 @@ class GPTNeoX(Family):
             "bias": fields.must_be("attention_bias", True),
             "parallel_residual": fields("use_parallel_residual"),
             "tie_embeddings": fields("tie_word_embeddings"),
-            **rotary.read(fields, partial=True),
+            **rope.read(fields, partial=True),
         }
 
     @override
@@ -63,7 +63,7 @@ class GPTNeoX(Family):
             "attention_dropout": config.attention_dropout,
             "use_parallel_residual": config.parallel_residual,
             "tie_word_embeddings": config.tie_embeddings,
-            "rope_parameters": rotary.written(config),
+            "rope_parameters": rope.written(config),
         }
 
     @override

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_megatron.hf.fields import Fields
+from lightning_megatron.hf.config_reader import Fields
 
 _WINDOW, _FULL = "sliding_attention", "full_attention"
 

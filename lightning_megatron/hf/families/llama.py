@@ -6,10 +6,10 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_megatron.hf.families import rotary
+from lightning_megatron.hf.config_reader import Fields
+from lightning_megatron.hf.families import rope
 from lightning_megatron.hf.family import Family
-from lightning_megatron.hf.fields import Fields
-from lightning_megatron.hf.pieces import Pieces, QueryKeyValue, Stacked, table
+from lightning_megatron.hf.weight_mapping import Pieces, QueryKeyValue, Stacked, table
 
 _ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu"}
 
@@ -41,7 +41,7 @@ class Llama(Family):
             "layernorm_epsilon": fields("rms_norm_eps"),
             "attention_dropout": fields("attention_dropout"),
             "tie_embeddings": fields("tie_word_embeddings"),
-            **rotary.read(fields, self.partial_rotary),
+            **rope.read(fields, self.partial_rotary),
             **self.read_more(fields),
         }
 
@@ -70,7 +70,7 @@ class Llama(Family):
             "rms_norm_eps": config.layernorm_epsilon,
             "attention_dropout": config.attention_dropout,
             "tie_word_embeddings": config.tie_embeddings,
-            "rope_parameters": rotary.written(config),
+            "rope_parameters": rope.written(config),
             **self.write_more(config),
         }
 

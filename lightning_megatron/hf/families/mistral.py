@@ -6,8 +6,8 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.families.llama import Llama
-from lightning_megatron.hf.fields import Fields
 
 
 class Mistral(Llama):

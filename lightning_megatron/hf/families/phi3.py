@@ -6,9 +6,9 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.families.llama import Llama
-from lightning_megatron.hf.fields import Fields
-from lightning_megatron.hf.pieces import FusedQueryKeyValue
+from lightning_megatron.hf.weight_mapping import FusedQueryKeyValue
 
 
 class Phi3(Llama):

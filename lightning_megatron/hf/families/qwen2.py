@@ -6,9 +6,9 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_megatron.hf.families import layer_kinds
+from lightning_megatron.hf.config_reader import Fields
+from lightning_megatron.hf.families import layer_types
 from lightning_megatron.hf.families.llama import Llama
-from lightning_megatron.hf.fields import Fields
 
 
 class Qwen2(Llama):
@@ -18,11 +18,11 @@ class Qwen2(Llama):
 
     @override
     def read_more(self, fields: Fields) -> dict[str, Any]:
-        return {"bias": False, "qkv_bias": True, **layer_kinds.read(fields)}
+        return {"bias": False, "qkv_bias": True, **layer_types.read(fields)}
 
     @override
     def write_more(self, config: Any) -> dict[str, Any]:
         self._require(config, bias=(False,), qkv_bias=(True,), extra=({},))
         self._require(config, hidden_dropout=(0.0,), embedding_multiplier=(1.0,))
         self._require(config, kv_channels=(None, config.hidden_size // config.num_attention_heads))
-        return layer_kinds.written(config)
+        return layer_types.written(config)

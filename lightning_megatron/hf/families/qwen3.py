@@ -6,9 +6,9 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_megatron.hf.families import layer_kinds
+from lightning_megatron.hf.config_reader import Fields
+from lightning_megatron.hf.families import layer_types
 from lightning_megatron.hf.families.llama import Llama
-from lightning_megatron.hf.fields import Fields
 
 _NORMED = {"qk_layernorm": True}
 
@@ -20,10 +20,10 @@ class Qwen3(Llama):
 
     @override
     def read_more(self, fields: Fields) -> dict[str, Any]:
-        return {"bias": fields.must_be("attention_bias", False), "extra": dict(_NORMED), **layer_kinds.read(fields)}
+        return {"bias": fields.must_be("attention_bias", False), "extra": dict(_NORMED), **layer_types.read(fields)}
 
     @override
     def write_more(self, config: Any) -> dict[str, Any]:
         self._require(config, bias=(False,), qkv_bias=(None, False), extra=(_NORMED,))
         self._require(config, hidden_dropout=(0.0,), embedding_multiplier=(1.0,))
-        return {"attention_bias": False, **layer_kinds.written(config)}
+        return {"attention_bias": False, **layer_types.written(config)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_megatron.hf.fields import Fields, UnsupportedConfigError
+from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
 
 # Kinds whose frequencies do not depend on the length of the input; ``GPTConfig`` refuses others, too.
 _KINDS = ("default", "linear", "llama3", "yarn")

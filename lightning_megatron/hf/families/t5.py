@@ -6,9 +6,9 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.family import Family
-from lightning_megatron.hf.fields import Fields
-from lightning_megatron.hf.pieces import KeyValue, Pieces, QueryKeyValue, Stacked, table
+from lightning_megatron.hf.weight_mapping import KeyValue, Pieces, QueryKeyValue, Stacked, table
 
 _ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu_tanh", "gated-silu": "swiglu", "gelu": "gelu"}
 _SEQ_LENGTH = 512  # the published models' training length; the positions are relative and know none

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import formerly_in, plain_class
-from lightning_megatron.layers import NormPlacement
-from lightning_megatron.modules.model_config import ModelConfig
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.models.bert.layer_spec import NormPlacement
+from lightning_megatron.models.model_config import ModelConfig
 
 BertTaskName = Literal["masked_lm", "pretraining", "sequence_classification", "token_classification"]
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]

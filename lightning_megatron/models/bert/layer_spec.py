@@ -14,8 +14,8 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from lightning_megatron.layers.attention import TorchAttention
-from lightning_megatron.layers.norm import TorchNorm
+from lightning_megatron.models.layers.attention import TorchAttention
+from lightning_megatron.models.layers.norm import TorchNorm
 
 NormPlacement = Literal["post", "pre"]
 

@@ -18,10 +18,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import get_linear_layer
 
-from lightning_megatron.layers.bert import NormPlacement, bert_block_spec, bert_embedding
-from lightning_megatron.layers.norm import TorchNorm
-from lightning_megatron.layers.vocabulary import mask_padded_vocabulary
-from lightning_megatron.names import WholeNames
+from lightning_megatron.distributed.parameter_names import WholeNames
+from lightning_megatron.models.bert.layer_spec import NormPlacement, bert_block_spec, bert_embedding
+from lightning_megatron.models.layers.norm import TorchNorm
+from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
 
 
 class BertPretrainingLogits(NamedTuple):

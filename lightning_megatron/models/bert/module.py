@@ -7,16 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_megatron import groups
-from lightning_megatron.lora import LoRA
-from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
-from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens, given
-from lightning_megatron.modules.bert_config import BertConfig
-from lightning_megatron.modules.bert_tasks import TASKS, BertTask
-from lightning_megatron.modules.configured import ConfiguredModule
-from lightning_megatron.modules.first_weights import FirstWeights
-from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
-from lightning_megatron.schedule import LRSchedule
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
+from lightning_megatron.models.bert.config import BertConfig
+from lightning_megatron.models.bert.tasks import TASKS, BertTask
+from lightning_megatron.models.configured_module import ConfiguredModule
+from lightning_megatron.models.lora import LoRA
+from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
+from lightning_megatron.models.weight_init import FirstWeights
+from lightning_megatron.training.lr_schedule import LRSchedule
+from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
 # Megatron's names of what transformers calls otherwise; and ALBERT's.
 _NAMES = {
@@ -80,7 +80,7 @@ class BertModule(ConfiguredModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        first_weights.draw(model, groups.seed_of_run(), config.vocab_size)
+        first_weights.draw(model, process_groups.seed_of_run(), config.vocab_size)
         return model
 
     def check_batch(self, batch: Batch) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_megatron.groups import average_losses_across_data_parallel_group, gather_vocabulary
-from lightning_megatron.layers import cross_entropy_over_shards
-from lightning_megatron.layers.bert_models import (
+from lightning_megatron.distributed.process_groups import average_losses_across_data_parallel_group, gather_vocabulary
+from lightning_megatron.models.batch_checks import check_range, check_tokens
+from lightning_megatron.models.bert.config import BertConfig, BertTaskName
+from lightning_megatron.models.bert.model import (
     BertForMaskedLM,
     BertForPretraining,
     BertForSequenceClassification,
@@ -17,9 +18,8 @@ from lightning_megatron.layers.bert_models import (
     BertModel,
     BertPretrainingLogits,
 )
-from lightning_megatron.modules.base import IGNORED_LABEL, Batch
-from lightning_megatron.modules.batch_checks import check_range, check_tokens
-from lightning_megatron.modules.bert_config import BertConfig, BertTaskName
+from lightning_megatron.models.layers.vocab_padding import cross_entropy_over_shards
+from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch
 
 _NO_PAIR = -1  # Megatron's: a row that the binary head does not learn from
 

@@ -1,12 +1,12 @@
 """Text from a model whose layers are shared out over ranks: transformers' loop over megatron-core's cached passes."""
 
-from lightning_megatron.generation.decoder import Decoder, GPTDecoder, T5Decoder
-from lightning_megatron.generation.hooks import Hooks, PrefixAllowedTokens
-from lightning_megatron.generation.loop import write
-from lightning_megatron.generation.prompts import Prompts, agree
-from lightning_megatron.generation.settings import EarlyStopping, GenerationSettings
-from lightning_megatron.generation.stages import Stages
-from lightning_megatron.generation.state import lent
+from lightning_megatron.models.generation.custom_processors import Hooks, PrefixAllowedTokens
+from lightning_megatron.models.generation.decoder import Decoder, GPTDecoder, T5Decoder
+from lightning_megatron.models.generation.eval_mode import lent
+from lightning_megatron.models.generation.hf_loop import write
+from lightning_megatron.models.generation.pipeline import Stages
+from lightning_megatron.models.generation.prompts import Prompts, agree
+from lightning_megatron.models.generation.settings import EarlyStopping, GenerationSettings
 
 __all__ = [
     "Decoder",

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.generation.cache import KeyValueCache
-from lightning_megatron.generation.prompts import Prompts
-from lightning_megatron.generation.stages import Stages
-from lightning_megatron.layers.t5 import EncoderStates
+from lightning_megatron.models.generation.kv_cache import KeyValueCache
+from lightning_megatron.models.generation.pipeline import Stages
+from lightning_megatron.models.generation.prompts import Prompts
+from lightning_megatron.models.t5.layer_spec import EncoderStates
 
 
 class Decoder(ABC):

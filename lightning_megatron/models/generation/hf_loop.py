@@ -15,10 +15,10 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
-from lightning_megatron import groups
-from lightning_megatron.generation.decoder import Decoder
-from lightning_megatron.generation.hooks import Hooks
-from lightning_megatron.generation.settings import GenerationSettings
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.models.generation.custom_processors import Hooks
+from lightning_megatron.models.generation.decoder import Decoder
+from lightning_megatron.models.generation.settings import GenerationSettings
 
 
 def write(decoder: Decoder, settings: GenerationSettings, seed: int, hooks: Hooks) -> Any:
@@ -90,7 +90,7 @@ class _Streamer(BaseStreamer):
 
     def __init__(self, stream: Callable[[torch.Tensor], Any] | None, streamer: Any) -> None:
         self.stream, self.streamer = stream, streamer
-        self.here = groups.model_parallel().rank() == 0
+        self.here = process_groups.model_parallel().rank() == 0
         self.begun = False
         self.error: Exception | None = None
 
@@ -107,7 +107,7 @@ class _Streamer(BaseStreamer):
             self._call(lambda: self.streamer.end())
 
     def raise_on_all_ranks(self) -> None:
-        texts = groups.gather(None if self.error is None else repr(self.error), groups.model_parallel())
+        texts = process_groups.gather(None if self.error is None else repr(self.error), process_groups.model_parallel())
         if texts[0] is not None:
             raise RuntimeError(f"generate: the stream callback has failed with {texts[0]}.") from self.error
 

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from lightning_megatron import groups
-from lightning_megatron.generation import (
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.hf import Origin
+from lightning_megatron.models.configured_module import ConfiguredModule
+from lightning_megatron.models.generation import (
     Decoder,
     EarlyStopping,
     GenerationSettings,
@@ -23,8 +25,6 @@ from lightning_megatron.generation import (
     lent,
     write,
 )
-from lightning_megatron.hf import Origin
-from lightning_megatron.modules.configured import ConfiguredModule
 
 
 class GeneratingModule(ConfiguredModule):
@@ -177,15 +177,15 @@ class GeneratingModule(ConfiguredModule):
             self.build_alone()
         layout = self.build_settings.layout
         if layout.world_size == 1:
-            groups.join(next(self.chunks.parameters()).device)
+            process_groups.join(next(self.chunks.parameters()).device)
         if not dist.is_initialized() or dist.get_world_size() != layout.world_size:
             raise RuntimeError(
                 f"{type(self).__name__} was built for a run of {layout.world_size} ranks, which has ended. Save a"
                 f" checkpoint in the run, and use {type(self).__name__}.load_from_checkpoint."
             )
-        groups.build(layout)
+        process_groups.build(layout)
         for chunk in self.chunks:
-            groups.rebind(chunk)
+            process_groups.rebind(chunk)
 
     @abstractmethod
     def _check_prompts(self, prompts: Prompts, new: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_megatron import groups
+from lightning_megatron.distributed import process_groups
 
 
 class Stages:
@@ -22,7 +22,7 @@ class Stages:
 
     def __init__(self, chunks: Sequence[Any], dtype: torch.dtype, device: torch.device) -> None:
         self.chunks = list(chunks)
-        self.group = groups.stages()
+        self.group = process_groups.stages()
         self.size = self.group.size()
         self.rank = self.group.rank()
         self.count = self.size * len(self.chunks)

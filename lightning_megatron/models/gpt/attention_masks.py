@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lightning_megatron.modules.base import Batch
-from lightning_megatron.modules.documents import apart_by_positions
-from lightning_megatron.modules.gpt_config import GPTConfig
+from lightning_megatron.models.gpt.config import GPTConfig
+from lightning_megatron.models.gpt.packed_documents import apart_by_positions
+from lightning_megatron.models.megatron_module import Batch
 
 # Added to a score, this leaves nothing of it in any precision.
 _NEVER = -1e4

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import formerly_in, plain_class
-from lightning_megatron.layers import ROPE_TYPES
-from lightning_megatron.modules.model_config import ModelConfig
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.models.gpt.rope_scaling import ROPE_TYPES
+from lightning_megatron.models.model_config import ModelConfig
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
 

@@ -12,10 +12,10 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import is_te_min_version
 
-from lightning_megatron.layers.attention import TorchAttention
-from lightning_megatron.layers.norm import TorchNorm
-from lightning_megatron.layers.parallel_residual import ParallelResidualLayer
-from lightning_megatron.layers.self_attention import RotatesOnce
+from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLayer
+from lightning_megatron.models.gpt.self_attention import RotatesOnce
+from lightning_megatron.models.layers.attention import TorchAttention
+from lightning_megatron.models.layers.norm import TorchNorm
 
 LayerKind = Literal["torch", "transformer_engine"]
 

@@ -10,8 +10,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_megatron.data.text_tokenizer import Tokenizer, load_tokenizer
-from lightning_megatron.modules import GPTModule
+from lightning_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from lightning_megatron.models import GPTModule
 
 
 class HarnessGPT(TemplateLM):

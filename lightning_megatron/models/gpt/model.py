@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from lightning_megatron.names import WholeNames
+from lightning_megatron.distributed.parameter_names import WholeNames
 
 
 class PositionedGPT(WholeNames, GPTModel):

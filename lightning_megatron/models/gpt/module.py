@@ -6,32 +6,24 @@ from typing import Any
 
 import torch
 
-from lightning_megatron import groups
-from lightning_megatron.generation import GenerationSettings, GPTDecoder, Prompts, Stages
-from lightning_megatron.groups import gather_vocabulary
-from lightning_megatron.layers import (
-    PositionedGPT,
-    gpt_block_spec,
-    mask_padded_vocabulary,
-    scale_output,
-    stretch_rotary,
-)
-from lightning_megatron.lora import LoRA
-from lightning_megatron.modules import causal_masks
-from lightning_megatron.modules.base import (
-    IGNORED_LABEL,
-    Batch,
-    Loss,
-    LossReduction,
-    SchedulerCallable,
-)
-from lightning_megatron.modules.batch_checks import check_range, check_tokens, given, refuse
-from lightning_megatron.modules.documents import Documents, apart_by_positions
-from lightning_megatron.modules.first_weights import FirstWeights
-from lightning_megatron.modules.generating import GeneratingModule
-from lightning_megatron.modules.gpt_config import GPTConfig
-from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
-from lightning_megatron.schedule import LRSchedule
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.process_groups import gather_vocabulary
+from lightning_megatron.models.batch_checks import check_range, check_tokens, given, refuse
+from lightning_megatron.models.generation import GenerationSettings, GPTDecoder, Prompts, Stages
+from lightning_megatron.models.generation.module import GeneratingModule
+from lightning_megatron.models.gpt import attention_masks
+from lightning_megatron.models.gpt.config import GPTConfig
+from lightning_megatron.models.gpt.layer_spec import gpt_block_spec
+from lightning_megatron.models.gpt.model import PositionedGPT
+from lightning_megatron.models.gpt.packed_documents import Documents, apart_by_positions
+from lightning_megatron.models.gpt.rope_scaling import stretch_rotary
+from lightning_megatron.models.layers.output_scale import scale_output
+from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
+from lightning_megatron.models.lora import LoRA
+from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
+from lightning_megatron.models.weight_init import FirstWeights
+from lightning_megatron.training.lr_schedule import LRSchedule
+from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
 
 class GPTModule(GeneratingModule):
@@ -101,7 +93,7 @@ class GPTModule(GeneratingModule):
             rotary_percent=config.rotary_percent,
             vp_stage=vp_stage,
         )
-        first_weights.draw(model, groups.seed_of_run(), config.vocab_size)
+        first_weights.draw(model, process_groups.seed_of_run(), config.vocab_size)
         if config.rope_scaling is not None:
             stretch_rotary(model, config.rotary_base, config.rotary_percent, config.seq_length, config.rope_scaling)
         if pre_process and config.embedding_multiplier != 1.0:
@@ -136,7 +128,7 @@ class GPTModule(GeneratingModule):
             if labels in batch:
                 self._check_ids(labels, batch[labels][batch[labels] != IGNORED_LABEL])
         if not self.has_own_get_batch:
-            causal_masks.check(self.config, batch, name, length)
+            attention_masks.check(self.config, batch, name, length)
 
     def _unmet_keys(self) -> dict[str, str]:
         unmet = {}
@@ -170,8 +162,8 @@ class GPTModule(GeneratingModule):
         padding = self._padding(tokens.size(1))
         for name, value in inputs.items():  # behind the text, and masked: a causal model never sees it
             inputs[name] = value if value is None else torch.nn.functional.pad(value, (0, padding))
-        whole = causal_masks.is_whole(batch)
-        inputs["attention_mask"] = causal_masks.joined(unseen, padding, whole)  # type: ignore[assignment]
+        whole = attention_masks.is_whole(batch)
+        inputs["attention_mask"] = attention_masks.joined(unseen, padding, whole)  # type: ignore[assignment]
         return inputs
 
     _get_batch_of_family = get_batch
@@ -282,5 +274,5 @@ def _from_transformers(batch: Batch) -> Batch:
         mask = mask * torch.nn.functional.pad(batch["loss_mask"][:, 1:].float(), (0, 1))
     inputs = {"input_ids": tokens, "labels": shifted.clamp(min=0).long(), "loss_mask": mask}
     if attention is not None:
-        inputs["unseen"] = causal_masks.unseen(attention)  # type: ignore[assignment]
+        inputs["unseen"] = attention_masks.unseen(attention)  # type: ignore[assignment]
     return inputs

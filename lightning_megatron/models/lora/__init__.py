@@ -1,5 +1,5 @@
 """Low-rank updates of a model's linear layers."""
 
-from lightning_megatron.lora.config import LoRA
+from lightning_megatron.models.lora.config import LoRA
 
 __all__ = ["LoRA"]

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import formerly_in, plain_class
+from lightning_megatron.distributed.arguments import Arguments
 
 ALL = "all-linear"
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from lightning_megatron.hf.pieces import UPDATE, Heads, Piece, Pieces, Same
-from lightning_megatron.lora.config import LoRA
-from lightning_megatron.lora.layer import Adapter
-from lightning_megatron.names import named_shards, whole_name
+from lightning_megatron.distributed.parameter_names import named_shards, whole_name
+from lightning_megatron.hf.weight_mapping import UPDATE, Heads, Piece, Pieces, Same
+from lightning_megatron.models.lora.config import LoRA
+from lightning_megatron.models.lora.layer import Adapter
 
 
 def attach(chunk: torch.nn.Module, lora: LoRA, pieces: Pieces, config: Any, seed: int, also: set[str]) -> None:

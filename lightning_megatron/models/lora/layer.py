@@ -16,9 +16,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from lightning_megatron import groups
-from lightning_megatron.hf.pieces import Heads, Piece
-from lightning_megatron.lora.config import LoRA
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.hf.weight_mapping import Heads, Piece
+from lightning_megatron.models.lora.config import LoRA
 
 
 class Adapter(torch.nn.Module):
@@ -42,7 +42,7 @@ class Adapter(torch.nn.Module):
         self.is_column = isinstance(linear, ColumnParallelLinear)
         self.sequence_parallel = bool(linear.config.sequence_parallel)
         weight = linear.weight
-        size, rank = groups.tensor_parallel().size(), groups.tensor_parallel().rank()
+        size, rank = process_groups.tensor_parallel().size(), process_groups.tensor_parallel().rank()
         rows = weight.size(0) * (size if self.is_column else 1)
         self.first_input = 0 if self.is_column else rank * weight.size(1)
         self.num_inputs = weight.size(1) * (1 if self.is_column else size)
@@ -107,8 +107,8 @@ class Adapter(torch.nn.Module):
             prefix,
             {name: axis for name, axis in axes.items() if axis is not None},
             sharded_offsets,
-            tp_group=groups.tensor_parallel(),
-            dp_cp_group=(metadata or {}).get("dp_cp_group", groups.data_parallel()),
+            tp_group=process_groups.tensor_parallel(),
+            dp_cp_group=(metadata or {}).get("dp_cp_group", process_groups.data_parallel()),
         )
 
     def _axis(self, name: str) -> int | None:

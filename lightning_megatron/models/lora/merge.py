@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.hf.pieces import Heads, Piece, Pieces, Same
-from lightning_megatron.lora.attach import chosen_of, key_of
-from lightning_megatron.lora.config import LoRA
+from lightning_megatron.hf.weight_mapping import Heads, Piece, Pieces, Same
+from lightning_megatron.models.lora.config import LoRA
+from lightning_megatron.models.lora.inject import chosen_of, key_of
 
 # By transformers' name of the weight: A and B.
 Each = dict[str, tuple[torch.Tensor, torch.Tensor]]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_megatron.lora.config import LoRA
-from lightning_megatron.lora.merging import Each
+from lightning_megatron.models.lora.config import LoRA
+from lightning_megatron.models.lora.merge import Each
 
 _WEIGHTS, _PICKLED, _CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 _PREFIX = "base_model.model."

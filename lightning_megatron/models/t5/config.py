@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Literal
 
 from megatron.core.transformer import TransformerConfig
 
-from lightning_megatron.arguments import Arguments
 from lightning_megatron.checkpoint import formerly_in, plain_class
-from lightning_megatron.layers.t5_model import PositionEmbedding
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.modules import t5_stages
-from lightning_megatron.modules.model_config import Activation, ModelConfig
-from lightning_megatron.modules.settings import BuildSettings
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.model_config import Activation, ModelConfig
+from lightning_megatron.models.t5 import pipeline_split
+from lightning_megatron.models.t5.model import PositionEmbedding
 
 _NORMS = ("RMSNorm", "LayerNorm")
 
@@ -130,13 +130,13 @@ class T5Config(ModelConfig):
     def encoder_config(self, settings: BuildSettings) -> TransformerConfig:
         """megatron-core's configuration of the encoder."""
         layers = self.encoder_layers
-        stages = t5_stages.encoder_stages(settings.layout, layers)
+        stages = pipeline_split.encoder_stages(settings.layout, layers)
         return self.transformer_config(settings, num_layers=layers, pipeline_model_parallel_layout=stages)
 
     def decoder_config(self, settings: BuildSettings) -> TransformerConfig:
         """megatron-core's configuration of the decoder."""
         layers = self.decoder_layers
-        stages = t5_stages.decoder_stages(settings.layout, layers)
+        stages = pipeline_split.decoder_stages(settings.layout, layers)
         return self.transformer_config(settings, num_layers=layers, pipeline_model_parallel_layout=stages)
 
     def family_arguments(self) -> dict[str, Any]:

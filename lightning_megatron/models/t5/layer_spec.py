@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from lightning_megatron.layers.attention import TorchAttention
-from lightning_megatron.layers.norm import TorchNorm
+from lightning_megatron.models.layers.attention import TorchAttention
+from lightning_megatron.models.layers.norm import TorchNorm
 
 
 class RelativeAttention(TorchAttention):

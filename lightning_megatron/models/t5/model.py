@@ -23,10 +23,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from lightning_megatron import copies
-from lightning_megatron.groups import Stack, gather_vocabulary
-from lightning_megatron.layers.attention import TorchAttention
-from lightning_megatron.layers.t5 import (
+from lightning_megatron.distributed import shared_weights
+from lightning_megatron.distributed.parameter_names import WholeNames
+from lightning_megatron.distributed.process_groups import Stack, gather_vocabulary
+from lightning_megatron.models.layers.attention import TorchAttention
+from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
+from lightning_megatron.models.t5.layer_spec import (
     EncoderStates,
     RelativeAttention,
     share_position_bias,
@@ -34,8 +36,6 @@ from lightning_megatron.layers.t5 import (
     t5_decoder_spec,
     t5_encoder_spec,
 )
-from lightning_megatron.layers.vocabulary import mask_padded_vocabulary
-from lightning_megatron.names import WholeNames
 
 PositionEmbedding = Literal["relative", "learned"]
 
@@ -238,7 +238,7 @@ class T5Model(WholeNames, LanguageModule):
     def _share_position_bias(self, stack: Stack, block: TransformerBlock, bias: RelativePositionEmbedding) -> None:
         share_position_bias(block, bias)
         if self.stage.copy is not None:
-            copies.mark(bias.relative_attention_bias.weight, stack, self.stage.copy)
+            shared_weights.mark(bias.relative_attention_bias.weight, stack, self.stage.copy)
 
     def _embed(self, ids: torch.Tensor, first: int = 0) -> torch.Tensor:
         """``[s/tp, b, h]`` of ``[b, s]``; what sequence parallelism pads may lie beyond the last learned position."""

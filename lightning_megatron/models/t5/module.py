@@ -7,21 +7,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_megatron import copies, groups
-from lightning_megatron.generation import GenerationSettings, Prompts, Stages, T5Decoder
-from lightning_megatron.groups import gather_vocabulary
-from lightning_megatron.layers import cross_entropy_over_shards
-from lightning_megatron.layers.t5_model import T5Model
-from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.lora import LoRA
-from lightning_megatron.modules import t5_stages
-from lightning_megatron.modules.base import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
-from lightning_megatron.modules.batch_checks import check_alike, check_range, check_tokens, given
-from lightning_megatron.modules.first_weights import FirstWeights
-from lightning_megatron.modules.generating import GeneratingModule
-from lightning_megatron.modules.t5_config import T5Config
-from lightning_megatron.parameter_groups import OptimizerCallable, ParameterGroups
-from lightning_megatron.schedule import LRSchedule
+from lightning_megatron.distributed import process_groups, shared_weights
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.process_groups import gather_vocabulary
+from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
+from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages, T5Decoder
+from lightning_megatron.models.generation.module import GeneratingModule
+from lightning_megatron.models.layers.vocab_padding import cross_entropy_over_shards
+from lightning_megatron.models.lora import LoRA
+from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
+from lightning_megatron.models.t5 import pipeline_split
+from lightning_megatron.models.t5.config import T5Config
+from lightning_megatron.models.t5.model import T5Model
+from lightning_megatron.models.weight_init import FirstWeights
+from lightning_megatron.training.lr_schedule import LRSchedule
+from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
 # Megatron's names of what transformers calls otherwise.
 _NAMES = {"text_enc": "input_ids", "text_dec": "decoder_input_ids"}
@@ -71,7 +71,7 @@ class T5Module(GeneratingModule):
         Raises:
             LayoutError: A stage would have no layer.
         """
-        return t5_stages.with_split(
+        return pipeline_split.with_split(
             layout, self.config.encoder_layers, self.config.decoder_layers, self.config.layer_costs()
         )
 
@@ -80,7 +80,7 @@ class T5Module(GeneratingModule):
         built = len(self.chunks) > 0
         super().configure_model()
         if not built:
-            copies.equalise(self.chunks)
+            shared_weights.equalise(self.chunks)
 
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
         """One chunk: layers of the encoder, or of the decoder, or the whole model where there are no stages."""
@@ -91,7 +91,7 @@ class T5Module(GeneratingModule):
         model = T5Model(
             encoder,
             decoder,
-            stage=t5_stages.stage(settings.layout, number),
+            stage=pipeline_split.stage(settings.layout, number),
             vocab_size=config.vocab_size,
             padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
             tie_embeddings=config.tie_embeddings,
@@ -103,7 +103,7 @@ class T5Module(GeneratingModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        first_weights.draw(model, groups.seed_of_run(), config.vocab_size)
+        first_weights.draw(model, process_groups.seed_of_run(), config.vocab_size)
         model.start_queries_small()
         return model
 

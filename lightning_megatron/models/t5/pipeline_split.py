@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lightning_megatron.layers.t5_model import T5Stage
-from lightning_megatron.layout import LayoutError, ParallelLayout
+from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
+from lightning_megatron.models.t5.model import T5Stage
 
 
 def with_split(layout: ParallelLayout, encoder: int, decoder: int, costs: tuple[int, int]) -> ParallelLayout:

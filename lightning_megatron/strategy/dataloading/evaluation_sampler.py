@@ -21,8 +21,8 @@ from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from lightning_megatron import groups
-from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.models.megatron_module import MegatronModule
 
 
 class Share(DistributedSampler):  # type: ignore[type-arg]
@@ -79,13 +79,13 @@ def each_once(loader: Any) -> Any:
     With ``drop_last`` each replica drops of its own share what fills no batch. A loader of unknown length stays as it
     is: see ``peers.EvenLoader``. Called on all ranks.
     """
-    if not dist.is_initialized() or groups.data_parallel().size() == 1:
+    if not dist.is_initialized() or process_groups.data_parallel().size() == 1:
         return loader
     loader = without_repeats(loader)
     sampler = sampler_of(loader)
     repeated = getattr(sampler, "is_repeated", False)
     own = sized_len(loader)
-    told = groups.gather_from_replicas((own, repeated))
+    told = process_groups.gather_from_replicas((own, repeated))
     every = [length for length, _ in told if length]
     if own is None or len(every) < len(told):
         return loader

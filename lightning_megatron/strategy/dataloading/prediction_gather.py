@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_megatron import groups
-from lightning_megatron.batch_rows import form_of_rows, join_rows, one_row
-from lightning_megatron.evaluation_samples import Share, sampler_of
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.strategy.dataloading.evaluation_sampler import Share, sampler_of
+from lightning_megatron.training.batch_rows import form_of_rows, join_rows, one_row
 
 
 def join_replicas(trainer: pl.Trainer) -> None:
@@ -18,7 +18,7 @@ def join_replicas(trainer: pl.Trainer) -> None:
     sample, stay as each replica made them.
     """
     loop = trainer.predict_loop
-    if not loop.return_predictions or groups.data_parallel().size() == 1:
+    if not loop.return_predictions or process_groups.data_parallel().size() == 1:
         return
     for loader, made in zip(loop._combined_loader.flattened, loop._predictions, strict=True):  # type: ignore[union-attr]
         sampler = sampler_of(loader)
@@ -26,7 +26,7 @@ def join_replicas(trainer: pl.Trainer) -> None:
             made.clear()
         if isinstance(sampler, Share) and loader.batch_sampler is None:  # the samples are batches already
             places = range(sampler.rank, sampler.total_size, sampler.num_replicas)
-            every: Any = groups.gather_from_replicas(list(zip(places, made, strict=False)))
+            every: Any = process_groups.gather_from_replicas(list(zip(places, made, strict=False)))
             ordered = sorted((pair for replica in every for pair in replica), key=lambda pair: pair[0])
             made[:] = [prediction for _, prediction in ordered]
         else:
@@ -37,7 +37,7 @@ def _join_rows_of_replicas(loader: Any, made: list[Any]) -> None:
     seen = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
     mine = None if seen is None else list(zip(seen, made, strict=False))
     forms = {form_of_rows(prediction, len(numbers)) for numbers, prediction in mine or []}
-    every = groups.gather_from_replicas((mine, forms))
+    every = process_groups.gather_from_replicas((mine, forms))
     batches = [batch for replica, _ in every for batch in replica or []]
     form = set().union(*(found for _, found in every))
     read = [[numbers for numbers, _ in replica or []] for replica, _ in every]

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_megatron import groups
+from lightning_megatron.distributed import process_groups
 
 _ADVICE = (
     " A loader that shuffles needs the same seed on these ranks (seed_everything), one that is sharded by hand takes"
@@ -37,7 +37,7 @@ def share_random_state() -> None:
 
     The model's own random numbers are kept apart: see ``backend.model_rng`` and megatron-core's tracker.
     """
-    group = groups.model_parallel()
+    group = process_groups.model_parallel()
     if group.size() == 1:
         return
     box: list[Any] = [(random.getstate(), np.random.get_state(), torch.get_rng_state())]
@@ -55,10 +55,10 @@ def check_same_batch(batch: Any) -> None:
         DataError: On each of them, when they have read different ones: the model would train on inputs and labels that
             do not belong together.
     """
-    group = groups.model_parallel()
+    group = process_groups.model_parallel()
     if group.size() == 1:
         return
-    sums = groups.gather(_checksum(batch), group)
+    sums = process_groups.gather(_checksum(batch), group)
     if len(set(sums)) > 1:
         ranks = dist.get_process_group_ranks(group)
         same = [rank for rank, seen in zip(ranks, sums, strict=True) if seen == sums[0]]
@@ -77,13 +77,13 @@ def check_numbers_of_batches(trainer: pl.Trainer) -> None:
     Raises:
         DataError: On each of them, when they differ: those with more would wait for the others.
     """
-    group = groups.model_parallel() if trainer.predicting else dist.group.WORLD
+    group = process_groups.model_parallel() if trainer.predicting else dist.group.WORLD
     if trainer.training:
         steps = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else float("inf")
         here = [min(trainer.num_training_batches, steps * trainer.accumulate_grad_batches)]
     else:
         here = list(trainer.predict_loop.max_batches if trainer.predicting else trainer._evaluation_loop.max_batches)
-    everyone = groups.gather(here, group)  # type: ignore[arg-type]
+    everyone = process_groups.gather(here, group)  # type: ignore[arg-type]
     if any(other != everyone[0] for other in everyone):
         ranks = dist.get_process_group_ranks(group)
         shown = {rank: of[0] if len(of) == 1 else of for rank, of in zip(ranks, everyone, strict=True)}
@@ -167,7 +167,7 @@ class EvenLoader:
 
     def _may_fill(self, here: bool, read: int) -> bool:
         """Whether whole replicas have ended, none of them without a batch."""
-        peers = groups.gather(here, groups.model_parallel())
+        peers = process_groups.gather(here, process_groups.model_parallel())
         fine = torch.tensor(int(len(set(peers)) == 1 and read > 0), device=self._device)
         dist.all_reduce(fine, op=dist.ReduceOp.MIN)
         return bool(fine)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_megatron.launching.allocation import environment_of
-from lightning_megatron.launching.script import ScriptLauncher
-from lightning_megatron.launching.torchrun import store_of_this_attempt
+from lightning_megatron.strategy.launchers.script import ScriptLauncher
+from lightning_megatron.strategy.launchers.slurm import environment_of
+from lightning_megatron.strategy.launchers.torchrun_restart import store_of_this_attempt
 
 if TYPE_CHECKING:
-    from lightning_megatron.launching.handed_back import KeptCheckpoint
+    from lightning_megatron.strategy.launchers.returned_state import KeptCheckpoint
 
 Launch = Literal["subprocess", "forkserver"]
 
@@ -58,7 +58,7 @@ def choose(strategy: Any, launch: Launch | None) -> Any:
     if launch is None and _IS_INTERACTIVE and strategy.num_processes * strategy.num_nodes == 1:
         return None
     if launch == "forkserver" or (launch is None and _IS_INTERACTIVE):
-        from lightning_megatron.launching.launcher import ForkserverLauncher  # a script never needs it
+        from lightning_megatron.strategy.launchers.forkserver import ForkserverLauncher  # a script never needs it
 
         return ForkserverLauncher(strategy)
     return ScriptLauncher(environment, strategy.num_processes, strategy.num_nodes)

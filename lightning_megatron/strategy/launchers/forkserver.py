@@ -18,8 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_megatron.launching import forkserver
-from lightning_megatron.launching.handed_back import Baseline, HandedBack, KeptCheckpoint
+from lightning_megatron.strategy.launchers import worker_pool
+from lightning_megatron.strategy.launchers.returned_state import Baseline, HandedBack, KeptCheckpoint
 
 
 class ForkserverLauncher(_MultiProcessingLauncher):
@@ -63,7 +63,9 @@ class ForkserverLauncher(_MultiProcessingLauncher):
         states = _GlobalStateSnapshot.capture()
         call = partial(_on_rank, self._strategy, states, partial(function, *args, **kwargs), trainer, kept)
         ranks = range(self._strategy.num_processes)  # type: ignore[attr-defined]
-        outcome = forkserver.run(call, [{**os.environ, **self._places(), "LOCAL_RANK": str(rank)} for rank in ranks])[0]
+        outcome = worker_pool.run(call, [{**os.environ, **self._places(), "LOCAL_RANK": str(rank)} for rank in ranks])[
+            0
+        ]
         if trainer is None:
             return outcome
         if kept is not None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import cloudpickle
 
-from lightning_megatron import first_error
+from lightning_megatron.distributed import first_error
 
 _PRELOADED = ["lightning_megatron"]  # with it come torch, lightning.pytorch and megatron.core
 _GRACE = 5.0  # seconds that ranks have to end by themselves when one has failed, before they are killed

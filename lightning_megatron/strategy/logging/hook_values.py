@@ -23,10 +23,11 @@ from lightning.pytorch.trainer.connectors.logger_connector.fx_validator import _
 from lightning.pytorch.utilities.data import extract_batch_size
 from torchmetrics import Metric
 
-from lightning_megatron import groups, metrics
-from lightning_megatron.kept_values import taken_back
-from lightning_megatron.layout import RankCoordinates
-from lightning_megatron.recorder import reduce_values
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.layout import RankCoordinates
+from lightning_megatron.strategy.logging import torchmetrics_sync
+from lightning_megatron.strategy.logging.recorder import reduce_values
+from lightning_megatron.strategy.logging.user_state import taken_back
 
 _SIGNATURE = inspect.signature(pl.LightningModule.log)
 _STEPS = ("training_step", "validation_step", "test_step")
@@ -90,7 +91,7 @@ class HookLogs:
         try:
             agreed: Any = nullcontext()
             if listens and not action.endswith(_AROUND_STEPS):
-                agreed = metrics.same_on_all_stages(self._module, self._counts_of_metrics)
+                agreed = torchmetrics_sync.same_on_all_stages(self._module, self._counts_of_metrics)
             with type(self._profiler).profile(self._profiler, action) as found, agreed, self._counted(action):
                 yield found
         finally:
@@ -104,7 +105,7 @@ class HookLogs:
         if not (action.endswith(_ENDS_OF_BATCHES) and self._is_listened_to(action)) or self._counts():
             yield
             return
-        with metrics.untouched(self._module), taken_back([self._module, *self._owners(action)]):
+        with torchmetrics_sync.untouched(self._module), taken_back([self._module, *self._owners(action)]):
             yield
 
     def _log(self, *args: Any, **options: Any) -> None:
@@ -121,7 +122,7 @@ class HookLogs:
             return
         entry = pending.setdefault(name, _Entry(given))
         if isinstance(value, Metric):
-            entry.metric = given.get("metric_attribute") or metrics.attribute_of(self._module, value)
+            entry.metric = given.get("metric_attribute") or torchmetrics_sync.attribute_of(self._module, value)
             value = value._forward_cache
         one = isinstance(value, torch.Tensor) and value.numel() == 1
         entry.values.append(value.item() if one else value.detach().cpu() if isinstance(value, torch.Tensor) else value)
@@ -161,7 +162,7 @@ class HookLogs:
         dist.all_reduce(noted, op=dist.ReduceOp.MAX)
         if not noted:
             return
-        here = groups.coordinates(), pending
+        here = process_groups.coordinates(), pending
         every: list[Any] = [here] * dist.get_world_size()
         dist.all_gather_object(every, here)
         for name in dict.fromkeys(name for _, entries in every for name in entries):
@@ -183,7 +184,7 @@ class HookLogs:
             options["metric_attribute"] = first.metric
         else:
             value = reduce_values(values, weights, first.options.get("reduce_fx", "mean"))
-            options.update(sync_dist=True, sync_dist_group=groups.REDUCED)
+            options.update(sync_dist=True, sync_dist_group=process_groups.REDUCED)
         type(self._module).log(self._module, name, value, **options)
 
 

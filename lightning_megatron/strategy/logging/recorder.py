@@ -12,9 +12,10 @@ import lightning.pytorch as pl
 import torch
 from torchmetrics import Metric
 
-from lightning_megatron import groups, metrics
-from lightning_megatron.kept_values import taken_back
-from lightning_megatron.modules.base import MegatronModule
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.strategy.logging import torchmetrics_sync
+from lightning_megatron.strategy.logging.user_state import taken_back
 
 _SIGNATURE = inspect.signature(pl.LightningModule.log)
 
@@ -68,7 +69,7 @@ class LogRecorder:
         self._module = module
         self._rows = rows
         self._seen: dict[str, _Entry] = {}
-        self._states = metrics.BatchStates(module)
+        self._states = torchmetrics_sync.BatchStates(module)
 
     @contextmanager
     def listening(self, share: float, chunk: int) -> Iterator[None]:
@@ -90,7 +91,7 @@ class LogRecorder:
             if share:
                 yield
             else:
-                with metrics.untouched(self._module), taken_back([self._module]):
+                with torchmetrics_sync.untouched(self._module), taken_back([self._module]):
                     yield
         finally:
             del self._module.__dict__["log"]
@@ -114,7 +115,7 @@ class LogRecorder:
         whole = isinstance(module, MegatronModule)
         stages: list[dict[str, _Entry]] = []
         if gather:
-            stages = groups.gather_from_stages(_over_replicas(self._seen) if whole else self._seen)
+            stages = process_groups.gather_from_stages(_over_replicas(self._seen) if whole else self._seen)
         for name, entry in _latest(stages).items():
             options = dict(entry.options)
             if entry.metric is not None:
@@ -125,7 +126,7 @@ class LogRecorder:
                 module.log(name, metric, **{**options, "metric_attribute": entry.metric})
                 continue
             if whole:
-                options.update(batch_size=sum(entry.weights), sync_dist=True, sync_dist_group=groups.REDUCED)
+                options.update(batch_size=sum(entry.weights), sync_dist=True, sync_dist_group=process_groups.REDUCED)
             elif options.get("batch_size") is not None:
                 options["batch_size"] = sum(entry.weights)
             module.log(name, reduce_values(entry.values, entry.weights, options.get("reduce_fx", "mean")), **options)
@@ -142,7 +143,7 @@ class LogRecorder:
         if entry is None or entry.chunk < chunk:
             entry = self._seen[name] = _Entry(chunk, options)
         if isinstance(value, Metric):
-            entry.metric = metrics.attribute_of(self._module, value)
+            entry.metric = torchmetrics_sync.attribute_of(self._module, value)
             value = value._forward_cache
         weight = options.get("batch_size")
         entry.values.append(value.detach() if isinstance(value, torch.Tensor) else value)
@@ -152,7 +153,7 @@ class LogRecorder:
 def _over_replicas(seen: dict[str, _Entry]) -> dict[str, _Entry]:
     """What all replicas recorded on this stage, values and weights joined; also names that only some have logged."""
     joined: dict[str, _Entry] = {}
-    for replica in groups.gather_from_replicas({name: _on_the_host(entry) for name, entry in seen.items()}):
+    for replica in process_groups.gather_from_replicas({name: _on_the_host(entry) for name, entry in seen.items()}):
         for name, entry in replica.items():
             if name not in joined:
                 joined[name] = entry

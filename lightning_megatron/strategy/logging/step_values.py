@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from lightning_megatron.engine import NonFiniteLossError, Outcome
-from lightning_megatron.optimizer import ShardedOptimizer
+from lightning_megatron.training.engine import NonFiniteLossError, Outcome
+from lightning_megatron.training.optimizer import ShardedOptimizer
 
 
 def log_step(

@@ -14,7 +14,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_megatron import groups
+from lightning_megatron.distributed import process_groups
 
 
 def sync_over_replicas(module: pl.LightningModule) -> None:
@@ -39,8 +39,8 @@ def gather(tensor: torch.Tensor, group: Any | None = None) -> list[torch.Tensor]
 
     A module-level function that looks its groups up when called, so that metrics can be copied and pickled.
     """
-    states = gather_all_tensors(tensor, group or groups.data_parallel())
-    return states if group or _stages_agree else groups.broadcast_object_from_last_stage(states)
+    states = gather_all_tensors(tensor, group or process_groups.data_parallel())
+    return states if group or _stages_agree else process_groups.broadcast_object_from_last_stage(states)
 
 
 _stages_agree = False  # whether every stage has the last one's states, so that a stage may compute alone
@@ -56,13 +56,15 @@ def same_on_all_stages(module: pl.LightningModule, counts: list[int]) -> Iterato
             are not sent again.
     """
     global _stages_agree
-    found = _metrics(module) if groups.stages().size() > 1 else []
+    found = _metrics(module) if process_groups.stages().size() > 1 else []
     if found:
         now = [metric._update_count for metric in found]
         changed = torch.tensor(int(counts != now), device=found[0].device)
-        dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=groups.stages())
+        dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=process_groups.stages())
         if changed:
-            for metric, states in zip(found, groups.broadcast_object_from_last_stage(_states(found)), strict=True):
+            for metric, states in zip(
+                found, process_groups.broadcast_object_from_last_stage(_states(found)), strict=True
+            ):
                 for name, value in apply_to_collection(states, torch.Tensor, torch.Tensor.to, metric.device).items():
                     setattr(metric, name, value)
     _stages_agree = bool(found)

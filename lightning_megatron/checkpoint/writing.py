@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
-from lightning_megatron import groups
-from lightning_megatron.checkpoint import weights
+from lightning_megatron.checkpoint import shard_files
 from lightning_megatron.checkpoint.manifest import CheckpointError, Staging, staging_folder
+from lightning_megatron.distributed import process_groups
 
 WEIGHTS = "weights"
 RANKS = "ranks"
@@ -31,13 +31,13 @@ class Part:
 
     def __init__(self, items: list[tuple[Any, torch.Tensor]]) -> None:
         self.items = items
-        self._written: weights.Written | None = None
+        self._written: shard_files.Written | None = None
         self._folder = Path()
 
-    def write(self, folder: Path, rank: int) -> weights.Written:
+    def write(self, folder: Path, rank: int) -> shard_files.Written:
         """Write this rank's file into ``folder``, or give the one that was written a second name there."""
-        if self._written is None or not weights.link(self._written, self._folder, folder):
-            self._written = weights.write(self.items, folder, rank)
+        if self._written is None or not shard_files.link(self._written, self._folder, folder):
+            self._written = shard_files.write(self.items, folder, rank)
         return self._written
 
     def is_at(self, folder: Path) -> None:
@@ -80,7 +80,7 @@ def write(content: Content, path: Path) -> None:
     except Exception as error:
         problem = describe(error)
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object((problem, files, where), parts if rank == 0 else None, group=groups.beside_training())
+    dist.gather_object((problem, files, where), parts if rank == 0 else None, group=process_groups.beside_training())
     outcome = [""]
     if staging is not None:
         outcome = [next((part[0] for part in parts if part[0]), "")]
@@ -91,7 +91,7 @@ def write(content: Content, path: Path) -> None:
                 outcome = [describe(error)]
         if outcome[0]:
             staging.abandon()
-    dist.broadcast_object_list(outcome, src=0, group=groups.beside_training())
+    dist.broadcast_object_list(outcome, src=0, group=process_groups.beside_training())
     if outcome[0]:
         raise CheckpointError(f"{path} was not saved; earlier checkpoints are as they were. {outcome[0]}")
     content.part.is_at(path / WEIGHTS)
@@ -107,9 +107,9 @@ def agree(problem: str, same: bool) -> bool:
         CheckpointError: The first rank's that has one, on every rank.
     """
     votes = torch.tensor([not problem, same], dtype=torch.int32, device="cpu")
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=groups.on_host())
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=process_groups.on_host())
     if not votes[0]:
-        raise CheckpointError(next(filter(None, groups.gather(problem, groups.on_host()))))
+        raise CheckpointError(next(filter(None, process_groups.gather(problem, process_groups.on_host()))))
     return bool(votes[1])
 
 
@@ -131,7 +131,7 @@ def _prepare(path: Path) -> Staging | None:
         except OSError as error:
             problem = [f"Nothing can be saved to {path}: {error}"]
             staging.close()
-    dist.broadcast_object_list(problem, src=0, group=groups.beside_training())
+    dist.broadcast_object_list(problem, src=0, group=process_groups.beside_training())
     if problem[0]:
         raise CheckpointError(problem[0])
     return staging
@@ -143,7 +143,7 @@ def _write_part(content: Content, folder: Path, rank: int) -> tuple[dict[str, tu
     own = {f"{RANKS}/{rank:05d}.pt": content.rank_state, **content.files}
     for other, data in own.items():
         with (folder / other).open("wb") as raw:
-            hashed = weights.HashedFile(raw)
+            hashed = shard_files.HashedFile(raw)
             hashed.write(data)
         files[other] = (hashed.size, hashed.crc32)
     for name in files:
@@ -155,7 +155,7 @@ def _publish(content: Content, staging: Staging, parts: list[Any]) -> None:
     files = {name: known for part in parts for name, known in part[1].items()}
     where = {index: place for part in parts for index, place in part[2].items()}
     assert content.metadata is not None
-    for name, file in weights.write_index(staging.folder / WEIGHTS, content.metadata, where).items():
+    for name, file in shard_files.write_index(staging.folder / WEIGHTS, content.metadata, where).items():
         files[f"{WEIGHTS}/{name}"] = (file.size, file.crc32)
         _sync(staging.folder / WEIGHTS / name)
     staging.publish({**content.manifest, "saved_at": time.time()}, files)

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_megatron import groups, hf
-from lightning_megatron.checkpoint.comparison import listed
-from lightning_megatron.hf.pieces import Heads, Pieces, Read, Shape, is_update, take_apart
-from lightning_megatron.hf.whole import WholeTensors, on_first_rank
-from lightning_megatron.lora import LoRA
-from lightning_megatron.lora.attach import attach, chosen_of, target_names
-from lightning_megatron.lora.files import Saved, base_of, write
-from lightning_megatron.lora.layer import Adapter
-from lightning_megatron.lora.merging import Updates
+from lightning_megatron import hf
+from lightning_megatron.checkpoint.mismatches import listed
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.hf.gather import WholeTensors, on_first_rank
+from lightning_megatron.hf.weight_mapping import Heads, Pieces, Read, Shape, is_update, take_apart
+from lightning_megatron.models.lora import LoRA
+from lightning_megatron.models.lora.inject import attach, chosen_of, target_names
+from lightning_megatron.models.lora.layer import Adapter
+from lightning_megatron.models.lora.merge import Updates
+from lightning_megatron.models.lora.peft_files import Saved, base_of, write
 
 _TASKS = {
     "GPT": "CAUSAL_LM",
@@ -99,7 +100,7 @@ def put_in(module: Any) -> None:
     """
     lora: LoRA = module.lora
     pieces = pieces_of(module)
-    seed = groups.gather(torch.initial_seed(), groups.on_host())[0]
+    seed = process_groups.gather(torch.initial_seed(), process_groups.on_host())[0]
     _check_parts(module, lora.also_train)
     for chunk in module.chunks:
         attach(chunk, lora, pieces, module.config, seed, set(module.new_weights))
@@ -118,7 +119,9 @@ def fill(module: Any, saved: Saved) -> None:
         for number, theirs in enumerate(adapter.chosen)
     ]
     problems = [_misfit(theirs, adapter, number, *saved.updates[theirs]) for adapter, number, theirs in places]
-    found = sorted({problem for many in groups.gather(problems, groups.on_host()) for problem in many if problem})
+    found = sorted(
+        {problem for many in process_groups.gather(problems, process_groups.on_host()) for problem in many if problem}
+    )
     if found:
         raise ValueError(found[0])
     for adapter, number, theirs in places:
@@ -142,7 +145,7 @@ def _check_parts(module: Any, parts: list[str]) -> None:
         ValueError: Names the nearest that there is; on every rank.
     """
     here = {name for name, _ in module.named_shards()}
-    names = set().union(*groups.gather(here, groups.on_host()))
+    names = set().union(*process_groups.gather(here, process_groups.on_host()))
     known = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     for part in parts:
         if part not in known:
@@ -189,7 +192,7 @@ def save(module: Any, folder: Path) -> Path:
 def _trained_whole(module: Any) -> set[str]:
     """Weights of the whole model that are trained as they are."""
     here = {name for name, parameter in module.named_shards() if parameter.requires_grad and not is_update(name)}
-    return set().union(*groups.gather(here, groups.on_host()))
+    return set().union(*process_groups.gather(here, process_groups.on_host()))
 
 
 def _in_whole_modules(trained: set[str], pieces: Pieces, tied: dict[str, str], lora: LoRA, heads: set[str]) -> set[str]:

@@ -1,0 +1,1 @@
+"""Functions that make a batch of samples: padding, masked tokens, corrupted spans, pairs of sentences."""

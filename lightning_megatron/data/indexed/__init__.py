@@ -1,0 +1,1 @@
+"""Megatron's indexed files (``.bin`` and ``.idx``), and the samples that are cut from them."""

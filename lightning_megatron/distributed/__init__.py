@@ -1,0 +1,7 @@
+"""Who the ranks are and how they talk.
+
+The parallel layout, process groups and seeds, megatron-core on a machine without CUDA, weights that several ranks hold,
+and which rank has failed or does not answer. ``arguments.py`` words the refusal of a wrong argument for every room.
+
+Imports nothing else of the package.
+"""

@@ -1,0 +1,1 @@
+"""GPT: module, configuration, layer spec and what else belongs to causal models only."""
