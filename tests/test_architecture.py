@@ -1,48 +1,77 @@
-"""``docs/architecture.md`` has a row for every room, and each room imports only what stands above it there."""
+"""``docs/architecture.md`` is true: which folder imports which, in one direction, and what each file is."""
 
-import ast
 import re
-from collections.abc import Iterator
-from pathlib import Path
+import sys
+
+import pytest
 
 from tests.pages import DOCS, ROOT
 
-PACKAGE = ROOT / "lightning_megatron"
-TEXT = (DOCS / "architecture.md").read_text().split("## The rooms, from the ground up")[1].split("\n## ")[0]
-ROWS = [line.split("|")[1] for line in TEXT.splitlines() if line.startswith("| `")]
-PLACES = {name.removesuffix(".py"): n for n, row in enumerate(ROWS) for name in re.findall(r"`(\w+)(?:\.py|/)`", row)}
-DOORS = {"__init__", "__main__", "version"}
+sys.path.insert(0, str(DOCS))
+import list_modules  # a script of the pages
+
+TEXT = (DOCS / "architecture.md").read_text()
+TABLE = TEXT.split("## The folders, from the ground up")[1].split("\n## ")[0]
+ROWS = [line.split("|")[1:4] for line in TABLE.splitlines() if line.startswith("| `")]
+DECLARED = {re.findall(r"`(\w+)/`", name)[0]: re.findall(r"`(\w+)`", imports) for name, _, imports in ROWS}
+FOLDERS = list(DECLARED)
 
 
-def room(module: str) -> str:
-    """The file or folder of the package that a module is, or is in."""
-    return module.split(".")[1] if "." in module else ""
+def test_twelve_doors():
+    entries = {path.name for path in (ROOT / "lightning_megatron").iterdir()} - {"__pycache__", "py.typed"}
+    assert entries == {*FOLDERS, "__init__.py", "__main__.py", "testing.py"}
+    assert len(entries) <= 12
+    assert tuple(FOLDERS) == list_modules.FOLDERS
 
 
-def imports(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_megatron"):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("lightning_megatron"))
-
-
-def files() -> Iterator[tuple[str, Path]]:
-    for file in sorted(PACKAGE.rglob("*.py")):
-        name = room(".".join(file.relative_to(ROOT).with_suffix("").parts))
-        if name not in DOORS:
-            yield name, file
-
-
-def test_every_room_has_one_row():
-    assert {name for name, _ in files()} == PLACES.keys()
-
-
-def test_each_imports_only_what_stands_above_it():
-    upward = {
-        f"{file.relative_to(ROOT)} imports {found}"
-        for name, file in files()
-        for found in imports(file)
-        if PLACES.get(room(found), -1) > PLACES[name]
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_what_its_row_names(folder):
+    found = {
+        other[0]
+        for module, file in list_modules.modules().items()
+        for other in list_modules.imports(file)
+        if module and module[0] == folder and other and other[0] in FOLDERS
     }
-    assert not upward
+    assert found - {folder} == set(DECLARED[folder])
+    assert all(FOLDERS.index(other) < FOLDERS.index(folder) for other in DECLARED[folder])
+    said = (ROOT / "lightning_megatron" / folder / "__init__.py").read_text().split('"""')[1]
+    assert set(re.findall(r"``(\w+)``", said.split("Imports")[1])) == set(DECLARED[folder])
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_inside_a_folder_imports_go_one_way(folder):
+    order = list_modules.in_order(folder)
+    units = list_modules.units(folder)
+    circles = {
+        name: inside & set(order[n:]) for n, name in enumerate(order) if (inside := units[name]) & set(order[n:])
+    }
+    assert not circles
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    known = list_modules.modules()
+    arrows = {module: {other for other in list_modules.imports(file) if other} for module, file in known.items()}
+
+    def reaches(module, seen):
+        for other in arrows[module] - seen:
+            seen.add(other)
+            reaches(other, seen)
+        return seen
+
+    assert not [module for module in known if len(module) > 1 and module in reaches(module, set())]
+
+
+def test_one_name_one_meaning():
+    """Files of one name are the same part of different families, kinds of data or tools."""
+    shared = {"module", "config", "layer_spec", "model", "decoder", "datamodule", "bert", "gpt2", "t5"}
+    names = [module[-1] for module, file in list_modules.modules().items() if file.name != "__init__.py"]
+    assert {name for name in names if names.count(name) > 1} <= shared
+
+
+def test_every_module_says_what_is_in_it():
+    assert not [str(file) for file in list_modules.modules().values() if len(list_modules.sentence(file)) < 10]
+
+
+def test_the_list_of_files_is_written_anew():
+    between = TEXT.split(list_modules.BEGIN)[1].split(list_modules.END)[0]
+    assert between.strip() == list_modules.listed().strip(), "run python docs/list_modules.py"

@@ -1,4 +1,7 @@
-"""What people watch a run by. Each callback logs through ``self.log``, so that every logger shows it."""
+"""Callbacks that show how a run is doing, and that end it. Each logs through ``self.log``, so every logger shows it.
+
+Imports ``distributed``, ``training``, ``checkpoint``, ``models`` and ``strategy``.
+"""
 
 from lightning_megatron.callbacks.memory import MemoryMonitor
 from lightning_megatron.callbacks.perplexity import Perplexity

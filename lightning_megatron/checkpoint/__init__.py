@@ -9,6 +9,8 @@ A checkpoint is a directory::
     weights/         weights, moments and main weights: a torch_dist checkpoint of megatron-core
 
 That of a plain LightningModule on one rank is Lightning's own file instead.
+
+Imports ``distributed`` and ``training``.
 """
 
 from lightning_megatron.checkpoint.checkpointer import Checkpointer, Run

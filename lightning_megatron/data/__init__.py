@@ -1,4 +1,7 @@
-"""Datasets and data modules that feed Megatron models."""
+"""Datasets, tokenizers, collators and data modules.
+
+Imports ``distributed``, for the words of its errors only.
+"""
 
 from lightning_megatron.data.collators.masked_lm import MaskedLMCollator
 from lightning_megatron.data.collators.sentence_pairs import SentencePairCollator

@@ -19,8 +19,8 @@ from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
 from lightning_megatron.hf.family import Family, family_of
 from lightning_megatron.hf.meta_model import Blueprint, class_named
 from lightning_megatron.hf.original_settings import Origin
-from lightning_megatron.hf.source import Source
 from lightning_megatron.hf.weight_mapping import Heads, Pieces, Read, Shape, assemble, their_shapes
+from lightning_megatron.hf.weight_source import Source
 
 
 class WeightsError(ValueError):

@@ -1,4 +1,7 @@
-"""The adapters: LightningModules that build a model, make its batches and compute its loss."""
+"""The LightningModules that build a model, make its batches and compute its loss: a folder for each family.
+
+Imports ``distributed``, ``training``, ``data``, ``checkpoint`` and ``hf``.
+"""
 
 from lightning_megatron.models.auto import AutoModule
 from lightning_megatron.models.bert.config import BertConfig

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_megatron.data.collators.padding import PaddingCollator
 from lightning_megatron.data.datamodule import PARTS, USED, Collator, Loader, OfPacked, TokenizedDataModule
-from lightning_megatron.data.huggingface import source
+from lightning_megatron.data.huggingface import dataset_source
 from lightning_megatron.data.huggingface.documents import Encoder, PackedDocuments, labels_in, tokenise
 from lightning_megatron.data.huggingface.streams import DocumentStream, PackedStream, StreamLoader
 from lightning_megatron.data.tokenizers import Tokenizer
@@ -21,7 +21,7 @@ from lightning_megatron.distributed.arguments import Arguments
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-    from lightning_megatron.data.huggingface.source import Rows
+    from lightning_megatron.data.huggingface.dataset_source import Rows
 
 
 class HFDataModule(TokenizedDataModule):
@@ -147,7 +147,7 @@ class HFDataModule(TokenizedDataModule):
         """Loads and tokenises what is not a stream. Lightning calls this on one process of each machine."""
         for name, rows in self._rows().items():
             self._check(name, rows)
-            if not source.is_stream(rows):
+            if not dataset_source.is_stream(rows):
                 self._tokenise(name, rows)
 
     @override
@@ -178,7 +178,7 @@ class HFDataModule(TokenizedDataModule):
             ValueError: ``drop_last`` leaves no batch.
         """
         samples = self._samples("train")
-        if source.is_stream(samples):
+        if dataset_source.is_stream(samples):
             return self._stream("train", samples, self.seed if self.shuffle else None, self.drop_last)
         sampler = self._sampler(samples, self.batch_size, self.shuffle, self.seed, self.drop_last)
         return self._loader(samples, sampler=sampler, drop_last=self.drop_last)
@@ -198,8 +198,8 @@ class HFDataModule(TokenizedDataModule):
         """The rows of each split that has a name."""
         options = dict(self.options) if self.cache_dir is None else {**self.options, "cache_dir": str(self.cache_dir)}
         with torch.device("cpu"):  # a stream of datasets' shares tensors of its own with workers
-            splits = source.open_splits(self.dataset, self.streaming, **options)
-            chosen = zip(PARTS, source.choose(splits, self.split), strict=True)
+            splits = dataset_source.open_splits(self.dataset, self.streaming, **options)
+            chosen = zip(PARTS, dataset_source.choose(splits, self.split), strict=True)
         return {name: rows for name, rows in chosen if rows is not None}
 
     def _check(self, name: str, rows: Any) -> None:
@@ -211,7 +211,7 @@ class HFDataModule(TokenizedDataModule):
                 f"{type(self).__name__}: the {name} split is empty, with split={self.split}. Name another, or enlarge"
                 " its part."
             )
-        source.check_column(self.text_column, list(first), "text_column")
+        dataset_source.check_column(self.text_column, list(first), "text_column")
         self._labelled[name] = self._leaves_labels(first) and labels_in(first, self.text_column)
         self._encoder(name).check(list(first))
 
@@ -222,12 +222,12 @@ class HFDataModule(TokenizedDataModule):
         return not (self.packing or "labels" in self.keep_columns or isinstance(row[self.text_column], str))
 
     def _tokenise(self, name: str, rows: Dataset) -> Dataset:
-        cache_dir = self.cache_dir or Path(source.library().config.HF_DATASETS_CACHE)
+        cache_dir = self.cache_dir or Path(dataset_source.library().config.HF_DATASETS_CACHE)
         return tokenise(rows, self._encoder(name), cache_dir / "lightning_megatron", self.num_proc)
 
     def _open(self, name: str, rows: Any) -> Any:
         """A stream, or the samples of a dataset."""
-        if source.is_stream(rows):
+        if dataset_source.is_stream(rows):
             if self.num_workers:
                 raise ValueError(
                     f"{type(self).__name__}(num_workers={self.num_workers}): a stream is read in the training process,"
@@ -258,7 +258,7 @@ class HFDataModule(TokenizedDataModule):
             return []
         samples = self._samples(name)
         # Lightning spreads a dataset over the data-parallel ranks.
-        return self._stream(name, samples, None, False) if source.is_stream(samples) else self._loader(samples)
+        return self._stream(name, samples, None, False) if dataset_source.is_stream(samples) else self._loader(samples)
 
     def _loader(self, samples: Any, **options: Any) -> Loader:
         # `batch_size` by name: Lightning makes the loader of a prediction again, with one of its own.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from lightning_megatron.data.collators.padding import IGNORED_LABEL
-from lightning_megatron.data.huggingface.source import check_column, library
+from lightning_megatron.data.huggingface.dataset_source import check_column, library
 from lightning_megatron.data.text_files import lone_surrogate
 from lightning_megatron.data.tokenizers import Tokenizer, begun
 

@@ -1,4 +1,4 @@
-"""GPT-2."""
+"""GPT-2: learned positions, and projections that are stored transposed."""
 
 from __future__ import annotations
 
