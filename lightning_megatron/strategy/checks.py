@@ -21,6 +21,7 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy import single_rank
+from lightning_megatron.training.microbatches import MicroBatching
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -29,30 +30,28 @@ _STRATEGY = Arguments("MegatronStrategy", MisconfigurationException)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
-def check_sizes(
-    sizes: dict[str, Any], micro_batch_size: int | None, num_microbatches: int | None, recompute: str | None
-) -> None:
+def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute: str | None) -> None:
     """Refuse sizes that are wrong in every world, and those that contradict each other.
 
     Args:
-        sizes: Of a ``ParallelLayout``, but for its world.
-        micro_batch_size: As the strategy was told.
-        num_microbatches: As the strategy was told.
-        recompute: As the strategy was told.
+        sizes: The arguments of ``ParallelLayout``, without ``world_size``.
+        micro_batching: How batches are cut into micro-batches.
+        recompute: Which activations are computed again.
 
     Raises:
-        LayoutError: Of ``sizes``.
-        MisconfigurationException: Of the others.
+        LayoutError: ``sizes`` are wrong.
+        MisconfigurationException: One of the other arguments is wrong.
     """
     layout = ParallelLayout.of_smallest_world(**sizes)
-    if micro_batch_size is not None and num_microbatches is not None:
+    size, count = micro_batching.size, micro_batching.count
+    if size is not None and count is not None:
         raise MisconfigurationException(
-            f"MegatronStrategy(micro_batch_size={micro_batch_size}, num_microbatches={num_microbatches}):"
-            " give one; the other follows from the loader's batch_size."
+            f"MegatronStrategy(micro_batch_size={size}, num_microbatches={count}): give one; the other follows from the"
+            " loader's batch_size."
         )
-    _STRATEGY.whole(optional=True, micro_batch_size=micro_batch_size, num_microbatches=num_microbatches)
-    if num_microbatches is not None:
-        layout.check_num_microbatches(num_microbatches)
+    _STRATEGY.whole(optional=True, micro_batch_size=size, num_microbatches=count)
+    if count is not None:
+        layout.check_num_microbatches(count)
     _STRATEGY.one_of((None, "selective", "full"), recompute=recompute)
 
 
@@ -227,7 +226,7 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) ->
         )
 
 
-def check_loader(layout: ParallelLayout, loader: Any, micro_batch_size: int | None, num: int | None) -> None:
+def check_loader(layout: ParallelLayout, loader: Any, micro_batching: MicroBatching) -> None:
     """Refuse a loader without batches, or with a ``batch_size`` that the asked-for micro-batches do not divide."""
     if isinstance(loader, list) and not loader:  # a data module's way to say that there is none: Lightning goes on
         return
@@ -239,12 +238,13 @@ def check_loader(layout: ParallelLayout, loader: Any, micro_batch_size: int | No
             f" dp={layout.dp} replicas share them). Give it more data, or a smaller batch_size."
         )
     rows = getattr(loader, "batch_size", None)
-    if rows is not None and micro_batch_size is not None:
-        layout.check_batch(rows, micro_batch_size)
-    if rows is not None and num is not None and rows % num:
+    size, count = micro_batching.size, micro_batching.count
+    if rows is not None and size is not None:
+        layout.check_batch(rows, size)
+    if rows is not None and count is not None and rows % count:
         raise MisconfigurationException(
-            f"MegatronStrategy(num_microbatches={num}) does not divide the loader's batch_size={rows}. Use a batch_size"
-            f" that is a multiple of {num}."
+            f"MegatronStrategy(num_microbatches={count}) does not divide the loader's batch_size={rows}. Use a"
+            f" batch_size that is a multiple of {count}."
         )
 
 

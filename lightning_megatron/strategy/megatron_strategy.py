@@ -48,6 +48,7 @@ from lightning_megatron.strategy.rank_communication import Collectives
 from lightning_megatron.strategy.step_runner import Steps, make_engine
 from lightning_megatron.training import gradients, resumed_settings, timers, weight_settings
 from lightning_megatron.training.engine import Engine
+from lightning_megatron.training.microbatches import MicroBatching
 from lightning_megatron.training.optimizer import ShardedOptimizer, shard
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -134,7 +135,8 @@ class MegatronStrategy(Placement, Collectives):
         self.sizes: dict[str, Any] = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
         self.sizes["sequence_parallel"] = sequence_parallel
         self.sizes["pipeline_split_rank"] = pipeline_split_rank
-        checks.check_sizes(self.sizes, micro_batch_size, num_microbatches, recompute)
+        self.micro_batching = MicroBatching(micro_batch_size, num_microbatches)
+        checks.check_sizes(self.sizes, self.micro_batching, recompute)
         checks.check_settings(
             ddp,
             initial_loss_scale,
@@ -150,8 +152,6 @@ class MegatronStrategy(Placement, Collectives):
             verify_checkpoint=verify_checkpoint,
             trust_checkpoint=trust_checkpoint,
         )
-        self.micro_batch_size = micro_batch_size
-        self.num_microbatches = num_microbatches
         self.distributed_optimizer = distributed_optimizer
         self.recompute = recompute
         self.ddp = ddp
@@ -342,9 +342,7 @@ class MegatronStrategy(Placement, Collectives):
             optimization_loop.remove(trainer)
         ddp = self._ddp_config() if fitting and not self._trains_as_lightning else None
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
-        self._steps = Steps(
-            self.lightning_module, self._engine, self._precision, self.micro_batch_size, self.num_microbatches
-        )
+        self._steps = Steps(self.lightning_module, self._engine, self._precision, self.micro_batching)
         if self._trains_as_lightning:
             _optimizers_to_device(self.optimizers, self.root_device)
         elif fitting:
@@ -388,7 +386,7 @@ class MegatronStrategy(Placement, Collectives):
             dataloader = evaluation_sampler.each_once(dataloader)
         elif trainer.predicting:
             dataloader = evaluation_sampler.without_repeats(dataloader)
-        checks.check_loader(self.layout, dataloader, self.micro_batch_size, self.num_microbatches)
+        checks.check_loader(self.layout, dataloader, self.micro_batching)
         if trainer.training:
             dataloader = self.checkpointer.resumption.watch(dataloader)
         if trainer.predicting:

@@ -19,7 +19,7 @@ from lightning_megatron.strategy.plain_module import PlainModel, check_output
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.training.batch_rows import count_rows
 from lightning_megatron.training.engine import Engine, Outcome
-from lightning_megatron.training.microbatches import Cut, cut
+from lightning_megatron.training.microbatches import Cut, MicroBatching
 
 _LOGGED_AS = {"validation_step": "val", "test_step": "test"}
 
@@ -47,15 +47,13 @@ class Steps:
         module: An adapter or a plain module.
         engine: Runs the schedules.
         precision: Its context surrounds each micro-batch.
-        micro_batch_size: As the strategy was told.
-        num_microbatches: As the strategy was told.
+        micro_batching: How batches are cut into micro-batches.
     """
 
     module: pl.LightningModule
     engine: Engine
     precision: MegatronPrecision
-    micro_batch_size: int | None
-    num_microbatches: int | None
+    micro_batching: MicroBatching
     told: bool = False
     counts: bool = True  # whether the batch that was evaluated last counts on this replica
     ends_window: bool = False  # whether the optimizer steps after the batch that was trained last
@@ -127,7 +125,7 @@ class Steps:
                 if isinstance(module, MegatronModule):
                     module.in_pipeline = False
             if hook == "training_step" and (not isinstance(module, MegatronModule) or module.lacks_loss(output)):
-                if output is None and self.engine.layout.world_size == 1 and self._asked == (None, None):
+                if output is None and self.engine.layout.world_size == 1 and not self.micro_batching.is_chosen:
                     raise _SkippedError
                 check_output(output)
             return output
@@ -138,17 +136,13 @@ class Steps:
         """The micro-batches of ``batch`` and the length of its hidden states."""
         if self._batch_idx(args) == 0:
             rank_consistency.check_same_batch(batch)
-        if not isinstance(self.module, MegatronModule) and self._asked == (None, None):
+        if not isinstance(self.module, MegatronModule) and not self.micro_batching.is_chosen:
             return Cut((1,)), 1  # one micro-batch, whatever the batch is made of
-        chosen = cut(self.engine.layout, count_rows(batch), *self._asked)
+        chosen = self.micro_batching.cut(self.engine.layout, count_rows(batch))
         if not self.told and self.engine.layout.pp > 1:
             self.told = True
             rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
         return chosen, self.module.sequence_length(batch) if isinstance(self.module, MegatronModule) else 1
-
-    @property
-    def _asked(self) -> tuple[int | None, int | None]:
-        return self.micro_batch_size, self.num_microbatches
 
     def _batch_idx(self, args: Any) -> int:
         """The batch's number; the loop knows it where the hook does not take it."""
@@ -161,7 +155,7 @@ class Steps:
         if isinstance(self.module, MegatronModule):
             recorder: LogRecorder | AtOnce = LogRecorder(self.module, count_rows(batch))
         else:
-            several = self.module.trainer.training and self._asked != (None, None)
+            several = self.module.trainer.training and self.micro_batching.is_chosen
             recorder = LogRecorder(self.module, 1) if several else AtOnce()
         self.engine.has_notes = recorder.has_entries
         return recorder

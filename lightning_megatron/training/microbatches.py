@@ -29,22 +29,38 @@ class Cut:
     counts: bool = True
 
 
-def cut(layout: ParallelLayout, rows: int, micro_batch_size: int | None, num_microbatches: int | None) -> Cut:
-    """Choose the micro-batches for a batch of ``rows``; a tail that does not divide gets smaller ones."""
-    if micro_batch_size is None and num_microbatches is None:
-        num_microbatches = _MICRO_BATCHES_PER_STAGE * layout.pp if layout.pp > 1 else 1
-    if layout.pp == 1:
-        size = micro_batch_size or -(-rows // (num_microbatches or 1))
-        return Cut(tuple(min(size, rows - start) for start in range(0, rows, size)))
-    count = _even_count(layout, rows, micro_batch_size, num_microbatches)
-    return Cut((rows // count,) * count, -count % layout.microbatch_multiple)
+@dataclass(frozen=True)
+class MicroBatching:
+    """How batches are cut into micro-batches: by size or by number, or, with neither, as the layout needs it.
 
+    Args:
+        size: Rows of a micro-batch.
+        count: Micro-batches per batch.
+    """
 
-def _even_count(layout: ParallelLayout, rows: int, micro_batch_size: int | None, num_microbatches: int | None) -> int:
-    if micro_batch_size is not None:
-        return next(rows // size for size in range(min(micro_batch_size, rows), 0, -1) if rows % size == 0)
-    counts = [n for n in range(min(num_microbatches or 1, rows), 0, -1) if rows % n == 0]
-    return next((n for n in counts if n % layout.microbatch_multiple == 0), counts[0])
+    size: int | None = None
+    count: int | None = None
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the user has said how; a plain module's batch is left whole otherwise."""
+        return self.size is not None or self.count is not None
+
+    def cut(self, layout: ParallelLayout, rows: int) -> Cut:
+        """Choose the micro-batches for a batch of ``rows``; a tail that does not divide gets smaller ones."""
+        if layout.pp == 1:
+            size = self.size or -(-rows // (self.count or 1))
+            return Cut(tuple(min(size, rows - start) for start in range(0, rows, size)))
+        count = self._even_count(layout, rows)
+        return Cut((rows // count,) * count, -count % layout.microbatch_multiple)
+
+    def _even_count(self, layout: ParallelLayout, rows: int) -> int:
+        """Micro-batches of equal size for a pipeline, as near to what was asked for as ``rows`` allow."""
+        if self.size is not None:
+            return next(rows // size for size in range(min(self.size, rows), 0, -1) if rows % size == 0)
+        most = min(self.count or _MICRO_BATCHES_PER_STAGE * layout.pp, rows)
+        counts = [count for count in range(most, 0, -1) if rows % count == 0]
+        return next((count for count in counts if count % layout.microbatch_multiple == 0), counts[0])
 
 
 def slices(batch: Any, sizes: Cut) -> Iterator[tuple[Any, float]]:
