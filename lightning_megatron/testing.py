@@ -20,7 +20,7 @@ __all__ = ["clean_process", "leave_no_groups"]
 
 def leave_no_groups() -> None:
     """End the process groups, megatron-core's first, and let megatron-core be as without a strategy."""
-    process_groups.end()
+    process_groups.destroy()
     device.use_device(torch.device("meta"))  # any but the CPU undoes what was done for it
 
 

@@ -118,7 +118,7 @@ def _saved_twice(folder, change):
     names = ["1.ckpt", "1-again.ckpt", "2.ckpt", "2-again.ckpt"]
     files = [folder / name / f"weights/__{os.environ['RANK']}_0.distcp" for name in names]
     damaged = [
-        manifest.damage(folder / n, manifest.read(folder / n), [*manifest.read(folder / n)["files"]], True)
+        manifest.find_damage(folder / n, manifest.read(folder / n), [*manifest.read(folder / n)["files"]], True)
         for n in names
     ]
     assert damaged == [[]] * 4

@@ -172,7 +172,8 @@ def _main_weights(layout, path, precision, save):
     optimizer = run.strategy.optimizers[0]
     names = {id(p): name for name, p in module.named_parameters()}
     return {
-        names[id(h.parameter)]: (h.main.detach().clone(), optimizer.state[h.main]["exp_avg"]) for h in optimizer.held()
+        names[id(h.parameter)]: (h.main_param.detach().clone(), optimizer.state[h.main_param]["exp_avg"])
+        for h in optimizer.parameter_slices()
     }
 
 

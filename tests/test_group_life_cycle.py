@@ -76,7 +76,7 @@ def megatrons_own_groups():
 BETWEEN = [
     nothing,
     dist.destroy_process_group,
-    process_groups.end,
+    process_groups.destroy,
     parallel_state.destroy_model_parallel,
     another_default_group,
     another_layout,
@@ -116,9 +116,9 @@ def sweep(cycles):
     for cycle in range(cycles):
         fit(LoadedGPT(plain_gpt.GPT2), (TP, PP, DP, PP)[cycle % 4], steps=1)
         if cycle % 4 < 3:
-            (process_groups.end, dist.destroy_process_group, nothing)[cycle % 4]()
+            (process_groups.destroy, dist.destroy_process_group, nothing)[cycle % 4]()
         else:
-            process_groups.end()
+            process_groups.destroy()
             counts.append(held())
     return counts
 
@@ -149,7 +149,7 @@ def test_one_rank_needs_few_threads_and_files():
 
 
 def build_for_another_number_of_ranks():
-    process_groups.join(torch.device("cpu"))
+    process_groups.init_default_group(torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"has 1 ranks, and the layout has 2 \(tp=2.*destroy_process_group"):
         process_groups.build(ParallelLayout(world_size=2, tp=2))
 

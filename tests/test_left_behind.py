@@ -62,7 +62,7 @@ def _plain_after(callbacks: list[Any], logger: Any, module: Any, data: DataLoade
     return {name: float(value) for name, value in plain.callback_metrics.items()}
 
 
-def _in_turn(folder: str) -> Any:
+def _after_pending_saves(folder: str) -> Any:
     torch.manual_seed(1)
     data, logger, callbacks, module = _data(), CSVLogger(folder), _callbacks(f"{folder}/kept"), Measured()
     before = {id(each): set(vars(each)) for each in callbacks}
@@ -100,7 +100,7 @@ def _in_turn(folder: str) -> Any:
 
 
 def test_callbacks_loggers_and_modules_are_a_plain_trainers_afterwards(tmp_path):
-    ((added, found),) = run_ranks(1, _in_turn, str(tmp_path))
+    ((added, found),) = run_ranks(1, _after_pending_saves, str(tmp_path))
     assert added == []
     assert {"inside", "unseen"} <= set(found)
 

@@ -39,7 +39,7 @@ def test_the_back_end_follows_the_device() -> None:
     ],
 )
 def test_what_a_group_carries(configuration: str, devices: set[str]) -> None:
-    assert {device for device in ("cpu", "cuda") if process_group_backends.carries(configuration, device)} == devices
+    assert {device for device in ("cpu", "cuda") if process_group_backends.supports(configuration, device)} == devices
 
 
 def test_a_trainer_refuses_before_anything_starts() -> None:
@@ -54,12 +54,12 @@ def _train(layout: Layout) -> float:
     return float(run.callback_metrics["train_loss"])
 
 
-def _in_turn() -> tuple[list[float], list[bool]]:
+def _after_pending_saves() -> tuple[list[float], list[bool]]:
     """Train; begin a run on a GPU, as far as its groups go; and train on the CPU again, in other groups."""
     torch.manual_seed(1)
     losses, stand = [_train(Layout(tp=2))], []
     for device in (torch.device("cpu"), CUDA):
-        process_group_backends.make_way(device)
+        process_group_backends.destroy_unsuitable(device)
         stand.append(dist.is_initialized())
     torch.manual_seed(1)
     losses.append(_train(Layout(tp=2)))
@@ -67,18 +67,18 @@ def _in_turn() -> tuple[list[float], list[bool]]:
 
 
 def test_groups_of_a_run_on_the_cpu_make_way_for_a_gpu() -> None:
-    for losses, stand in run_ranks(2, _in_turn):
+    for losses, stand in run_ranks(2, _after_pending_saves):
         assert stand == [True, False]
         assert losses[0] == losses[1]
 
 
 def _somebody_elses() -> list[bool]:
     dist.init_process_group("gloo", rank=0, world_size=1)
-    process_group_backends.make_way(torch.device("cpu"))
+    process_group_backends.destroy_unsuitable(torch.device("cpu"))
     with pytest.raises(MisconfigurationException, match="'cpu:gloo,cuda:gloo', and a model on 'cuda' needs 'nccl'"):
-        process_group_backends.make_way(CUDA)
+        process_group_backends.destroy_unsuitable(CUDA)
     with pytest.raises(MisconfigurationException, match="Something else in this program has made it"):
-        process_group_backends.join(CUDA)
+        process_group_backends.init_for_build(CUDA)
     return [dist.is_initialized()]
 
 

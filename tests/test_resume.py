@@ -127,7 +127,7 @@ def _train(
         "losses": watch.losses,
         "norms": watch.norms,
         "weights": {name: value.detach().clone() for name, value in module.named_parameters()},
-        "moments": [optimizer.state[held.main]["exp_avg"].clone() for held in optimizer.held()],
+        "moments": [optimizer.state[held.main_param]["exp_avg"].clone() for held in optimizer.parameter_slices()],
         "lr": optimizer.param_groups[0]["lr"],
         "scale": optimizer.loss_scale,
         "skipped": optimizer.skipped_steps,

@@ -310,5 +310,5 @@ def test_an_interrupt_lets_a_save_end(tmp_path, both):
     results = run_ranks(2, _interrupted, str(tmp_path), both, timeout=60)
     assert results[0] == 1
     about = manifest.read(tmp_path / "step=2.ckpt")
-    assert not manifest.damage(tmp_path / "step=2.ckpt", about, list(about["files"]), checksums=True)
+    assert not manifest.find_damage(tmp_path / "step=2.ckpt", about, list(about["files"]), checksums=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step=2.ckpt"]

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary
 
 from lightning_megatron import MegatronStrategy, ParallelLayout, T5Config, T5Module
-from lightning_megatron.checkpoint.tensor_shards import places
+from lightning_megatron.checkpoint.tensor_shards import shard_specs
 from lightning_megatron.distributed.layout import LayoutError
 from tests import plain_gpt, plain_t5
 from tests.parallel import QUIET, Layout, loader, trainer
@@ -116,7 +116,7 @@ def _written(layout: Layout) -> list[str]:
     """The position biases of which this rank has the copy that a checkpoint has."""
     module, run = LoadedT5("t5"), trainer(layout)
     run.validate(module, loader(plain_t5.samples("t5", 12, 1), layout, 12, run), verbose=False)
-    found = places(module).values()
+    found = shard_specs(module).values()
     return [place.key for place in found if "relative" in place.key and not any(place.replica)]
 
 

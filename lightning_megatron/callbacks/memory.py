@@ -52,9 +52,9 @@ def estimate(engine: Engine, optimizer: ShardedOptimizer) -> Estimate:
     buffers = [b for chunk in engine.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     gradients = sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in buffers)
     inner, held = optimizer.inner.optimizer, 0
-    for part in optimizer.held():
-        own = part.main.dtype != part.parameter.dtype
-        held += part.main.numel() * part.main.element_size() * (own + _states(inner))
+    for part in optimizer.parameter_slices():
+        own = part.main_param.dtype != part.parameter.dtype
+        held += part.main_param.numel() * part.main_param.element_size() * (own + _states(inner))
     return Estimate(weights, gradients, held)
 
 
@@ -72,7 +72,7 @@ class MemoryMonitor(pl.Callback):
         strategy: Any = trainer.strategy
         self._device = strategy.root_device
         self._estimates = process_groups.gather(
-            estimate(strategy.engine, strategy.optimizers[0]), process_groups.on_host()
+            estimate(strategy.engine, strategy.optimizers[0]), process_groups.gloo_world()
         )
         self._told = False
         if self._device.type == "cuda":
@@ -82,7 +82,7 @@ class MemoryMonitor(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if not logs_now(trainer):
             return
-        taken = process_groups.gather(_taken(self._device), process_groups.on_host())
+        taken = process_groups.gather(_taken(self._device), process_groups.gloo_world())
         most = max(range(len(taken)), key=lambda rank: taken[rank])
         expected = self._estimates[most]
         log(pl_module, {"memory_gib": taken[most] / _GIB, "memory_estimate_gib": expected.total / _GIB})

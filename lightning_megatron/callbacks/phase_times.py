@@ -93,7 +93,7 @@ class PhaseTimes(pl.Callback):
                 if interval.name in names:
                     self._seconds[phase] += interval.seconds
         mine = {phase: self._seconds[phase] / self._steps for phase in ("data", *_PHASES, "step")}
-        everyone = process_groups.gather(mine, process_groups.on_host())
+        everyone = process_groups.gather(mine, process_groups.gloo_world())
         values = {}
         for phase in mine:
             times = [each[phase] for each in everyone]

@@ -66,7 +66,7 @@ class PipelineTimeline(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         here = (_BOOT.read_text() if _BOOT.is_file() else "", _meet(trainer))
-        machines = process_groups.gather(here, process_groups.on_host())
+        machines = process_groups.gather(here, process_groups.gloo_world())
         first = machines[0]
         self._ahead = 0.0 if here[0] == first[0] else here[1] - first[1]
 
@@ -87,7 +87,7 @@ class PipelineTimeline(pl.Callback):
         layout, rank = strategy.layout, trainer.global_rank
         mine = RankTimeline(rank, layout.coordinates(rank), spans(self._intervals.take(), layout))
         self._intervals = None
-        everyone = process_groups.gather(mine.shifted(self._ahead), process_groups.on_host())
+        everyone = process_groups.gather(mine.shifted(self._ahead), process_groups.gloo_world())
         if trainer.is_global_zero:
             start = min(span.start for each in everyone for span in each.spans)
             self._write([each.shifted(start) for each in everyone], layout, trainer.global_step)

@@ -40,7 +40,7 @@ class TrainingMonitor(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizer: ShardedOptimizer = trainer.strategy.optimizers[0]  # type: ignore[assignment]
-        optimizer.watch_norm = True
+        optimizer.always_compute_norm = True
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -68,8 +68,8 @@ def parameter_norm(optimizer: ShardedOptimizer) -> float:
     Each is counted once, as megatron-core does for gradients: not what tensor-parallel ranks or stages hold copies of.
     """
     squares = torch.zeros((), dtype=torch.float64, device=optimizer.engine.device)
-    for held in optimizer.held():
-        if param_is_not_shared(held.parameter) and param_is_not_tensor_parallel_duplicate(held.parameter):
-            squares += held.main.detach().double().square().sum()
+    for part in optimizer.parameter_slices():
+        if param_is_not_shared(part.parameter) and param_is_not_tensor_parallel_duplicate(part.parameter):
+            squares += part.main_param.detach().double().square().sum()
     dist.all_reduce(squares, group=optimizer.inner.get_grad_stats_parallel_group())
     return math.sqrt(float(squares))

@@ -32,9 +32,9 @@ from lightning_megatron.checkpoint import (
 from lightning_megatron.checkpoint.data_position import loop_progress
 from lightning_megatron.checkpoint.data_position.resume import Resumption
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.checkpoint.model_checkpoint import Retained
-from lightning_megatron.checkpoint.plateau_schedulers import Plateaus
-from lightning_megatron.checkpoint.tensor_shards import Place, by_parameter, places
+from lightning_megatron.checkpoint.model_checkpoint import CallbackRecords
+from lightning_megatron.checkpoint.plateau_schedulers import PlateauSchedulers
+from lightning_megatron.checkpoint.tensor_shards import ShardSpec, shard_specs, specs_by_parameter
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.training.optimizer import ShardedOptimizer
@@ -111,12 +111,12 @@ class Checkpointer:
         self.trust = trust
         self.on_save_error = on_save_error
         self.resumption = Resumption(skip_batches)
-        self.plateaus = Plateaus()
+        self.plateaus = PlateauSchedulers()
         self._last_save_failed = False
-        self._background = writing.Background()
+        self._background = writing.BackgroundThread()
         self._copies = writing.HostCopies()
         self._planners: dict[bool, shard_files.Planner] = {}
-        self._retained = Retained()
+        self._callback_records = CallbackRecords()
         self._whole: list[Path] = []
         # Since the last wait, the same on every rank: what is saved, and what is removed behind it.
         self._in_flight: list[_Step] = []
@@ -131,7 +131,7 @@ class Checkpointer:
             path: The same on every rank.
             run: What it is of.
         """
-        self._retained.note(run.trainer)
+        self._callback_records.remember(run.trainer)
         try:
             if run.in_one_file:
                 self._write_one_file(state, path, run)
@@ -142,10 +142,10 @@ class Checkpointer:
             beside = self.asynchronous and run.trainer.state.status == TrainerStatus.RUNNING
             if not (beside and self._is_copied(content.part.items)):
                 if not self.wait() and "callbacks" in state:  # they have counted on what was not saved
-                    state["callbacks"] = self._retained.state_of_callbacks(state["callbacks"])
+                    state["callbacks"] = self._callback_records.corrected_states(state["callbacks"])
                     content = self._content(state, run)
                 if beside:
-                    self._copies.take(content.part.items)
+                    self._copies.update(content.part.items)
             if beside:
                 content.part = self._copies.part
                 self._in_flight.append(_Step("save", path))
@@ -188,7 +188,7 @@ class Checkpointer:
             return False
         return True
 
-    def give_up(self) -> None:
+    def wait_after_error(self) -> None:
         """After an error: let a save in the background end, and say so if it failed; the error is what is raised."""
         try:
             self.wait()
@@ -203,19 +203,21 @@ class Checkpointer:
         if self._background.busy:
             self._in_flight.append(_Step("remove", path))
         if dist.get_rank() == 0:
-            self._in_turn(lambda: manifest.remove(path), f"{path} could not be removed")
+            self._after_pending_saves(lambda: manifest.remove(path), f"{path} could not be removed")
 
     def link(self, path: Path, target: Path) -> None:
         """Have ``path`` be a link to ``target`` once that is whole; called by every rank, done by the first."""
         if dist.get_rank() == 0 and path != target and not self._last_save_failed:
-            self._in_turn(lambda: manifest.make_link(path, target), f"{path} could not be linked to {target}")
+            self._after_pending_saves(
+                lambda: manifest.make_link(path, target), f"{path} could not be linked to {target}"
+            )
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Let go of the memory that is kept for the next save."""
         self._copies = writing.HostCopies()
         self._planners = {}
 
-    def _in_turn(self, action: Callable[[], None], otherwise: str) -> None:
+    def _after_pending_saves(self, action: Callable[[], None], otherwise: str) -> None:
         """Do something now, or once the save that goes on has succeeded; the training is worth more than that."""
 
         def attempt() -> None:
@@ -231,16 +233,16 @@ class Checkpointer:
 
     def _is_copied(self, items: list[tuple[Any, torch.Tensor]]) -> bool:
         """Whether every rank has these very values in host memory, from the save before (as with ``save_last``)."""
-        return self._background.busy and writing.agree("", self._copies.hold(items))
+        return self._background.busy and writing.agree("", self._copies.match(items))
 
-    def _write(self, content: writing.Content, step: _Step) -> None:
+    def _write(self, content: writing.SaveContent, step: _Step) -> None:
         writing.write(content, step.path)
         step.done = True
         self._whole.append(step.path)
 
     def _write_one_file(self, state: State, path: Path, run: Run) -> None:
         full, position = "optimizer_states" in state, loop_progress.position(run.trainer)
-        loop_progress.put_right(state["loops"], position)
+        loop_progress.correct_counts(state["loops"], position)
         ours: State = {"layout": asdict(run.layout)}
         if full:
             ours["rank"] = self._own_record(state, position, run)
@@ -255,7 +257,7 @@ class Checkpointer:
         if self.on_save_error == "raise":
             raise error
         rank_zero_warn(f"{str(error).rstrip(chr(46))}. Training goes on without it.")
-        self._retained.put_right([step.path for step in undone if step.what == "save"], [], self._whole)
+        self._callback_records.correct([step.path for step in undone if step.what == "save"], [], self._whole)
         self._keep([step.path for step in undone if step.what == "remove"])
 
     def _keep(self, paths: list[Path]) -> None:
@@ -263,16 +265,16 @@ class Checkpointer:
         kept = [path for path in paths if path.exists()]
         for path in kept:
             rank_zero_warn(f"{path} is kept: the save after it failed.")
-        self._retained.put_right([], kept, self._whole)
+        self._callback_records.correct([], kept, self._whole)
 
-    def _content(self, state: State, run: Run) -> writing.Content:
+    def _content(self, state: State, run: Run) -> writing.SaveContent:
         """What to write, on all ranks, or an error on all ranks."""
         full = "optimizer_states" in state
         optimizer = run.optimizer if full else None
         planner = self._planners.setdefault(full, shard_files.Planner())
         known, problem = planner.knows(_tensors(state, optimizer)), ""
         if optimizer is not None and state["optimizer_states"]:
-            state[optimizer_groups.KEY] = optimizer_groups.record(state, optimizer.weights)
+            state[optimizer_groups.KEY] = optimizer_groups.record(state, optimizer.group_weight_names)
         try:
             rank_state, files, about = self._all_but_tensors(state, run, full)
             shards = [] if known else _shards(state, run.module, optimizer)
@@ -281,12 +283,12 @@ class Checkpointer:
         plan = planner.last if writing.agree(problem, known) else None
         if plan is None:
             plan = planner.plan(_shards(state, run.module, optimizer) if known else shards)
-        return writing.Content(writing.Part(plan.items), plan.metadata, rank_state, files, about)
+        return writing.SaveContent(writing.RankShards(plan.items), plan.metadata, rank_state, files, about)
 
     def _all_but_tensors(self, state: State, run: Run, full: bool) -> tuple[bytes, dict[str, bytes], State]:
         """This rank's own state, and of the first rank its files and the manifest."""
         position = loop_progress.position(run.trainer)
-        loop_progress.put_right(state["loops"], position)
+        loop_progress.correct_counts(state["loops"], position)
         own = self._own_record(state, position, run)
         rank_state = trainer_state.dumps(own, own["combined_loader"])
         plateaus = self.plateaus.record(run.trainer) if full else []
@@ -302,7 +304,7 @@ class Checkpointer:
         return rank_state, files, _about(state, run, full, names)
 
     def _own_record(self, state: State, position: loop_progress.Position, run: Run) -> State:
-        """Random states and the place in the data of this rank."""
+        """Random states and the spec in the data of this rank."""
         loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
         return self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders}
 
@@ -338,7 +340,7 @@ class Checkpointer:
         others = {n: v for n, v in run.module.state_dict().items() if not isinstance(v, torch.Tensor)}
         state["state_dict"] = {**others, **state["state_dict"], **tensors}
         if optimizer is not None:
-            optimizer_groups.fit(state, optimizer.weights)
+            optimizer_groups.regroup(state, optimizer.group_weight_names)
             state["optimizer_states"] = [{"hyper": state["optimizer_states"][0], "finish": finish}]
         if resumes:
             self._read_rank_state(path, about, run, state)
@@ -388,26 +390,26 @@ def _tensors(state: State, optimizer: ShardedOptimizer | None) -> list[tuple[str
     """All that is written as shards, by names that tell one from the other."""
     found = list(state["state_dict"].items())
     if optimizer is not None:
-        for number, held in enumerate(optimizer.held()):
-            found.append((f"{number}", held.main))
-            found += [(f"{number}.{name}", value) for name, value in optimizer.state.get(held.main, {}).items()]
+        for number, part in enumerate(optimizer.parameter_slices()):
+            found.append((f"{number}", part.main_param))
+            found += [(f"{number}.{name}", value) for name, value in optimizer.state.get(part.main_param, {}).items()]
     return found
 
 
 def _shards(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer | None) -> list[ShardedTensor]:
     """This rank's tensors, with their places in the whole model's."""
-    where = places(module)
+    where = shard_specs(module)
     shards = []
     for name, value in state["state_dict"].items():
         if isinstance(value, torch.Tensor):
-            place = _place(where, name)
-            shards += place.shards(value.detach(), f"model.{place.key}")
+            spec = _spec_of(where, name)
+            shards += spec.shards(value.detach(), f"model.{spec.key}")
     if optimizer is not None:
-        shards += optimizer_shards.shards(optimizer, by_parameter(module, where))
+        shards += optimizer_shards.shards(optimizer, specs_by_parameter(module, where))
     return shards
 
 
-def _place(where: dict[str, Place], name: str) -> Place:
+def _spec_of(where: dict[str, ShardSpec], name: str) -> ShardSpec:
     if name not in where:
         raise CheckpointError(
             f"on_save_checkpoint added {name!r} to the checkpoint's state_dict, which is no tensor of the module. Put"

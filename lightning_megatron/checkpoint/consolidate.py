@@ -33,12 +33,12 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
     path, out = Path(checkpoint), Path(out)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: name a .safetensors file, or a .ckpt file for Lightning's load_from_checkpoint.")
-    checked(path)
+    verified_manifest(path)
     unfinished = out.with_name(f".{out.name}.unfinished")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if out.suffix == ".safetensors":
-            safetensors_writer.write(unfinished, kinds(path), tensors(path))
+            safetensors_writer.write(unfinished, shapes_and_dtypes(path), tensors(path))
         else:
             torch.save({**state_of(path, trust=False), "state_dict": dict(tensors(path))}, unfinished)
         unfinished.replace(out)
@@ -47,16 +47,16 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
     return out
 
 
-def checked(path: Path) -> dict[str, Any]:
+def verified_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all as they were written.
 
     Raises:
         CheckpointError: It is not whole, or damaged.
     """
     about = manifest.read(path)
-    wrong = manifest.damage(path, about, sorted(about["files"]), checksums=True)
+    wrong = manifest.find_damage(path, about, sorted(about["files"]), checksums=True)
     if wrong:
-        raise CheckpointError(f"{path} is damaged:\n{mismatches.listed(wrong)}")
+        raise CheckpointError(f"{path} is damaged:\n{mismatches.as_list(wrong)}")
     return about
 
 
@@ -76,7 +76,7 @@ def tensors(path: Path, prefer_main: bool = False, only: Set[str] | None = None)
         prefer_main: Whether to give fp32 main weights where a run of low precision has them.
         only: Names of those to give; None gives all.
     """
-    reader = shard_files.OneByOne(path / writing.WEIGHTS)
+    reader = shard_files.WholeTensorReader(path / writing.WEIGHTS)
     for key in sorted(reader.stored):
         name = key.removeprefix(_MODEL)
         if key.startswith(_MODEL) and (only is None or name in only):
@@ -84,7 +84,7 @@ def tensors(path: Path, prefer_main: bool = False, only: Set[str] | None = None)
             yield name, reader.read(main if prefer_main and main in reader.stored else key)
 
 
-def kinds(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def shapes_and_dtypes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of each of the whole model's tensors, in the order of ``tensors``."""
     stored = shard_files.stored(path / writing.WEIGHTS)
     return {

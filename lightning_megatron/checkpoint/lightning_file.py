@@ -16,7 +16,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from lightning_megatron.checkpoint import trainer_state
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.training.optimizer import Held, ShardedOptimizer
+from lightning_megatron.training.optimizer import ParameterSlice, ShardedOptimizer
 
 State = dict[str, Any]
 
@@ -72,18 +72,18 @@ def put_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOp
     """
     numbers = _numbers(optimizer)
     tensors: dict[int, State] = {}
-    for held in optimizer.held():
-        if held.main in optimizer.state:
-            tensors[numbers[id(held.parameter)]] = {
-                name: _whole(value, held) for name, value in optimizer.state[held.main].items()
+    for part in optimizer.parameter_slices():
+        if part.main_param in optimizer.state:
+            tensors[numbers[id(part.parameter)]] = {
+                name: _whole(value, part) for name, value in optimizer.state[part.main_param].items()
             }
-        if held.main.dtype != held.parameter.dtype:
-            for name in _names(module, held.parameter):
-                state["state_dict"][name] = _whole(held.main.detach(), held)
+        if part.main_param.dtype != part.parameter.dtype:
+            for name in _names(module, part.parameter):
+                state["state_dict"][name] = _whole(part.main_param.detach(), part)
     ours: State = state["optimizer_states"][0]
     groups = [
         {**group, "params": [numbers[id(parameter)] for parameter in parameters]}
-        for group, parameters in zip(ours["groups"], optimizer.parameters, strict=True)
+        for group, parameters in zip(ours["groups"], optimizer.group_parameters, strict=True)
     ]
     state["optimizer_states"] = [{"state": dict(sorted(tensors.items())), "param_groups": groups}]
     return ours
@@ -105,50 +105,52 @@ def take_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedO
     groups = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
     hyper = ours or {"name": type(optimizer).__name__, "groups": groups, "skipped_steps": 0}
     known = [number for group in saved["param_groups"] for number in group["params"]]
-    numbers = dict(zip((id(p) for group in optimizer.parameters for p in group), known, strict=False))
-    if [len(group["params"]) for group in saved["param_groups"]] != [len(group) for group in optimizer.parameters]:
+    numbers = dict(zip((id(p) for group in optimizer.group_parameters for p in group), known, strict=False))
+    if [len(group["params"]) for group in saved["param_groups"]] != [
+        len(group) for group in optimizer.group_parameters
+    ]:
         raise CheckpointError(
             f"The checkpoint's optimizer has groups of {[len(g['params']) for g in saved['param_groups']]} parameters,"
-            f" and this run's of {[len(group) for group in optimizer.parameters]}. Use the same groups, or start from"
-            " the weights alone: module.load_state_dict(torch.load(path)['state_dict'])."
+            f" and this run's of {[len(group) for group in optimizer.group_parameters]}. Use the same groups, or start"
+            " from the weights alone: module.load_state_dict(torch.load(path)['state_dict'])."
         )
     names = {id(parameter): name for name, parameter in module.named_parameters()}
 
     def finish() -> None:
-        for held in optimizer.held():
-            values = saved["state"].get(numbers[id(held.parameter)], {})
+        for part in optimizer.parameter_slices():
+            values = saved["state"].get(numbers[id(part.parameter)], {})
             if values:
-                optimizer.state[held.main] = {name: _part(name, value, held) for name, value in values.items()}
-            if held.main.dtype != held.parameter.dtype:
-                weight = state["state_dict"][names[id(held.parameter)]]
-                held.main.data.copy_(_part("weight", weight, held))
+                optimizer.state[part.main_param] = {name: _part(name, value, part) for name, value in values.items()}
+            if part.main_param.dtype != part.parameter.dtype:
+                weight = state["state_dict"][names[id(part.parameter)]]
+                part.main_param.data.copy_(_part("weight", weight, part))
 
     state["optimizer_states"] = [{"hyper": hyper, "finish": finish}]
 
 
 def _numbers(optimizer: ShardedOptimizer) -> dict[int, int]:
     """torch's number of each parameter, by its ``id``: counted through the groups."""
-    return {id(p): number for number, p in enumerate(p for group in optimizer.parameters for p in group)}
+    return {id(p): number for number, p in enumerate(p for group in optimizer.group_parameters for p in group)}
 
 
 def _names(module: pl.LightningModule, parameter: torch.nn.Parameter) -> list[str]:
     return [name for name, other in module.named_parameters(remove_duplicate=False) if other is parameter]
 
 
-def _whole(value: Any, held: Held) -> Any:
+def _whole(value: Any, part: ParameterSlice) -> Any:
     """A state of the optimizer's in the weight's shape, where it is as large."""
-    if isinstance(value, torch.Tensor) and value.numel() == held.parameter.numel() and value.dim():
-        return value.view(held.parameter.shape)
+    if isinstance(value, torch.Tensor) and value.numel() == part.parameter.numel() and value.dim():
+        return value.view(part.parameter.shape)
     return value
 
 
-def _part(name: str, value: Any, held: Held) -> Any:
+def _part(name: str, value: Any, part: ParameterSlice) -> Any:
     """What this rank holds of a state; as torch's ``load_state_dict`` places and types it."""
     if not isinstance(value, torch.Tensor):
         return value
     if name == "step":
         return value.clone()
-    if value.numel() == held.parameter.numel() and value.dim():
-        flat = value.reshape(-1)[held.start or 0 :][: held.main.numel()]
-        return flat.view(held.main.shape).to(held.main.device).clone()
-    return value.to(held.main.device)
+    if value.numel() == part.parameter.numel() and value.dim():
+        flat = value.reshape(-1)[part.start or 0 :][: part.main_param.numel()]
+        return flat.view(part.main_param.shape).to(part.main_param.device).clone()
+    return value.to(part.main_param.device)

@@ -1,6 +1,6 @@
 """What makes a checkpoint whole: a list of its files with their checksums, written last; one rename makes it visible.
 
-A save goes on in ``<folder>/.unfinished/<name>``. What a killed save leaves there is recognised by its place, whatever
+A save goes on in ``<folder>/.unfinished/<name>``. What a killed save leaves there is recognised by its spec, whatever
 was written, and removed by the next save into the folder; a lock tells it from a save that another run is making.
 """
 
@@ -49,13 +49,13 @@ class Staging:
     def begin(self) -> None:
         """Clean up what killed saves have left, and make the directory."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        clean(self.path.parent)
+        remove_leftovers(self.path.parent)
         self.folder.mkdir(parents=True, exist_ok=False)
         self._lock = (self.folder / _LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def publish(self, content: dict[str, Any], files: dict[str, tuple[int, int]]) -> None:
-        """Write the manifest, see to it that all is on disk, and put the directory in its place.
+        """Write the manifest, see to it that all is on disk, and put the directory in its spec.
 
         Args:
             content: What the manifest says beside the files.
@@ -118,7 +118,7 @@ def read(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def damage(path: Path, manifest: dict[str, Any], names: list[str], checksums: bool) -> list[str]:
+def find_damage(path: Path, manifest: dict[str, Any], names: list[str], checksums: bool) -> list[str]:
     """What is wrong with the files ``names``, a line each; checksums cost a read of each file."""
     found = []
     for name in names:
@@ -147,7 +147,7 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(path for path in held.iterdir() if not _is_locked(path)) if held.is_dir() else []
 
 
-def clean(folder: Path) -> list[Path]:
+def remove_leftovers(folder: Path) -> list[Path]:
     """Remove the leftovers of a folder; what was removed."""
     found = leftovers(folder)
     for path in found:
@@ -194,7 +194,7 @@ def newest(folder: Path, but: Path | None = None) -> Path | None:
                 manifest = read(path)
             except CheckpointError:
                 continue
-            if not damage(path, manifest, list(manifest["files"]), checksums=False):
+            if not find_damage(path, manifest, list(manifest["files"]), checksums=False):
                 found.append((manifest["saved_at"], path))
     return max(found)[1] if found else None
 

@@ -23,7 +23,7 @@ def differences(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int,
         A line for each key, the same on every rank.
     """
     every: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(every, wanted, group=process_groups.on_host())
+    dist.all_gather_object(every, wanted, group=process_groups.gloo_world())
     model = {key: tuple(shape) for shapes in every for key, shape in shapes.items()}
     lines = {}
     for key in model.keys() | stored.keys():
@@ -36,21 +36,21 @@ def differences(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int,
     return lines
 
 
-def listed(lines: Iterable[str]) -> str:
+def as_list(lines: Iterable[str]) -> str:
     """The lines as a list, shortest first, cut off after twenty."""
     ordered = sorted(lines, key=lambda line: (len(line), line))
     more = [f"  ... and {len(ordered) - _SHOWN} more"] if len(ordered) > _SHOWN else []
     return "\n".join([*(f"  {line}" for line in ordered[:_SHOWN]), *more])
 
 
-def refuse(path: object, lines: dict[str, str]) -> None:
+def raise_mismatches(path: object, lines: dict[str, str]) -> None:
     """Raise an error that lists what differs.
 
     Raises:
         CheckpointError: Always.
     """
     raise CheckpointError(
-        f"{path} is of another architecture; {len(lines)} tensors differ:\n{listed(lines.values())}\n"
+        f"{path} is of another architecture; {len(lines)} tensors differ:\n{as_list(lines.values())}\n"
         "Build the model that wrote it, or load the rest: strict_loading=False on the module, or in load_weights"
         " strict=False."
     )

@@ -72,20 +72,20 @@ def check_folders(trainer: pl.Trainer) -> None:
             )
 
 
-class Retained:
+class CallbackRecords:
     """Which checkpoints the callbacks count on, for the case that a save fails and the run goes on."""
 
     def __init__(self) -> None:
         self._callbacks: list[ModelCheckpoint] = []
         self._scores: dict[str, torch.Tensor] = {}
 
-    def note(self, trainer: pl.Trainer) -> None:
+    def remember(self, trainer: pl.Trainer) -> None:
         """Remember scores, since a callback forgets that of what is to be removed before its successor is saved."""
         self._callbacks = checkpoint_callbacks(trainer)
         for callback in self._callbacks:
             self._scores.update(callback.best_k_models)
 
-    def put_right(self, lost: Iterable[Path], stay: Iterable[Path], whole: Iterable[Path]) -> None:
+    def correct(self, lost: Iterable[Path], stay: Iterable[Path], whole: Iterable[Path]) -> None:
         """Correct the callbacks after a failure.
 
         Args:
@@ -110,7 +110,7 @@ class Retained:
             if callback.last_model_path and local_path(callback.last_model_path) in gone:
                 callback.last_model_path = ""
 
-    def state_of_callbacks(self, state: dict[str, Any]) -> dict[str, Any]:
+    def corrected_states(self, state: dict[str, Any]) -> dict[str, Any]:
         """The states of a checkpoint's callbacks, with those that were put right since they were collected."""
         now = {c.state_key: c.state_dict() for c in self._callbacks if c.state_key in state}
         return {**state, **now}

@@ -35,7 +35,7 @@ def record(state: State, weights: list[list[str]]) -> list[State]:
     return stages
 
 
-def fit(state: State, weights: list[list[str]]) -> None:
+def regroup(state: State, weights: list[list[str]]) -> None:
     """Change what was saved, the first stage's, into what this rank's groups had.
 
     Groups whose weights were in groups of several settings stay as they were saved: by their number.
@@ -45,13 +45,13 @@ def fit(state: State, weights: list[list[str]]) -> None:
         weights: As for ``record``.
     """
     stages = state.pop(KEY, [])
-    places = {
+    origins = {
         name: (stage, number)
         for stage, record in enumerate(stages)
         for number, names in enumerate(record["weights"])
         for name in names
     }
-    chosen = [_choose(stages, places, number, weights) for number in range(len(weights))]
+    chosen = [_choose(stages, origins, number, weights) for number in range(len(weights))]
     if not stages or None in chosen:
         return
     optimizer = state["optimizer_states"][0]
@@ -62,10 +62,10 @@ def fit(state: State, weights: list[list[str]]) -> None:
 
 
 def _choose(
-    stages: list[State], places: dict[str, tuple[int, int]], number: int, weights: list[list[str]]
+    stages: list[State], origins: dict[str, tuple[int, int]], number: int, weights: list[list[str]]
 ) -> tuple[int, int] | None:
     """The stage and the number of a saved group that is as group ``number`` of this rank was; None if there is none."""
-    found = sorted({places[name] for name in weights[number] if name in places})
+    found = sorted({origins[name] for name in weights[number] if name in origins})
     if not found:  # an empty one, or of new weights
         return next(((n, number) for n, record in enumerate(stages) if len(record["groups"]) == len(weights)), None)
     settings = [[stages[stage][key][group] for key in _OF_OPTIMIZER] for stage, group in found]

@@ -15,15 +15,15 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.checkpoint.tensor_shards import Place
-from lightning_megatron.training.optimizer import Held, ShardedOptimizer
+from lightning_megatron.checkpoint.tensor_shards import ShardSpec
+from lightning_megatron.training.optimizer import ParameterSlice, ShardedOptimizer
 
 MAIN_WEIGHT = "main_weight"
 # Kinds of state that are not as large as their weight, at the end of its key.
 _NUMBER, _WHOLE = ":number", ":whole"
 
 
-def shards(optimizer: ShardedOptimizer, where: dict[int, Place]) -> list[ShardedTensor]:
+def shards(optimizer: ShardedOptimizer, where: dict[int, ShardSpec]) -> list[ShardedTensor]:
     """This rank's part of the state.
 
     Args:
@@ -34,14 +34,14 @@ def shards(optimizer: ShardedOptimizer, where: dict[int, Place]) -> list[Sharded
         CheckpointError: A state that is neither one number nor as large as its weight, of a weight that is cut.
     """
     found: list[ShardedTensor] = []
-    for held in optimizer.held():
-        place = where[id(held.parameter)]
-        for name, value in optimizer.state.get(held.main, {}).items():
+    for part in optimizer.parameter_slices():
+        spec = where[id(part.parameter)]
+        for name, value in optimizer.state.get(part.main_param, {}).items():
             if value is not None:
                 tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, device="cpu")
-                found += _state_shards(name, tensor, held, place)
-        if held.main.dtype != held.parameter.dtype:
-            found += _like_main(held.main.detach(), held, place, _key(MAIN_WEIGHT, place))
+                found += _state_shards(name, tensor, part, spec)
+        if part.main_param.dtype != part.parameter.dtype:
+            found += _like_main(part.main_param.detach(), part, spec, _key(MAIN_WEIGHT, spec))
     return found
 
 
@@ -58,32 +58,34 @@ class Loading:
     """
 
     def __init__(
-        self, optimizer: ShardedOptimizer, where: dict[int, Place], stored: dict[str, TensorStorageMetadata]
+        self, optimizer: ShardedOptimizer, where: dict[int, ShardSpec], stored: dict[str, TensorStorageMetadata]
     ) -> None:
         self._optimizer = optimizer
         self.shards: list[ShardedTensor] = []
         self._finish: list[Callable[[], None]] = []
         names = sorted({key.split(".")[1] for key in stored if key.startswith("optimizer.")} - {MAIN_WEIGHT})
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for held in optimizer.held():
-            place = where[id(held.parameter)]
+        for part in optimizer.parameter_slices():
+            spec = where[id(part.parameter)]
             state: dict[str, Any] = {}
             for name in names:
-                scalar, whole, tensor = _key(name, place, _NUMBER), _key(name, place, _WHOLE), _key(name, place)
+                scalar, whole, tensor = _key(name, spec, _NUMBER), _key(name, spec, _WHOLE), _key(name, spec)
                 if scalar in stored:
                     dtype = stored[scalar].properties.dtype
-                    self._expect_scalar(state, name, scalar, dtype, held, groups[id(held.main)])
+                    self._expect_scalar(state, name, scalar, dtype, part, groups[id(part.main_param)])
                 elif whole in stored:
-                    _check_whole(name, held, place)
+                    _check_whole(name, part, spec)
                     shape = stored[whole].size
-                    state[name] = torch.zeros(shape, dtype=stored[whole].properties.dtype, device=held.main.device)
-                    self.shards.append(place.own_shard(state[name], whole))
+                    state[name] = torch.zeros(
+                        shape, dtype=stored[whole].properties.dtype, device=part.main_param.device
+                    )
+                    self.shards.append(spec.unsplit_shard(state[name], whole))
                 elif tensor in stored:
-                    state[name] = torch.zeros_like(held.main)
-                    self.shards += _like_main(state[name], held, place, tensor)
+                    state[name] = torch.zeros_like(part.main_param)
+                    self.shards += _like_main(state[name], part, spec, tensor)
             if state:
-                self._finish.append(lambda main=held.main, state=state: self._adopt(main, state))  # type: ignore[misc]
-            self._expect_main_weight(held, place, stored)
+                self._finish.append(lambda main=part.main_param, state=state: self._adopt(main, state))  # type: ignore[misc]
+            self._expect_main_weight(part, spec, stored)
 
     def finish(self) -> None:
         """Give the optimizer what was read."""
@@ -91,57 +93,65 @@ class Loading:
             step()
 
     def _expect_scalar(
-        self, state: dict[str, Any], name: str, key: str, dtype: torch.dtype, held: Held, group: dict[str, Any]
+        self,
+        state: dict[str, Any],
+        name: str,
+        key: str,
+        dtype: torch.dtype,
+        part: ParameterSlice,
+        group: dict[str, Any],
     ) -> None:
         # As torch's Optimizer.load_state_dict places it: `step` stays on the host unless the kernel wants it.
         on_device = name != "step" or group.get("capturable") or group.get("fused")
         number = torch.zeros(1, dtype=dtype, device="cpu")
         self.shards.append(ShardedTensor(key, number, dtype, (1,), (1,), (0,), None, 0))
         state[name] = None  # keeps the order of names
-        device = held.main.device if on_device else torch.device("cpu")
+        device = part.main_param.device if on_device else torch.device("cpu")
         self._finish.append(lambda: state.__setitem__(name, number.reshape(()).to(device)))
 
-    def _expect_main_weight(self, held: Held, place: Place, stored: dict[str, TensorStorageMetadata]) -> None:
+    def _expect_main_weight(
+        self, part: ParameterSlice, spec: ShardSpec, stored: dict[str, TensorStorageMetadata]
+    ) -> None:
         """Main weights come from main weights, or from the weights of a run that had none."""
-        if held.main.dtype == held.parameter.dtype:
+        if part.main_param.dtype == part.parameter.dtype:
             return
-        key = _key(MAIN_WEIGHT, place)
-        buffer = torch.zeros_like(held.main.detach())
-        source = key if key in stored else f"model.{place.key}"
+        key = _key(MAIN_WEIGHT, spec)
+        buffer = torch.zeros_like(part.main_param.detach())
+        source = key if key in stored else f"model.{spec.key}"
         if source in stored:
-            self.shards += _like_main(buffer, held, place, source)
-            self._finish.append(lambda main=held.main: main.data.copy_(buffer))  # type: ignore[misc]
+            self.shards += _like_main(buffer, part, spec, source)
+            self._finish.append(lambda main=part.main_param: main.data.copy_(buffer))  # type: ignore[misc]
 
     def _adopt(self, main: torch.Tensor, state: dict[str, Any]) -> None:
         self._optimizer.state[main] = state
 
 
-def _state_shards(name: str, value: torch.Tensor, held: Held, place: Place) -> Iterator[ShardedTensor]:
-    if value.shape == held.main.shape:
-        yield from _like_main(value, held, place, _key(name, place))
+def _state_shards(name: str, value: torch.Tensor, part: ParameterSlice, spec: ShardSpec) -> Iterator[ShardedTensor]:
+    if value.shape == part.main_param.shape:
+        yield from _like_main(value, part, spec, _key(name, spec))
     elif value.numel() == 1 and value.dim() < 2:
-        parts = place if held.start is None else place.in_parts()
-        yield parts.scalar_shard(value, _key(name, place, _NUMBER), is_first=not held.start)
+        shared = spec if part.start is None else spec.split_over_replicas()
+        yield shared.scalar_shard(value, _key(name, spec, _NUMBER), is_first=not part.start)
     else:
-        _check_whole(name, held, place)
-        yield place.own_shard(value, _key(name, place, _WHOLE))
+        _check_whole(name, part, spec)
+        yield spec.unsplit_shard(value, _key(name, spec, _WHOLE))
 
 
-def _check_whole(name: str, held: Held, place: Place) -> None:
-    if held.start is not None or not place.is_whole:
+def _check_whole(name: str, part: ParameterSlice, spec: ShardSpec) -> None:
+    if part.start is not None or not spec.is_whole:
         raise CheckpointError(
-            f"The optimizer's state {name!r} of {place.key} has another shape than the weight, {place.shape}, of which"
+            f"The optimizer's state {name!r} of {spec.key} has another shape than the weight, {spec.shape}, of which"
             " this layout gives a rank a part: such state cannot be cut. Use tp=1 and distributed_optimizer=False, an"
             " optimizer whose state is as large as the weights (AdamW, Adam, SGD), or weights only"
             " (save_weights_only=True)."
         )
 
 
-def _like_main(tensor: torch.Tensor, held: Held, place: Place, key: str) -> list[ShardedTensor]:
-    if held.start is None:
-        return place.shards(tensor, key)
-    return place.in_parts().flat_shards(tensor, held.start, key)
+def _like_main(tensor: torch.Tensor, part: ParameterSlice, spec: ShardSpec, key: str) -> list[ShardedTensor]:
+    if part.start is None:
+        return spec.shards(tensor, key)
+    return spec.split_over_replicas().flat_shards(tensor, part.start, key)
 
 
-def _key(state: str, place: Place, kind: str = "") -> str:
-    return f"optimizer.{state}.{place.key}{kind}"
+def _key(state: str, spec: ShardSpec, kind: str = "") -> str:
+    return f"optimizer.{state}.{spec.key}{kind}"

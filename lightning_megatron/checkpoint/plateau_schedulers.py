@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 Record = dict[str, Any]
 
 
-class Plateaus:
+class PlateauSchedulers:
     """The updates that are due in one fit."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_megatron.checkpoint import manifest, mismatches, optimizer_shards, shard_files, trainer_state, writing
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.checkpoint.tensor_shards import Place, by_parameter, places
+from lightning_megatron.checkpoint.tensor_shards import ShardSpec, shard_specs, specs_by_parameter
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
@@ -32,7 +32,7 @@ def choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]]:
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         answer = [_choose(path, trainer)]
-    dist.broadcast_object_list(answer, src=0, group=process_groups.on_host())
+    dist.broadcast_object_list(answer, src=0, group=process_groups.gloo_world())
     if answer[0] is None:
         raise manifest.NoCheckpointError(path)
     if isinstance(answer[0], str):
@@ -43,7 +43,7 @@ def choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]]:
 def is_one_file(path: Path) -> bool:
     """Whether a checkpoint is a file, as the first rank sees it."""
     answer = [path.is_file()]
-    dist.broadcast_object_list(answer, src=0, group=process_groups.on_host())
+    dist.broadcast_object_list(answer, src=0, group=process_groups.gloo_world())
     return answer[0]
 
 
@@ -54,10 +54,10 @@ def check(path: Path, about: dict[str, Any], checksums: bool) -> None:
         CheckpointError: With what is wrong.
     """
     names = sorted(about["files"])[dist.get_rank() :: dist.get_world_size()]
-    every = process_groups.gather(manifest.damage(path, about, names, checksums), process_groups.on_host())
+    every = process_groups.gather(manifest.find_damage(path, about, names, checksums), process_groups.gloo_world())
     found = [line for lines in every for line in lines]
     if found:
-        raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{mismatches.listed(found)}")
+        raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{mismatches.as_list(found)}")
 
 
 def on_each_rank(path: Path, verified: bool, read: Callable[[], T]) -> T:
@@ -107,12 +107,12 @@ def read(
     Raises:
         CheckpointError: They do not fit, and the module's ``strict_loading`` is set.
     """
-    where, stored = places(module), shard_files.stored(path / writing.WEIGHTS)
+    where, stored = shard_specs(module), shard_files.stored(path / writing.WEIGHTS)
     tensors, shards = _buffers(path, module, where, stored)
     finish, problem = None, ""
     try:
         if optimizer is not None:
-            loading = optimizer_shards.Loading(optimizer, by_parameter(module, where), stored)
+            loading = optimizer_shards.Loading(optimizer, specs_by_parameter(module, where), stored)
             shards += loading.shards
             finish = loading.finish
     except CheckpointError as error:
@@ -123,16 +123,16 @@ def read(
 
 
 def _buffers(
-    path: Path, module: pl.LightningModule, where: dict[str, Place], stored: dict[str, Any]
+    path: Path, module: pl.LightningModule, where: dict[str, ShardSpec], stored: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], list[ShardedTensor]]:
     shapes = {key: tuple(value.size) for key, value in stored.items() if key.startswith("model.")}
     lines = mismatches.differences(
         {f"model.{where[n].key}": where[n].shape for n in module.state_dict() if n in where}, shapes
     )
     if lines and module.strict_loading:
-        mismatches.refuse(path, lines)
+        mismatches.raise_mismatches(path, lines)
     if lines:
-        rank_zero_warn(f"Not loaded from {path}, for they differ:\n{mismatches.listed(lines.values())}")
+        rank_zero_warn(f"Not loaded from {path}, for they differ:\n{mismatches.as_list(lines.values())}")
     tensors: dict[str, torch.Tensor] = {}
     shards = []
     for name, tensor in module.state_dict().items():
@@ -143,10 +143,10 @@ def _buffers(
     return tensors, shards
 
 
-def _source(place: Place, tensor: torch.Tensor, stored: dict[str, Any]) -> str:
+def _source(spec: ShardSpec, tensor: torch.Tensor, stored: dict[str, Any]) -> str:
     """The stored tensor for a weight: fp32 runs take the fp32 main weights of others, where there are any."""
-    main = f"optimizer.{optimizer_shards.MAIN_WEIGHT}.{place.key}"
-    return main if tensor.dtype == torch.float32 and main in stored else f"model.{place.key}"
+    main = f"optimizer.{optimizer_shards.MAIN_WEIGHT}.{spec.key}"
+    return main if tensor.dtype == torch.float32 and main in stored else f"model.{spec.key}"
 
 
 def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | str | None:
@@ -156,9 +156,9 @@ def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | st
         rank_zero_warn(f"{path.parent}: a killed save left {names}; it is skipped, and removed by the next save.")
     try:
         about = manifest.read(path)
-        wrong = manifest.damage(path, about, list(about["files"]), checksums=False)
+        wrong = manifest.find_damage(path, about, list(about["files"]), checksums=False)
         if wrong:
-            raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{mismatches.listed(wrong)}")
+            raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{mismatches.as_list(wrong)}")
         return path, about
     except CheckpointError as error:
         other = manifest.newest(path.parent) if _is_last(path, trainer) else None

@@ -151,14 +151,14 @@ def _whole_metadata(planner: MCoreSavePlanner, local: Any) -> Metadata | None:
     """The plans of all ranks as one, checked, on the first; an error there is one on all ranks."""
     first = dist.get_rank() == 0
     plans: list[Any] | None = [None] * dist.get_world_size() if first else None
-    dist.gather_object(local, plans, group=process_groups.on_host())
+    dist.gather_object(local, plans, group=process_groups.gloo_world())
     metadata, problem = None, [""]
     if first:
         try:
             _, metadata = planner.create_global_plan(plans)
         except ValueError as error:
             problem = [f"The shards of all ranks do not make whole tensors: {error}"]
-    dist.broadcast_object_list(problem, src=0, group=process_groups.on_host())
+    dist.broadcast_object_list(problem, src=0, group=process_groups.gloo_world())
     if problem[0]:
         raise ValueError(problem[0])
     return metadata
@@ -268,14 +268,14 @@ def _broadcast(shards: list[ShardedTensor], distribution: ShardDistribution, gro
 
     As megatron-core's ``FullyParallelLoadStrategyWrapper``, which needs CUDA.
     """
-    held: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    tensors_of: dict[Any, list[torch.Tensor]] = defaultdict(list)
     for shard in shards:
-        held[_sharded_tensor_shard_id(shard)].append(shard.data)
+        tensors_of[_sharded_tensor_shard_id(shard)].append(shard.data)
     for name, source in distribution.main_rank_for_shard.items():
         if len(distribution.all_ranks_for_shard[name]) == 1:
             continue
         about = distribution.shard_to_metadata[name]
-        targets = held[name] or [torch.empty(about.local_shape, dtype=about.dtype, device=device)]
+        targets = tensors_of[name] or [torch.empty(about.local_shape, dtype=about.dtype, device=device)]
         sent = targets[0].contiguous()
         dist.broadcast(sent, src=dist.get_global_rank(group, source), group=group)
         for target in targets:
@@ -283,7 +283,7 @@ def _broadcast(shards: list[ShardedTensor], distribution: ShardDistribution, gro
                 target.copy_(sent)
 
 
-class OneByOne:
+class WholeTensorReader:
     """Reads whole tensors, one at a time, without a process group."""
 
     def __init__(self, folder: Path) -> None:

@@ -34,7 +34,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardSpec:
     """A local tensor in the whole model.
 
     Args:
@@ -42,14 +42,14 @@ class Place:
         shape: The whole tensor's shape, without the padding of a vocabulary.
         local_shape: The local tensor's shape.
         regions: What of the local tensor belongs to the whole one; the rest is padding.
-        replica: All zeros where this rank's copy is the one to write: (pipeline, tensor, data parallel).
+        replica_id: All zeros where this rank's copy is the one to write: (pipeline, tensor, data parallel).
     """
 
     key: str
     shape: tuple[int, ...]
     local_shape: tuple[int, ...]
     regions: tuple[Region, ...]
-    replica: tuple[int, int, int]
+    replica_id: tuple[int, int, int]
 
     @property
     def is_padded(self) -> bool:
@@ -61,13 +61,13 @@ class Place:
         """Whether the local tensor is the whole model's, padding apart."""
         return self.regions == (Region((_zeros(self.shape), self.shape), _zeros(self.shape)),)
 
-    def in_parts(self) -> Place:
+    def split_over_replicas(self) -> ShardSpec:
         """The place of a tensor of which data-parallel ranks hold parts, not copies."""
-        return replace(self, replica=(*self.replica[:2], 0))
+        return replace(self, replica_id=(*self.replica_id[:2], 0))
 
     def shards(self, tensor: torch.Tensor, key: str) -> list[ShardedTensor]:
         """Views of ``tensor``, which has the local shape, as megatron-core's shards of ``key``."""
-        return [_shard(key, tensor[_slices(r.local)], self.shape, r.offset, self.replica) for r in self.regions]
+        return [_shard(key, tensor[_slices(r.local)], self.shape, r.offset, self.replica_id) for r in self.regions]
 
     def flat_shards(self, flat: torch.Tensor, start: int, key: str) -> list[ShardedTensor]:
         """Views of ``flat``, the elements of the local tensor from ``start`` on, as shards of ``key``."""
@@ -84,37 +84,37 @@ class Place:
                     shift = (g - r for g, r in zip(region.offset, region.local[0], strict=True))
                     where = tuple(c + s for c, s in zip(common[0], shift, strict=True))
                     view = part[_slices((inside, common[1]))]
-                    found.append(_shard(key, view, self.shape, where, self.replica))
+                    found.append(_shard(key, view, self.shape, where, self.replica_id))
         return found
 
-    def own_shard(self, tensor: torch.Tensor, key: str) -> ShardedTensor:
+    def unsplit_shard(self, tensor: torch.Tensor, key: str) -> ShardedTensor:
         """A tensor of another shape that goes with this one, where that is whole."""
-        return _shard(key, tensor, tensor.shape, _zeros(tuple(tensor.shape)), self.replica)
+        return _shard(key, tensor, tensor.shape, _zeros(tuple(tensor.shape)), self.replica_id)
 
     def scalar_shard(self, value: torch.Tensor, key: str, is_first: bool) -> ShardedTensor:
         """A number that goes with the tensor; written by the rank that has the beginning of it."""
         begins = is_first and bool(self.regions) and not any(self.regions[0].offset)
-        return _shard(key, value.reshape(1), (1,), (0,), self.replica if begins else (1, *self.replica[1:]))
+        return _shard(key, value.reshape(1), (1,), (0,), self.replica_id if begins else (1, *self.replica_id[1:]))
 
 
-def places(module: pl.LightningModule) -> dict[str, Place]:
+def shard_specs(module: pl.LightningModule) -> dict[str, ShardSpec]:
     """The place of each tensor of the module on this rank, by its name in ``state_dict()``."""
-    found: dict[str, Place] = {}
+    found: dict[str, ShardSpec] = {}
     chunks = getattr(module, "chunks", ()) if hasattr(module, "build_settings") else ()
     rows = getattr(getattr(module, "config", None), "vocab_size", None)
     for number, chunk in enumerate(chunks):
-        found |= {f"chunks.{number}.{name}": place for name, place in chunk_places(chunk, rows).items()}
+        found |= {f"chunks.{number}.{name}": spec for name, spec in chunk_shard_specs(chunk, rows).items()}
     replica = process_groups.coordinates()
     everything = torch.nn.Module.state_dict(module, keep_vars=True)  # also what an override leaves out
     for name, tensor in {**everything, **module.state_dict(keep_vars=True)}.items():
         if name not in found and isinstance(tensor, torch.Tensor):
             shape = tuple(tensor.shape)
             whole = (Region((_zeros(shape), shape), _zeros(shape)),)
-            found[name] = Place(name, shape, shape, whole, (replica.pp, replica.tp, replica.dp))
+            found[name] = ShardSpec(name, shape, shape, whole, (replica.pp, replica.tp, replica.dp))
     return found
 
 
-def chunk_places(chunk: Any, rows: int | None) -> dict[str, Place]:
+def chunk_shard_specs(chunk: Any, rows: int | None) -> dict[str, ShardSpec]:
     """The place of each tensor that megatron-core knows of in one of its models, by its name in ``state_dict()``.
 
     Args:
@@ -122,19 +122,19 @@ def chunk_places(chunk: Any, rows: int | None) -> dict[str, Place]:
         rows: Of the vocabulary without its padding; None where it has none.
     """
     return {
-        name: _place(entry, rows)
+        name: _shard_spec(entry, rows)
         for name, entry in chunk.sharded_state_dict(metadata=dict(_METADATA)).items()
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
 
 
-def by_parameter(module: pl.LightningModule, where: dict[str, Place]) -> dict[int, Place]:
+def specs_by_parameter(module: pl.LightningModule, where: dict[str, ShardSpec]) -> dict[int, ShardSpec]:
     """The places of a module's parameters by their ``id``; ``where`` has them by their names."""
     everything = torch.nn.Module.state_dict(module, keep_vars=True)
     return {id(p): where[name] for name, p in everything.items() if name in where}
 
 
-def _place(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -> Place:
+def _shard_spec(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -> ShardSpec:
     """Read a place from megatron-core's description; ``rows`` of a padded vocabulary are real."""
     tensor = entry.data
     shape = tuple(tensor.shape)
@@ -155,12 +155,12 @@ def _place(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -> Pla
         inside = _intersection((part.global_offset, local[1]), (_zeros(whole), whole))
         if inside is not None:
             regions.append(Region((local[0], inside[1]), inside[0]))
-    return Place(entry.key, tuple(whole), shape, tuple(regions), tuple(entry.replica_id))
+    return ShardSpec(entry.key, tuple(whole), shape, tuple(regions), tuple(entry.replica_id))
 
 
-def _shard(key: str, view: torch.Tensor, shape: Any, offset: Any, replica: Any) -> ShardedTensor:
+def _shard(key: str, view: torch.Tensor, shape: Any, offset: Any, replica_id: Any) -> ShardedTensor:
     # `axis_fragmentations=None`: no regular grid is promised.
-    return ShardedTensor(key, view, view.dtype, tuple(view.shape), tuple(shape), tuple(offset), None, replica)
+    return ShardedTensor(key, view, view.dtype, tuple(view.shape), tuple(shape), tuple(offset), None, replica_id)
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:

@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_megatron.checkpoint import consolidate, mismatches, shard_files, writing
-from lightning_megatron.checkpoint.tensor_shards import Place, places
+from lightning_megatron.checkpoint.tensor_shards import ShardSpec, shard_specs
 
 M = TypeVar("M", bound=pl.LightningModule)
 
 
 def construct(cls: type[M], path: Path, trust: bool, changes: dict[str, Any]) -> M:
     """Make the module as it was made for the run, but for ``changes``."""
-    consolidate.checked(path)
+    consolidate.verified_manifest(path)
     saved = dict(consolidate.state_of(path, trust).get("hyper_parameters", {}))
     parameters = inspect.signature(cls.__init__).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -29,13 +29,13 @@ def construct(cls: type[M], path: Path, trust: bool, changes: dict[str, Any]) ->
     return module
 
 
-def whole(path: Path) -> Path:
+def verified(path: Path) -> Path:
     """The path of a checkpoint whose files are all as they were written.
 
     Raises:
         CheckpointError: It is not whole, or damaged.
     """
-    consolidate.checked(path)
+    consolidate.verified_manifest(path)
     return path
 
 
@@ -47,23 +47,23 @@ def fill(module: pl.LightningModule, path: Path, strict: bool) -> None:
     Raises:
         CheckpointError: The architectures differ, and ``strict`` is set.
     """
-    where: dict[str, list[tuple[str, Place]]] = {}
-    for name, place in places(module).items():
-        where.setdefault(place.key, []).append((name, place))
+    where: dict[str, list[tuple[str, ShardSpec]]] = {}
+    for name, spec in shard_specs(module).items():
+        where.setdefault(spec.key, []).append((name, spec))
     stored = {key: tuple(value.size) for key, value in shard_files.stored(path / writing.WEIGHTS).items()}
     wanted = {f"model.{key}": held[0][1].shape for key, held in where.items()}
     lines = mismatches.differences(wanted, {key: size for key, size in stored.items() if key.startswith("model.")})
     if lines and strict:
-        mismatches.refuse(path, lines)
+        mismatches.raise_mismatches(path, lines)
     if lines:
-        rank_zero_warn(f"Not loaded from {path}, for they differ:\n{mismatches.listed(lines.values())}")
+        rank_zero_warn(f"Not loaded from {path}, for they differ:\n{mismatches.as_list(lines.values())}")
     state = module.state_dict()
     with torch.no_grad():
         for key, tensor in consolidate.tensors(path, prefer_main=True, only=where.keys() - _without_model(lines)):
-            for name, place in where[key]:
-                if place.is_padded:
+            for name, spec in where[key]:
+                if spec.is_padded:
                     state[name].zero_()
-                for shard in place.shards(state[name], key):
+                for shard in spec.shards(state[name], key):
                     shard.data.copy_(tensor[shard.global_slice()])
 
 

@@ -22,7 +22,7 @@ WEIGHTS = "weights"
 RANKS = "ranks"
 
 
-class Part:
+class RankShards:
     """This rank's shards; a later checkpoint that holds the same shares the file.
 
     Args:
@@ -40,13 +40,13 @@ class Part:
             self._written = shard_files.write(self.items, folder, rank)
         return self._written
 
-    def is_at(self, folder: Path) -> None:
+    def set_folder(self, folder: Path) -> None:
         """Say where the file has come to be."""
         self._folder = folder
 
 
 @dataclass
-class Content:
+class SaveContent:
     """What a save writes.
 
     Args:
@@ -57,14 +57,14 @@ class Content:
         manifest: Of the first rank: what the manifest says.
     """
 
-    part: Part
+    part: RankShards
     metadata: Metadata | None
     rank_state: bytes
     files: dict[str, bytes]
     manifest: dict[str, Any]
 
 
-def write(content: Content, path: Path) -> None:
+def write(content: SaveContent, path: Path) -> None:
     """Write this rank's part; the first rank makes the checkpoint visible when all have written theirs.
 
     Raises:
@@ -80,7 +80,7 @@ def write(content: Content, path: Path) -> None:
     except Exception as error:
         problem = describe(error)
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object((problem, files, where), parts if rank == 0 else None, group=process_groups.beside_training())
+    dist.gather_object((problem, files, where), parts if rank == 0 else None, group=process_groups.gloo_background())
     outcome = [""]
     if staging is not None:
         outcome = [next((part[0] for part in parts if part[0]), "")]
@@ -91,10 +91,10 @@ def write(content: Content, path: Path) -> None:
                 outcome = [describe(error)]
         if outcome[0]:
             staging.abandon()
-    dist.broadcast_object_list(outcome, src=0, group=process_groups.beside_training())
+    dist.broadcast_object_list(outcome, src=0, group=process_groups.gloo_background())
     if outcome[0]:
         raise CheckpointError(f"{path} was not saved; earlier checkpoints are as they were. {outcome[0]}")
-    content.part.is_at(path / WEIGHTS)
+    content.part.set_folder(path / WEIGHTS)
 
 
 def agree(problem: str, same: bool) -> bool:
@@ -107,9 +107,9 @@ def agree(problem: str, same: bool) -> bool:
         CheckpointError: The first rank's that has one, on every rank.
     """
     votes = torch.tensor([not problem, same], dtype=torch.int32, device="cpu")
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=process_groups.on_host())
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=process_groups.gloo_world())
     if not votes[0]:
-        raise CheckpointError(next(filter(None, process_groups.gather(problem, process_groups.on_host()))))
+        raise CheckpointError(next(filter(None, process_groups.gather(problem, process_groups.gloo_world()))))
     return bool(votes[1])
 
 
@@ -131,13 +131,13 @@ def _prepare(path: Path) -> Staging | None:
         except OSError as error:
             problem = [f"Nothing can be saved to {path}: {error}"]
             staging.close()
-    dist.broadcast_object_list(problem, src=0, group=process_groups.beside_training())
+    dist.broadcast_object_list(problem, src=0, group=process_groups.gloo_background())
     if problem[0]:
         raise CheckpointError(problem[0])
     return staging
 
 
-def _write_part(content: Content, folder: Path, rank: int) -> tuple[dict[str, tuple[int, int]], dict[Any, Any]]:
+def _write_part(content: SaveContent, folder: Path, rank: int) -> tuple[dict[str, tuple[int, int]], dict[Any, Any]]:
     written = content.part.write(folder / WEIGHTS, rank)
     files = {f"{WEIGHTS}/{written.name}": (written.size, written.crc32)}
     own = {f"{RANKS}/{rank:05d}.pt": content.rank_state, **content.files}
@@ -151,7 +151,7 @@ def _write_part(content: Content, folder: Path, rank: int) -> tuple[dict[str, tu
     return files, written.where
 
 
-def _publish(content: Content, staging: Staging, parts: list[Any]) -> None:
+def _publish(content: SaveContent, staging: Staging, parts: list[Any]) -> None:
     files = {name: known for part in parts for name, known in part[1].items()}
     where = {index: place for part in parts for index, place in part[2].items()}
     assert content.metadata is not None
@@ -171,23 +171,23 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._kept: list[torch.Tensor] = []
-        self._part = Part([])
+        self._part = RankShards([])
 
-    def hold(self, items: list[tuple[Any, torch.Tensor]]) -> bool:
+    def match(self, items: list[tuple[Any, torch.Tensor]]) -> bool:
         """Whether the tensors are still what was copied last."""
-        held = self._part.items
+        copied = self._part.items
         return (
-            bool(held)
-            and [index for index, _ in held] == [index for index, _ in items]
-            and all(torch.equal(copy, tensor.cpu()) for (_, copy), (_, tensor) in zip(held, items, strict=True))
+            bool(copied)
+            and [index for index, _ in copied] == [index for index, _ in items]
+            and all(torch.equal(copy, tensor.cpu()) for (_, copy), (_, tensor) in zip(copied, items, strict=True))
         )
 
     @property
-    def part(self) -> Part:
+    def part(self) -> RankShards:
         """What was copied last."""
         return self._part
 
-    def take(self, items: list[tuple[Any, torch.Tensor]]) -> None:
+    def update(self, items: list[tuple[Any, torch.Tensor]]) -> None:
         """Copy the tensors; from then on training may change them."""
         if [_kind(t) for t in self._kept] != [_kind(t) for _, t in items]:
             on_gpu = any(tensor.is_cuda for _, tensor in items)
@@ -197,10 +197,10 @@ class HostCopies:
             kept.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
-        self._part = Part([(index, kept) for (index, _), kept in zip(items, self._kept, strict=True)])
+        self._part = RankShards([(index, kept) for (index, _), kept in zip(items, self._kept, strict=True)])
 
 
-class Background:
+class BackgroundThread:
     """Runs jobs one after the other in a thread, and hands their failure to whoever waits."""
 
     def __init__(self) -> None:

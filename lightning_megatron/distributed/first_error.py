@@ -20,32 +20,32 @@ T = TypeVar("T")
 _run = 0
 
 
-def begin() -> None:
+def begin_run() -> None:
     """A new run, in which the errors of earlier ones are not the first; called by all ranks."""
     global _run
     _run += 1
 
 
-def run() -> int:
+def run_number() -> int:
     """The number of the run, the same on all ranks."""
     return _run
 
 
-def note(error: BaseException) -> None:
+def record(error: BaseException) -> None:
     """Record ``error`` as the run's first, or add to it a note of the one that was first on another rank."""
     if not dist.is_initialized():
         return
     what = f"{type(error).__name__}: {error}"
     mine = f"rank {dist.get_rank()} raised {what}"
     try:
-        first = asked(lambda: _store().compare_set(f"{_KEY}_{_run}", "", mine), _SECONDS_FOR_ALL).decode()
+        first = ask_with_timeout(lambda: _store().compare_set(f"{_KEY}_{_run}", "", mine), _SECONDS_FOR_ALL).decode()
     except Exception:  # the store dies with rank 0: then there is nobody to ask, and nothing to add
         return
     if not first.endswith(f" raised {what}"):  # the same error on every rank follows from nothing
         error.add_note(_CONSEQUENCE + first)
 
 
-def asked(question: Callable[[], T], seconds: float) -> T:
+def ask_with_timeout(question: Callable[[], T], seconds: float) -> T:
     """The answer to a question to the store, which may never come where rank 0 is stopped.
 
     Raises:
@@ -71,11 +71,11 @@ def asked(question: Callable[[], T], seconds: float) -> T:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether ``note`` has found that another rank's error came before this one."""
+    """Whether ``record`` has found that another rank's error came before this one."""
     return any(text.startswith(_CONSEQUENCE) for text in getattr(error, "__notes__", ()))
 
 
-def meet_while_handling() -> None:
+def wait_for_all_ranks_in_handler() -> None:
     """While an exception is handled, wait a little for all ranks to come here too, and give up if they do not.
 
     What all ranks do together (saving a checkpoint) would otherwise wait for ranks that know of no exception.

@@ -63,7 +63,7 @@ class Heartbeat:
 
     def _tell(self, stop: threading.Event, store: dist.Store, rank: int) -> None:
         main, beats = threading.main_thread().ident, 0
-        who = {"run": first_error.run(), "process": os.getpid(), "host": platform.node()}
+        who = {"run": first_error.run_number(), "process": os.getpid(), "host": platform.node()}
         try:
             while True:
                 frame = sys._current_frames().get(main or 0)
@@ -77,7 +77,7 @@ class Heartbeat:
             return
 
 
-def explain(error: BaseException, layout: ParallelLayout) -> None:
+def explain_timeout(error: BaseException, layout: ParallelLayout) -> None:
     """To the error of a collective that nobody answered, add which ranks it waited for, and where they are.
 
     Args:
@@ -90,10 +90,12 @@ def explain(error: BaseException, layout: ParallelLayout) -> None:
     if not dist.is_initialized() or layout.world_size == 1 or not (timed_out or lost):
         return
     here = _where(traceback.extract_tb(error.__traceback__))
-    rank, run = dist.get_rank(), first_error.run()
+    rank, run = dist.get_rank(), first_error.run_number()
     waited = f"This rank waited in {here['collective'] or 'a collective'}, called by {here['place']}."
     try:
-        first, second, last_words = first_error.asked(lambda: _ask(rank, here, layout.world_size, run), 5 * _PERIOD + 5)
+        first, second, last_words = first_error.ask_with_timeout(
+            lambda: _ask(rank, here, layout.world_size, run), 5 * _PERIOD + 5
+        )
     except Exception:
         if rank != 0:
             where = "the store, by which ranks tell where they are: it is dead, stopped, or its machine is gone"

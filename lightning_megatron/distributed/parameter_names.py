@@ -34,11 +34,11 @@ def whole_name(chunk: torch.nn.Module, name: str) -> str:
 
 def named_shards(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The chunk's parameters, this rank's shards of them, under the unsharded model's names."""
-    for name, parameter in torch.nn.Module.named_parameters(chunk):  # a ``WholeNames`` has them whole already
+    for name, parameter in torch.nn.Module.named_parameters(chunk):  # a ``WholeModelNames`` has them whole already
         yield whole_name(chunk, name), parameter
 
 
-class WholeNames:
+class WholeModelNames:
     """Put before a class of chunks, it has ``named_parameters`` give the unsharded model's names.
 
     The keys of ``state_dict`` and the names of ``named_modules`` stay those of the chunk's own tree.

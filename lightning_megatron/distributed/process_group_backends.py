@@ -42,7 +42,7 @@ def choose(device: str, wanted: str | None) -> str:
     return wanted or _OF_DEVICE.get(device, "gloo")
 
 
-def carries(configuration: str, device: str) -> bool:
+def supports(configuration: str, device: str) -> bool:
     """Whether a group can carry a device's tensors.
 
     Args:
@@ -53,13 +53,13 @@ def carries(configuration: str, device: str) -> bool:
     return device in each and (device, each[device]) not in _CANNOT
 
 
-def make_way(device: torch.device) -> None:
+def destroy_unsuitable(device: torch.device) -> None:
     """End an earlier run's groups where they cannot carry what is on ``device``; all ranks call this.
 
     Raises:
         MisconfigurationException: They are somebody else's.
     """
-    if not dist.is_initialized() or carries(configuration := dist.get_backend_config(), device.type):
+    if not dist.is_initialized() or supports(configuration := dist.get_backend_config(), device.type):
         return
     if _made is None or dist.group.WORLD is not _made():
         raise MisconfigurationException(
@@ -68,22 +68,22 @@ def make_way(device: torch.device) -> None:
             " torch.distributed.destroy_process_group() before this run, or make it with"
             " init_process_group('cpu:gloo,cuda:nccl'), which carries both."
         )
-    process_groups.end()
+    process_groups.destroy()
 
 
-def join(device: torch.device) -> None:
+def init_for_build(device: torch.device) -> None:
     """Meet the ranks that there are, for a model without a run; groups of an earlier one make way.
 
     Raises:
         MisconfigurationException: Somebody else's groups stand, which cannot carry what is on ``device``.
     """
-    make_way(device)
+    destroy_unsuitable(device)
     if not dist.is_initialized():
-        process_groups.join(device)
+        process_groups.init_default_group(device)
         _remember()
 
 
-def meet(
+def init_for_run(
     device: torch.device, wanted: str | None, environment: ClusterEnvironment, timeout: timedelta, store: Any = None
 ) -> None:
     """Meet the other ranks of a run, where that has not been done.

@@ -184,7 +184,7 @@ def _build_stacks(layout: ParallelLayout, timeout: timedelta) -> None:
                 _standing.stacks[name] = group
 
 
-def check_alone() -> None:
+def check_single_process() -> None:
     """Refuse to build a whole model where this process is one of several.
 
     Raises:
@@ -204,7 +204,9 @@ def default_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def meeting_store(rank: int, world_size: int, timeout: timedelta, base: dist.Store | None = None) -> dist.Store | None:
+def rendezvous_store(
+    rank: int, world_size: int, timeout: timedelta, base: dist.Store | None = None
+) -> dist.Store | None:
     """Where ranks meet: a part of a store that no earlier meeting has used.
 
     A store lives as long as any group that was made over it, also one in an object that nobody uses any more. Ranks
@@ -247,7 +249,7 @@ def _own_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     return store
 
 
-def join(device: torch.device) -> None:
+def init_default_group(device: torch.device) -> None:
     """Meet the ranks that torchrun has started; or be alone, where nothing has."""
     if dist.is_initialized():
         return
@@ -255,7 +257,7 @@ def join(device: torch.device) -> None:
         torch.cuda.set_device(device)
     if dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = meeting_store(rank, ranks, _Standing.timeout)
+        store = rendezvous_store(rank, ranks, _Standing.timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
     else:
         _meet_nobody()
@@ -272,13 +274,13 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
-def end_alone() -> None:
+def destroy_if_made_for_build() -> None:
     """Make room for a run's groups, where a model was built without one."""
     if _still_standing().alone:
-        end()
+        destroy()
 
 
-def end() -> None:
+def destroy() -> None:
     """Leave no group behind; a model that was built on them can be called again after ``build`` and ``rebind``."""
     global _standing
     if dist.is_initialized():
@@ -313,7 +315,7 @@ def seed(base: int) -> None:
         model_parallel_cuda_manual_seed(shared[0] % 2**31 + _SEED_STEP_OF_PIPELINE_STAGES * stage)
 
 
-def seed_of_run() -> int:
+def run_seed() -> int:
     """What ``seed`` was last told by rank 0, the same on every rank."""
     return _seed
 
@@ -323,7 +325,7 @@ def data_parallel() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def on_host() -> dist.ProcessGroup:
+def gloo_world() -> dist.ProcessGroup:
     """A group of all ranks over Gloo, for what they say to each other on the host.
 
     Made at the first call, by all ranks.
@@ -331,8 +333,8 @@ def on_host() -> dist.ProcessGroup:
     return _hosts()[0]
 
 
-def beside_training() -> dist.ProcessGroup:
-    """As ``on_host``, for a thread of its own: two threads on one group would take each other's messages."""
+def gloo_background() -> dist.ProcessGroup:
+    """As ``gloo_world``, for a thread of its own: two threads on one group would take each other's messages."""
     return _hosts()[1]
 
 
@@ -359,7 +361,7 @@ def tensor_parallel() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def stages() -> dist.ProcessGroup:
+def pipeline() -> dist.ProcessGroup:
     """The group of the pipeline stages of one copy of the model."""
     return parallel_state.get_pipeline_model_parallel_group()
 
@@ -370,7 +372,7 @@ def broadcast_object_from_last_stage(value: T) -> T:
         return value
     box = [value]
     last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast_object_list(box, src=last, group=stages())
+    dist.broadcast_object_list(box, src=last, group=pipeline())
     return box[0]
 
 
@@ -387,7 +389,7 @@ def broadcast_from_first_replica(tensors: list[torch.Tensor]) -> None:
 
 def gather_from_stages(value: T) -> list[T]:
     """Each pipeline stage's picklable ``value``, first to last, on every stage."""
-    return gather(value, stages())
+    return gather(value, pipeline())
 
 
 def gather_from_replicas(value: T) -> list[T]:

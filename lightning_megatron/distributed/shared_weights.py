@@ -15,19 +15,19 @@ from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.process_groups import Stack
 
 
-def mark(weight: torch.nn.Parameter, stack: Stack, number: int) -> None:
+def mark_shared(weight: torch.nn.Parameter, stack: Stack, number: int) -> None:
     """Say that ``weight`` is copy ``number``, from 0, of a weight that all stages of ``stack`` hold.
 
     Its stack has one such weight. megatron-core reads two of the marks: ``shared``, of all copies but one, leaves them
     out of norms; ``shared_embedding`` gives a weight a bucket of its own, so that the distributed optimizer cuts all
     copies alike.
     """
-    weight.copy_on_stages_of = stack  # type: ignore[attr-defined]
+    weight.shared_by_stack = stack  # type: ignore[attr-defined]
     weight.shared = number > 0  # type: ignore[attr-defined]
     weight.shared_embedding = True  # type: ignore[attr-defined]
 
 
-def equalise(chunks: Iterable[torch.nn.Module]) -> None:
+def broadcast_initial_values(chunks: Iterable[torch.nn.Module]) -> None:
     """Give all copies the values of the stack's first rank."""
     for stack, weights in _by_stack(chunks):
         group = process_groups.stack(stack)
@@ -36,7 +36,7 @@ def equalise(chunks: Iterable[torch.nn.Module]) -> None:
             other.data.copy_(weights[0].data)
 
 
-def freeze_together(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+def freeze_all_copies(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
     """Freeze all copies of a weight of which any stage has frozen its own, the shared embedding's included.
 
     Stages sum the gradients of copies: one that took no part would leave the others waiting.
@@ -44,17 +44,17 @@ def freeze_together(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> Non
     Args:
         parameters: This rank's, under the whole model's names.
     """
-    held: dict[str, list[torch.nn.Parameter]] = {}
+    shared: dict[str, list[torch.nn.Parameter]] = {}
     for name, weight in parameters:
         if getattr(weight, "shared_embedding", False):
-            held.setdefault(name, []).append(weight)
-    frozen = {name for name, weights in held.items() if not all(weight.requires_grad for weight in weights)}
+            shared.setdefault(name, []).append(weight)
+    frozen = {name for name, weights in shared.items() if not all(weight.requires_grad for weight in weights)}
     for name in set().union(*process_groups.gather_from_stages(frozen)):
-        for weight in held.get(name, ()):
+        for weight in shared.get(name, ()):
             weight.requires_grad_(False)
 
 
-def sum_gradients(chunks: Iterable[torch.nn.Module]) -> None:
+def all_reduce_gradients(chunks: Iterable[torch.nn.Module]) -> None:
     """Give all copies the sum of their gradients, once those are reduced over the replicas."""
     for stack, weights in _by_stack(chunks):
         gradients = [weight.main_grad for weight in weights if weight.requires_grad]  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def _by_stack(chunks: Iterable[torch.nn.Module]) -> list[tuple[Stack, list[torch
     found: dict[Stack, list[torch.nn.Parameter]] = {"encoder": [], "decoder": []}
     for chunk in chunks:
         for weight in chunk.parameters():
-            stack = getattr(weight, "copy_on_stages_of", None)
+            stack = getattr(weight, "shared_by_stack", None)
             if stack is not None:
                 found[stack].append(weight)
     return [(stack, weights) for stack, weights in found.items() if weights]

@@ -107,7 +107,7 @@ class Target:
 
     def write_checkpoint(self, path: Path, checkpoint: Path) -> Path:
         """Write the directory from a checkpoint that is whole, on one process, holding one tensor at a time."""
-        kinds = consolidate.kinds(checkpoint)
+        kinds = consolidate.shapes_and_dtypes(checkpoint)
         updates = {key for key in kinds if is_update(key)}
         first, rest = (
             consolidate.tensors(checkpoint, only=updates),

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from lightning_megatron.checkpoint.tensor_shards import places
+from lightning_megatron.checkpoint.tensor_shards import shard_specs
 from lightning_megatron.distributed import process_groups
 
 Kind = tuple[tuple[int, ...], torch.dtype]
@@ -42,7 +42,7 @@ def on_first_rank(path: Path, write: Callable[[], None], beside: Callable[[], No
             problem = [f"{type(error).__name__}: {error}"]
     else:
         beside()
-    dist.broadcast_object_list(problem, src=0, group=process_groups.on_host())
+    dist.broadcast_object_list(problem, src=0, group=process_groups.gloo_world())
     if problem[0]:
         raise RuntimeError(f"{path} was not saved. {problem[0]}")
 
@@ -69,16 +69,16 @@ class WholeTensors:
         rank = dist.get_rank()
         self._mine: dict[str, list[torch.Tensor]] = {}
         told: dict[str, tuple[Kind, list[_Part]]] = {}
-        for name, place in places(module).items():
-            if any(place.replica) or place.key in told or (only is not None and not only(place.key)):
+        for name, spec in shard_specs(module).items():
+            if any(spec.replica_id) or spec.key in told or (only is not None and not only(spec.key)):
                 continue
-            shards = place.shards(state[name], place.key)
-            self._mine[place.key] = [shard.data for shard in shards]
+            shards = spec.shards(state[name], spec.key)
+            self._mine[spec.key] = [shard.data for shard in shards]
             parts = [_Part(rank, tuple(shard.global_offset), tuple(shard.data.shape)) for shard in shards]
-            told[place.key] = ((place.shape, state[name].dtype), parts)
+            told[spec.key] = ((spec.shape, state[name].dtype), parts)
         self.kinds: dict[str, Kind] = {}
         self._parts: dict[str, list[_Part]] = {}
-        for found in process_groups.gather(told, process_groups.on_host()):
+        for found in process_groups.gather(told, process_groups.gloo_world()):
             for key, (kind, parts) in found.items():
                 self.kinds[key] = kind
                 self._parts.setdefault(key, []).extend(parts)
@@ -96,12 +96,12 @@ class WholeTensors:
     def _bring(self, part: _Part, mine: Iterator[torch.Tensor], whole: torch.Tensor | None) -> None:
         rank = dist.get_rank()
         if part.rank == rank and whole is None:
-            dist.send(next(mine).detach().cpu().contiguous(), 0, group=process_groups.on_host())
+            dist.send(next(mine).detach().cpu().contiguous(), 0, group=process_groups.gloo_world())
         elif whole is not None:
             where = tuple(slice(o, o + n) for o, n in zip(part.offset, part.sizes, strict=True))
             if part.rank == rank:
                 whole[where] = next(mine).detach().cpu()
             else:
                 taken = torch.empty(part.sizes, dtype=whole.dtype, device="cpu")
-                dist.recv(taken, part.rank, group=process_groups.on_host())
+                dist.recv(taken, part.rank, group=process_groups.gloo_world())
                 whole[where] = taken

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import MODEL_MAPPING
 
-from lightning_megatron.checkpoint.mismatches import listed
-from lightning_megatron.checkpoint.tensor_shards import places
+from lightning_megatron.checkpoint.mismatches import as_list
+from lightning_megatron.checkpoint.tensor_shards import shard_specs
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
 from lightning_megatron.hf.family import Family, family_of
@@ -87,7 +87,7 @@ class Pretrained:
 
         Raises:
             UnsupportedConfigError: A head, or a field that changes the model, has no counterpart.
-            WeightsError: Tensors are missing, or have no place in the model.
+            WeightsError: Tensors are missing, or have no spec in the model.
         """
         self._check_head(config)
         blueprint = Blueprint(self.source.config, self.family.architecture(config))
@@ -180,14 +180,14 @@ class Pretrained:
             and not any(re.fullmatch(pattern, name) for pattern in family.buffers)
         )
         if missing or extra:
-            lines = [f"{name} is missing" for name in missing] + [f"{name} has no place in the model" for name in extra]
+            lines = [f"{name} is missing" for name in missing] + [f"{name} has no spec in the model" for name in extra]
             raise WeightsError(
                 f"{self.source.name} does not hold the tensors of a {family.model_type} with its configuration;"
-                f" nothing was loaded:\n{listed(lines)}"
+                f" nothing was loaded:\n{as_list(lines)}"
             )
         new = sorted(wanted - have)
         if new:
-            rank_zero_warn(f"{self.source.name} has no weights for a new head, which starts anew:\n{listed(new)}")
+            rank_zero_warn(f"{self.source.name} has no weights for a new head, which starts anew:\n{as_list(new)}")
 
     def _check_ties(self, config: Any) -> None:
         """transformers does not tie weights that the files hold with different values; here a tie is the model's."""
@@ -213,24 +213,24 @@ def fill(module: Any, pieces: Pieces, shapes: Mapping[str, Shape], read: Read, s
     Raises:
         WeightsError: A tensor has another shape; on every rank, before any is read.
     """
-    heads, where = Heads.of(module.config), places(module)
+    heads, where = Heads.of(module.config), shard_specs(module)
     problems = [
         f"{name} has shape {shapes[name]}, and the model wants {shape}"
-        for place in where.values()
-        if place.key in pieces
-        for name, shape in their_shapes(pieces[place.key], place.shape, heads).items()
+        for spec in where.values()
+        if spec.key in pieces
+        for name, shape in their_shapes(pieces[spec.key], spec.shape, heads).items()
         if name in shapes and shapes[name] != shape
     ]
-    everywhere = process_groups.gather(problems, process_groups.on_host())
+    everywhere = process_groups.gather(problems, process_groups.gloo_world())
     if any(everywhere):
         lines = sorted({line for found in everywhere for line in found})
-        raise WeightsError(f"{source} does not fit; nothing was loaded:\n{listed(lines)}")
+        raise WeightsError(f"{source} does not fit; nothing was loaded:\n{as_list(lines)}")
     state = module.state_dict(keep_vars=False)
     with torch.no_grad():
-        for name, place in where.items():
-            if place.key not in pieces or not all(theirs in shapes for theirs in pieces[place.key].names):
+        for name, spec in where.items():
+            if spec.key not in pieces or not all(theirs in shapes for theirs in pieces[spec.key].names):
                 continue  # a part of a user's own, an update, or a new head
-            if place.is_padded:
+            if spec.is_padded:
                 state[name].zero_()
-            for shard in place.shards(state[name], place.key):
-                assemble(pieces[place.key], place.shape, heads, tuple(shard.global_offset), shard.data, read)
+            for shard in spec.shards(state[name], spec.key):
+                assemble(pieces[spec.key], spec.shape, heads, tuple(shard.global_offset), shard.data, read)

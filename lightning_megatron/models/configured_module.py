@@ -205,7 +205,7 @@ class ConfiguredModule(MegatronModule):
         target = hf.Target.choose(self.config, origin, family, dtype, max_shard_size, tokenizer, updates)
         kept = self.__dict__.get("_kept_checkpoint")
         if kept is not None:
-            return target.write_checkpoint(Path(directory), without_trainer.whole(kept.path))
+            return target.write_checkpoint(Path(directory), without_trainer.verified(kept.path))
         self._bring_weights_up_to_date()
         return target.write_module(Path(directory), self)
 

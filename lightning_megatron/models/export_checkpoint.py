@@ -43,7 +43,7 @@ def export_pretrained(
         UnsupportedConfigError: The family has no such model.
     """
     path = Path(checkpoint)
-    consolidate.checked(path)
+    consolidate.verified_manifest(path)
     arguments = consolidate.state_of(path, trust=False).get("hyper_parameters", {})
     config = arguments.get("config")
     if not kind_of(config):

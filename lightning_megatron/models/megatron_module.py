@@ -236,7 +236,7 @@ class MegatronModule(pl.LightningModule):
         self.connect_data(None)
         place = process_groups.default_device() if device is None else torch.device(device)
         use_device(place)
-        process_group_backends.join(place)
+        process_group_backends.init_for_build(place)
         layout = self.complete_layout(ParallelLayout(world_size=process_groups.world_size(), tp=tp, pp=pp))
         self.check_layout(layout)
         process_groups.build(layout)
@@ -303,9 +303,9 @@ class MegatronModule(pl.LightningModule):
                 f"{type(self).__name__}.load_weights comes too late: the model is built. Call it on a new"
                 f" {type(self).__name__}, before fit."
             )
-        fill = partial(without_trainer.fill, path=without_trainer.whole(local_path(path)), strict=strict)
+        fill = partial(without_trainer.fill, path=without_trainer.verified(local_path(path)), strict=strict)
         before = None if strict else self._fill  # what the checkpoint lacks starts as it would have
-        self._fill = fill if before is None else partial(_in_turn, fills=[before, fill])
+        self._fill = fill if before is None else partial(_after_pending_saves, fills=[before, fill])
         return self
 
     @classmethod
@@ -343,7 +343,7 @@ class MegatronModule(pl.LightningModule):
         Raises:
             RuntimeError: This process is a rank of a larger run.
         """
-        process_groups.check_alone()
+        process_groups.check_single_process()
         return self.build(device=device)
 
     # What is the same for all
@@ -418,7 +418,7 @@ class MegatronModule(pl.LightningModule):
         return self.loss(output, inputs) if self.on_last_stage else output
 
 
-def _in_turn(module: Any, fills: list[Callable[[Any], None]]) -> None:
+def _after_pending_saves(module: Any, fills: list[Callable[[Any], None]]) -> None:
     for fill in fills:
         fill(module)
 

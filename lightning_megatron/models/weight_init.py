@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from lightning_megatron.checkpoint.tensor_shards import Place, chunk_places
+from lightning_megatron.checkpoint.tensor_shards import ShardSpec, chunk_shard_specs
 
 Draw = Callable[[torch.Tensor], Any]
 
@@ -55,15 +55,15 @@ class FirstWeights:
         """
         for config, name, method in self._methods:
             setattr(config, name, method)
-        where = chunk_places(chunk, rows)
+        where = chunk_shard_specs(chunk, rows)
         with torch.no_grad():
             for name, parameter in torch.nn.Module.named_parameters(chunk):
                 method, _ = self._noted.get(parameter.data_ptr(), (None, None))
                 if method is not None and parameter.device.type != "meta":
-                    place = where[name]
-                    if place.key == _EMBEDDING:  # the last stage's copy is drawn as the embedding, not as it was noted
+                    spec = where[name]
+                    if spec.key == _EMBEDDING:  # the last stage's copy is drawn as the embedding, not as it was noted
                         method = self._of_embedding
-                    _fill(parameter.data, place, method, seed)
+                    _fill(parameter.data, spec, method, seed)
 
     def _note(self, method: Draw, weight: torch.Tensor) -> None:
         self._noted[weight.data_ptr()] = method, weight
@@ -71,15 +71,15 @@ class FirstWeights:
             method(weight)
 
 
-def _fill(local: torch.Tensor, place: Place, method: Draw, seed: int) -> None:
+def _fill(local: torch.Tensor, spec: ShardSpec, method: Draw, seed: int) -> None:
     """Draw what ``local`` holds of a whole tensor."""
-    if place.is_padded:
+    if spec.is_padded:
         local.zero_()
-    draw = _draw_tiles if len(place.shape) == 2 and _is_normal(method) else _draw_whole
-    for region in place.regions:
+    draw = _draw_tiles if len(spec.shape) == 2 and _is_normal(method) else _draw_whole
+    for region in spec.regions:
         part = local[_slices(*region.local)]
         on_host = part if part.device.type == "cpu" else torch.empty(part.shape, dtype=part.dtype, device="cpu")
-        draw(on_host, region.offset, place, method, seed)
+        draw(on_host, region.offset, spec, method, seed)
         if on_host is not part:
             part.copy_(on_host)
 
@@ -89,13 +89,13 @@ def _is_normal(method: Draw) -> bool:
     return isinstance(method, partial) and method.func is torch.nn.init.normal_ and not method.args
 
 
-def _draw_tiles(part: torch.Tensor, offset: tuple[int, ...], place: Place, method: Any, seed: int) -> None:
+def _draw_tiles(part: torch.Tensor, offset: tuple[int, ...], spec: ShardSpec, method: Any, seed: int) -> None:
     """Fill ``part``, which begins at ``offset`` of the whole tensor, from the tiles that it touches."""
 
     def draw(tile: tuple[int, ...]) -> None:
-        sizes = [min(_TILE, size - number * _TILE) for number, size in zip(tile, place.shape, strict=True)]
+        sizes = [min(_TILE, size - number * _TILE) for number, size in zip(tile, spec.shape, strict=True)]
         values = torch.empty(sizes, device="cpu")
-        method(values, generator=torch.Generator(device="cpu").manual_seed(_seed(seed, place.key, *tile)))
+        method(values, generator=torch.Generator(device="cpu").manual_seed(_seed(seed, spec.key, *tile)))
         top, left = (number * _TILE - start for number, start in zip(tile, offset, strict=True))
         target = part[max(top, 0) : top + _TILE, max(left, 0) : left + _TILE]
         target.copy_(values[max(-top, 0) :, max(-left, 0) :][: target.size(0), : target.size(1)])
@@ -109,12 +109,12 @@ def _draw_tiles(part: torch.Tensor, offset: tuple[int, ...], place: Place, metho
             deque(pool.map(draw, tiles), maxlen=0)
 
 
-def _draw_whole(part: torch.Tensor, offset: tuple[int, ...], place: Place, method: Draw, seed: int) -> None:
+def _draw_whole(part: torch.Tensor, offset: tuple[int, ...], spec: ShardSpec, method: Draw, seed: int) -> None:
     """As ``_draw_tiles``, by a user's own method: it may look at the shape, and draw from torch's generator."""
     before = torch.get_rng_state()
-    torch.default_generator.manual_seed(_seed(seed, place.key))
+    torch.default_generator.manual_seed(_seed(seed, spec.key))
     try:
-        whole = torch.empty(place.shape, device="cpu")
+        whole = torch.empty(spec.shape, device="cpu")
         method(whole)
         part.copy_(whole[_slices(offset, tuple(part.shape))])
     finally:

@@ -188,13 +188,13 @@ class MegatronStrategy(Placement, Collectives):
     def listen(self, listener: timers.Listener) -> None:
         """Tell ``listener`` what this rank does, and when, from now on."""
         self._timers.listeners.append(listener)
-        self.engine.tell(self._timers)
+        self.engine.set_timers(self._timers)
 
     def stop_listening(self, listener: timers.Listener) -> None:
         """Tell it nothing more."""
         self._timers.listeners.remove(listener)
         if not self._timers.listeners:
-            self.engine.tell(None)
+            self.engine.set_timers(None)
 
     @property
     def engine(self) -> Engine:
@@ -285,8 +285,8 @@ class MegatronStrategy(Placement, Collectives):
     def setup_environment(self) -> None:
         checks.check_trainer(self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
-        process_groups.end_alone()
-        process_group_backends.make_way(self.root_device)
+        process_groups.destroy_if_made_for_build()
+        process_group_backends.destroy_unsuitable(self.root_device)
         reset_seed()
         self.set_world_ranks()
         use_device(self.root_device)
@@ -294,10 +294,10 @@ class MegatronStrategy(Placement, Collectives):
         os.environ["MASTER_ADDR"] = self.cluster_environment.main_address
         os.environ["MASTER_PORT"] = str(self.cluster_environment.main_port)
         store = launchers.store_of_this_attempt(self._timeout)
-        store = process_groups.meeting_store(self.global_rank, self._ranks, self._timeout, store)
+        store = process_groups.rendezvous_store(self.global_rank, self._ranks, self._timeout, store)
         wanted = self._process_group_backend
-        process_group_backends.meet(self.root_device, wanted, self.cluster_environment, self._timeout, store)
-        first_error.begin()
+        process_group_backends.init_for_run(self.root_device, wanted, self.cluster_environment, self._timeout, store)
+        first_error.begin_run()
         process_groups.build(self.layout, self._timeout)
         self._heartbeat.start()
         rank_consistency.share_random_state()
@@ -327,10 +327,10 @@ class MegatronStrategy(Placement, Collectives):
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            self.checkpointer.resumption.forget()
+            self.checkpointer.resumption.reset()
             self.checkpointer.plateaus.load([])
         else:
-            self.checkpointer.resumption.give_back(trainer)
+            self.checkpointer.resumption.restore_fit_loaders(trainer)
         self._timers = timers.Timers()  # who listened to an earlier run that failed may be in the old one
         self._trains_as_lightning = False
         if fitting:
@@ -359,7 +359,7 @@ class MegatronStrategy(Placement, Collectives):
         module = self.lightning_module
         assert module is not None
         shards = module.named_shards if isinstance(module, MegatronModule) else module.named_parameters
-        shared_weights.freeze_together(shards())
+        shared_weights.freeze_all_copies(shards())
         super().setup_optimizers(trainer)
         self._trains_as_lightning = single_rank.is_alone(trainer) and single_rank.asks_for_more(
             trainer, self.optimizers
@@ -367,7 +367,7 @@ class MegatronStrategy(Placement, Collectives):
         if self._trains_as_lightning:
             return
         checks.check_optimizers(module, self.optimizers)
-        shared_weights.freeze_together(shards())
+        shared_weights.freeze_all_copies(shards())
         weight_settings.check(shards(), self.optimizers[0])
 
     @override
@@ -388,7 +388,7 @@ class MegatronStrategy(Placement, Collectives):
             dataloader = evaluation_sampler.without_repeats(dataloader)
         checks.check_loader(self.layout, dataloader, self.micro_batching)
         if trainer.training:
-            dataloader = self.checkpointer.resumption.watch(dataloader)
+            dataloader = self.checkpointer.resumption.track(dataloader)
         if trainer.predicting:
             return dataloader
         return rank_consistency.read_evenly(dataloader, self.root_device, fills=counts)
@@ -467,7 +467,7 @@ class MegatronStrategy(Placement, Collectives):
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         for optimizer in self.optimizers:
             if isinstance(optimizer, ShardedOptimizer):
-                optimizer.take_changed_weights()
+                optimizer.copy_changed_weights()
         rank_consistency.check_numbers_of_batches(trainer)
         self._resumed_settings.set_rates()
         self.checkpointer.plateaus.begin(trainer)
@@ -484,7 +484,7 @@ class MegatronStrategy(Placement, Collectives):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if launchers.kept_checkpoint(self):
             return {}  # the ranks that had it are gone; `save_checkpoint` copies what they left
-        first_error.meet_while_handling()
+        first_error.wait_for_all_ranks_in_handler()
         if self._engine is not None:  # else no run has been set up yet
             self._engine.finish_param_gather()
             self._engine.share_buffers()
@@ -495,10 +495,10 @@ class MegatronStrategy(Placement, Collectives):
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.checkpointer.wait()
-        self.checkpointer.rest()
+        self.checkpointer.release_memory()
         self._heartbeat.stop()
         if self._engine is not None:
-            self._engine.rest()
+            self._engine.remove_hooks()
             self.checkpointer.resumption.end(self.lightning_module.trainer)  # type: ignore[union-attr]
         if self._hook_logs is not None:
             self._hook_logs.remove()
@@ -511,9 +511,9 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        first_error.note(exception)
-        heartbeat.explain(exception, self.layout)
-        self.checkpointer.give_up()
+        first_error.record(exception)
+        heartbeat.explain_timeout(exception, self.layout)
+        self.checkpointer.wait_after_error()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -525,7 +525,7 @@ class MegatronStrategy(Placement, Collectives):
         if self._is_not_set_up:
             super().save_checkpoint(checkpoint, local_path(filepath))
             return
-        first_error.meet_while_handling()
+        first_error.wait_for_all_ranks_in_handler()
         with timers.timed(self.engine.timers, timers.SAVE):
             self.checkpointer.save(checkpoint, local_path(self.broadcast(filepath)), self._run)
 
@@ -568,8 +568,8 @@ class MegatronStrategy(Placement, Collectives):
 
     def _behind_schedule(self) -> None:
         """Between the hooks around backward, which the schedule has run."""
-        if self._steps.ends_window and gradients.has_onlookers(self.lightning_module.trainer):  # type: ignore[union-attr]
-            self.optimizers[0].show_gradients()  # type: ignore[attr-defined]
+        if self._steps.ends_window and gradients.hooks_read_gradients(self.lightning_module.trainer):  # type: ignore[union-attr]
+            self.optimizers[0].expose_gradients()  # type: ignore[attr-defined]
 
     def _shard_optimizer(self) -> None:
         self.optimizers = [
@@ -579,7 +579,7 @@ class MegatronStrategy(Placement, Collectives):
                 params_dtype=self._precision.params_dtype,
                 distributed=self.distributed_optimizer,
                 initial_loss_scale=self.initial_loss_scale if self._precision.scales_loss else None,
-                watch_norm=self.log_grad_norm,
+                always_compute_norm=self.log_grad_norm,
             )
         ]
         self.optimizers[0].on_nonfinite = self.on_nonfinite if self.check_loss else None  # type: ignore[attr-defined]

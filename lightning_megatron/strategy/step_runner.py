@@ -32,7 +32,9 @@ def make_engine(
         chunks, by_token = list(module.chunks), module.loss_reduction == "token"
         return Engine(layout, chunks, module.chunks[0].config, ddp, by_token, device)
     plain = PlainModel(module)
-    return Engine(layout, [plain], plain.config, ddp, False, device, draws=nullcontext)  # the user's own generators
+    return Engine(
+        layout, [plain], plain.config, ddp, False, device, rng_context=nullcontext
+    )  # the user's own generators
 
 
 class _SkippedError(Exception):
@@ -80,7 +82,7 @@ class Steps:
     def finish(self, outcome: Outcome) -> Any:
         """Log what ``train`` recorded and the loss; give what ``on_train_batch_end`` is told."""
         self._report("train", outcome, self._recorder)
-        return outcome.shown
+        return outcome.hook_outputs
 
     def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """``validation_step`` or ``test_step``: what it returned, its loss that of the global batch."""
@@ -96,7 +98,7 @@ class Steps:
         chosen, length = self._shape(batch, args)
         outcome = self.engine.evaluate(batch, replace(chosen, counts=self.counts), length, step)
         self._report(_LOGGED_AS[hook], outcome, recorder)
-        return outcome.shown
+        return outcome.hook_outputs
 
     def predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """``predict_step``: what the last stage returned, on every stage."""
@@ -157,10 +159,10 @@ class Steps:
         else:
             several = self.module.trainer.training and self.micro_batching.is_chosen
             recorder = LogRecorder(self.module, 1) if several else AtOnce()
-        self.engine.has_notes = recorder.has_entries
+        self.engine.has_logged_values = recorder.has_entries
         return recorder
 
     def _report(self, stage: str, outcome: Outcome, recorder: LogRecorder | AtOnce) -> None:
-        recorder.replay(gather=outcome.noted)
+        recorder.replay(gather=outcome.has_logged_values)
         if isinstance(self.module, MegatronModule) and outcome.has_loss:
             self.module.log_loss(stage, outcome.loss, outcome.weight)

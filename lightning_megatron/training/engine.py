@@ -49,19 +49,19 @@ class Outcome:
     Args:
         loss: Mean over the global batch, a float32 scalar.
         weight: What it was weighed by: tokens over all data-parallel replicas, or for means the number of replicas.
-        noted: Whether any rank noted something (``Engine.has_notes``), so that all may gather it.
+        has_logged_values: Whether any rank has logged a value in this batch, so that all ranks gather what was logged.
         has_loss: Whether the steps returned losses at all.
         returned: What they returned beside them, micro-batches joined by rows; None for nothing.
     """
 
     loss: torch.Tensor
     weight: float
-    noted: bool
+    has_logged_values: bool
     has_loss: bool = True
     returned: Any = None
 
     @property
-    def shown(self) -> Any:
+    def hook_outputs(self) -> Any:
         """What the hooks at a batch's end are told: as one step on the whole batch would have returned it."""
         if not self.has_loss:
             return self.returned
@@ -78,7 +78,7 @@ class Engine:
         ddp: Settings of megatron-core's data parallelism; None for an engine that only evaluates.
         by_token: Whether losses are weighed by their tokens, else every micro-batch by its rows.
         device: Where the model is.
-        draws: Where the model's random numbers come from: a context around each schedule.
+        rng_context: Where the model's random numbers come from: a context around each schedule.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class Engine:
         ddp: DistributedDataParallelConfig | None,
         by_token: bool,
         device: torch.device,
-        draws: Callable[[], AbstractContextManager[Any]] = model_rng,
+        rng_context: Callable[[], AbstractContextManager[Any]] = model_rng,
     ) -> None:
         self.layout = layout
         self.config = config
         self.by_token = by_token
         self.device = device
-        self._draws = draws
+        self._rng_context = rng_context
         self.trains = ddp is not None
         for chunk in chunks:
             process_groups.rebind(chunk)  # an earlier run's may have been ended
@@ -104,11 +104,11 @@ class Engine:
             chunk.__dict__["chunk_number"] = number
         self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
         # Whether a rank's parameters are parts of the model, of other sizes than its neighbours'.
-        self.has_parts = layout.pp > 1 or any(
+        self.is_model_sharded = layout.pp > 1 or any(
             getattr(p, "tensor_model_parallel", False) for p in chunks[0].parameters()
         )
-        self._homes = [(p, p.data, p.requires_grad) for chunk in self.chunks for p in chunk.parameters()]
-        self.has_notes: Callable[[], bool] = lambda: False  # asked after each batch, answered in its outcome
+        self._buffer_views = [(p, p.data, p.requires_grad) for chunk in self.chunks for p in chunk.parameters()]
+        self.has_logged_values: Callable[[], bool] = lambda: False  # asked after each batch, answered in its outcome
         self._window_weight = 0.0
         self.has_gradients = False  # of batches since the last step
         self._buffers = [pair for chunk in chunks for pair in _kept_buffers(chunk)] if layout.dp > 1 else []
@@ -123,13 +123,13 @@ class Engine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
-    def tell(self, timers: Timers | None) -> None:
+    def set_timers(self, timers: Timers | None) -> None:
         """Have megatron-core time what it does; None stops that."""
         self.timers = timers
         for config in {id(chunk.config): chunk.config for chunk in self.chunks}.values():
             config.timers = timers
 
-    def rest(self) -> None:
+    def remove_hooks(self) -> None:
         """Take the hooks off the model: another engine, or another strategy, may train it next."""
         for chunk in self.chunks if self.trains else ():
             if chunk.remove_forward_pre_hook_handles:
@@ -139,9 +139,11 @@ class Engine:
                 _take_hooks_off(node)
             chunk.grad_accs.clear()
 
-    def bring_home(self) -> bool:
+    def restore_moved_weights(self) -> bool:
         """Put weights back into megatron-core's buffers that ``parameter.data = ...`` took out; whether any was."""
-        moved = [(p, home) for p, home, _ in self._homes if p.data_ptr() != home.data_ptr() or p.dtype != home.dtype]
+        moved = [
+            (p, home) for p, home, _ in self._buffer_views if p.data_ptr() != home.data_ptr() or p.dtype != home.dtype
+        ]
         for parameter, home in moved:
             home.copy_(parameter.data)
             parameter.data = home
@@ -149,7 +151,7 @@ class Engine:
 
     def _check_trained(self) -> None:
         """Refuse a ``requires_grad`` that has changed since the gradients' buffers were laid out."""
-        if any(parameter.requires_grad != trained for parameter, _, trained in self._homes):
+        if any(parameter.requires_grad != trained for parameter, _, trained in self._buffer_views):
             raise RuntimeError(
                 "requires_grad of a parameter has changed in the middle of a run, and megatron-core's gradient buffers"
                 " are laid out at its start. Freeze and unfreeze before fit, and call fit again for the next phase."
@@ -241,7 +243,7 @@ class Engine:
 
         iterators = [slices(batch, cut) for _ in self.chunks]
         several = len(self.chunks) > 1
-        with self._draws():
+        with self._rng_context():
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if several else iterators[0],
@@ -272,7 +274,7 @@ class Engine:
         """
         weight = self._window_weight if self.by_token else float(window)
         finalize_model_grads(model, torch.tensor(weight, device=self.device), pg_collection=pg_collection)
-        shared_weights.sum_gradients(model)
+        shared_weights.all_reduce_gradients(model)
 
     def _outcome(self, records: list[Any], cut: Cut) -> Outcome:
         """The mean loss of the global batch, given to every rank, and what else this replica's steps returned."""
@@ -281,11 +283,11 @@ class Engine:
         weight = sum((torch.as_tensor(r[1], device=self.device).double() for r in records), zero)
         self.local_loss = total
         extra = _joined([r[3] for r in records[: len(cut.sizes)]], list(cut.sizes))
-        flags = (self.has_notes(), any(r[2] for r in records), extra is not None)
+        flags = (self.has_logged_values(), any(r[2] for r in records), extra is not None)
         summed = torch.stack([total, weight, *(torch.full_like(total, flag) for flag in flags)])
         for group in (
             process_groups.data_parallel(),
-            process_groups.stages(),
+            process_groups.pipeline(),
         ):  # stages before the last have no records: zeros
             if group.size() > 1:
                 dist.all_reduce(summed, group=group)
@@ -307,7 +309,7 @@ class Engine:
 def _wrap(
     chunk: torch.nn.Module, config: ModelParallelConfig, ddp: DistributedDataParallelConfig, number: int
 ) -> DistributedDataParallel:
-    """The chunk with gradient buffers and their hooks, which ``Engine.rest`` takes off again."""
+    """The chunk with gradient buffers and their hooks, which ``Engine.remove_hooks`` takes off again."""
     wrapped = DistributedDataParallel(config, replace(ddp), chunk, disable_bucketing=number > 0)
     wrapped.broadcast_params()
     _equalise_replicated(chunk)

@@ -19,7 +19,7 @@ _OF_MODULES = (*_OF_CALLBACKS, "configure_gradient_clipping", "optimizer_step")
 _warnings = WarningCache()
 
 
-def has_onlookers(trainer: pl.Trainer) -> bool:
+def hooks_read_gradients(trainer: pl.Trainer) -> bool:
     """Whether a hook of the user's runs between the backward pass and the optimizer's step."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return any(is_overridden(name, trainer.lightning_module) for name in _OF_MODULES) or any(
@@ -27,7 +27,7 @@ def has_onlookers(trainer: pl.Trainer) -> bool:
     )
 
 
-class ShownGradients:
+class ExposedGradients:
     """Shows the finished gradients of an accumulation window, and takes back what hooks have made of them.
 
     They are those of the global batch, without a loss scale, and on each rank those of its own shards. Sharded
@@ -40,7 +40,7 @@ class ShownGradients:
 
     def __init__(self, engine: Engine, loss_scale: float) -> None:
         self._loss_scale = loss_scale
-        self._parts_of_models = engine.has_parts
+        self._parts_of_models = engine.is_model_sharded
         self._buffers = [b for chunk in engine.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         for buffer in self._buffers:
             _gather(buffer)

@@ -21,26 +21,26 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_megatron.distributed.parameter_names import named_shards
 from lightning_megatron.training.engine import Engine, NonFiniteLossError
-from lightning_megatron.training.gradients import ShownGradients
+from lightning_megatron.training.gradients import ExposedGradients
 from lightning_megatron.training.timers import OPTIMIZER, timed
 
 _SHARDABLE = (AdamW, Adam, SGD)
 # How a step is computed, not what: the program's business, whatever a checkpoint says.
-HOW = {"foreach", "fused", "capturable", "differentiable"}
+IMPLEMENTATION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
 
 
 @dataclass(frozen=True)
-class Held:
+class ParameterSlice:
     """What one rank updates of a parameter.
 
     Args:
         parameter: The model's.
-        main: What the torch optimizer steps: the parameter itself, its fp32 copy, or a flat part of either.
+        main_param: What the torch optimizer steps: the parameter itself, its fp32 copy, or a flat part of either.
         start: Of a part, its first element within the parameter; None for the whole.
     """
 
     parameter: torch.nn.Parameter
-    main: torch.Tensor
+    main_param: torch.Tensor
     start: int | None
 
 
@@ -53,7 +53,7 @@ class ShardedOptimizer(Optimizer):
     Args:
         inner: megatron-core's optimizer around the user's.
         engine: Whose gradients it applies.
-        watch_norm: Whether the gradient norm is computed without clipping, too.
+        always_compute_norm: Whether the gradient norm is computed without clipping, too.
         given: The groups' settings at the start of the run, before any schedule has moved them.
         weights: The whole model's names of the weights in each group.
         parameters: Of each group as ``configure_optimizers`` gave it, frozen ones included.
@@ -63,24 +63,24 @@ class ShardedOptimizer(Optimizer):
         self,
         inner: MegatronOptimizer,
         engine: Engine,
-        watch_norm: bool,
+        always_compute_norm: bool,
         given: list[dict[str, Any]],
         weights: list[list[str]],
         parameters: list[list[torch.nn.Parameter]],
     ) -> None:
         # Not `super().__init__`: the groups and the state live in the torch optimizer.
-        self.given = given
-        self.weights = weights
-        self.parameters = parameters
+        self.initial_settings = given
+        self.group_weight_names = weights
+        self.group_parameters = parameters
         self.inner = inner
         self.engine = engine
-        self.watch_norm = watch_norm
+        self.always_compute_norm = always_compute_norm
         self.defaults = inner.optimizer.defaults
         self.clip_norm = 0.0
         self.grad_norm: float | None = None
         self.skipped_steps = 0
         self.last_step_was_skipped = False
-        self._shown: ShownGradients | None = None
+        self._shown: ExposedGradients | None = None
         self.on_nonfinite: Literal["raise", "skip"] | None = None  # set by the strategy; None goes on regardless
         self._optimizer_step_pre_hooks: Any = OrderedDict()
         self._optimizer_step_post_hooks: Any = OrderedDict()
@@ -109,8 +109,8 @@ class ShardedOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure (zero, forward, backward), then clip and update, unless fp16 gradients overflowed."""
-        if self.engine.bring_home():
-            self.take_changed_weights()
+        if self.engine.restore_moved_weights():
+            self.copy_changed_weights()
         self.clip_norm = 0.0  # the closure's hooks say anew whether this step is clipped
         result = closure() if closure is not None else None
         self._hide_gradients()
@@ -130,7 +130,7 @@ class ShardedOptimizer(Optimizer):
         with self.engine.device:  # megatron-core names none for the norms of single tensors
             if self.clip_norm > 0:
                 self.grad_norm = self.inner.clip_grad_norm(self.clip_norm)
-            elif self.watch_norm or self.on_nonfinite == "skip":
+            elif self.always_compute_norm or self.on_nonfinite == "skip":
                 self.grad_norm = self.inner.get_grad_norm()
         if self.grad_norm is not None and not math.isfinite(self.grad_norm):  # the norm is of all ranks: all are here
             if self.on_nonfinite == "raise":
@@ -162,22 +162,24 @@ class ShardedOptimizer(Optimizer):
         return self.inner.optimizer.register_step_post_hook(hook)
 
     @torch.no_grad()
-    def take_changed_weights(self) -> None:
+    def copy_changed_weights(self) -> None:
         """Have main weights follow weights that hooks have set; those that only rounding parts stay as exact."""
-        for held in self.held():
-            weight = held.parameter.detach().view(-1)
-            if held.start is not None:
-                weight = weight[held.start : held.start + held.main.numel()]
-            main = held.main.detach().view(-1)
+        for part in self.parameter_slices():
+            weight = part.parameter.detach().view(-1)
+            if part.start is not None:
+                weight = weight[part.start : part.start + part.main_param.numel()]
+            main = part.main_param.detach().view(-1)
             main.copy_(torch.where(main.to(weight.dtype) == weight, main, weight.to(main.dtype)))
 
-    def show_gradients(self) -> None:
+    def expose_gradients(self) -> None:
         """Put the finished gradients into ``parameter.grad`` until the step goes on; parts into the groups' shards."""
-        self._shown = ShownGradients(self.engine, self.loss_scale)
-        for held in self.held():
-            gradient = held.parameter.main_grad.view(-1)  # type: ignore[attr-defined]
-            if held.start is not None and gradient.dtype == held.main.dtype:
-                held.main.grad = gradient[held.start : held.start + held.main.numel()].view_as(held.main)
+        self._shown = ExposedGradients(self.engine, self.loss_scale)
+        for part in self.parameter_slices():
+            gradient = part.parameter.main_grad.view(-1)  # type: ignore[attr-defined]
+            if part.start is not None and gradient.dtype == part.main_param.dtype:
+                part.main_param.grad = gradient[part.start : part.start + part.main_param.numel()].view_as(
+                    part.main_param
+                )
 
     def _hide_gradients(self) -> None:
         if self._shown is None:
@@ -185,9 +187,9 @@ class ShardedOptimizer(Optimizer):
         if not self._shown.take_back():
             self.engine.has_gradients = False
         self._shown = None
-        for held in self.held():
-            if held.start is not None:
-                held.main.grad = None
+        for part in self.parameter_slices():
+            if part.start is not None:
+                part.main_param.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of parameters and buffers."""
@@ -196,8 +198,8 @@ class ShardedOptimizer(Optimizer):
         self.inner.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The groups' hyper-parameters and the loss scale; the tensors' way into a checkpoint is ``held``."""
-        state: dict[str, Any] = {"name": type(self).__name__, "groups": _settings(self), "given": self.given}
+        """The groups' hyper-parameters and the loss scale; the tensors' way into a checkpoint is ``part``."""
+        state: dict[str, Any] = {"name": type(self).__name__, "groups": _settings(self), "given": self.initial_settings}
         state["skipped_steps"] = self.skipped_steps
         if getattr(self.inner, "grad_scaler", None) is not None:
             state["grad_scaler"] = self.inner.grad_scaler.state_dict()
@@ -211,8 +213,8 @@ class ShardedOptimizer(Optimizer):
         """
         self.check_kind(state_dict)
         for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
-            set_values(group, {key: value for key, value in saved.items() if key not in HOW})
-        self.given = state_dict.get("given", self.given)
+            set_values(group, {key: value for key, value in saved.items() if key not in IMPLEMENTATION_FLAGS})
+        self.initial_settings = state_dict.get("given", self.initial_settings)
         self.skipped_steps = state_dict["skipped_steps"]
         if "grad_scaler" in state_dict and getattr(self.inner, "grad_scaler", None) is not None:
             self.inner.grad_scaler.load_state_dict(state_dict["grad_scaler"])
@@ -233,19 +235,19 @@ class ShardedOptimizer(Optimizer):
     def trains(self, module: torch.nn.Module) -> bool:
         """Whether what it updates are weights of ``module``."""
         own = {id(parameter) for parameter in module.parameters()}
-        return all(id(held.parameter) in own for held in self.held())
+        return all(id(part.parameter) in own for part in self.parameter_slices())
 
-    def held(self) -> Iterator[Held]:
+    def parameter_slices(self) -> Iterator[ParameterSlice]:
         """Every parameter, or part of one, that this rank updates."""
         if isinstance(self.inner, DistributedOptimizer):
             for parameter, (group, number) in self.inner.model_param_group_index_map.items():
                 part = self.inner._get_model_param_range_map(parameter)["param"]
-                yield Held(parameter, self.param_groups[group]["params"][number], int(part.start))
+                yield ParameterSlice(parameter, self.param_groups[group]["params"][number], int(part.start))
         else:
             for chunk in self.engine.chunks:
                 for parameter in chunk.parameters():
                     if parameter.requires_grad:
-                        yield Held(parameter, getattr(parameter, "main_param", parameter), None)
+                        yield ParameterSlice(parameter, getattr(parameter, "main_param", parameter), None)
 
 
 def is_shardable(optimizer: Optimizer) -> bool:
@@ -260,7 +262,7 @@ def shard(
     params_dtype: torch.dtype,
     distributed: bool,
     initial_loss_scale: float | None,
-    watch_norm: bool,
+    always_compute_norm: bool,
 ) -> ShardedOptimizer:
     """Hand a torch optimizer to megatron-core, groups and hyper-parameters kept.
 
@@ -270,7 +272,7 @@ def shard(
         params_dtype: Type of the weights.
         distributed: Whether state and main weights are sharded over the data-parallel group.
         initial_loss_scale: First loss scale under fp16; None without one.
-        watch_norm: Whether to compute gradient norms without clipping.
+        always_compute_norm: Whether to compute gradient norms without clipping.
 
     Raises:
         TypeError: An optimizer that cannot be sharded.
@@ -302,7 +304,7 @@ def shard(
     engine.config.grad_scale_func = inner.scale_loss if scaler is not None else None
     # Named as the user's: LearningRateMonitor and progress bars show the name.
     named = type(type(optimizer).__name__, (ShardedOptimizer,), {})
-    return named(inner, engine, watch_norm, given, weights, parameters)
+    return named(inner, engine, always_compute_norm, given, weights, parameters)
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LambdaLR, OneCycleLR
 
 from lightning_megatron.training.lr_schedule import MegatronLRScheduler
-from lightning_megatron.training.optimizer import HOW, ShardedOptimizer, set_values
+from lightning_megatron.training.optimizer import IMPLEMENTATION_FLAGS, ShardedOptimizer, set_values
 
 Side = Literal["checkpoint", "program"]
 State = dict[str, Any]
@@ -56,12 +56,12 @@ class ResumedSettings:
         schedules: list[State] = checkpoint.get("lr_schedulers", [])
         optimizer.check_kind(saved)
         then = saved.get("given") or _guessed(saved["groups"], bool(schedules))
-        found = list(_in_groups(then, optimizer.given))
+        found = list(_in_groups(then, optimizer.initial_settings))
         others = ""
         if len(schedules) != len(schedulers):
             others = f" The checkpoint has {len(schedules)} schedules, and the program {len(schedulers)}."
         if self._side == "program":
-            _take_groups(saved, then, optimizer.given, scheduled=bool(schedules) and bool(schedulers))
+            _take_groups(saved, then, optimizer.initial_settings, scheduled=bool(schedules) and bool(schedulers))
         for number, (scheduler, state) in enumerate(zip(schedulers, schedules, strict=False)):
             own, name = scheduler.state_dict(), type(scheduler).__name__
             if _kind(own) != _kind(state):
@@ -199,7 +199,7 @@ def _rates(scheduler: Any) -> list[Any]:
 def _guessed(groups: list[State], scheduled: bool) -> list[State]:
     """The settings of a checkpoint that does not tell them, of this package's first versions."""
     moved = {"weight_decay", "betas", "momentum"} if scheduled else set()
-    return [{key: value for key, value in group.items() if key not in moved | HOW} for group in groups]
+    return [{key: value for key, value in group.items() if key not in moved | IMPLEMENTATION_FLAGS} for group in groups]
 
 
 def _peak(settings: State) -> float:

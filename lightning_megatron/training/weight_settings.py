@@ -37,7 +37,7 @@ def check(parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Optim
         ValueError: A weight is in no group.
     """
     settings, problems = _settings(parameters, optimizer)
-    problems += _differences(settings, process_groups.stages(), "pipeline stages")
+    problems += _differences(settings, process_groups.pipeline(), "pipeline stages")
     for group, who in (
         (process_groups.tensor_parallel(), "tensor-parallel ranks"),
         (process_groups.data_parallel(), "replicas"),

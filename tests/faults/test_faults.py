@@ -31,7 +31,7 @@ def whole_steps(folder: Path) -> tuple[list[int], list[str]]:
             continue
         try:
             about = manifest.read(path)
-            wrong = manifest.damage(path, about, list(about["files"]), checksums=True)
+            wrong = manifest.find_damage(path, about, list(about["files"]), checksums=True)
         except manifest.CheckpointError as error:
             wrong = [str(error)]
         if wrong:

@@ -24,44 +24,44 @@ _UNKNOWN: Record = {
 }  # fmt: skip
 
 
-def followed(loader: Any) -> Any:
+def tracked(loader: Any) -> Any:
     """The loader, or a copy of it, so that its place is known; one that has ``state_dict`` keeps its own."""
-    if keeps_its_place(loader):
-        return loader if sized_len(loader) is not None else _OneAhead(loader)
+    if is_stateful(loader):
+        return loader if sized_len(loader) is not None else _PrefetchedLoader(loader)
     if not isinstance(loader, DataLoader):
         return loader
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     inner = getattr(loader, name)
-    if inner is None or isinstance(inner, Batches):
+    if inner is None or isinstance(inner, TrackedSampler):
         return loader
     # A copy, since the user's may be read elsewhere too. DataLoader refuses to have its samplers assigned; nothing
     # else in it holds on to them.
     loader = copy.copy(loader)
-    loader.__dict__[name] = Batches(inner, loader)
+    loader.__dict__[name] = TrackedSampler(inner, loader)
     return loader
 
 
-def batches_of(loader: Any) -> Batches | None:
+def tracked_sampler(loader: Any) -> TrackedSampler | None:
     """The stand-in for a loader's sampler, if it has one."""
     for name in ("batch_sampler", "sampler"):
-        if isinstance(inner := getattr(loader, name, None), Batches):
+        if isinstance(inner := getattr(loader, name, None), TrackedSampler):
             return inner
     return None
 
 
-def keeps_its_place(loader: Any) -> bool:
+def is_stateful(loader: Any) -> bool:
     """Whether a loader has a state of its own."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-def place_of(loader: Any) -> Record:
+def loader_record(loader: Any) -> Record:
     """What a checkpoint keeps of a loader; little of one without samplers."""
-    batches = batches_of(loader)
+    batches = tracked_sampler(loader)
     return _UNKNOWN if batches is None else batches.record()
 
 
 @dataclass(frozen=True)
-class Place:
+class LoaderPosition:
     """Where a loader goes on.
 
     Args:
@@ -75,10 +75,10 @@ class Place:
     skip: int = 0
 
 
-_START = Place()
+_START = LoaderPosition()
 
 
-class Batches:
+class TrackedSampler:
     """Stands in for a loader's batch sampler: remembers the random states that its order came from."""
 
     def __init__(self, inner: Any, loader: DataLoader[Any]) -> None:
@@ -136,7 +136,7 @@ class Batches:
         for generator, state in zip(self._generators, states, strict=False):
             generator.set_state(state)
 
-    def renew_workers(self) -> None:
+    def restart_workers(self) -> None:
         """Have persistent workers begin with the next iterator, and its seed."""
         self._loader._iterator = None  # private (torch 2.13)
 
@@ -144,7 +144,7 @@ class Batches:
     def _sampler(self) -> Any:
         return getattr(self.inner, "sampler", self.inner)
 
-    def _from(self, place: Place) -> Iterator[Any]:
+    def _from(self, place: LoaderPosition) -> Iterator[Any]:
         """The batches, in the order in which they were begun, without those that are left out."""
         self.resume, self._untouched = _START, False
         now = self._states()
@@ -166,7 +166,7 @@ class Batches:
             self.set_generators(states["generators"])
 
 
-class _OneAhead:
+class _PrefetchedLoader:
     """A loader with a state but no length, of which Lightning reads one batch ahead: its state before that batch."""
 
     def __init__(self, loader: Any) -> None:

@@ -50,7 +50,7 @@ def processed(trainer: pl.Trainer) -> int:
     return int(counts.processed)
 
 
-def put_right(loops: dict[str, Any], where: Position) -> None:
+def correct_counts(loops: dict[str, Any], where: Position) -> None:
     """Correct the saved counts of Lightning's fit loop, in place."""
     epochs, batches = loops["fit_loop"]["epoch_progress"], loops["fit_loop"]["epoch_loop.batch_progress"]
     inside = where.batches > 0 or where.redo > 0

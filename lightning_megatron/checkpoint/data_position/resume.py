@@ -24,12 +24,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_megatron.checkpoint import rng_state
 from lightning_megatron.checkpoint.data_position import loop_progress
 from lightning_megatron.checkpoint.data_position.dataloader_state import (
-    Place,
+    LoaderPosition,
     Record,
-    batches_of,
-    followed,
-    keeps_its_place,
-    place_of,
+    is_stateful,
+    loader_record,
+    tracked,
+    tracked_sampler,
 )
 from lightning_megatron.checkpoint.data_position.loop_progress import Position
 from lightning_megatron.checkpoint.manifest import CheckpointError
@@ -47,9 +47,9 @@ class Resumption:
 
     def __init__(self, skip_batches: int = 0) -> None:
         self._skip_batches = skip_batches
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """A new run, or one that takes the weights that were loaded, and nothing else."""
         self._saved: Record | None = None
         self._same_layout = False
@@ -58,10 +58,10 @@ class Resumption:
         self._seeds: dict[int, int] = {}
         self._ended: tuple[Any, rng_state.States] | None = None
 
-    def watch(self, loader: Any) -> Any:
+    def track(self, loader: Any) -> Any:
         """Have a training loader take part; one that has ``state_dict`` keeps its own place."""
-        loader = followed(loader)
-        batches = batches_of(loader)
+        loader = tracked(loader)
+        batches = tracked_sampler(loader)
         if batches is not None and batches.seed in self._seeds:  # made in the middle of a resumed run, for a new epoch
             batches.seed = self._seeds[batches.seed]
         return loader
@@ -72,7 +72,7 @@ class Resumption:
         Raises:
             CheckpointError: The window's batches would have to be read again, by a loader that cannot go back.
         """
-        if where.redo and any(map(keeps_its_place, _loaders(trainer))):
+        if where.redo and any(map(is_stateful, _loaders(trainer))):
             raise CheckpointError(
                 f"A checkpoint {where.redo} batches into an accumulation window has to read them again, and this"
                 " loader has a state_dict of its own and cannot go back. Save between windows: every_n_train_steps"
@@ -105,7 +105,7 @@ class Resumption:
             # Lightning says so of every loader without `state_dict`; this one goes on where it was.
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
             for loader, record in zip(_loaders(trainer), self._saved["loaders"], strict=False):
-                if (batches := batches_of(loader)) is not None:
+                if (batches := tracked_sampler(loader)) is not None:
                     batches.set_generators(record["generators"])
             # So that loaders are made anew before the same epochs (reload_dataloaders_every_n_epochs).
             trainer.fit_loop._last_train_dl_reload_epoch = self._saved["made_in"]
@@ -117,7 +117,7 @@ class Resumption:
         if trainer.state.fn == TrainerFn.FITTING:
             self._ended = trainer.fit_loop._combined_loader, rng_state.snapshot()
 
-    def give_back(self, trainer: pl.Trainer) -> None:
+    def restore_fit_loaders(self, trainer: pl.Trainer) -> None:
         """Give the fit's loaders back to its loop, from which Lightning takes them at the start of an evaluation."""
         if self._ended is not None:
             trainer.fit_loop._combined_loader = self._ended[0]
@@ -155,14 +155,14 @@ class Resumption:
         _check_left(trainer, done, more)
         to_read = []
         for loader, record in zip(loaders, records if saved["begun"] else [None] * len(loaders), strict=True):
-            given = 0 if record is None or keeps_its_place(loader) else _converted(saved, record, loader, replicas)
-            batches = batches_of(loader)
+            given = 0 if record is None or is_stateful(loader) else _converted(saved, record, loader, replicas)
+            batches = tracked_sampler(loader)
             by_number = batches is not None and batches.is_indexed
             if batches is not None:
                 at_iter, at_first = (record["at_iter"], record["at_first"]) if record else (None, None)
-                batches.resume = Place(at_iter, at_first, given + more if by_number else 0)
+                batches.resume = LoaderPosition(at_iter, at_first, given + more if by_number else 0)
                 if record is not None:
-                    batches.renew_workers()
+                    batches.restart_workers()
             to_read.append(0 if by_number else given + more)
         _iterate(fetcher, to_read)
         loop_progress.set_batches(trainer, done + more)
@@ -179,7 +179,7 @@ class Resumption:
     def _take_seeds(self, loaders: list[Any], records: list[Record]) -> None:
         """A distributed sampler's order comes from a seed, and this run's may be another."""
         for loader, record in zip(loaders, records, strict=False):
-            batches = batches_of(loader)
+            batches = tracked_sampler(loader)
             if batches is not None and batches.seed is not None and record["seed"] is not None:
                 self._seeds[batches.seed] = record["seed"]
                 batches.seed = record["seed"]
@@ -215,7 +215,7 @@ def _record(loader: Any, batches: int, cycles: bool) -> Record:
     length, given = sized_len(loader), batches
     if length and batches > length:
         given = (batches - 1) % length + 1 if cycles else length
-    return {"given": given, **place_of(loader)}
+    return {"given": given, **loader_record(loader)}
 
 
 def _batches_now(saved: Record, loaders: list[Any], replicas: int) -> int:
@@ -240,7 +240,7 @@ def _batches_now(saved: Record, loaders: list[Any], replicas: int) -> int:
 
 def _converted(saved: Record, record: Record, loader: Any, replicas: int) -> int:
     """The batches that a loader has given, in batches of its size in this run."""
-    inner, given, before = batches_of(loader), int(record["given"]), record["rows"]
+    inner, given, before = tracked_sampler(loader), int(record["given"]), record["rows"]
     rows = inner.rows if inner is not None else None
     same = replicas == saved["replicas"] and (rows == before or None in (rows, before))
     if same or not given or record["global_batches"]:

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import get_linear_layer
 
-from lightning_megatron.distributed.parameter_names import WholeNames
+from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.models.bert.layer_spec import NormPlacement, bert_block_spec, bert_embedding
 from lightning_megatron.models.layers.norm import TorchNorm
 from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
@@ -36,7 +36,7 @@ class BertPretrainingLogits(NamedTuple):
     seq_relationship_logits: torch.Tensor
 
 
-class BertModel(WholeNames, LanguageModule):
+class BertModel(WholeModelNames, LanguageModule):
     """One chunk of an encoder: the embedding, layers, and on the last stage a subclass's head.
 
     Args:

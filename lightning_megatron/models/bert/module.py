@@ -80,7 +80,7 @@ class BertModule(ConfiguredModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        first_weights.draw(model, process_groups.seed_of_run(), config.vocab_size)
+        first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         return model
 
     def check_batch(self, batch: Batch) -> None:

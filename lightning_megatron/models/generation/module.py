@@ -177,7 +177,7 @@ class GeneratingModule(ConfiguredModule):
             self.build_alone()
         layout = self.build_settings.layout
         if layout.world_size == 1:
-            process_groups.join(next(self.chunks.parameters()).device)
+            process_groups.init_default_group(next(self.chunks.parameters()).device)
         if not dist.is_initialized() or dist.get_world_size() != layout.world_size:
             raise RuntimeError(
                 f"{type(self).__name__} was built for a run of {layout.world_size} ranks, which has ended. Save a"

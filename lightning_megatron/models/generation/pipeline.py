@@ -22,7 +22,7 @@ class Stages:
 
     def __init__(self, chunks: Sequence[Any], dtype: torch.dtype, device: torch.device) -> None:
         self.chunks = list(chunks)
-        self.group = process_groups.stages()
+        self.group = process_groups.pipeline()
         self.size = self.group.size()
         self.rank = self.group.rank()
         self.count = self.size * len(self.chunks)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from lightning_megatron.distributed.parameter_names import WholeNames
+from lightning_megatron.distributed.parameter_names import WholeModelNames
 
 
-class PositionedGPT(WholeNames, GPTModel):
+class PositionedGPT(WholeModelNames, GPTModel):
     """megatron-core's model, which rotates by a token's place in its row, whatever its ``position_ids`` say.
 
     Here ``position_ids`` ``[b, s]`` count for rotary positions as for learned ones, and None is the place in the row,

@@ -93,7 +93,7 @@ class GPTModule(GeneratingModule):
             rotary_percent=config.rotary_percent,
             vp_stage=vp_stage,
         )
-        first_weights.draw(model, process_groups.seed_of_run(), config.vocab_size)
+        first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         if config.rope_scaling is not None:
             stretch_rotary(model, config.rotary_base, config.rotary_percent, config.seq_length, config.rope_scaling)
         if pre_process and config.embedding_multiplier != 1.0:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_megatron import hf
-from lightning_megatron.checkpoint.mismatches import listed
+from lightning_megatron.checkpoint.mismatches import as_list
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.hf.gather import WholeTensors, on_first_rank
 from lightning_megatron.hf.weight_mapping import Heads, Pieces, Read, Shape, is_update, take_apart
@@ -68,12 +68,12 @@ def understood(module: Any, saved: Saved) -> Saved:
     saved = replace(saved, whole=whole, frozen=frozenset(frozen))
     unknown = sorted(saved.whole.keys() - ours.keys())
     if unknown:
-        raise ValueError(f"The adapter holds weights that have no place in the model:\n{listed(unknown)}")
+        raise ValueError(f"The adapter holds weights that have no place in the model:\n{as_list(unknown)}")
     keys = {ours[name] for name in saved.whole}
     missing = sorted({name for key in keys for name in pieces[key].names} - saved.whole.keys())
     if missing:
         raise ValueError(
-            f"The adapter lacks weights that megatron-core has in one tensor with some of its own:\n{listed(missing)}"
+            f"The adapter lacks weights that megatron-core has in one tensor with some of its own:\n{as_list(missing)}"
         )
     trained = {ours[name] for name in saved.whole.keys() - saved.frozen}
     parts = sorted({key.rpartition(".")[0] for key in trained})
@@ -100,7 +100,7 @@ def put_in(module: Any) -> None:
     """
     lora: LoRA = module.lora
     pieces = pieces_of(module)
-    seed = process_groups.gather(torch.initial_seed(), process_groups.on_host())[0]
+    seed = process_groups.gather(torch.initial_seed(), process_groups.gloo_world())[0]
     _check_parts(module, lora.also_train)
     for chunk in module.chunks:
         attach(chunk, lora, pieces, module.config, seed, set(module.new_weights))
@@ -120,7 +120,12 @@ def fill(module: Any, saved: Saved) -> None:
     ]
     problems = [_misfit(theirs, adapter, number, *saved.updates[theirs]) for adapter, number, theirs in places]
     found = sorted(
-        {problem for many in process_groups.gather(problems, process_groups.on_host()) for problem in many if problem}
+        {
+            problem
+            for many in process_groups.gather(problems, process_groups.gloo_world())
+            for problem in many
+            if problem
+        }
     )
     if found:
         raise ValueError(found[0])
@@ -145,7 +150,7 @@ def _check_parts(module: Any, parts: list[str]) -> None:
         ValueError: Names the nearest that there is; on every rank.
     """
     here = {name for name, _ in module.named_shards()}
-    names = set().union(*process_groups.gather(here, process_groups.on_host()))
+    names = set().union(*process_groups.gather(here, process_groups.gloo_world()))
     known = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     for part in parts:
         if part not in known:
@@ -180,7 +185,7 @@ def save(module: Any, folder: Path) -> Path:
     if trained - whole_keys:
         rank_zero_warn(
             f"{folder} lacks these, which were trained whole and which peft has no place for; save_pretrained and"
-            f" checkpoints have all of it:\n{listed(trained - whole_keys)}"
+            f" checkpoints have all of it:\n{as_list(trained - whole_keys)}"
         )
     base = module.hparams.get("pretrained_config") or {}
     transposed = any(piece.transposed for piece in pieces.values())
@@ -192,7 +197,7 @@ def save(module: Any, folder: Path) -> Path:
 def _trained_whole(module: Any) -> set[str]:
     """Weights of the whole model that are trained as they are."""
     here = {name for name, parameter in module.named_shards() if parameter.requires_grad and not is_update(name)}
-    return set().union(*process_groups.gather(here, process_groups.on_host()))
+    return set().union(*process_groups.gather(here, process_groups.gloo_world()))
 
 
 def _in_whole_modules(trained: set[str], pieces: Pieces, tied: dict[str, str], lora: LoRA, heads: set[str]) -> set[str]:

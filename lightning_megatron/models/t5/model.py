@@ -24,7 +24,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from lightning_megatron.distributed import shared_weights
-from lightning_megatron.distributed.parameter_names import WholeNames
+from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.distributed.process_groups import Stack, gather_vocabulary
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
@@ -57,7 +57,7 @@ class T5Stage:
     copy: int | None = None
 
 
-class T5Model(WholeNames, LanguageModule):
+class T5Model(WholeModelNames, LanguageModule):
     """One chunk of an encoder and a decoder that share their embedding.
 
     Args:
@@ -238,7 +238,7 @@ class T5Model(WholeNames, LanguageModule):
     def _share_position_bias(self, stack: Stack, block: TransformerBlock, bias: RelativePositionEmbedding) -> None:
         share_position_bias(block, bias)
         if self.stage.copy is not None:
-            shared_weights.mark(bias.relative_attention_bias.weight, stack, self.stage.copy)
+            shared_weights.mark_shared(bias.relative_attention_bias.weight, stack, self.stage.copy)
 
     def _embed(self, ids: torch.Tensor, first: int = 0) -> torch.Tensor:
         """``[s/tp, b, h]`` of ``[b, s]``; what sequence parallelism pads may lie beyond the last learned position."""

@@ -80,7 +80,7 @@ class T5Module(GeneratingModule):
         built = len(self.chunks) > 0
         super().configure_model()
         if not built:
-            shared_weights.equalise(self.chunks)
+            shared_weights.broadcast_initial_values(self.chunks)
 
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
         """One chunk: layers of the encoder, or of the decoder, or the whole model where there are no stages."""
@@ -103,7 +103,7 @@ class T5Module(GeneratingModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        first_weights.draw(model, process_groups.seed_of_run(), config.vocab_size)
+        first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         model.start_queries_small()
         return model
 

@@ -83,7 +83,7 @@ class PutBack(pl.Callback):
         if trainer.ckpt_path is None:  # else the user names the weights
             checkpoint = trainer.strategy.load_checkpoint(self._kept.path, weights_only=False)
             trainer.strategy.load_model_state_dict(checkpoint, strict=True)
-            trainer.strategy.checkpointer.resumption.forget()  # type: ignore[attr-defined]
+            trainer.strategy.checkpointer.resumption.reset()  # type: ignore[attr-defined]
 
 
 @dataclass

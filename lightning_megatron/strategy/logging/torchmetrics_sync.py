@@ -56,11 +56,11 @@ def same_on_all_stages(module: pl.LightningModule, counts: list[int]) -> Iterato
             are not sent again.
     """
     global _stages_agree
-    found = _metrics(module) if process_groups.stages().size() > 1 else []
+    found = _metrics(module) if process_groups.pipeline().size() > 1 else []
     if found:
         now = [metric._update_count for metric in found]
         changed = torch.tensor(int(counts != now), device=found[0].device)
-        dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=process_groups.stages())
+        dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=process_groups.pipeline())
         if changed:
             for metric, states in zip(
                 found, process_groups.broadcast_object_from_last_stage(_states(found)), strict=True
