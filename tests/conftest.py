@@ -12,7 +12,7 @@ def _no_process_groups_stay() -> Iterator[None]:
     """Ends those that a test has made in this process, where the next one makes its own."""
     yield
     if "lightning_megatron.distributed.process_groups" in sys.modules:
-        sys.modules["lightning_megatron.distributed.process_groups"].end()
+        sys.modules["lightning_megatron.distributed.process_groups"].destroy()
 
 
 @pytest.fixture(autouse=True)
