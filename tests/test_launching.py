@@ -98,7 +98,7 @@ def test_ways_that_do_not_work_are_refused(monkeypatch):
         MegatronStrategy(launch="spawn")
     with pytest.raises(Exception, match="one machine"):
         Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=MegatronStrategy(launch="forkserver"))
-    monkeypatch.setattr("lightning_megatron.strategy.launchers._IS_INTERACTIVE", True)
+    monkeypatch.setattr("lightning_megatron.distributed.lightning_private._IS_INTERACTIVE", True)
     with pytest.raises(Exception, match="launch='forkserver', or leave launch out"):
         Trainer(accelerator="cpu", devices=2, strategy=MegatronStrategy(launch="subprocess"))
 

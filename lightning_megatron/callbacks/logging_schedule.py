@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 import lightning.pytorch as pl
 
+from lightning_megatron.distributed import lightning_private
+
 
 def logs_now(trainer: pl.Trainer) -> bool:
     """Whether loggers are told of the optimizer step that has just ended; the same on every rank."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    ended = not trainer.fit_loop._should_accumulate()
+    ended = lightning_private.ends_accumulation(trainer)
     return ended and every > 0 and trainer.global_step > 0 and trainer.global_step % every == 0
 
 

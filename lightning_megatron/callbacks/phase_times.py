@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_megatron.callbacks.logging_schedule import log, logs_now, rank_name
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.timers import BACKWARD, FORWARD, GRADIENT_SYNC, OPTIMIZER, SAVE, SCHEDULE, Intervals
 
@@ -79,7 +79,7 @@ class PhaseTimes(pl.Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         now = time.monotonic()
-        if not trainer.fit_loop._should_accumulate():
+        if lightning_private.ends_accumulation(trainer):
             self._steps += 1
             self._seconds["step"] += now - self._step_since
             self._step_since = now

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_megatron.callbacks import plots
 from lightning_megatron.callbacks.timeline import RankTimeline, draw, spans, trace
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.timers import Intervals
 
@@ -80,7 +80,7 @@ class PipelineTimeline(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._intervals is None or trainer.fit_loop._should_accumulate():
+        if self._intervals is None or not lightning_private.ends_accumulation(trainer):
             return
         strategy: Any = trainer.strategy
         strategy.stop_listening(self._intervals)

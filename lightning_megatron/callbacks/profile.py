@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.profiler import ProfilerActivity, record_function
 from typing_extensions import override
 
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
 
 
@@ -66,7 +67,7 @@ class Profile(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._ranges is None or trainer.fit_loop._should_accumulate() or trainer.global_step < self.last:
+        if self._ranges is None or not lightning_private.ends_accumulation(trainer) or trainer.global_step < self.last:
             return
         self._stop(trainer)
         folder = Path(self.directory or Path(trainer.default_root_dir) / "profile")

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
 
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.training.batch_rows import count_rows
@@ -56,7 +57,7 @@ class _OfTraining(ProgressBar):
         if isinstance(module, MegatronModule):
             replicas = trainer.strategy.layout.dp  # type: ignore[attr-defined]
             self._tokens += count_rows(batch) * sum(module.lengths(batch)) * replicas
-        if trainer.fit_loop._should_accumulate():
+        if not lightning_private.ends_accumulation(trainer):
             return False
         self._steps.append((time.monotonic(), self._tokens))
         self._tokens = 0
@@ -100,7 +101,7 @@ class TrainingProgressBar(_OfTraining, TQDMProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         bar = self.train_progress_bar
-        if self._see(trainer, pl_module, batch) and self._should_update(trainer.global_step, bar.total):
+        if self._see(trainer, pl_module, batch) and lightning_private.bar_is_due(self, trainer.global_step, bar.total):
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.update(trainer.global_step - bar.n)
 
@@ -134,5 +135,4 @@ class RichTrainingProgressBar(_OfTraining, RichProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._see(trainer, pl_module, batch):
-            self._update(self.train_progress_bar_id, trainer.global_step)
-            self._update_metrics(trainer, pl_module)
+            lightning_private.update_rich_bar(self, self.train_progress_bar_id, trainer.global_step, trainer, pl_module)

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_megatron.checkpoint.model_checkpoint import checkpoint_callbacks
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.strategy import preemption
 
@@ -31,7 +32,7 @@ class ExitInterval(Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.steps == 0:
+        if lightning_private.ends_accumulation(trainer) and trainer.global_step % self.steps == 0:
             trainer.should_stop = True
 
 
@@ -44,9 +45,7 @@ class SaveAtEnd(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        saved = {
-            callback._last_global_step_saved for callback in checkpoint_callbacks(trainer)
-        }  # private (Lightning 2.6)
+        saved = {lightning_private.last_saved_step(callback) for callback in checkpoint_callbacks(trainer)}
         path = preemption.last_path(trainer)
         if path is not None and trainer.global_step not in saved:
             trainer.save_checkpoint(path)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_megatron.callbacks.logging_schedule import log, logs_now
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.models.flops import training_flops
 from lightning_megatron.models.megatron_module import MegatronModule
@@ -94,7 +94,7 @@ class Throughput(pl.Callback):
         self._since_the_step = [before + now for before, now in zip(self._since_the_step, done, strict=True)]
         self.consumed_samples += int(done[0])
         self.consumed_tokens += int(done[1])
-        if trainer.fit_loop._should_accumulate():
+        if not lightning_private.ends_accumulation(trainer):
             return
         now = time.monotonic()
         self._steps.append(_Work(now - self._last, *self._since_the_step))

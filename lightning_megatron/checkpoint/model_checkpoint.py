@@ -17,6 +17,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_megatron.distributed import lightning_private
+
 
 def attend(trainer: pl.Trainer) -> None:
     """Have the Trainer's callbacks ask the checkpointer for names in use, and for their links."""
@@ -24,13 +26,13 @@ def attend(trainer: pl.Trainer) -> None:
         if type(callback).file_exists is ModelCheckpoint.file_exists:
             callback.file_exists = _exists  # type: ignore[method-assign]
         if callback.save_last == "link":
-            callback._link_checkpoint = _link  # type: ignore[method-assign]  # private (Lightning 2.6)
+            setattr(callback, lightning_private.LINK_CHECKPOINT, _link)
 
 
 def leave(trainer: pl.Trainer) -> None:
     """Undo ``attend``: another strategy may have the callbacks next."""
     for callback in checkpoint_callbacks(trainer):
-        for name, ours in (("file_exists", _exists), ("_link_checkpoint", _link)):
+        for name, ours in (("file_exists", _exists), (lightning_private.LINK_CHECKPOINT, _link)):
             if vars(callback).get(name) is ours:
                 del callback.__dict__[name]
 
@@ -143,6 +145,6 @@ def _exists(filepath: Any, trainer: pl.Trainer) -> bool:
 def _link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
     checkpointer = getattr(trainer.strategy, "checkpointer", None)
     if checkpointer is None:  # the callback has come to a run under another strategy
-        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+        lightning_private.link_checkpoint(trainer, filepath, linkpath)
     else:
         checkpointer.link(local_path(linkpath), local_path(filepath))

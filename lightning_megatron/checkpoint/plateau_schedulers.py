@@ -11,8 +11,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_megatron.distributed import lightning_private
 
 Record = dict[str, Any]
 
@@ -71,14 +72,13 @@ class PlateauSchedulers:
             elif record["due"] and value is not None:
                 progress = trainer.fit_loop.epoch_loop.scheduler_progress
                 progress.increment_ready()
-                call._call_lightning_module_hook(trainer, "lr_scheduler_step", configs[number].scheduler, value)
+                lightning_private.call_module_hook(trainer, "lr_scheduler_step", configs[number].scheduler, value)
                 progress.increment_completed()
 
     def _waits_for_validation(self, trainer: pl.Trainer, monitor: str) -> bool:
         """Whether a validation comes between the save and the update, and the metric is not of training."""
-        loop: Any = trainer.fit_loop.epoch_loop  # what is asked of it is private (Lightning 2.6)
-        comes = loop._should_check_val_fx(trainer.fit_loop._data_fetcher) and self._validated != _trained(trainer)
-        return comes and monitor not in loop._results.metrics(on_step=True)["callback"]
+        comes = lightning_private.validation_is_due(trainer) and self._validated != _trained(trainer)
+        return comes and not lightning_private.logs_every_step(trainer, monitor)
 
 
 def _trained(trainer: pl.Trainer) -> int:

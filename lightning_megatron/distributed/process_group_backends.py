@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
-from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 
 _OF_DEVICE = {"cpu": "gloo", "cuda": "nccl"}
 _CANNOT = {
@@ -99,7 +98,7 @@ def init_for_run(
         return
     name = choose(device.type, wanted)
     bound = device if name == "nccl" else None  # Gloo cannot be bound to one
-    _init_dist_connection(environment, name, timeout=timeout, device_id=bound, store=store)
+    lightning_private.start_process_group(environment, name, timeout=timeout, device_id=bound, store=store)
     _remember()
 
 

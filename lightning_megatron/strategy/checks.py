@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_megatron.checkpoint import check_folders
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.megatron_module import MegatronModule
@@ -150,7 +150,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"MegatronStrategy trains on CPU and CUDA devices; Trainer(accelerator=) gave {device!r}. Use 'cpu' or"
             " 'gpu'."
         )
-    if trainer.strategy._layer_sync is not None:  # type: ignore[attr-defined]
+    if lightning_private.converts_batch_norms(trainer.strategy):
         raise MisconfigurationException(
             "Trainer(sync_batchnorm=True): MegatronStrategy does not convert layers, and a batch norm would still see"
             " one micro-batch at a time. Leave it out; a model can convert itself in configure_model"
@@ -195,20 +195,16 @@ def _check_module(trainer: pl.Trainer) -> None:
             f"{name}.training_step(dataloader_iter): MegatronStrategy cuts a batch into micro-batches, so it needs the"
             " batch. Use training_step(batch, batch_idx)."
         )
-    if isinstance(module, MegatronModule) and any(_draws(logger) for logger in trainer.loggers):
+    if isinstance(module, MegatronModule) and any(lightning_private.draws_graph(logger) for logger in trainer.loggers):
         raise MisconfigurationException(
             f"TensorBoardLogger(log_graph=True): only rank 0 would run {name}, and wait for the others' shards. Leave"
             " log_graph out."
         )
 
 
-def _draws(logger: object) -> bool:
-    return isinstance(logger, TensorBoardLogger) and bool(logger._log_graph)  # private (Lightning 2.6)
-
-
 def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
     """Refuse several optimizers, and manual optimization: a schedule runs forward and backward in one go."""
-    if any(type(optimizer).__name__ == "_MockOptimizer" for optimizer in optimizers):
+    if any(lightning_private.is_no_optimizer(optimizer) for optimizer in optimizers):
         raise MisconfigurationException(
             f"{type(module).__name__}.configure_optimizers returned None. MegatronStrategy trains with one optimizer;"
             " return one, such as torch.optim.AdamW(self.parameters())."

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
@@ -23,6 +22,7 @@ from lightning_megatron.checkpoint import Checkpointer, Run, attend, leave, loca
 from lightning_megatron.distributed import (
     first_error,
     heartbeat,
+    lightning_private,
     process_group_backends,
     process_groups,
     shared_weights,
@@ -265,8 +265,8 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def _configure_launcher(self) -> None:
-        plugins.check_checkpoint_io(self._checkpoint_io)
-        self._launcher = launchers.choose(self, self.launch)
+        plugins.check_checkpoint_io(lightning_private.checkpoint_io(self))
+        lightning_private.set_launcher(self, launchers.choose(self, self.launch))
 
     # What trainer.fit, validate, test and predict call before the loops
 
@@ -344,7 +344,7 @@ class MegatronStrategy(Placement, Collectives):
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
         self._steps = Steps(self.lightning_module, self._engine, self._precision, self.micro_batching)
         if self._trains_as_lightning:
-            _optimizers_to_device(self.optimizers, self.root_device)
+            lightning_private.optimizers_to_device(self.optimizers, self.root_device)
         elif fitting:
             self._shard_optimizer()
         self._precision.behind_schedule = None if self._trains_as_lightning else self._behind_schedule
@@ -583,7 +583,7 @@ class MegatronStrategy(Placement, Collectives):
             )
         ]
         self.optimizers[0].on_nonfinite = self.on_nonfinite if self.check_loss else None  # type: ignore[attr-defined]
-        _optimizers_to_device([self.optimizers[0].inner.optimizer], self.root_device)  # type: ignore[attr-defined]
+        lightning_private.optimizers_to_device([self.optimizers[0].inner.optimizer], self.root_device)  # type: ignore[attr-defined]
 
     @property
     def _is_not_set_up(self) -> bool:

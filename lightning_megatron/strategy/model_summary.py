@@ -12,24 +12,24 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
 from typing_extensions import override
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.models.megatron_module import MegatronModule
 
 
 def install(trainer: pl.Trainer) -> None:
-    """Have the Trainer's summary callbacks count the whole model (their private ``_summary``, Lightning 2.6)."""
+    """Have the Trainer's summary callbacks count the whole model."""
     if not isinstance(trainer.lightning_module, MegatronModule):
         return
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelSummary):
-            callback._summary = partial(_summarize, callback._max_depth)  # type: ignore[method-assign]
+            setattr(callback, lightning_private.SUMMARY, partial(_summarize, lightning_private.summary_depth(callback)))
 
 
 def take_back(trainer: pl.Trainer) -> None:
     """Leave the callbacks as they were: a plain Trainer may have them next, here or where this rank was launched."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelSummary):
-            vars(callback).pop("_summary", None)
+            vars(callback).pop(lightning_private.SUMMARY, None)
 
 
 def count_parameters(module: torch.nn.Module, *, trainable_only: bool = False) -> int:
@@ -65,9 +65,11 @@ class _WholeSummary(Summary):
     def summarize(self) -> dict[str, Any]:
         own = super().summarize()
         rows = {
-            name: _Row(count_parameters(layer._module), layer.layer_type, layer.training) for name, layer in own.items()
+            name: _Row(count_parameters(lightning_private.layer_of(row)), row.layer_type, row.training)
+            for name, row in own.items()
         }
-        totals = tuple(count_parameters(self._model, trainable_only=only) for only in (False, True))
+        module = lightning_private.summarized_module(self)
+        totals = tuple(count_parameters(module, trainable_only=only) for only in (False, True))
         stages = process_groups.gather_from_stages((rows, totals))
         self._totals = [sum(parts) for parts in zip(*(totals for _, totals in stages), strict=True)]
         if len(stages) == 1:

@@ -1,21 +1,17 @@
-"""Lightning's automatic optimization, re-ordered: zero the gradients, run the schedule, fire the hooks of backward.
-
-Leans on private names of Lightning 2.6 (``_AutomaticOptimization._make_closure`` and ``_optimizer_step``, ``Closure``,
-``_TrainingEpochLoop.update_lr_schedulers``); ``tests/test_lightning_private.py`` fails when they change.
-"""
+"""Lightning's automatic optimization, re-ordered: zero the gradients, run the schedule, fire the hooks of backward."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult, _AutomaticOptimization
-from torch.optim import Optimizer
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from typing_extensions import override
 
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
 
@@ -33,7 +29,7 @@ def install(trainer: pl.Trainer) -> None:
 def _step_schedulers(trainer: pl.Trainer, interval: str, update_plateau_schedulers: bool) -> None:
     """As Lightning's, but not behind a step that was skipped."""
     epoch_loop = trainer.fit_loop.epoch_loop
-    if not (interval == "step" and (_was_skipped(trainer) or epoch_loop._should_accumulate())):
+    if not (interval == "step" and (_was_skipped(trainer) or not lightning_private.ends_accumulation(trainer))):
         trainer.strategy.checkpointer.plateaus.note_update(interval, update_plateau_schedulers)  # type: ignore[attr-defined]
         type(epoch_loop).update_lr_schedulers(epoch_loop, interval, update_plateau_schedulers)
 
@@ -43,40 +39,42 @@ def remove(trainer: pl.Trainer) -> None:
     epoch_loop = trainer.fit_loop.epoch_loop
     before = epoch_loop.automatic_optimization
     if isinstance(before, _ScheduleOptimization):
-        epoch_loop.automatic_optimization = _AutomaticOptimization(trainer)
+        epoch_loop.automatic_optimization = lightning_private.AutomaticOptimization(trainer)
         epoch_loop.automatic_optimization.optim_progress = before.optim_progress
 
 
 class _ScheduleClosure(Closure):
     """Megatron's schedule runs forward and backward inside ``training_step``, so zeroing comes before it."""
 
+    def __init__(self, step: Callable[[], ClosureResult], backward: Any, zero_grad: Any) -> None:
+        super().__init__(step, backward, zero_grad)
+        self._step, self._backward, self._zero_grad = step, backward, zero_grad
+
     @override
     @torch.enable_grad()
     def closure(self, *args: Any, **kwargs: Any) -> ClosureResult:
-        if self._zero_grad_fn is not None:
-            self._zero_grad_fn()
-        output = self._step_fn()
+        if self._zero_grad is not None:
+            self._zero_grad()
+        output = self._step()
         if output.closure_loss is None:
             self.warning_cache.warn("`training_step` returned `None`. If this was on purpose, ignore this warning...")
-        if self._backward_fn is not None and output.closure_loss is not None:
-            self._backward_fn(output.closure_loss)
+        if self._backward is not None and output.closure_loss is not None:
+            self._backward(output.closure_loss)
         return output
 
 
-class _ScheduleOptimization(_AutomaticOptimization):
+class _ScheduleOptimization(lightning_private.AutomaticOptimization):
     @override
-    def _make_closure(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int) -> Closure:
-        made = super()._make_closure(kwargs, optimizer, batch_idx)
-        return _ScheduleClosure(made._step_fn, made._backward_fn, made._zero_grad_fn)
+    def make_closure(self, step: Callable[[], Any], backward: Any, zero_grad: Any) -> Closure:
+        return _ScheduleClosure(step, backward, zero_grad)
 
     @override
-    def _optimizer_step(self, batch_idx: int, train_step_and_backward_closure: Any) -> None:
-        super()._optimizer_step(batch_idx, train_step_and_backward_closure)
+    def after_step(self) -> None:
         if _was_skipped(self.trainer):  # it is no step: neither `global_step` nor the schedules move
             for count in (self.optim_progress.optimizer.step.total, self.optim_progress.optimizer.step.current):
                 count.ready -= 1
                 count.completed -= 1
-            self.trainer.fit_loop.epoch_loop._batches_that_stepped -= 1  # the loggers' x-axis; raised again behind this
+            lightning_private.uncount_logged_step(self.trainer)  # it is raised again behind this
 
 
 def _was_skipped(trainer: pl.Trainer) -> bool:

@@ -7,13 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.precision.utils import _convert_fp_tensor, _DtypeContextManager
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
 # type of weights, and whether gradients are kept and reduced in fp32
@@ -80,14 +79,14 @@ class MegatronPrecision(Precision):
         """A plain module's floats follow its weights; an adapter's (loss masks) are counted with, and stay exact."""
         if not self.plain_module or self.params_dtype == torch.float32:
             return data
-        return apply_to_collection(data, function=_convert_fp_tensor, dtype=torch.Tensor, dst_type=self.params_dtype)
+        return lightning_private.convert_floats(data, self.params_dtype)
 
     def step_context(self, device: torch.device) -> AbstractContextManager[Any]:
         """Around each micro-batch."""
         if self._autocasts:
             return torch.autocast(device.type, self.compute_dtype)
         if self.plain_module and self.params_dtype != torch.float32:
-            return _DtypeContextManager(self.params_dtype)  # what the step makes is of the weights' type
+            return lightning_private.DefaultDtype(self.params_dtype)  # what the step makes is of the weights' type
         return nullcontext()
 
     @override

@@ -17,6 +17,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_megatron.distributed import lightning_private
+
 _EXIT_CODE = 128 + signal.SIGTERM  # what a process that SIGTERM ended reports; torchrun then restarts the ranks
 
 
@@ -48,7 +50,7 @@ class Preemption:
             SIGTERMException: On every rank, once the checkpoint is whole.
         """
         trainer = self._trainer
-        if trainer.fit_loop._should_accumulate():
+        if not lightning_private.ends_accumulation(trainer):
             return
         if not trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
             return
@@ -56,14 +58,14 @@ class Preemption:
             self._signal == self._requeue, all=False
         )
         with trainer.strategy.checkpointer.at_once():  # type: ignore[attr-defined]
-            if requeue:  # private (Lightning 2.6): saves, then asks SLURM to start the job anew, which ends this one
-                trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue, None)  # type: ignore[arg-type]
+            if requeue:
+                lightning_private.save_and_requeue(trainer, self._requeue)  # type: ignore[arg-type]
             elif (path := last_path(trainer)) is not None:
                 rank_zero_info(f"Told to end: saving {path}.")
                 trainer.save_checkpoint(path)
             else:
                 rank_zero_warn("Told to end. Nothing is saved: there is no ModelCheckpoint to say where.")
-        trainer._signal_connector.received_sigterm = True  # what `trainer.received_sigterm` tells
+        lightning_private.note_sigterm(trainer)
         raise SIGTERMException(_EXIT_CODE)
 
     def end_advance(self, data_fetcher: Any) -> None:
@@ -73,13 +75,12 @@ class Preemption:
         type(loop).on_advance_end(loop, data_fetcher)
 
     def _note(self, number: int, frame: Any) -> None:
-        connector: Any = self._trainer._signal_connector
         if not self._signal:
             launcher = self._trainer.strategy.launcher
             if launcher is not None and hasattr(launcher, "kill"):
                 launcher.kill(signal.Signals(number))  # hands it on to the ranks that this process started
         self._signal = number
-        before = connector._original_handlers.get(number)  # private (Lightning 2.6): what the user's program listens by
+        before = lightning_private.handler_before(self._trainer, number)
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)
 

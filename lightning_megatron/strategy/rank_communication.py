@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.pytorch.strategies import ParallelStrategy
 from typing_extensions import override
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 
 
 class Collectives(ParallelStrategy):
@@ -34,7 +33,7 @@ class Collectives(ParallelStrategy):
         """Over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
         if not isinstance(tensor, torch.Tensor) or group == process_groups.REDUCED or not dist.is_initialized():
             return tensor
-        return _sync_ddp_if_available(tensor, group or process_groups.data_parallel(), reduce_op=reduce_op)
+        return lightning_private.reduce(tensor, group or process_groups.data_parallel(), reduce_op=reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

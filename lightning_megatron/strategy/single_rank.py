@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.training.optimizer import is_shardable
 
@@ -43,7 +44,7 @@ def asks_for_more(trainer: pl.Trainer, optimizers: list[Optimizer]) -> bool:
         or any(isinstance(callback, REGROUPING) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         or trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
         or len(optimizers) != 1
-        or type(optimizers[0]).__name__ == "_MockOptimizer"  # configure_optimizers returned None
+        or lightning_private.is_no_optimizer(optimizers[0])  # configure_optimizers returned None
         or isinstance(optimizers[0], torch.optim.LBFGS)
         or (strategy.distributed_optimizer and not is_shardable(optimizers[0]))
         or _leaves_out(module, optimizers[0])
@@ -56,7 +57,7 @@ def regroup(trainer: pl.Trainer) -> None:
     They do so in ``on_fit_start``, which has been called by then: here a checkpoint is read behind it.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, BaseFinetuning) and callback._restarting:  # private (Lightning 2.6)
+        if isinstance(callback, BaseFinetuning) and lightning_private.restarts(callback):
             callback.on_fit_start(trainer, trainer.lightning_module)
 
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.megatron_module import MegatronModule, runs_on_all_stages
 from lightning_megatron.strategy.dataloading import evaluation_sampler, rank_consistency
@@ -64,9 +65,9 @@ class Steps:
         """``training_step`` forward and backward; ``finish`` it after a look at its loss. None where it was skipped."""
         trainer = self.module.trainer
         self._recorder = recorder = self._record(batch)
-        self.ends_window = not trainer.fit_loop._should_accumulate()
+        self.ends_window = lightning_private.ends_accumulation(trainer)
         step = self._step("training_step", recorder, args, kwargs)
-        if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for batch norms
+        if lightning_private.skips_backward(trainer):  # StochasticWeightAveraging's epoch for batch norms
             return self.engine.evaluate(batch, *self._shape(batch, args), step)
         window, had_gradients = trainer.accumulate_grad_batches, self.engine.has_gradients
         try:
@@ -150,7 +151,7 @@ class Steps:
         """The batch's number; the loop knows it where the hook does not take it."""
         if args:
             return int(args[0])
-        loop: Any = self.module.trainer._active_loop  # private (Lightning 2.6)
+        loop = lightning_private.active_loop(self.module.trainer)
         return int(getattr(loop, "epoch_loop", loop).batch_progress.current.ready) - 1
 
     def _record(self, batch: Any) -> LogRecorder | AtOnce:

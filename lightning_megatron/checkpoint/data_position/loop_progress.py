@@ -12,6 +12,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_megatron.distributed import lightning_private
+
 _COUNTS = ("ready", "started", "processed", "completed")
 
 
@@ -41,7 +43,8 @@ def position(trainer: pl.Trainer) -> Position:
     if loop.epoch_loop.batch_progress.is_last_batch or done >= loop.max_batches:
         return Position(epoch + 1, 0, 0, begun=False)
     redo = done % trainer.accumulate_grad_batches
-    return Position(epoch, done - redo, redo, begun=loop._combined_loader is not None)  # private (Lightning 2.6)
+    begun = lightning_private.combined_loader(loop) is not None
+    return Position(epoch, done - redo, redo, begun)
 
 
 def processed(trainer: pl.Trainer) -> int:

@@ -16,7 +16,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -33,7 +32,7 @@ from lightning_megatron.checkpoint.data_position.dataloader_state import (
 )
 from lightning_megatron.checkpoint.data_position.loop_progress import Position
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 
 _NOTHING = object()
 
@@ -86,7 +85,7 @@ class Resumption:
             "begun": where.begun,
             "replicas": data_parallel_size,
             "left_out": self._left_out,
-            "made_in": trainer.fit_loop._last_train_dl_reload_epoch,  # private (Lightning 2.6)
+            "made_in": lightning_private.last_reload_epoch(trainer),
             **now,
         }
 
@@ -108,19 +107,19 @@ class Resumption:
                 if (batches := tracked_sampler(loader)) is not None:
                     batches.set_generators(record["generators"])
             # So that loaders are made anew before the same epochs (reload_dataloaders_every_n_epochs).
-            trainer.fit_loop._last_train_dl_reload_epoch = self._saved["made_in"]
+            lightning_private.set_last_reload_epoch(trainer, self._saved["made_in"])
             self._restore(self._saved)
         trainer.fit_loop.epoch_loop.advance = partial(self._advance, trainer)  # type: ignore[method-assign]
 
     def end(self, trainer: pl.Trainer) -> None:
         """Keep what a fit has ended with, its loaders and random states, for a save behind later evaluations."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._ended = trainer.fit_loop._combined_loader, rng_state.snapshot()
+            self._ended = lightning_private.combined_loader(trainer.fit_loop), rng_state.snapshot()
 
     def restore_fit_loaders(self, trainer: pl.Trainer) -> None:
         """Give the fit's loaders back to its loop, from which Lightning takes them at the start of an evaluation."""
         if self._ended is not None:
-            trainer.fit_loop._combined_loader = self._ended[0]
+            lightning_private.set_combined_loader(trainer.fit_loop, self._ended[0])
 
     def _advance(self, trainer: pl.Trainer, fetcher: Any) -> None:
         """In place of the epoch loop's."""
@@ -132,15 +131,14 @@ class Resumption:
         saved, self._saved = self._saved, None
         if saved is not None:
             self._go_on(trainer, saved)
-            # Private (Lightning 2.6), which else leaves out ReduceLROnPlateau at the end of an epoch that was resumed.
-            trainer.fit_loop._restarting = False
+            lightning_private.end_restart(trainer)
         count, done = trainer.accumulate_grad_batches, loop_progress.processed(trainer)
         if count > 1 and done % count == 0:  # the window's batches may have to be read again
             self._window = _now(trainer, done)
 
     def _go_on(self, trainer: pl.Trainer, saved: Record) -> None:
         """Make the iterators anew, in the saved places."""
-        fetcher: Any = trainer.fit_loop._data_fetcher  # private (Lightning 2.6), as in `_loaders` and `_iterate`
+        fetcher = lightning_private.data_fetcher(trainer)
         loaders, records = _loaders(trainer), saved["loaders"]
         if saved["begun"] and len(loaders) != len(records):
             raise MisconfigurationException(
@@ -148,8 +146,7 @@ class Resumption:
                 f" {len(loaders)}. Resume with as many, or from a checkpoint at an epoch's end."
             )
         self._take_seeds(loaders, records)
-        trainer.fit_loop._combined_loader_states_to_load = saved["combined_loader"] or []
-        trainer.fit_loop._load_combined_loader_states()
+        lightning_private.load_loader_states(trainer, saved["combined_loader"] or [])
         replicas = dist.get_world_size(process_groups.data_parallel())
         done, more = _batches_now(saved, loaders, replicas), self._to_leave_out(saved)
         _check_left(trainer, done, more)
@@ -197,13 +194,14 @@ class Resumption:
 
 
 def _loaders(trainer: pl.Trainer) -> list[Any]:
-    combined = trainer.fit_loop._combined_loader  # private (Lightning 2.6); None before there is any
+    combined = lightning_private.combined_loader(trainer.fit_loop)
     return [] if combined is None else combined.flattened
 
 
 def _now(trainer: pl.Trainer, batches: int, states: rng_state.States | None = None) -> Record:
     """Random states, or the ``states`` given; and the places of the loaders after ``batches`` of the epoch."""
-    cycles = getattr(trainer.fit_loop._combined_loader, "_mode", None) == "max_size_cycle"
+    combined = lightning_private.combined_loader(trainer.fit_loop)
+    cycles = combined is not None and lightning_private.combining_mode(combined) == "max_size_cycle"
     return {
         "rng": rng_state.snapshot() if states is None else states,
         "loaders": [_record(loader, batches, cycles) for loader in _loaders(trainer)],
@@ -274,8 +272,7 @@ def _check_left(trainer: pl.Trainer, done: int, more: int) -> None:
 
 def _iterate(fetcher: Any, to_read: list[int]) -> None:
     """As ``iter(fetcher)``, but for the first batches of each loader, which are read and forgotten."""
-    _DataFetcher.__iter__(fetcher)  # without the batch that it reads ahead where there is no length
-    for batches, count in zip(fetcher.combined_loader._iterator.iterators, to_read, strict=True):
+    for batches, count in zip(lightning_private.start_fetcher(fetcher), to_read, strict=True):
         for number in range(count):
             if next(batches, _NOTHING) is _NOTHING:
                 raise MisconfigurationException(
@@ -284,4 +281,4 @@ def _iterate(fetcher: Any, to_read: list[int]) -> None:
                 )
     if fetcher.length is None:
         with suppress(StopIteration):
-            fetcher.batches.append(_DataFetcher.__next__(fetcher))
+            lightning_private.fetch_ahead(fetcher)

@@ -16,12 +16,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper, _DatasetSamplerWrapper
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.models.megatron_module import MegatronModule
 
 
@@ -41,7 +40,7 @@ class Share(DistributedSampler):  # type: ignore[type-arg]
 
     def __iter__(self) -> Iterator[Any]:
         """Numbers of samples; of a wrapped sampler, what it gives in their places."""
-        if not isinstance(self.dataset, _DatasetSamplerWrapper):
+        if not isinstance(self.dataset, lightning_private.DatasetSamplerWrapper):
             return super().__iter__()
         self.dataset.reset()
         return (self.dataset[place] for place in super().__iter__())
@@ -52,21 +51,21 @@ def install(trainer: pl.Trainer) -> None:
 
     A plain module's evaluation is reduced by Lightning, which wants as many samples on every replica.
     """
-    connector: Any = trainer._data_connector  # private (Lightning 2.6)
-    connector._resolve_sampler = partial(_resolve_sampler, trainer)  # no local function: a Trainer may be pickled
+    connector = lightning_private.data_connector(trainer)
+    # No local function: a Trainer may be pickled.
+    setattr(connector, lightning_private.RESOLVE_SAMPLER, partial(_resolve_sampler, trainer))
 
 
 def _resolve_sampler(
     trainer: pl.Trainer, loader: DataLoader[Any], shuffle: bool, mode: RunningStage | None = None
 ) -> Any:
-    connector: Any = trainer._data_connector
     predicts = mode == RunningStage.PREDICTING
     evaluates = mode is not None and mode.evaluating and isinstance(trainer.lightning_module, MegatronModule)
-    if not (predicts or evaluates) or not connector._requires_distributed_sampler(loader):
-        return type(connector)._resolve_sampler(connector, loader, shuffle, mode)
+    if not (predicts or evaluates) or not lightning_private.requires_distributed_sampler(trainer, loader):
+        return lightning_private.resolve_sampler(trainer, loader, shuffle, mode)
     plain = isinstance(loader.sampler, RandomSampler | SequentialSampler) and not predicts
     return Share(
-        loader.dataset if plain else _DatasetSamplerWrapper(loader.sampler),
+        loader.dataset if plain else lightning_private.DatasetSamplerWrapper(loader.sampler),
         shuffle=shuffle and not trainer.overfit_batches,  # type: ignore[attr-defined]
         seed=int(os.getenv("PL_GLOBAL_SEED", 0)),
         **(trainer.distributed_sampler_kwargs or {}),
@@ -128,9 +127,10 @@ class _AsLongAsTheOthers:
 
 def is_repeated_batch(trainer: pl.Trainer, batch_idx: int, dataloader_idx: int = 0) -> bool:
     """Whether this batch of the running evaluation is one that is computed, but not counted."""
-    combined = trainer._evaluation_loop._combined_loader  # private (Lightning 2.6): the loaders as Lightning made them
+    combined = lightning_private.combined_loader(lightning_private.evaluation_loop(trainer))
     assert combined is not None
-    loaders = combined.flattened if combined._mode != "sequential" else [combined.flattened[dataloader_idx]]
+    one_by_one = lightning_private.combining_mode(combined) == "sequential"
+    loaders = [combined.flattened[dataloader_idx]] if one_by_one else combined.flattened
     own = [getattr(loader, "own_batches", None) for loader in loaders]
     return all(number is not None and batch_idx >= number for number in own)
 
@@ -167,9 +167,8 @@ def without_repeats(loader: Any) -> Any:
         return made
     made.__dict__["batch_sampler"] = holder = copy(holder)
     setattr(holder, name, sampler)
-    if isinstance(holder, _IndexBatchSamplerWrapper):  # Lightning's, around the one that predictions are made with
-        holder._batch_sampler = copy(holder._batch_sampler)
-        setattr(holder._batch_sampler, name, sampler)
+    if isinstance(holder, lightning_private.IndexBatchSamplerWrapper):  # it holds the one that is read
+        setattr(lightning_private.copy_inner_batch_sampler(holder, copy), name, sampler)
     if isinstance(made.__dict__.get("sampler"), DistributedSampler):
         made.__dict__["sampler"] = sampler
     return made

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.strategy.dataloading.evaluation_sampler import Share, sampler_of
 from lightning_megatron.training.batch_rows import form_of_rows, join_rows, one_row
 
@@ -20,7 +20,9 @@ def join_replicas(trainer: pl.Trainer) -> None:
     loop = trainer.predict_loop
     if not loop.return_predictions or process_groups.data_parallel().size() == 1:
         return
-    for loader, made in zip(loop._combined_loader.flattened, loop._predictions, strict=True):  # type: ignore[union-attr]
+    combined = lightning_private.combined_loader(loop)
+    assert combined is not None
+    for loader, made in zip(combined.flattened, lightning_private.predictions(trainer), strict=True):
         sampler = sampler_of(loader)
         if getattr(sampler, "is_repeated", False):  # another replica has predicted the sample too
             made.clear()

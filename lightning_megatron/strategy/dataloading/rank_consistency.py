@@ -15,7 +15,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 
 _ADVICE = (
     " A loader that shuffles needs the same seed on these ranks (seed_everything), one that is sharded by hand takes"
@@ -82,7 +82,8 @@ def check_numbers_of_batches(trainer: pl.Trainer) -> None:
         steps = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else float("inf")
         here = [min(trainer.num_training_batches, steps * trainer.accumulate_grad_batches)]
     else:
-        here = list(trainer.predict_loop.max_batches if trainer.predicting else trainer._evaluation_loop.max_batches)
+        loop = trainer.predict_loop if trainer.predicting else lightning_private.evaluation_loop(trainer)
+        here = list(loop.max_batches)
     everyone = process_groups.gather(here, group)  # type: ignore[arg-type]
     if any(other != everyone[0] for other in everyone):
         ranks = dist.get_process_group_ranks(group)

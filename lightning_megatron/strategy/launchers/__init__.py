@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.strategy.launchers.script import ScriptLauncher
 from lightning_megatron.strategy.launchers.slurm import environment_of
 from lightning_megatron.strategy.launchers.torchrun_restart import store_of_this_attempt
@@ -50,14 +50,14 @@ def choose(strategy: Any, launch: Launch | None) -> Any:
                 " run have been started already (by torchrun, SLURM, ...). Leave launch out."
             )
         return None
-    if launch == "subprocess" and _IS_INTERACTIVE:
+    if launch == "subprocess" and lightning_private.is_interactive():
         raise MisconfigurationException(
             "MegatronStrategy(launch='subprocess') runs the script again for each rank, and an interactive session or"
             " notebook has none. Use launch='forkserver', or leave launch out."
         )
-    if launch is None and _IS_INTERACTIVE and strategy.num_processes * strategy.num_nodes == 1:
+    if launch is None and lightning_private.is_interactive() and strategy.num_processes * strategy.num_nodes == 1:
         return None
-    if launch == "forkserver" or (launch is None and _IS_INTERACTIVE):
+    if launch == "forkserver" or (launch is None and lightning_private.is_interactive()):
         from lightning_megatron.strategy.launchers.forkserver import ForkserverLauncher  # a script never needs it
 
         return ForkserverLauncher(strategy)

@@ -10,19 +10,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.strategies.launchers.multiprocessing import _check_missing_main_guard
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot, _MultiProcessingLauncher
-from lightning.pytorch.trainer.call import _call_and_handle_interrupt
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.strategy.launchers import worker_pool
 from lightning_megatron.strategy.launchers.returned_state import Baseline, HandedBack, KeptCheckpoint
 
 
-class ForkserverLauncher(_MultiProcessingLauncher):
+class ForkserverLauncher(lightning_private.MultiProcessingLauncher):
     """Starts the ranks of a run from a preloaded server, and hands back what they made.
 
     What the caller holds is sent to every rank; of a rank's memory nothing is left after a run. So a fit leaves a
@@ -57,12 +54,13 @@ class ForkserverLauncher(_MultiProcessingLauncher):
             trainer: Takes over rank 0's state.
             **kwargs: Its keyword arguments.
         """
-        _check_missing_main_guard()
+        lightning_private.check_missing_main_guard()
         fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         kept = KeptCheckpoint() if fits else None
-        states = _GlobalStateSnapshot.capture()
-        call = partial(_on_rank, self._strategy, states, partial(function, *args, **kwargs), trainer, kept)
-        ranks = range(self._strategy.num_processes)  # type: ignore[attr-defined]
+        states = lightning_private.GlobalStateSnapshot.capture()
+        strategy = lightning_private.strategy_of(self)
+        call = partial(_on_rank, strategy, states, partial(function, *args, **kwargs), trainer, kept)
+        ranks = range(strategy.num_processes)
         outcome = worker_pool.run(call, [{**os.environ, **self._places(), "LOCAL_RANK": str(rank)} for rank in ranks])[
             0
         ]
@@ -75,26 +73,26 @@ class ForkserverLauncher(_MultiProcessingLauncher):
         return outcome.results
 
     def _places(self) -> dict[str, str]:
-        environment = self._strategy.cluster_environment
+        environment = lightning_private.strategy_of(self).cluster_environment
         assert environment is not None
         return {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
 
 
 def _on_rank(
     strategy: Any,
-    states: _GlobalStateSnapshot,
+    states: lightning_private.GlobalStateSnapshot,
     function: Callable[[], Any],
     trainer: pl.Trainer | None,
     kept: KeptCheckpoint | None,
 ) -> Any:
     states.restore()
-    _set_num_threads_if_needed(num_processes=strategy.num_processes)
-    strategy._launcher = None  # the processes are there
+    lightning_private.set_num_threads(num_processes=strategy.num_processes)
+    lightning_private.set_launcher(strategy, None)  # the processes are there
     strategy.set_world_ranks()  # so that what is for rank 0 is said once, from the start
     if trainer is None:
         return function()
     baseline = Baseline.of(trainer)
-    results = _call_and_handle_interrupt(trainer, function)
+    results = lightning_private.call_and_handle_interrupt(trainer, function)
     if kept is not None:
         trainer.save_checkpoint(kept.path)
         strategy.checkpointer.wait()

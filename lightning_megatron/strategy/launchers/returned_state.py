@@ -18,6 +18,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 from lightning_megatron.checkpoint import manifest
+from lightning_megatron.distributed import lightning_private
 
 _METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 _KEPT = "_kept_checkpoint"
@@ -176,12 +177,9 @@ def _on_host(data: Any) -> Any:
 
 
 def _set_progress(loop: Any, state: dict[str, Any]) -> None:
-    """Put a loop where ``state`` says, as one that ran there: not as one that resumes (private in Lightning 2.6)."""
+    """Put a loop where ``state`` says, as one that ran there: not as one that resumes."""
     loop.load_state_dict(state)
-    loop._combined_loader_states_to_load = []
-    loop.restarting = False
-    for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
-        part._loaded_from_state_dict = part._resuming_from_checkpoint = False
+    lightning_private.forget_restart(loop)
 
 
 def _pickled(item: Any, trainer: pl.Trainer) -> bytes | dict[str, Any] | None:

@@ -8,13 +8,14 @@ import sys
 import time
 from typing import Any
 
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
+
+from lightning_megatron.distributed import lightning_private
 
 _PATIENCE = 15.0  # seconds in which a rank whose peer has failed fails, too, and says why
 
 
-class ScriptLauncher(_SubprocessScriptLauncher):
+class ScriptLauncher(lightning_private.SubprocessScriptLauncher):
     """Lightning's launcher, which after an error of this process leaves no rank behind.
 
     Lightning ends this process with SIGKILL where another fails. The other way round, ranks fail on broken connections;

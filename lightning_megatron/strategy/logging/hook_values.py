@@ -4,8 +4,8 @@ An adapter's outputs are on the last pipeline stage, so a hook that logs what it
 others. What is logged inside a hook waits for the hook's end; there the ranks tell each other, and all of them log the
 same. Only hooks that somebody wrote cost that, and a flag over all ranks where nobody logged.
 
-Leans on private names of Lightning 2.6: the actions that it names to its profiler, and the validator that says which
-hooks may log. ``tests/test_lightning_private.py`` fails when they change.
+Leans on the names of the actions that Lightning tells its profiler; ``test_lightning_private.py`` fails when they
+change.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.trainer.connectors.logger_connector.fx_validator import _FxValidator
 from lightning.pytorch.utilities.data import extract_batch_size
 from torchmetrics import Metric
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.distributed.layout import RankCoordinates
 from lightning_megatron.strategy.logging import torchmetrics_sync
 from lightning_megatron.strategy.logging.recorder import reduce_values
@@ -112,7 +111,7 @@ class HookLogs:
         """In place of ``module.log``."""
         trainer = self._module.trainer
         action, pending = self._running[-1] if self._running else ("", {})
-        if not self._is_listened_to(action) or trainer._results is None:
+        if not self._is_listened_to(action) or lightning_private.results(trainer) is None:
             type(self._module).log(self._module, *args, **options)
             return
         given = _SIGNATURE.bind(self._module, *args, **options).arguments
@@ -136,7 +135,7 @@ class HookLogs:
 
     def _is_written_by_a_user(self, action: str) -> bool:
         _, _, hook = action.rpartition(".")
-        if hook in _STEPS or _FxValidator.functions.get(hook) is None:
+        if hook in _STEPS or not lightning_private.may_log(hook):
             return False
         owners = self._owners(action)
         written_in = [getattr(inspect.unwrap(getattr(owner, hook)), "__module__", "") for owner in owners]
@@ -152,7 +151,7 @@ class HookLogs:
 
     def _rows(self) -> int:
         """By which Lightning would weigh a value that is logged now."""
-        batch = self._module.trainer._results.batch  # type: ignore[union-attr]
+        batch = lightning_private.results(self._module.trainer).batch
         return 1 if batch is None else extract_batch_size(batch)
 
     def _share(self, pending: dict[str, _Entry]) -> None:

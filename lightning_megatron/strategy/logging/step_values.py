@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from lightning_megatron.distributed import lightning_private
 from lightning_megatron.training.engine import NonFiniteLossError, Outcome
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
@@ -41,11 +42,8 @@ def log_step(
         values.update(data_epoch=float(module.trainer.current_epoch), data_batch=float(loop.epoch_loop.batch_idx))
     if not values:
         return
-    hook, module._current_fx_name = module._current_fx_name, "training_step"  # private (Lightning 2.6)
-    try:
+    with lightning_private.logging_in(module, "training_step"):
         module.log_dict(values, batch_size=1)
-    finally:
-        module._current_fx_name = hook
 
 
 def stop_on_bad_loss(outcome: Outcome, local_loss: torch.Tensor, step: int) -> None:
