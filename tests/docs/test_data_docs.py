@@ -8,8 +8,8 @@ import pytest
 from lightning_megatron.cli.main import main
 from lightning_megatron.data.indexed.files import open_indexed
 from lightning_megatron.data.tokenizers import train_bpe
-from tests.pages import blocks, names_of
-from tests.ranks import run_ranks
+from tests.support.pages import blocks, names_of
+from tests.support.ranks import run_ranks
 
 
 def _page(folder: str) -> dict:

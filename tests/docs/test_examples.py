@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import blocks
+from tests.support.pages import ROOT, blocks
 
-ROOT = Path(__file__).parents[1]
 TINY = ["--hidden-size", "32", "--seq-length", "32", "--batch-size", "4"]
 
 

@@ -1,9 +1,10 @@
 """The code of docs/bert.md and docs/t5.md runs."""
 
-from tests.pages import names_of
-from tests.parallel import Layout, loader, trainer
-from tests.plain_bert import CONFIGS, samples
-from tests.ranks import run_ranks
+from tests.reference.plain_bert import CONFIGS, samples
+from tests.support.layout import Layout
+from tests.support.pages import names_of
+from tests.support.ranks import run_ranks
+from tests.support.trainer import loader, trainer
 
 
 def _bert(folder: str) -> dict:

@@ -5,7 +5,7 @@ import transformers
 
 from lightning_megatron import AutoModule
 from lightning_megatron.hf import family
-from tests.pages import blocks, script, shell
+from tests.support.pages import blocks, script, shell
 
 FINETUNE, ADDED = blocks("hf.md")
 (COMMAND,) = blocks("hf.md", "bash")

@@ -3,7 +3,6 @@
 import ast
 import inspect
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +13,13 @@ from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from torch.utils.data import DataLoader
 
 from lightning_megatron import MegatronStrategy
-from tests.lightning_runs import CONFIG, OurGPT
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import QUIET, PlainModule, trainer
-
-ROOT = Path(__file__).parents[1]
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CONFIG, OurGPT
+from tests.support.pages import ROOT, test_module
+from tests.support.plain_module import PlainModule
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET, trainer
 
 
 def _public(*kinds: type) -> set[str]:
@@ -55,7 +55,7 @@ def test_every_row_names_a_test(section):
     for names, says, test in _rows(section):
         assert len(says) > 4, names
         file, name = test.strip("` ").split("::")
-        tree = ast.parse((ROOT / "tests" / file).read_text())
+        tree = ast.parse(test_module(file).read_text())
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, test
 
 

@@ -4,7 +4,7 @@ import peft
 import torch
 import transformers
 
-from tests.pages import blocks, script
+from tests.support.pages import blocks, script
 
 
 def test_the_code_of_the_page_runs(tmp_path):

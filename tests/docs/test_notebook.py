@@ -3,7 +3,7 @@
 import nbformat
 from nbclient import NotebookClient
 
-from tests.pages import DOCS, ROOT
+from tests.support.pages import DOCS, ROOT
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):

@@ -11,10 +11,10 @@ from jsonargparse import Namespace
 from lightning_megatron import BertConfig, GPTConfig, LoRA, ParallelLayout, T5Config
 from lightning_megatron.cli.rank_grid import RankGrid
 from lightning_megatron.cli.training import MegatronCLI
-from tests import pretrained
-from tests.pages import blocks
+from tests.reference import pretrained
+from tests.support.pages import ROOT, blocks
 
-RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 VOCAB_SIZE = 50257  # where it is the tokenizer's
 
 

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from tests.pages import DOCS, ROOT
+from tests.support.pages import DOCS, ROOT
 
 
 def test_it_builds(tmp_path):

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_megatron.checkpoint import manifest, newest
-from tests import ranks
-from tests.faults import victim
-from tests.ranks import RankError, run_ranks
+from tests.support import ranks, victim
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.small_gpt import fit, spoil
 
 KILLS = 24
 
@@ -122,12 +124,8 @@ def test_killed_at_each_thing_that_a_save_does(tmp_path):
 
 
 def _fill(folder, size, on_save_error):
-    from tests.test_checkpoints import SMALL
-    from tests.test_run_time_faults import Layout, LoadedGPT, ModelCheckpoint, fit
-
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    module = LoadedGPT(SMALL)
-    run = fit(Layout(tp=2), 6, [keep], strategy={"on_save_error": on_save_error}, module=module)
+    run, _ = fit(Layout(tp=2), 6, callbacks=[keep], strategy={"on_save_error": on_save_error})
     return run.global_step
 
 
@@ -169,12 +167,10 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
 def test_the_newest_is_spoilt_and_the_one_before_is_taken(tmp_path, how):
-    from tests.test_checkpoints import _spoil
-
     folder = tmp_path / "kept"
     run_ranks(2, victim.train, str(folder), str(tmp_path / "mark"), False, 2)
     shutil.copytree(next(folder.glob("step=2.ckpt")), folder / "step=1.ckpt")
-    _spoil(folder / "step=2.ckpt", how)
+    spoil(folder / "step=2.ckpt", how)
     expected = "step=2.ckpt" if how == "flipped" else "step=1.ckpt"  # a flipped bit shows only when it is read
     assert newest(folder).name == expected
     if how == "flipped":

@@ -9,9 +9,9 @@ import itertools
 import pytest
 import torch
 
-from tests import parallel_bert, plain_bert
-from tests.parallel import Layout
-from tests.ranks import run_ranks
+from tests.reference import parallel_bert, plain_bert
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
 
 ROWS, STEPS = 12, 10
 

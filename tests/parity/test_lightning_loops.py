@@ -10,10 +10,10 @@ import io
 
 import pytest
 
-from tests import lightning_runs
-from tests.lightning_runs import CASES
-from tests.parallel_gpt import Layout
-from tests.ranks import run_ranks
+from tests.support import lightning_runs
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CASES
+from tests.support.ranks import run_ranks
 
 # A short last window is divided by its own tokens here (as one big batch would be), by the full window in Lightning:
 # Adam, nearly blind to the scale of gradients, makes little of it.

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from tests import pretrained
-from tests.parallel import Layout
-from tests.ranks import run_ranks
+from tests.reference import pretrained
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
 
 LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2, sp=True)]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import parallel_gpt, plain_gpt
-from tests.checkpoints import CLIP, ROWS, STEPS, train_part
-from tests.parallel_gpt import Layout
-from tests.ranks import run_ranks
+from tests.reference import parallel_gpt, plain_gpt
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.train_part import CLIP, ROWS, STEPS, train_part
 
 STOP = 3
 

@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding, BertTokenizerFast, DataCollatorForSeq2Seq
 
 from lightning_megatron import T5Config, T5Module
-from tests import parallel_t5, plain_t5
-from tests.parallel import Layout, Logged, loader, trainer
-from tests.parallel_t5 import LoadedT5
-from tests.ranks import RankError, run_ranks
+from tests.reference import parallel_t5, plain_t5
+from tests.reference.parallel_t5 import LoadedT5
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import Logged, loader, trainer
 
 ROWS, STEPS = 12, 10
 

@@ -11,9 +11,9 @@ import itertools
 import pytest
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from tests import parallel_gpt, plain_gpt
-from tests.parallel_gpt import Layout
-from tests.ranks import run_ranks
+from tests.reference import parallel_gpt, plain_gpt
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
 
 ROWS, STEPS, CLIP = 12, 10, 0.5
 

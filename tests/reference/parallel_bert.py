@@ -3,9 +3,10 @@
 from typing import Any
 
 from lightning_megatron import BertModule
-from tests import plain_bert
-from tests.parallel import FromTruth, Layout, predict_and_train
-from tests.plain_gpt import Weights
+from tests.reference import plain_bert
+from tests.reference.from_truth import FromTruth, predict_and_train
+from tests.reference.plain_gpt import Weights
+from tests.support.layout import Layout
 
 
 class LoadedBert(FromTruth, BertModule):

@@ -9,8 +9,10 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import Dataset
 
 from lightning_megatron import GPTConfig, GPTModule
-from tests.parallel import FromTruth, Layout, loader, trainer
-from tests.plain_gpt import Weights, initial_weights
+from tests.reference.from_truth import FromTruth
+from tests.reference.plain_gpt import Weights, initial_weights
+from tests.support.layout import Layout
+from tests.support.trainer import loader, trainer
 
 
 class Rows(Dataset):

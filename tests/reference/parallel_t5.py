@@ -3,9 +3,10 @@
 from typing import Any
 
 from lightning_megatron import T5Module
-from tests import plain_t5
-from tests.parallel import FromTruth, Layout, predict_and_train
-from tests.plain_gpt import Weights
+from tests.reference import plain_t5
+from tests.reference.from_truth import FromTruth, predict_and_train
+from tests.reference.plain_gpt import Weights
+from tests.support.layout import Layout
 
 
 class LoadedT5(FromTruth, T5Module):

@@ -17,7 +17,7 @@ from transformers import (
 from transformers import MegatronBertConfig as HFMegatronConfig
 
 from lightning_megatron import BertConfig
-from tests.plain_gpt import ADAM, Weights
+from tests.reference.plain_gpt import ADAM, Weights
 
 Batch = dict[str, torch.Tensor]
 

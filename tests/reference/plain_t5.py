@@ -12,7 +12,7 @@ from transformers import T5Config as HFConfig
 from transformers import T5ForConditionalGeneration
 
 from lightning_megatron import T5Config
-from tests.plain_gpt import ADAM, Weights
+from tests.reference.plain_gpt import ADAM, Weights
 
 Batch = dict[str, torch.Tensor]
 

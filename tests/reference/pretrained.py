@@ -10,8 +10,9 @@ import transformers as hf
 from torch.utils.data import DataLoader
 
 from lightning_megatron import AutoModule
-from tests.parallel import Layout, Logged, loader, trainer
-from tests.plain_gpt import ADAM
+from tests.reference.plain_gpt import ADAM
+from tests.support.layout import Layout
+from tests.support.trainer import Logged, loader, trainer
 
 VOCAB, LENGTH, DECODER_LENGTH, ROWS, STEPS = 211, 37, 23, 8, 10
 _COMMON = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.1}

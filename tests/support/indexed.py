@@ -8,11 +8,12 @@ from lightning.pytorch import Callback
 
 from lightning_megatron.data import BertSamples, GPTSamples, MegatronDataModule, T5Samples
 from lightning_megatron.data.indexed.files import writing
-from tests.parallel_bert import LoadedBert
-from tests.parallel_gpt import Layout, LoadedGPT
-from tests.parallel_t5 import LoadedT5
-from tests.plain_gpt import GPT2
-from tests.test_training import trainer
+from tests.reference.parallel_bert import LoadedBert
+from tests.reference.parallel_gpt import LoadedGPT
+from tests.reference.parallel_t5 import LoadedT5
+from tests.reference.plain_gpt import GPT2
+from tests.support.layout import Layout
+from tests.support.trainer import trainer
 
 
 class Numbers:

@@ -13,8 +13,10 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.trainer import QUIET
 
 CONFIG = plain_gpt.replace(plain_gpt.GPT2, num_layers=4, hidden_size=16)
 ROWS, BATCHES, VAL_ROWS = 4, 5, 10  # of a global batch; of an epoch; of the validation set: two batches and a half
@@ -193,3 +195,9 @@ def _progress(trainer: Trainer) -> dict[str, Any]:
 def run_all(layout: Layout | None) -> dict[str, dict[str, Any]]:
     """Every case, one after the other, in this process."""
     return {case: run(case, layout) for case in CASES}
+
+
+def trainer_of(layout: Layout | None, folder: str, **options: Any) -> Trainer:
+    settings = {**QUIET, "default_root_dir": folder, "num_sanity_val_steps": 0, "max_steps": 4, **options}
+    strategy: Any = layout.strategy(log_grad_norm=False) if layout else "auto"
+    return Trainer(accelerator="cpu", devices=layout.world_size if layout else 1, strategy=strategy, **settings)

@@ -1,6 +1,6 @@
 """The code of the documentation's pages, and how a reader would run it.
 
-Blocks of ``python``, ``bash`` and ``yaml`` are run (``tests/test_pages.py`` asks that of every page); ``sh`` is for
+Blocks of ``python``, ``bash`` and ``yaml`` are run (``test_pages.py`` asks that of every page); ``sh`` is for
 commands that need machines which a test does not have.
 """
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # The console script that pip made, and where this tree was not installed what it would run; python is this one.
 _SCRIPT = Path(sys.executable).with_name("lightning-megatron")
@@ -25,6 +25,12 @@ def blocks(page: str | Path, *kinds: str) -> list[str]:
     """The code of a page (of docs/, or a path), in its order: blocks of ``kinds``, by default python."""
     found = re.findall(r"^```(\w+)[^\n]*\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
     return [code for kind, code in found if kind in (kinds or ("python",))]
+
+
+def test_module(name: str) -> Path:
+    """The file of a test module that a page names, in whatever folder of the tests it lies."""
+    (found,) = (ROOT / "tests").rglob(name)
+    return found
 
 
 def run(folder: Path, *command: str | Path, timeout: float = 240) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_megatron import GPTConfig
-from tests import parallel_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch
-from tests.plain_gpt import Weights
-from tests.test_training import trainer
+from tests.reference import parallel_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch
+from tests.reference.plain_gpt import Weights
+from tests.support.layout import Layout
+from tests.support.trainer import trainer
 
 ROWS, STEPS, CLIP = 12, 6, 0.5
 

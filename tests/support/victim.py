@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTModule
 from lightning_megatron.checkpoint import manifest, newest
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.test_training import trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.trainer import trainer
 
 CONFIG = plain_gpt.replace(plain_gpt.GPT2, num_layers=2, hidden_dropout=0.1, attention_dropout=0.1)
 LAYOUT = Layout(tp=2)

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 
 from lightning_megatron import AutoModule
-from tests import pretrained
+from tests.reference import pretrained
 
 NEW = 12
 # As in ``pretrained``, of four layers, for the interleaved pipeline.
@@ -52,3 +52,29 @@ def truth(name: str, **options: Any) -> torch.Tensor:
         torch.manual_seed(options.pop("seed", 0))
         start = {"decoder_start_token_id": 0} if name.startswith("t5") else {}
         return model(name).generate(**prompts(name), max_new_tokens=NEW, pad_token_id=0, **start, **options)
+
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "greedy-end": {"eos_token_id": "END"},
+    "greedy-repetition": {"repetition_penalty": 1.7},
+    "beams": {"num_beams": 3},
+    "beams-short": {"num_beams": 2, "length_penalty": -1.0, "early_stopping": "never", "eos_token_id": "END"},
+    "beams-long": {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "eos_token_id": "END"},
+    "beams-repetition": {"num_beams": 2, "repetition_penalty": 1.7, "eos_token_id": "END"},
+    # The same draws as transformers', from the same seed.
+    "drawn": {"do_sample": True, "seed": 5},
+    "drawn-top": {"do_sample": True, "seed": 6, "temperature": 2.5, "top_k": 60, "top_p": 0.9, "eos_token_id": "END"},
+    "drawn-beams": {"do_sample": True, "seed": 7, "num_beams": 2, "top_k": 40, "eos_token_id": "END"},
+}
+
+
+def asked(name: str, request: str) -> dict[str, Any]:
+    """The arguments; END is a token that the truth writes in the midst of a text."""
+    end = int(truth(name)[0, -6])
+    return {key: end if value == "END" else value for key, value in REQUESTS[request].items()}
+
+
+def assert_as_transformers(name: str, request: str, texts: torch.Tensor) -> None:
+    wanted = truth(name, **asked(name, request))
+    assert texts.tolist() == wanted.tolist(), f"{name} {request}"

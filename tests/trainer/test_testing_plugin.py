@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+
+from tests.support.pages import ROOT
 
 LIGHTNINGS = """
 import os
@@ -42,7 +43,7 @@ def test_another_strategy(tmp_path):
 def test_lightnings_own_tests_run_unedited(tmp_path):
     (tmp_path / "test_lightnings.py").write_text(LIGHTNINGS)
     ours = {"PL_TRAINER_STRATEGY": "megatron", "PL_TRAINER_ACCELERATOR": "cpu", "PL_TRAINER_DEVICES": "1"}
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "lightning_megatron.testing", "-q", "-p", "no:cacheprovider", tmp_path],

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.pages import DOCS, ROOT
+from tests.support.pages import DOCS, ROOT
 
 sys.path.insert(0, str(DOCS))
 import list_modules  # a script of the pages

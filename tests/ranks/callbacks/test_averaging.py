@@ -9,9 +9,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch.utils.data import DataLoader
 
-from tests.parallel_gpt import Layout, Rows
-from tests.ranks import run_ranks
-from tests.test_training import QUIET
+from tests.reference.parallel_gpt import Rows
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET
 
 KINDS: dict[str, Any] = {
     "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BasePredictionWriter,
@@ -32,18 +32,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from tests.lightning_runs import CONFIG, OurGPT, VanillaGPT
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_training import QUIET
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CONFIG, OurGPT, VanillaGPT, trainer_of
+from tests.support.ranks import RankError, run_ranks
 
 LAYOUTS = [Layout(pp=2), Layout(tp=2, dp=2)]
-
-
-def _trainer(layout: Layout | None, folder: str, **options: Any) -> Trainer:
-    settings = {**QUIET, "default_root_dir": folder, "num_sanity_val_steps": 0, "max_steps": 4, **options}
-    strategy: Any = layout.strategy(log_grad_norm=False) if layout else "auto"
-    return Trainer(accelerator="cpu", devices=layout.world_size if layout else 1, strategy=strategy, **settings)
 
 
 def _loader(layout: Layout | None, rows: int = 32) -> DataLoader:
@@ -68,7 +62,9 @@ def _checkpoints(layout: Layout | None, folder: str) -> dict[str, Any]:
         auto_insert_metric_name=False,
     )
     each = ModelCheckpoint(f"{folder}/each", "{step}", every_n_train_steps=3, save_top_k=-1, save_weights_only=True)
-    run = _trainer(layout, folder, max_steps=6, val_check_interval=2, callbacks=[best, each], enable_checkpointing=True)
+    run = trainer_of(
+        layout, folder, max_steps=6, val_check_interval=2, callbacks=[best, each], enable_checkpointing=True
+    )
     run.fit(_module(layout), _loader(layout), _loader(layout, 8))
     run.strategy.barrier()
     return {
@@ -108,7 +104,7 @@ SAVING = {
 
 def _fail(layout: Layout, folder: str, rank: int | None, kind: str = "ModelCheckpoint") -> None:
     keep = SAVING[kind](folder, filename="kept")
-    _trainer(layout, folder, callbacks=[keep], enable_checkpointing=True).fit(Fails(rank), _loader(layout))
+    trainer_of(layout, folder, callbacks=[keep], enable_checkpointing=True).fit(Fails(rank), _loader(layout))
 
 
 @pytest.mark.parametrize("kind", SAVING)
@@ -137,7 +133,7 @@ def _summary(layout: Layout | None, kind: type[ModelSummary], depth: int) -> dic
             kind.summarize(summary_data, total_parameters, trainable_parameters, *args, **kwargs)
 
     module = _module(layout)
-    run = _trainer(layout, ".", max_steps=1, callbacks=[Kept(max_depth=depth)], enable_model_summary=True)
+    run = trainer_of(layout, ".", max_steps=1, callbacks=[Kept(max_depth=depth)], enable_model_summary=True)
     run.fit(module, _loader(layout))
     return kept
 
@@ -158,7 +154,7 @@ def _bar(layout: Layout, kind: type, log: str) -> str:
     with Path(log).open("a") as out:
         sys.stdout = sys.stderr = out
         bar = kind(refresh_rate=1)
-        run = _trainer(layout, ".", callbacks=[bar], enable_progress_bar=True, log_every_n_steps=1)
+        run = trainer_of(layout, ".", callbacks=[bar], enable_progress_bar=True, log_every_n_steps=1)
         run.fit(_module(layout), _loader(layout), _loader(layout, 8))
         shown = bar.get_metrics(run, run.lightning_module)
     return str(sorted(name for name in shown if name != "v_num"))
@@ -187,7 +183,7 @@ def _monitors(layout: Layout, folder: str) -> dict[str, Any]:
         LambdaCallback(on_train_batch_end=lambda *_: called.append("end")),
     ]
     logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    run = _trainer(layout, folder, callbacks=callbacks, logger=logger, log_every_n_steps=1)
+    run = trainer_of(layout, folder, callbacks=callbacks, logger=logger, log_every_n_steps=1)
     run.fit(_module(layout), _loader(layout))
     rows = list(csv.DictReader((Path(folder) / "metrics.csv").open())) if run.is_global_zero else []
     return {"called": len(called), "rows": rows, "rate": run.optimizers[0].param_groups[0]["lr"]}
@@ -229,11 +225,11 @@ def _rates(layout: Layout | None, folder: str, as_callback: bool) -> dict[str, A
     options = {"num_training": 20, "min_lr": 1e-5, "max_lr": 1e-1}
     if as_callback:
         finder = LearningRateFinder(num_training_steps=20, min_lr=1e-5, max_lr=1e-1)
-        run = _trainer(layout, folder, callbacks=[finder], max_steps=2)
+        run = trainer_of(layout, folder, callbacks=[finder], max_steps=2)
         run.fit(module, _loader(layout, 200))
         found = finder.optimal_lr
     else:
-        run = _trainer(layout, folder)
+        run = trainer_of(layout, folder)
         found = Tuner(run).lr_find(module, _loader(layout, 200), **options)
     left = [path.name for path in Path(folder).iterdir()]
     return {"results": found.results, "suggestion": found.suggestion(), "lr": module.lr, "left": left}
@@ -268,7 +264,7 @@ class Writer(BasePredictionWriter):
 def _write(layout: Layout, folder: str) -> list[Any]:
     writer = Writer(folder)
     rows = DataLoader(Rows(text_samples(CONFIG, 8)), batch_size=4 // layout.dp)
-    _trainer(layout, folder, callbacks=[writer]).predict(_module(layout), rows)
+    trainer_of(layout, folder, callbacks=[writer]).predict(_module(layout), rows)
     return writer.epoch
 
 
@@ -291,7 +287,7 @@ REFUSED = {
 
 
 def _refused(layout: Layout, name: str) -> None:
-    _trainer(layout, ".", callbacks=[REFUSED[name]()]).fit(_module(layout), _loader(layout))
+    trainer_of(layout, ".", callbacks=[REFUSED[name]()]).fit(_module(layout), _loader(layout))
 
 
 @pytest.mark.parametrize("name", REFUSED)

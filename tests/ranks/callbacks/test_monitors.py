@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_megatron import BertConfig, GPTConfig, T5Config
 from lightning_megatron.callbacks import MemoryMonitor, PhaseTimes, PipelineTimeline, Throughput, TrainingMonitor
 from lightning_megatron.models.flops import training_flops
-from tests import plain_gpt
-from tests.parallel import Layout, loader, trainer
-from tests.parallel_gpt import LoadedGPT, Rows, text_samples
-from tests.ranks import run_ranks
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import loader, trainer
 
 CONFIG = replace(plain_gpt.GPT2, num_layers=4)
 LAYOUTS = [Layout(tp=2, sp=True, pp=2), Layout(dp=2, pp=2), Layout(dp=4), Layout(tp=2, dp=2, sharded=False)]

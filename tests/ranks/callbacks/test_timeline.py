@@ -16,12 +16,13 @@ from lightning_megatron.callbacks import PipelineTimeline, Profile
 from lightning_megatron.callbacks.timeline import RankTimeline, Span, bubble, ideal_bubble, spans
 from lightning_megatron.distributed.layout import RankCoordinates
 from lightning_megatron.training.timers import Interval
-from tests import plain_gpt, plain_t5
-from tests.pages import run
-from tests.parallel import Layout, loader, trainer
-from tests.parallel_gpt import LoadedGPT, Rows, text_samples
-from tests.parallel_t5 import LoadedT5
-from tests.ranks import RankError, run_ranks
+from tests.reference import plain_gpt, plain_t5
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.reference.parallel_t5 import LoadedT5
+from tests.support.layout import Layout
+from tests.support.pages import run
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import loader, trainer
 
 CONFIG = replace(plain_gpt.GPT2, num_layers=4)
 LAYOUTS = [

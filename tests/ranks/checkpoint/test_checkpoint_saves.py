@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_megatron.checkpoint import manifest, newest, shard_files
 from lightning_megatron.checkpoint.manifest import UNFINISHED
-from tests.parallel_gpt import Layout, LoadedGPT
-from tests.ranks import RankError, run_ranks
-from tests.test_checkpoints import SMALL, _data, _save, _stock, fit
-from tests.test_training import trainer
+from tests.reference.parallel_gpt import LoadedGPT
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.small_gpt import SMALL, fit, save, stock_tensors, validation_data
+from tests.support.trainer import trainer
 
 
 def _retention(folder, asynchronous, save_last):
@@ -93,7 +94,7 @@ def test_a_link_names_a_whole_checkpoint_at_all_times(tmp_path, asynchronous):
 
 
 def test_a_link_to_what_is_removed_names_the_next_newest(tmp_path):
-    run_ranks(1, _save, Layout(), tmp_path / "old")
+    run_ranks(1, save, Layout(), tmp_path / "old")
     shutil.copytree(tmp_path / "old", tmp_path / "new")
     (tmp_path / "last.ckpt").symlink_to("new")
     manifest.remove(tmp_path / "new")
@@ -153,7 +154,7 @@ def _planned(folder):
 
 def test_a_save_is_planned_once_and_again_when_tensors_are_others(tmp_path):
     assert run_ranks(2, _planned, str(tmp_path)) == [[1, 1, 2, 2]] * 2
-    moments = run_ranks(1, _stock, tmp_path / "3.ckpt")[0]["optimizer.exp_avg.decoder.final_layernorm.weight"]
+    moments = run_ranks(1, stock_tensors, tmp_path / "3.ckpt")[0]["optimizer.exp_avg.decoder.final_layernorm.weight"]
     assert torch.equal(moments, torch.full_like(moments, 7))
 
 
@@ -250,7 +251,7 @@ def _one_save_fails(folder, asynchronous, monitor):
         strategy = {"on_save_error": "warn", "async_save": asynchronous}
         run, _ = fit(Layout(), 5, callbacks=[Block(), keep], strategy=strategy)
     told = [str(warning.message) for warning in told if "is kept" in str(warning.message)]
-    run.validate(LoadedGPT(SMALL), _data(), ckpt_path="best", verbose=False)
+    run.validate(LoadedGPT(SMALL), validation_data(), ckpt_path="best", verbose=False)
     return seen, told, Path(keep.best_model_path).name
 
 
@@ -376,7 +377,7 @@ def _asynchronous(folder, layout):
     fit(layout, 4, callbacks=[Keep()], strategy={"async_save": True})
     for step in (1, 4):
         module = LoadedGPT(SMALL)
-        trainer(layout).validate(module, _data(), ckpt_path=f"{folder}/{step}.ckpt", verbose=False)
+        trainer(layout).validate(module, validation_data(), ckpt_path=f"{folder}/{step}.ckpt", verbose=False)
         for name, value in module.named_parameters():
             rows = 61 if "embed" in name and value.size(0) == 64 else None
             assert torch.equal(value[:rows], weights_at[step][name][:rows]), (step, name)

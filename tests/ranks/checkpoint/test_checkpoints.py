@@ -21,37 +21,20 @@ from lightning_megatron import GPTModule
 from lightning_megatron.checkpoint import CheckpointError, manifest, shard_files
 from lightning_megatron.checkpoint.consolidate import export
 from lightning_megatron.cli.main import main
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_training import PlainModule, trainer
-
-SMALL = plain_gpt.replace(plain_gpt.GPT2, num_layers=2, vocab_size=61)
-
-
-def fit(layout=None, steps=2, load=None, callbacks=(), module=None, precision="32-true", strategy=None, **options):
-    layout = layout or Layout()
-    module = module or LoadedGPT(SMALL)
-    options = {
-        "max_steps": steps,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        **options,
-    }
-    run = trainer(layout, strategy, precision, callbacks=list(callbacks), max_epochs=-1, **options)
-    run.fit(module, DataLoader(Rows(text_samples(SMALL, 48)), batch_size=4), ckpt_path=load)
-    return run, module
-
-
-def _save(layout, path, precision="32-true", weights_only=False, steps=2):
-    run, _ = fit(layout, steps, precision=precision)
-    run.save_checkpoint(path, weights_only=weights_only)
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.plain_module import PlainModule
+from tests.support.ranks import RankError, run_ranks
+from tests.support.small_gpt import SMALL, fit, save, spoil, stock_tensors, validation_data
+from tests.support.trainer import trainer
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """A checkpoint of two tensor-parallel ranks, at step 2."""
     path = tmp_path_factory.mktemp("good") / "good.ckpt"
-    run_ranks(2, _save, Layout(tp=2), path)
+    run_ranks(2, save, Layout(tp=2), path)
     return path
 
 
@@ -81,13 +64,8 @@ def test_each_rank_has_written_its_part_and_the_manifest_names_all(good):
     )
 
 
-def _stock(path):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    return dist_checkpointing.load_plain_tensors(f"{path}/weights")
-
-
 def test_megatron_core_itself_reads_it(good):
-    tensors = run_ranks(1, _stock, good)[0]
+    tensors = run_ranks(1, stock_tensors, good)[0]
     assert tensors["model.embedding.word_embeddings.weight"].shape == (61, 32)  # without padding
     assert tensors["optimizer.exp_avg.decoder.layers.1.mlp.linear_fc1.weight"].any()
     halves = run_ranks(2, _stock_halves, good)
@@ -129,19 +107,15 @@ def _weights_only(path):
     with pytest.raises(KeyError, match="contains only the model"):
         fit(Layout(tp=2), 3, load=path)
     run = trainer(Layout(tp=2))
-    return run.validate(LoadedGPT(SMALL), _data(), ckpt_path=path, verbose=False)[0]["val_loss"]
-
-
-def _data():
-    return DataLoader(Rows(text_samples(SMALL, 8)), batch_size=4)
+    return run.validate(LoadedGPT(SMALL), validation_data(), ckpt_path=path, verbose=False)[0]["val_loss"]
 
 
 def _validate(layout, path):
-    return trainer(layout).validate(LoadedGPT(SMALL), _data(), ckpt_path=path, verbose=False)[0]["val_loss"]
+    return trainer(layout).validate(LoadedGPT(SMALL), validation_data(), ckpt_path=path, verbose=False)[0]["val_loss"]
 
 
 def test_weights_alone_and_validation(good, tmp_path):
-    run_ranks(2, _save, Layout(tp=2), tmp_path / "weights.ckpt", "32-true", True)
+    run_ranks(2, save, Layout(tp=2), tmp_path / "weights.ckpt", "32-true", True)
     assert not any("optimizer" in key for key in shard_files.stored(tmp_path / "weights.ckpt" / "weights"))
     loss = run_ranks(2, _weights_only, tmp_path / "weights.ckpt")[0]
     whole = run_ranks(2, _validate, Layout(pp=2), good)[0]
@@ -151,7 +125,7 @@ def test_weights_alone_and_validation(good, tmp_path):
 
 
 def _untrained():
-    return trainer(Layout()).validate(LoadedGPT(SMALL), _data(), verbose=False)[0]["val_loss"]
+    return trainer(Layout()).validate(LoadedGPT(SMALL), validation_data(), verbose=False)[0]["val_loss"]
 
 
 PRECISIONS = [
@@ -208,7 +182,7 @@ def _alone(path):
     with pytest.raises(CheckpointError, match="decoder.layers.2"):
         GPTModule.load_from_checkpoint(path, config=plain_gpt.replace(SMALL, num_layers=3))
     run = trainer(Layout(), max_steps=1)  # a run afterwards has the process to itself
-    run.fit(LoadedGPT(SMALL), _data())
+    run.fit(LoadedGPT(SMALL), validation_data())
     return {"loss": float(loss), "config": module.config, "steps": run.global_step}
 
 
@@ -217,7 +191,7 @@ def test_export_gives_the_whole_model_in_one_file(good, tmp_path, capsys):
     assert "out.safetensors" in capsys.readouterr().out
     exported = load_file(tmp_path / "out.safetensors")
     assert set(exported) == set(plain_gpt.initial_weights(SMALL))
-    expected = {k: v for k, v in run_ranks(1, _stock, good)[0].items() if k.startswith("model.")}
+    expected = {k: v for k, v in run_ranks(1, stock_tensors, good)[0].items() if k.startswith("model.")}
     for name, value in exported.items():
         assert torch.equal(value, expected[f"model.{name}"]), name
     with pytest.raises(SystemExit, match="none. There is nothing of that name"):
@@ -282,26 +256,6 @@ def test_state_of_another_shape_goes_with_whole_weights(tmp_path):
 # What is refused
 
 
-def _spoil(path: Path, how: str) -> str:
-    name = "weights/__1_0.distcp"
-    file = path / name
-    if how == "missing":
-        file.unlink()
-    elif how == "truncated":
-        os.truncate(file, file.stat().st_size // 2)
-    elif how == "flipped":
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    elif how == "manifest":
-        (path / "manifest.json").write_text((path / "manifest.json").read_text().replace("crc32", "crc23", 1))
-        return "manifest.json is damaged"
-    else:
-        (path / "manifest.json").unlink()
-        return "no whole checkpoint"
-    return f"{name} {'is missing' if how == 'missing' else 'has'}"
-
-
 class Untouched(LoadedGPT):
     """Fails if anything was loaded before the error."""
 
@@ -315,7 +269,7 @@ def _load_spoilt(path):
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "flipped", "manifest", "no manifest"])
 def test_damage_is_found_and_the_file_named(copy, how):
-    message = _spoil(copy, how)
+    message = spoil(copy, how)
     with pytest.raises(RankError, match=message) as error:
         run_ranks(2, _load_spoilt, copy)
     assert str(error.value).count("CheckpointError") >= 2, "every rank says so"
@@ -360,7 +314,7 @@ def _other_architecture(path, strict):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         run = trainer(Layout(tp=2))
-        run.validate(module, _data(), ckpt_path=path, verbose=False)
+        run.validate(module, validation_data(), ckpt_path=path, verbose=False)
     told = [str(w.message) for w in seen if "Not loaded" in str(w.message)]
     return told, module.chunks[0].embedding.position_embeddings.weight.detach()
 
@@ -378,7 +332,7 @@ def test_another_architecture_is_listed_shortest_first_and_the_rest_loads_if_ask
     assert any("layers.3" in line and "not in the checkpoint" in line for line in lines)
     told, positions = run_ranks(2, _other_architecture, good, False)[0]
     assert "linear_fc1.bias is [64]" in told[0]
-    assert torch.equal(positions, run_ranks(1, _stock, good)[0]["model.embedding.position_embeddings.weight"])
+    assert torch.equal(positions, run_ranks(1, stock_tensors, good)[0]["model.embedding.position_embeddings.weight"])
 
 
 class Evil:
@@ -405,7 +359,7 @@ def _objects(path, trust, weights_only=None):
         return None
     callback = Stubborn()
     run = trainer(Layout(), {"trust_checkpoint": trust}, max_steps=2, callbacks=[callback])
-    run.fit(LoadedGPT(SMALL), _data(), ckpt_path=path, weights_only=weights_only)
+    run.fit(LoadedGPT(SMALL), validation_data(), ckpt_path=path, weights_only=weights_only)
     return type(callback.loaded).__name__
 
 

@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 
 from lightning_megatron import BertModule, T5Module
 from lightning_megatron.checkpoint.consolidate import export
-from tests import plain_bert, plain_t5
-from tests.parallel import Layout, loader, trainer
-from tests.parallel_bert import LoadedBert
-from tests.parallel_t5 import LoadedT5
-from tests.ranks import run_ranks
+from tests.reference import plain_bert, plain_t5
+from tests.reference.parallel_bert import LoadedBert
+from tests.reference.parallel_t5 import LoadedT5
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import loader, trainer
 
 FAMILIES: dict[str, Any] = {
     "pretraining": (LoadedBert, BertModule, plain_bert),

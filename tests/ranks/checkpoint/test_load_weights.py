@@ -10,10 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_megatron import BertConfig, BertModule, GPTModule
 from lightning_megatron.checkpoint.consolidate import tensors
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_training import trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import trainer
 
 CONFIG = plain_gpt.ODD_UNTIED  # a vocabulary that is padded, to other sizes by other layouts
 

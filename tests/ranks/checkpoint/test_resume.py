@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_megatron import GPTModule
 from lightning_megatron.training.optimizer import ShardedOptimizer
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, Rows, Watch, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_training import trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import Rows, Watch, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import trainer
 
 CONFIG = dataclasses.replace(plain_gpt.GPT2, num_layers=4, hidden_dropout=0.2, attention_dropout=0.2)
 SAMPLES = 40

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from tests.pages import COMMAND, ROOT, blocks, run
-from tests.ranks import PRELOADED
+from tests.support.pages import COMMAND, ROOT, blocks, run
+from tests.support.ranks import PRELOADED
 
 RECIPES = ROOT / "examples" / "recipes"
 _context = multiprocessing.get_context("forkserver")

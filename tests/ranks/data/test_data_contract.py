@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling
 
 from lightning_megatron import GPTModule
-from tests import plain_gpt
-from tests.lightning_runs import CONFIG, OurGPT, VanillaGPT
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_callbacks import _trainer
-from tests.test_training import QUIET, PlainModule, trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CONFIG, OurGPT, VanillaGPT, trainer_of
+from tests.support.plain_module import PlainModule
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import QUIET, trainer
 
 LAYOUTS = [Layout(pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vp=2)]
 IDS = {"ids": str}
@@ -98,7 +99,7 @@ def _fit(layout: Layout, kind: str) -> dict[str, Any]:
     elif kind == "stateful":
         loader = Stateful(Numbered(24), batch_size=4)
     seen = Seen()
-    run = _trainer(layout, ".", callbacks=[seen], **options)
+    run = trainer_of(layout, ".", callbacks=[seen], **options)
     run.fit(OurGPT(CONFIG), loader)
     return {"dp": run.strategy.data_parallel_rank, "train": seen.train, "steps": run.global_step}
 
@@ -135,7 +136,7 @@ class ByRank(IterableDataset):
 
 
 def _fit_by_rank(layout: Layout, even: bool) -> None:
-    _trainer(layout, ".").fit(OurGPT(CONFIG), DataLoader(ByRank(even), batch_size=4))
+    trainer_of(layout, ".").fit(OurGPT(CONFIG), DataLoader(ByRank(even), batch_size=4))
 
 
 def test_peers_that_read_different_data_are_told():
@@ -145,7 +146,7 @@ def test_peers_that_read_different_data_are_told():
 
 
 def _fit_unevenly(layout: Layout) -> None:
-    run = _trainer(layout, ".", max_steps=-1, max_epochs=1)
+    run = trainer_of(layout, ".", max_steps=-1, max_epochs=1)
     run.fit(OurGPT(CONFIG), DataLoader(ByRank(even=False), batch_size=4))
 
 
@@ -156,7 +157,7 @@ def test_replicas_with_unequally_many_batches_are_told():
 
 
 def _fit_nothing(layout: Layout) -> None:
-    run = _trainer(layout, ".", max_steps=-1, max_epochs=1)
+    run = trainer_of(layout, ".", max_steps=-1, max_epochs=1)
     run.fit(OurGPT(CONFIG), DataLoader(Stream(0), batch_size=4))
 
 
@@ -169,7 +170,7 @@ def _evaluate(layout: Layout | None, rows: list[int]) -> dict[str, Any]:
     dp = layout.dp if layout else 1
     loaders = [DataLoader(Rows(text_samples(CONFIG, n)), batch_size=4 // dp) for n in rows]
     module: Any = OurGPT(CONFIG) if layout else VanillaGPT()
-    run = _trainer(layout, ".", max_steps=1, limit_val_batches=1.0)
+    run = trainer_of(layout, ".", max_steps=1, limit_val_batches=1.0)
     results = run.validate(module, loaders, verbose=False)
     results += run.test(module, loaders, verbose=False) if layout else []
     run.fit(module, DataLoader(Rows(text_samples(CONFIG, 4)), batch_size=4 // dp), loaders)
@@ -204,7 +205,7 @@ class LogsInside(OurGPT):
 
 
 def _log_inside(layout: Layout) -> Any:
-    run = _trainer(layout, ".", max_steps=2)
+    run = trainer_of(layout, ".", max_steps=2)
     data = DataLoader(Rows(text_samples(CONFIG, 9)), batch_size=4 // layout.dp)
     [validated] = run.validate(LogsInside(CONFIG), data, verbose=False)
     run.fit(LogsInside(CONFIG), data)
@@ -220,7 +221,7 @@ def test_logging_by_some_replicas_only(layout):
 def _drop_last(layout: Layout) -> int:
     seen = Seen()
     data = DataLoader(Numbered(15), batch_size=4, drop_last=True)
-    _trainer(layout, ".", callbacks=[seen]).validate(OurGPT(CONFIG), data, verbose=False)
+    trainer_of(layout, ".", callbacks=[seen]).validate(OurGPT(CONFIG), data, verbose=False)
     return len(seen.val)
 
 
@@ -271,7 +272,7 @@ def test_strings_are_cut_too_outputs_come_back_and_another_strategy_goes_on():
 def _predict(layout: Layout | None, rows: int) -> Any:
     dp = layout.dp if layout else 1
     data = [DataLoader(Rows(text_samples(CONFIG, n)), batch_size=4 // dp) for n in (rows, 6)]
-    first, second = _trainer(layout, ".").predict(OurGPT(CONFIG), data)
+    first, second = trainer_of(layout, ".").predict(OurGPT(CONFIG), data)
     return torch.cat(first), torch.cat(second)
 
 
@@ -304,7 +305,7 @@ class Pads:
 def _collated(layout: Layout) -> float:
     rows = [{"input_ids": list(range(1, 2 + n % 11 + 4))} for n in range(8)]
     loader = DataLoader(rows, batch_size=4, collate_fn=DataCollatorForLanguageModeling(Pads(), mlm=False))  # type: ignore[arg-type]
-    return _trainer(layout, ".").validate(OurGPT(CONFIG), loader, verbose=False)[0]["val_loss"]
+    return trainer_of(layout, ".").validate(OurGPT(CONFIG), loader, verbose=False)[0]["val_loss"]
 
 
 def test_transformers_own_collator():
@@ -320,7 +321,7 @@ def _ignored(labels_only: bool) -> float:
         samples["labels"][:, 5:] = -100
         del samples["loss_mask"]
     data = DataLoader(Rows(samples), batch_size=4)
-    return _trainer(Layout(), ".").validate(OurGPT(CONFIG), data, verbose=False)[0]["val_loss"]
+    return trainer_of(Layout(), ".").validate(OurGPT(CONFIG), data, verbose=False)[0]["val_loss"]
 
 
 def test_labels_of_minus_100_are_a_loss_mask():
@@ -329,8 +330,8 @@ def test_labels_of_minus_100_are_a_loss_mask():
 
 def _two_layouts() -> None:
     module, data = GPTModule(CONFIG), DataLoader(Rows(text_samples(CONFIG, 8)), batch_size=4)
-    _trainer(Layout(tp=2), ".").fit(module, data)
-    _trainer(Layout(pp=2), ".").fit(module, data)
+    trainer_of(Layout(tp=2), ".").fit(module, data)
+    trainer_of(Layout(pp=2), ".").fit(module, data)
 
 
 def test_a_module_of_another_layout_is_refused():

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_megatron import GPTModule
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch
-from tests.ranks import run_ranks
-from tests.test_training import trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import trainer
 
 EOD, ROWS, STEPS = 0, 4, 4
 APART = {"eod_id": EOD, "reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}

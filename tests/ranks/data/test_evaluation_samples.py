@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch import Callback
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, Subset
 
-from tests.lightning_runs import CONFIG, OurGPT
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_callbacks import _trainer
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CONFIG, OurGPT, trainer_of
+from tests.support.ranks import run_ranks
 
 ROWS = 9
 EVERY = tuple(range(ROWS))
@@ -102,18 +102,18 @@ def _expected() -> dict[Any, Any]:
     results = {}
     for rows in (*COUNTED.values(), EVERY):
         data = DataLoader(Subset(Rows(text_samples(CONFIG, ROWS)), rows), batch_size=4)
-        [validated] = _trainer(Layout(), ".").validate(Counts(CONFIG), data, verbose=False)
-        results[rows] = (validated, torch.cat(_trainer(Layout(), ".").predict(Counts(CONFIG), data)))
+        [validated] = trainer_of(Layout(), ".").validate(Counts(CONFIG), data, verbose=False)
+        results[rows] = (validated, torch.cat(trainer_of(Layout(), ".").predict(Counts(CONFIG), data)))
     return results
 
 
 def _evaluated(layout: Layout) -> dict[str, Any]:
     module, results = Counts(CONFIG), {}
     for kind, make in LOADERS.items():
-        run = _trainer(layout, ".", max_steps=1, limit_val_batches=1.0)
+        run = trainer_of(layout, ".", max_steps=1, limit_val_batches=1.0)
         rank = run.strategy.data_parallel_rank
         loader, use = make(rank, layout.dp)
-        run = _trainer(layout, ".", max_steps=1, limit_val_batches=1.0, use_distributed_sampler=use)
+        run = trainer_of(layout, ".", max_steps=1, limit_val_batches=1.0, use_distributed_sampler=use)
         validated = run.validate(module, loader, verbose=False)
         validated += run.test(module, loader, verbose=False) if kind == "batch sampler" else []
         predicted = None
@@ -178,7 +178,7 @@ def _noted(layouts: list[Layout]) -> list[Any]:
     found = []
     for layout in layouts:
         module, ends = Notes(CONFIG), Ends()
-        _trainer(layout, ".", callbacks=[ends], limit_val_batches=1.0).validate(
+        trainer_of(layout, ".", callbacks=[ends], limit_val_batches=1.0).validate(
             module, _loader(batch_size=4 // layout.dp), verbose=False
         )
         found.append((module.noted(), [module.ends, ends.rows]))

@@ -5,7 +5,6 @@ import pickle
 import re
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -24,10 +23,12 @@ from lightning_megatron.data import (
     standard_library_sources,
 )
 from lightning_megatron.data.huggingface.documents import Encoder
-from tests.pages import names_of
-from tests.parallel_gpt import Layout, Watch
-from tests.ranks import RankError, run_ranks
-from tests.test_training import trainer
+from tests.reference.parallel_gpt import Watch
+from tests.support.hf_data import made
+from tests.support.layout import Layout
+from tests.support.pages import names_of
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import trainer
 
 EOD = ByteTokenizer.eod_id
 FILES = [file for file in standard_library_sources() if 0 < file.stat().st_size < 2500][:18]
@@ -76,18 +77,6 @@ def write(folder: Path) -> dict[str, dict[str, Any]]:
         "object": {"dataset": rows},
         "mapping": {"dataset": {"train": rows}},
     }
-
-
-def made(stage: str = "fit", replicas: int = 1, rank: int = 0, **options: Any) -> HFDataModule:
-    """A module that is ready, as on one of several replicas."""
-    module = HFDataModule(**{"seq_length": 32, "batch_size": 4, **options})
-    module.trainer = SimpleNamespace(  # type: ignore[assignment]
-        distributed_sampler_kwargs={"num_replicas": replicas, "rank": rank},
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-    )
-    module.prepare_data()
-    module.setup(stage)
-    return module
 
 
 def rows_of(loader: Any, key: str = "text") -> list[list[int]]:

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 
 from lightning_megatron.data import GPTSamples, RampUp, SpanCorruptionCollator
 from lightning_megatron.data.indexed.files import files
-from tests.indexed import MODULES, Seen, make, train, write_all
-from tests.parallel_gpt import Layout, LoadedGPT
-from tests.plain_gpt import GPT2
-from tests.ranks import RankError, run_ranks
-from tests.test_training import QUIET, trainer
+from tests.reference.parallel_gpt import LoadedGPT
+from tests.reference.plain_gpt import GPT2
+from tests.support.indexed import MODULES, Seen, make, train, write_all
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import QUIET, trainer
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_megatron import LRSchedule, MegatronStrategy
 from lightning_megatron.data import BatchSizeSteps, RampUp, RampUpBatches
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import trainer
 
 
 @pytest.mark.parametrize(("start", "increment", "samples", "full"), [(2, 2, 40, 8), (4, 4, 100, 24)])

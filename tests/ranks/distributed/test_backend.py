@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import p2p_communication, schedules
 
 from lightning_megatron.distributed import cpu_patches
 from lightning_megatron.distributed.device import model_rng, use_device
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def test_bend_and_unbend():

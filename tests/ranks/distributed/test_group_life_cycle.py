@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from lightning_megatron import MegatronStrategy
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.layout import ParallelLayout
-from tests import plain_gpt
-from tests.parallel import QUIET
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
-from tests.ranks import run_ranks
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET
 
 TP, PP, DP = Layout(tp=2, sp=True), Layout(pp=2), Layout(dp=2)
 

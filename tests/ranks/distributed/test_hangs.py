@@ -13,10 +13,11 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_megatron.strategy.dataloading.rank_consistency import DataError
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_checkpoints import SMALL
-from tests.test_training import trainer
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.small_gpt import SMALL
+from tests.support.trainer import trainer
 
 
 class EndsEarly(IterableDataset):

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, LoRA, T5Config, T5Module
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, loader, text_samples, trainer
-from tests.ranks import RankError, run_ranks
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import loader, trainer
 
 ROWS, STEPS = 8, 4
 CONFIG = plain_gpt.replace(plain_gpt.GPT2, num_layers=4)

@@ -11,10 +11,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_megatron import AutoModule, GPTModule, MegatronStrategy
 from lightning_megatron.distributed import process_group_backends
-from tests import plain_gpt, pretrained
-from tests.parallel import Layout, trainer
-from tests.parallel_gpt import Rows, text_samples
-from tests.ranks import run_ranks
+from tests.reference import plain_gpt, pretrained
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import trainer
 
 CUDA = torch.device("cuda", 0)
 

@@ -7,10 +7,11 @@ from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTModule
 from lightning_megatron.distributed.device import model_rng
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import trainer
 
 DROPPING = plain_gpt.replace(plain_gpt.GPT2, hidden_dropout=0.2, attention_dropout=0.2)
 

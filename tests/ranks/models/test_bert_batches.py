@@ -17,11 +17,12 @@ from transformers import (
 )
 
 from lightning_megatron import BertConfig, BertModule
-from tests import plain_bert
-from tests.parallel import Layout, Logged, loader, trainer
-from tests.parallel_bert import LoadedBert
-from tests.plain_gpt import ADAM
-from tests.ranks import RankError, run_ranks
+from tests.reference import plain_bert
+from tests.reference.parallel_bert import LoadedBert
+from tests.reference.plain_gpt import ADAM
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import Logged, loader, trainer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(206))]
 LAYOUTS = [Layout(), Layout(tp=2, sp=True), Layout(pp=2)]

@@ -8,11 +8,12 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_megatron import BertConfig, BertModule, GPTModule, T5Config, T5Module
-from tests import plain_gpt
-from tests.pages import blocks
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_training import trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
+from tests.support.layout import Layout
+from tests.support.pages import blocks
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import trainer
 
 CONFIG = plain_gpt.replace(plain_gpt.GPT2, tie_embeddings=False)
 LAYOUTS = [Layout(), Layout(tp=2, dp=2), Layout(tp=2, pp=2, sp=True), Layout(pp=2, vp=2)]

@@ -10,8 +10,9 @@ from lightning.pytorch import seed_everything
 
 from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, LoRA, T5Config, T5Module
 from lightning_megatron.hf.gather import WholeTensors
-from tests.parallel import Layout, Logged, loader, trainer
-from tests.ranks import run_ranks
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import Logged, loader, trainer
 
 ROWS, STEPS = 8, 2
 SIZES: dict[str, Any] = {

@@ -5,35 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests import writers
-from tests.parallel import Layout
-from tests.ranks import run_ranks
+from tests.support import writers
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.writers import REQUESTS, asked, assert_as_transformers
 
 NAMES = ("gpt2", "llama", "t5", "t5-1.1")
-REQUESTS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "greedy-end": {"eos_token_id": "END"},
-    "greedy-repetition": {"repetition_penalty": 1.7},
-    "beams": {"num_beams": 3},
-    "beams-short": {"num_beams": 2, "length_penalty": -1.0, "early_stopping": "never", "eos_token_id": "END"},
-    "beams-long": {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "eos_token_id": "END"},
-    "beams-repetition": {"num_beams": 2, "repetition_penalty": 1.7, "eos_token_id": "END"},
-    # The same draws as transformers', from the same seed.
-    "drawn": {"do_sample": True, "seed": 5},
-    "drawn-top": {"do_sample": True, "seed": 6, "temperature": 2.5, "top_k": 60, "top_p": 0.9, "eos_token_id": "END"},
-    "drawn-beams": {"do_sample": True, "seed": 7, "num_beams": 2, "top_k": 40, "eos_token_id": "END"},
-}
-
-
-def asked(name: str, request: str) -> dict[str, Any]:
-    """The arguments; END is a token that the truth writes in the midst of a text."""
-    end = int(writers.truth(name)[0, -6])
-    return {key: end if value == "END" else value for key, value in REQUESTS[request].items()}
-
-
-def assert_as_transformers(name: str, request: str, texts: torch.Tensor) -> None:
-    wanted = writers.truth(name, **asked(name, request))
-    assert texts.tolist() == wanted.tolist(), f"{name} {request}"
 
 
 def write(name: str, tp: int, pp: int) -> dict[str, torch.Tensor]:

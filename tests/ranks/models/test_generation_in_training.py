@@ -9,11 +9,12 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTConfig, GPTModule, T5Module, on_all_stages
-from tests import writers
-from tests.parallel import Layout, Logged, loader, trainer
-from tests.parallel_gpt import Rows, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_generation import asked, assert_as_transformers
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support import writers
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import Logged, loader, trainer
+from tests.support.writers import asked, assert_as_transformers
 
 REQUESTS = ("greedy-end", "beams-long", "drawn-top")
 

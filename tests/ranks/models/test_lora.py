@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_megatron import AutoModule, GPTModule, LoRA
-from tests import pretrained
-from tests.parallel import Layout, Logged, loader, trainer
-from tests.plain_gpt import ADAM
-from tests.ranks import RankError, run_ranks
+from tests.reference import pretrained
+from tests.reference.plain_gpt import ADAM
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import Logged, loader, trainer
 
 # Targets of each model: some of the parts of a layer, all, and a layer that is stored as one.
 TARGETS: dict[str, list[str]] = {

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 
 from lightning_megatron import AutoModule
 from lightning_megatron.callbacks import Perplexity
-from tests import pretrained
-from tests.parallel import Layout, trainer
-from tests.ranks import RankError, run_ranks
+from tests.reference import pretrained
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import trainer
 
 LENGTHS = (5, 9, 20, 33, 12)
 

@@ -12,10 +12,11 @@ import transformers
 from torch.utils.data import DataLoader
 
 from lightning_megatron import AutoModule, GPTConfig, GPTModule
-from tests import pretrained
-from tests.parallel import Layout, Logged, trainer
-from tests.plain_gpt import ADAM
-from tests.ranks import run_ranks
+from tests.reference import pretrained
+from tests.reference.plain_gpt import ADAM
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import Logged, trainer
 
 Batch = dict[str, torch.Tensor]
 MODELS = ["llama", "gpt2", "gpt_neox", "mistral"]  # rotary, learned, rotary in part, with a window

@@ -11,11 +11,12 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning_megatron import MegatronStrategy, ParallelLayout, T5Config, T5Module
 from lightning_megatron.checkpoint.tensor_shards import shard_specs
 from lightning_megatron.distributed.layout import LayoutError
-from tests import plain_gpt, plain_t5
-from tests.parallel import QUIET, Layout, loader, trainer
-from tests.parallel_gpt import LoadedGPT, Rows, text_samples
-from tests.parallel_t5 import LoadedT5
-from tests.ranks import RankError, run_ranks
+from tests.reference import plain_gpt, plain_t5
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.reference.parallel_t5 import LoadedT5
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import QUIET, loader, trainer
 
 STACKS = ("encoder", "decoder")
 CONFIG = T5Config(**{**plain_t5.SIZES, "num_layers": 12, "decoder_num_layers": None, "decoder_seq_length": 37})

@@ -8,10 +8,11 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTConfig, MegatronStrategy
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_training import trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import trainer
 
 
 @pytest.mark.parametrize(

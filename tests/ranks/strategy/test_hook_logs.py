@@ -12,10 +12,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from torchmetrics import MeanMetric
 
-from tests.lightning_runs import CONFIG, OurGPT, VanillaGPT
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_callbacks import _trainer
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CONFIG, OurGPT, VanillaGPT, trainer_of
+from tests.support.ranks import run_ranks
 
 ROWS = 12  # three batches of four, for training and for validation
 
@@ -116,7 +116,7 @@ def _fit(layout: Layout | None, folder: str) -> dict[str, Any]:
     module: Any = Ours(CONFIG) if layout else Vanilla()
     best = ModelCheckpoint(f"{folder}/best", monitor="whole_epoch", save_top_k=1)
     stops = EarlyStopping("falling", mode="max", patience=0, strict=layout is None or layout.pp == 1)
-    run = _trainer(
+    run = trainer_of(
         layout,
         folder,
         max_epochs=4,

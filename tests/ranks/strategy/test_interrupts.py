@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("endless_script.py")
+from tests.support.pages import ROOT
+
+SCRIPT = ROOT / "tests/support/scripts/endless_script.py"
 LIMIT = 30  # seconds until every rank has ended
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import lightning
 import pytest
@@ -19,20 +18,22 @@ from torch.utils.data import DataLoader
 
 from lightning_megatron import MegatronPrecision, MegatronStrategy
 from lightning_megatron.strategy.launchers import worker_pool
-from tests.ranks import free_port
-from tests.test_training import QUIET, PlainModule
+from tests.support.pages import ROOT
+from tests.support.plain_module import PlainModule
+from tests.support.ranks import free_port
+from tests.support.trainer import QUIET
 
-HERE = Path(__file__).parent
+SCRIPTS = ROOT / "tests/support/scripts"
 
 
 def _environment(**more: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": paths, **more}
 
 
 def test_an_interactive_session(tmp_path):
     pytest.importorskip("cloudpickle")
-    with (HERE / "notebook_session.py").open() as lines:
+    with (SCRIPTS / "notebook_session.py").open() as lines:
         run = subprocess.run(
             [sys.executable, "-i"], stdin=lines, cwd=tmp_path, env=_environment(), capture_output=True, text=True
         )
@@ -176,7 +177,7 @@ def test_the_constructor_leaves_torch_distributed_alone():
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
 
 
-TWO_RANKS = str(HERE / "two_ranks_script.py")
+TWO_RANKS = str(SCRIPTS / "two_ranks_script.py")
 
 
 def _told(*runs: subprocess.Popen) -> dict:

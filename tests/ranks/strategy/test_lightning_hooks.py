@@ -15,10 +15,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_megatron import GPTModule
-from tests.lightning_runs import CONFIG, HOOKS, MODULE_HOOKS, OurGPT, VanillaGPT, seen_by
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import QUIET, PlainModule, trainer
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CONFIG, HOOKS, MODULE_HOOKS, OurGPT, VanillaGPT, seen_by
+from tests.support.plain_module import PlainModule
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET, trainer
 
 LAYOUTS = [Layout(pp=2), Layout(tp=2, dp=2)]
 ROWS = 4  # of a global batch

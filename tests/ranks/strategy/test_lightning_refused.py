@@ -11,45 +11,45 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from tests.lightning_runs import CONFIG, OurGPT
-from tests.parallel_gpt import Layout
-from tests.ranks import run_ranks
-from tests.test_lightning_behaviour import Module, _data
-from tests.test_training import trainer
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CONFIG, OurGPT
+from tests.support.plain_module import CountingModule, plain_data
+from tests.support.ranks import run_ranks
+from tests.support.trainer import trainer
 
 
-class Backward(Module):
+class Backward(CountingModule):
     def backward(self, loss):
         loss.backward()
 
 
-class Iterates(Module):
+class Iterates(CountingModule):
     def training_step(self, dataloader_iter):
         return super().training_step(*next(dataloader_iter)[:2])
 
 
-class Skips(Module):
+class Skips(CountingModule):
     def training_step(self, batch, batch_idx):
         return None
 
 
-class Manual(Module):
+class Manual(CountingModule):
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False
 
 
-class Several(Module):
+class Several(CountingModule):
     def configure_optimizers(self):
         return [torch.optim.SGD(self.layers[i].parameters(), lr=0.1) for i in (0, 2)]
 
 
-class NoOptimizer(Module):
+class NoOptimizer(CountingModule):
     def configure_optimizers(self):
         return None
 
 
-class ManualBackward(Module):
+class ManualBackward(CountingModule):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         self.manual_backward(loss)
@@ -83,11 +83,15 @@ CASES: dict[str, tuple[Any, Any, str]] = {
     "several optimizers": (Several, dict, "Training with multiple optimizers"),
     "no optimizer": (NoOptimizer, dict, "configure_optimizers returned None"),
     "manual_backward": (ManualBackward, dict, "automatic optimization"),
-    "sync_batchnorm": (Module, lambda: {"sync_batchnorm": True}, r"Trainer\(sync_batchnorm=True\)"),
-    "compiled module": (lambda: torch.compile(Module(), backend="eager"), dict, "avoid passing in compiled model"),
+    "sync_batchnorm": (CountingModule, lambda: {"sync_batchnorm": True}, r"Trainer\(sync_batchnorm=True\)"),
+    "compiled module": (
+        lambda: torch.compile(CountingModule(), backend="eager"),
+        dict,
+        "avoid passing in compiled model",
+    ),
     "EMAWeightAveraging": (lambda: OurGPT(CONFIG), _with_averages, "does not work with EMAWeightAveraging and OurGPT"),
     "log_graph": (lambda: OurGPT(CONFIG), _with_graph, "only rank 0 would run OurGPT"),
-    "accelerator": (Module, lambda: {"accelerator": MetaAccelerator()}, "Use 'cpu' or 'gpu'"),
+    "accelerator": (CountingModule, lambda: {"accelerator": MetaAccelerator()}, "Use 'cpu' or 'gpu'"),
 }
 
 
@@ -98,7 +102,7 @@ def _try(module: Any, options: Any) -> tuple[str, int]:
             run = Trainer(devices=2, strategy=Layout(dp=2).strategy(), logger=False, **given)
         else:
             run = trainer(Layout(dp=2), {"log_grad_norm": False}, max_steps=2, **given)
-        run.fit(made, _data())
+        run.fit(made, plain_data())
     except Exception as error:
         return f"{type(error).__name__}: {error}", run.global_step
     return "trained", run.global_step

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from tests import plain_gpt
-from tests.lightning_runs import CONFIG, OurGPT, VanillaGPT
-from tests.pages import blocks
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import QUIET
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CONFIG, OurGPT, VanillaGPT
+from tests.support.pages import blocks
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET
 
 TRAIN, VAL, BATCH = 16, 11, 4  # rows: four batches; two and three quarters
 LAYOUTS = [Layout(), Layout(tp=2, pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vp=2)]

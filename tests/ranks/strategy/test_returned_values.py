@@ -9,10 +9,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, default_collate
 
-from tests.lightning_runs import CONFIG, OurGPT
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_callbacks import _trainer
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CONFIG, OurGPT, trainer_of
+from tests.support.ranks import run_ranks
 
 ROWS = 8  # batches of four; under pp=2 four micro-batches of one row each
 
@@ -104,19 +104,19 @@ def _of_layout(layout: Layout) -> dict[str, Any]:
     module, results = Returns(CONFIG), {}
     for kind in KINDS:
         module.kind = kind
-        predicted = _trainer(layout, ".").predict(module, _data())
+        predicted = trainer_of(layout, ".").predict(module, _data())
         told = Told()
-        run = _trainer(layout, ".", callbacks=[told])
+        run = trainer_of(layout, ".", callbacks=[told])
         [metrics] = run.validate(module, _data(), verbose=False)
         run.test(module, _data(), verbose=False)
         results[kind] = (predicted, told.outputs if layout.dp == 1 else predicted * 2)
         assert metrics == {}, "there is no loss to log"
     told = Told()
-    _trainer(layout, ".", callbacks=[told], max_steps=1).fit(Learns(CONFIG), _data())
+    trainer_of(layout, ".", callbacks=[told], max_steps=1).fit(Learns(CONFIG), _data())
     assert sorted(told.outputs[0]) == ["loss", "numbers"]
     results["trained"] = sorted(told.outputs[0]["numbers"].tolist()) if layout.dp == 1 else None
     with pytest.raises(MisconfigurationException, match="'loss'"):
-        _trainer(Layout(), ".", max_steps=1).fit(NoLoss(CONFIG), _data()) if layout == Layout() else _fail()
+        trainer_of(Layout(), ".", max_steps=1).fit(NoLoss(CONFIG), _data()) if layout == Layout() else _fail()
     return results
 
 

@@ -8,10 +8,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_megatron.callbacks import ExitInterval, SaveAtEnd
-from tests.lightning_runs import CONFIG, OurGPT
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import QUIET
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.lightning_runs import CONFIG, OurGPT
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET
 
 
 def _steps(layout: Layout, folder: str) -> list[int]:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader
 
 from lightning_megatron.checkpoint import manifest, shard_files
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_checkpoints import SMALL
-from tests.test_training import trainer
+from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
+from tests.support.layout import Layout
+from tests.support.pages import ROOT
+from tests.support.ranks import RankError, run_ranks
+from tests.support.small_gpt import SMALL
+from tests.support.trainer import trainer
 
 
 def fit(layout, steps, callbacks, load=None, strategy=None, module=None, accumulate=1, **options):
@@ -145,9 +146,12 @@ def test_max_time_stops_all_ranks_at_one_step_and_the_run_resumes(tmp_path):
 
 def _restarts(folder, *options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-    root = Path(__file__).parents[1]
     run = subprocess.run(
-        [*command, "-m", "tests.restarted_script", folder], capture_output=True, text=True, cwd=root, timeout=300
+        [*command, "-m", "tests.support.scripts.restarted_script", folder],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return torch.load(folder / "end.pt")

@@ -7,10 +7,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from lightning_megatron import MegatronStrategy
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, Watch, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import QUIET, PlainModule
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
+from tests.support.layout import Layout
+from tests.support.plain_module import PlainModule
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET
 
 
 class Losses(Watch):

@@ -13,10 +13,11 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
 from lightning_megatron import MegatronPrecision
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import QUIET, trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET, trainer
 
 
 class Watched(pl.LightningModule):

@@ -8,10 +8,11 @@ import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lightning_megatron import GPTModule, LRSchedule, ParameterGroups, biases_and_vectors
-from tests import plain_gpt
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import trainer
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import trainer
 
 ROWS, STEPS = 8, 6
 CONFIG = plain_gpt.GPT2

@@ -19,28 +19,22 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
     StepLR,
 )
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
-from lightning_megatron import GPTConfig, GPTModule, LRSchedule
-from tests import plain_gpt
-from tests.pages import blocks
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import QUIET, trainer
+from lightning_megatron import LRSchedule
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.pages import blocks
+from tests.support.ranks import run_ranks
+from tests.support.scheduled_gpt import CONFIG, EPOCHS, Scheduled, adam, loaders
+from tests.support.trainer import QUIET, trainer
 
-CONFIG = GPTConfig(
-    num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=64, seq_length=16, make_vocab_size_divisible_by=16
-)
-BATCH, BATCHES, EPOCHS = 8, 5, 4  # two batches to a step, and a short window at the end of each epoch
 RUN: dict[str, Any] = {"max_epochs": EPOCHS, "accumulate_grad_batches": 2}
 GROWING: dict[str, Any] = {
     "weight_decay_style": "cosine", "start_weight_decay": 0.01, "end_weight_decay": 0.2
 }  # fmt: skip
-
-
-def _optimizer(parameters):
-    return torch.optim.AdamW(parameters, **plain_gpt.ADAM)
 
 
 KINDS: dict[str, Any] = {
@@ -68,10 +62,6 @@ class Rates(Callback):
         self.seen.append((group["lr"], group["weight_decay"]))
 
 
-class Scheduled(LoadedGPT):
-    configure_optimizers = GPTModule.configure_optimizers
-
-
 class PlainGPT(pl.LightningModule):
     """The same model without Megatron."""
 
@@ -91,7 +81,7 @@ class PlainGPT(pl.LightningModule):
         self.log("val_loss", self.training_step(batch, batch_idx), batch_size=int(batch["loss_mask"].sum()))
 
     def configure_optimizers(self):
-        optimizer = _optimizer(self.parameters())
+        optimizer = adam(self.parameters())
         if isinstance(self.schedule, LRSchedule):
             made = self.schedule.build(optimizer, self.trainer)
         else:
@@ -104,14 +94,6 @@ class PlainGPT(pl.LightningModule):
         }
 
 
-def _loaders(dp: int, rank: int) -> tuple[DataLoader, DataLoader]:
-    train, val = Rows(text_samples(CONFIG, BATCH * BATCHES)), Rows(text_samples(CONFIG, 2 * BATCH))
-    return tuple(
-        DataLoader(rows, batch_size=BATCH // dp, sampler=DistributedSampler(rows, dp, rank, shuffle=False))
-        for rows in (train, val)
-    )
-
-
 def _rates(layout: Layout | None) -> dict[str, Any]:
     """Of every kind: the rates of each batch, and what LearningRateMonitor noted."""
     found = {}
@@ -120,11 +102,11 @@ def _rates(layout: Layout | None) -> dict[str, Any]:
         options = {**RUN, "callbacks": [rates, monitor], "logger": DummyLogger(), "log_every_n_steps": 1}
         if layout is None:
             run = Trainer(accelerator="cpu", devices=1, **{**QUIET, **options})
-            run.fit(PlainGPT(schedule), *_loaders(1, 0))
+            run.fit(PlainGPT(schedule), *loaders(1, 0))
         else:
             run = trainer(layout, **options)
-            module = Scheduled(CONFIG, optimizer=_optimizer, lr_schedule=schedule)
-            run.fit(module, *_loaders(layout.dp, run.strategy.data_parallel_rank))
+            module = Scheduled(CONFIG, optimizer=adam, lr_schedule=schedule)
+            run.fit(module, *loaders(layout.dp, run.strategy.data_parallel_rank))
         found[kind] = {"rates": rates.seen, "monitor": monitor.lrs, "steps": run.global_step}
     return found
 
@@ -148,7 +130,7 @@ def test_rates_are_vanillas(layout):
 
 
 def _skipped(scale: float) -> dict[str, Any]:
-    module = Scheduled(CONFIG, optimizer=_optimizer, lr_schedule=LRSchedule("linear", warmup_steps=1))
+    module = Scheduled(CONFIG, optimizer=adam, lr_schedule=LRSchedule("linear", warmup_steps=1))
     rates = Rates()
     run = trainer(Layout(pp=2), {"initial_loss_scale": scale}, "16-mixed", max_steps=3, callbacks=[rates])
     run.fit(module, DataLoader(Rows(text_samples(CONFIG, 200)), batch_size=4))
@@ -173,9 +155,9 @@ def _resumed(folder: str) -> dict[str, Any]:
     growing = LRSchedule("cosine", warmup_steps=2, decay_steps=12, **GROWING)
 
     def fit(epochs: int, path: str | None = None) -> tuple[Trainer, Any, list]:
-        module, rates = Scheduled(CONFIG, optimizer=_optimizer, lr_schedule=growing), Rates()
+        module, rates = Scheduled(CONFIG, optimizer=adam, lr_schedule=growing), Rates()
         run = trainer(layout, max_epochs=epochs, callbacks=[rates])
-        run.fit(module, _loaders(1, 0)[0], ckpt_path=path, weights_only=False)
+        run.fit(module, loaders(1, 0)[0], ckpt_path=path, weights_only=False)
         return run, [p.detach() for p in module.parameters()], rates.seen
 
     _, whole, expected = fit(2)
@@ -196,8 +178,8 @@ def _page(blocks: list[str]) -> tuple[list[float], list[dict[str, Any]]]:
     for code in blocks:
         exec(code, names)
     rates, run = Rates(), trainer(Layout(), max_steps=1)
-    trainer(Layout(), max_steps=5, callbacks=[rates]).fit(names["module"], _loaders(1, 0)[0])
-    run.fit(names["LayerWise"](names["module"].config), _loaders(1, 0)[0])
+    trainer(Layout(), max_steps=5, callbacks=[rates]).fit(names["module"], loaders(1, 0)[0])
+    run.fit(names["LayerWise"](names["module"].config), loaders(1, 0)[0])
     return [lr for lr, _ in rates.seen], run.optimizers[0].state_dict()["groups"]
 
 

@@ -2,7 +2,6 @@
 
 import functools
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -11,10 +10,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTModule
-from tests import parallel_gpt, plain_gpt
-from tests.parallel import QUIET, trainer
-from tests.parallel_gpt import Layout, LoadedGPT, Rows, text_samples
-from tests.ranks import run_ranks
+from tests.reference import parallel_gpt, plain_gpt
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.plain_module import PlainModule
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET, trainer
 
 
 # The band: bf16 keeps 8 bits of mantissa, so a loss near 4 moves by some 0.02; fifty steps may add up to twice that.
@@ -103,27 +104,6 @@ def _resume(layout: Layout, folder: str) -> dict:
 def test_resume_in_the_same_layout_is_exact(tmp_path):
     for seen in run_ranks(4, _resume, Layout(tp=2, pp=2), str(tmp_path)):
         assert seen == {"equal": True, "steps": 6}
-
-
-class PlainModule(pl.LightningModule):
-    """No Megatron in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-
-    def training_step(self, batch, batch_idx):
-        loss = (self.layers(batch["x"]) - batch["y"]).square().mean()
-        self.log("inside", loss)
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        self.log("unseen", (self.layers(batch["x"]) - batch["y"]).square().mean())
-
-    def configure_optimizers(self):
-        optimizer = self.optimizer(self.parameters())
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
 def _plain(strategy: str, optimizer, precision: str) -> tuple[list, dict]:

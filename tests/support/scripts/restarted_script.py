@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTModule
-from tests.faults.victim import CONFIG
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.test_training import trainer
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.trainer import trainer
+from tests.support.victim import CONFIG
 
 
 class Killed(Callback):

@@ -6,9 +6,9 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lightning_megatron import MegatronStrategy
-from tests.lightning_runs import CONFIG, OurGPT, Rates
-from tests.parallel_gpt import Rows, text_samples
-from tests.test_training import QUIET
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.lightning_runs import CONFIG, OurGPT, Rates
+from tests.support.trainer import QUIET
 
 if __name__ == "__main__":
     rates = Rates()

@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_megatron import MegatronStrategy
 from lightning_megatron.checkpoint import CheckpointError
-from tests.lightning_runs import CONFIG
-from tests.parallel import QUIET
-from tests.parallel_gpt import LoadedGPT, Rows, text_samples
-from tests.ranks import run_ranks
+from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.support.lightning_runs import CONFIG
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET
 
 STOP, EPOCH, STEPS = 7, 10, 14
 

@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
-from tests.parallel import trainer
-from tests.parallel_gpt import Layout
-from tests.ranks import run_ranks
+from tests.support.layout import Layout
+from tests.support.ranks import run_ranks
+from tests.support.trainer import trainer
 
 ROWS = 24  # six batches of four
 

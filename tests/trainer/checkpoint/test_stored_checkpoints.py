@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_megatron import BertModule, GPTModule, MegatronStrategy, T5Module
-from tests.pages import ROOT
+from tests.support.pages import ROOT
 
 STORED = ROOT / "tests/assets/checkpoints_before_the_move.tar.xz"
 QUIET = {

@@ -23,9 +23,11 @@ from lightning_megatron import AutoModule, GPTConfig, GPTModule, LoRA
 from lightning_megatron.callbacks import Perplexity, TrainingMonitor
 from lightning_megatron.data import HFDataModule, MaskedLMCollator, SentencePairCollator, SpanCorruptionCollator
 from lightning_megatron.data.collators.padding import PaddingCollator
-from tests import indexed, pretrained
-from tests.parallel import Layout, trainer
-from tests.plain_gpt import ADAM
+from tests.reference import pretrained
+from tests.reference.plain_gpt import ADAM
+from tests.support import indexed
+from tests.support.layout import Layout
+from tests.support.trainer import trainer
 
 FACTORIES = {function.__name__ for function in _device_constructors()}
 # They name no device themselves, and what they make they move.

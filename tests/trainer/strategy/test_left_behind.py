@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lightning_megatron import GPTModule, MegatronStrategy
-from tests import plain_gpt
-from tests.parallel_gpt import Rows, text_samples
-from tests.ranks import run_ranks
-from tests.test_training import PlainModule
+from tests.reference import plain_gpt
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.plain_module import PlainModule
+from tests.support.ranks import run_ranks
 
 
 class Measured(PlainModule):

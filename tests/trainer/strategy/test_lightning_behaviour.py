@@ -7,12 +7,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_megatron import MegatronStrategy
-from tests.parallel_gpt import Layout
-from tests.ranks import run_ranks
-from tests.test_training import QUIET, PlainModule, trainer
+from tests.support.layout import Layout
+from tests.support.plain_module import CountingModule, plain_data
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET, trainer
 
 OURS, THEIRS = "megatron", "vanilla"
 
@@ -30,25 +31,6 @@ class Recorder(pl.Callback):
         return found
 
 
-class Module(PlainModule):
-    """Counts its backward passes, and notes the mode of a submodule that the user froze."""
-
-    def __init__(self, raise_at: int | None = None):
-        super().__init__()
-        self.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=0.05)
-        self.raise_at, self.backwards, self.modes = raise_at, 0, []
-        self.layers[1].eval()
-
-    def training_step(self, batch, batch_idx):
-        self.modes.append((self.layers[0].training, self.layers[1].training))
-        if self.trainer.fit_loop.epoch_loop.total_batch_idx == self.raise_at:
-            raise RuntimeError("stop here")
-        return super().training_step(batch, batch_idx)
-
-    def on_after_backward(self):
-        self.backwards += 1
-
-
 def _make(kind, **options):
     options["use_distributed_sampler"] = False  # Lightning's own shuffles, and one vanilla process has none
     if kind == OURS:
@@ -56,17 +38,12 @@ def _make(kind, **options):
     return Trainer(accelerator="cpu", devices=1, **{**QUIET, **options})
 
 
-def _data(rows=28):
-    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(5))
-    return DataLoader([{"x": row, "y": row[:1]} for row in x], batch_size=4)
-
-
 def _hooks(kind):
-    recorder, module = Recorder(), Module()
+    recorder, module = Recorder(), CountingModule()
     run = _make(kind, max_epochs=2, callbacks=[recorder], accumulate_grad_batches=3, val_check_interval=0.5)
-    run.fit(module, _data(), _data(8))
+    run.fit(module, plain_data(), plain_data(8))
     loss = float(run.callback_metrics["inside"])
-    run.validate(module, _data(8), verbose=False)
+    run.validate(module, plain_data(8), verbose=False)
     return {
         "calls": recorder.calls,
         "steps": run.global_step,  # windows of 3, 3 and 1 batches
@@ -81,7 +58,7 @@ def _hooks(kind):
 def _on_exception(kind):
     run = _make(kind, max_epochs=2)
     with pytest.raises(RuntimeError, match="stop here"):
-        run.fit(Module(raise_at=9), _data())
+        run.fit(CountingModule(raise_at=9), plain_data())
     state = run.fit_loop.state_dict()
     # The one difference: gradients are zeroed before the step that raises (see loops.py), in Lightning after it.
     state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].pop("zero_grad")
@@ -90,26 +67,28 @@ def _on_exception(kind):
 
 def _names(kind):
     monitor = LearningRateMonitor()
-    _make(kind, max_epochs=1, callbacks=[monitor], logger=DummyLogger(), log_every_n_steps=1).fit(Module(), _data())
+    _make(kind, max_epochs=1, callbacks=[monitor], logger=DummyLogger(), log_every_n_steps=1).fit(
+        CountingModule(), plain_data()
+    )
     return monitor.lrs
 
 
 def _early_stopping(kind):
     stopping = EarlyStopping("unseen", patience=0, mode="max")  # the loss falls, so it stops after two
     run = _make(kind, max_epochs=9, callbacks=[stopping], num_sanity_val_steps=0)
-    run.fit(Module(), _data(), _data(8))
+    run.fit(CountingModule(), plain_data(), plain_data(8))
     return {"epoch": run.current_epoch, "stopped": stopping.stopped_epoch, "waited": stopping.wait_count}
 
 
 def _resumed(kind, folder):
     whole = _make(kind, max_epochs=3)
-    module = Module()
-    whole.fit(module, _data())
+    module = CountingModule()
+    whole.fit(module, plain_data())
     first = _make(kind, max_epochs=1)
-    first.fit(Module(), _data())
+    first.fit(CountingModule(), plain_data())
     first.save_checkpoint(f"{folder}/{kind}.ckpt")
-    second, resumed = _make(kind, max_epochs=3), Module()
-    second.fit(resumed, _data(), ckpt_path=f"{folder}/{kind}.ckpt", weights_only=False)
+    second, resumed = _make(kind, max_epochs=3), CountingModule()
+    second.fit(resumed, plain_data(), ckpt_path=f"{folder}/{kind}.ckpt", weights_only=False)
     pairs = zip(module.parameters(), resumed.parameters(), strict=True)
     return {"steps": second.global_step, "equal": all(torch.equal(a, b) for a, b in pairs)}
 
@@ -135,7 +114,13 @@ def _stops_and_goes_on(kind, folder):
     def fit(patience, ckpt_path=None):
         stopping = EarlyStopping("unseen", patience=patience, mode="max")  # the loss falls: every epoch waits
         run = _make(kind, max_epochs=9, callbacks=[stopping], num_sanity_val_steps=0)
-        run.fit(Module(), _data(), _data(8), ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
+        run.fit(
+            CountingModule(),
+            plain_data(),
+            plain_data(8),
+            ckpt_path=ckpt_path,
+            weights_only=False if ckpt_path else None,
+        )
         return run, {"epoch": run.current_epoch, "step": run.global_step, "waited": stopping.wait_count}
 
     first, seen = fit(2)
@@ -149,7 +134,7 @@ def test_an_early_stop_goes_on_with_more_patience(tmp_path):
     assert ours["then"]["epoch"] > ours["first"]["epoch"]
 
 
-class Grown(Module):
+class Grown(CountingModule):
     """Has a layer that older checkpoints do not have."""
 
     def __init__(self, strict):
@@ -161,13 +146,13 @@ class Grown(Module):
 
 def _strictness(kind, folder):
     path, seen = f"{folder}/{kind}.ckpt", {}
-    run, module = _make(kind, max_epochs=1), Module()
-    run.fit(module, _data())
+    run, module = _make(kind, max_epochs=1), CountingModule()
+    run.fit(module, plain_data())
     run.save_checkpoint(path)
     for strict in (None, True, False):
         grown = Grown(strict)
         try:
-            _make(kind).validate(grown, _data(8), ckpt_path=path, weights_only=False, verbose=False)
+            _make(kind).validate(grown, plain_data(8), ckpt_path=path, weights_only=False, verbose=False)
         except Exception as error:
             seen[strict] = "refused" if "added" in str(error) else str(error)
         else:
@@ -190,7 +175,7 @@ class Named(MegatronStrategy):
 def _registered():
     StrategyRegistry.register("mine", Named, description="a test's")
     run = Trainer(accelerator="cpu", devices=2, strategy="mine", max_steps=1, **QUIET)
-    run.fit(Module(), _data())
+    run.fit(CountingModule(), plain_data())
     return type(run.strategy).__name__, run.strategy.layout.tp, run.global_step
 
 
@@ -200,7 +185,7 @@ def test_a_subclass_under_a_name_of_its_own():
 
 def _samplers(replace):
     run = trainer(Layout(dp=2), {}, max_steps=1, use_distributed_sampler=replace)
-    run.fit(Module(), _data())
+    run.fit(CountingModule(), plain_data())
     return type(run.train_dataloader.sampler)
 
 

@@ -11,8 +11,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_megatron import MegatronStrategy
-from tests.parallel import QUIET
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.trainer import QUIET
 
 
 class Plain(LightningModule):

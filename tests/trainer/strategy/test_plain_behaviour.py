@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, SumMetric
 
 from lightning_megatron import MegatronStrategy
-from tests.parallel_gpt import Rows
-from tests.ranks import RankError, run_ranks
-from tests.test_training import QUIET
+from tests.reference.parallel_gpt import Rows
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import QUIET
 
 
 class Base(pl.LightningModule):

@@ -25,10 +25,12 @@ from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTModule, LRSchedule
 from lightning_megatron.training.lr_schedule import MegatronLRScheduler
-from tests.parallel_gpt import Layout, Rows, text_samples
-from tests.ranks import RankError, run_ranks
-from tests.test_schedulers import CONFIG, Scheduled, _loaders, _optimizer
-from tests.test_training import QUIET, PlainModule, trainer
+from tests.reference.parallel_gpt import Rows, text_samples
+from tests.support.layout import Layout
+from tests.support.plain_module import PlainModule
+from tests.support.ranks import RankError, run_ranks
+from tests.support.scheduled_gpt import CONFIG, Scheduled, adam, loaders
+from tests.support.trainer import QUIET, trainer
 
 STOP, STEPS = 3, 7
 WAS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -339,8 +341,8 @@ def _plateaus(folder: str) -> dict[str, Any]:
         for load in (None, 1, -2):
             watch, saves = Rates(), ModelCheckpoint(f"{folder}/{name}", "{step}", save_top_k=-1, **keep)
             run = trainer(Layout(), max_epochs=3, callbacks=[watch, saves], enable_checkpointing=True, **options)
-            module = Scheduled(CONFIG, optimizer=_optimizer, lr_schedule=schedule)
-            run.fit(module, *_loaders(1, 0), ckpt_path=load and made[load], weights_only=False)
+            module = Scheduled(CONFIG, optimizer=adam, lr_schedule=schedule)
+            run.fit(module, *loaders(1, 0), ckpt_path=load and made[load], weights_only=False)
             made = made or sorted(
                 Path(f"{folder}/{name}").iterdir(), key=lambda p: int(p.stem.split("=")[1].split("-")[0])
             )
@@ -361,8 +363,8 @@ def _too_early(folder: str) -> list[str]:
     def fit(load=None):
         saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)  # the last batch
         run = trainer(Layout(), max_epochs=2, callbacks=[saves], enable_checkpointing=True)
-        module = Scheduled(CONFIG, optimizer=_optimizer, lr_schedule=_per_epoch)
-        run.fit(module, *_loaders(1, 0), ckpt_path=load, weights_only=False)
+        module = Scheduled(CONFIG, optimizer=adam, lr_schedule=_per_epoch)
+        run.fit(module, *loaders(1, 0), ckpt_path=load, weights_only=False)
 
     fit()
     with warnings.catch_warnings(record=True) as caught:

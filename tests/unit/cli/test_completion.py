@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.pages import run, shell
+from tests.support.pages import run, shell
 
 # Calls what the script has registered for the command, with a line as bash would.
 _ASK = """

@@ -6,7 +6,6 @@ import itertools
 import math
 import random
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from lightning_megatron.cli.migrate.accelerate import MEGATRON, PARAMETERS
 from lightning_megatron.cli.migrate.settings_table import _PLACED, HOMES, SCHEDULE, _elsewhere
 from lightning_megatron.cli.training import MegatronCLI
 from lightning_megatron.data import RampUp
-from tests.pages import blocks, script, shell
+from tests.support.pages import ROOT, blocks, script, shell
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +423,7 @@ def test_what_the_published_lines_ask_for_arrives(published):
     assert (samples.seq_length, samples.decoder_seq_length) == (512, 128)
 
 
-OPTIONS = list(csv.DictReader((Path(__file__).parent / "megatron_lm_options.tsv").open(), delimiter="\t"))
+OPTIONS = list(csv.DictReader((ROOT / "tests/assets/megatron_lm_options.tsv").open(), delimiter="\t"))
 
 
 @pytest.mark.parametrize("model", ["gpt", "bert", "t5"])

@@ -27,8 +27,9 @@ from lightning_megatron.data.indexed.sentences import split_sentences
 from lightning_megatron.data.preprocess import preprocess, train_tokenizer
 from lightning_megatron.data.text_files import standard_library_sources
 from lightning_megatron.data.tokenizers import load_tokenizer
-from tests.indexed import FIRST, Numbers, make, write
-from tests.test_training import QUIET
+from tests.support.indexed import FIRST, Numbers, make, write
+from tests.support.pages import ROOT
+from tests.support.trainer import QUIET
 
 SEQ = 16
 
@@ -246,7 +247,7 @@ def test_the_command_on_the_standard_library(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", command, "preprocess", str(library), str(library.parent / "email"), *options],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -616,10 +617,11 @@ def test_without_the_compiled_helper(tmp_path):
     script = f"""
 import sys
 sys.modules["megatron.core.datasets.helpers_cpp"] = None
-from tests.indexed import make
+from tests.support.indexed import make
+from tests.support.pages import ROOT
 make("gpt", {str(tmp_path)!r}).prepare_data()
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert "RuntimeError: megatron-core has come without its compiled helper" in done.stderr
     assert "pip install --force-reinstall" in done.stderr
 

@@ -14,8 +14,8 @@ from lightning_megatron.data import ByteTokenizer, PackedTextDataset
 from lightning_megatron.data.collators.padding import PaddingCollator
 from lightning_megatron.data.text.packing import pack
 from lightning_megatron.data.tokenizers import load_tokenizer
-from tests import pretrained
-from tests.test_hf_data import made
+from tests.reference import pretrained
+from tests.support.hf_data import made
 
 WORDS = ["<s>", "</s>", "[UNK]", "user", "assistant", ":", *"abcdefgh"]
 TEMPLATE = (

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lightning_megatron import AutoModule
 from lightning_megatron.cli.main import main
 from lightning_megatron.hf import UnsupportedConfigError, WeightsError
-from tests import hub_models
+from tests.reference import hub_models
 
 
 @pytest.fixture(autouse=True)

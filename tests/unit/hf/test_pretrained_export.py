@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from lightning_megatron import AutoModule, GPTModule
 from lightning_megatron.cli.main import main
 from lightning_megatron.hf.pretrained_directory import in_bytes
-from tests import hub_models
-from tests.ranks import run_ranks
+from tests.reference import hub_models
+from tests.support.ranks import run_ranks
 
 MODELS = [
     "openai-community/gpt2",

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 from lightning_megatron import AutoModule, BertModule, GPTConfig, GPTModule, LayoutError, T5Module
 from lightning_megatron.cli.main import main
 from lightning_megatron.hf import UnsupportedConfigError, WeightsError
-from tests import pretrained
-from tests.parallel import Layout, trainer
-from tests.ranks import RankError, run_ranks
+from tests.reference import pretrained
+from tests.support.layout import Layout
+from tests.support.ranks import RankError, run_ranks
+from tests.support.trainer import trainer
 
 
 @pytest.fixture

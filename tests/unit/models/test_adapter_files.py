@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lightning_megatron import AutoModule, LoRA
 from lightning_megatron.models.lora import peft_files
-from tests import pretrained
+from tests.reference import pretrained
 
 IDS = pretrained.samples("llama")[0]["input_ids"][None]
 TARGETS = ["q_proj", "down_proj"]

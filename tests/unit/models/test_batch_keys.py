@@ -9,7 +9,7 @@ import transformers
 
 from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, T5Config, T5Module
 from lightning_megatron.models.batch_checks import UNMET
-from tests import pretrained
+from tests.reference import pretrained
 
 SIZES = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 16, "seq_length": 8}
 IDS = torch.arange(8).view(2, 4)

@@ -1,16 +1,13 @@
 """What ``generate`` is asked for: refused on all ranks before a token is written, streamed, padded; and the page."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from lightning_megatron import GPTConfig, GPTModule
-from tests import writers
-from tests.pages import blocks, script, shell
-from tests.ranks import RankError, run_ranks
+from tests.support import writers
+from tests.support.pages import blocks, script, shell
+from tests.support.ranks import RankError, run_ranks
 
-ROOT = Path(__file__).parents[1]
 IDS = torch.arange(1, 7).view(2, 3)
 
 

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lightning_megatron import AutoModule, GPTModule
 from lightning_megatron.cli.main import main
-from tests import pretrained, writers
-from tests.ranks import RankError, run_ranks
+from tests.reference import pretrained
+from tests.support import writers
+from tests.support.ranks import RankError, run_ranks
 
 NAMES = ("gpt2", "t5")
 START = {"gpt2": {}, "t5": {"decoder_start_token_id": 0}}

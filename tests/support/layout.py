@@ -1,0 +1,41 @@
+"""The sizes of a run, as the tests write them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_megatron import MegatronStrategy
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One line of the table of what is supported."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    vp: int | None = None
+    split: int | None = None
+    sp: bool = False
+    sharded: bool = True
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        sizes = {name: getattr(self, name) for name in ("tp", "pp", "dp", "vp")}
+        parts = [f"{name}{size}" for name, size in sizes.items() if size not in (1, None)]
+        parts += [f"split{self.split}"] * (self.split is not None)
+        return "-".join(parts + ["sp"] * self.sp + ["replicated"] * (not self.sharded)) or "one"
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def strategy(self, **options: Any) -> MegatronStrategy:
+        return MegatronStrategy(
+            tp=self.tp,
+            pp=self.pp,
+            vp=self.vp,
+            pipeline_split_rank=self.split,
+            sequence_parallel=self.sp,
+            distributed_optimizer=self.sharded,
+            **{"log_grad_norm": True, **self.extra, **options},
+        )
