@@ -50,8 +50,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from lightning_megatron.distributed import lightning_private
-from tests.pages import ROOT
-from tests.test_training import QUIET
+from tests.support.pages import ROOT
+from tests.support.trainer import QUIET
 
 
 def test_closure_takes_the_three_functions():
