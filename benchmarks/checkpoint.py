@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_megatron import GPTConfig, GPTModule, MegatronStrategy
+from lightning_megatron import Checkpointing, GPTConfig, GPTModule, MegatronStrategy
 
 HIDDEN, DEVICES = int(os.environ.get("HIDDEN", "512")), int(os.environ.get("DEVICES", "2"))
 CONFIG = GPTConfig(num_layers=6, hidden_size=HIDDEN, num_attention_heads=8, vocab_size=8192, seq_length=64)
@@ -106,8 +106,9 @@ def main() -> None:
     folder = Path(os.environ.setdefault("CHECKPOINT_BENCHMARK", tempfile.mkdtemp()))
     rounds = Rounds(folder)
     trainer = Trainer(
-        accelerator="cpu", devices=DEVICES, strategy=MegatronStrategy(async_save=True), callbacks=[rounds],
-        max_steps=(ROUNDS + 1) * STEPS_BETWEEN, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        accelerator="cpu", devices=DEVICES, strategy=MegatronStrategy(checkpointing=Checkpointing(async_save=True)),
+        callbacks=[rounds], max_steps=(ROUNDS + 1) * STEPS_BETWEEN,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(GPTModule(CONFIG), DataLoader(Tokens(), batch_size=4))

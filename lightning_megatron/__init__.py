@@ -18,6 +18,7 @@ if not _torch.cuda.is_available():
 
 from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
 
+from lightning_megatron.checkpoint import Checkpointing
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 from lightning_megatron.distributed.process_groups import average_losses_across_data_parallel_group
 from lightning_megatron.models import (
@@ -41,6 +42,7 @@ __all__ = [
     "AutoModule",
     "BertConfig",
     "BertModule",
+    "Checkpointing",
     "GPTConfig",
     "GPTModule",
     "LRSchedule",

@@ -14,6 +14,7 @@ Imports ``distributed`` and ``training``.
 """
 
 from lightning_megatron.checkpoint.checkpointer import Checkpointer, Run
+from lightning_megatron.checkpoint.checkpointing import Checkpointing
 from lightning_megatron.checkpoint.manifest import CheckpointError, newest
 from lightning_megatron.checkpoint.model_checkpoint import attend, check_folders, leave, local_path
 from lightning_megatron.checkpoint.trainer_state import formerly_in, plain_class
@@ -21,6 +22,7 @@ from lightning_megatron.checkpoint.trainer_state import formerly_in, plain_class
 __all__ = [
     "CheckpointError",
     "Checkpointer",
+    "Checkpointing",
     "Run",
     "attend",
     "leave",

@@ -29,13 +29,13 @@ from lightning_megatron.checkpoint import (
     trainer_state,
     writing,
 )
+from lightning_megatron.checkpoint.checkpointing import Checkpointing
 from lightning_megatron.checkpoint.data_position import loop_progress
 from lightning_megatron.checkpoint.data_position.resume import Resumption
 from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.model_checkpoint import CallbackRecords
 from lightning_megatron.checkpoint.plateau_schedulers import PlateauSchedulers
 from lightning_megatron.checkpoint.tensor_shards import ShardSpec, shard_specs, specs_by_parameter
-from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
@@ -86,31 +86,15 @@ class Checkpointer:
     """Saves and loads the checkpoints of one strategy.
 
     Args:
-        asynchronous: Whether files are written beside training.
-        verify: Whether a load checks every file's checksum.
-        trust: Whether a load may unpickle objects.
-        on_save_error: "raise", or "warn" and go on training.
-        skip_batches: Batches to leave out after a load.
+        checkpointing: How checkpoints are saved and loaded.
     """
 
-    def __init__(
-        self,
-        asynchronous: bool,
-        verify: bool,
-        trust: bool,
-        on_save_error: Literal["raise", "warn"] = "raise",
-        skip_batches: int = 0,
-    ) -> None:
-        if on_save_error not in ("raise", "warn"):
-            raise MisconfigurationException(
-                f"MegatronStrategy(on_save_error={on_save_error!r}): use 'raise' or 'warn'."
-            )
-        Arguments("MegatronStrategy", MisconfigurationException).whole(0, skip_batches=skip_batches)
-        self.asynchronous = asynchronous
-        self.verify = verify
-        self.trust = trust
-        self.on_save_error = on_save_error
-        self.resumption = Resumption(skip_batches)
+    def __init__(self, checkpointing: Checkpointing) -> None:
+        self.asynchronous = checkpointing.async_save
+        self.verify = checkpointing.verify_checksums
+        self.allow_pickle = checkpointing.allow_pickle
+        self.on_save_error = checkpointing.on_save_error
+        self.resumption = Resumption(checkpointing.skip_batches)
         self.plateaus = PlateauSchedulers()
         self._last_save_failed = False
         self._background = writing.BackgroundThread()
@@ -316,13 +300,13 @@ class Checkpointer:
         Args:
             path: Of the checkpoint.
             run: What takes it.
-            weights_only: As of ``torch.load``: False trusts this checkpoint, True does not, None asks ``trust``.
+            weights_only: As of ``torch.load``: False trusts this checkpoint, True does not, None asks ``allow_pickle``.
 
         Raises:
             CheckpointError: It is not whole, is damaged, or does not fit.
         """
         self.wait()
-        trust = self.trust if weights_only is None else not weights_only
+        trust = self.allow_pickle if weights_only is None else not weights_only
         if run.is_plain and reading.is_one_file(path):
             return self._load_one_file(path, run, trust)
         path, about = reading.choose(path, run.trainer)

@@ -49,7 +49,7 @@ def read(path: Path, trust: bool) -> State:
         if not trust:
             raise CheckpointError(
                 f"{path} is no checkpoint, or holds objects whose loading can run any code ({error!s:.200}). If you"
-                " trust where it comes from: MegatronStrategy(trust_checkpoint=True)."
+                " trust where it comes from: MegatronStrategy(checkpointing=Checkpointing(allow_pickle=True))."
             ) from error
         state = torch.load(path, map_location="cpu", weights_only=False)
     except (RuntimeError, EOFError, ValueError) as error:

@@ -73,7 +73,9 @@ def on_each_rank(path: Path, verified: bool, read: Callable[[], T]) -> T:
         problem = str(error)
     except (Exception, CheckpointException) as error:  # torch's own is no Exception; it holds those of all ranks
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        hint = "" if verified else " With MegatronStrategy(verify_checkpoint=True) a file that has changed is named."
+        hint = (
+            "" if verified else " With Checkpointing(verify_checksums=True) the error names the file that has changed."
+        )
         told = writing.describe(cause).split(". ")[0]  # torch goes on with an advice to run what is in the file
         problem = f"{path} could not be read, and nothing of it was loaded. {told}.{hint}"
     writing.agree(problem, True)

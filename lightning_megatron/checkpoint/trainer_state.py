@@ -80,7 +80,7 @@ def join(plain: bytes, objects: bytes | None, names: list[str], trust: bool) -> 
     if not trust:
         raise CheckpointError(
             f"The checkpoint holds objects ({', '.join(needed)}) whose loading can run any code. If you trust where it"
-            " comes from: MegatronStrategy(trust_checkpoint=True)."
+            " comes from: MegatronStrategy(checkpointing=Checkpointing(allow_pickle=True))."
         )
     for path, value in torch.load(io.BytesIO(objects), map_location="cpu", weights_only=False):
         target = state

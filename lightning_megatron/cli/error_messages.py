@@ -12,8 +12,12 @@ from typing import Any, get_type_hints
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
+
+from lightning_megatron.strategy.former_arguments import replacement
+from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
 
 _BASES = (
     pl.LightningModule, pl.LightningDataModule, pl.Callback, Logger, Strategy,
@@ -69,6 +73,8 @@ def _unrecognized(message: str, options: list[str]) -> str:
     classes = re.findall(r"given class_path '(\S+)'", message[: found.start()])
     if classes:  # an argument of a class's argument
         group, _, leaf = name.removeprefix("--").rpartition(".")
+        if told := _former(classes[-1], leaf, message):
+            return told
         return _no_argument(_key(message[: found.start()]), group, leaf, list(_parameters(classes[-1], group)))
     parts = name.split(".")
     known = [option.removesuffix(".help") for option in options if option.count(".") < len(parts)]
@@ -106,10 +112,21 @@ def _not_accepted(message: str, options: list[str]) -> str:
     group, name = found[1], found[2]
     classes = re.findall(r"given class_path '(\S+)'", message[: found.end()])
     if classes:
+        if told := _former(classes[-1], name, message):
+            return told
         known = list(_parameters(classes[-1], group))
         return _no_argument(_key(message[: found.end()]), group or "", name, known)
     known = [option.removeprefix(f"--{group}.") for option in options if option.startswith(f"--{group}.")]
     return _no_argument("", group or "", name, known)
+
+
+def _former(class_path: str, name: str, message: str) -> str:
+    """What the strategy's constructor says of an argument that it had once; empty for any other."""
+    cls: Any = pydoc.locate(class_path)
+    if not (isinstance(cls, type) and issubclass(cls, MegatronStrategy)):
+        return ""
+    found = re.search(rf"(?:key='{name}', val=|'{name}': |--\S*{name}[= ])('[^']*'|[^,}})\s]+)", message)
+    return replacement(name, yaml.safe_load(found[1].strip("'")) if found else "...")
 
 
 def _no_argument(key: str, group: str, name: str, known: list[str]) -> str:

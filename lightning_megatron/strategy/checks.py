@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from lightning_megatron.checkpoint import check_folders
+from lightning_megatron.checkpoint import Checkpointing, check_folders
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
@@ -61,7 +61,7 @@ def check_settings(
     process_group_backend: str | None,
     timeout: object,
     on_nonfinite: str,
-    optimizer_settings: str,
+    checkpointing: object,
     **flags: bool,
 ) -> None:
     """Refuse settings that would fail only once processes run, and those that contradict each other.
@@ -72,14 +72,14 @@ def check_settings(
         process_group_backend: Of the groups.
         timeout: Of collectives.
         on_nonfinite: What to do with losses that are no numbers.
-        optimizer_settings: Whose hold at a resume.
+        checkpointing: How checkpoints are saved and loaded.
         **flags: Arguments that are True or False.
 
     Raises:
         MisconfigurationException: With the values seen.
     """
     _STRATEGY.flag(**flags)
-    _STRATEGY.one_of(("checkpoint", "program"), optimizer_settings=optimizer_settings)
+    _STRATEGY.kind(Checkpointing, "lightning_megatron.Checkpointing(...)", checkpointing=checkpointing)
     if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
         raise MisconfigurationException(
             f"MegatronStrategy(timeout={timeout!r}): use a positive datetime.timedelta, such as timedelta(minutes=30)."

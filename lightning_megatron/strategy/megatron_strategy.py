@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
-from lightning_megatron.checkpoint import Checkpointer, Run, attend, leave, local_path
+from lightning_megatron.checkpoint import Checkpointer, Checkpointing, Run, attend, leave, local_path
 from lightning_megatron.distributed import (
     first_error,
     heartbeat,
@@ -41,6 +41,7 @@ from lightning_megatron.strategy import (
     single_rank,
 )
 from lightning_megatron.strategy.dataloading import evaluation_sampler, prediction_gather, rank_consistency
+from lightning_megatron.strategy.former_arguments import refuse_former_arguments
 from lightning_megatron.strategy.logging import hook_values, step_values, torchmetrics_sync
 from lightning_megatron.strategy.parallel_ranks import Placement
 from lightning_megatron.strategy.precision import MegatronPrecision
@@ -51,6 +52,7 @@ from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.microbatches import MicroBatching
 from lightning_megatron.training.optimizer import ShardedOptimizer, shard
 
+_DEFAULT_CHECKPOINTING = Checkpointing()
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
@@ -81,17 +83,8 @@ class MegatronStrategy(Placement, Collectives):
         check_loss: Stop when the loss is NaN or infinite.
         on_nonfinite: When a loss or gradient is NaN or infinite: "raise", or "skip" the step and go on with the next;
             skipped steps are counted and logged as ``skipped_steps``.
-        skip_batches: After a resume, batches of data to leave out: those of a spike that the run was rewound before.
         log_data_position: Log ``data_epoch`` and ``data_batch``, where in the data each step was, for ``skip_batches``.
-        async_save: Write checkpoints beside training, which waits only while they are copied to host memory.
-        verify_checkpoint: Check every file's checksum before a checkpoint is loaded.
-        trust_checkpoint: Unpickle the objects in a checkpoint, which can run any code; without it a checkpoint that
-            needs it is refused. Weights, optimizer, loops and random states are plain data and need no trust.
-            ``trainer.fit(weights_only=)`` says nothing here: Lightning 2.6 does not hand it on.
-        optimizer_settings: At a resume, whose learning rates, weight decay, betas, schedules and other settings of the
-            optimizer hold where the two differ: the "checkpoint"'s, as in Lightning, or the "program"'s. Differences
-            are named with both values.
-        on_save_error: When a checkpoint cannot be written (a full disk): "raise", or "warn" and train on.
+        checkpointing: How checkpoints are saved and loaded.
         process_group_backend: "gloo" or "nccl"; follows from the device. One that cannot carry its tensors is refused.
         timeout: Of collectives: how long ranks wait for one that is gone without a word.
         launch: How the ranks start where nothing else (torchrun, SLURM) starts them: "subprocess" runs the script once
@@ -101,6 +94,7 @@ class MegatronStrategy(Placement, Collectives):
 
     strategy_name = "megatron"
 
+    @refuse_former_arguments
     def __init__(
         self,
         tp: int = 1,
@@ -120,13 +114,8 @@ class MegatronStrategy(Placement, Collectives):
         initial_loss_scale: float = 65536.0,
         check_loss: bool = True,
         on_nonfinite: Literal["raise", "skip"] = "raise",
-        skip_batches: int = 0,
         log_data_position: bool = False,
-        async_save: bool = False,
-        verify_checkpoint: bool = True,
-        trust_checkpoint: bool = False,
-        optimizer_settings: resumed_settings.Side = "checkpoint",
-        on_save_error: Literal["raise", "warn"] = "raise",
+        checkpointing: Checkpointing = _DEFAULT_CHECKPOINTING,
         process_group_backend: str | None = None,
         timeout: timedelta = _DEFAULT_TIMEOUT,
         launch: launchers.Launch | None = None,
@@ -143,14 +132,11 @@ class MegatronStrategy(Placement, Collectives):
             process_group_backend,
             timeout,
             on_nonfinite,
-            optimizer_settings,
+            checkpointing,
             distributed_optimizer=distributed_optimizer,
             log_grad_norm=log_grad_norm,
             check_loss=check_loss,
             log_data_position=log_data_position,
-            async_save=async_save,
-            verify_checkpoint=verify_checkpoint,
-            trust_checkpoint=trust_checkpoint,
         )
         self.distributed_optimizer = distributed_optimizer
         self.recompute = recompute
@@ -161,8 +147,8 @@ class MegatronStrategy(Placement, Collectives):
         self.on_nonfinite = on_nonfinite
         self.log_data_position = log_data_position
         self._heartbeat = heartbeat.Heartbeat()
-        self.checkpointer = Checkpointer(async_save, verify_checkpoint, trust_checkpoint, on_save_error, skip_batches)
-        self._resumed_settings = resumed_settings.ResumedSettings(optimizer_settings)
+        self.checkpointer = Checkpointer(checkpointing)
+        self._resumed_settings = resumed_settings.ResumedSettings(checkpointing.optimizer_settings)
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
         self._timeout = timeout

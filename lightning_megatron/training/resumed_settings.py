@@ -98,7 +98,10 @@ class ResumedSettings:
             return
         names = [f"{name}: {was} in the checkpoint, {now} in the program" for name, was, now in found]
         other = "program" if self._side == "checkpoint" else "checkpoint"
-        hold = f" The {self._side}'s hold; MegatronStrategy(optimizer_settings={other!r}) takes the {other}'s."
+        hold = (
+            f" The {self._side}'s hold; MegatronStrategy(checkpointing=Checkpointing(optimizer_settings={other!r}))"
+            f" takes the {other}'s."
+        )
         rank_zero_warn(
             "The optimizer's settings differ from the checkpoint's."
             + (f" {'; '.join(names)}.{hold}" if found else "")
@@ -145,7 +148,7 @@ def _take_groups(saved: State, then: list[State], now: list[State], scheduled: b
     for group, was, given in zip(saved["groups"], then, now, strict=True):
         if given.get("amsgrad") and not group.get("amsgrad"):
             raise MisconfigurationException(
-                "MegatronStrategy(optimizer_settings='program') with amsgrad=True: the checkpoint was trained without,"
+                "Checkpointing(optimizer_settings='program') with amsgrad=True: the checkpoint was trained without,"
                 " and has no maxima to go on from. Leave amsgrad out."
             )
         rate, before, peak = float(group["lr"]), _peak(was), _peak(given)

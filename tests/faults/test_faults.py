@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_megatron import Checkpointing
 from lightning_megatron.checkpoint import manifest, newest
 from tests.support import ranks, victim
 from tests.support.layout import Layout
@@ -125,7 +126,8 @@ def test_killed_at_each_thing_that_a_save_does(tmp_path):
 
 def _fill(folder, size, on_save_error):
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    run, _ = fit(Layout(tp=2), 6, callbacks=[keep], strategy={"on_save_error": on_save_error})
+    strategy = {"checkpointing": Checkpointing(on_save_error=on_save_error)}
+    run, _ = fit(Layout(tp=2), 6, callbacks=[keep], strategy=strategy)
     return run.global_step
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_megatron import GPTModule
+from lightning_megatron import Checkpointing, GPTModule
 from lightning_megatron.checkpoint import manifest, newest
 from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import Rows, text_samples
@@ -39,7 +39,7 @@ def train(folder: str, mark: str, asynchronous: bool, steps: int = STEPS) -> dic
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="{step}")
     run = trainer(
         LAYOUT,
-        {"async_save": asynchronous},
+        {"checkpointing": Checkpointing(async_save=asynchronous)},
         max_steps=steps,
         max_epochs=-1,
         callbacks=[Begun(Path(mark)), keep],

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_megatron import (
     BertConfig,
+    Checkpointing,
     GPTConfig,
     GPTModule,
     LoRA,
@@ -39,6 +41,15 @@ from lightning_megatron.data import (
     TextDataModule,
 )
 
+# Arguments of earlier versions, and the sentence's end.
+FORMER: list[tuple[str, Any, str]] = [
+    ("async_save", True, "checkpointing=Checkpointing(async_save=True)"),
+    ("on_save_error", "warn", "checkpointing=Checkpointing(on_save_error='warn')"),
+    ("verify_checkpoint", False, "checkpointing=Checkpointing(verify_checksums=False)"),
+    ("trust_checkpoint", True, "checkpointing=Checkpointing(allow_pickle=True)"),
+    ("optimizer_settings", "program", "checkpointing=Checkpointing(optimizer_settings='program')"),
+    ("skip_batches", 3, "checkpointing=Checkpointing(skip_batches=3)"),
+]
 STRATEGY: list[tuple[dict[str, Any], str]] = [
     ({"tp": 0}, "MegatronStrategy(tp=0): tp=0 is not a positive integer. Use tp=1 or more"),
     ({"tp": "two"}, "tp='two' is not a positive integer"),
@@ -75,15 +86,12 @@ STRATEGY: list[tuple[dict[str, Any], str]] = [
     ({"check_loss": "yes"}, "check_loss='yes'): use True or False."),
     ({"on_nonfinite": "skp"}, "on_nonfinite='skp'): use 'raise' or 'skip'."),
     ({"on_nonfinite": "skip", "check_loss": False}, "losses that nobody looks at are not skipped"),
-    ({"skip_batches": -1}, "skip_batches=-1): use a whole number from 0."),
-    ({"skip_batches": 2.5}, "skip_batches=2.5): use a whole number from 0."),
-    ({"async_save": "false"}, "async_save='false'): use True or False."),
-    ({"optimizer_settings": "override"}, "optimizer_settings='override'): use 'checkpoint' or 'program'."),
-    ({"on_save_error": "ignore"}, "on_save_error='ignore'): use 'raise' or 'warn'."),
+    ({"checkpointing": {"async_save": True}}, "use lightning_megatron.Checkpointing(...)."),
     ({"process_group_backend": "mpi"}, "process_group_backend='mpi'): use 'gloo', 'nccl'"),
     ({"timeout": 1800}, "timeout=1800): use a positive datetime.timedelta"),
     ({"timeout": timedelta(0)}, "use a positive datetime.timedelta"),
     ({"launch": "spawn"}, "launch='spawn'"),
+    *(({former: value}, f"MegatronStrategy({former}={value!r}): use {use}.") for former, value, use in FORMER),
 ]
 
 
@@ -106,6 +114,17 @@ def test_what_is_right_is_taken():
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, "seq_length": 4}
 OTHERS: list[tuple[Any, dict[str, Any], str]] = [
+    (Checkpointing, {"skip_batches": -1}, "Checkpointing(skip_batches=-1): use a whole number from 0."),
+    (Checkpointing, {"skip_batches": 2.5}, "skip_batches=2.5): use a whole number from 0."),
+    (Checkpointing, {"async_save": "false"}, "async_save='false'): use True or False."),
+    (Checkpointing, {"allow_pickle": 1}, "allow_pickle=1): use True or False."),
+    (Checkpointing, {"verify_checksums": None}, "verify_checksums=None): use True or False."),
+    (
+        Checkpointing,
+        {"optimizer_settings": "override"},
+        "optimizer_settings='override'): use 'checkpoint' or 'program'.",
+    ),
+    (Checkpointing, {"on_save_error": "ignore"}, "on_save_error='ignore'): use 'raise' or 'warn'."),
     (GPTConfig, {**SIZES, "num_layers": 0}, "GPTConfig(num_layers=0): use a whole number from 1."),
     (GPTConfig, {**SIZES, "hidden_size": "8"}, "hidden_size='8'): use a whole number from 1."),
     (GPTConfig, {**SIZES, "num_attention_heads": None}, "num_attention_heads=None): use a whole number from 1."),
@@ -173,15 +192,47 @@ def test_other_constructors_refuse(make, arguments, says):
     [
         ("--trainer.strategy.tp=0", "error: MegatronStrategy(tp=0): tp=0 is not a positive integer. Use tp=1 or more."),
         ("--trainer.strategy.vp=2", "error: MegatronStrategy(vp=2): vp=2 interleaves pipeline stages, but pp=1."),
-        ("--trainer.strategy.skip_batches=-1", "error: MegatronStrategy(skip_batches=-1): use a whole number from 0."),
+        (
+            "--trainer.strategy.checkpointing.skip_batches=-1",
+            "Checkpointing(skip_batches=-1): use a whole number from 0.",
+        ),
+        (
+            "--trainer.strategy.checkpointing.async_save=3",
+            "--trainer.strategy.checkpointing.async_save=3: use true or false",
+        ),
+        ("--trainer.strategy.checkpointing.asyncs=true", "did you mean --trainer.strategy.checkpointing.async_save?"),
+        *(
+            (f"--trainer.strategy.{name}={value}", f"error: MegatronStrategy({name}={value!r}): use {use}.")
+            for name, value, use in FORMER
+        ),
         ("--trainer.strategy.timeout=0:0:0", "use a positive datetime.timedelta"),
         ("--model.config.ffn_hidden_size=0", "GPTConfig(ffn_hidden_size=0): use a whole number from 1, or None."),
         ("--data.num_workers=-1", "TextDataModule(num_workers=-1): use a whole number from 0."),
     ],
 )
 def test_the_command_line_says_it_in_one_line(option, says, capsys):
-    sizes = [f"--model.config.{name}={value}" for name, value in SIZES.items()]
     with pytest.raises(SystemExit) as caught:
-        MegatronCLI(GPTModule, TextDataModule, args=[*sizes, "--trainer.accelerator=cpu", option], run=False)
+        _command_line(option)
     told = [line for line in f"{caught.value.code}\n{capsys.readouterr().err}".splitlines() if says in line]
     assert len(told) == 1, (caught.value.code, torch.__version__)
+
+
+def _command_line(*options: str) -> MegatronCLI:
+    sizes = [f"--model.config.{name}={value}" for name, value in SIZES.items()]
+    return MegatronCLI(GPTModule, TextDataModule, args=[*sizes, "--trainer.accelerator=cpu", *options], run=False)
+
+
+def test_a_file_is_told_of_former_arguments_and_takes_those_of_today(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    for name, value, use in FORMER:
+        strategy = {"class_path": "lightning_megatron.MegatronStrategy", "init_args": {"tp": 1, name: value}}
+        file.write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+        with pytest.raises(SystemExit):
+            _command_line(f"--config={file}")
+        assert f"error: MegatronStrategy({name}={value!r}): use {use}.\n" in capsys.readouterr().err
+    strategy["init_args"] = {"checkpointing": {"async_save": True, "skip_batches": 4}}
+    file.write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    run = _command_line(f"--config={file}", "--trainer.strategy.checkpointing.skip_batches=5")
+    asked = run.config.trainer.strategy.init_args.checkpointing
+    assert Checkpointing(**asked) == Checkpointing(async_save=True, skip_batches=5)
+    assert run.trainer.strategy.checkpointer.asynchronous

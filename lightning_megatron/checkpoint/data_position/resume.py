@@ -187,7 +187,7 @@ class Resumption:
         if not self._skip_batches or saved["left_out"] != self._skip_batches:
             return self._skip_batches
         rank_zero_warn(
-            f"MegatronStrategy(skip_batches={self._skip_batches}) was applied before this checkpoint was saved, and is"
+            f"Checkpointing(skip_batches={self._skip_batches}) was applied before this checkpoint was saved, and is"
             " not applied again. To leave out more from here, use another number."
         )
         return 0
@@ -265,7 +265,7 @@ def _check_left(trainer: pl.Trainer, done: int, more: int) -> None:
     left = trainer.fit_loop.max_batches - done
     if more and more >= left:
         raise MisconfigurationException(
-            f"MegatronStrategy(skip_batches={more}): the checkpoint's epoch has {left} batches left, of which at least"
+            f"Checkpointing(skip_batches={more}): the checkpoint's epoch has {left} batches left, of which at least"
             f" one has to be trained on. Use at most {left - 1}, or resume from a checkpoint of the next epoch."
         )
 
@@ -277,7 +277,7 @@ def _iterate(fetcher: Any, to_read: list[int]) -> None:
             if next(batches, _NOTHING) is _NOTHING:
                 raise MisconfigurationException(
                     f"The training loader ended after {number} batches, and is to go on after {count}: those that the"
-                    " checkpoint has consumed of its epoch, and MegatronStrategy(skip_batches=)."
+                    " checkpoint has consumed of its epoch, and Checkpointing(skip_batches=)."
                 )
     if fetcher.length is None:
         with suppress(StopIteration):

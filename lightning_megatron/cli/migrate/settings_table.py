@@ -62,6 +62,7 @@ class Home:
 
 
 STRATEGY = "trainer.strategy.init_args"
+CHECKPOINTING = f"{STRATEGY}.checkpointing"
 CONFIG = "model.init_args.config"
 MODULE = "model.init_args"
 DATA = "data.init_args"
@@ -97,9 +98,9 @@ def _together(read: Reader = text) -> Home:
 def _settings_of(side: str) -> Home:
     """Whose settings of optimizer and schedules hold at a resume; the checkpoint's where neither option is given."""
     return Home(
-        f"{STRATEGY}.optimizer_settings",
+        f"{CHECKPOINTING}.optimizer_settings",
         truth,
-        says=f"MegatronStrategy(optimizer_settings={side!r})",
+        says=f"Checkpointing(optimizer_settings={side!r})",
         make=lambda on: side if on else "checkpoint",
     )
 
@@ -315,7 +316,7 @@ _PLACED: dict[str, Home] = {
     "save_interval": _together(whole),
     "persistent_save_interval": _together(whole),
     "no_save_optim": _together(truth),
-    "async_save": _strategy("async_save", truth),
+    "async_save": Home(f"{CHECKPOINTING}.async_save", truth, says="Checkpointing(async_save=)"),
     # what is seen
     "tensorboard_dir": _together(),
     "wandb_project": _together(),

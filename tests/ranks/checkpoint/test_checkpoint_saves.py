@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_megatron import Checkpointing
 from lightning_megatron.checkpoint import manifest, newest, shard_files
 from lightning_megatron.checkpoint.manifest import UNFINISHED
 from tests.reference.parallel_gpt import LoadedGPT
@@ -25,7 +26,9 @@ def _retention(folder, asynchronous, save_last):
     callback = ModelCheckpoint(
         folder, monitor="train_loss", save_top_k=2, every_n_train_steps=1, save_last=save_last, filename="{step}"
     )
-    run, _ = fit(Layout(dp=2), 5, callbacks=[callback], strategy={"async_save": asynchronous})
+    run, _ = fit(
+        Layout(dp=2), 5, callbacks=[callback], strategy={"checkpointing": Checkpointing(async_save=asynchronous)}
+    )
     torch.distributed.barrier()  # the first rank links and removes
     names = sorted(path.name for path in Path(folder).iterdir())
     best = callback.best_model_path
@@ -58,7 +61,7 @@ def _kept_until_whole(folder):
                 go.set()
 
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="{step}")
-    fit(steps=3, callbacks=[Look(), keep], strategy={"async_save": True})
+    fit(steps=3, callbacks=[Look(), keep], strategy={"checkpointing": Checkpointing(async_save=True)})
     return seen, sorted(path.name for path in folder.glob("*.ckpt"))
 
 
@@ -81,7 +84,7 @@ def _linked(folder, asynchronous):
                 go.set()
 
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, save_last="link", filename="{step}")
-    fit(steps=3, callbacks=[Look(), keep], strategy={"async_save": asynchronous})
+    fit(steps=3, callbacks=[Look(), keep], strategy={"checkpointing": Checkpointing(async_save=asynchronous)})
     pickle.dumps(keep._link_checkpoint)  # a launcher hands callbacks back
     return seen, os.readlink(folder / "last.ckpt"), sorted(path.name for path in folder.iterdir())
 
@@ -115,7 +118,7 @@ def _saved_twice(folder, change):
                 next(module.parameters()).data.add_(1)
             trainer.save_checkpoint(folder / f"{trainer.global_step}-again.ckpt")
 
-    fit(Layout(dp=2), 2, callbacks=[Twice()], strategy={"async_save": True})
+    fit(Layout(dp=2), 2, callbacks=[Twice()], strategy={"checkpointing": Checkpointing(async_save=True)})
     names = ["1.ckpt", "1-again.ckpt", "2.ckpt", "2-again.ckpt"]
     files = [folder / name / f"weights/__{os.environ['RANK']}_0.distcp" for name in names]
     damaged = [
@@ -148,7 +151,7 @@ def _planned(folder):
             trainer.save_checkpoint(f"{folder}/{trainer.global_step}.ckpt")
             seen.append(len(plans))
 
-    fit(Layout(dp=2), 4, callbacks=[Keep()], strategy={"async_save": True})
+    fit(Layout(dp=2), 4, callbacks=[Keep()], strategy={"checkpointing": Checkpointing(async_save=True)})
     return seen
 
 
@@ -168,7 +171,7 @@ def test_a_plan_that_was_not_made_is_not_kept():
 
 
 def _after_the_run(path):
-    run, _ = fit(steps=1, strategy={"async_save": True})
+    run, _ = fit(steps=1, strategy={"checkpointing": Checkpointing(async_save=True)})
     run.save_checkpoint(path)
     return manifest.read(Path(path))["global_step"]
 
@@ -184,7 +187,12 @@ class Unsavable(Callback):
 
 def _cannot(folder, on_save_error):
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
-    run, _ = fit(Layout(dp=2), 2, callbacks=[Unsavable(), keep], strategy={"on_save_error": on_save_error})
+    run, _ = fit(
+        Layout(dp=2),
+        2,
+        callbacks=[Unsavable(), keep],
+        strategy={"checkpointing": Checkpointing(on_save_error=on_save_error)},
+    )
     return run.global_step
 
 
@@ -218,7 +226,7 @@ def _in_flight(folder, asynchronous):
 
     one = {"filename": "one", "every_n_train_steps": 1, "save_top_k": -1}
     keep = [ModelCheckpoint(folder, **one), ModelCheckpoint(folder, monitor="train_loss", **one)]
-    fit(steps=2, callbacks=[HoldUp(), *keep], strategy={"async_save": asynchronous})
+    fit(steps=2, callbacks=[HoldUp(), *keep], strategy={"checkpointing": Checkpointing(async_save=asynchronous)})
     assert not any("file_exists" in vars(callback) for callback in keep)  # they are as they were
     return sorted((path.name, manifest.read(path)["global_step"]) for path in folder.iterdir())
 
@@ -248,7 +256,7 @@ def _one_save_fails(folder, asynchronous, monitor):
 
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        strategy = {"on_save_error": "warn", "async_save": asynchronous}
+        strategy = {"checkpointing": Checkpointing(on_save_error="warn", async_save=asynchronous)}
         run, _ = fit(Layout(), 5, callbacks=[Block(), keep], strategy=strategy)
     told = [str(warning.message) for warning in told if "is kept" in str(warning.message)]
     run.validate(LoadedGPT(SMALL), validation_data(), ckpt_path="best", verbose=False)
@@ -278,7 +286,12 @@ def _failed_behind_the_next(folder):
     write, shard_files.write, folder = shard_files.write, broken, Path(folder)
     options = {"monitor": "train_loss", "every_n_train_steps": 1, "save_top_k": 2, "filename": "{step}"}
     keep = ModelCheckpoint(folder, **options)
-    fit(Layout(dp=2), 4, callbacks=[keep], strategy={"on_save_error": "warn", "async_save": True})
+    fit(
+        Layout(dp=2),
+        4,
+        callbacks=[keep],
+        strategy={"checkpointing": Checkpointing(on_save_error="warn", async_save=True)},
+    )
     after = ModelCheckpoint(folder, **options)
     fit(Layout(dp=2), 4, load=folder / "step=4.ckpt", callbacks=[after])
     return [sorted(Path(name).name for name in callback.best_k_models) for callback in (keep, after)]
@@ -329,7 +342,7 @@ def _failing(folder, asynchronous, on_save_error):
                 trainer.strategy.checkpointer.wait()
                 (folder / UNFINISHED).write_text("in the way")
 
-    strategy = {"async_save": asynchronous, "on_save_error": on_save_error}
+    strategy = {"checkpointing": Checkpointing(async_save=asynchronous, on_save_error=on_save_error)}
     run, _ = fit(Layout(), 3, callbacks=[Block(), callback], strategy=strategy)
     return run.global_step, newest(folder).name
 
@@ -353,7 +366,7 @@ def _background_failure(folder):
     write, shard_files.write = shard_files.write, broken
     callback = ModelCheckpoint(folder, every_n_train_steps=1, filename="{step}")
     try:
-        fit(Layout(dp=2), 4, callbacks=[callback], strategy={"async_save": True})
+        fit(Layout(dp=2), 4, callbacks=[callback], strategy={"checkpointing": Checkpointing(async_save=True)})
     finally:
         shard_files.write = write
 
@@ -374,7 +387,7 @@ def _asynchronous(folder, layout):
             trainer.save_checkpoint(f"{folder}/{trainer.global_step}.ckpt")
             weights_at[trainer.global_step] = {n: p.detach().clone() for n, p in module.named_parameters()}
 
-    fit(layout, 4, callbacks=[Keep()], strategy={"async_save": True})
+    fit(layout, 4, callbacks=[Keep()], strategy={"checkpointing": Checkpointing(async_save=True)})
     for step in (1, 4):
         module = LoadedGPT(SMALL)
         trainer(layout).validate(module, validation_data(), ckpt_path=f"{folder}/{step}.ckpt", verbose=False)

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from lightning_megatron import GPTModule
+from lightning_megatron import Checkpointing, GPTModule
 from lightning_megatron.checkpoint import CheckpointError, manifest, shard_files
 from lightning_megatron.checkpoint.consolidate import export
 from lightning_megatron.cli.main import main
@@ -277,7 +277,13 @@ def test_damage_is_found_and_the_file_named(copy, how):
 
 
 def _load_unchecked(path):
-    fit(Layout(tp=2), 3, load=path, module=Untouched(SMALL), strategy={"verify_checkpoint": False})
+    fit(
+        Layout(tp=2),
+        3,
+        load=path,
+        module=Untouched(SMALL),
+        strategy={"checkpointing": Checkpointing(verify_checksums=False)},
+    )
 
 
 @pytest.mark.parametrize("name", ["weights/__1_0.distcp", "weights/.metadata", "trainer.pt", "ranks/00001.pt"])
@@ -286,7 +292,7 @@ def test_damage_that_was_not_looked_for_is_an_error_of_all_ranks(copy, name):
     content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
     content[:8] = bytes(8)
     (copy / name).write_bytes(content)
-    with pytest.raises(RankError, match="copy.ckpt could not be read.*verify_checkpoint=True") as error:
+    with pytest.raises(RankError, match="copy.ckpt could not be read.*verify_checksums=True") as error:
         run_ranks(2, _load_unchecked, copy, timeout=60)
     assert str(error.value).count("CheckpointError: ") >= 2
     assert "half loaded" not in str(error.value)
@@ -304,7 +310,7 @@ def test_checksums_can_be_left_out(copy):
 
 
 def _load_unverified(path):
-    return _load(Layout(tp=2), path, strategy={"verify_checkpoint": False})
+    return _load(Layout(tp=2), path, strategy={"checkpointing": Checkpointing(verify_checksums=False)})
 
 
 def _other_architecture(path, strict):
@@ -358,7 +364,7 @@ def _objects(path, trust, weights_only=None):
         run.save_checkpoint(path)
         return None
     callback = Stubborn()
-    run = trainer(Layout(), {"trust_checkpoint": trust}, max_steps=2, callbacks=[callback])
+    run = trainer(Layout(), {"checkpointing": Checkpointing(allow_pickle=trust)}, max_steps=2, callbacks=[callback])
     run.fit(LoadedGPT(SMALL), validation_data(), ckpt_path=path, weights_only=weights_only)
     return type(callback.loaded).__name__
 
@@ -366,7 +372,7 @@ def _objects(path, trust, weights_only=None):
 def test_objects_load_only_where_they_are_trusted(tmp_path):
     path = tmp_path / "objects.ckpt"
     run_ranks(1, _objects, path, False)
-    with pytest.raises(RankError, match="holds objects .callbacks.Stubborn.*trust_checkpoint=True"):
+    with pytest.raises(RankError, match="holds objects .callbacks.Stubborn.*allow_pickle=True"):
         run_ranks(1, _objects, path, False)
     assert run_ranks(1, _objects, path, True) == ["Own"]
     with pytest.raises(RankError, match="holds objects .callbacks.Stubborn"):  # Lightning 2.6 does not hand it on

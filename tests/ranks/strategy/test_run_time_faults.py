@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader
 
+from lightning_megatron import Checkpointing
 from lightning_megatron.checkpoint import manifest, shard_files
 from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
 from tests.support.layout import Layout
@@ -45,7 +46,13 @@ def _preempted(folder, accumulate, asynchronous):
     fit(Layout(pp=2, dp=2), 8, [whole], accumulate=accumulate)
     callbacks = [Signal(), ModelCheckpoint(folder, save_top_k=0)]
     with pytest.raises(SystemExit) as stop:
-        fit(Layout(pp=2, dp=2), 8, callbacks, accumulate=accumulate, strategy={"async_save": asynchronous})
+        fit(
+            Layout(pp=2, dp=2),
+            8,
+            callbacks,
+            accumulate=accumulate,
+            strategy={"checkpointing": Checkpointing(async_save=asynchronous)},
+        )
     watch = Watch()
     run = fit(Layout(pp=2, dp=2), 8, [watch, ModelCheckpoint(folder, save_top_k=0)], "last", accumulate=accumulate)
     assert watch.losses == whole.losses[-len(watch.losses) :]
@@ -87,8 +94,8 @@ def _under_slurm(folder, asynchronous, resumed):
     os.environ["PATH"] = f"{folder}/bin:{os.environ['PATH']}"
     watch = Watch()
     run = trainer(
-        Layout(tp=2), {"async_save": asynchronous}, max_steps=8, max_epochs=-1, default_root_dir=folder,
-        callbacks=[watch] if resumed else [watch, Requeued()],
+        Layout(tp=2), {"checkpointing": Checkpointing(async_save=asynchronous)}, max_steps=8, max_epochs=-1,
+        default_root_dir=folder, callbacks=[watch] if resumed else [watch, Requeued()],
     )  # fmt: skip
     data = DataLoader(Rows(text_samples(SMALL, 48)), batch_size=4, shuffle=True)
     stop = None
@@ -218,7 +225,7 @@ def _rewound(folder):
     told = {"log_data_position": True}
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     fit(Layout(), 10, [whole, keep], strategy=told)
-    fit(Layout(), 7, [part], f"{folder}/step=4.ckpt", strategy={**told, "skip_batches": 3})
+    fit(Layout(), 7, [part], f"{folder}/step=4.ckpt", strategy={**told, "checkpointing": Checkpointing(skip_batches=3)})
     assert [epoch for epoch, _, _ in whole.seen] == [0] * 10
     assert [batch for _, batch, _ in whole.seen] == list(range(10))
     assert part.seen == whole.seen[7:]
@@ -276,7 +283,7 @@ def _stops_while_it_saves(folder):
         return write(*args)
 
     write, shard_files.write = shard_files.write, stop
-    strategy = {"timeout": timedelta(seconds=4), "async_save": True}
+    strategy = {"timeout": timedelta(seconds=4), "checkpointing": Checkpointing(async_save=True)}
     fit(Layout(pp=2), 6, [ModelCheckpoint(folder, every_n_train_steps=1)], strategy=strategy)
 
 
@@ -298,7 +305,7 @@ def _interrupted(folder, both):
                 os.kill(os.getpid(), signal.SIGINT)
 
     keep = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    strategy = {"async_save": True, "timeout": timedelta(seconds=20)}
+    strategy = {"timeout": timedelta(seconds=20), "checkpointing": Checkpointing(async_save=True)}
     try:
         fit(Layout(pp=2), 8, [Interrupt(), keep], strategy=strategy)
     except SystemExit as stop:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_megatron import GPTModule
+from lightning_megatron import Checkpointing, GPTModule
 from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
 from tests.support.trainer import trainer
@@ -41,8 +41,8 @@ if __name__ == "__main__":
     killed = Killed(folder / ("kill-async" if asynchronous else "kill"))
     keep = ModelCheckpoint(folder, every_n_train_steps=2, save_last=True, save_top_k=1, filename="{step}")
     run = trainer(
-        Layout(dp=2), {"async_save": asynchronous}, max_steps=8, max_epochs=-1, callbacks=[killed, keep],
-        enable_checkpointing=True,
+        Layout(dp=2), {"checkpointing": Checkpointing(async_save=asynchronous)}, max_steps=8, max_epochs=-1,
+        callbacks=[killed, keep], enable_checkpointing=True,
     )  # fmt: skip
     module = GPTModule(CONFIG)
     data = DataLoader(Rows(text_samples(CONFIG, 48)), batch_size=4, shuffle=True)

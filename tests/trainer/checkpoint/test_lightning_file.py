@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_megatron import MegatronStrategy
+from lightning_megatron import Checkpointing, MegatronStrategy
 from lightning_megatron.checkpoint import CheckpointError
 from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.support.lightning_runs import CONFIG
@@ -141,12 +141,12 @@ def _refused(folder):
         with pytest.raises(CheckpointError) as error:
             _fit(MegatronStrategy(), 4, resume=f"{folder}/{name}.ckpt")
         messages[name] = str(error.value)
-    _fit(MegatronStrategy(trust_checkpoint=True), 4, resume=f"{folder}/objects.ckpt")
+    _fit(MegatronStrategy(checkpointing=Checkpointing(allow_pickle=True)), 4, resume=f"{folder}/objects.ckpt")
     run = Trainer(accelerator="cpu", devices=1, strategy=MegatronStrategy(), max_steps=1, **QUIET)
     with pytest.raises(CheckpointError) as error:
         run.fit(LoadedGPT(CONFIG), DataLoader(Rows(text_samples(CONFIG, 4)), batch_size=4), ckpt_path=path)
     messages["a GPT"] = str(error.value)
-    _fit(MegatronStrategy(async_save=True), 2, save=f"{folder}/directory.ckpt")
+    _fit(MegatronStrategy(checkpointing=Checkpointing(async_save=True)), 2, save=f"{folder}/directory.ckpt")
     assert Path(folder, "directory.ckpt").is_dir()
     _fit(MegatronStrategy(), 4, resume=f"{folder}/directory.ckpt")
     with pytest.raises(CheckpointError) as error:
@@ -160,6 +160,6 @@ def test_what_is_no_such_file_is_refused_in_words(tmp_path):
     assert "damaged, or no checkpoint" in messages["cut"]
     assert "is no checkpoint" in messages["text"]
     assert "has no 'state_dict'" in messages["none of it"]
-    assert "trust_checkpoint=True" in messages["objects"]
+    assert "allow_pickle=True" in messages["objects"]
     assert "checkpoints of MegatronStrategy are directories" in messages["a GPT"]
     assert "was not saved" in messages["not to be written"]

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
+from lightning_megatron import Checkpointing
 from tests.support.layout import Layout
 from tests.support.ranks import run_ranks
 from tests.support.trainer import trainer
@@ -264,14 +265,14 @@ class KeepsPlaceSized(KeepsPlace):
 def _left_out(kind, folder):
     loaders = {"plain": lambda: DataLoader(Numbers(), 4), "sized": KeepsPlaceSized, "unsized": KeepsPlace}[kind]
     whole = fit(loaders, 6, save=f"{folder}/two.ckpt", at=2)
-    options = {"strategy": {"skip_batches": 2}}
+    options = {"strategy": {"checkpointing": Checkpointing(skip_batches=2)}}
     resumed = fit(loaders, 3, load=f"{folder}/two.ckpt", save=f"{folder}/three.ckpt", at=3, **options)
     assert resumed.seen == whole.seen[4:5]
     # A restart with the same arguments does not leave out more.
     assert fit(loaders, 4, load=f"{folder}/three.ckpt", **options).seen == whole.seen[5:6]
     match = "ended after" if kind == "unsized" else "the checkpoint's epoch has 4 batches left.*Use at most 3"
     with pytest.raises(Exception, match=match):
-        fit(loaders, 3, load=f"{folder}/two.ckpt", strategy={"skip_batches": 5})
+        fit(loaders, 3, load=f"{folder}/two.ckpt", strategy={"checkpointing": Checkpointing(skip_batches=5)})
 
 
 @pytest.mark.parametrize("kind", ["plain", "sized", "unsized"])
@@ -282,7 +283,10 @@ def test_batches_are_left_out_once_and_within_their_epoch(tmp_path, kind):
 def _left_out_of_the_next(folder):
     loaders = lambda: DataLoader(Numbers(), 4)  # noqa: E731
     whole = fit(loaders, 12, save=f"{folder}/six.ckpt", at=6)
-    assert fit(loaders, 8, load=f"{folder}/six.ckpt", strategy={"skip_batches": 4}).seen == whole.seen[10:]
+    assert (
+        fit(loaders, 8, load=f"{folder}/six.ckpt", strategy={"checkpointing": Checkpointing(skip_batches=4)}).seen
+        == whole.seen[10:]
+    )
 
 
 def test_batches_are_left_out_of_an_epoch_that_has_not_begun(tmp_path):

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DataLoader
 
-from lightning_megatron import GPTModule, LRSchedule
+from lightning_megatron import Checkpointing, GPTModule, LRSchedule
 from lightning_megatron.training.lr_schedule import MegatronLRScheduler
 from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
@@ -123,7 +123,9 @@ def _resume(layout: Layout, cases: list[str], folder: str) -> dict[str, Any]:
         _fit(_gpt(case, "was"), data, layout, STOP, save=path)
         same = _fit(_gpt(case, "was"), data, layout, STEPS, path)
         held = _fit(_gpt(case, "now"), data, layout, STEPS, path)
-        other = _fit(_gpt(case, "now"), data, layout, STEPS, path, optimizer_settings="program")
+        other = _fit(
+            _gpt(case, "now"), data, layout, STEPS, path, checkpointing=Checkpointing(optimizer_settings="program")
+        )
         new = _fit(_gpt(case, "now"), data, layout, STEPS)
         found[case] = {"whole": whole, "same": same, "held": held, "other": other, "new": new}
     return found
@@ -182,13 +184,13 @@ def test_both_values_are_said(folder):
         "eps of group 0: 1e-08 in the checkpoint, 1e-06 in the program",
         "MegatronLRScheduler's decay_steps: 20 in the checkpoint, 10 in the program",
         "MegatronLRScheduler's min_lr: 0.0 in the checkpoint, 0.001 in the program",
-        "The checkpoint's hold; MegatronStrategy(optimizer_settings='program') takes the program's.",
+        "Checkpointing(optimizer_settings='program')) takes the program's.",
     ):
         assert text in told
     assert "weight_decay of group 1" not in told
     (told,) = resumed(folder)["sequential"]["other"]["told"]
     assert "SequentialLR's gamma of schedule 1: 0.8 in the checkpoint, 0.9 in the program" in told
-    assert "The program's hold; MegatronStrategy(optimizer_settings='checkpoint') takes the checkpoint's." in told
+    assert "The program's hold; MegatronStrategy(checkpointing=Checkpointing(optimizer_settings='checkpoint'))" in told
     (told,) = resumed(folder)["sgd"]["held"]["told"]
     assert "momentum: 0.9 in the checkpoint, 0.8 in the program" in told
     (told,) = resumed(folder)["milestones"]["held"]["told"]
@@ -276,7 +278,7 @@ def _amsgrad(path: str) -> None:
     for steps, amsgrad in ((1, False), (2, True)):
         module = GPTModule(CONFIG, optimizer=lambda p, on=amsgrad: torch.optim.AdamW(p, amsgrad=on))
         load, save = (path, None) if amsgrad else (None, path)
-        _fit(module, data, Layout(), steps, load, save, optimizer_settings="program")
+        _fit(module, data, Layout(), steps, load, save, checkpointing=Checkpointing(optimizer_settings="program"))
 
 
 def test_a_setting_without_its_state_is_refused(tmp_path):

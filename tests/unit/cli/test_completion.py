@@ -28,9 +28,9 @@ def folder(tmp_path_factory):
     ("line", "offered"),
     [
         ([""], {"fit", "validate", "test", "predict", "show", "import", "export", "preprocess", "completion"}),
-        (["fit", "--trainer.strategy.s"], {"--trainer.strategy.sequence_parallel", "--trainer.strategy.skip_batches"}),
+        (["fit", "--trainer.strategy.p"], {"--trainer.strategy.pp", "--trainer.strategy.pipeline_split_rank"}),
         (["fit", "--trainer.strategy.recompute", ""], {"selective", "full"}),
-        (["fit", "--trainer.strategy.async_save", "t"], {"true"}),
+        (["fit", "--trainer.strategy.checkpointing.async_save", "t"], {"true"}),
         (["fit", "--trainer.strategy", ""], {"MegatronStrategy"}),
         (["fit", "--trainer.max_st"], {"--trainer.max_steps"}),
         (["fit", "--model", "T"], {"T5Module"}),

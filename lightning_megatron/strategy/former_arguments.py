@@ -1,0 +1,52 @@
+"""Arguments that ``MegatronStrategy`` had once, refused with what says the same today."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+_Self = TypeVar("_Self")
+_Arguments = ParamSpec("_Arguments")
+
+# Each former name, and the field of ``Checkpointing`` that it is today.
+_OF_CHECKPOINTING = {
+    "async_save": "async_save",
+    "on_save_error": "on_save_error",
+    "verify_checkpoint": "verify_checksums",
+    "trust_checkpoint": "allow_pickle",
+    "optimizer_settings": "optimizer_settings",
+    "skip_batches": "skip_batches",
+}
+
+
+def replacement(name: str, value: Any) -> str:
+    """The sentence that names what to use in place of a former argument; empty for any other name.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+    """
+    if name not in _OF_CHECKPOINTING:
+        return ""
+    use = f"checkpointing=Checkpointing({_OF_CHECKPOINTING[name]}={value!r})"
+    return f"MegatronStrategy({name}={value!r}): use {use}."
+
+
+def refuse_former_arguments(
+    init: Callable[Concatenate[_Self, _Arguments], None],
+) -> Callable[Concatenate[_Self, _Arguments], None]:
+    """Have a constructor refuse former arguments by name; its signature stays as it is.
+
+    Args:
+        init: The constructor. A call that gives it a former argument raises ``TypeError``.
+    """
+
+    @wraps(init)
+    def checked(self: _Self, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        for name, value in kwargs.items():
+            if use := replacement(name, value):
+                raise TypeError(use)
+        init(self, *args, **kwargs)
+
+    return checked
