@@ -19,9 +19,3 @@ def logs_now(trainer: pl.Trainer) -> bool:
 def log(module: pl.LightningModule, values: Mapping[str, float]) -> None:
     """Log values that are equal on every rank already."""
     module.log_dict(dict(values), on_step=True, on_epoch=False, batch_size=1)
-
-
-def rank_name(trainer: pl.Trainer, rank: int) -> str:
-    """A rank, and where it sits."""
-    place = trainer.strategy.layout.coordinates(rank)  # type: ignore[attr-defined]
-    return f"rank {rank} (pipeline stage {place.pp}, tensor rank {place.tp}, replica {place.dp})"

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import SGD, Adam, AdamW
 from typing_extensions import override
 
-from lightning_megatron.callbacks.logging_schedule import log, logs_now, rank_name
+from lightning_megatron.callbacks.logging_schedule import log, logs_now
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.optimizer import ShardedOptimizer
@@ -88,8 +88,9 @@ class MemoryMonitor(pl.Callback):
         log(pl_module, {"memory_gib": taken[most] / _GIB, "memory_estimate_gib": expected.total / _GIB})
         if not self._told:
             self._told = True
+            name = trainer.strategy.layout.rank_name(most)  # type: ignore[attr-defined]
             rank_zero_info(
-                f"Memory: {rank_name(trainer, most)} takes the most, {taken[most] / _GIB:.2f} GiB. By its sizes:"
+                f"Memory: {name} takes the most, {taken[most] / _GIB:.2f} GiB. By its sizes:"
                 f" weights {expected.weights / _GIB:.2f}, gradients {expected.gradients / _GIB:.2f}, optimizer"
                 f" {expected.optimizer / _GIB:.2f}; the rest is activations and what the process itself takes."
             )

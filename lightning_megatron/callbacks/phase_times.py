@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_megatron.callbacks.logging_schedule import log, logs_now, rank_name
+from lightning_megatron.callbacks.logging_schedule import log, logs_now
 from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.timers import BACKWARD, FORWARD, GRADIENT_SYNC, OPTIMIZER, SAVE, SCHEDULE, Intervals
@@ -126,6 +126,6 @@ class PhaseTimes(pl.Callback):
             if (phase, rank) in before - self.named:
                 self.named.add((phase, rank))
                 rank_zero_warn(
-                    f"{rank_name(trainer, rank)} is slow: {phase} takes it {seconds:.3f} s a step, and its peers"
+                    f"{layout.rank_name(rank)} is slow: {phase} takes it {seconds:.3f} s a step, and its peers"
                     f" {usual:.3f} s."
                 )

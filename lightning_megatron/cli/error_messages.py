@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import pydoc
 import re
@@ -16,6 +15,7 @@ import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
+from lightning_megatron.distributed.suggestions import closest_name
 from lightning_megatron.strategy.former_arguments import replacement
 from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
 
@@ -61,8 +61,8 @@ def reason(message: str) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean ...?", or nothing where nothing is near."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+    found = closest_name(name, known)
+    return f"; did you mean {found}?" if found else ""
 
 
 def _unrecognized(message: str, options: list[str]) -> str:
@@ -80,9 +80,9 @@ def _unrecognized(message: str, options: list[str]) -> str:
     known = [option.removesuffix(".help") for option in options if option.count(".") < len(parts)]
     for count in range(len(parts), 0, -1):  # of a class's argument only the beginning is an option
         alike = [option for option in known if option.count(".") == count - 1]
-        found_near = difflib.get_close_matches(".".join(parts[:count]), alike, n=1, cutoff=0.8)
-        if found_near:
-            return f"there is no argument {name}; did you mean {'.'.join([*found_near, *parts[count:]])}?"
+        near = closest_name(".".join(parts[:count]), alike, similarity=0.8)
+        if near:
+            return f"there is no argument {name}; did you mean {'.'.join([near, *parts[count:]])}?"
     return f"there is no argument {name}"
 
 
@@ -132,8 +132,8 @@ def _former(class_path: str, name: str, message: str) -> str:
 def _no_argument(key: str, group: str, name: str, known: list[str]) -> str:
     """``name`` is not among what is ``known`` of a group of an argument."""
     beginning = "--" + "".join(f"{part}." for part in (key, group) if part)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    told = f"did you mean {beginning}{near[0]}?" if near else f"it takes {', '.join(sorted(known))}"
+    near = closest_name(name, known)
+    told = f"did you mean {beginning}{near}?" if near else f"it takes {', '.join(sorted(known))}"
     return f"there is no argument {beginning}{name}; {told}"
 
 

@@ -109,7 +109,7 @@ def explain_timeout(error: BaseException, layout: ParallelLayout) -> None:
         if last is not None:
             waiting[other] = last  # it has given up, too; what it does since then says nothing
         elif problem := _problem(before, now, run):
-            idle.append(f"{_name(other, layout)} {problem}")
+            idle.append(f"{layout.rank_name(other)} {problem}")
         else:
             assert before is not None
             waiting[other] = before
@@ -181,11 +181,6 @@ def _who_waits_where(waiting: dict[int, State], rank: int) -> str:
         " same order. Look for one behind `if rank == 0`, or behind a condition that differs between ranks, such as the"
         " number of batches."
     )
-
-
-def _name(rank: int, layout: ParallelLayout) -> str:
-    place = layout.coordinates(rank)
-    return f"rank {rank} (pipeline stage {place.pp}, tensor rank {place.tp}, replica {place.dp})"
 
 
 def _where(stack: Iterable[traceback.FrameSummary]) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -14,6 +13,8 @@ from megatron.core.transformer import TransformerConfig
 
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.model_fit import check_model
+from lightning_megatron.distributed.suggestions import closest_name, did_you_mean
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.gpt.layer_spec import LayerKind
 
@@ -141,10 +142,10 @@ class ModelConfig:
         Raises:
             LayoutError: One line per broken rule, with the nearest values that work.
         """
-        layout.check_model(**self.sizes(), uneven_stages=any("pipeline" in key for key in self.extra))
+        check_model(layout, **self.sizes(), uneven_stages=any("pipeline" in key for key in self.extra))
 
     def sizes(self) -> dict[str, Any]:
-        """What a layout has to divide, as ``ParallelLayout.check_model`` names it."""
+        """What a layout has to divide, as ``check_model`` names it."""
         return {
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -199,12 +200,12 @@ class ModelConfig:
         known = [each.name for each in fields(cls)]
         for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {near[0]!r}?")
+                near = closest_name(name, known, similarity=0)
+                raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {near!r}?")
 
     def _one_of(self, name: str, value: str, known: Any) -> None:
         if value in list(known):
             return
-        near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.0)
+        hint = did_you_mean(str(value), known, similarity=0)
         choices = f" Choose from: {', '.join(sorted(known))}." if len(known) < 20 else ""
-        raise ValueError(f"{type(self).__name__}: unknown {name} {value!r}. Did you mean {near[0]!r}?{choices}")
+        raise ValueError(f"{type(self).__name__}: unknown {name} {value!r}.{hint}{choices}")

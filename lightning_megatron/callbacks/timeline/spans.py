@@ -50,7 +50,7 @@ class RankTimeline:
     @property
     def name(self) -> str:
         """Of rank and place."""
-        return f"rank {self.rank}: stage {self.place.pp}, tensor rank {self.place.tp}, replica {self.place.dp}"
+        return f"rank {self.rank} ({self.place})"
 
     def passes(self) -> list[Span]:
         """Forward and backward passes."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import yaml
+
+from lightning_megatron.distributed.suggestions import closest_name
 
 Fate = Literal["carried over", "Lightning's", "not needed", "yours to do", "not here"]
 
@@ -110,5 +111,5 @@ def _class_first(value: Any) -> Any:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """What to say of a name that there is not."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]}?" if near else ""
+    near = closest_name(name, known, similarity=0.6)
+    return f" Did you mean {near}?" if near else ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lightning_megatron.distributed.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -96,7 +97,7 @@ def check_column(column: str, columns: Collection[str], argument: str) -> None:
     if column not in columns:
         raise ValueError(
             f"HFDataModule({argument}={column!r}): the dataset has no such column, but {list(columns)}."
-            f"{_nearest(column, columns)}"
+            f"{did_you_mean(column, columns)}"
         )
 
 
@@ -145,7 +146,7 @@ def _named(splits: Mapping[str, Rows], name: str) -> Rows:
     except ValueError as error:
         raise ValueError(
             f"HFDataModule(split={name!r}): {str(error).rstrip('.')}. The dataset has {list(splits)}."
-            f"{_nearest(name, splits)}"
+            f"{did_you_mean(name, map(str, splits))}"
         ) from error
     if any(is_stream(splits[part.splitname]) for part in slices):
         raise ValueError(
@@ -157,8 +158,3 @@ def _named(splits: Mapping[str, Rows], name: str) -> Rows:
 
 def _rows_between(rows: Any, start: int, stop: int) -> Any:
     return rows.select(range(start, stop) if start < stop else [])  # `select` has no empty range at the end
-
-
-def _nearest(name: str, names: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""

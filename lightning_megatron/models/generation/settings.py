@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation import GenerationMode
+
+from lightning_megatron.distributed.suggestions import closest_name
 
 EarlyStopping = bool | Literal["never"]
 
@@ -213,9 +214,9 @@ def _check_known(name: str, value: Any, fields: set[str]) -> None:
     if name in _REFUSED and value is not False:
         raise ValueError(f"generate({name}=...) is not here: {_REFUSED[name]}. Leave it out.")
     if name not in fields and name not in _REFUSED:
-        near = difflib.get_close_matches(name, sorted(fields - _REFUSED.keys()), n=1)
+        near = closest_name(name, sorted(fields - _REFUSED.keys()), similarity=0.6)
         raise ValueError(
-            f"generate has no argument {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} It takes those of"
+            f"generate has no argument {name!r}{f'; did you mean {near!r}?' if near else '.'} It takes those of"
             " transformers' GenerationConfig."
         )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lightning_megatron.checkpoint import formerly_in, plain_class
 from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.distributed.suggestions import did_you_mean
 
 ALL = "all-linear"
 
@@ -87,8 +87,7 @@ class LoRA:
             one = LoRA(targets=target if isinstance(self.targets, str) else [target])
             if not any(one.matches(name) for name in every):
                 known = sorted({name.rpartition(".")[2] for name in every})
-                near = difflib.get_close_matches(target.rpartition(".")[2], known, n=1, cutoff=0.5)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(target.rpartition(".")[2], known)
                 raise ValueError(
                     f"LoRA(targets={self.targets!r}): no layer is called {target!r}.{hint} There are"
                     f" {', '.join(known)}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_megatron import hf
 from lightning_megatron.checkpoint.mismatches import as_list
 from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.suggestions import did_you_mean
 from lightning_megatron.hf.gather import WholeTensors, on_first_rank
 from lightning_megatron.hf.weight_mapping import Heads, Pieces, Read, Shape, is_update, take_apart
 from lightning_megatron.models.lora import LoRA
@@ -154,8 +154,8 @@ def _check_parts(module: Any, parts: list[str]) -> None:
     known = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     for part in parts:
         if part not in known:
-            near = difflib.get_close_matches(part, sorted(known), n=1, cutoff=0.0)
-            raise ValueError(f"LoRA(also_train=[{part!r}]): the model has no such part. Did you mean {near[0]!r}?")
+            hint = did_you_mean(part, sorted(known), similarity=0)
+            raise ValueError(f"LoRA(also_train=[{part!r}]): the model has no such part.{hint}")
 
 
 def save(module: Any, folder: Path) -> Path:

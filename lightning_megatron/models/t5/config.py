@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from lightning_megatron.checkpoint import formerly_in, plain_class
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.model_config import Activation, ModelConfig
 from lightning_megatron.models.t5 import pipeline_split
@@ -125,7 +126,7 @@ class T5Config(ModelConfig):
 
     def check(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the layout cannot divide; stages may differ in their number of layers."""
-        layout.check_model(**self.sizes(), uneven_stages=True)
+        check_model(layout, **self.sizes(), uneven_stages=True)
 
     def encoder_config(self, settings: BuildSettings) -> TransformerConfig:
         """megatron-core's configuration of the encoder."""

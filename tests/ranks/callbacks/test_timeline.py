@@ -82,7 +82,7 @@ def test_every_pass_is_there_once_and_in_order(layout, micro_batches, tmp_path):
     assert 0 <= bubble(timelines) < 1
     trace = json.loads((tmp_path / "step-2.json").read_text())["traceEvents"]
     named = {event["args"]["name"] for event in trace if event["ph"] == "M"}
-    assert "rank 0: stage 0, tensor rank 0, replica 0" in named
+    assert "rank 0 (pipeline stage 0, tensor rank 0, replica 0)" in named
     assert ("virtual stage 1" in named) == (chunks == 2)
     drawn = [event for event in trace if event["ph"] == "X" and event["name"] == "forward 0"]
     assert len(drawn) == layout.world_size * chunks

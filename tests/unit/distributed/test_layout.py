@@ -11,6 +11,7 @@ from megatron.core.parallel_state import RankGenerator
 
 from lightning_megatron.distributed import layout as layout_module
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
+from lightning_megatron.distributed.model_fit import check_model
 
 MODEL = {
     "num_layers": 8,
@@ -191,7 +192,7 @@ def test_suggested_worlds_and_sizes_work():
     ids=str,
 )
 def test_model_fits(sizes):
-    ParallelLayout(world_size=8, **sizes).check_model(**MODEL)
+    check_model(ParallelLayout(world_size=8, **sizes), **MODEL)
 
 
 @pytest.mark.parametrize(
@@ -255,14 +256,14 @@ def test_model_fits(sizes):
     ids=lambda value: str(value)[:40],
 )
 def test_model_error_lines(sizes, change, line):
-    message = refusal(ParallelLayout(world_size=8, **sizes).check_model, **{**MODEL, **change})
+    message = refusal(check_model, ParallelLayout(world_size=8, **sizes), **{**MODEL, **change})
     assert line in message
 
 
 def test_all_violations_come_at_once():
     layout = ParallelLayout(world_size=16, tp=4, pp=4, sequence_parallel=True)
     model = {**MODEL, "num_layers": 6, "ffn_hidden_size": 98, "num_query_groups": 2, "seq_length": 30}
-    first, *lines = refusal(layout.check_model, **model).splitlines()
+    first, *lines = refusal(check_model, layout, **model).splitlines()
     assert first == "MegatronStrategy(tp=4, pp=4, sequence_parallel=True): the model does not fit."
     assert sorted(line.split("=")[0].strip() for line in lines) == [
         "ffn_hidden_size",
@@ -273,30 +274,30 @@ def test_all_violations_come_at_once():
 
 
 def test_model_sizes_are_positive_and_all_named():
-    message = refusal(ParallelLayout(world_size=1).check_model, **{**MODEL, "num_layers": 0, "vocab_size": -1})
+    message = refusal(check_model, ParallelLayout(world_size=1), **{**MODEL, "num_layers": 0, "vocab_size": -1})
     assert "num_layers=0 is not a positive integer. Use num_layers=1 or more." in message
     assert "vocab_size=-1 is not a positive integer. Use vocab_size=1 or more." in message
 
 
 def test_uneven_stages_and_unknown_lengths_are_left_unchecked():
     layout = ParallelLayout(world_size=8, tp=2, pp=4, sequence_parallel=True)
-    layout.check_model(**{**MODEL, "num_layers": 6, "seq_length": None, "vocab_size": None}, uneven_stages=True)
+    check_model(layout, **{**MODEL, "num_layers": 6, "seq_length": None, "vocab_size": None}, uneven_stages=True)
 
 
 @pytest.mark.usefixtures("with_cp")
 @pytest.mark.parametrize("seq_length", [2, 6, 10])
 def test_context_parallel_needs_two_chunks_per_rank(seq_length):
     layout = ParallelLayout(world_size=8, cp=2)
-    message = refusal(layout.check_model, **{**MODEL, "seq_length": seq_length})
+    message = refusal(check_model, layout, **{**MODEL, "seq_length": seq_length})
     assert f"seq_length={seq_length} is not a multiple of 2 × cp=2." in message
     for name, size in suggestions(message):
-        layout.check_model(**{**MODEL, name: size})
+        check_model(layout, **{**MODEL, name: size})
 
 
 @pytest.mark.usefixtures("with_cp")
 def test_context_and_sequence_parallel_shard_the_sequence_together():
     layout = ParallelLayout(world_size=8, tp=4, cp=2, sequence_parallel=True)
-    message = refusal(layout.check_model, **{**MODEL, "seq_length": 36})
+    message = refusal(check_model, layout, **{**MODEL, "seq_length": 36})
     assert "seq_length=36 is not a multiple of tp=4 × cp=2 under sequence_parallel." in message
     assert suggestions(message) == [("seq_length", 32), ("seq_length", 40), ("tp", 2)]
 
@@ -320,7 +321,7 @@ def test_suggested_models_and_layouts_mend_their_line(name, sizes):
     for size in MODEL_LOOPS[name]:
         model = {**MODEL, name: size}
         try:
-            layout.check_model(**model)
+            check_model(layout, **model)
         except LayoutError as error:
             lines = str(error).splitlines()[1:]
         else:
@@ -339,7 +340,7 @@ def test_suggested_models_and_layouts_mend_their_line(name, sizes):
 
 def _refused_lines(layout, model) -> list[str]:
     try:
-        layout.check_model(**model)
+        check_model(layout, **model)
     except LayoutError as error:
         return str(error).splitlines()[1:]
     return []

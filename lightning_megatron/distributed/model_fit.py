@@ -1,0 +1,139 @@
+"""Whether a transformer's sizes can be divided over a parallel layout, and what to change if they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.suggestions import choices, divisors, is_positive_int, nearest, not_positive, use
+
+
+class _Rule(NamedTuple):
+    """A model's ``name`` must be a multiple of ``unit``; changing any one of ``changeable`` can satisfy the rule."""
+
+    name: str
+    unit: int
+    unit_text: str
+    changeable: tuple[str, ...]
+
+
+def check_model(
+    layout: ParallelLayout,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_attention_heads: int,
+    num_query_groups: int,
+    vocab_size: int | None = None,
+    seq_length: int | None = None,
+    uneven_stages: bool = False,
+) -> None:
+    """Check that a transformer can be divided over a layout.
+
+    Args:
+        layout: The parallel sizes of the run.
+        num_layers: Transformer layers of the whole model.
+        hidden_size: Width of the residual stream.
+        ffn_hidden_size: Inner width of the MLP.
+        num_attention_heads: Query heads.
+        num_query_groups: Key-value heads.
+        vocab_size: Tokens before padding; any positive number, as ``padded_vocab_size`` makes it divisible.
+        seq_length: Tokens of a sequence, or None to leave it unchecked.
+        uneven_stages: Whether the stages of the pipeline may differ in their number of layers.
+
+    Raises:
+        LayoutError: With one line for each rule that is broken.
+    """
+    sizes = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": ffn_hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "num_query_groups": num_query_groups,
+        "vocab_size": vocab_size,
+        "seq_length": seq_length,
+    }
+    model = {name: size for name, size in sizes.items() if size is not None}
+    lines = [not_positive(name, size) for name, size in model.items() if not is_positive_int(size)]
+    lines = lines or _lines(layout, model, uneven_stages)
+    if lines:
+        raise layout.error("the model does not fit.\n  " + "\n  ".join(lines))
+
+
+def _broken_rules(layout: ParallelLayout, model: Mapping[str, int], uneven_stages: bool) -> list[_Rule]:
+    """List the rules that ``model`` breaks.
+
+    Sources: ``TransformerConfig.__post_init__`` and ``Attention.__init__`` (heads and query groups),
+    ``ColumnParallelLinear`` and ``RowParallelLinear`` (widths), ``scatter_to_sequence_parallel_region`` and
+    ``get_batch_on_this_cp_rank`` (sequence), all of megatron-core 0.16.1. One rule is stricter than Megatron,
+    which also takes ``tp`` as a multiple of the query groups and then gathers QKV over the tensor-parallel ranks.
+    """
+    tp, heads, groups = layout.tp, model["num_attention_heads"], model["num_query_groups"]
+    rules = [
+        _Rule("hidden_size", tp, f"tp={tp}", ("hidden_size", "tp")),
+        _Rule("ffn_hidden_size", tp, f"tp={tp}", ("ffn_hidden_size", "tp")),
+        _Rule("num_attention_heads", tp, f"tp={tp}", ("num_attention_heads", "tp")),
+        _Rule("hidden_size", heads, f"num_attention_heads={heads}", ("hidden_size", "num_attention_heads")),
+    ]
+    if groups != heads:
+        changeable = ("num_attention_heads", "num_query_groups")
+        rules.append(_Rule("num_query_groups", tp, f"tp={tp}", ("num_query_groups", "tp")))
+        rules.append(_Rule("num_attention_heads", groups, f"num_query_groups={groups}", changeable))
+    if not uneven_stages:
+        text = f"pp={layout.pp}" if layout.vp is None else f"pp={layout.pp} × vp={layout.vp}"
+        rules.append(_Rule("num_layers", layout.num_stages, text, ("num_layers", "pp")))
+    if "seq_length" in model and layout.uses_sequence_parallel:
+        text = f"tp={tp}" if layout.cp == 1 else f"tp={tp} × cp={layout.cp}"
+        rules.append(_Rule("seq_length", tp * layout.cp, f"{text} under sequence_parallel", ("seq_length", "tp")))
+    if "seq_length" in model and layout.cp > 1:
+        rules.append(_Rule("seq_length", 2 * layout.cp, f"2 × cp={layout.cp}", ("seq_length",)))
+    return [rule for rule in rules if model[rule.name] % rule.unit]
+
+
+def _lines(layout: ParallelLayout, model: Mapping[str, int], uneven_stages: bool) -> list[str]:
+    """Write one line for each broken rule."""
+    broken = _broken_rules(layout, model, uneven_stages)
+
+    def repairs(name: str, size: int) -> bool:
+        return len(_broken_rules(layout, _changed(model, name, size), uneven_stages)) < len(broken)
+
+    def fits(kind: str, size: int) -> bool:
+        other = replace(layout, tp=size) if kind == "tp" else replace(layout, pp=size)
+        return not any(kind in rule.changeable for rule in _broken_rules(other, model, uneven_stages))
+
+    def suggested(name: str, rule: _Rule) -> str:
+        if name in ("tp", "pp"):
+            return choices(name, nearest(getattr(layout, name), layout.legal_sizes(name), partial(fits, name)))
+        sizes = nearest(model[name], _candidates(model, name, rule), partial(repairs, name))
+        return choices(_label(model, name), sizes)
+
+    return [
+        f"{_label(model, rule.name)}={model[rule.name]} is not a multiple of {rule.unit_text}. "
+        + use(*(suggested(name, rule) for name in rule.changeable))
+        for rule in broken
+    ]
+
+
+def _candidates(model: Mapping[str, int], name: str, rule: _Rule) -> Sequence[int]:
+    """List, in rising order, the values of the model's ``name`` that satisfy ``rule``, up to where they repeat."""
+    if name != rule.name:
+        return divisors(model[rule.name])
+    return range(rule.unit, model[name] + rule.unit * (model["hidden_size"] + 1), rule.unit)
+
+
+def _is_multi_head(model: Mapping[str, int]) -> bool:
+    """Whether each query head has its own keys and values, so that both numbers change together."""
+    return model["num_attention_heads"] == model["num_query_groups"]
+
+
+def _changed(model: Mapping[str, int], name: str, size: int) -> dict[str, int]:
+    both = name == "num_attention_heads" and _is_multi_head(model)
+    return {**model, name: size, **({"num_query_groups": size} if both else {})}
+
+
+def _label(model: Mapping[str, int], name: str) -> str:
+    return f"{name}=num_query_groups" if name == "num_attention_heads" and _is_multi_head(model) else name
