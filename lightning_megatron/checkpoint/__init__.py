@@ -16,7 +16,7 @@ Imports ``distributed`` and ``training``.
 from lightning_megatron.checkpoint.checkpointer import Checkpointer, Run
 from lightning_megatron.checkpoint.checkpointing import Checkpointing
 from lightning_megatron.checkpoint.manifest import CheckpointError, newest
-from lightning_megatron.checkpoint.model_checkpoint import attend, check_folders, leave, local_path
+from lightning_megatron.checkpoint.model_checkpoint import check_folders, local_path
 from lightning_megatron.checkpoint.trainer_state import formerly_in, plain_class
 
 __all__ = [
@@ -24,8 +24,6 @@ __all__ = [
     "Checkpointer",
     "Checkpointing",
     "Run",
-    "attend",
-    "leave",
     "check_folders",
     "local_path",
     "newest",

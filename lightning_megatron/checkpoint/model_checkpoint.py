@@ -17,25 +17,6 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_megatron.distributed import lightning_private
-
-
-def attend(trainer: pl.Trainer) -> None:
-    """Have the Trainer's callbacks ask the checkpointer for names in use, and for their links."""
-    for callback in checkpoint_callbacks(trainer):
-        if type(callback).file_exists is ModelCheckpoint.file_exists:
-            callback.file_exists = _exists  # type: ignore[method-assign]
-        if callback.save_last == "link":
-            setattr(callback, lightning_private.LINK_CHECKPOINT, _link)
-
-
-def leave(trainer: pl.Trainer) -> None:
-    """Undo ``attend``: another strategy may have the callbacks next."""
-    for callback in checkpoint_callbacks(trainer):
-        for name, ours in (("file_exists", _exists), (lightning_private.LINK_CHECKPOINT, _link)):
-            if vars(callback).get(name) is ours:
-                del callback.__dict__[name]
-
 
 def checkpoint_callbacks(trainer: pl.Trainer) -> list[ModelCheckpoint]:
     """Those of the Trainer's callbacks that save by Lightning's rules."""
@@ -133,18 +114,14 @@ def _folder(callback: ModelCheckpoint) -> Path | None:
     return local_path(callback.dirpath) if callback.dirpath else None
 
 
-def _exists(filepath: Any, trainer: pl.Trainer) -> bool:
-    """As ``ModelCheckpoint.file_exists``, but that a name is in use from the beginning of a save."""
-    checkpointer = getattr(trainer.strategy, "checkpointer", None)  # None: the callback is under another strategy now
-    if checkpointer is not None and checkpointer.is_being_saved(local_path(filepath)):
+def file_exists(filepath: Any, trainer: pl.Trainer) -> bool:
+    """In place of ``ModelCheckpoint.file_exists``: a name is in use from the beginning of a save."""
+    if trainer.strategy.checkpointer.is_being_saved(local_path(filepath)):  # type: ignore[attr-defined]
         return True
     here = trainer.is_global_zero and get_filesystem(filepath).exists(os.fspath(filepath))
     return trainer.strategy.reduce_boolean_decision(here, all=False)
 
 
-def _link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
-    checkpointer = getattr(trainer.strategy, "checkpointer", None)
-    if checkpointer is None:  # the callback has come to a run under another strategy
-        lightning_private.link_checkpoint(trainer, filepath, linkpath)
-    else:
-        checkpointer.link(local_path(linkpath), local_path(filepath))
+def link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+    """In place of how ModelCheckpoint makes its link: the checkpoint may not be whole yet."""
+    trainer.strategy.checkpointer.link(local_path(linkpath), local_path(filepath))  # type: ignore[attr-defined]

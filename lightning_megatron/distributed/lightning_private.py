@@ -293,11 +293,6 @@ def layer_of(row: LayerSummary) -> torch.nn.Module:
     return row._module
 
 
-def link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
-    """Make a link to a checkpoint as ModelCheckpoint does."""
-    ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
-
-
 def last_saved_step(callback: ModelCheckpoint) -> int:
     """The optimizer step at which a ModelCheckpoint last saved."""
     return callback._last_global_step_saved

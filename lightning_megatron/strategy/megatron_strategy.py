@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
-from lightning_megatron.checkpoint import Checkpointer, Checkpointing, Run, attend, leave, local_path
+from lightning_megatron.checkpoint import Checkpointer, Checkpointing, Run, local_path
 from lightning_megatron.distributed import (
     first_error,
     heartbeat,
@@ -34,15 +34,14 @@ from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy import (
     checks,
     launchers,
-    model_summary,
-    optimization_loop,
     plugins,
     preemption,
     single_rank,
+    trainer_patches,
 )
 from lightning_megatron.strategy.dataloading import evaluation_sampler, prediction_gather, rank_consistency
 from lightning_megatron.strategy.former_arguments import refuse_former_arguments
-from lightning_megatron.strategy.logging import hook_values, step_values, torchmetrics_sync
+from lightning_megatron.strategy.logging import hook_values, step_values
 from lightning_megatron.strategy.parallel_ranks import Placement
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.strategy.rank_communication import Collectives
@@ -153,7 +152,7 @@ class MegatronStrategy(Placement, Collectives):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._engine: Engine | None = None
-        self._hook_logs: hook_values.HookLogs | None = None
+        self._patches = trainer_patches.TrainerPatches()
         self._told_world_size: int | None = None
         self._trains_as_lightning = False
         self._timers = timers.Timers()
@@ -163,8 +162,10 @@ class MegatronStrategy(Placement, Collectives):
     @override
     def __getstate__(self) -> dict[str, Any]:
         """What a pickled Trainer takes along: no process groups, and nothing that lives in their buffers."""
-        state = {**super().__getstate__(), "_engine": None, "_hook_logs": None, "_timers": timers.Timers()}
-        state.pop("_steps", None)
+        state = {**super().__getstate__(), "_engine": None, "_timers": timers.Timers()}
+        state["_patches"] = trainer_patches.TrainerPatches()
+        for name in ("_steps", "_preemption"):
+            state.pop(name, None)
         if any(isinstance(optimizer, ShardedOptimizer) for optimizer in self.optimizers):
             state.update(_optimizers=[], lr_scheduler_configs=[])
         return state
@@ -301,14 +302,6 @@ class MegatronStrategy(Placement, Collectives):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        optimization_loop.install(trainer)
-        evaluation_sampler.install(trainer)
-        torchmetrics_sync.sync_over_replicas(self.lightning_module)
-        model_summary.install(trainer)
-        attend(trainer)
-        # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
-        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-            loop.inference_mode = False
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -324,8 +317,6 @@ class MegatronStrategy(Placement, Collectives):
             self.setup_optimizers(trainer)
         elif not all(isinstance(o, ShardedOptimizer) and o.trains(self.lightning_module) for o in self.optimizers):
             self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
-        if self._trains_as_lightning:
-            optimization_loop.remove(trainer)
         ddp = self._ddp_config() if fitting and not self._trains_as_lightning else None
         self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
         self._steps = Steps(self.lightning_module, self._engine, self._precision, self.micro_batching)
@@ -333,11 +324,10 @@ class MegatronStrategy(Placement, Collectives):
             lightning_private.optimizers_to_device(self.optimizers, self.root_device)
         elif fitting:
             self._shard_optimizer()
-        self._precision.behind_schedule = None if self._trains_as_lightning else self._behind_schedule
         self.setup_precision_plugin()
-        if isinstance(self.lightning_module, MegatronModule):
-            self._hook_logs = hook_values.HookLogs(self.lightning_module, lambda: self._steps.counts)
-            self._hook_logs.install()
+        self._preemption = preemption.Preemption(trainer)
+        behind_schedule = None if self._trains_as_lightning else self._behind_schedule
+        self._patches.bend(trainer, self.checkpointer, self._preemption, self._listen_to_hooks(), behind_schedule)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -367,14 +357,15 @@ class MegatronStrategy(Placement, Collectives):
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         counts = trainer.evaluating and isinstance(self.lightning_module, MegatronModule)
         if getattr(dataloader, "worker_init_fn", self) is None:
-            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.data_parallel_rank)
+            of_replica = partial(pl_worker_init_function, rank=self.data_parallel_rank)
+            self._patches.replace(dataloader, "worker_init_fn", of_replica)
         if counts:
             dataloader = evaluation_sampler.each_once(dataloader)
         elif trainer.predicting:
             dataloader = evaluation_sampler.without_repeats(dataloader)
         checks.check_loader(self.layout, dataloader, self.micro_batching)
         if trainer.training:
-            dataloader = self.checkpointer.resumption.track(dataloader)
+            dataloader = self.checkpointer.resumption.track(dataloader, self._patches.replace)
         if trainer.predicting:
             return dataloader
         return rank_consistency.read_evenly(dataloader, self.root_device, fills=counts)
@@ -457,7 +448,7 @@ class MegatronStrategy(Placement, Collectives):
         rank_consistency.check_numbers_of_batches(trainer)
         self._resumed_settings.set_rates()
         self.checkpointer.plateaus.begin(trainer)
-        preemption.install(trainer)
+        self._preemption.listen()
         self.checkpointer.resumption.begin(trainer)
 
     @override
@@ -480,17 +471,13 @@ class MegatronStrategy(Placement, Collectives):
     def teardown(self) -> None:
         assert self.cluster_environment is not None
         assert self.accelerator is not None
+        self._patches.unbend()
         self.checkpointer.wait()
         self.checkpointer.release_memory()
         self._heartbeat.stop()
         if self._engine is not None:
             self._engine.remove_hooks()
             self.checkpointer.resumption.end(self.lightning_module.trainer)  # type: ignore[union-attr]
-        if self._hook_logs is not None:
-            self._hook_logs.remove()
-        torchmetrics_sync.stop_syncing(self.lightning_module)  # type: ignore[arg-type]
-        model_summary.take_back(self.lightning_module.trainer)  # type: ignore[union-attr]
-        leave(self.lightning_module.trainer)  # type: ignore[union-attr]
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -547,6 +534,12 @@ class MegatronStrategy(Placement, Collectives):
         self.checkpointer.remove(local_path(filepath))
 
     # Steps of the hooks above
+
+    def _listen_to_hooks(self) -> hook_values.HookLogs | None:
+        """What shares over the ranks the values that hooks log; None where nothing is shared."""
+        if not isinstance(self.lightning_module, MegatronModule) or self._ranks == 1:
+            return None
+        return hook_values.HookLogs(self.lightning_module, lambda: self._steps.counts)
 
     @property
     def _ranks(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,20 +15,11 @@ from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.models.megatron_module import MegatronModule
 
 
-def install(trainer: pl.Trainer) -> None:
-    """Have the Trainer's summary callbacks count the whole model."""
+def callbacks_to_replace(trainer: pl.Trainer) -> list[ModelSummary]:
+    """The summary callbacks that would count one rank's part for the whole model."""
     if not isinstance(trainer.lightning_module, MegatronModule):
-        return
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelSummary):
-            setattr(callback, lightning_private.SUMMARY, partial(_summarize, lightning_private.summary_depth(callback)))
-
-
-def take_back(trainer: pl.Trainer) -> None:
-    """Leave the callbacks as they were: a plain Trainer may have them next, here or where this rank was launched."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelSummary):
-            vars(callback).pop(lightning_private.SUMMARY, None)
+        return []
+    return [callback for callback in trainer.callbacks if isinstance(callback, ModelSummary)]  # type: ignore[attr-defined]
 
 
 def count_parameters(module: torch.nn.Module, *, trainable_only: bool = False) -> int:
@@ -42,7 +32,8 @@ def count_parameters(module: torch.nn.Module, *, trainable_only: bool = False) -
     )
 
 
-def _summarize(max_depth: int, _: pl.Trainer, module: pl.LightningModule) -> Summary:
+def summarize(max_depth: int, _: pl.Trainer, module: pl.LightningModule) -> Summary:
+    """In place of how ModelSummary makes its summary: of the whole model."""
     return _WholeSummary(module, max_depth=max_depth)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,32 +14,12 @@ from lightning_megatron.distributed import lightning_private
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
 
-def install(trainer: pl.Trainer) -> None:
-    """Give the Trainer's epoch loop the re-ordered optimization, once; it counts on from where the other stood."""
-    epoch_loop = trainer.fit_loop.epoch_loop
-    before = epoch_loop.automatic_optimization
-    if isinstance(before, _ScheduleOptimization):
-        return
-    epoch_loop.automatic_optimization = _ScheduleOptimization(trainer)
-    epoch_loop.automatic_optimization.optim_progress = before.optim_progress
-    epoch_loop.update_lr_schedulers = partial(_step_schedulers, trainer)  # type: ignore[method-assign]
-
-
-def _step_schedulers(trainer: pl.Trainer, interval: str, update_plateau_schedulers: bool) -> None:
-    """As Lightning's, but not behind a step that was skipped."""
+def update_lr_schedulers(trainer: pl.Trainer, interval: str, update_plateau_schedulers: bool) -> None:
+    """In place of the epoch loop's: schedulers do not move behind a step that was skipped."""
     epoch_loop = trainer.fit_loop.epoch_loop
     if not (interval == "step" and (_was_skipped(trainer) or not lightning_private.ends_accumulation(trainer))):
         trainer.strategy.checkpointer.plateaus.note_update(interval, update_plateau_schedulers)  # type: ignore[attr-defined]
         type(epoch_loop).update_lr_schedulers(epoch_loop, interval, update_plateau_schedulers)
-
-
-def remove(trainer: pl.Trainer) -> None:
-    """Give the Trainer's epoch loop Lightning's own optimization back."""
-    epoch_loop = trainer.fit_loop.epoch_loop
-    before = epoch_loop.automatic_optimization
-    if isinstance(before, _ScheduleOptimization):
-        epoch_loop.automatic_optimization = lightning_private.AutomaticOptimization(trainer)
-        epoch_loop.automatic_optimization.optim_progress = before.optim_progress
 
 
 class _ScheduleClosure(Closure):
@@ -63,7 +42,13 @@ class _ScheduleClosure(Closure):
         return output
 
 
-class _ScheduleOptimization(lightning_private.AutomaticOptimization):
+class ScheduleOptimization(lightning_private.AutomaticOptimization):
+    """In place of the epoch loop's automatic optimization, in whose progress it counts on."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        super().__init__(trainer)
+        self.optim_progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
+
     @override
     def make_closure(self, step: Callable[[], Any], backward: Any, zero_grad: Any) -> Closure:
         return _ScheduleClosure(step, backward, zero_grad)

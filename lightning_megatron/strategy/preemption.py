@@ -23,7 +23,7 @@ _EXIT_CODE = 128 + signal.SIGTERM  # what a process that SIGTERM ended reports; 
 
 
 class Preemption:
-    """Listens for signals during one fit.
+    """Listens for signals during one fit, and acts after each batch.
 
     Args:
         trainer: Whose signals and checkpoints.
@@ -69,7 +69,7 @@ class Preemption:
         raise SIGTERMException(_EXIT_CODE)
 
     def end_advance(self, data_fetcher: Any) -> None:
-        """In place of the epoch loop's ``on_advance_end``."""
+        """In place of the epoch loop's ``on_advance_end``: save and stop before it where a signal says so."""
         self.act()
         loop = self._trainer.fit_loop.epoch_loop
         type(loop).on_advance_end(loop, data_fetcher)
@@ -83,13 +83,6 @@ class Preemption:
         before = lightning_private.handler_before(self._trainer, number)
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)
-
-
-def install(trainer: pl.Trainer) -> None:
-    """Listen during this fit, and act after each batch."""
-    preemption = Preemption(trainer)
-    preemption.listen()
-    trainer.fit_loop.epoch_loop.on_advance_end = preemption.end_advance  # type: ignore[method-assign]
 
 
 def last_path(trainer: pl.Trainer) -> Path | None:

@@ -7,7 +7,7 @@ from it) and the one that its first batch was asked for in (a sampler draws its 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_megatron.checkpoint import rng_state
 
 Record = dict[str, Any]
+Replace = Callable[[Any, str, Any], None]  # has an attribute of an object be another one until the run ends
 
 _NOTHING = object()
 _UNKNOWN: Record = {
@@ -89,6 +90,7 @@ class TrackedSampler:
         self._loader = loader
         self._untouched = False  # the last iterator has not been asked for a batch
         self._generators = [g for g in (loader.generator, getattr(self._sampler, "generator", None)) if g is not None]
+        self._seed_taken: int | None = None
         self._at_iter: Record | None = None
         self._at_first: Record | None = None
 
@@ -112,12 +114,13 @@ class TrackedSampler:
     @property
     def seed(self) -> int | None:
         """What the order of a distributed sampler comes from, with the epoch's number."""
-        seed = getattr(self._sampler, "seed", None)
+        seed = getattr(self._sampler, "seed", None) if self._seed_taken is None else self._seed_taken
         return seed if isinstance(seed, int) else None
 
-    @seed.setter
-    def seed(self, seed: int) -> None:
-        self._sampler.seed = seed
+    def take_seed(self, seed: int, replace: Replace) -> None:
+        """Draw the order from ``seed`` from now on; the sampler may be the user's, who gets its own back."""
+        replace(self._sampler, "seed", seed)
+        self._seed_taken = seed
 
     def record(self) -> Record:
         """What a checkpoint keeps."""

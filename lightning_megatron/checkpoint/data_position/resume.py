@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +24,7 @@ from lightning_megatron.checkpoint.data_position import loop_progress
 from lightning_megatron.checkpoint.data_position.dataloader_state import (
     LoaderPosition,
     Record,
+    Replace,
     is_stateful,
     loader_record,
     tracked,
@@ -57,12 +57,17 @@ class Resumption:
         self._seeds: dict[int, int] = {}
         self._ended: tuple[Any, rng_state.States] | None = None
 
-    def track(self, loader: Any) -> Any:
-        """Have a training loader take part; one that has ``state_dict`` keeps its own place."""
+    def track(self, loader: Any, replace: Replace) -> Any:
+        """Have a training loader take part; one that has ``state_dict`` keeps its own place.
+
+        Args:
+            loader: Of this epoch, or of all.
+            replace: Sets an attribute of the loader's sampler until the run ends.
+        """
         loader = tracked(loader)
         batches = tracked_sampler(loader)
         if batches is not None and batches.seed in self._seeds:  # made in the middle of a resumed run, for a new epoch
-            batches.seed = self._seeds[batches.seed]
+            batches.take_seed(self._seeds[batches.seed], replace)
         return loader
 
     def record(self, trainer: pl.Trainer, where: Position, data_parallel_size: int) -> Record:
@@ -109,7 +114,6 @@ class Resumption:
             # So that loaders are made anew before the same epochs (reload_dataloaders_every_n_epochs).
             lightning_private.set_last_reload_epoch(trainer, self._saved["made_in"])
             self._restore(self._saved)
-        trainer.fit_loop.epoch_loop.advance = partial(self._advance, trainer)  # type: ignore[method-assign]
 
     def end(self, trainer: pl.Trainer) -> None:
         """Keep what a fit has ended with, its loaders and random states, for a save behind later evaluations."""
@@ -121,22 +125,22 @@ class Resumption:
         if self._ended is not None:
             lightning_private.set_combined_loader(trainer.fit_loop, self._ended[0])
 
-    def _advance(self, trainer: pl.Trainer, fetcher: Any) -> None:
-        """In place of the epoch loop's."""
-        self._before_batch(trainer)
+    def advance(self, trainer: pl.Trainer, replace: Replace, fetcher: Any) -> None:
+        """In place of the epoch loop's ``advance``: before the first batch of a resumed run, go on where it was."""
+        self._before_batch(trainer, replace)
         loop = trainer.fit_loop.epoch_loop
         type(loop).advance(loop, fetcher)
 
-    def _before_batch(self, trainer: pl.Trainer) -> None:
+    def _before_batch(self, trainer: pl.Trainer, replace: Replace) -> None:
         saved, self._saved = self._saved, None
         if saved is not None:
-            self._go_on(trainer, saved)
+            self._go_on(trainer, saved, replace)
             lightning_private.end_restart(trainer)
         count, done = trainer.accumulate_grad_batches, loop_progress.processed(trainer)
         if count > 1 and done % count == 0:  # the window's batches may have to be read again
             self._window = _now(trainer, done)
 
-    def _go_on(self, trainer: pl.Trainer, saved: Record) -> None:
+    def _go_on(self, trainer: pl.Trainer, saved: Record, replace: Replace) -> None:
         """Make the iterators anew, in the saved places."""
         fetcher = lightning_private.data_fetcher(trainer)
         loaders, records = _loaders(trainer), saved["loaders"]
@@ -145,7 +149,7 @@ class Resumption:
                 f"The checkpoint is from the middle of an epoch over {len(records)} training loaders, and this run has"
                 f" {len(loaders)}. Resume with as many, or from a checkpoint at an epoch's end."
             )
-        self._take_seeds(loaders, records)
+        self._take_seeds(loaders, records, replace)
         lightning_private.load_loader_states(trainer, saved["combined_loader"] or [])
         replicas = dist.get_world_size(process_groups.data_parallel())
         done, more = _batches_now(saved, loaders, replicas), self._to_leave_out(saved)
@@ -173,13 +177,13 @@ class Resumption:
         else:
             rng_state.set_data_states(saved["rng"]["data"])
 
-    def _take_seeds(self, loaders: list[Any], records: list[Record]) -> None:
+    def _take_seeds(self, loaders: list[Any], records: list[Record], replace: Replace) -> None:
         """A distributed sampler's order comes from a seed, and this run's may be another."""
         for loader, record in zip(loaders, records, strict=False):
             batches = tracked_sampler(loader)
             if batches is not None and batches.seed is not None and record["seed"] is not None:
                 self._seeds[batches.seed] = record["seed"]
-                batches.seed = record["seed"]
+                batches.take_seed(record["seed"], replace)
 
     def _to_leave_out(self, saved: Record) -> int:
         """``skip_batches``, where the run that saved has not left them out."""

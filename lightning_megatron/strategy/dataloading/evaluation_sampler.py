@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from copy import copy
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -46,19 +45,19 @@ class Share(DistributedSampler):  # type: ignore[type-arg]
         return (self.dataset[place] for place in super().__iter__())
 
 
-def install(trainer: pl.Trainer) -> None:
-    """Have Lightning share samples of evaluations and predictions out by ``Share``, whatever the batches are made by.
-
-    A plain module's evaluation is reduced by Lightning, which wants as many samples on every replica.
-    """
-    connector = lightning_private.data_connector(trainer)
-    # No local function: a Trainer may be pickled.
-    setattr(connector, lightning_private.RESOLVE_SAMPLER, partial(_resolve_sampler, trainer))
-
-
-def _resolve_sampler(
+def resolve_sampler(
     trainer: pl.Trainer, loader: DataLoader[Any], shuffle: bool, mode: RunningStage | None = None
 ) -> Any:
+    """In place of Lightning's: samples of evaluations and predictions are shared out by ``Share``.
+
+    A plain module's evaluation is reduced by Lightning, which wants as many samples on every replica.
+
+    Args:
+        trainer: Whose loader it is.
+        loader: Whatever its batches are made by.
+        shuffle: Whether the replicas draw their samples in a random order.
+        mode: The stage that reads it.
+    """
     predicts = mode == RunningStage.PREDICTING
     evaluates = mode is not None and mode.evaluating and isinstance(trainer.lightning_module, MegatronModule)
     if not (predicts or evaluates) or not lightning_private.requires_distributed_sampler(trainer, loader):

@@ -52,7 +52,7 @@ class _Entry:
 
 
 class HookLogs:
-    """Listens to the hooks of a module and of callbacks, from ``install`` to ``remove``.
+    """Listens to the hooks of a module and of callbacks, while ``log`` and ``profile`` stand in for Lightning's own.
 
     Args:
         module: Whose ``log`` is replaced.
@@ -67,19 +67,8 @@ class HookLogs:
         self._listens: dict[str, bool] = {}
         self._counts_of_metrics: list[int] = []
 
-    def install(self) -> None:
-        """Listen, where there is more than one rank."""
-        if dist.get_world_size() > 1:
-            self._module.__dict__["log"] = self._log
-            self._profiler.__dict__["profile"] = self._profile
-
-    def remove(self) -> None:
-        """Leave nothing behind."""
-        self._module.__dict__.pop("log", None)
-        self._profiler.__dict__.pop("profile", None)
-
-    def _profile(self, action: str) -> AbstractContextManager[Any]:
-        """What Lightning surrounds each hook with."""
+    def profile(self, action: str) -> AbstractContextManager[Any]:
+        """In place of the profiler's ``profile``, which Lightning surrounds each hook with."""
         return self._surround(action)
 
     @contextmanager
@@ -107,7 +96,7 @@ class HookLogs:
         with torchmetrics_sync.untouched(self._module), taken_back([self._module, *self._owners(action)]):
             yield
 
-    def _log(self, *args: Any, **options: Any) -> None:
+    def log(self, *args: Any, **options: Any) -> None:
         """In place of ``module.log``."""
         trainer = self._module.trainer
         action, pending = self._running[-1] if self._running else ("", {})

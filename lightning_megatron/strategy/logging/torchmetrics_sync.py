@@ -17,21 +17,12 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_megatron.distributed import process_groups
 
 
-def sync_over_replicas(module: pl.LightningModule) -> None:
-    """Have the module's metrics sync over data-parallel ranks: model-parallel ranks see the same samples.
+def metrics_to_sync(module: pl.LightningModule) -> list[Metric]:
+    """The metrics that are to ``gather`` over data-parallel ranks: model-parallel ranks see the same samples.
 
     A metric that has a ``process_group`` or ``dist_sync_fn`` of its own keeps it.
     """
-    for metric in _metrics(module):
-        if metric.process_group is None and metric.dist_sync_fn is None:
-            metric.dist_sync_fn = gather
-
-
-def stop_syncing(module: pl.LightningModule) -> None:
-    """Undo ``sync_over_replicas``: another strategy has other replicas."""
-    for metric in _metrics(module):
-        if metric.dist_sync_fn is gather:
-            metric.dist_sync_fn = None
+    return [metric for metric in _metrics(module) if metric.process_group is None and metric.dist_sync_fn is None]
 
 
 def gather(tensor: torch.Tensor, group: Any | None = None) -> list[torch.Tensor]:

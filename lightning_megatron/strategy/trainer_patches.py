@@ -1,0 +1,120 @@
+"""All that is replaced in a Trainer's objects for a run. Applied by ``bend``, undone by ``unbend``, nowhere else.
+
+``bend`` is the table: every method or attribute of a loop, connector, callback, profiler or metric that is another one
+while the strategy runs. Loaders come later, one by one, to ``replace``. The strategy's ``teardown`` undoes all of it,
+behind an error too, so that these objects work in a plain Trainer afterwards.
+
+What a run changes in them and stays is its result: the progress of loops, the loaders that the fit loop has read (a
+later save records where they are), metrics, and what a ModelCheckpoint has saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+
+from lightning_megatron.checkpoint import Checkpointer, model_checkpoint
+from lightning_megatron.distributed import lightning_private
+from lightning_megatron.strategy import model_summary, optimization_loop
+from lightning_megatron.strategy.dataloading import evaluation_sampler
+from lightning_megatron.strategy.logging import torchmetrics_sync
+
+if TYPE_CHECKING:
+    from lightning_megatron.strategy.logging.hook_values import HookLogs
+    from lightning_megatron.strategy.preemption import Preemption
+
+
+@dataclass
+class _Replaced:
+    """One entry of the undo list.
+
+    Args:
+        owner: Whose attribute it is.
+        name: Of the attribute.
+        had_own: Whether ``owner`` itself had one; else its class's shows again.
+        old: What it had.
+    """
+
+    owner: Any
+    name: str
+    had_own: bool
+    old: Any
+
+
+class TrainerPatches:
+    """What is replaced in the objects of one Trainer, and how it is put back."""
+
+    def __init__(self) -> None:
+        self._undo: list[_Replaced] = []
+
+    def bend(
+        self,
+        trainer: pl.Trainer,
+        checkpointer: Checkpointer,
+        preemption: Preemption,
+        hook_logs: HookLogs | None,
+        behind_schedule: Callable[[], None] | None,
+    ) -> None:
+        """Replace what the strategy needs replaced, once it knows how the module is trained.
+
+        Args:
+            trainer: Whose objects they are.
+            checkpointer: Is asked by ModelCheckpoint, and told of batches and schedulers.
+            preemption: Acts after each batch.
+            hook_logs: Listens to the hooks of a module whose values the ranks share; None for others.
+            behind_schedule: Called between the hooks around backward, where a schedule has run it; None where
+                Lightning's own loop trains the module.
+        """
+        replace, epoch_loop = self.replace, trainer.fit_loop.epoch_loop
+        if behind_schedule is not None:
+            replace(epoch_loop, "automatic_optimization", optimization_loop.ScheduleOptimization(trainer))
+            replace(trainer.strategy.precision_plugin, "behind_schedule", behind_schedule)
+        replace(epoch_loop, "update_lr_schedulers", partial(optimization_loop.update_lr_schedulers, trainer))
+        replace(epoch_loop, "advance", partial(checkpointer.resumption.advance, trainer, replace))
+        replace(epoch_loop, "on_advance_end", preemption.end_advance)
+        # Tensors that megatron-core caches in inference mode would break a later fit; under NCCL only.
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            replace(loop, "inference_mode", False)
+
+        # No local function, here and elsewhere: a Trainer may be pickled.
+        resolve_sampler = partial(evaluation_sampler.resolve_sampler, trainer)
+        replace(lightning_private.data_connector(trainer), lightning_private.RESOLVE_SAMPLER, resolve_sampler)
+
+        for summary in model_summary.callbacks_to_replace(trainer):
+            depth = lightning_private.summary_depth(summary)
+            replace(summary, lightning_private.SUMMARY, partial(model_summary.summarize, depth))
+        for checkpoints in model_checkpoint.checkpoint_callbacks(trainer):
+            if type(checkpoints).file_exists is pl.callbacks.ModelCheckpoint.file_exists:
+                replace(checkpoints, "file_exists", model_checkpoint.file_exists)
+            if checkpoints.save_last == "link":
+                replace(checkpoints, lightning_private.LINK_CHECKPOINT, model_checkpoint.link)
+
+        for metric in torchmetrics_sync.metrics_to_sync(trainer.lightning_module):
+            replace(metric, "dist_sync_fn", torchmetrics_sync.gather)
+        if hook_logs is not None:
+            replace(trainer.lightning_module, "log", hook_logs.log)
+            replace(trainer.profiler, "profile", hook_logs.profile)  # type: ignore[attr-defined]
+
+    def replace(self, owner: Any, name: str, new: Any) -> None:
+        """Have ``owner.name`` be ``new`` until ``unbend``.
+
+        Raises:
+            AttributeError: There is no such attribute, so that nobody would read the new one.
+        """
+        getattr(owner, name)
+        held = vars(owner)  # written to as it is: a DataLoader refuses assignments, a module registers what it is given
+        self._undo.append(_Replaced(owner, name, name in held, held.get(name)))
+        held[name] = new
+
+    def unbend(self) -> None:
+        """Put everything back that was replaced, and nothing else."""
+        while self._undo:
+            last = self._undo.pop()
+            if last.had_own:
+                vars(last.owner)[last.name] = last.old
+            else:
+                vars(last.owner).pop(last.name, None)
