@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ class ConfiguredModule(MegatronModule):
         self.lora = lora
         self.new_weights: list[str] = []  # of a head that a pretrained model does not have
         self._loaded: Saved | None = None
+        self._lengths_of_own: tuple[int, ...] = (0,)  # of the micro-batch that an overridden get_batch made last
         self.save_hyperparameters("config", "loss_reduction", "lora", logger=False)
 
     def connect_data(self, data: Any) -> None:
@@ -218,21 +220,84 @@ class ConfiguredModule(MegatronModule):
 
     @property
     def has_own_get_batch(self) -> bool:
-        """Whether a class of the user's has overridden ``get_batch``: then its batches may look like anything."""
-        return type(self).get_batch is not self._get_batch_of_family
+        """Whether a class of the user's overrides ``get_batch``: then the loader's batches may have any form."""
+        return type(self).get_batch is not type(self)._get_batch_of_family
 
-    def readable(self, batch: Any) -> Batch:
-        """A batch in a form that the family knows, not padded: as the loader or an overridden ``get_batch`` made it.
+    def check_batch(self, batch: Any) -> None:
+        """Refuse a batch that the model cannot take; with an overridden ``get_batch``, its inputs are checked instead.
 
         Raises:
-            ValueError: It is no mapping of tensors, or has a key without a counterpart.
+            ValueError: Says what is wrong, the values seen and what to change.
         """
+        if not self.has_own_get_batch:
+            self._check_loaded(self._named_tensors(batch))
+
+    def lengths(self, batch: Any) -> tuple[int, ...]:
+        """Tokens of one sequence, padding included; a T5 has two numbers: encoder and decoder.
+
+        Args:
+            batch: A batch that has run, as the loader gave it. With an overridden ``get_batch``, the numbers are those
+                of the micro-batch that ran last.
+        """
+        return self._lengths_of_own if self.has_own_get_batch else self._padded_lengths(batch)
+
+    def sequence_length(self, batch: Any) -> int:
+        """Tokens of what travels between pipeline stages: of an encoder-decoder, both sides, one behind the other."""
+        return sum(self._padded_lengths(batch))
+
+    def _padded_lengths(self, batch: Any) -> tuple[int, ...]:
+        multiple = self._length_multiple
+        own = self.has_own_get_batch
+        lengths = self._input_lengths(self.get_batch(batch)) if own else self._loaded_lengths(given(batch))
+        return tuple(-(-length // multiple) * multiple for length in lengths)
+
+    @abstractmethod
+    def _check_loaded(self, batch: Batch) -> None:
+        """Refuse a batch of the loader's; ``batch`` has only keys that have a value."""
+
+    @abstractmethod
+    def _check_inputs(self, inputs: Batch) -> None:
+        """Refuse what an overridden ``get_batch`` returned."""
+
+    @abstractmethod
+    def _loaded_lengths(self, batch: Batch) -> tuple[int, ...]:
+        """Tokens of one sequence in a batch of the loader's."""
+
+    @abstractmethod
+    def _input_lengths(self, inputs: Batch) -> tuple[int, ...]:
+        """Tokens of one sequence in what ``get_batch`` returned."""
+
+    def _get_checked_batch(self, batch: Batch) -> Batch:
+        """``get_batch``; what an overridden one returns is checked on the chunks that look its tokens and labels up."""
+        inputs = self.get_batch(batch)
+        chunk = self.active_model
+        if self.has_own_get_batch and (chunk.pre_process or chunk.post_process):
+            self._check_inputs(inputs)
+        return inputs
+
+    def _get_batch_to_predict(self, batch: Any) -> Batch:
+        """``get_batch``, in a call that no ``check_batch`` may have come before."""
+        if not self.has_own_get_batch:
+            self._named_tensors(batch)
+        return self._get_checked_batch(batch)
+
+    def _padded_inputs(self, batch: Batch) -> Batch:
+        inputs = self.pad_inputs(self._get_checked_batch(batch), self._length_multiple)
         if self.has_own_get_batch:
-            self._pads = False
-            try:
-                return self.get_batch(batch)
-            finally:
-                self._pads = True
+            self._lengths_of_own = self._input_lengths(inputs)
+        return inputs
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether no loss is asked for: in ``trainer.predict``, or in a call without a Trainer."""
+        return self._trainer is None or bool(self.trainer.predicting)
+
+    def _named_tensors(self, batch: Any) -> Batch:
+        """A batch of the loader's, without keys that have no value.
+
+        Raises:
+            ValueError: It is no mapping, or has a key without a counterpart here.
+        """
         if not isinstance(batch, Mapping):
             raise ValueError(
                 f"{type(self).__name__} takes batches that are dicts of tensors; this one is a {type(batch).__name__}."

@@ -16,8 +16,8 @@ from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.distributed.suggestions import closest_name, did_you_mean
 from lightning_megatron.models.build_settings import BuildSettings
-from lightning_megatron.models.gpt.layer_spec import LayerKind
 
+LayerBackend = Literal["torch", "transformer_engine"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "geglu_tanh"]
 
 # function, and whether the first projection is doubled and gates the other half
@@ -81,7 +81,7 @@ class ModelConfig:
     attention_dropout: float = 0.0
     init_method_std: float = 0.02
     make_vocab_size_divisible_by: int = 128
-    layers: LayerKind = "torch"
+    layers: LayerBackend = "torch"
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

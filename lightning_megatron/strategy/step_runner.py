@@ -18,7 +18,7 @@ from lightning_megatron.strategy.dataloading import evaluation_sampler, rank_con
 from lightning_megatron.strategy.logging.recorder import AtOnce, LogRecorder
 from lightning_megatron.strategy.plain_module import PlainModel, check_output
 from lightning_megatron.strategy.precision import MegatronPrecision
-from lightning_megatron.training.batch_rows import count_rows
+from lightning_megatron.training.batch_rows import count_rows, take_rows
 from lightning_megatron.training.engine import Engine, Outcome
 from lightning_megatron.training.microbatches import Cut, MicroBatching
 
@@ -145,7 +145,10 @@ class Steps:
         if not self.told and self.engine.layout.pp > 1:
             self.told = True
             rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
-        return chosen, self.module.sequence_length(batch) if isinstance(self.module, MegatronModule) else 1
+        if self.engine.layout.pp == 1 or not isinstance(self.module, MegatronModule):
+            return chosen, 1  # no hidden states travel
+        first = take_rows(batch, 0, chosen.sizes[0], sum(chosen.sizes))
+        return chosen, self.module.sequence_length(first)
 
     def _batch_idx(self, args: Any) -> int:
         """The batch's number; the loop knows it where the hook does not take it."""

@@ -12,6 +12,7 @@ from lightning_megatron.models.batch_checks import check_alike, check_range, che
 from lightning_megatron.models.bert.config import BertConfig
 from lightning_megatron.models.bert.tasks import TASKS, BertTask
 from lightning_megatron.models.configured_module import ConfiguredModule
+from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.models.weight_init import FirstWeights
@@ -83,14 +84,16 @@ class BertModule(ConfiguredModule):
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         return model
 
-    def check_batch(self, batch: Batch) -> None:
-        """Refuse a batch without tokens, with ids or labels out of range, or longer than the positions.
+    def _check_loaded(self, batch: Batch) -> None:
+        """Refuse a batch without tokens, with ids or labels out of range, or longer than the positions."""
+        batch = _renamed(batch)
+        self._check_inputs(batch)
+        for key in ("attention_mask", "token_type_ids", "position_ids"):
+            check_alike("BertModule", batch, key, "input_ids")
 
-        Raises:
-            ValueError: With the values seen.
-        """
-        batch = _renamed(self.readable(batch))
-        tokens, config = batch["input_ids"], self.config
+    def _check_inputs(self, inputs: Batch) -> None:
+        batch, config = _renamed(inputs), self.config
+        tokens = batch["input_ids"]
         check_tokens("BertModule", "input_ids", tokens)
         if tokens.size(1) > config.seq_length:
             raise ValueError(
@@ -101,12 +104,9 @@ class BertModule(ConfiguredModule):
         if "token_type_ids" in batch:
             types = batch["token_type_ids"]
             check_range("BertModule", "token_type_ids", types, config.num_token_types, "BertConfig.num_token_types")
-        if not self.has_own_get_batch:
-            for key in ("attention_mask", "token_type_ids", "position_ids"):
-                check_alike("BertModule", batch, key, "input_ids")
         if "position_ids" in batch:
             check_range("BertModule", "position_ids", batch["position_ids"], config.seq_length, "BertConfig.seq_length")
-        if not self.trainer.predicting and type(self).loss is BertModule.loss:  # another loss may need no labels
+        if not self._predicts and type(self).loss is BertModule.loss:  # another loss may need no labels
             self.task.check(batch)
 
     def complete_batch(self, batch: Any) -> Any:
@@ -115,29 +115,41 @@ class BertModule(ConfiguredModule):
             return batch
         return self.task.weigh(_renamed(given(batch)))
 
-    def sequence_length(self, batch: Batch) -> int:
-        """Tokens per sequence, rounded up as ``get_batch`` pads."""
-        length = int(_renamed(self.readable(batch))["input_ids"].size(1))
-        return length + self._padding(length)
+    def _loaded_lengths(self, batch: Batch) -> tuple[int, ...]:
+        return self._input_lengths(_renamed(batch))
+
+    def _input_lengths(self, inputs: Batch) -> tuple[int, ...]:
+        return (int(inputs["input_ids"].size(1)),)
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens, types and positions ``[b, s]``, a mask ``[b, 1, 1, s]`` and the task's labels, from either form."""
         batch = _renamed(given(batch))
         tokens = batch["input_ids"].long()
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        padding = self._padding(tokens.size(1))
-        keep = F.pad(batch.get("attention_mask", torch.ones_like(tokens)), (0, padding)) > 0.5
+        keep = batch.get("attention_mask", torch.ones_like(tokens)) > 0.5
         keep = keep | ~keep.any(dim=1, keepdim=True)  # a row of padding only looks everywhere, rather than at nothing
         inputs = {
             "input_ids": tokens,
             "token_type_ids": batch.get("token_type_ids", torch.zeros_like(tokens)).long(),
             "position_ids": batch.get("position_ids", positions).long(),
         }
-        inputs = {name: F.pad(value, (0, padding)) for name, value in inputs.items()}
         mask: Any = None if bool(keep.all()) else ~keep[:, None, None, :]
-        return {**inputs, "attention_mask": mask, **self.task.labels(batch, padding)}
+        return {**inputs, "attention_mask": mask, **self.task.labels(batch)}
 
     _get_batch_of_family = get_batch
+
+    def pad_inputs(self, inputs: Batch, multiple: int) -> Batch:
+        """Pad behind the text; no token looks at the padding, and it has no label."""
+        tokens = inputs["input_ids"]
+        padding = -tokens.size(1) % multiple
+        if not padding:
+            return inputs
+        padded = {name: F.pad(inputs[name], (0, padding)) for name in ("input_ids", "token_type_ids", "position_ids")}
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = torch.zeros(len(tokens), 1, 1, tokens.size(1), dtype=torch.bool, device=tokens.device)
+        padded["attention_mask"] = pad_mask(mask, padding, padding)  # type: ignore[assignment]
+        return {**inputs, **padded, **self.task.pad_labels(inputs, padding)}
 
     def loss(self, output: Any, batch: Batch) -> Loss:
         """The sum and weight of the task's losses; ``output`` are the logits."""
@@ -149,11 +161,9 @@ class BertModule(ConfiguredModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Hidden states, or on the last stage the logits, unpadded and over the whole vocabulary."""
-        inputs = self.get_batch(batch)
-        output = self.active_model(**inputs)
-        if not self.on_last_stage:
-            return output
-        return self.task.predictions(output, _renamed(self.readable(batch))["input_ids"].size(1))
+        inputs = self._get_batch_to_predict(batch)
+        output = self.active_model(**self.pad_inputs(inputs, self._length_multiple))
+        return self.task.predictions(output, inputs["input_ids"].size(1)) if self.on_last_stage else output
 
     def _log_part(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         stage, training = self.trainer.state.stage, self.trainer.training

@@ -51,9 +51,13 @@ class BertTask:
         """The batch of this replica with what is known only of the whole global batch."""
         return batch
 
-    def labels(self, batch: Batch, padding: int) -> Batch:
-        """The labels of a micro-batch, for sequences that got ``padding`` tokens more."""
+    def labels(self, batch: Batch) -> Batch:
+        """The labels of a micro-batch."""
         return {"labels": batch["labels"]} if "labels" in batch else {}
+
+    def pad_labels(self, inputs: Batch, padding: int) -> Batch:
+        """Those labels that have one for each token, for ``padding`` tokens more."""
+        return {}
 
     def parts(self, output: Any, batch: Batch) -> Parts:
         """The losses of a micro-batch."""
@@ -80,11 +84,13 @@ class BertTask:
 class TokenLabels(BertTask):
     """Labels ``[b, s]``, one to a token, −100 where there is none."""
 
-    def labels(self, batch: Batch, padding: int) -> Batch:
-        """Those of the tokens that were added are ignored."""
-        if "labels" not in batch:
-            return {}
-        return {"labels": F.pad(batch["labels"].long(), (0, padding), value=IGNORED_LABEL)}
+    def labels(self, batch: Batch) -> Batch:
+        """The labels as integers."""
+        return {"labels": batch["labels"].long()} if "labels" in batch else {}
+
+    def pad_labels(self, inputs: Batch, padding: int) -> Batch:
+        """The labels; those of the tokens that are added are ignored."""
+        return {"labels": F.pad(inputs["labels"], (0, padding), value=IGNORED_LABEL)} if "labels" in inputs else {}
 
     def _check_labels(self, batch: Batch, classes: int, size: str) -> None:
         labels = self._require(batch, "labels", f"[b, s], {IGNORED_LABEL} where a token has none")
@@ -141,9 +147,9 @@ class Pretraining(MaskedLM):
         rows = batch["input_ids"].size(0)
         return {**batch, "pair_weight": (tokens / pairs.clamp(min=1e-6)).expand(rows)}
 
-    def labels(self, batch: Batch, padding: int) -> Batch:
-        """Those of both heads."""
-        found = super().labels(batch, padding)
+    def labels(self, batch: Batch) -> Batch:
+        """The labels of both heads."""
+        found = super().labels(batch)
         return {**found, **{key: batch[key] for key in ("next_sentence_label", "pair_weight") if key in batch}}
 
     def parts(self, output: BertPretrainingLogits, batch: Batch) -> Parts:

@@ -1,8 +1,8 @@
 """Text from a model whose layers are shared out over ranks: transformers' loop over megatron-core's cached passes."""
 
 from lightning_megatron.models.generation.custom_processors import Hooks, PrefixAllowedTokens
-from lightning_megatron.models.generation.decoder import Decoder, GPTDecoder, T5Decoder
-from lightning_megatron.models.generation.eval_mode import lent
+from lightning_megatron.models.generation.decoder import Decoder
+from lightning_megatron.models.generation.eval_mode import prepared_to_generate
 from lightning_megatron.models.generation.hf_loop import write
 from lightning_megatron.models.generation.pipeline import Stages
 from lightning_megatron.models.generation.prompts import Prompts, agree
@@ -11,14 +11,12 @@ from lightning_megatron.models.generation.settings import EarlyStopping, Generat
 __all__ = [
     "Decoder",
     "EarlyStopping",
-    "GPTDecoder",
     "GenerationSettings",
     "Hooks",
     "PrefixAllowedTokens",
     "Prompts",
     "Stages",
-    "T5Decoder",
     "agree",
-    "lent",
+    "prepared_to_generate",
     "write",
 ]

@@ -1,4 +1,4 @@
-"""A model that is being trained, lent out for a while and given back as it was."""
+"""A model that is in training, in evaluation mode for a while, and then as it was before."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from contextlib import contextmanager
 
 import torch
 
-# Of megatron-core's layers; a single token cannot be shared out over the sequence.
+# megatron-core's layers read these attributes on each call, and take no argument for them. A sequence of one token
+# cannot be divided over the tensor-parallel ranks.
 _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
 @contextmanager
-def lent(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Without gradients, dropout and sequence parallelism.
+def prepared_to_generate(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Turn off gradients, dropout and sequence parallelism, and on exit turn on again what was on.
 
     ``inference_mode`` is not used: tensors that megatron-core keeps there (rotary angles) break a later training step.
     """

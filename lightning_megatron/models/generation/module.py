@@ -22,7 +22,7 @@ from lightning_megatron.models.generation import (
     Prompts,
     Stages,
     agree,
-    lent,
+    prepared_to_generate,
     write,
 )
 
@@ -126,7 +126,7 @@ class GeneratingModule(ConfiguredModule):
         decays = {"top_p_decay": top_p_decay, "top_p_bound": top_p_bound}
         prompts, settings, drawn = self._agreed(input_ids, attention_mask, own, given, decays, hooks, seed)
         chunks, device = list(self.chunks), next(self.parameters()).device
-        with lent(chunks):
+        with prepared_to_generate(chunks):
             decoder = self._decoder(Stages(chunks, self._travelling_type, device), prompts.to(device), settings)
             return write(decoder, settings, drawn if seed is None else seed, hooks)
 

@@ -28,14 +28,13 @@ def unseen(mask: torch.Tensor) -> torch.Tensor | None:
     return None if bool(mask.all()) else ~mask.bool()[:, None, None, :]
 
 
-def joined(masks: Sequence[torch.Tensor | None], padding: int, whole: bool) -> torch.Tensor | None:
+def joined(masks: Sequence[torch.Tensor | None], whole: bool) -> torch.Tensor | None:
     """``[b, 1, s, s]``, True where a query may not look.
 
     A query that may look nowhere, of padding in front, gets zeros from attention, as in transformers.
 
     Args:
         masks: True where one says so, ``[b, 1, s or 1, s]``.
-        padding: Tokens that are added behind the text.
         whole: Whether they say all; otherwise nobody looks ahead, either.
 
     Returns:
@@ -45,9 +44,7 @@ def joined(masks: Sequence[torch.Tensor | None], padding: int, whole: bool) -> t
     if not found:
         return None
     blocked = functools.reduce(torch.logical_or, found)
-    length = blocked.size(-1) + padding
-    queries = padding if blocked.size(-2) > 1 else 0
-    blocked = torch.nn.functional.pad(blocked, (0, padding, 0, queries), value=whole)
+    length = blocked.size(-1)
     return blocked if whole else blocked | torch.ones(length, length, dtype=torch.bool, device=blocked.device).triu(1)
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning_megatron.checkpoint import formerly_in, plain_class
 from lightning_megatron.distributed.arguments import Arguments
-from lightning_megatron.models.gpt.rope_scaling import ROPE_TYPES
+from lightning_megatron.models.layers.rope_scaling import ROPE_TYPES
 from lightning_megatron.models.model_config import ModelConfig
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}

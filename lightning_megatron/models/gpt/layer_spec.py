@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -16,15 +14,14 @@ from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLaye
 from lightning_megatron.models.gpt.self_attention import RotatesOnce
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.norm import TorchNorm
-
-LayerKind = Literal["torch", "transformer_engine"]
+from lightning_megatron.models.model_config import LayerBackend
 
 
 def gpt_block_spec(
-    config: TransformerConfig, kind: LayerKind, parallel_residual: bool, vp_stage: int | None
+    config: TransformerConfig, layers: LayerBackend, parallel_residual: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """The block of ``kind`` for the layers of this pipeline stage (and virtual stage)."""
-    spec = _BLOCKS[kind](config, vp_stage)
+    """The block of the layers on this pipeline stage (and virtual stage)."""
+    spec = _BLOCKS[layers](config, vp_stage)
     if parallel_residual:
         for layer in spec.layer_specs:
             layer.module = ParallelResidualLayer

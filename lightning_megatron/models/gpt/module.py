@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.process_groups import gather_vocabulary
 from lightning_megatron.models.batch_checks import check_range, check_tokens, given, refuse
-from lightning_megatron.models.generation import GenerationSettings, GPTDecoder, Prompts, Stages
+from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule
 from lightning_megatron.models.gpt import attention_masks
 from lightning_megatron.models.gpt.config import GPTConfig
+from lightning_megatron.models.gpt.decoder import GPTDecoder
 from lightning_megatron.models.gpt.layer_spec import gpt_block_spec
 from lightning_megatron.models.gpt.model import PositionedGPT
 from lightning_megatron.models.gpt.packed_documents import Documents, apart_by_positions
-from lightning_megatron.models.gpt.rope_scaling import stretch_rotary
+from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.output_scale import scale_output
+from lightning_megatron.models.layers.rope_scaling import stretch_rotary
 from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
@@ -102,33 +105,39 @@ class GPTModule(GeneratingModule):
             mask_padded_vocabulary(model.output_layer, config.vocab_size)
         return model
 
-    def check_batch(self, batch: Batch) -> None:
-        """Refuse a batch without tokens, with ids beyond the vocabulary, or longer than the positions.
-
-        Raises:
-            ValueError: With the values seen.
-        """
-        batch = self.readable(batch)
+    def _check_loaded(self, batch: Batch) -> None:
+        """Refuse a batch without tokens, with ids beyond the vocabulary, or longer than the positions."""
         name = _token_key(batch)
         tokens = batch[name]
         check_tokens("GPTModule", name, tokens)
         length = tokens.size(1) - (name == "text")
-        if "position_ids" not in batch and not self.has_own_get_batch:
+        if "position_ids" in batch:
+            self._check_positions(batch, (tokens.size(0), length))
+        else:
             apart = [key for key in ("cu_seq_lens_q", "cu_seq_lens_k") if key in batch]
             refuse("GPTModule", batch, dict.fromkeys(apart, "give 'position_ids' that begin anew in each document"))
-        if "position_ids" in batch and not self.has_own_get_batch:
-            self._check_positions(batch, (tokens.size(0), length))
-        elif length > self.config.seq_length:
+            self._check_length(length)
+        self._check_tokens_and_labels(name, batch)
+        attention_masks.check(self.config, batch, name, length)
+
+    def _check_inputs(self, inputs: Batch) -> None:
+        name = _token_key(inputs)
+        check_tokens("GPTModule", name, inputs[name])
+        self._check_length(inputs[name].size(1))
+        self._check_tokens_and_labels(name, inputs)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.seq_length:
             raise ValueError(
                 f"GPTModule: sequences of {length} tokens, but GPTConfig(seq_length={self.config.seq_length})."
                 f" Cut the samples, or use seq_length={length} or more."
             )
-        self._check_ids(name, tokens)
+
+    def _check_tokens_and_labels(self, name: str, batch: Batch) -> None:
+        self._check_ids(name, batch[name])
         for labels in ("labels", "shift_labels"):
             if labels in batch:
                 self._check_ids(labels, batch[labels][batch[labels] != IGNORED_LABEL])
-        if not self.has_own_get_batch:
-            attention_masks.check(self.config, batch, name, length)
 
     def _unmet_keys(self) -> dict[str, str]:
         unmet = {}
@@ -138,12 +147,12 @@ class GPTModule(GeneratingModule):
             )
         return unmet
 
-    def sequence_length(self, batch: Batch) -> int:
-        """Tokens per sequence, rounded up as ``get_batch`` pads."""
-        batch = self.readable(batch)
+    def _loaded_lengths(self, batch: Batch) -> tuple[int, ...]:
         name = _token_key(batch)
-        length = int(batch[name].size(1)) - (name == "text")
-        return length + self._padding(length)
+        return (int(batch[name].size(1)) - (name == "text"),)
+
+    def _input_lengths(self, inputs: Batch) -> tuple[int, ...]:
+        return (int(inputs["input_ids"].size(1)),)
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens, labels, loss mask and positions ``[b, s]`` from either form of batch.
@@ -159,14 +168,23 @@ class GPTModule(GeneratingModule):
             unseen.append(apart_by_positions(positions))
         inputs["loss_mask"] = self.documents.kept(tokens, inputs["loss_mask"])
         inputs["position_ids"] = self._positions(tokens, positions)
-        padding = self._padding(tokens.size(1))
-        for name, value in inputs.items():  # behind the text, and masked: a causal model never sees it
-            inputs[name] = value if value is None else torch.nn.functional.pad(value, (0, padding))
         whole = attention_masks.is_whole(batch)
-        inputs["attention_mask"] = attention_masks.joined(unseen, padding, whole)  # type: ignore[assignment]
+        inputs["attention_mask"] = attention_masks.joined(unseen, whole)  # type: ignore[assignment]
         return inputs
 
     _get_batch_of_family = get_batch
+
+    def pad_inputs(self, inputs: Batch, multiple: int) -> Batch:
+        """Pad behind the text, where a causal model does not look; the loss mask is 0 there."""
+        padding = -inputs["input_ids"].size(1) % multiple
+        if not padding:
+            return inputs
+        padded: dict[str, Any] = {**inputs}
+        for name in ("input_ids", "labels", "loss_mask", "position_ids"):
+            if inputs.get(name) is not None:
+                padded[name] = F.pad(inputs[name], (0, padding))
+        padded["attention_mask"] = pad_mask(inputs.get("attention_mask"), padding, padding)
+        return padded
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Sum and count over the tokens that the loss mask keeps; ``output`` is the loss of each, ``[b, s]``."""
@@ -175,11 +193,10 @@ class GPTModule(GeneratingModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Hidden states, or on the last stage the logits ``[b, s, vocab]`` over the whole vocabulary."""
-        inputs = self.get_batch(batch)
-        batch = self.readable(batch)
-        length = batch[_token_key(batch)].size(1)
-        inputs["labels"] = None  # type: ignore[assignment]
-        output = self.active_model(**inputs)
+        inputs = self._get_batch_to_predict(batch)
+        length = inputs["input_ids"].size(1)
+        without_labels: dict[str, Any] = {**self.pad_inputs(inputs, self._length_multiple), "labels": None}
+        output = self.active_model(**without_labels)
         if not self.on_last_stage:
             return output
         return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
@@ -268,10 +285,10 @@ def _from_transformers(batch: Batch) -> Batch:
             labels = tokens.masked_fill(attention == 0, IGNORED_LABEL)
     shifted = batch.get("shift_labels")
     if shifted is None:
-        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
     mask = (shifted != IGNORED_LABEL).float()
     if "loss_mask" in batch:  # aligned with the labels, so it shifts with them
-        mask = mask * torch.nn.functional.pad(batch["loss_mask"][:, 1:].float(), (0, 1))
+        mask = mask * F.pad(batch["loss_mask"][:, 1:].float(), (0, 1))
     inputs = {"input_ids": tokens, "labels": shifted.clamp(min=0).long(), "loss_mask": mask}
     if attention is not None:
         inputs["unseen"] = attention_masks.unseen(attention)  # type: ignore[assignment]

@@ -94,6 +94,20 @@ class TorchAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 
+def pad_mask(mask: torch.Tensor | None, queries: int, keys: int) -> torch.Tensor | None:
+    """A mask for ``queries`` and ``keys`` more tokens at the end: no query looks at the new keys but new queries.
+
+    Args:
+        mask: ``[b, 1, s or 1, s]``, True where a query may not look; None stays None.
+        queries: Tokens to add to the dimension of the queries, unless that is 1.
+        keys: Tokens to add to the dimension of the keys.
+    """
+    if mask is None:
+        return None
+    mask = F.pad(mask, (0, keys), value=True)
+    return F.pad(mask, (0, 0, 0, queries), value=False) if mask.size(-2) > 1 else mask  # a softmax needs a key
+
+
 def _beyond_window(
     mask: torch.Tensor | None, queries: int, keys: int, window: int, device: torch.device
 ) -> torch.Tensor:

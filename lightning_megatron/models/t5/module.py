@@ -11,13 +11,15 @@ from lightning_megatron.distributed import process_groups, shared_weights
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.process_groups import gather_vocabulary
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
-from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages, T5Decoder
+from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule
+from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.vocab_padding import cross_entropy_over_shards
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.models.t5 import pipeline_split
 from lightning_megatron.models.t5.config import T5Config
+from lightning_megatron.models.t5.decoder import T5Decoder
 from lightning_megatron.models.t5.model import T5Model
 from lightning_megatron.models.weight_init import FirstWeights
 from lightning_megatron.training.lr_schedule import LRSchedule
@@ -107,14 +109,27 @@ class T5Module(GeneratingModule):
         model.start_queries_small()
         return model
 
-    def check_batch(self, batch: Batch) -> None:
-        """Refuse a batch without tokens or targets, with ids out of range, or longer than the configuration says.
+    def _check_loaded(self, batch: Batch) -> None:
+        """Refuse a batch without tokens or targets, with ids out of range, too long, or with masks of another shape."""
+        batch = _renamed(batch)
+        self._check_inputs(batch)
+        target = "labels" if "labels" in batch else "decoder_input_ids"
+        check_alike("T5Module", batch, "attention_mask", "input_ids")
+        check_alike("T5Module", batch, "decoder_attention_mask", target)
+        rows, encoder, decoder = *batch["input_ids"].shape, batch[target].size(1)
+        for key, shape in _MEGATRON_MASKS.items():
+            sizes = {"b": rows, "se": encoder, "sd": decoder}
+            wanted = tuple(sizes[letter] for letter in shape)
+            if key in batch and tuple(batch[key].shape) != wanted:
+                raise ValueError(
+                    f"T5Module: {key!r} is {tuple(batch[key].shape)}, and this batch's tokens ask for {wanted}"
+                    f" ([{', '.join(shape)}])."
+                )
 
-        Raises:
-            ValueError: With the values seen.
-        """
-        batch, config = _renamed(self.readable(batch)), self.config
-        if "labels" not in batch and not (self.trainer.predicting and "decoder_input_ids" in batch):
+    def _check_inputs(self, inputs: Batch) -> None:
+        """Refuse tokens and labels out of range, or longer than the configuration says."""
+        batch, config = _renamed(inputs), self.config
+        if "labels" not in batch and not (self._predicts and "decoder_input_ids" in batch):
             raise ValueError(
                 f"T5Module needs 'labels' [b, sd] (to predict, 'decoder_input_ids' do); this batch has {sorted(batch)}."
             )
@@ -136,45 +151,47 @@ class T5Module(GeneratingModule):
         target = "labels" if "labels" in batch else "decoder_input_ids"
         if "decoder_input_ids" in batch:
             check_alike("T5Module", batch, target, "decoder_input_ids")
-        check_alike("T5Module", batch, "attention_mask", "input_ids")
-        check_alike("T5Module", batch, "decoder_attention_mask", target)
-        rows, encoder, decoder = *batch["input_ids"].shape, batch[target].size(1)
-        for key, shape in _MEGATRON_MASKS.items():
-            sizes = {"b": rows, "se": encoder, "sd": decoder}
-            wanted = tuple(sizes[letter] for letter in shape)
-            if key in batch and tuple(batch[key].shape) != wanted:
-                raise ValueError(
-                    f"T5Module: {key!r} is {tuple(batch[key].shape)}, and this batch's tokens ask for {wanted}"
-                    f" ([{', '.join(shape)}])."
-                )
 
-    def sequence_length(self, batch: Batch) -> int:
-        """Tokens of both sides, which travel one behind the other."""
-        return sum(self.lengths(batch))
+    def _loaded_lengths(self, batch: Batch) -> tuple[int, ...]:
+        batch = _renamed(batch)
+        return int(batch["input_ids"].size(1)), self._decoder_inputs(batch).size(1)
 
-    def lengths(self, batch: Batch) -> tuple[int, ...]:
-        """Tokens of each side, rounded up as ``get_batch`` pads."""
-        batch = _renamed(self.readable(batch))
-        lengths = (int(batch["input_ids"].size(1)), self._decoder_inputs(batch).size(1))
-        return tuple(length + self._padding(length) for length in lengths)
+    def _input_lengths(self, inputs: Batch) -> tuple[int, ...]:
+        return int(inputs["input_ids"].size(1)), int(inputs["decoder_input_ids"].size(1))
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens of both sides, masks (True where a query may not look), and labels, from either form."""
         batch = _renamed(given(batch))
         tokens, targets = batch["input_ids"].long(), self._decoder_inputs(batch)
-        more, more_targets = self._padding(tokens.size(1)), self._padding(targets.size(1))
         inputs = {
-            "input_ids": F.pad(tokens, (0, more)),
-            "decoder_input_ids": F.pad(targets, (0, more_targets)),
-            "encoder_mask": _mask(batch, "enc_mask", "attention_mask", tokens, more, more),
-            "decoder_mask": _decoder_mask(batch, targets, more_targets),
-            "cross_mask": _mask(batch, "enc_dec_mask", "attention_mask", tokens, more_targets, more),
+            "input_ids": tokens,
+            "decoder_input_ids": targets,
+            "encoder_mask": _mask(batch, "enc_mask", "attention_mask", tokens),
+            "decoder_mask": _decoder_mask(batch, targets),
+            "cross_mask": _mask(batch, "enc_dec_mask", "attention_mask", tokens),
         }
-        if "labels" in batch:
-            inputs["labels"] = F.pad(batch["labels"].long(), (0, more_targets), value=IGNORED_LABEL)
-        return inputs
+        return {**inputs, **({"labels": batch["labels"].long()} if "labels" in batch else {})}
 
     _get_batch_of_family = get_batch
+
+    def pad_inputs(self, inputs: Batch, multiple: int) -> Batch:
+        """Pad behind each side's text; no token looks at the padding, and it has no label."""
+        tokens, targets = inputs["input_ids"], inputs["decoder_input_ids"]
+        more, more_targets = (-ids.size(1) % multiple for ids in (tokens, targets))
+        unmasked = torch.zeros(len(tokens), 1, 1, tokens.size(1), dtype=torch.bool, device=tokens.device)
+        masks = {name: inputs[name] for name in ("encoder_mask", "cross_mask")}
+        if more:  # None says that nothing is padded
+            masks = {name: unmasked if mask is None else mask for name, mask in masks.items()}
+        padded: dict[str, Any] = {
+            "input_ids": F.pad(tokens, (0, more)),
+            "decoder_input_ids": F.pad(targets, (0, more_targets)),
+            "encoder_mask": pad_mask(masks["encoder_mask"], more, more),
+            "decoder_mask": pad_mask(inputs["decoder_mask"], more_targets, more_targets),
+            "cross_mask": pad_mask(masks["cross_mask"], more_targets, more),
+        }
+        if "labels" in inputs:
+            padded["labels"] = F.pad(inputs["labels"], (0, more_targets), value=IGNORED_LABEL)
+        return {**inputs, **padded}
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Sum and count over the labels that are not ignored; ``output`` are the logits ``[b, sd, vocab/tp]``."""
@@ -182,8 +199,9 @@ class T5Module(GeneratingModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
         """Hidden states, or on the last stage the logits ``[b, sd, vocab]`` over the whole vocabulary."""
-        length = self._decoder_inputs(_renamed(self.readable(batch))).size(1)
-        output: torch.Tensor = self.active_model(**self.get_batch(batch))
+        inputs = self._get_batch_to_predict(batch)
+        length = inputs["decoder_input_ids"].size(1)
+        output: torch.Tensor = self.active_model(**self.pad_inputs(inputs, self._length_multiple))
         if not self.on_last_stage:
             return output
         return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
@@ -237,20 +255,20 @@ def _renamed(batch: Batch) -> Batch:
     return found
 
 
-def _mask(batch: Batch, key: str, keep_key: str, tokens: torch.Tensor, queries: int, keys: int) -> Any:
-    """Megatron's mask where there is one, else from which tokens to keep; for so many more queries and keys."""
+def _mask(batch: Batch, key: str, keep_key: str, tokens: torch.Tensor) -> Any:
+    """Megatron's mask where the batch has one, else one made from the tokens to keep; None where all are kept."""
     if key in batch:
-        return ~_looks_somewhere(F.pad(batch[key], (0, keys, 0, queries)) > 0.5)[:, None]
-    keep = _looks_somewhere(F.pad(batch.get(keep_key, torch.ones_like(tokens)), (0, keys)) > 0.5)
+        return ~_looks_somewhere(batch[key] > 0.5)[:, None]
+    keep = _looks_somewhere(batch.get(keep_key, torch.ones_like(tokens)) > 0.5)
     return None if bool(keep.all()) else ~keep[:, None, None, :]
 
 
-def _decoder_mask(batch: Batch, targets: torch.Tensor, padding: int) -> torch.Tensor:
-    """As ``_mask``, and nobody looks ahead."""
-    length = targets.size(1) + padding
+def _decoder_mask(batch: Batch, targets: torch.Tensor) -> torch.Tensor:
+    """As ``_mask``, and no token looks ahead."""
+    length = targets.size(1)
     ahead = torch.ones(length, length, dtype=torch.bool, device=targets.device).triu(1)
     itself = torch.eye(length, dtype=torch.bool, device=targets.device)
-    mask = _mask(batch, "dec_mask", "decoder_attention_mask", targets, padding, padding)
+    mask = _mask(batch, "dec_mask", "decoder_attention_mask", targets)
     if mask is None:
         return ahead[None, None]
     mask = ahead | mask

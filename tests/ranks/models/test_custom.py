@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_megatron import BertConfig, BertModule, GPTModule, T5Config, T5Module
+from lightning_megatron.callbacks import Throughput
 from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
 from tests.support.layout import Layout
@@ -162,3 +163,33 @@ def test_a_new_task_over_the_replicas(layout):
     for seen in run_ranks(2 * layout.world_size, _contrastive, replace(layout, dp=2)):
         assert seen[0] == pytest.approx(losses, rel=1e-5)
         assert seen[1] == pytest.approx(norms, rel=1e-4)
+
+
+class Counted(GPTModule):
+    rows: list[int] = []
+
+    def get_batch(self, batch: Any) -> Any:
+        self.rows.append(len(batch["x"]))
+        return super().get_batch({"input_ids": batch["x"]})
+
+
+def _rows_of_calls() -> list[int]:
+    rows = Rows({"x": text_samples(CONFIG, 4)["tokens"]})
+    run = trainer(Layout(pp=2), {"micro_batch_size": 2}, max_steps=1, callbacks=[Throughput()])
+    run.fit(Counted(CONFIG), DataLoader(rows, batch_size=4))
+    assert run.callback_metrics["consumed_tokens"] == rows.samples["x"].numel()
+    return Counted.rows
+
+
+def test_an_overridden_get_batch_is_called_with_micro_batches_only():
+    for rows in run_ranks(2, _rows_of_calls):
+        assert rows == [2, 2, 2]  # the first call tells the length of what travels between the stages
+
+
+def test_what_an_overridden_get_batch_returns_is_checked():
+    module = Counted(CONFIG).build()
+    with pytest.raises(ValueError, match="sequences of 17 tokens"):
+        module.training_step({"x": torch.zeros(1, CONFIG.seq_length + 1, dtype=torch.long)}, 0)
+    with pytest.raises(ValueError, match="token id 1000000 in 'input_ids' is outside"):
+        module.training_step({"x": torch.tensor([[0, 1000000]])}, 0)
+    module.check_batch("of any form")

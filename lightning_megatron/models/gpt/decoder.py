@@ -1,0 +1,42 @@
+"""Next-token scores of a GPT, with its keys and values cached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_megatron.models.generation import Decoder, Prompts, Stages
+
+
+class GPTDecoder(Decoder):
+    """Of megatron-core's ``GPTModel``; as ``Decoder``."""
+
+    def __init__(self, stages: Stages, start: Prompts, vocab_size: int, max_new_tokens: int, beams: int) -> None:
+        super().__init__(stages, start, vocab_size, max_new_tokens, beams)
+        padding = (~start.keep).sum(dim=1, keepdim=True).repeat_interleave(beams, dim=0)  # [rows, 1]
+        self.padding = padding if bool(padding.any()) else None
+
+    def run(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """As ``Decoder``; padding is masked, and does not count as a position."""
+        first = self.cache.sequence_len_offset
+        places = torch.arange(first, first + tokens.size(1), device=tokens.device)
+        positions, mask = places.expand_as(tokens), None
+        if self.padding is not None:
+            positions = (places - self.padding).clamp(min=0)
+            keys = torch.arange(first + tokens.size(1), device=tokens.device)
+            padded = (keys < self.padding)[:, None, None]  # [rows, 1, 1, keys]
+            mask = ((keys > places[:, None]) | padded) & (keys != places[:, None])  # a softmax needs one key
+
+        def run(_: int, chunk: Any) -> torch.Tensor:
+            output: torch.Tensor = chunk(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask,
+                inference_context=self.cache,
+                runtime_gather_output=True,
+            )
+            return output
+
+        width = self.stages.chunks[0].config.hidden_size
+        return self.stages.relay(range(self.stages.count), (tokens.size(1), len(tokens), width), run)
