@@ -175,9 +175,10 @@ class Counted(GPTModule):
 
 def _rows_of_calls() -> list[int]:
     rows = Rows({"x": text_samples(CONFIG, 4)["tokens"]})
-    run = trainer(Layout(pp=2), {"micro_batch_size": 2}, max_steps=1, callbacks=[Throughput()])
+    throughput = Throughput()
+    run = trainer(Layout(pp=2), {"micro_batch_size": 2}, max_steps=1, callbacks=[throughput])
     run.fit(Counted(CONFIG), DataLoader(rows, batch_size=4))
-    assert run.callback_metrics["consumed_tokens"] == rows.samples["x"].numel()
+    assert throughput.consumed_tokens == rows.samples["x"].numel()
     return Counted.rows
 
 
