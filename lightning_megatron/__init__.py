@@ -19,8 +19,8 @@ if not _torch.cuda.is_available():
 from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
 
 from lightning_megatron.checkpoint import Checkpointing
+from lightning_megatron.distributed.collectives import average_losses_across_data_parallel_group
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
-from lightning_megatron.distributed.process_groups import average_losses_across_data_parallel_group
 from lightning_megatron.models import (
     AutoModule,
     BertConfig,

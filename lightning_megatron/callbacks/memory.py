@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW
 from typing_extensions import override
 
 from lightning_megatron.callbacks.logging_schedule import log, logs_now
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
@@ -71,7 +71,7 @@ class MemoryMonitor(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy: Any = trainer.strategy
         self._device = strategy.root_device
-        self._estimates = process_groups.gather(
+        self._estimates = collectives.gather(
             estimate(strategy.engine, strategy.optimizers[0]), process_groups.gloo_world()
         )
         self._told = False
@@ -82,7 +82,7 @@ class MemoryMonitor(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if not logs_now(trainer):
             return
-        taken = process_groups.gather(_taken(self._device), process_groups.gloo_world())
+        taken = collectives.gather(_taken(self._device), process_groups.gloo_world())
         most = max(range(len(taken)), key=lambda rank: taken[rank])
         expected = self._estimates[most]
         log(pl_module, {"memory_gib": taken[most] / _GIB, "memory_estimate_gib": expected.total / _GIB})

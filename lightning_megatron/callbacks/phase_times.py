@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_megatron.callbacks.logging_schedule import log, logs_now
-from lightning_megatron.distributed import lightning_private, process_groups
+from lightning_megatron.distributed import collectives, lightning_private, process_groups
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.timers import BACKWARD, FORWARD, GRADIENT_SYNC, OPTIMIZER, SAVE, SCHEDULE, Intervals
 
@@ -93,7 +93,7 @@ class PhaseTimes(pl.Callback):
                 if interval.name in names:
                     self._seconds[phase] += interval.seconds
         mine = {phase: self._seconds[phase] / self._steps for phase in ("data", *_PHASES, "step")}
-        everyone = process_groups.gather(mine, process_groups.gloo_world())
+        everyone = collectives.gather(mine, process_groups.gloo_world())
         values = {}
         for phase in mine:
             times = [each[phase] for each in everyone]

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_megatron.callbacks import plots
 from lightning_megatron.callbacks.timeline import RankTimeline, draw, spans, trace
-from lightning_megatron.distributed import lightning_private, process_groups
+from lightning_megatron.distributed import collectives, lightning_private, process_groups
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.timers import Intervals
 
@@ -66,7 +66,7 @@ class PipelineTimeline(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         here = (_BOOT.read_text() if _BOOT.is_file() else "", _meet(trainer))
-        machines = process_groups.gather(here, process_groups.gloo_world())
+        machines = collectives.gather(here, process_groups.gloo_world())
         first = machines[0]
         self._ahead = 0.0 if here[0] == first[0] else here[1] - first[1]
 
@@ -87,7 +87,7 @@ class PipelineTimeline(pl.Callback):
         layout, rank = strategy.layout, trainer.global_rank
         mine = RankTimeline(rank, layout.coordinates(rank), spans(self._intervals.take(), layout))
         self._intervals = None
-        everyone = process_groups.gather(mine.shifted(self._ahead), process_groups.gloo_world())
+        everyone = collectives.gather(mine.shifted(self._ahead), process_groups.gloo_world())
         if trainer.is_global_zero:
             start = min(span.start for each in everyone for span in each.spans)
             self._write([each.shifted(start) for each in everyone], layout, trainer.global_step)

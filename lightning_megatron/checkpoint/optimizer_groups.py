@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives
 
 State = dict[str, Any]
 
@@ -28,7 +28,7 @@ def record(state: State, weights: list[list[str]]) -> list[State]:
     optimizer = state["optimizer_states"][0]
     own = {key: optimizer[key] for key in _OF_OPTIMIZER}
     own["schedules"] = [_lists(schedule) for schedule in state.get("lr_schedulers", [])]
-    stages = process_groups.gather_from_stages({**own, "weights": weights})
+    stages = collectives.gather_from_stages({**own, "weights": weights})
     if all({**stage, "weights": None} == {**own, "weights": None} for stage in stages):
         together = zip(*(stage["weights"] for stage in stages), strict=True)
         return [{**own, "weights": [sorted({name for part in parts for name in part}) for parts in together]}]

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lightning_megatron.checkpoint import manifest, mismatches, optimizer_shards, shard_files, trainer_state, writing
 from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.tensor_shards import ShardSpec, shard_specs, specs_by_parameter
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def check(path: Path, about: dict[str, Any], checksums: bool) -> None:
         CheckpointError: With what is wrong.
     """
     names = sorted(about["files"])[dist.get_rank() :: dist.get_world_size()]
-    every = process_groups.gather(manifest.find_damage(path, about, names, checksums), process_groups.gloo_world())
+    every = collectives.gather(manifest.find_damage(path, about, names, checksums), process_groups.gloo_world())
     found = [line for lines in every for line in lines]
     if found:
         raise CheckpointError(f"{path} is damaged, and nothing of it was loaded:\n{mismatches.as_list(found)}")

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from lightning_megatron.checkpoint import shard_files
 from lightning_megatron.checkpoint.manifest import CheckpointError, Staging, staging_folder
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 
 WEIGHTS = "weights"
 RANKS = "ranks"
@@ -109,7 +109,7 @@ def agree(problem: str, same: bool) -> bool:
     votes = torch.tensor([not problem, same], dtype=torch.int32, device="cpu")
     dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=process_groups.gloo_world())
     if not votes[0]:
-        raise CheckpointError(next(filter(None, process_groups.gather(problem, process_groups.gloo_world()))))
+        raise CheckpointError(next(filter(None, collectives.gather(problem, process_groups.gloo_world()))))
     return bool(votes[1])
 
 

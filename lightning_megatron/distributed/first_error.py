@@ -1,4 +1,4 @@
-"""When one rank raises, its peers fail on broken connections: tell them, and the user, what came first."""
+"""Finds which rank raised first: the other ranks then fail on broken connections, and their errors say so."""
 
 from __future__ import annotations
 
@@ -15,42 +15,44 @@ import torch.distributed as dist
 _KEY = "lightning_megatron/first_error_of_run"
 _CONSEQUENCE = "This is a consequence. First, "
 _SECONDS_FOR_ALL = 15
-_meetings = count()
+_waits = count()
 T = TypeVar("T")
 _run = 0
 
 
 def begin_run() -> None:
-    """A new run, in which the errors of earlier ones are not the first; called by all ranks."""
+    """Begin a new run: errors of earlier runs no longer count as the first. All ranks call this."""
     global _run
     _run += 1
 
 
 def run_number() -> int:
-    """The number of the run, the same on all ranks."""
+    """The number of the present run, the same on all ranks."""
     return _run
 
 
 def record(error: BaseException) -> None:
-    """Record ``error`` as the run's first, or add to it a note of the one that was first on another rank."""
+    """Record ``error`` as the first of the run; if another rank raised earlier, add a note that quotes its error."""
     if not dist.is_initialized():
         return
     what = f"{type(error).__name__}: {error}"
     mine = f"rank {dist.get_rank()} raised {what}"
     try:
-        first = ask_with_timeout(lambda: _store().compare_set(f"{_KEY}_{_run}", "", mine), _SECONDS_FOR_ALL).decode()
-    except Exception:  # the store dies with rank 0: then there is nobody to ask, and nothing to add
+        first = ask_with_timeout(
+            lambda: default_store().compare_set(f"{_KEY}_{_run}", "", mine), _SECONDS_FOR_ALL
+        ).decode()
+    except Exception:  # the store ends with rank 0, and then nobody knows which error was first
         return
-    if not first.endswith(f" raised {what}"):  # the same error on every rank follows from nothing
+    if not first.endswith(f" raised {what}"):  # where every rank raises the same error, none is a consequence
         error.add_note(_CONSEQUENCE + first)
 
 
 def ask_with_timeout(question: Callable[[], T], seconds: float) -> T:
-    """The answer to a question to the store, which may never come where rank 0 is stopped.
+    """Ask the store something, but wait no longer than ``seconds``: a stopped rank 0 never answers.
 
     Raises:
-        TimeoutError: None has come in time.
-        Exception: Of the question.
+        TimeoutError: The store has not answered in time.
+        Exception: Whatever ``question`` raises.
     """
     answers: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue()
 
@@ -76,17 +78,17 @@ def is_consequence(error: BaseException) -> bool:
 
 
 def wait_for_all_ranks_in_handler() -> None:
-    """While an exception is handled, wait a little for all ranks to come here too, and give up if they do not.
+    """If an exception is being handled, wait a few seconds until all ranks are handling one.
 
-    What all ranks do together (saving a checkpoint) would otherwise wait for ranks that know of no exception.
+    Saving a checkpoint takes all ranks; without this, it would wait forever for ranks that have no exception.
 
     Raises:
-        RuntimeError: Some ranks did not come.
+        RuntimeError: Some ranks are not handling an exception.
     """
     if sys.exception() is None:
         return
-    key, world = f"lightning_megatron/meeting_{next(_meetings)}", dist.get_world_size()
-    store = _store()
+    key, world = f"lightning_megatron/meeting_{next(_waits)}", dist.get_world_size()
+    store = default_store()
     here = store.add(key, 1)
     deadline = time.monotonic() + _SECONDS_FOR_ALL
     while here < world and time.monotonic() < deadline:
@@ -99,5 +101,6 @@ def wait_for_all_ranks_in_handler() -> None:
         )
 
 
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()  # private (torch 2.13), the only way to the store
+def default_store() -> Any:
+    """The store of the default group; torch (2.13) has no public way to it."""
+    return dist.distributed_c10d._get_default_store()

@@ -1,4 +1,7 @@
-"""Whom a rank has waited for in vain: each tells the store where it is, and in the end what it waited in."""
+"""Explains the timeout of a collective: which ranks did not take part in it, and what they are doing instead.
+
+Every few seconds each rank writes to the store where its main thread is; after a timeout, what it waited in.
+"""
 
 from __future__ import annotations
 
@@ -37,25 +40,23 @@ State = dict[str, Any]
 
 
 class Heartbeat:
-    """Tells where this rank's main thread is, from a thread of its own, until it is stopped."""
+    """Writes the position of this rank's main thread to the store, from a background thread, until it is stopped."""
 
     def __init__(self) -> None:
-        # None until it runs: a strategy is pickled on its way to a forkserver's ranks.
+        # None until it runs, as a strategy is pickled on its way to the ranks of a forkserver.
         self._stop: threading.Event | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin, on all ranks; nothing happens where it has begun."""
+        """Start on every rank; does nothing if it is running."""
         if self._thread is None and dist.is_initialized() and dist.get_world_size() > 1:
             self._stop = threading.Event()
-            store: Any = dist.distributed_c10d._get_default_store()  # private; a copy is a connection of its own
-            self._thread = threading.Thread(
-                target=self._tell, args=(self._stop, store.clone(), dist.get_rank()), daemon=True
-            )
+            store = first_error.default_store().clone()  # a connection of its own
+            self._thread = threading.Thread(target=self._tell, args=(self._stop, store, dist.get_rank()), daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """End, and say that this rank has left the run."""
+        """Stop, and write that this rank has left the run."""
         if self._stop is not None and self._thread is not None:
             self._stop.set()
             self._thread.join(2 * _PERIOD)
@@ -73,16 +74,16 @@ class Heartbeat:
                     break
                 beats += 1
             store.set(f"{_HERE}{rank}", json.dumps({**who, "left": True}))
-        except Exception:  # the store is gone with rank 0, and with it whoever would ask
+        except Exception:  # the store ends with rank 0, and nobody reads it any more
             return
 
 
 def explain_timeout(error: BaseException, layout: ParallelLayout) -> None:
-    """To the error of a collective that nobody answered, add which ranks it waited for, and where they are.
+    """Add a note to the timeout of a collective: which ranks it waited for, and where they are.
 
     Args:
-        error: Any error; others are left as they are.
-        layout: Of the run.
+        error: Any error; only timeouts and lost connections get a note.
+        layout: The parallel sizes of the run.
     """
     text = str(error).lower()
     timed_out = any(words in text for words in _TIMED_OUT)
@@ -98,8 +99,10 @@ def explain_timeout(error: BaseException, layout: ParallelLayout) -> None:
         )
     except Exception:
         if rank != 0:
-            where = "the store, by which ranks tell where they are: it is dead, stopped, or its machine is gone"
-            error.add_note(f"{waited} rank 0 does not answer, and it has {where}.")
+            error.add_note(
+                f"{waited} rank 0 does not answer: it has ended or is stopped, or its machine is unreachable. Where the"
+                " other ranks are is not known, as rank 0 keeps the store that they write to."
+            )
         return
     idle, waiting = [], {rank: here}
     for other in range(layout.world_size):
@@ -107,7 +110,7 @@ def explain_timeout(error: BaseException, layout: ParallelLayout) -> None:
             continue
         before, now, last = first[other], second[other], last_words[other]
         if last is not None:
-            waiting[other] = last  # it has given up, too; what it does since then says nothing
+            waiting[other] = last  # it has timed out as well; what it does since then tells nothing
         elif problem := _problem(before, now, run):
             idle.append(f"{layout.rank_name(other)} {problem}")
         else:
@@ -121,11 +124,11 @@ def explain_timeout(error: BaseException, layout: ParallelLayout) -> None:
 
 
 def _ask(rank: int, here: State, world_size: int, run: int) -> tuple[list[State | None], ...]:
-    """Where all ranks were when this one gave up, where they are a little later, and what those waited in that gave up.
+    """Read from the store where all ranks are, now and a little later, and what the ranks that timed out waited in.
 
-    The second answer may be the first again: a rank 0 that has given up, too, ends, and the store with it.
+    The second reading may be a copy of the first: a rank 0 that has timed out ends, and the store with it.
     """
-    store = dist.distributed_c10d._get_default_store()
+    store = first_error.default_store()
     store.set(f"{_WAITED}{run}/{rank}", json.dumps(here))
     first = _read(store, _HERE, world_size)
     last_words = _read(store, f"{_WAITED}{run}/", world_size)
@@ -143,48 +146,48 @@ def _read(store: dist.Store, prefix: str, world_size: int) -> list[State | None]
 
 
 def _problem(before: State | None, now: State | None, run: int) -> str | None:
-    """Why a rank does not come to what others wait in; None where it waits itself."""
+    """Why a rank does not take part in the collective that others wait in; None if it waits itself."""
     if before is None or now is None or now["run"] != run or now.get("left"):
-        return "is not in this run any more: it has left trainer.fit (or validate, ...), or never called it"
+        return "is not in this run: it has left trainer.fit (or validate, ...), or has not called it"
     if before == now:
-        return f"is not heard of any more: {_what_became_of(now)}"
+        return f"no longer reports: {_what_became_of(now)}"
     if not before["collective"]:
         return f"is in no collective; it is in {before['stack']}"
     return None
 
 
 def _what_became_of(rank: State) -> str:
-    """Of a rank whose heart does not beat; on this machine, the system knows."""
+    """What happened to a rank without a heartbeat; on this machine, the system knows."""
     process, status = rank["process"], Path(f"/proc/{rank['process']}/stat")
     if rank["host"] != platform.node() or not Path("/proc/self/stat").exists():
-        return "it is dead, stopped, or its machine is gone"
+        return "it has ended or is stopped, or its machine is unreachable"
     state = status.read_text().rpartition(")")[2].split()[0] if status.exists() else "Z"
     if state in "ZX":
-        return f"its process {process} has ended without a word; `dmesg` says whether it was killed for want of memory"
+        return f"its process {process} has ended without an error; `dmesg` says whether it ran out of memory"
     if state in "Tt":
-        return f"its process {process} is stopped (SIGSTOP, or a debugger); `kill -CONT {process}` lets it go on"
-    return f"its process {process} lives, but its Python does not run: a call into C holds the interpreter"
+        return f"its process {process} is stopped (SIGSTOP, or a debugger); `kill -CONT {process}` continues it"
+    return f"its process {process} is alive, but runs no Python: a call into C holds the interpreter"
 
 
 def _who_waits_where(waiting: dict[int, State], rank: int) -> str:
-    places: dict[tuple[str, str], list[int]] = {}
+    ranks_at: dict[tuple[str, str], list[int]] = {}
     for other in sorted(waiting):
-        places.setdefault((waiting[other]["collective"], waiting[other]["place"]), []).append(other)
-    if len(places) == 1:
+        ranks_at.setdefault((waiting[other]["collective"], waiting[other]["place"]), []).append(other)
+    if len(ranks_at) == 1:
         return (
-            "So do all ranks: one of them may be a call ahead of the others, behind a condition that differs between"
-            " ranks; or a connection is lost."
+            "All ranks wait there: one of them may be a call ahead of the others, because of a condition that differs"
+            " between ranks, or a connection is lost."
         )
-    lines = [f"ranks {ranks} in {what}, called by {place}" for (what, place), ranks in places.items()]
+    lines = [f"ranks {ranks} in {what}, called by {place}" for (what, place), ranks in ranks_at.items()]
     return (
-        f"All ranks live, and wait for each other: {'; '.join(lines)}. Every rank has to make the same calls in the"
-        " same order. Look for one behind `if rank == 0`, or behind a condition that differs between ranks, such as the"
+        f"All ranks are alive and wait for each other: {'; '.join(lines)}. Every rank has to make the same calls in the"
+        " same order. Look for a call under `if rank == 0`, or a condition that differs between ranks, such as the"
         " number of batches."
     )
 
 
 def _where(stack: Iterable[traceback.FrameSummary]) -> State:
-    """The innermost calls; the collective that is among them, and whose call it is."""
+    """The innermost calls of a stack, the collective among them, and the place that called it."""
     calls = list(stack)
     shown = " < ".join(_shown(call) for call in reversed(calls[-_SHOWN:]))
     first = next((number for number, call in enumerate(calls) if call.filename.endswith(_WAITING_FILES)), len(calls))
@@ -193,13 +196,13 @@ def _where(stack: Iterable[traceback.FrameSummary]) -> State:
 
 
 def _place(calls: list[traceback.FrameSummary]) -> str:
-    """The user's innermost call under the Trainer, or else this package's."""
+    """The innermost call of the user's code under the Trainer; without one, of this package."""
     under = [number for number, call in enumerate(calls) if "lightning/pytorch/trainer" in call.filename]
     inside = calls[under[0] :] if under else calls
     own = [call for call in inside if not any(part in call.filename for part in _NOT_THE_USERS)]
     ours = [call for call in inside if "lightning_megatron/" in call.filename]
     chosen = own or ours or inside
-    return _shown(chosen[-1]) if chosen else "nobody knows whom"
+    return _shown(chosen[-1]) if chosen else "an unknown place"
 
 
 def _shown(call: traceback.FrameSummary) -> str:

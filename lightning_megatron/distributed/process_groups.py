@@ -1,4 +1,7 @@
-"""A layout made into Megatron's process groups and random seeds. The only file that writes to ``parallel_state``."""
+"""Creates and destroys megatron-core's process groups for a layout, and seeds the model's random numbers.
+
+The only file that writes to ``megatron.core.parallel_state``.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import count
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,57 +22,74 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.layout import ParallelLayout, RankCoordinates
 
-# Megatron's scheme: pipeline stages start 100 apart; tensor-parallel ranks follow inside `model_parallel_...seed`.
+# Megatron's scheme: the seeds of neighbouring pipeline stages differ by 100; `model_parallel_cuda_manual_seed` derives
+# those of the tensor-parallel ranks.
 _SEED_STEP_OF_PIPELINE_STAGES = 100
+_DEFAULT_TIMEOUT = timedelta(minutes=30)
 
-# Given to ``self.log(sync_dist_group=)``: the value is the whole world's already.
+# Passed as ``self.log(sync_dist_group=)``: the value is already reduced over all ranks.
 REDUCED = "reduced"
 
-# The halves of an encoder-decoder model.
+# The two stacks of an encoder-decoder model.
 Stack = Literal["encoder", "decoder"]
-
-T = TypeVar("T")
-
-_timeout = timedelta(minutes=30)
-_seed = 0
 
 
 @dataclass
-class _Standing:
-    """The groups that stand, and the default group that they were made over.
+class _State:
+    """The process groups that exist, and what belongs to the whole process.
 
-    Anybody may end either (a user, Lightning, another library), so ``_still_standing`` is asked before each use.
+    Anybody may destroy the groups (a user, Lightning, another library), so ``_current`` is called before each use.
+
+    Args:
+        world: A weak reference to the default group that the other groups were made over. A strong one would keep the
+            store of a destroyed group alive, and later ranks would find the old addresses in it.
+        layout: The layout whose groups exist.
+        timeout: How long a collective may take.
+        groups: The groups of the layout that this rank is in.
+        stacks: The groups of the pipeline ranks of each stack, for encoder-decoder models.
+        gloo: The Gloo groups of all ranks: for the main thread, and for a thread that writes checkpoints.
+        made_for_build: Whether the default group was made here, to build a model outside of a run.
+        seed: The seed of the run. Like what follows, ``reset`` keeps it.
+        num_rendezvous: How often the ranks have met.
+        store: The store that the ranks meet at.
     """
 
-    world: Any = None  # a weak reference: whoever ends the default group ends its store, which others would find again
+    world: Any = None
     layout: ParallelLayout | None = None
-    timeout: timedelta = _timeout
-    made: list[dist.ProcessGroup] = field(default_factory=list)  # for the layout, on this rank
+    timeout: timedelta = _DEFAULT_TIMEOUT
+    groups: list[dist.ProcessGroup] = field(default_factory=list)
     stacks: dict[Stack, dist.ProcessGroup] = field(default_factory=dict)
-    host: tuple[dist.ProcessGroup, ...] = ()
-    alone: bool = False  # whether the default group was made here, for a model without a run
+    gloo: tuple[dist.ProcessGroup, ...] = ()
+    made_for_build: bool = False
+    seed: int = 0
+    num_rendezvous: int = 0
+    store: dist.Store | None = None
+
+    def reset(self) -> None:
+        """Forget the groups, after the default group was destroyed."""
+        kept = {"seed": self.seed, "num_rendezvous": self.num_rendezvous, "store": self.store}
+        vars(self).update(vars(_State(**kept)))  # type: ignore[arg-type]
 
 
-_standing = _Standing()
-_meetings = count()
-_base: dist.Store | None = None
+_state = _State()
 
 
 def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
-    """Make the process groups of ``layout``, or keep them where they stand already.
+    """Create the process groups of ``layout``, or keep them if they exist.
 
-    Groups of other sizes are ended first. ``rebind`` gives a model that was built on ended groups those that stand.
+    Groups of another layout are destroyed first. ``rebind`` gives the new groups to a model that was built on
+    destroyed ones.
 
     Args:
-        layout: Of as many ranks as have met.
-        timeout: Of collectives; None keeps what stands.
+        layout: The parallel sizes; its world size is that of the default group.
+        timeout: How long a collective may take; None keeps the present value.
 
     Raises:
-        RuntimeError: Another number of ranks has met.
+        RuntimeError: The default group has another number of ranks than the layout.
     """
-    standing = _still_standing()
-    timeout = timeout or standing.timeout
-    if standing.layout == layout and standing.timeout == timeout and _are_megatrons(standing.made):
+    state = _current()
+    timeout = timeout or state.timeout
+    if state.layout == layout and state.timeout == timeout and _are_in_use(state.groups):
         return
     if layout.world_size != dist.get_world_size():
         raise RuntimeError(
@@ -78,9 +97,9 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
             f" (tp={layout.tp}, pp={layout.pp}, dp={layout.dp}). Something else in this program has made it: call"
             " torch.distributed.destroy_process_group() first, or give the Trainer as many devices."
         )
-    _take_down()
-    standing.timeout = timeout
-    with _one_group_of_this_rank_alone(timeout):
+    _destroy_layout_groups()
+    state.timeout = timeout
+    with _sharing_single_rank_groups():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
@@ -88,14 +107,13 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
             distributed_timeout_minutes=timeout.total_seconds() / 60,
             create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
         )
-    made = parallel_state._global_process_group_list  # private (megatron-core 0.16.1): all it made, on this rank
-    standing.made = list(dict.fromkeys(group for group in made if group is not None))
+    state.groups = _groups_of_megatron()
     _build_stacks(layout, timeout)
-    standing.layout = layout
+    state.layout = layout
 
 
 def rebind(model: torch.nn.Module) -> None:
-    """Give the layers of ``model`` the groups that stand, where they were built on others of the same sizes."""
+    """Give the layers of ``model`` the existing groups, in place of destroyed ones of the same sizes."""
     collection = ProcessGroupCollection.use_mpu_process_groups()
     for layer in model.modules():
         for name, value in list(vars(layer).items()):
@@ -105,42 +123,50 @@ def rebind(model: torch.nn.Module) -> None:
                 setattr(layer, name, getattr(collection, name.removesuffix("_group"), value))
 
 
-def _still_standing() -> _Standing:
-    """What stands, after forgetting what others have ended."""
-    global _standing
-    if _standing.world is not None and (not dist.is_initialized() or dist.group.WORLD is not _standing.world()):
-        _forget_megatrons()
-        _standing = _Standing()
-    if _standing.world is None and dist.is_initialized():
-        _standing.world = weakref.ref(dist.group.WORLD)
-    return _standing
+def _current() -> _State:
+    """The state, after forgetting groups that somebody else has destroyed."""
+    if _state.world is not None and (not dist.is_initialized() or dist.group.WORLD is not _state.world()):
+        _clear_parallel_state()
+        _state.reset()
+    if _state.world is None and dist.is_initialized():
+        _state.world = weakref.ref(dist.group.WORLD)
+    return _state
 
 
-def _are_megatrons(made: list[dist.ProcessGroup]) -> bool:
-    """Whether megatron-core still works with the groups that were ``made``, and all of them are alive."""
-    alive = dist.distributed_c10d._world.pg_map  # private (torch 2.13), as megatron-core uses it
+def _is_alive(group: dist.ProcessGroup) -> bool:
+    """Whether a group has not been destroyed; private in torch (2.13), and used alike by megatron-core."""
+    return group in dist.distributed_c10d._world.pg_map
+
+
+def _groups_of_megatron() -> list[dist.ProcessGroup]:
+    """Every group that megatron-core has made on this rank; private in megatron-core (0.16.1)."""
+    groups = parallel_state._global_process_group_list
+    return list(dict.fromkeys(group for group in groups if group is not None))
+
+
+def _are_in_use(groups: list[dist.ProcessGroup]) -> bool:
+    """Whether megatron-core still works with these groups, and all of them are alive."""
     return (
         parallel_state.model_parallel_is_initialized()
-        and parallel_state.get_model_parallel_group() in made
-        and all(group in alive for group in made)
+        and parallel_state.get_model_parallel_group() in groups
+        and all(map(_is_alive, groups))
     )
 
 
-def _take_down() -> None:
-    """End the layout's groups; the default one and those of the host stay."""
-    standing = _still_standing()
-    _forget_megatrons()
-    alive = dist.distributed_c10d._world.pg_map
-    for group in (*standing.made, *standing.stacks.values()):
-        if group in alive:
+def _destroy_layout_groups() -> None:
+    """Destroy the groups of the layout; the default group and the Gloo groups of all ranks stay."""
+    state = _current()
+    _clear_parallel_state()
+    for group in (*state.groups, *state.stacks.values()):
+        if _is_alive(group):
             dist.destroy_process_group(group)
-    standing.made.clear()
-    standing.stacks.clear()
-    standing.layout = None
+    state.groups.clear()
+    state.stacks.clear()
+    state.layout = None
 
 
-def _forget_megatrons() -> None:
-    """Have megatron-core hold on to no group; its own function leaves one behind (0.16.1)."""
+def _clear_parallel_state() -> None:
+    """Remove every group from megatron-core's globals; its own function leaves one behind (0.16.1)."""
     parallel_state.destroy_model_parallel()
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, dist.ProcessGroup):
@@ -148,19 +174,22 @@ def _forget_megatrons() -> None:
 
 
 @contextmanager
-def _one_group_of_this_rank_alone(timeout: timedelta) -> Iterator[None]:
-    """Let all groups that would hold this rank only be one: each costs threads, sockets and a meeting of all ranks."""
+def _sharing_single_rank_groups() -> Iterator[None]:
+    """Have megatron-core create one group for all purposes that this rank serves alone.
+
+    Each group costs threads, sockets and a meeting of all ranks.
+    """
     create, rank = parallel_state.create_group, dist.get_rank()
-    alone: list[dist.ProcessGroup] = []
+    single: list[dist.ProcessGroup] = []
 
     def create_or_share(ranks: list[int], **options: Any) -> Any:
         if len(ranks) > 1 or options.get("pg_options") is not None:
             return create(ranks, **options)
         if ranks[0] != rank:
             return dist.GroupMember.NON_GROUP_MEMBER
-        if not alone:
-            alone.append(create(ranks, **{**options, "use_local_synchronization": True, "group_desc": "ALONE"}))
-        return alone[0]
+        if not single:
+            single.append(create(ranks, **{**options, "use_local_synchronization": True, "group_desc": "SINGLE_RANK"}))
+        return single[0]
 
     parallel_state.create_group = create_or_share
     try:
@@ -170,35 +199,36 @@ def _one_group_of_this_rank_alone(timeout: timedelta) -> Iterator[None]:
 
 
 def _build_stacks(layout: ParallelLayout, timeout: timedelta) -> None:
-    """Make the groups of the pipeline ranks that hold the encoder's stages, and the decoder's; all ranks make all."""
+    """Create a group of the pipeline ranks that hold each stack's stages; every rank takes part in creating each."""
     split = layout.pipeline_split_rank
     if split is None:
         return
     stages: dict[Stack, range] = {"encoder": range(split), "decoder": range(split, layout.num_stages)}
     pipelines = [layout.group("pp", rank) for rank in range(layout.world_size // layout.pp)]  # pp is the slowest
     for name, numbers in stages.items():
-        for pipeline in pipelines:
-            ranks = sorted({pipeline[number % layout.pp] for number in numbers})
+        for ranks_of_pipeline in pipelines:
+            ranks = sorted({ranks_of_pipeline[number % layout.pp] for number in numbers})
             group = dist.new_group(ranks, timeout=timeout)
             if dist.get_rank() in ranks:
-                _standing.stacks[name] = group
+                _state.stacks[name] = group
 
 
 def check_single_process() -> None:
-    """Refuse to build a whole model where this process is one of several.
+    """Refuse to build an undivided model where this process is one of several.
 
     Raises:
-        RuntimeError: It is a rank of a larger run.
+        RuntimeError: This process is a rank of a larger run.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         raise RuntimeError(
-            f"A whole model is built on one process, and this is one of {dist.get_world_size()} ranks. Inside a run,"
-            " give the checkpoint to the Trainer (ckpt_path=); outside of one, call build(tp=..., pp=...) on all ranks."
+            f"An undivided model is built on one process, and this is one of {dist.get_world_size()} ranks. Inside a"
+            " run, give the checkpoint to the Trainer (ckpt_path=). Outside of a run, call build(tp=..., pp=...) on all"
+            " ranks."
         )
 
 
 def default_device() -> torch.device:
-    """This rank's GPU of its machine, or the CPU where there is none."""
+    """This rank's GPU of its machine, or the CPU on a machine without a GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -207,36 +237,38 @@ def default_device() -> torch.device:
 def rendezvous_store(
     rank: int, world_size: int, timeout: timedelta, base: dist.Store | None = None
 ) -> dist.Store | None:
-    """Where ranks meet: a part of a store that no earlier meeting has used.
+    """A store at which the ranks meet, with a prefix that no earlier rendezvous has used.
 
-    A store lives as long as any group that was made over it, also one in an object that nobody uses any more. Ranks
-    that meet again on the same port would find it again, and in it the addresses of groups that have ended; or one
-    would come while another is about to end it. So they leave the port at once, and keep a store of their own.
+    A store lives as long as any group that was made over it, even a group of an object that nobody uses any more.
+    Ranks that meet again at the same port would reach that store, and read the addresses of destroyed groups; or one
+    rank would come while another is about to shut it down. So the ranks agree on a port of their own at the first
+    rendezvous, and keep that store.
 
     Args:
-        rank: This one.
-        world_size: How many meet, at the ``MASTER_ADDR`` and ``MASTER_PORT`` of the environment.
-        timeout: Of the meeting.
-        base: A store of the ranks that is there already, of torchrun's.
+        rank: The number of this rank.
+        world_size: How many ranks meet, at the ``MASTER_ADDR`` and ``MASTER_PORT`` of the environment.
+        timeout: How long a rank waits for the others.
+        base: A store that the ranks have already, such as torchrun's.
 
     Returns:
-        None where they have met.
+        None if the default group exists.
     """
-    global _base
     if dist.is_initialized():
         return None
     if world_size == 1:
         return dist.HashStore()
     if base is None:
-        base = _base = _base or _own_store(rank, world_size, timeout)
-    return dist.PrefixStore(f"lightning_megatron/meeting_{next(_meetings)}", base)
+        base = _state.store = _state.store or _own_store(rank, world_size, timeout)
+    number = _state.num_rendezvous
+    _state.num_rendezvous += 1
+    return dist.PrefixStore(f"lightning_megatron/meeting_{number}", base)
 
 
 def _own_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """A store on a port that the machine chooses, told at the agreed one."""
+    """A store on a free port that rank 0 announces at the port of the environment."""
     agreed: dist.Store = next(iter(dist.rendezvous("env://", rank, world_size, timeout=timeout)))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return agreed  # it stays with torchrun's agent
+        return agreed  # torchrun's agent keeps it
     key, address = "lightning_megatron/port", os.environ["MASTER_ADDR"]
     if rank == 0:
         store = dist.TCPStore(address, 0, world_size, True, timeout, wait_for_workers=False)
@@ -245,53 +277,48 @@ def _own_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         store = dist.TCPStore(address, int(agreed.get(key)), world_size, False, timeout)
     if store.add("here", 1) == world_size:
         store.set("all are here", "")
-    store.wait(["all are here"], timeout)  # before rank 0 leaves the agreed one
+    store.wait(["all are here"], timeout)  # before rank 0 shuts the first store down
     return store
 
 
 def init_default_group(device: torch.device) -> None:
-    """Meet the ranks that torchrun has started; or be alone, where nothing has."""
+    """Initialise the default group: with the ranks that torchrun has started, or with this process as the only rank."""
     if dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = rendezvous_store(rank, ranks, _Standing.timeout)
+        store = rendezvous_store(rank, ranks, _DEFAULT_TIMEOUT)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
     else:
-        _meet_nobody()
-
-
-def _meet_nobody() -> None:
-    carriers = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(carriers, store=dist.HashStore(), rank=0, world_size=1)
-    _still_standing().alone = True
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
+        _current().made_for_build = True
 
 
 def world_size() -> int:
-    """Ranks that have met."""
+    """Number of ranks of the default group."""
     return dist.get_world_size()
 
 
 def destroy_if_made_for_build() -> None:
-    """Make room for a run's groups, where a model was built without one."""
-    if _still_standing().alone:
+    """Destroy the groups that were made to build a model outside of a run: a run makes its own."""
+    if _current().made_for_build:
         destroy()
 
 
 def destroy() -> None:
-    """Leave no group behind; a model that was built on them can be called again after ``build`` and ``rebind``."""
-    global _standing
+    """Destroy all groups. A model that was built on them can be called again after ``build`` and ``rebind``."""
     if dist.is_initialized():
-        _take_down()
+        _destroy_layout_groups()
         dist.destroy_process_group()
-    _forget_megatrons()
-    _standing = _Standing()
+    _clear_parallel_state()
+    _state.reset()
 
 
 def coordinates() -> RankCoordinates:
-    """Where this rank sits in the groups."""
+    """The coordinates of this rank."""
     return RankCoordinates(
         tp=parallel_state.get_tensor_model_parallel_rank(),
         cp=parallel_state.get_context_parallel_rank(),
@@ -306,54 +333,27 @@ def seed(base: int) -> None:
     Tensor-parallel ranks and pipeline stages get seeds of their own, data-parallel replicas the same ones. The
     generators that data loading draws from stay as the user seeded them.
     """
-    global _seed
     shared = [base]
     dist.broadcast_object_list(shared, src=0)
-    _seed = shared[0]
+    _state.seed = shared[0]
     with model_rng():
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        model_parallel_cuda_manual_seed(shared[0] % 2**31 + _SEED_STEP_OF_PIPELINE_STAGES * stage)
+        model_parallel_cuda_manual_seed(_state.seed % 2**31 + _SEED_STEP_OF_PIPELINE_STAGES * stage)
 
 
 def run_seed() -> int:
-    """What ``seed`` was last told by rank 0, the same on every rank."""
-    return _seed
+    """The seed that ``seed`` was last given by rank 0; the same on every rank."""
+    return _state.seed
 
 
 def data_parallel() -> dist.ProcessGroup:
-    """The group of the ranks that hold the same weights and read other data."""
+    """The group of the ranks that hold the same weights and read different data."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
-def gloo_world() -> dist.ProcessGroup:
-    """A group of all ranks over Gloo, for what they say to each other on the host.
-
-    Made at the first call, by all ranks.
-    """
-    return _hosts()[0]
-
-
-def gloo_background() -> dist.ProcessGroup:
-    """As ``gloo_world``, for a thread of its own: two threads on one group would take each other's messages."""
-    return _hosts()[1]
-
-
-def _hosts() -> tuple[dist.ProcessGroup, ...]:
-    standing = _still_standing()
-    alive = dist.distributed_c10d._world.pg_map
-    if not standing.host or any(group not in alive for group in standing.host):
-        standing.host = tuple(dist.new_group(backend="gloo", timeout=standing.timeout) for _ in range(2))
-    return standing.host
 
 
 def model_parallel() -> dist.ProcessGroup:
     """The group of the ranks that hold one copy of the model together, and read the same data."""
     return parallel_state.get_model_parallel_group()
-
-
-def stack(name: Stack) -> dist.ProcessGroup:
-    """The group of the pipeline ranks that hold stages of the encoder, or of the decoder, this one among them."""
-    return _standing.stacks[name]
 
 
 def tensor_parallel() -> dist.ProcessGroup:
@@ -366,96 +366,26 @@ def pipeline() -> dist.ProcessGroup:
     return parallel_state.get_pipeline_model_parallel_group()
 
 
-def broadcast_object_from_last_stage(value: T) -> T:
-    """Give every pipeline stage the last stage's picklable ``value``."""
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return value
-    box = [value]
-    last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast_object_list(box, src=last, group=pipeline())
-    return box[0]
+def stack(name: Stack) -> dist.ProcessGroup:
+    """The group of the pipeline ranks that hold stages of the encoder, or of the decoder; this rank is one of them."""
+    return _state.stacks[name]
 
 
-def broadcast_from_first_replica(tensors: list[torch.Tensor]) -> None:
-    """Give every data-parallel replica the first one's ``tensors``, in place, in one message for each type."""
-    first = dist.get_global_rank(data_parallel(), 0)
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        joined = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
-        dist.broadcast(joined, src=first, group=data_parallel())
-        for tensor, values in zip(alike, joined.split([tensor.numel() for tensor in alike]), strict=True):
-            tensor.detach().copy_(values.view_as(tensor))
+def gloo_world() -> dist.ProcessGroup:
+    """The group of all ranks over Gloo, for Python objects and tensors in host memory.
 
-
-def gather_from_stages(value: T) -> list[T]:
-    """Each pipeline stage's picklable ``value``, first to last, on every stage."""
-    return gather(value, pipeline())
-
-
-def gather_from_replicas(value: T) -> list[T]:
-    """Each data-parallel replica's picklable ``value``, in their order, on every replica."""
-    return gather(value, data_parallel())
-
-
-def gather(value: T, group: dist.ProcessGroup) -> list[T]:
-    """The picklable ``value`` of each rank of ``group``, in its order, on all of them."""
-    if group.size() == 1:
-        return [value]
-    values: list[T] = [value] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def gather_with_gradients(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Each rank's ``tensor``, of one shape, as ``[ranks, ...]``; a rank's gradient is the sum of what all ranks' is."""
-    gathered: torch.Tensor = _Gathering.apply(tensor, group)  # type: ignore[no-untyped-call]
-    return gathered
-
-
-class _Gathering(torch.autograd.Function):
-    """torch's own takes ranks of a group for ranks of the world in its backward over Gloo (2.13)."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        each = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        dist.all_gather(each, tensor.contiguous(), group=group)
-        return torch.stack(each)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        summed = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(summed, group=ctx.group)
-        return summed[ctx.group.rank()], None
-
-
-def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
-    """Join vocabulary-sharded logits ``[..., vocab/tp]`` into ``[..., vocab]`` on every tensor-parallel rank."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    if size == 1:
-        return logits
-    shards = [torch.empty_like(logits) for _ in range(size)]
-    dist.all_gather(shards, logits.contiguous(), group=tensor_parallel())
-    return torch.cat(shards, dim=-1)
-
-
-def average_losses_across_data_parallel_group(
-    losses: list[torch.Tensor], weights: list[torch.Tensor] | None = None
-) -> torch.Tensor:
-    """Average scalar losses over the data-parallel replicas.
-
-    Args:
-        losses: Scalars of this replica, in the same order on every replica.
-        weights: One weight per loss, such as its number of tokens; None weighs every replica alike.
-
-    Returns:
-        A vector ``[len(losses)]`` of the averages, detached, the same on every replica.
+    It is created at the first call, which every rank makes.
     """
-    values = torch.stack([loss.detach().double().reshape(()) for loss in losses])
-    if weights is None:
-        heavy = torch.ones_like(values)
-    else:
-        heavy = torch.stack([torch.as_tensor(w, device=values.device).double().reshape(()) for w in weights])
-    both = torch.stack([values * heavy, heavy])
-    dist.all_reduce(both, group=data_parallel())
-    return (both[0] / both[1].clamp(min=torch.finfo(both.dtype).tiny)).float()
+    return _gloo_groups()[0]
+
+
+def gloo_background() -> dist.ProcessGroup:
+    """Like ``gloo_world``, for the thread that writes checkpoints: on one group, two threads would mix messages up."""
+    return _gloo_groups()[1]
+
+
+def _gloo_groups() -> tuple[dist.ProcessGroup, ...]:
+    state = _current()
+    if not state.gloo or not all(map(_is_alive, state.gloo)):
+        state.gloo = tuple(dist.new_group(backend="gloo", timeout=state.timeout) for _ in range(2))
+    return state.gloo

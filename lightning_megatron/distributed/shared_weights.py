@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.distributed.process_groups import Stack
 
 
@@ -49,7 +49,7 @@ def freeze_all_copies(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> N
         if getattr(weight, "shared_embedding", False):
             shared.setdefault(name, []).append(weight)
     frozen = {name for name, weights in shared.items() if not all(weight.requires_grad for weight in weights)}
-    for name in set().union(*process_groups.gather_from_stages(frozen)):
+    for name in set().union(*collectives.gather_from_stages(frozen)):
         for weight in shared.get(name, ()):
             weight.requires_grad_(False)
 

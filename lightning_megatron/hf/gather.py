@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron.checkpoint.tensor_shards import shard_specs
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 
 Kind = tuple[tuple[int, ...], torch.dtype]
 
@@ -78,7 +78,7 @@ class WholeTensors:
             told[spec.key] = ((spec.shape, state[name].dtype), parts)
         self.kinds: dict[str, Kind] = {}
         self._parts: dict[str, list[_Part]] = {}
-        for found in process_groups.gather(told, process_groups.gloo_world()):
+        for found in collectives.gather(told, process_groups.gloo_world()):
             for key, (kind, parts) in found.items():
                 self.kinds[key] = kind
                 self._parts.setdefault(key, []).extend(parts)

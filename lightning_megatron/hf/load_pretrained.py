@@ -14,7 +14,7 @@ from transformers import MODEL_MAPPING
 
 from lightning_megatron.checkpoint.mismatches import as_list
 from lightning_megatron.checkpoint.tensor_shards import shard_specs
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
 from lightning_megatron.hf.family import Family, family_of
 from lightning_megatron.hf.meta_model import Blueprint, class_named
@@ -221,7 +221,7 @@ def fill(module: Any, pieces: Pieces, shapes: Mapping[str, Shape], read: Read, s
         for name, shape in their_shapes(pieces[spec.key], spec.shape, heads).items()
         if name in shapes and shapes[name] != shape
     ]
-    everywhere = process_groups.gather(problems, process_groups.gloo_world())
+    everywhere = collectives.gather(problems, process_groups.gloo_world())
     if any(everywhere):
         lines = sorted({line for found in everywhere for line in found})
         raise WeightsError(f"{source} does not fit; nothing was loaded:\n{as_list(lines)}")

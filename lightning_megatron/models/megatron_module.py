@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives
 from lightning_megatron.models.building import ChunkedModule
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
@@ -142,7 +142,7 @@ class MegatronModule(ChunkedModule):
             optimizer = self.optimizer.build(self.named_shards())
         else:
             trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            every = process_groups.gather_from_stages(len(trained))
+            every = collectives.gather_from_stages(len(trained))
             if not all(every):
                 raise MisconfigurationException(
                     f"{type(self).__name__}: pipeline stage {every.index(0)} of {len(every)} has no parameter to train"

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
 from typing_extensions import override
 
-from lightning_megatron.distributed import lightning_private, process_groups
+from lightning_megatron.distributed import collectives, lightning_private, process_groups
 from lightning_megatron.models.megatron_module import MegatronModule
 
 
@@ -61,7 +61,7 @@ class _WholeSummary(Summary):
         }
         module = lightning_private.summarized_module(self)
         totals = tuple(count_parameters(module, trainable_only=only) for only in (False, True))
-        stages = process_groups.gather_from_stages((rows, totals))
+        stages = collectives.gather_from_stages((rows, totals))
         self._totals = [sum(parts) for parts in zip(*(totals for _, totals in stages), strict=True)]
         if len(stages) == 1:
             return rows

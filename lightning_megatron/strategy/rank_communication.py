@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from typing_extensions import override
 
-from lightning_megatron.distributed import lightning_private, process_groups
+from lightning_megatron.distributed import collectives, lightning_private, process_groups
 
 
 class Collectives(ParallelStrategy):
@@ -50,5 +50,5 @@ class Collectives(ParallelStrategy):
         if group in (None, dist.group.WORLD):
             group = process_groups.data_parallel()
         if sync_grads:
-            return process_groups.gather_with_gradients(tensor, group)
+            return collectives.gather_with_gradients(tensor, group)
         return super().all_gather(tensor, group, sync_grads)

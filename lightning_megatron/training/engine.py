@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from lightning_megatron.distributed import process_groups, shared_weights
+from lightning_megatron.distributed import collectives, process_groups, shared_weights
 from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.training.batch_rows import join_rows
@@ -159,7 +159,7 @@ class Engine:
 
     def share_buffers(self) -> None:
         """Give every replica the first one's batch norms' means and their like, which differ after a training step."""
-        process_groups.broadcast_from_first_replica([getattr(module, name) for module, name in self._buffers])
+        collectives.broadcast_from_first_replica([getattr(module, name) for module, name in self._buffers])
 
     def finish_param_gather(self) -> None:
         """Bring weights up to date whose gathering ``overlap_param_gather`` puts off to the next forward pass."""
@@ -300,9 +300,9 @@ class Engine:
         if self.layout.pp == 1:
             return value
         if self.device.type == "cpu":
-            return process_groups.broadcast_object_from_last_stage(value)
+            return collectives.broadcast_object_from_last_stage(value)
         host = apply_to_collection(value, torch.Tensor, torch.Tensor.cpu, allow_frozen=True)
-        host = process_groups.broadcast_object_from_last_stage(host)
+        host = collectives.broadcast_object_from_last_stage(host)
         return apply_to_collection(host, torch.Tensor, lambda x: x.to(self.device), allow_frozen=True)
 
 

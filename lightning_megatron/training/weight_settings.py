@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 
 # A group's numbers as text, so that those of other processes compare.
 Setting = dict[str, str]
@@ -42,9 +42,9 @@ def check(parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Optim
         (process_groups.tensor_parallel(), "tensor-parallel ranks"),
         (process_groups.data_parallel(), "replicas"),
     ):
-        if len(set(process_groups.gather(_digest(settings), group))) > 1:  # all is sent only where something differs
+        if len(set(collectives.gather(_digest(settings), group))) > 1:  # all is sent only where something differs
             problems += _differences(settings, group, who)
-    found = [problem for each in process_groups.gather(problems[:1], _world()) for problem in each]
+    found = [problem for each in collectives.gather(problems[:1], _world()) for problem in each]
     if found:
         raise found[0]
 
@@ -77,7 +77,7 @@ def _differences(settings: dict[str, Setting], group: dist.ProcessGroup, who: st
     """What a rank of ``group`` sets otherwise than one before it."""
     seen: dict[str, tuple[int, Setting]] = {}
     found: list[Exception] = []
-    for rank, theirs in enumerate(process_groups.gather(settings, group)):
+    for rank, theirs in enumerate(collectives.gather(settings, group)):
         for name, setting in theirs.items():
             first, before = seen.setdefault(name, (rank, setting))
             if before != setting:

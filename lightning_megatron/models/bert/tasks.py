@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_megatron.distributed.process_groups import average_losses_across_data_parallel_group, gather_vocabulary
+from lightning_megatron.distributed.collectives import average_losses_across_data_parallel_group, gather_vocabulary
 from lightning_megatron.models.batch_checks import check_range, check_tokens
 from lightning_megatron.models.bert.config import BertConfig, BertTaskName
 from lightning_megatron.models.bert.model import (

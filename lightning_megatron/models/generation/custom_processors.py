@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 
 PrefixAllowedTokens = Callable[[int, torch.Tensor], list[int]]
 
@@ -137,7 +137,7 @@ def _together(own: Any, call: Callable[[], Any], tell: Callable[[Any], Any]) -> 
         told = tell(found)
     except Exception as raised:
         error = raised
-    everyone = process_groups.gather((None if error is None else repr(error), told), process_groups.model_parallel())
+    everyone = collectives.gather((None if error is None else repr(error), told), process_groups.model_parallel())
     for text, _ in everyone:
         if text is not None:
             raise RuntimeError(f"generate: {type(own).__name__} has failed with {text}.") from error

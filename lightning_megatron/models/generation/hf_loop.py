@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.models.generation.custom_processors import Hooks
 from lightning_megatron.models.generation.decoder import Decoder
 from lightning_megatron.models.generation.settings import GenerationSettings
@@ -107,7 +107,7 @@ class _Streamer(BaseStreamer):
             self._call(lambda: self.streamer.end())
 
     def raise_on_all_ranks(self) -> None:
-        texts = process_groups.gather(None if self.error is None else repr(self.error), process_groups.model_parallel())
+        texts = collectives.gather(None if self.error is None else repr(self.error), process_groups.model_parallel())
         if texts[0] is not None:
             raise RuntimeError(f"generate: the stream callback has failed with {texts[0]}.") from self.error
 

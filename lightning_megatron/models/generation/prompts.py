@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def agree(error: Exception | None, fingerprint: str) -> int:
         ValueError: A rank cannot go on, or ranks were given different things.
     """
     told = (None if error is None else str(error), fingerprint, secrets.randbits(31))
-    everyone = process_groups.gather(told, process_groups.model_parallel())
+    everyone = collectives.gather(told, process_groups.model_parallel())
     if error is not None:
         raise error
     for rank, (text, other, _) in enumerate(everyone):

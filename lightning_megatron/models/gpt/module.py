@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_megatron.distributed import process_groups
-from lightning_megatron.distributed.process_groups import gather_vocabulary
+from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.models.batch_checks import check_range, check_tokens, given, refuse
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule

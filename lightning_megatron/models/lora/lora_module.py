@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_megatron import hf
 from lightning_megatron.checkpoint.mismatches import as_list
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.distributed.suggestions import did_you_mean
 from lightning_megatron.hf.gather import WholeTensors, on_first_rank
 from lightning_megatron.hf.weight_mapping import Heads, Pieces, Read, Shape, is_update, take_apart
@@ -100,7 +100,7 @@ def put_in(module: Any) -> None:
     """
     lora: LoRA = module.lora
     pieces = pieces_of(module)
-    seed = process_groups.gather(torch.initial_seed(), process_groups.gloo_world())[0]
+    seed = collectives.gather(torch.initial_seed(), process_groups.gloo_world())[0]
     _check_parts(module, lora.also_train)
     for chunk in module.chunks:
         attach(chunk, lora, pieces, module.config, seed, set(module.new_weights))
@@ -120,12 +120,7 @@ def fill(module: Any, saved: Saved) -> None:
     ]
     problems = [_misfit(theirs, adapter, number, *saved.updates[theirs]) for adapter, number, theirs in places]
     found = sorted(
-        {
-            problem
-            for many in process_groups.gather(problems, process_groups.gloo_world())
-            for problem in many
-            if problem
-        }
+        {problem for many in collectives.gather(problems, process_groups.gloo_world()) for problem in many if problem}
     )
     if found:
         raise ValueError(found[0])
@@ -150,7 +145,7 @@ def _check_parts(module: Any, parts: list[str]) -> None:
         ValueError: Names the nearest that there is; on every rank.
     """
     here = {name for name, _ in module.named_shards()}
-    names = set().union(*process_groups.gather(here, process_groups.gloo_world()))
+    names = set().union(*collectives.gather(here, process_groups.gloo_world()))
     known = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     for part in parts:
         if part not in known:
@@ -197,7 +192,7 @@ def save(module: Any, folder: Path) -> Path:
 def _trained_whole(module: Any) -> set[str]:
     """Weights of the whole model that are trained as they are."""
     here = {name for name, parameter in module.named_shards() if parameter.requires_grad and not is_update(name)}
-    return set().union(*process_groups.gather(here, process_groups.gloo_world()))
+    return set().union(*collectives.gather(here, process_groups.gloo_world()))
 
 
 def _in_whole_modules(trained: set[str], pieces: Pieces, tied: dict[str, str], lora: LoRA, heads: set[str]) -> set[str]:

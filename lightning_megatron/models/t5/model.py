@@ -24,8 +24,9 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from lightning_megatron.distributed import shared_weights
+from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.parameter_names import WholeModelNames
-from lightning_megatron.distributed.process_groups import Stack, gather_vocabulary
+from lightning_megatron.distributed.process_groups import Stack
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
 from lightning_megatron.models.t5.layer_spec import (

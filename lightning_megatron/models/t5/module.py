@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lightning_megatron.distributed import process_groups, shared_weights
+from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.distributed.process_groups import gather_vocabulary
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule

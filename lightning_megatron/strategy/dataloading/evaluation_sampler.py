@@ -19,7 +19,7 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from lightning_megatron.distributed import lightning_private, process_groups
+from lightning_megatron.distributed import collectives, lightning_private, process_groups
 from lightning_megatron.models.megatron_module import MegatronModule
 
 
@@ -83,7 +83,7 @@ def each_once(loader: Any) -> Any:
     sampler = sampler_of(loader)
     repeated = getattr(sampler, "is_repeated", False)
     own = sized_len(loader)
-    told = process_groups.gather_from_replicas((own, repeated))
+    told = collectives.gather_from_replicas((own, repeated))
     every = [length for length, _ in told if length]
     if own is None or len(every) < len(told):
         return loader

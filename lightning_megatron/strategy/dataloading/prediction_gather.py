@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_megatron.distributed import lightning_private, process_groups
+from lightning_megatron.distributed import collectives, lightning_private, process_groups
 from lightning_megatron.strategy.dataloading.evaluation_sampler import Share, sampler_of
 from lightning_megatron.training.batch_rows import form_of_rows, join_rows, one_row
 
@@ -28,7 +28,7 @@ def join_replicas(trainer: pl.Trainer) -> None:
             made.clear()
         if isinstance(sampler, Share) and loader.batch_sampler is None:  # the samples are batches already
             places = range(sampler.rank, sampler.total_size, sampler.num_replicas)
-            every: Any = process_groups.gather_from_replicas(list(zip(places, made, strict=False)))
+            every: Any = collectives.gather_from_replicas(list(zip(places, made, strict=False)))
             ordered = sorted((pair for replica in every for pair in replica), key=lambda pair: pair[0])
             made[:] = [prediction for _, prediction in ordered]
         else:
@@ -39,7 +39,7 @@ def _join_rows_of_replicas(loader: Any, made: list[Any]) -> None:
     seen = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
     mine = None if seen is None else list(zip(seen, made, strict=False))
     forms = {form_of_rows(prediction, len(numbers)) for numbers, prediction in mine or []}
-    every = process_groups.gather_from_replicas((mine, forms))
+    every = collectives.gather_from_replicas((mine, forms))
     batches = [batch for replica, _ in every for batch in replica or []]
     form = set().union(*(found for _, found in every))
     read = [[numbers for numbers, _ in replica or []] for replica, _ in every]

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_megatron.distributed import lightning_private, process_groups
+from lightning_megatron.distributed import collectives, lightning_private, process_groups
 
 _ADVICE = (
     " A loader that shuffles needs the same seed on these ranks (seed_everything), one that is sharded by hand takes"
@@ -58,7 +58,7 @@ def check_same_batch(batch: Any) -> None:
     group = process_groups.model_parallel()
     if group.size() == 1:
         return
-    sums = process_groups.gather(_checksum(batch), group)
+    sums = collectives.gather(_checksum(batch), group)
     if len(set(sums)) > 1:
         ranks = dist.get_process_group_ranks(group)
         same = [rank for rank, seen in zip(ranks, sums, strict=True) if seen == sums[0]]
@@ -84,7 +84,7 @@ def check_numbers_of_batches(trainer: pl.Trainer) -> None:
     else:
         loop = trainer.predict_loop if trainer.predicting else lightning_private.evaluation_loop(trainer)
         here = list(loop.max_batches)
-    everyone = process_groups.gather(here, group)  # type: ignore[arg-type]
+    everyone = collectives.gather(here, group)  # type: ignore[arg-type]
     if any(other != everyone[0] for other in everyone):
         ranks = dist.get_process_group_ranks(group)
         shown = {rank: of[0] if len(of) == 1 else of for rank, of in zip(ranks, everyone, strict=True)}
@@ -168,7 +168,7 @@ class EvenLoader:
 
     def _may_fill(self, here: bool, read: int) -> bool:
         """Whether whole replicas have ended, none of them without a batch."""
-        peers = process_groups.gather(here, process_groups.model_parallel())
+        peers = collectives.gather(here, process_groups.model_parallel())
         fine = torch.tensor(int(len(set(peers)) == 1 and read > 0), device=self._device)
         dist.all_reduce(fine, op=dist.ReduceOp.MIN)
         return bool(fine)

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torchmetrics import Metric
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy.logging import torchmetrics_sync
 from lightning_megatron.strategy.logging.user_state import taken_back
@@ -115,7 +115,7 @@ class LogRecorder:
         whole = isinstance(module, MegatronModule)
         stages: list[dict[str, _Entry]] = []
         if gather:
-            stages = process_groups.gather_from_stages(_over_replicas(self._seen) if whole else self._seen)
+            stages = collectives.gather_from_stages(_over_replicas(self._seen) if whole else self._seen)
         for name, entry in _latest(stages).items():
             options = dict(entry.options)
             if entry.metric is not None:
@@ -153,7 +153,7 @@ class LogRecorder:
 def _over_replicas(seen: dict[str, _Entry]) -> dict[str, _Entry]:
     """What all replicas recorded on this stage, values and weights joined; also names that only some have logged."""
     joined: dict[str, _Entry] = {}
-    for replica in process_groups.gather_from_replicas({name: _on_the_host(entry) for name, entry in seen.items()}):
+    for replica in collectives.gather_from_replicas({name: _on_the_host(entry) for name, entry in seen.items()}):
         for name, entry in replica.items():
             if name not in joined:
                 joined[name] = entry

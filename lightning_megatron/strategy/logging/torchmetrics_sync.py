@@ -14,7 +14,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 
 
 def metrics_to_sync(module: pl.LightningModule) -> list[Metric]:
@@ -31,7 +31,7 @@ def gather(tensor: torch.Tensor, group: Any | None = None) -> list[torch.Tensor]
     A module-level function that looks its groups up when called, so that metrics can be copied and pickled.
     """
     states = gather_all_tensors(tensor, group or process_groups.data_parallel())
-    return states if group or _stages_agree else process_groups.broadcast_object_from_last_stage(states)
+    return states if group or _stages_agree else collectives.broadcast_object_from_last_stage(states)
 
 
 _stages_agree = False  # whether every stage has the last one's states, so that a stage may compute alone
@@ -53,9 +53,7 @@ def same_on_all_stages(module: pl.LightningModule, counts: list[int]) -> Iterato
         changed = torch.tensor(int(counts != now), device=found[0].device)
         dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=process_groups.pipeline())
         if changed:
-            for metric, states in zip(
-                found, process_groups.broadcast_object_from_last_stage(_states(found)), strict=True
-            ):
+            for metric, states in zip(found, collectives.broadcast_object_from_last_stage(_states(found)), strict=True):
                 for name, value in apply_to_collection(states, torch.Tensor, torch.Tensor.to, metric.device).items():
                     setattr(metric, name, value)
     _stages_agree = bool(found)

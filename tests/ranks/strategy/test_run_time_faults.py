@@ -260,7 +260,7 @@ def _hang(how):
     ("how", "told"),
     [
         ("asleep", r"rank 1 .pipeline stage 1, .* is in no collective; it is in on_train_batch_start .*faults.py"),
-        ("stopped", r"rank 1 .pipeline stage 1, .* is not heard of any more"),
+        ("stopped", r"rank 1 .pipeline stage 1, .* no longer reports"),
     ],
 )
 def test_a_time_out_names_the_rank_that_was_waited_for(how, told):
