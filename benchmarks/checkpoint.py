@@ -1,10 +1,10 @@
-"""What a checkpoint costs: seconds for which training waits, against a step, a copy in memory and a plain torch.save.
+"""Measures for how long a save stops training, against a step, a copy in memory and a plain torch.save.
 
     python benchmarks/checkpoint.py                # two ranks on CPUs, dp=2 with the distributed optimizer
-    HIDDEN=1024 DEVICES=1 python benchmarks/checkpoint.py    # four times as large, on one rank: no peer is waited for
+    HIDDEN=1024 DEVICES=1 python benchmarks/checkpoint.py    # four times as large, on one rank, without peers
 
-All sides run in turn, in each of several rounds of one run: a machine's speed changes from one minute to the next.
-Prints a table; ``benchmarks/README.md`` keeps the figures with the machine they are from.
+All sides run in turn in each of several rounds of one run, because the speed of a machine changes from one minute to
+the next. The script prints a table; ``benchmarks/README.md`` has the figures and the machine they are from.
 """
 
 import os
@@ -38,12 +38,12 @@ class Tokens(Dataset):
 
 
 class Rounds(Callback):
-    """Saves in each way every few steps, and keeps the seconds of steps and saves, and what they did to the peak."""
+    """Saves in each way every few steps, and keeps the seconds of steps and saves and the rise of the memory peak."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seconds: dict[str, list[float]] = defaultdict(list)
-        self.busy: dict[str, list[float]] = defaultdict(list)  # of this thread, whatever else the machine does
+        self.busy: dict[str, list[float]] = defaultdict(list)  # processor time of this thread
         self.rise: dict[str, int] = {}
         self.size = 0
         self.warm: list[torch.Tensor] = []
@@ -78,7 +78,7 @@ class Rounds(Callback):
         self, trainer: Trainer, name: str, action: Callable[[], Any], wait: Callable[[], Any] = lambda: None
     ) -> None:
         trainer.strategy.barrier()
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of memory begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of memory
         before, start, busy = memory("VmRSS"), time.perf_counter(), time.thread_time()
         action()
         self.seconds[name].append(time.perf_counter() - start)
@@ -94,7 +94,7 @@ class Rounds(Callback):
 
 
 def memory(name: str) -> int:
-    """Bytes of this process's memory now (VmRSS) or at its peak (VmHWM)."""
+    """The bytes of memory that this process uses now (VmRSS) or used at its peak (VmHWM)."""
     return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
@@ -122,12 +122,13 @@ def report(rounds: Rounds) -> None:
     step, first = middle(rounds.seconds.pop("a step")[STEPS_BETWEEN:]), rounds.seconds["asynchronous save"][0]
     print(f"\nthis rank's part: {rounds.size / 1e6:.0f} MB; a step: {step:.3f} s; load: {os.getloadavg()[0]:.1f}")
     print(
-        f"| {ROUNDS} rounds | median, s | least, s | of 100 steps | of a copy: median | least | of processor | memory |"
+        f"| {ROUNDS} rounds | median, s | minimum, s | of 100 steps | of a copy: median | minimum"
+        " | processor time | memory |"
     )
     print("|---|---|---|---|---|---|---|---|")
     copies = rounds.seconds[COPY][1:]
     for name, every in rounds.seconds.items():
-        seconds = every[1:]  # the first makes plans and buffers
+        seconds = every[1:]  # the first save makes plans and buffers
         busy = middle(rounds.busy[name][1:]) / middle(rounds.busy[COPY][1:])
         ratio = middle([a / b for a, b in zip(seconds, copies, strict=True)])
         print(
@@ -135,9 +136,9 @@ def report(rounds: Rounds) -> None:
             f" | {ratio:.2f} | {min(seconds) / min(copies):.2f} | {busy:.2f}"
             f" | {100 * rounds.rise[name] / rounds.size:.0f} % |"
         )
-    print("of a copy, of processor: this thread's processor time over that of a copy, medians")
-    print("memory: by how much the peak rose, of this rank's part")
-    print(f"the first asynchronous save, into memory that is new: {first:.3f} s, {first / middle(copies):.1f} copies")
+    print("processor time: that of this thread, as a multiple of a copy's, medians")
+    print("memory: by how much the peak rose, as a share of this rank's part")
+    print(f"the first asynchronous save, into newly mapped memory: {first:.3f} s, {first / middle(copies):.1f} copies")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What it costs to draw first weights that are the same under every layout: a GPT of 1 billion parameters is built.
+"""Measures the cost of initial weights that are the same under every layout, for a GPT of 1 billion parameters.
 
-The other side is megatron-core's own way, which draws each rank's part from random numbers of its own.
+The other side is megatron-core's own method, which draws the part of each rank from random numbers of its own.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from lightning_megatron.models.gpt import module as gpt_module
 
 
 class MegatronsOwn:
-    """Lets megatron-core draw."""
+    """Leaves the weights that megatron-core has drawn."""
 
     def __init__(self, *_, **__):
         pass
@@ -27,7 +27,7 @@ SIDES = {"by name": gpt_module.FirstWeights, "megatron-core's own": MegatronsOwn
 
 
 def seconds(config: GPTConfig, first_weights: type) -> tuple[float, float]:
-    """To build the model: by the clock, and of this process."""
+    """The seconds for building the model: wall time, and processor time of this process."""
     gpt_module.FirstWeights = first_weights
     clock, own = time.perf_counter(), time.process_time()
     module = GPTModule(config).build()

@@ -1,9 +1,9 @@
-"""Tokens per second of ``generate`` against transformers' own, on one CPU process, in turn, with the same weights.
+"""Measures tokens per second of ``generate`` against that of transformers, in one CPU process with the same weights.
 
     OMP_NUM_THREADS=1 python benchmarks/generate.py
 
-Prints a table of medians and ratios; ``benchmarks/README.md`` keeps the figures with the machine they are
-from. The texts are the same, token by token.
+The two sides run in turn and write the same text, token by token. The script prints a table of medians and ratios;
+``benchmarks/README.md`` has the figures and the machine they are from.
 """
 
 import os
@@ -48,7 +48,7 @@ def seconds(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
 
 
 def compare(theirs: Any, ours: Any, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, list[float]]:
-    """Seconds of each side, round by round."""
+    """The seconds that each side takes, round by round."""
     common = {"max_new_tokens": NEW, "pad_token_id": 0, **options}
     start = {"decoder_start_token_id": 0} if theirs.config.is_encoder_decoder else {}
     sides: dict[str, list[float]] = {"theirs": [], "ours": []}

@@ -1,6 +1,6 @@
-"""What the monitoring callbacks cost: one process with none of them, and with each, in turn.
+"""Measures the cost of the monitoring callbacks: one process without them, and with each of them, in turn.
 
-Every one logs at every step here, which is the dearest way; the default of Lightning is every 50th.
+Each callback logs at every step here, which is the most expensive setting; Lightning's default is every 50th step.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Tokens per second of a Trainer with MegatronStrategy against a loop written by hand on megatron-core.
 
 Both sides have the same model, layout, data, schedule, data-parallel wrapper and optimizer. They run in turn in the
-same processes, medians of several rounds. ``--costs`` profiles where the Trainer's side spends its time.
+same processes, and the script prints the medians of several rounds. ``--costs`` profiles where the Trainer's side
+spends its time.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def with_trainer(sizes: dict, steps: int) -> float:
 
 
 def by_hand(sizes: dict, steps: int) -> float:
-    """Tokens/s of one replica in a loop that knows no Lightning; the groups stand from the other side."""
+    """Tokens/s of one replica in a loop without Lightning; the process groups are those of the other side."""
     layout = ParallelLayout(world_size=dist.get_world_size(), **sizes)
     stage = layout.coordinates(dist.get_rank()).pp
     module = GPTModule(CONFIG)
@@ -121,15 +122,15 @@ def rank_main(rank: int, world: int, port: int, sizes: dict, title: str, args: a
 
 
 def costs(sizes: dict, steps: int, rank: int) -> None:
-    """What the profiler says of the functions of this package and of Lightning, per step."""
+    """Print the profiler's time per step in the functions of this package, of Lightning and of megatron-core."""
     profiler = cProfile.Profile()
     profiler.runcall(with_trainer, sizes, steps)
     if rank:
         return
     table = pstats.Stats(profiler).stats
     whole = sum(own for _, _, own, _, _ in table.values())
-    print("  time in functions themselves, without what they call, as the profiler sees it (it slows Python down):")
-    for place in ("lightning_megatron/backend", "lightning_megatron", "lightning/", "megatron/core"):
+    print("  time in the functions themselves, without their callees, under the profiler (which slows Python down):")
+    for place in ("lightning_megatron/distributed/cpu_patches", "lightning_megatron", "lightning/", "megatron/core"):
         own = sum(row[2] for (file, _, _), row in table.items() if f"/{place}" in file)
         print(f"    {place}: {own / (steps + WARM_UP) * 1e3:.2f} ms a step, {own / whole:.2%}")
 
@@ -138,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--layout", choices=LAYOUTS, help="one of them; all without it")
+    parser.add_argument("--layout", choices=LAYOUTS, help="the layout to run; by default all of them")
     parser.add_argument("--costs", action="store_true", help="profile where the Trainer's side spends its time")
     args = parser.parse_args()
     context = multiprocessing.get_context("forkserver")

@@ -1,9 +1,9 @@
-"""What memory a rank takes to load a pretrained model, against its own weights and the largest tensor; and to save it.
+"""Measures the memory that a rank takes to load and to save a pretrained model, against its own weights.
 
     python benchmarks/pretrained.py                # a Llama of 0.3 B on two ranks, tp=2, in fp32
     LAYERS=16 DEVICES=4 PP=2 python benchmarks/pretrained.py
 
-Prints a table; ``benchmarks/README.md`` keeps the figures with the machine they are from.
+The script prints one line per rank; ``benchmarks/README.md`` has the figures and the machine they are from.
 """
 
 import os
@@ -36,13 +36,13 @@ transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1], max_shard_siz
 
 
 def memory() -> int:
-    """Bytes that this process has to itself; pages of files that are read do not count."""
+    """The bytes that this process has to itself, without the memory-mapped pages of files."""
     return 1024 * int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 @contextmanager
 def peak() -> Iterator[dict[str, float]]:
-    """By how much memory rises inside, at most, and the seconds taken."""
+    """Measures by how much memory rises at most inside the ``with`` block, and the seconds it takes."""
     found, ended, before, start = {"rise": 0.0}, threading.Event(), memory(), time.perf_counter()
 
     def watch() -> None:
@@ -61,7 +61,7 @@ def peak() -> Iterator[dict[str, float]]:
 
 
 class Measured(GPTModule):
-    """Measures itself while it is built and filled."""
+    """Measures the memory while it builds its model and loads the weights."""
 
     def configure_model(self) -> None:
         if len(self.chunks):

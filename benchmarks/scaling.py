@@ -1,7 +1,7 @@
-"""Tokens a second over two processes of one thread each, against one such process: what each dimension costs.
+"""Measures tokens per second of two processes of one thread each against one such process, for each layout.
 
-Weak for data parallelism (each replica has the whole batch), strong for tensor and pipeline parallelism (one model, one
-batch, cut in two). All sides in turn in each round; ``--out`` draws the ratios of medians.
+Scaling is weak for data parallelism (each replica has a whole batch), and strong for tensor and pipeline parallelism
+(one model and one batch, divided in two). All sides run in turn in each round; ``--out`` draws the ratios of medians.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--out", help="picture of the ratios")
+    parser.add_argument("--out", help="file for the picture of the ratios")
     args = parser.parse_args()
     seen: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(args.rounds):

@@ -1,6 +1,7 @@
-"""Tokens per second on one process: MegatronStrategy's GPT against vanilla Lightning with transformers' GPT-2.
+"""Measures tokens per second on one process: MegatronStrategy's GPT against vanilla Lightning with transformers' GPT-2.
 
-Same shape, batch and optimizer; the two sides run in turn in this process, medians of several rounds.
+Both sides have the same shape, batch and optimizer. They run in turn in this process, and the script prints the medians
+of several rounds.
 """
 
 import argparse

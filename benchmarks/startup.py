@@ -1,4 +1,4 @@
-"""What ``import lightning_megatron`` costs over lightning.pytorch and megatron.core: fresh processes in turn."""
+"""Measures ``import lightning_megatron`` against importing lightning.pytorch and megatron.core, in fresh processes."""
 
 import argparse
 import statistics
@@ -13,7 +13,7 @@ CLOCK = "import time; start = time.perf_counter(); {}; print(time.perf_counter()
 
 
 def seconds(statement: str) -> float:
-    """Of one fresh process, without the interpreter's own start."""
+    """The seconds that a statement takes in a fresh process, without the start of the interpreter."""
     command = [sys.executable, "-W", "ignore", "-c", CLOCK.format(statement)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the shape of the model, a clock on a Trainer, medians of rounds."""
+"""Shared by the benchmarks: the shape of the model, a clock for a Trainer, and medians of rounds."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 
 
 class Clock(pl.Callback):
-    """Seconds from the end of the warm-up to the end of training."""
+    """Measures the seconds from the end of the warm-up to the end of training."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx == WARM_UP:
@@ -38,7 +38,7 @@ def rows(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def tell(title: str, sides: dict[str, list[float]]) -> None:
-    """Print tokens/s of the two sides, and the ratio of their medians."""
+    """Print the tokens per second of the two sides and the ratio of their medians."""
     print(title)
     for name, seen in sides.items():
         print(f"  {name}: {statistics.median(seen):.0f} tokens/s of {', '.join(f'{x:.0f}' for x in seen)}")

@@ -1,4 +1,4 @@
-"""Pre-train a small BERT on Python's own source, then have it tell which package a piece of code is from, on a CPU."""
+"""Pre-train a small BERT on Python's source, then train it to tell which package a piece of code is from, on a CPU."""
 
 import argparse
 import math
@@ -22,9 +22,9 @@ SPECIAL = {token: number for number, token in enumerate(("[PAD]", "[UNK]", "[CLS
 
 
 class Code(LightningDataModule):
-    """Pieces of the packages' files, each with its package's number; every fourth file is for validation.
+    """Pieces of the packages' files, labelled with the number of their package; every fourth file is for validation.
 
-    With ``masked``, tokens of a piece are the labels, and masks in their place.
+    With ``masked``, the labels are tokens of the piece, which masks replace in the input.
     """
 
     def __init__(self, args: argparse.Namespace, labelled: int | None = None, masked: bool = False) -> None:
@@ -35,7 +35,7 @@ class Code(LightningDataModule):
         self.files = [sorted((root / package).rglob("*.py")) for package in args.packages]
 
     def prepare_data(self) -> None:
-        """Train the tokenizer: on one process, while the others wait."""
+        """Train the tokenizer on one process, while the others wait."""
         if not self.folder.exists():
             texts = (file.read_text("utf-8") for files in self.files for file in files)
             blank = BertTokenizerFast(vocab=SPECIAL, do_lower_case=False)
@@ -69,14 +69,14 @@ class Code(LightningDataModule):
 
 
 class Classifier(BertModule):
-    """Logs ``val_accuracy``, over pieces."""
+    """Logs ``val_accuracy``, the share of pieces whose package is found."""
 
     def __init__(self, config: BertConfig, **options: object) -> None:
         super().__init__(config, **options)
         self.accuracy = MulticlassAccuracy(config.num_labels, average="micro")
 
     def loss(self, output: torch.Tensor, batch: dict) -> object:
-        """The loss, and when validating the accuracy."""
+        """Return the loss, and log the accuracy during validation."""
         if not self.trainer.training:
             self.accuracy(output.argmax(-1), batch["labels"])
             self.log("val_accuracy", self.accuracy, on_step=False, on_epoch=True)
@@ -84,27 +84,27 @@ class Classifier(BertModule):
 
 
 def parse() -> argparse.Namespace:
-    """The options."""
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--accelerator", default="cpu", help="cpu or gpu")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--packages", nargs="+", default=PACKAGES, help="of the standard library")
-    parser.add_argument("--steps", type=int, default=1500, help="of pre-training")
-    parser.add_argument("--classify-steps", type=int, default=60, help="of the classifier's training")
+    parser.add_argument("--packages", nargs="+", default=PACKAGES, help="packages of the standard library")
+    parser.add_argument("--steps", type=int, default=1500, help="steps of pre-training")
+    parser.add_argument("--classify-steps", type=int, default=60, help="steps of training the classifier")
     parser.add_argument("--labelled", type=int, default=64, help="pieces of each package that the classifier sees")
-    parser.add_argument("--from-scratch", action="store_true", help="the classifier alone, without pre-training")
+    parser.add_argument("--from-scratch", action="store_true", help="train the classifier without pre-training")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=1000)
     parser.add_argument("--seq-length", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--output", default="checkpoints/bert-stdlib", help="directory of checkpoints and curves")
+    parser.add_argument("--output", default="checkpoints/bert-stdlib", help="directory for checkpoints and loss curves")
     return parser.parse_args()
 
 
 def fit(name: str, module: BertModule, data: Code, steps: int, args: argparse.Namespace) -> Trainer:
-    """Train ``steps`` steps, with the curves in ``OUTPUT/NAME/metrics.csv``; a checkpoint is left beside them."""
+    """Train for ``steps`` steps; write the curves to ``OUTPUT/NAME/metrics.csv`` and a checkpoint beside them."""
     trainer = Trainer(
         accelerator=args.accelerator,
         devices=args.devices,
@@ -123,7 +123,7 @@ def fit(name: str, module: BertModule, data: Code, steps: int, args: argparse.Na
 
 
 def main() -> None:
-    """Pre-train, carry the weights over, classify."""
+    """Pre-train, load the weights into a classifier, and train the classifier."""
     args = parse()
     seed_everything(1234)
     sizes = {name: getattr(args, name) for name in ("hidden_size", "vocab_size", "seq_length")}

@@ -12,7 +12,7 @@ from lightning_megatron.data import TextDataModule
 
 
 def main() -> None:
-    """Parse, build, fit, save."""
+    """Parse the options, train the model, save a checkpoint and print the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--accelerator", default="cpu", help="cpu or gpu")
     parser.add_argument("--devices", type=int, default=4)
@@ -20,8 +20,8 @@ def main() -> None:
     parser.add_argument("--pp", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--output", default="checkpoints/gpt-stdlib", help="directory of the checkpoint")
-    parser.add_argument("--log", help="directory of the curves, as metrics.csv")
+    parser.add_argument("--output", default="checkpoints/gpt-stdlib", help="directory for the checkpoint")
+    parser.add_argument("--log", help="directory for the loss curves, as metrics.csv")
     args = parser.parse_args()
 
     seed_everything(1234)

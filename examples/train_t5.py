@@ -1,4 +1,4 @@
-"""Train a small T5 to restore Python's source from corrupted pieces, encoder and decoder on a stage each, on a CPU."""
+"""Train a small T5 to restore corrupted pieces of Python's source, with one pipeline stage for each stack, on a CPU."""
 
 import argparse
 import math
@@ -17,7 +17,10 @@ from lightning_megatron.data.preprocess import train_tokenizer
 
 
 class CorruptedCode(LightningDataModule):
-    """Pieces of text files with sentinels in the place of spans, and whole; every tenth file is for validation."""
+    """Pieces of text files in which sentinels replace spans, with the whole pieces as labels.
+
+    Every tenth file is for validation.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class CorruptedCode(LightningDataModule):
         self.path = Path(args.output, f"tokenizer-{args.vocab_size}.json")
 
     def prepare_data(self) -> None:
-        """Train the tokenizer: on one process, while the others wait."""
+        """Train the tokenizer on one process, while the others wait."""
         if not self.path.exists():
             train_tokenizer(self.files, self.vocab_size, self.path)
 
@@ -43,7 +46,7 @@ class CorruptedCode(LightningDataModule):
             (self.val if number % 10 == 9 else self.train).extend(pieces)
 
     def collate(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """A batch with the whole pieces as labels: to say all of it teaches a small model sooner where to look."""
+        """Return a batch whose labels are the whole pieces, from which a small model learns sooner where to attend."""
         whole = torch.stack([sample["input_ids"] for sample in samples])
         return {**self.corrupt(samples), "labels": F.pad(whole, (0, 1), value=self.tokenizer.eos_token_id)}
 
@@ -57,7 +60,7 @@ class CorruptedCode(LightningDataModule):
 
 
 def restore(trainer: Trainer, module: T5Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What the model makes of a batch's inputs, token by token the likeliest: ``[b, sd]``."""
+    """Return what the model generates from the inputs of a batch, by greedy decoding: token ids ``[b, sd]``."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     ids = torch.full((len(batch["labels"]), 1), module.config.decoder_start_id)
     for _ in range(batch["labels"].size(1)):
@@ -69,7 +72,7 @@ def restore(trainer: Trainer, module: T5Module, batch: dict[str, torch.Tensor]) 
 
 
 def main() -> None:
-    """Parse, build, fit, save; then show some pieces, and what the model makes of them."""
+    """Parse the options, train and save the model, and show some pieces as the model restores them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--accelerator", default="cpu", help="cpu or gpu")
     parser.add_argument("--devices", type=int, default=2)
@@ -81,7 +84,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=400)
     parser.add_argument("--seq-length", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--output", default="checkpoints/t5-stdlib", help="directory of the checkpoint and the curves")
+    parser.add_argument("--output", default="checkpoints/t5-stdlib", help="directory for checkpoint and loss curves")
     args = parser.parse_args()
 
     seed_everything(1234)
@@ -92,15 +95,15 @@ def main() -> None:
         num_attention_heads=4,
         vocab_size=args.vocab_size,
         seq_length=args.seq_length,
-        decoder_seq_length=args.seq_length + 1,  # and the end
+        decoder_seq_length=args.seq_length + 1,  # one more for the end-of-text token
         activation="geglu_tanh",  # as in T5 1.1
         tie_embeddings=False,  # likewise
         init_method_std=args.hidden_size**-0.5,  # 0.02 is for wide models
-        extra={"embedding_init_method_std": 1.0},  # as T5's
+        extra={"embedding_init_method_std": 1.0},  # as in T5
     )
     module = T5Module(
         config,
-        # Adam's steps are all of one size, and the position bias has farther to go than other weights.
+        # Adam's steps all have the same size, and the position bias has farther to go than other weights.
         ParameterGroups(
             lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
             scale_lr=["*relative_attention_bias*"],
