@@ -105,6 +105,15 @@ class Checkpointer:
         # Since the last wait, the same on every rank: what is saved, and what is removed behind it.
         self._in_flight: list[_Step] = []
 
+    def begin_fit(self) -> None:
+        """Start anew: what an earlier run has loaded, or was to make up for, is nothing to this one."""
+        self.resumption.reset()
+        self.plateaus.load([])
+
+    def begin_evaluation(self, trainer: pl.Trainer) -> None:
+        """Have the fit before it stay known, so that a save behind it is of that fit."""
+        self.resumption.restore_fit_loaders(trainer)
+
     # Saving
 
     def save(self, state: State, path: Path, run: Run) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
@@ -123,6 +124,22 @@ def _check_ddp(ddp: DistributedDataParallelConfig, distributed_optimizer: bool) 
             raise MisconfigurationException(
                 f"{told}{name}={getattr(ddp, name)!r})): its process groups are not built here. Leave it out."
             )
+
+
+def check_checkpoint_io(given: CheckpointIO | None) -> None:
+    """Refuse a checkpoint IO among ``Trainer(plugins=)``: it would take one rank's shard for the checkpoint.
+
+    Args:
+        given: The user's; None without one.
+
+    Raises:
+        MisconfigurationException: There is one.
+    """
+    if given is not None:
+        raise MisconfigurationException(
+            f"MegatronStrategy writes its checkpoints itself, each rank its shard into one directory;"
+            f" plugins=[{type(given).__name__}()] would see a shard for the whole. Leave it out."
+        )
 
 
 def check_some_batch(trainer: pl.Trainer) -> None:

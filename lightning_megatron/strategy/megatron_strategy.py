@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_megatron.checkpoint import Checkpointer, Checkpointing, Run, local_path
@@ -34,18 +35,20 @@ from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy import (
     checks,
     launchers,
-    plugins,
     preemption,
     single_rank,
     trainer_patches,
 )
 from lightning_megatron.strategy.dataloading import evaluation_sampler, prediction_gather, rank_consistency
 from lightning_megatron.strategy.former_arguments import refuse_former_arguments
+from lightning_megatron.strategy.lightning_steps import LightningSteps
 from lightning_megatron.strategy.logging import hook_values, step_values
+from lightning_megatron.strategy.megatron_steps import MegatronSteps
 from lightning_megatron.strategy.parallel_ranks import Placement
+from lightning_megatron.strategy.plain_steps import PlainSteps
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.strategy.rank_communication import Collectives
-from lightning_megatron.strategy.step_runner import Steps, make_engine
+from lightning_megatron.strategy.step_runner import StepRunner
 from lightning_megatron.training import gradients, resumed_settings, timers, weight_settings
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.microbatches import MicroBatching
@@ -154,7 +157,6 @@ class MegatronStrategy(Placement, Collectives):
         self._engine: Engine | None = None
         self._patches = trainer_patches.TrainerPatches()
         self._told_world_size: int | None = None
-        self._trains_as_lightning = False
         self._timers = timers.Timers()
         self.launch = launch
         launchers.check(launch)
@@ -252,7 +254,7 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def _configure_launcher(self) -> None:
-        plugins.check_checkpoint_io(lightning_private.checkpoint_io(self))
+        checks.check_checkpoint_io(lightning_private.checkpoint_io(self))
         lightning_private.set_launcher(self, launchers.choose(self, self.launch))
 
     # What trainer.fit, validate, test and predict call before the loops
@@ -304,47 +306,25 @@ class MegatronStrategy(Placement, Collectives):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            self.checkpointer.resumption.reset()
-            self.checkpointer.plateaus.load([])
-        else:
-            self.checkpointer.resumption.restore_fit_loaders(trainer)
         self._timers = timers.Timers()  # who listened to an earlier run that failed may be in the old one
-        self._trains_as_lightning = False
-        if fitting:
-            self.optimizers = []
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.checkpointer.begin_fit()
             self.setup_optimizers(trainer)
-        elif not all(isinstance(o, ShardedOptimizer) and o.trains(self.lightning_module) for o in self.optimizers):
-            self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
-        ddp = self._ddp_config() if fitting and not self._trains_as_lightning else None
-        self._engine = make_engine(self.lightning_module, self.layout, ddp, self.root_device)
-        self._steps = Steps(self.lightning_module, self._engine, self._precision, self.micro_batching)
-        if self._trains_as_lightning:
-            lightning_private.optimizers_to_device(self.optimizers, self.root_device)
-        elif fitting:
-            self._shard_optimizer()
+            self._set_up_training(trainer)
+        else:
+            self.checkpointer.begin_evaluation(trainer)
+            self._set_up_evaluation()
         self.setup_precision_plugin()
         self._preemption = preemption.Preemption(trainer)
-        behind_schedule = None if self._trains_as_lightning else self._behind_schedule
-        self._patches.bend(trainer, self.checkpointer, self._preemption, self._listen_to_hooks(), behind_schedule)
+        behind_schedule = self._behind_schedule if self._sharded is not None else None
+        self._patches.bend(trainer, self.checkpointer, self._preemption, self._hook_logs(), behind_schedule)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Ask ``configure_optimizers``; before gradient buffers are laid out, so that it may freeze weights."""
-        module = self.lightning_module
-        assert module is not None
-        shards = module.named_shards if isinstance(module, MegatronModule) else module.named_parameters
-        shared_weights.freeze_all_copies(shards())
+        self.optimizers = []
+        shared_weights.freeze_all_copies(self._named_weights())
         super().setup_optimizers(trainer)
-        self._trains_as_lightning = single_rank.is_alone(trainer) and single_rank.asks_for_more(
-            trainer, self.optimizers
-        )
-        if self._trains_as_lightning:
-            return
-        checks.check_optimizers(module, self.optimizers)
-        shared_weights.freeze_all_copies(shards())
-        weight_settings.check(shards(), self.optimizers[0])
 
     @override
     def model_to_device(self) -> None:
@@ -382,30 +362,20 @@ class MegatronStrategy(Placement, Collectives):
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        if self._trains_as_lightning:
-            with self._precision.step_context(self.root_device):
-                return super().training_step(batch, *args, **kwargs)
-        outcome = self._steps.train(batch, *args, **kwargs)
-        if outcome is None:
-            return None
-        if self.check_loss and self.on_nonfinite == "raise":
-            step_values.stop_on_bad_loss(outcome, self.engine.local_loss, trainer.global_step)
-        return self._steps.finish(outcome)
+        return self._steps.train(batch, *args, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._trains_as_lightning:
-            return result
-        step_values.log_step(
-            self.lightning_module,  # type: ignore[arg-type]
-            self.optimizers[0],  # type: ignore[arg-type]
-            grad_norm=self.log_grad_norm,
-            loss_scale=self._precision.scales_loss,
-            skipped=self.on_nonfinite == "skip",
-            position=self.log_data_position,
-        )
+        if self._sharded is not None:
+            step_values.log_step(
+                self.lightning_module,  # type: ignore[arg-type]
+                self._sharded,
+                grad_norm=self.log_grad_norm,
+                loss_scale=self._precision.scales_loss,
+                skipped=self.on_nonfinite == "skip",
+                position=self.log_data_position,
+            )
         return result
 
     @override
@@ -442,9 +412,8 @@ class MegatronStrategy(Placement, Collectives):
     @override
     def on_train_start(self) -> None:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, ShardedOptimizer):
-                optimizer.copy_changed_weights()
+        if self._sharded is not None:
+            self._sharded.copy_changed_weights()
         rank_consistency.check_numbers_of_batches(trainer)
         self._resumed_settings.set_rates()
         self.checkpointer.plateaus.begin(trainer)
@@ -511,22 +480,19 @@ class MegatronStrategy(Placement, Collectives):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         super().load_model_state_dict(checkpoint, strict)
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, ShardedOptimizer):
-                optimizer.inner.reload_model_params()
+        if self._sharded is not None:
+            self._sharded.inner.reload_model_params()
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        if self._trains_as_lightning:
+        if self._sharded is None:
             single_rank.regroup(self.lightning_module.trainer)  # type: ignore[union-attr]
             super().load_optimizer_state_dict(checkpoint)
-            return
-        if not checkpoint["optimizer_states"]:
-            return
-        configs = self.lr_scheduler_configs
-        self._resumed_settings.choose(self.optimizers[0], [each.scheduler for each in configs], checkpoint)  # type: ignore[arg-type]
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state["hyper"])
+        elif checkpoint["optimizer_states"]:
+            schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+            self._resumed_settings.choose(self._sharded, schedulers, checkpoint)  # type: ignore[arg-type]
+            (state,) = checkpoint["optimizer_states"]
+            self._sharded.load_state_dict(state["hyper"])
             state["finish"]()
 
     @override
@@ -535,7 +501,40 @@ class MegatronStrategy(Placement, Collectives):
 
     # Steps of the hooks above
 
-    def _listen_to_hooks(self) -> hook_values.HookLogs | None:
+    def _set_up_training(self, trainer: pl.Trainer) -> None:
+        """Choose who trains the module: a schedule with a sharded optimizer, or Lightning's own loop."""
+        if single_rank.is_alone(trainer) and single_rank.asks_for_more(trainer, self.optimizers):
+            self._steps = self._make_steps(LightningSteps, None)
+            lightning_private.optimizers_to_device(self.optimizers, self.root_device)
+            return
+        checks.check_optimizers(trainer.lightning_module, self.optimizers)
+        shared_weights.freeze_all_copies(self._named_weights())
+        weight_settings.check(self._named_weights(), self.optimizers[0])
+        self._steps = self._make_steps(self._kind_of_steps, self._ddp_config())
+        self.optimizers = [self._shard(self.optimizers[0])]
+
+    def _set_up_evaluation(self) -> None:
+        assert self.lightning_module is not None
+        if self._sharded is None or not self._sharded.trains(self.lightning_module):
+            self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
+        self._steps = self._make_steps(self._kind_of_steps, None)
+
+    @property
+    def _kind_of_steps(self) -> type[StepRunner]:
+        return MegatronSteps if isinstance(self.lightning_module, MegatronModule) else PlainSteps
+
+    def _make_steps(self, kind: type[StepRunner], ddp: DistributedDataParallelConfig | None) -> StepRunner:
+        module, stops = self.lightning_module, self.check_loss and self.on_nonfinite == "raise"
+        self._engine = kind.make_engine(module, self.layout, ddp, self.root_device)
+        return kind(module, self._engine, self._precision, self.micro_batching, stops)
+
+    def _named_weights(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """This rank's weights, by their names in the whole model."""
+        module = self.lightning_module
+        assert module is not None
+        return module.named_shards() if isinstance(module, MegatronModule) else module.named_parameters()
+
+    def _hook_logs(self) -> hook_values.HookLogs | None:
         """What shares over the ranks the values that hooks log; None where nothing is shared."""
         if not isinstance(self.lightning_module, MegatronModule) or self._ranks == 1:
             return None
@@ -547,22 +546,28 @@ class MegatronStrategy(Placement, Collectives):
 
     def _behind_schedule(self) -> None:
         """Between the hooks around backward, which the schedule has run."""
+        assert self._sharded is not None
         if self._steps.ends_window and gradients.hooks_read_gradients(self.lightning_module.trainer):  # type: ignore[union-attr]
-            self.optimizers[0].expose_gradients()  # type: ignore[attr-defined]
+            self._sharded.expose_gradients()
 
-    def _shard_optimizer(self) -> None:
-        self.optimizers = [
-            shard(
-                self.optimizers[0],
-                self.engine,
-                params_dtype=self._precision.params_dtype,
-                distributed=self.distributed_optimizer,
-                initial_loss_scale=self.initial_loss_scale if self._precision.scales_loss else None,
-                always_compute_norm=self.log_grad_norm,
-            )
-        ]
-        self.optimizers[0].on_nonfinite = self.on_nonfinite if self.check_loss else None  # type: ignore[attr-defined]
-        lightning_private.optimizers_to_device([self.optimizers[0].inner.optimizer], self.root_device)  # type: ignore[attr-defined]
+    @property
+    def _sharded(self) -> ShardedOptimizer | None:
+        """The optimizer of a module that a schedule trains; None before a fit, and where Lightning's loop trains."""
+        optimizer = self.optimizers[0] if self.optimizers else None
+        return optimizer if isinstance(optimizer, ShardedOptimizer) else None
+
+    def _shard(self, optimizer: Optimizer) -> ShardedOptimizer:
+        sharded = shard(
+            optimizer,
+            self.engine,
+            params_dtype=self._precision.params_dtype,
+            distributed=self.distributed_optimizer,
+            initial_loss_scale=self.initial_loss_scale if self._precision.scales_loss else None,
+            always_compute_norm=self.log_grad_norm,
+        )
+        sharded.on_nonfinite = self.on_nonfinite if self.check_loss else None
+        lightning_private.optimizers_to_device([sharded.inner.optimizer], self.root_device)
+        return sharded
 
     @property
     def _is_not_set_up(self) -> bool:
@@ -572,12 +577,10 @@ class MegatronStrategy(Placement, Collectives):
     @property
     def _run(self) -> Run:
         assert self.lightning_module is not None
-        optimizer = self.optimizers[0] if self.optimizers else None
-        sharded = optimizer if isinstance(optimizer, ShardedOptimizer) else None
         trainer = self.lightning_module.trainer
         is_plain = not isinstance(self.lightning_module, MegatronModule)
         in_one_file = single_rank.is_alone(trainer) and not self.checkpointer.asynchronous
-        return Run(trainer, self.layout, sharded, is_plain, in_one_file)
+        return Run(trainer, self.layout, self._sharded, is_plain, in_one_file)
 
     @property
     def _precision(self) -> MegatronPrecision:

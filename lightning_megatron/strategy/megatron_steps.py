@@ -1,0 +1,102 @@
+"""Steps of a MegatronModule: its chunks on their pipeline stages, its loss that of the global batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from megatron.core.distributed import DistributedDataParallelConfig
+from typing_extensions import override
+
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.megatron_module import MegatronModule, runs_on_all_stages
+from lightning_megatron.strategy.dataloading import evaluation_sampler
+from lightning_megatron.strategy.logging.recorder import LogRecorder
+from lightning_megatron.strategy.plain_module import check_output
+from lightning_megatron.strategy.step_runner import Recorder, StepRunner
+from lightning_megatron.training.batch_rows import count_rows, take_rows
+from lightning_megatron.training.engine import Engine, Outcome, Step
+from lightning_megatron.training.microbatches import Cut
+
+_STAGES = {"validation_step": "val", "test_step": "test"}
+
+
+class MegatronSteps(StepRunner):
+    """Runs the hooks of a MegatronModule; see ``StepRunner``."""
+
+    module: MegatronModule
+    _said_how_it_is_cut = False
+
+    @staticmethod
+    @override
+    def make_engine(
+        module: MegatronModule, layout: ParallelLayout, ddp: DistributedDataParallelConfig | None, device: torch.device
+    ) -> Engine:
+        by_token = module.loss_reduction == "token"
+        return Engine(layout, list(module.chunks), module.chunks[0].config, ddp, by_token, device)
+
+    @override
+    def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """``validation_step`` or ``test_step``: what it returned, its loss that of the global batch."""
+        recorder = self._record(batch)
+        step = self._step(hook, recorder, args, kwargs)
+        self._share_buffers(args)
+        self.counts = not evaluation_sampler.is_repeated_batch(self.module.trainer, self._batch_idx(args), *args[1:2])
+        cut, length = self._cut_checked(batch, args)
+        outcome = self.engine.evaluate(batch, replace(cut, counts=self.counts), length, step)
+        self._log(outcome, recorder, _STAGES[hook])
+        return outcome.hook_outputs
+
+    @override
+    def predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """``predict_step``: what the last stage returned, on every stage."""
+        recorder = self._record(batch)
+        step = self._step("predict_step", recorder, args, kwargs)
+        if runs_on_all_stages(self.module.predict_step):
+            output = step(batch, 1.0, 0)
+        else:
+            output = self.engine.predict(batch, *self._cut_checked(batch, args), step)
+        recorder.end_prediction()
+        return output
+
+    @override
+    def _step(self, hook: str, recorder: Recorder, args: Any, kwargs: Any) -> Step:
+        module, device = self.module, self.engine.device
+        method = getattr(module, hook)
+        in_pipeline = self.engine.layout.pp > 1 and not runs_on_all_stages(method)
+
+        def step(micro_batch: Any, share: float, chunk: int) -> Any:
+            module.active_chunk, module.in_pipeline = chunk, in_pipeline
+            try:
+                with self.precision.step_context(device), recorder.listening(share, chunk):
+                    output = method(micro_batch, *args, **kwargs)
+            finally:
+                module.in_pipeline = False
+            if hook == "training_step" and module.lacks_loss(output):
+                check_output(output)
+            return output
+
+        return step
+
+    @override
+    def _cut(self, batch: Any) -> tuple[Cut, int]:
+        chosen = self.micro_batching.cut(self.engine.layout, count_rows(batch))
+        if not self._said_how_it_is_cut and self.engine.layout.pp > 1:
+            self._said_how_it_is_cut = True
+            rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
+        if self.engine.layout.pp == 1:
+            return chosen, 1  # no hidden states travel
+        first = take_rows(batch, 0, chosen.sizes[0], sum(chosen.sizes))
+        return chosen, self.module.sequence_length(first)
+
+    @override
+    def _recorder(self, batch: Any) -> Recorder:
+        return LogRecorder(self.module, count_rows(batch))
+
+    @override
+    def _log(self, outcome: Outcome, recorder: Recorder, stage: str) -> None:
+        super()._log(outcome, recorder, stage)
+        if outcome.has_loss:
+            self.module.log_loss(stage, outcome.loss, outcome.weight)

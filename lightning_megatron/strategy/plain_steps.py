@@ -1,0 +1,96 @@
+"""Steps of a LightningModule with no Megatron in it: whole on every rank, one chunk, and what it logs is its own."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from typing_extensions import override
+
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.strategy.logging.recorder import AtOnce, LogRecorder
+from lightning_megatron.strategy.plain_module import PlainModel, check_output
+from lightning_megatron.strategy.step_runner import Recorder, StepRunner
+from lightning_megatron.training.batch_rows import count_rows
+from lightning_megatron.training.engine import Engine, Outcome, Step
+from lightning_megatron.training.microbatches import Cut
+
+
+class _SkippedError(Exception):
+    """A ``training_step`` on one rank has returned None: the batch counts for nothing."""
+
+
+class PlainSteps(StepRunner):
+    """Runs the hooks of a plain module that a schedule trains; see ``StepRunner``."""
+
+    module: pl.LightningModule
+
+    @staticmethod
+    @override
+    def make_engine(
+        module: pl.LightningModule,
+        layout: ParallelLayout,
+        ddp: DistributedDataParallelConfig | None,
+        device: torch.device,
+    ) -> Engine:
+        """The engine of the module as the only chunk, which draws from the user's own random generators."""
+        plain = PlainModel(module)
+        return Engine(layout, [plain], plain.config, ddp, False, device, rng_context=nullcontext)
+
+    @override
+    def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """``validation_step`` or ``test_step`` on the whole batch: what it returned."""
+        recorder = self._record(batch)
+        self._share_buffers(args)
+        output = self._step(hook, recorder, args, kwargs)(batch, 1.0, 0)
+        recorder.replay()
+        return output
+
+    @override
+    def predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """``predict_step`` on the whole batch: what it returned."""
+        recorder = self._record(batch)
+        output = self._step("predict_step", recorder, args, kwargs)(batch, 1.0, 0)
+        recorder.end_prediction()
+        return output
+
+    @override
+    def _run_schedule(self, batch: Any, recorder: Recorder, args: Any, kwargs: Any) -> Outcome | None:
+        had_gradients = self.engine.has_gradients
+        try:
+            return super()._run_schedule(batch, recorder, args, kwargs)
+        except _SkippedError:
+            self.engine.has_gradients = had_gradients
+            if had_gradients and self.ends_window:
+                self.engine.finish_window(self.module.trainer.accumulate_grad_batches)
+            return None
+
+    @override
+    def _step(self, hook: str, recorder: Recorder, args: Any, kwargs: Any) -> Step:
+        method, device = getattr(self.module, hook), self.engine.device
+        may_skip = self.engine.layout.world_size == 1 and not self.micro_batching.is_chosen
+
+        def step(micro_batch: Any, share: float, chunk: int) -> Any:
+            with self.precision.step_context(device), recorder.listening(share, chunk):
+                output = method(micro_batch, *args, **kwargs)
+            if hook == "training_step":
+                if output is None and may_skip:
+                    raise _SkippedError
+                check_output(output)
+            return output
+
+        return step
+
+    @override
+    def _cut(self, batch: Any) -> tuple[Cut, int]:
+        if not self.micro_batching.is_chosen:
+            return Cut((1,)), 1  # one micro-batch, whatever the batch is made of
+        return self.micro_batching.cut(self.engine.layout, count_rows(batch)), 1
+
+    @override
+    def _recorder(self, batch: Any) -> Recorder:
+        several = self.module.trainer.training and self.micro_batching.is_chosen
+        return LogRecorder(self.module, 1) if several else AtOnce()
