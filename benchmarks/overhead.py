@@ -66,7 +66,7 @@ def by_hand(sizes: dict, steps: int) -> float:
     ddp.broadcast_params()
     optimizer = shard(
         adamw(model.parameters()), SimpleNamespace(chunks=[ddp], config=config), params_dtype=torch.float32,
-        distributed=True, initial_loss_scale=1.0, always_compute_norm=False,
+        distributed=True, initial_loss_scale=1.0, on_nonfinite="ignore",
     ).inner  # fmt: skip
     optimizer.config.clip_grad = CLIP
     config.finalize_model_grads_func = finalize_model_grads

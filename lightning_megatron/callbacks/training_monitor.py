@@ -1,4 +1,4 @@
-"""``TrainingMonitor``: norms, zeros, rates and scales of each step."""
+"""``TrainingMonitor``: norms, zeros, rates, scales and the place in the data of each step."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class TrainingMonitor(pl.Callback):
     """Logs what a step did to the whole model, over all of its ranks and the same on each.
 
     ``grad_norm`` (before clipping), ``param_norm``, ``zeros_in_grad`` (gradients that are exactly 0, of trained
-    parameters), ``learning_rate`` and ``weight_decay`` (the largest of the optimizer's groups), ``skipped_steps``, and
-    under fp16 ``loss_scale``.
+    parameters), ``learning_rate`` and ``weight_decay`` (the largest of the optimizer's groups), ``skipped_steps``,
+    ``data_epoch`` and ``data_batch`` (where in the data the step's last batch was, for a rewind with
+    ``Checkpointing(skip_batches=)``), and under fp16 ``loss_scale``.
 
     It is the home of accelerate's ``set_all_logging_options`` together with ``Throughput``, ``MemoryMonitor`` and
     ``PhaseTimes``; ``tensorboard_dir`` is ``TensorBoardLogger(save_dir=)``. Learning rates of each group are
@@ -52,6 +53,8 @@ class TrainingMonitor(pl.Callback):
             "learning_rate": max(float(group["lr"]) for group in optimizer.param_groups),
             "weight_decay": max(float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups),
             "skipped_steps": float(optimizer.skipped_steps),
+            "data_epoch": float(trainer.current_epoch),
+            "data_batch": float(trainer.fit_loop.epoch_loop.batch_idx),
         }
         if optimizer.grad_norm is not None:
             values["grad_norm"] = optimizer.grad_norm

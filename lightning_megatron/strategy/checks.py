@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -23,6 +23,7 @@ from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy import single_rank
 from lightning_megatron.training.microbatches import MicroBatching
+from lightning_megatron.training.optimizer import OnNonfinite
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -58,28 +59,26 @@ def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute:
 
 def check_settings(
     ddp: object,
-    initial_loss_scale: float,
     process_group_backend: str | None,
     timeout: object,
     on_nonfinite: str,
     checkpointing: object,
-    **flags: bool,
+    distributed_optimizer: object,
 ) -> None:
     """Refuse settings that would fail only once processes run, and those that contradict each other.
 
     Args:
         ddp: As the strategy was told; so are the others.
-        initial_loss_scale: For fp16.
         process_group_backend: Of the groups.
         timeout: Of collectives.
-        on_nonfinite: What to do with losses that are no numbers.
+        on_nonfinite: What happens when a loss or gradient is NaN or infinite.
         checkpointing: How checkpoints are saved and loaded.
-        **flags: Arguments that are True or False.
+        distributed_optimizer: Whether optimizer state is sharded.
 
     Raises:
         MisconfigurationException: With the values seen.
     """
-    _STRATEGY.flag(**flags)
+    _STRATEGY.flag(distributed_optimizer=distributed_optimizer)
     _STRATEGY.kind(Checkpointing, "lightning_megatron.Checkpointing(...)", checkpointing=checkpointing)
     if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
         raise MisconfigurationException(
@@ -90,14 +89,8 @@ def check_settings(
             f"MegatronStrategy(ddp={ddp!r}): use megatron.core.distributed.DistributedDataParallelConfig(...)."
         )
     if ddp is not None:
-        _check_ddp(ddp, flags["distributed_optimizer"])
-    _STRATEGY.number(above=0, initial_loss_scale=initial_loss_scale)
-    _STRATEGY.one_of(("raise", "skip"), on_nonfinite=on_nonfinite)
-    if on_nonfinite == "skip" and not flags["check_loss"]:
-        raise MisconfigurationException(
-            "MegatronStrategy(check_loss=False, on_nonfinite='skip'): losses that nobody looks at are not skipped."
-            " Leave one of the two out."
-        )
+        _check_ddp(ddp, bool(distributed_optimizer))
+    _STRATEGY.one_of(get_args(OnNonfinite), on_nonfinite=on_nonfinite)
     if process_group_backend not in (None, "gloo", "nccl"):
         raise MisconfigurationException(
             f"MegatronStrategy(process_group_backend={process_group_backend!r}): use 'gloo', 'nccl', or None, which"

@@ -18,6 +18,16 @@ _OF_CHECKPOINTING = {
     "optimizer_settings": "optimizer_settings",
     "skip_batches": "skip_batches",
 }
+_MONITOR = "Trainer(callbacks=lightning_megatron.callbacks.TrainingMonitor()), which logs it"
+# What to use in place of the others, by their value.
+_ELSEWHERE: dict[str, Callable[[Any], str]] = {
+    "log_grad_norm": lambda value: _MONITOR,
+    "log_data_position": lambda value: _MONITOR,
+    "initial_loss_scale": lambda value: (
+        f"Trainer(plugins=MegatronPrecision('16-mixed', initial_loss_scale={value!r})) and no Trainer(precision=)"
+    ),
+    "check_loss": lambda value: "on_nonfinite='raise'" if value else "on_nonfinite='ignore'",
+}
 
 
 def replacement(name: str, value: Any) -> str:
@@ -27,9 +37,12 @@ def replacement(name: str, value: Any) -> str:
         name: The argument's name.
         value: Its value.
     """
-    if name not in _OF_CHECKPOINTING:
+    if name in _OF_CHECKPOINTING:
+        use = f"checkpointing=Checkpointing({_OF_CHECKPOINTING[name]}={value!r})"
+    elif name in _ELSEWHERE:
+        use = _ELSEWHERE[name](value)
+    else:
         return ""
-    use = f"checkpointing=Checkpointing({_OF_CHECKPOINTING[name]}={value!r})"
     return f"MegatronStrategy({name}={value!r}): use {use}."
 
 

@@ -52,7 +52,7 @@ from lightning_megatron.strategy.step_runner import StepRunner
 from lightning_megatron.training import gradients, resumed_settings, timers, weight_settings
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.microbatches import MicroBatching
-from lightning_megatron.training.optimizer import ShardedOptimizer, shard
+from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer, shard
 
 _DEFAULT_CHECKPOINTING = Checkpointing()
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -64,34 +64,32 @@ class MegatronStrategy(Placement, Collectives):
     A batch of the loader is one data-parallel rank's data of one optimizer step; it is cut into micro-batches here.
 
     Args:
-        tp: Tensor-parallel size.
-        pp: Pipeline-parallel size.
-        vp: Virtual stages (model chunks) per pipeline stage, for the interleaved schedule; None for one.
-        cp: Context-parallel size; above 1 it is refused until its layers exist.
-        ep: Expert-parallel size; refused likewise.
-        etp: Expert-tensor-parallel size; refused likewise.
-        sequence_parallel: Share activations between tensor-parallel regions out over the sequence.
-        micro_batch_size: Rows of a micro-batch. At most one of this and ``num_microbatches``; with neither, a batch is
-            one micro-batch where pp = 1, else the largest legal number up to 4 · pp.
+        tp: Tensor-parallel size: the number of ranks that share each layer.
+        pp: Pipeline-parallel size: the number of pipeline stages.
+        vp: Virtual stages (model chunks) per pipeline stage, for the interleaved schedule; None is one.
+        cp: Context-parallel size. A size above 1 is refused until its layers exist; so are those of ``ep`` and ``etp``.
+        ep: Expert-parallel size.
+        etp: Expert-tensor-parallel size.
+        sequence_parallel: Split activations between the tensor-parallel regions over the sequence.
+        micro_batch_size: Rows of a micro-batch. Give this or ``num_microbatches``, or neither: a batch is then one
+            micro-batch where pp = 1, and otherwise the largest legal number of them up to 4 · pp.
         num_microbatches: Micro-batches per batch.
         distributed_optimizer: Shard optimizer state and main weights over the data-parallel ranks.
-        recompute: Compute activations again in the backward pass: "selective" (attention) or "full".
-        pipeline_split_rank: Of encoder-decoder models, the first pipeline rank of the decoder (with ``vp``, its first
-            virtual stage, counted through the ranks). None: where the slowest stage is fastest. Refused for others.
-        ddp: Settings of megatron-core's data parallelism; ``use_distributed_optimizer`` and ``grad_reduce_in_fp32``
+        recompute: Compute activations again in the backward pass: "selective" (those of attention) or "full".
+        pipeline_split_rank: The first pipeline stage of an encoder-decoder model's decoder; with ``vp``, its first
+            virtual stage, counted through the ranks. None splits so that the slowest stage is fastest. Other models
+            refuse it.
+        ddp: Settings of megatron-core's data parallelism. ``use_distributed_optimizer`` and ``grad_reduce_in_fp32``
             follow from ``distributed_optimizer`` and ``Trainer(precision=)``.
-        log_grad_norm: Log ``grad_norm``, the global norm before clipping, at each step.
-        initial_loss_scale: First loss scale of ``precision="16-mixed"``.
-        check_loss: Stop when the loss is NaN or infinite.
-        on_nonfinite: When a loss or gradient is NaN or infinite: "raise", or "skip" the step and go on with the next;
-            skipped steps are counted and logged as ``skipped_steps``.
-        log_data_position: Log ``data_epoch`` and ``data_batch``, where in the data each step was, for ``skip_batches``.
-        checkpointing: How checkpoints are saved and loaded.
-        process_group_backend: "gloo" or "nccl"; follows from the device. One that cannot carry its tensors is refused.
-        timeout: Of collectives: how long ranks wait for one that is gone without a word.
-        launch: How the ranks start where nothing else (torchrun, SLURM) starts them: "subprocess" runs the script once
-            per rank; "forkserver" takes them from a preloaded server and hands results back, for notebooks. By default
-            the first, and in an interactive session or notebook the second.
+        on_nonfinite: What happens when a loss, or a gradient norm that is computed, is NaN or infinite: "raise" ends
+            the run, "skip" leaves the step out, counts it and logs ``skipped_steps``, and "ignore" does not look.
+        checkpointing: How checkpoints are saved, loaded and resumed from; see ``Checkpointing``.
+        process_group_backend: "gloo" or "nccl". None is the one for the device; one that cannot carry the device's
+            tensors is refused.
+        timeout: How long ranks wait in a collective for a rank that is gone without a word.
+        launch: How the ranks start unless torchrun, SLURM or the like has started them: "subprocess" runs the script
+            once per rank; "forkserver" takes them from a preloaded server and brings results back, for notebooks. None
+            is the first in a script, and the second in an interactive session or notebook.
     """
 
     strategy_name = "megatron"
@@ -112,11 +110,7 @@ class MegatronStrategy(Placement, Collectives):
         recompute: Literal["selective", "full"] | None = None,
         pipeline_split_rank: int | None = None,
         ddp: DistributedDataParallelConfig | None = None,
-        log_grad_norm: bool = False,
-        initial_loss_scale: float = 65536.0,
-        check_loss: bool = True,
-        on_nonfinite: Literal["raise", "skip"] = "raise",
-        log_data_position: bool = False,
+        on_nonfinite: OnNonfinite = "raise",
         checkpointing: Checkpointing = _DEFAULT_CHECKPOINTING,
         process_group_backend: str | None = None,
         timeout: timedelta = _DEFAULT_TIMEOUT,
@@ -128,26 +122,11 @@ class MegatronStrategy(Placement, Collectives):
         self.sizes["pipeline_split_rank"] = pipeline_split_rank
         self.micro_batching = MicroBatching(micro_batch_size, num_microbatches)
         checks.check_sizes(self.sizes, self.micro_batching, recompute)
-        checks.check_settings(
-            ddp,
-            initial_loss_scale,
-            process_group_backend,
-            timeout,
-            on_nonfinite,
-            checkpointing,
-            distributed_optimizer=distributed_optimizer,
-            log_grad_norm=log_grad_norm,
-            check_loss=check_loss,
-            log_data_position=log_data_position,
-        )
+        checks.check_settings(ddp, process_group_backend, timeout, on_nonfinite, checkpointing, distributed_optimizer)
         self.distributed_optimizer = distributed_optimizer
         self.recompute = recompute
         self.ddp = ddp
-        self.log_grad_norm = log_grad_norm
-        self.initial_loss_scale = initial_loss_scale
-        self.check_loss = check_loss
         self.on_nonfinite = on_nonfinite
-        self.log_data_position = log_data_position
         self._heartbeat = heartbeat.Heartbeat()
         self.checkpointer = Checkpointer(checkpointing)
         self._resumed_settings = resumed_settings.ResumedSettings(checkpointing.optimizer_settings)
@@ -371,10 +350,8 @@ class MegatronStrategy(Placement, Collectives):
             step_values.log_step(
                 self.lightning_module,  # type: ignore[arg-type]
                 self._sharded,
-                grad_norm=self.log_grad_norm,
                 loss_scale=self._precision.scales_loss,
-                skipped=self.on_nonfinite == "skip",
-                position=self.log_data_position,
+                skipped_steps=self._precision.scales_loss or self.on_nonfinite == "skip",
             )
         return result
 
@@ -524,7 +501,7 @@ class MegatronStrategy(Placement, Collectives):
         return MegatronSteps if isinstance(self.lightning_module, MegatronModule) else PlainSteps
 
     def _make_steps(self, kind: type[StepRunner], ddp: DistributedDataParallelConfig | None) -> StepRunner:
-        module, stops = self.lightning_module, self.check_loss and self.on_nonfinite == "raise"
+        module, stops = self.lightning_module, self.on_nonfinite == "raise"
         self._engine = kind.make_engine(module, self.layout, ddp, self.root_device)
         return kind(module, self._engine, self._precision, self.micro_batching, stops)
 
@@ -562,10 +539,9 @@ class MegatronStrategy(Placement, Collectives):
             self.engine,
             params_dtype=self._precision.params_dtype,
             distributed=self.distributed_optimizer,
-            initial_loss_scale=self.initial_loss_scale if self._precision.scales_loss else None,
-            always_compute_norm=self.log_grad_norm,
+            initial_loss_scale=self._precision.initial_loss_scale,
+            on_nonfinite=self.on_nonfinite,
         )
-        sharded.on_nonfinite = self.on_nonfinite if self.check_loss else None
         lightning_private.optimizers_to_device([sharded.inner.optimizer], self.root_device)
         return sharded
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_megatron.distributed import lightning_private
+from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
 # type of weights, and whether gradients are kept and reduced in fp32
@@ -22,6 +23,7 @@ _KINDS: dict[str, tuple[torch.dtype, bool]] = {
     "bf16-true": (torch.bfloat16, False),
     "16-mixed": (torch.float16, True),
 }
+_INITIAL_LOSS_SCALE = 65536.0  # as of torch's GradScaler
 
 
 class MegatronPrecision(Precision):
@@ -32,13 +34,22 @@ class MegatronPrecision(Precision):
 
     Args:
         precision: "32-true", "bf16-mixed", "bf16-true" or "16-mixed" (with a dynamic loss scale).
+        initial_loss_scale: The loss scale that "16-mixed" starts from; None is 65536. The others have none.
     """
 
-    def __init__(self, precision: str = "32-true") -> None:
+    def __init__(self, precision: str = "32-true", initial_loss_scale: float | None = None) -> None:
         if precision not in _KINDS:
             raise MisconfigurationException(
                 f"MegatronStrategy does not train with precision={precision!r}. Use one of {', '.join(_KINDS)}."
             )
+        arguments = Arguments("MegatronPrecision", MisconfigurationException)
+        arguments.number(above=0, optional=True, initial_loss_scale=initial_loss_scale)
+        if initial_loss_scale is not None and precision != "16-mixed":
+            raise MisconfigurationException(
+                f"MegatronPrecision({precision!r}, initial_loss_scale={initial_loss_scale}): only '16-mixed' scales the"
+                " loss. Leave initial_loss_scale out."
+            )
+        self.initial_loss_scale = initial_loss_scale or _INITIAL_LOSS_SCALE if precision == "16-mixed" else None
         self.precision = precision  # type: ignore[assignment]
         self.compute_dtype, self.grads_in_fp32 = _KINDS[precision]
         self.behind_schedule: Callable[[], None] | None = None  # set by the strategy where a schedule runs backward

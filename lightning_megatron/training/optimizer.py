@@ -24,6 +24,8 @@ from lightning_megatron.training.engine import Engine, NonFiniteLossError
 from lightning_megatron.training.gradients import ExposedGradients
 from lightning_megatron.training.timers import OPTIMIZER, timed
 
+OnNonfinite = Literal["raise", "skip", "ignore"]
+
 _SHARDABLE = (AdamW, Adam, SGD)
 # How a step is computed, not what: the program's business, whatever a checkpoint says.
 IMPLEMENTATION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
@@ -53,7 +55,7 @@ class ShardedOptimizer(Optimizer):
     Args:
         inner: megatron-core's optimizer around the user's.
         engine: Whose gradients it applies.
-        always_compute_norm: Whether the gradient norm is computed without clipping, too.
+        on_nonfinite: What happens when the gradients' norm is NaN or infinite: "raise", "skip" the step, or "ignore".
         given: The groups' settings at the start of the run, before any schedule has moved them.
         weights: The whole model's names of the weights in each group.
         parameters: Of each group as ``configure_optimizers`` gave it, frozen ones included.
@@ -63,7 +65,7 @@ class ShardedOptimizer(Optimizer):
         self,
         inner: MegatronOptimizer,
         engine: Engine,
-        always_compute_norm: bool,
+        on_nonfinite: OnNonfinite,
         given: list[dict[str, Any]],
         weights: list[list[str]],
         parameters: list[list[torch.nn.Parameter]],
@@ -74,14 +76,14 @@ class ShardedOptimizer(Optimizer):
         self.group_parameters = parameters
         self.inner = inner
         self.engine = engine
-        self.always_compute_norm = always_compute_norm
+        self.on_nonfinite: OnNonfinite = on_nonfinite
+        self.always_compute_norm = False  # set by callbacks that log the norm; clipping computes it in any case
         self.defaults = inner.optimizer.defaults
         self.clip_norm = 0.0
         self.grad_norm: float | None = None
         self.skipped_steps = 0
         self.last_step_was_skipped = False
         self._shown: ExposedGradients | None = None
-        self.on_nonfinite: Literal["raise", "skip"] | None = None  # set by the strategy; None goes on regardless
         self._optimizer_step_pre_hooks: Any = OrderedDict()
         self._optimizer_step_post_hooks: Any = OrderedDict()
 
@@ -262,7 +264,7 @@ def shard(
     params_dtype: torch.dtype,
     distributed: bool,
     initial_loss_scale: float | None,
-    always_compute_norm: bool,
+    on_nonfinite: OnNonfinite,
 ) -> ShardedOptimizer:
     """Hand a torch optimizer to megatron-core, groups and hyper-parameters kept.
 
@@ -272,7 +274,7 @@ def shard(
         params_dtype: Type of the weights.
         distributed: Whether state and main weights are sharded over the data-parallel group.
         initial_loss_scale: First loss scale under fp16; None without one.
-        always_compute_norm: Whether to compute gradient norms without clipping.
+        on_nonfinite: What happens when the gradients' norm is NaN or infinite.
 
     Raises:
         TypeError: An optimizer that cannot be sharded.
@@ -304,7 +306,7 @@ def shard(
     engine.config.grad_scale_func = inner.scale_loss if scaler is not None else None
     # Named as the user's: LearningRateMonitor and progress bars show the name.
     named = type(type(optimizer).__name__, (ShardedOptimizer,), {})
-    return named(inner, engine, always_compute_norm, given, weights, parameters)
+    return named(inner, engine, on_nonfinite, given, weights, parameters)
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def _compiled(kind: type) -> Any:
     module = kind()
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
     data = DataLoader(Rows({"x": x, "y": x[:, :1]}), batch_size=4)
-    run = trainer(Layout(), {"log_grad_norm": False}, max_steps=4, use_distributed_sampler=False)
+    run = trainer(Layout(), max_steps=4, use_distributed_sampler=False)
     run.fit(module, data)
     return [parameter.detach() for parameter in module.parameters()], type(module.layers).__name__
 

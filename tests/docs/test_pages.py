@@ -114,7 +114,7 @@ def test_monitoring(tmp_path):
     header, *rows = (tmp_path / "watched" / "metrics.csv").read_text().splitlines()
     table = [line for line in (DOCS / "monitoring.md").read_text().splitlines() if line.startswith("| ")]
     page = {name for line in table for name in re.findall(r"`([a-z_]+)`", line.split("|")[2])}
-    page -= {"val_loss", "test_loss", "val_perplexity", "test_perplexity", "data_epoch", "data_batch", "loss_scale"}
+    page -= {"val_loss", "test_loss", "val_perplexity", "test_perplexity", "loss_scale"}
     page -= {"_min", "_rank"}
     assert set(header.split(",")) >= page >= {"mfu", "grad_norm", "memory_gib"}
     times = {f"time/{phase}{part}" for phase in ("data", "compute", "save", "step") for part in ("", "_min", "_rank")}

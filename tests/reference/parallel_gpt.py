@@ -54,6 +54,9 @@ class Watch(Callback):
         self.losses: list[float] = []
         self.norms: list[float] = []
 
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        trainer.strategy.optimizers[0].always_compute_norm = True
+
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
         if trainer.global_step > len(self.norms):
@@ -71,6 +74,7 @@ def train(
     full: Weights | None = None,
     total_rows: int | None = None,
     loss_reduction: str = "token",
+    loss_scale: float | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train on this rank; with the final weights of the truth in ``full``, the worst distance to them."""
@@ -79,6 +83,7 @@ def train(
         layout,
         options,
         precision,
+        loss_scale,
         max_steps=steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip,

@@ -37,5 +37,5 @@ class Layout:
             pipeline_split_rank=self.split,
             sequence_parallel=self.sp,
             distributed_optimizer=self.sharded,
-            **{"log_grad_norm": True, **self.extra, **options},
+            **{**self.extra, **options},
         )

@@ -147,7 +147,7 @@ def run(case: str, layout: Layout | None) -> dict[str, Any]:
             settings["logger"] = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
             settings |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
             settings.setdefault("enable_checkpointing", case == "early stopping")
-        strategy = layout.strategy(log_grad_norm=False) if layout else "auto"
+        strategy = layout.strategy() if layout else "auto"
         trainer = Trainer(accelerator="cpu", devices=layout.world_size if layout else 1, strategy=strategy, **settings)
         trainer.fit(module, _loader("train", layout, trainer), _loader("val", layout, trainer))
         csv = Path(folder) / "metrics.csv"
@@ -199,5 +199,5 @@ def run_all(layout: Layout | None) -> dict[str, dict[str, Any]]:
 
 def trainer_of(layout: Layout | None, folder: str, **options: Any) -> Trainer:
     settings = {**QUIET, "default_root_dir": folder, "num_sanity_val_steps": 0, "max_steps": 4, **options}
-    strategy: Any = layout.strategy(log_grad_norm=False) if layout else "auto"
+    strategy: Any = layout.strategy() if layout else "auto"
     return Trainer(accelerator="cpu", devices=layout.world_size if layout else 1, strategy=strategy, **settings)

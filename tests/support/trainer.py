@@ -11,24 +11,37 @@ from tests.support.layout import Layout
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
-def trainer(layout: Layout, strategy: dict | None = None, precision: str = "32-true", **options: Any) -> Trainer:
+def trainer(
+    layout: Layout,
+    strategy: dict | None = None,
+    precision: str = "32-true",
+    loss_scale: float | None = None,
+    **options: Any,
+) -> Trainer:
+    """A quiet Trainer on the CPU; ``loss_scale`` is what fp16 starts from, and other precisions have none."""
     return Trainer(
         accelerator="cpu",
         devices=layout.world_size,
         strategy=layout.strategy(**(strategy or {})),
-        plugins=MegatronPrecision(precision),
+        plugins=MegatronPrecision(precision, loss_scale if precision == "16-mixed" else None),
         **{**QUIET, **options},
     )
 
 
 class Logged(Callback):
-    """Keeps what was logged at each step."""
+    """Keeps what was logged at each step, and its gradient norm."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
 
+    def on_train_start(self, run: Trainer, *_: Any) -> None:
+        run.strategy.optimizers[0].always_compute_norm = True
+
     def on_train_batch_end(self, run: Trainer, *_: Any) -> None:
         self.steps.append({name: float(value) for name, value in run.callback_metrics.items()})
+        norm = getattr(run.strategy.optimizers[0], "grad_norm", None)
+        if norm is not None:
+            self.steps[-1]["grad_norm"] = norm
 
 
 def loader(samples: Any, layout: Layout, rows: int, run: Trainer, **options: Any) -> DataLoader:

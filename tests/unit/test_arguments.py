@@ -16,6 +16,7 @@ from lightning_megatron import (
     GPTModule,
     LoRA,
     LRSchedule,
+    MegatronPrecision,
     MegatronStrategy,
     ParameterGroups,
     T5Config,
@@ -49,6 +50,15 @@ FORMER: list[tuple[str, Any, str]] = [
     ("trust_checkpoint", True, "checkpointing=Checkpointing(allow_pickle=True)"),
     ("optimizer_settings", "program", "checkpointing=Checkpointing(optimizer_settings='program')"),
     ("skip_batches", 3, "checkpointing=Checkpointing(skip_batches=3)"),
+    ("check_loss", False, "on_nonfinite='ignore'"),
+    ("check_loss", True, "on_nonfinite='raise'"),
+    (
+        "initial_loss_scale",
+        256.0,
+        "Trainer(plugins=MegatronPrecision('16-mixed', initial_loss_scale=256.0)) and no Trainer(precision=)",
+    ),
+    ("log_grad_norm", True, "Trainer(callbacks=lightning_megatron.callbacks.TrainingMonitor()), which logs it"),
+    ("log_data_position", True, "Trainer(callbacks=lightning_megatron.callbacks.TrainingMonitor()), which logs it"),
 ]
 STRATEGY: list[tuple[dict[str, Any], str]] = [
     ({"tp": 0}, "MegatronStrategy(tp=0): tp=0 is not a positive integer. Use tp=1 or more"),
@@ -80,12 +90,7 @@ STRATEGY: list[tuple[dict[str, Any], str]] = [
         "contradict each other",
     ),
     ({"ddp": DistributedDataParallelConfig(num_distributed_optimizer_instances=2)}, "are not built here"),
-    ({"log_grad_norm": None}, "log_grad_norm=None): use True or False."),
-    ({"initial_loss_scale": 0}, "initial_loss_scale=0): use a number above 0."),
-    ({"initial_loss_scale": float("nan")}, "initial_loss_scale=nan): use a number above 0."),
-    ({"check_loss": "yes"}, "check_loss='yes'): use True or False."),
-    ({"on_nonfinite": "skp"}, "on_nonfinite='skp'): use 'raise' or 'skip'."),
-    ({"on_nonfinite": "skip", "check_loss": False}, "losses that nobody looks at are not skipped"),
+    ({"on_nonfinite": "skp"}, "on_nonfinite='skp'): use 'raise' or 'skip' or 'ignore'."),
     ({"checkpointing": {"async_save": True}}, "use lightning_megatron.Checkpointing(...)."),
     ({"process_group_backend": "mpi"}, "process_group_backend='mpi'): use 'gloo', 'nccl'"),
     ({"timeout": 1800}, "timeout=1800): use a positive datetime.timedelta"),
@@ -104,7 +109,8 @@ def test_the_strategys_constructor_refuses(arguments, says):
 
 def test_what_is_right_is_taken():
     ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
-    MegatronStrategy(tp=2, pp=2, vp=2, num_microbatches=4, ddp=ddp, on_nonfinite="skip", initial_loss_scale=2**16)
+    MegatronStrategy(tp=2, pp=2, vp=2, num_microbatches=4, ddp=ddp, on_nonfinite="skip")
+    assert MegatronPrecision("16-mixed", 2**16).initial_loss_scale == MegatronPrecision("16-mixed").initial_loss_scale
     MegatronStrategy(pp=4, pipeline_split_rank=3, recompute="full", timeout=timedelta(seconds=5))
     T5Config(**{**SIZES, "num_layers": None}, encoder_num_layers=2, decoder_num_layers=1)
     LoRA(targets="layers.*", also_train=["head"])
@@ -114,6 +120,18 @@ def test_what_is_right_is_taken():
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, "seq_length": 4}
 OTHERS: list[tuple[Any, dict[str, Any], str]] = [
+    (MegatronPrecision, {"precision": "bf16"}, "does not train with precision='bf16'"),
+    (
+        MegatronPrecision,
+        {"precision": "16-mixed", "initial_loss_scale": 0},
+        "initial_loss_scale=0): use a number above 0",
+    ),
+    (
+        MegatronPrecision,
+        {"precision": "16-mixed", "initial_loss_scale": float("nan")},
+        "use a number above 0, or None.",
+    ),
+    (MegatronPrecision, {"precision": "bf16-mixed", "initial_loss_scale": 8}, "only '16-mixed' scales the loss"),
     (Checkpointing, {"skip_batches": -1}, "Checkpointing(skip_batches=-1): use a whole number from 0."),
     (Checkpointing, {"skip_batches": 2.5}, "skip_batches=2.5): use a whole number from 0."),
     (Checkpointing, {"async_save": "false"}, "async_save='false'): use True or False."),

@@ -47,6 +47,15 @@ def _precision(given: Given, plan: Plan) -> None:
     for name, precision in (("bf16", "bf16-mixed"), ("fp16", "16-mixed")):
         if found.get(name):
             plan.put("trainer.precision", precision)
+    scale = given.get("initial_loss_scale")
+    if scale is not None and plan.get("trainer.precision") == "16-mixed":
+        plugin = {"precision": "16-mixed", "initial_loss_scale": scale}
+        plan.put("trainer.plugins", [{"class_path": "lightning_megatron.MegatronPrecision", "init_args": plugin}])
+        del plan.run["trainer"]["precision"]  # Lightning takes one of the two
+        says = "MegatronPrecision(initial_loss_scale=), a plugin of the Trainer in place of its precision"
+        plan.say("initial_loss_scale", scale, "carried over", says, "trainer.plugins")
+    elif scale is not None:
+        plan.say("initial_loss_scale", scale, "not needed", "of fp16 alone")
 
 
 def _layers(given: Given, plan: Plan) -> None:

@@ -105,6 +105,12 @@ def _settings_of(side: str) -> Home:
     )
 
 
+def _on_nonfinite(on: str, off: str) -> Home:
+    """What happens at a loss or gradient that is not finite, where the setting is on and where it is off."""
+    place = f"{STRATEGY}.on_nonfinite"
+    return Home(place, truth, says="MegatronStrategy(on_nonfinite=)", make=lambda value: on if value else off)
+
+
 def _opposite(value: bool) -> bool:
     return not value
 
@@ -165,10 +171,8 @@ _PLACED: dict[str, Home] = {
     "ddp_average_in_collective": _ddp("average_in_collective"),
     "ddp_pad_buckets_for_high_nccl_busbw": _ddp("pad_buckets_for_high_nccl_busbw"),
     "ddp_reduce_scatter_with_fp32_accumulation": _ddp("reduce_scatter_with_fp32_accumulation"),
-    "check_for_nan_in_loss_and_grad": _strategy("check_loss", truth),
-    "no_check_for_nan_in_loss_and_grad": Home(
-        f"{STRATEGY}.check_loss", truth, says="MegatronStrategy(check_loss=False)", make=_opposite
-    ),
+    "check_for_nan_in_loss_and_grad": _on_nonfinite("raise", "ignore"),
+    "no_check_for_nan_in_loss_and_grad": _on_nonfinite("ignore", "raise"),
     "distributed_backend": _strategy("process_group_backend", one_of("nccl", "gloo")),
     "distributed_timeout_minutes": Home(
         f"{STRATEGY}.timeout",
@@ -302,7 +306,7 @@ _PLACED: dict[str, Home] = {
     # precision
     "bf16": _together(truth),
     "fp16": _together(truth),
-    "initial_loss_scale": _strategy("initial_loss_scale", number),
+    "initial_loss_scale": _together(number),
     # data
     "data_path": _together(words),
     "split": Home(f"{DATA}.split", shares, says="MegatronDataModule(split=)"),

@@ -1,4 +1,4 @@
-"""What is said of a step after it: its gradient norm and loss scale, or that its loss was no number."""
+"""What the strategy itself says after a step: its loss scale and the skipped steps, or that its loss was not finite."""
 
 from __future__ import annotations
 
@@ -15,31 +15,22 @@ def log_step(
     module: pl.LightningModule,
     optimizer: ShardedOptimizer,
     *,
-    grad_norm: bool,
     loss_scale: bool,
-    skipped: bool,
-    position: bool,
+    skipped_steps: bool,
 ) -> None:
     """Log what is known of a step only after it, beside what ``training_step`` logged.
 
     Args:
-        module: Whose ``log`` is used.
-        optimizer: That has stepped.
-        grad_norm: Whether to log the global norm before clipping.
-        loss_scale: Whether to log fp16's loss scale and skipped steps.
-        skipped: Whether to log the number of skipped steps under any precision.
-        position: Whether to log where in the data the step's last batch was.
+        module: The module whose ``log`` is called.
+        optimizer: The optimizer that has stepped.
+        loss_scale: Whether to log the loss scale of fp16.
+        skipped_steps: Whether to log how many steps have been skipped.
     """
     values: dict[str, float] = {}
-    if grad_norm and optimizer.grad_norm is not None:
-        values["grad_norm"] = optimizer.grad_norm
     if loss_scale:
-        values.update(loss_scale=optimizer.loss_scale, skipped_steps=float(optimizer.skipped_steps))
-    if skipped:
+        values["loss_scale"] = optimizer.loss_scale
+    if skipped_steps:
         values["skipped_steps"] = float(optimizer.skipped_steps)
-    if position:
-        loop = module.trainer.fit_loop
-        values.update(data_epoch=float(module.trainer.current_epoch), data_batch=float(loop.epoch_loop.batch_idx))
     if not values:
         return
     with lightning_private.logging_in(module, "training_step"):
@@ -68,5 +59,5 @@ def stop_on_bad_loss(outcome: Outcome, local_loss: torch.Tensor, step: int) -> N
     raise NonFiniteLossError(
         f"The loss of step {step} is {outcome.loss.item()} ({where}); {last_good}."
         " Lower the learning rate, clip gradients (gradient_clip_val=1.0), look at the batch with"
-        " Trainer(detect_anomaly=True), or go on regardless with MegatronStrategy(check_loss=False)."
+        " Trainer(detect_anomaly=True), or go on regardless with MegatronStrategy(on_nonfinite='ignore')."
     )

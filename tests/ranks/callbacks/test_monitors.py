@@ -30,7 +30,7 @@ LAYOUTS = [Layout(tp=2, sp=True, pp=2), Layout(dp=2, pp=2), Layout(dp=4), Layout
 def fit(layout: Layout, callbacks: list[Callback], folder: str = "", rows: int = 8, steps: int = 3, **options: Any):
     logger = CSVLogger(folder, name="", version="") if folder else False
     settings = {"max_steps": steps, "log_every_n_steps": 1, "gradient_clip_val": 0.5, **options}
-    run = trainer(layout, {"log_grad_norm": False}, callbacks=callbacks, logger=logger, **settings)
+    run = trainer(layout, callbacks=callbacks, logger=logger, **settings)
     accumulate = options.get("accumulate_grad_batches", 1)
     samples = Rows(text_samples(CONFIG, rows * steps * 2))
     module = LoadedGPT(CONFIG)

@@ -138,9 +138,7 @@ PRECISIONS = [
 
 
 def _main_weights(layout, path, precision, save):
-    run, module = fit(
-        layout, 2, load=None if save else path, precision=precision, strategy={"initial_loss_scale": 256.0}
-    )
+    run, module = fit(layout, 2, load=None if save else path, precision=precision, loss_scale=256.0)
     if save:
         run.save_checkpoint(path)
     optimizer = run.strategy.optimizers[0]
@@ -202,7 +200,7 @@ def _plain(path):
     module = PlainModule()
     module.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=0.1)
     rows = Rows({"x": torch.randn(24, 4), "y": torch.randn(24, 1)})
-    run = trainer(Layout(dp=2), {"log_grad_norm": False}, max_epochs=1)
+    run = trainer(Layout(dp=2), max_epochs=1)
     run.fit(module, DataLoader(rows, batch_size=4))
     run.save_checkpoint(path)
     return {name: value.clone() for name, value in module.state_dict().items()}

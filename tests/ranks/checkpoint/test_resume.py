@@ -103,8 +103,9 @@ def _train(
         callbacks.append(ModelCheckpoint(every, every_n_train_steps=1, save_top_k=-1, filename="{step}"))
     run = trainer(
         layout,
-        {"initial_loss_scale": 2.0**24},
+        None,
         precision,
+        loss_scale=2.0**24,
         max_steps=steps,
         max_epochs=epochs,
         accumulate_grad_batches=accumulate,

@@ -223,7 +223,7 @@ def run(layout: Layout | None, folder: str) -> dict[str, Any]:
         }
         options |= {"num_sanity_val_steps": 0, "limit_test_batches": 2, "limit_predict_batches": 0.4}
         options |= {"default_root_dir": folder}
-        strategy: Any = layout.strategy(log_grad_norm=False) if layout else "auto"
+        strategy: Any = layout.strategy() if layout else "auto"
         world = layout.world_size if layout else 1
         made = Trainer(accelerator="cpu", devices=world, strategy=strategy, **{**QUIET, **options})
         listed.append((watch, module, data))
@@ -336,7 +336,7 @@ def _helpers(layout: Layout) -> Any:
 
     module, said = Helpers(CONFIG), io.StringIO()
     with contextlib.redirect_stdout(said):
-        run = trainer(layout, {"log_grad_norm": False}, max_steps=1)
+        run = trainer(layout, max_steps=1)
         run.fit(module, DataLoader(Rows(text_samples(CONFIG, 8)), batch_size=4))
     return module.gathered, module.asked, said.getvalue().count("said by rank 0"), "said by rank 1" in said.getvalue()
 
@@ -390,11 +390,7 @@ def _partly(kind: type, ours: bool) -> Any:
     start = module.layers[0].weight.detach().clone()
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
     data = DataLoader(Rows({"x": x, "y": x[:, :1]}), batch_size=4)
-    made = (
-        trainer(Layout(), {"log_grad_norm": False}, **options)
-        if ours
-        else Trainer(accelerator="cpu", devices=1, **QUIET, **options)
-    )
+    made = trainer(Layout(), **options) if ours else Trainer(accelerator="cpu", devices=1, **QUIET, **options)
     made.fit(module, data)
     loss = float(made.callback_metrics["inside"])
     predicted = torch.cat(made.predict(module, data))

@@ -101,7 +101,7 @@ def _try(module: Any, options: Any) -> tuple[str, int]:
         if "accelerator" in (given := options()):
             run = Trainer(devices=2, strategy=Layout(dp=2).strategy(), logger=False, **given)
         else:
-            run = trainer(Layout(dp=2), {"log_grad_norm": False}, max_steps=2, **given)
+            run = trainer(Layout(dp=2), max_steps=2, **given)
         run.fit(made, plain_data())
     except Exception as error:
         return f"{type(error).__name__}: {error}", run.global_step

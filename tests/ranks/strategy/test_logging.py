@@ -107,9 +107,7 @@ def run(layout: Layout | None, folder: str) -> dict[str, Any]:
     trainer = Trainer(
         accelerator="cpu",
         devices=layout.world_size if layout else 1,
-        strategy=layout.strategy(log_grad_norm=False, **({"num_microbatches": 2} if layout.pp == 1 else {}))
-        if layout
-        else "auto",
+        strategy=layout.strategy(**({"num_microbatches": 2} if layout.pp == 1 else {})) if layout else "auto",
         max_epochs=2,
         callbacks=[history],
         log_every_n_steps=1,

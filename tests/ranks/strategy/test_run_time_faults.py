@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader
 
 from lightning_megatron import Checkpointing
+from lightning_megatron.callbacks import TrainingMonitor
 from lightning_megatron.checkpoint import manifest, shard_files
 from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
 from tests.support.layout import Layout
@@ -222,10 +223,11 @@ class Position(Callback):
 
 def _rewound(folder):
     whole, part = Position(), Position()
-    told = {"log_data_position": True}
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    fit(Layout(), 10, [whole, keep], strategy=told)
-    fit(Layout(), 7, [part], f"{folder}/step=4.ckpt", strategy={**told, "checkpointing": Checkpointing(skip_batches=3)})
+    each_step = {"log_every_n_steps": 1}
+    fit(Layout(), 10, [TrainingMonitor(), whole, keep], **each_step)
+    skip = {"checkpointing": Checkpointing(skip_batches=3)}
+    fit(Layout(), 7, [TrainingMonitor(), part], f"{folder}/step=4.ckpt", strategy=skip, **each_step)
     assert [epoch for epoch, _, _ in whole.seen] == [0] * 10
     assert [batch for _, batch, _ in whole.seen] == list(range(10))
     assert part.seen == whole.seen[7:]

@@ -55,8 +55,9 @@ def _train(strategy: Any, precision: str, accumulate: int) -> dict[str, Any]:
     callbacks = [Halved()] if accumulate == 1 else []  # inside a window vanilla's hook sees sums that are not done
     options = {"max_epochs": 2, "accumulate_grad_batches": accumulate, "callbacks": callbacks}
     module = Watched()
+    scale = 64.0 if precision == "16-mixed" else None
     # On a CPU Lightning takes bf16 where fp16 is asked for; a plugin is asked for nothing.
-    kind = {"precision": precision} if strategy == "ddp" else {"plugins": MegatronPrecision(precision)}
+    kind = {"precision": precision} if strategy == "ddp" else {"plugins": MegatronPrecision(precision, scale)}
     run = Trainer(accelerator="cpu", devices=2, strategy=strategy, **QUIET, **options, **kind)
     run.fit(module, data)
     return {"state": module.state_dict(), "seen": module.seen}
@@ -74,8 +75,7 @@ def _train(strategy: Any, precision: str, accumulate: int) -> dict[str, Any]:
 )
 def test_hooks_see_and_change_what_they_do_under_ddp(sharded, precision, accumulate, overlap):
     ddp = DistributedDataParallelConfig(overlap_grad_reduce=overlap, bucket_size=40)
-    options = {"initial_loss_scale": 64.0, "ddp": ddp}
-    ours = run_ranks(2, _train, Layout(dp=2, sharded=sharded).strategy(**options), precision, accumulate)
+    ours = run_ranks(2, _train, Layout(dp=2, sharded=sharded).strategy(ddp=ddp), precision, accumulate)
     theirs = run_ranks(2, _train, "ddp", precision, accumulate)
     close = {"rtol": 1e-4, "atol": 1e-5} if precision == "32-true" else {"rtol": 0.05, "atol": 0.01}
     for mine, reference in zip(ours, theirs, strict=True):
@@ -93,6 +93,9 @@ class Summing(Callback):
         self.squares: list[float] = []
         self.types: set[torch.dtype] = set()
 
+    def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.strategy.optimizers[0].always_compute_norm = True
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         gradients = [p.grad for p in pl_module.parameters()]
         self.types |= {gradient.dtype for gradient in gradients}
@@ -102,7 +105,7 @@ class Summing(Callback):
 def _stages(precision: str) -> dict[str, Any]:
     summing = Summing()
     config = plain_gpt.replace(plain_gpt.GPT2, tie_embeddings=False)
-    run = trainer(Layout(pp=2, dp=2), {"initial_loss_scale": 64.0}, precision, max_steps=3, callbacks=[summing])
+    run = trainer(Layout(pp=2, dp=2), None, precision, 64.0, max_steps=3, callbacks=[summing])
     norms = []
     summing.on_train_batch_end = lambda *_: norms.append(run.strategy.optimizers[0].grad_norm)
     run.fit(LoadedGPT(config), DataLoader(Rows(text_samples(config, 24)), batch_size=4))

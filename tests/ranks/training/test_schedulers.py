@@ -132,7 +132,7 @@ def test_rates_are_vanillas(layout):
 def _skipped(scale: float) -> dict[str, Any]:
     module = Scheduled(CONFIG, optimizer=adam, lr_schedule=LRSchedule("linear", warmup_steps=1))
     rates = Rates()
-    run = trainer(Layout(pp=2), {"initial_loss_scale": scale}, "16-mixed", max_steps=3, callbacks=[rates])
+    run = trainer(Layout(pp=2), None, "16-mixed", scale, max_steps=3, callbacks=[rates])
     run.fit(module, DataLoader(Rows(text_samples(CONFIG, 200)), batch_size=4))
     scheduler = run.lr_scheduler_configs[0].scheduler
     return {

@@ -26,9 +26,7 @@ from tests.support.trainer import QUIET, trainer
 def test_low_precision_tracks_fp32(layout, precision):
     args = (plain_gpt.GPT2, layout, 8, 50, 0.5, 1)
     exact = run_ranks(layout.world_size, parallel_gpt.train, *args, "32-true")[0]["losses"]
-    low = run_ranks(
-        layout.world_size, functools.partial(parallel_gpt.train, initial_loss_scale=256.0), *args, precision
-    )
+    low = run_ranks(layout.world_size, functools.partial(parallel_gpt.train, loss_scale=256.0), *args, precision)
     for rank in low:
         assert rank["steps"] == 50
         assert rank["losses"][:50] == pytest.approx(exact, abs=0.05)
@@ -37,9 +35,7 @@ def test_low_precision_tracks_fp32(layout, precision):
 
 def _overflow(scale: float) -> dict:
     layout, watch = Layout(tp=2), parallel_gpt.Watch()
-    run = trainer(
-        layout, {"initial_loss_scale": scale}, "16-mixed", max_steps=3, gradient_clip_val=0.5, callbacks=[watch]
-    )
+    run = trainer(layout, None, "16-mixed", scale, max_steps=3, gradient_clip_val=0.5, callbacks=[watch])
 
     class Scheduled(LoadedGPT):
         def configure_optimizers(self):
@@ -114,7 +110,7 @@ def _plain(strategy: str, optimizer, precision: str) -> tuple[list, dict]:
     options = {"max_epochs": 2, "use_distributed_sampler": False, "callbacks": [LearningRateMonitor()]}
     options["logger"] = DummyLogger()
     if strategy == "megatron":
-        run = trainer(Layout(), {"num_microbatches": 2, "log_grad_norm": False}, precision, **options)
+        run = trainer(Layout(), {"num_microbatches": 2}, precision, **options)
     else:
         run = Trainer(accelerator="cpu", devices=1, precision=precision, **{**QUIET, **options})
     run.fit(module, DataLoader(rows, batch_size=8), DataLoader(rows, batch_size=16))

@@ -34,7 +34,7 @@ class Recorder(pl.Callback):
 def _make(kind, **options):
     options["use_distributed_sampler"] = False  # Lightning's own shuffles, and one vanilla process has none
     if kind == OURS:
-        return trainer(Layout(), {"log_grad_norm": False}, **options)
+        return trainer(Layout(), **options)
     return Trainer(accelerator="cpu", devices=1, **{**QUIET, **options})
 
 

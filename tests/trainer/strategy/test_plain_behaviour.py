@@ -160,7 +160,7 @@ def vanilla(kind: type, precision: str = "32-true", devices: int = 1) -> Any:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "replicated"])
 def test_as_vanilla_lightning(kind, sharded):
-    options = {"distributed_optimizer": sharded, "check_loss": False}
+    options = {"distributed_optimizer": sharded, "on_nonfinite": "ignore"}
     ((state, notes, metrics),) = run_ranks(1, fit, kind, options)
     ((expected, reference, values),) = vanilla(kind)
     torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-6)

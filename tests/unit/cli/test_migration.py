@@ -402,7 +402,9 @@ def test_what_the_published_lines_ask_for_arrives(published):
     assert run.data.init_args.ramp_up.init_args.sizes == sizes
     assert run.data.init_args.global_batch_size == 1536
     assert run.data.init_args.split == "949,50,1"
-    assert run.trainer.strategy.init_args.initial_loss_scale == 2**32
+    (precision,) = run.trainer.plugins
+    assert vars(precision.init_args) == {"precision": "16-mixed", "initial_loss_scale": 2**32}
+    assert run.trainer.precision is None
     assert (run.trainer.val_check_interval, run.trainer.limit_val_batches, run.trainer.log_every_n_steps) == (
         1000,
         10,
