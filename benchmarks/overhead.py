@@ -27,7 +27,7 @@ from lightning_megatron import GPTModule, MegatronStrategy, ParallelLayout
 from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.process_groups import data_parallel
 from lightning_megatron.models.build_settings import BuildSettings
-from lightning_megatron.training.optimizer import shard
+from lightning_megatron.training.optimizer_factory import shard_optimizer
 
 LAYOUTS = {"one process": {}, "dp=2": {}, "tp=2": {"tp": 2}, "pp=2": {"pp": 2}}
 CLIP, MICRO_BATCH = 1.0, 2
@@ -64,7 +64,7 @@ def by_hand(sizes: dict, steps: int) -> float:
         config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model
     )
     ddp.broadcast_params()
-    optimizer = shard(
+    optimizer = shard_optimizer(
         adamw(model.parameters()), SimpleNamespace(chunks=[ddp], config=config), params_dtype=torch.float32,
         distributed=True, initial_loss_scale=1.0, on_nonfinite="ignore",
     ).inner  # fmt: skip

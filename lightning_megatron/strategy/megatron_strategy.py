@@ -52,7 +52,8 @@ from lightning_megatron.strategy.step_runner import StepRunner
 from lightning_megatron.training import gradients, resumed_settings, timers, weight_settings
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.microbatches import MicroBatching
-from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer, shard
+from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer
+from lightning_megatron.training.optimizer_factory import shard_optimizer
 
 _DEFAULT_CHECKPOINTING = Checkpointing()
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -534,7 +535,7 @@ class MegatronStrategy(Placement, Collectives):
         return optimizer if isinstance(optimizer, ShardedOptimizer) else None
 
     def _shard(self, optimizer: Optimizer) -> ShardedOptimizer:
-        sharded = shard(
+        sharded = shard_optimizer(
             optimizer,
             self.engine,
             params_dtype=self._precision.params_dtype,

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.models.megatron_module import MegatronModule
-from lightning_megatron.training.optimizer import is_shardable
+from lightning_megatron.training.optimizer_factory import is_shardable
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LambdaLR, OneCycleLR
 
-from lightning_megatron.training.lr_schedule import MegatronLRScheduler
+from lightning_megatron.training.lr_scheduler import MegatronLRScheduler
 from lightning_megatron.training.optimizer import IMPLEMENTATION_FLAGS, ShardedOptimizer, set_values
 
 Side = Literal["checkpoint", "program"]

@@ -203,9 +203,7 @@ def _bad(what, on_nonfinite):
     return run.global_step, len(watch.losses), float(run.callback_metrics["skipped_steps"]), finite
 
 
-@pytest.mark.parametrize(
-    ("what", "message"), [("loss", "loss of step 2 is nan"), ("gradient", "gradients' norm is nan")]
-)
+@pytest.mark.parametrize(("what", "message"), [("loss", "loss of step 2 is nan"), ("gradient", "gradient norm is nan")])
 def test_a_loss_or_gradient_that_is_no_number_ends_the_run_or_the_step(what, message):
     with pytest.raises(RankError, match=message):
         run_ranks(2, _bad, what, "raise")

@@ -240,7 +240,7 @@ class Double(Base):
     ("kind", "message"),
     [
         (Freezing, "requires_grad of a parameter has changed"),
-        (Adding, "takes no further parameters"),
+        (Adding, "parameters cannot be added to the optimizer during a run"),
         (Tuple, "training_step returned a tuple"),
         (Detached, "does not require grad"),
         (NoLoss, "a dict with .*los.*key 'loss'"),

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DataLoader
 
 from lightning_megatron import Checkpointing, GPTModule, LRSchedule
-from lightning_megatron.training.lr_schedule import MegatronLRScheduler
+from lightning_megatron.training.lr_scheduler import MegatronLRScheduler
 from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
 from tests.support.plain_module import PlainModule

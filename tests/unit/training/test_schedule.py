@@ -210,7 +210,7 @@ def test_without_decay_steps_it_ends_with_the_run(trainer, steps, unit):
         ({"init_lr": 1e-5}, "init_lr=1e-05 is where the warm-up begins, and there is none"),
         ({"start_weight_decay": 0.1}, "give both start and end"),
         ({"weight_decay_style": "linear"}, "give both start and end"),
-        ({"start_weight_decay": 0.1, "end_weight_decay": 0.2}, "goes nowhere"),
+        ({"start_weight_decay": 0.1, "end_weight_decay": 0.2}, "keeps one value"),
         (
             {"weight_decay_style": "cosine", "start_weight_decay": 0.2, "end_weight_decay": 0.1},
             "Use start <= end",
@@ -230,7 +230,7 @@ def test_contradictions_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "decay_steps=None follows the Trainer's run"),
+        ({}, "decay_steps=None takes the length of the Trainer's run"),
         ({"decay_steps": 5, "unit": "samples"}, "counts the global batch"),
         ({"decay_steps": 5, "min_lr": 0.1}, "must not be above the peak"),
         ({"decay_steps": 5, "warmup_steps": 2, "init_lr": 0.1}, "must not be above the peak"),
@@ -245,12 +245,12 @@ def test_weight_decay_without_a_ratio_is_refused():
     optimizer = torch_optimizer(weight_decay=0.0)
     optimizer.param_groups[1]["weight_decay"] = 0.3
     growing = LRSchedule(decay_steps=5, weight_decay_style="linear", start_weight_decay=0.0, end_weight_decay=0.1)
-    with pytest.raises(ValueError, match="no ratio to keep"):
+    with pytest.raises(ValueError, match="cannot keep its ratio"):
         growing.build(optimizer)
 
 
 def test_a_run_without_an_end_needs_decay_steps():
-    with pytest.raises(MisconfigurationException, match="no end that is known"):
+    with pytest.raises(MisconfigurationException, match="length of this run is not known"):
         LRSchedule().build(torch_optimizer(), run(max_epochs=-1))
     LRSchedule("constant", warmup_steps=3).build(torch_optimizer(), run(max_epochs=-1))
 
