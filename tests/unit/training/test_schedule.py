@@ -207,7 +207,7 @@ def test_without_decay_steps_it_ends_with_the_run(trainer, steps, unit):
         ({"warmup_fraction": 1.0}, "warmup_fraction=1.0 is a fraction"),
         ({"warmup_steps": 10, "decay_steps": 10}, "warmup_steps=10 is not below decay_steps=10"),
         ({"min_lr": -1.0}, "min_lr=-1.0 is negative"),
-        ({"init_lr": 1e-5}, "init_lr=1e-05 is where the warm-up begins, and there is none"),
+        ({"init_lr": 1e-5}, "init_lr=1e-05 is where the warm-up begins, but there is no warm-up"),
         ({"start_weight_decay": 0.1}, "give both start and end"),
         ({"weight_decay_style": "linear"}, "give both start and end"),
         ({"start_weight_decay": 0.1, "end_weight_decay": 0.2}, "keeps one value"),
