@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +15,6 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_megatron.checkpoint import Checkpointer, Checkpointing, Run, local_path
@@ -30,7 +28,6 @@ from lightning_megatron.distributed import (
 )
 from lightning_megatron.distributed.device import use_device
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy import (
     checks,
@@ -41,25 +38,19 @@ from lightning_megatron.strategy import (
 )
 from lightning_megatron.strategy.dataloading import evaluation_sampler, prediction_gather, rank_consistency
 from lightning_megatron.strategy.former_arguments import refuse_former_arguments
-from lightning_megatron.strategy.lightning_steps import LightningSteps
-from lightning_megatron.strategy.logging import hook_values, step_values
-from lightning_megatron.strategy.megatron_steps import MegatronSteps
-from lightning_megatron.strategy.parallel_ranks import Placement
-from lightning_megatron.strategy.plain_steps import PlainSteps
+from lightning_megatron.strategy.logging import step_values
+from lightning_megatron.strategy.module_setup import ModuleSetup
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.strategy.rank_communication import Collectives
-from lightning_megatron.strategy.step_runner import StepRunner
-from lightning_megatron.training import gradients, resumed_settings, timers, weight_settings
-from lightning_megatron.training.engine import Engine
+from lightning_megatron.training import resumed_settings, timers
 from lightning_megatron.training.microbatches import MicroBatching
 from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer
-from lightning_megatron.training.optimizer_factory import shard_optimizer
 
 _DEFAULT_CHECKPOINTING = Checkpointing()
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
-class MegatronStrategy(Placement, Collectives):
+class MegatronStrategy(ModuleSetup, Collectives):
     """Trains with megatron-core's process groups, pipeline schedules and distributed optimizer.
 
     A batch of the loader is one data-parallel rank's data of one optimizer step; it is cut into micro-batches here.
@@ -134,9 +125,7 @@ class MegatronStrategy(Placement, Collectives):
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
         self._timeout = timeout
-        self._engine: Engine | None = None
         self._patches = trainer_patches.TrainerPatches()
-        self._told_world_size: int | None = None
         self._timers = timers.Timers()
         self.launch = launch
         launchers.check(launch)
@@ -165,45 +154,13 @@ class MegatronStrategy(Placement, Collectives):
         if not self._timers.listeners:
             self.engine.set_timers(None)
 
-    @property
-    def engine(self) -> Engine:
-        """What runs the schedules; known from ``setup`` on."""
-        if self._engine is None:
-            raise RuntimeError("MegatronStrategy: the engine is known once trainer.fit (or validate, ...) has set up.")
-        return self._engine
-
     # What the Trainer asks at its construction
-
-    @property
-    def is_distributed(self) -> bool:
-        """Lightning gives samplers and ``sync_dist`` only to strategies that say so."""
-        return True
 
     @property
     @override
     def root_device(self) -> torch.device:
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
-
-    @property
-    @override
-    def world_size(self) -> int:
-        """Ranks of the run, or what somebody has set it to."""
-        return self._ranks if self._told_world_size is None else self._told_world_size
-
-    @world_size.setter
-    def world_size(self, size: int) -> None:
-        self._told_world_size = size
-
-    @property
-    def num_processes(self) -> int:
-        """Processes of this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
 
     @property
     @override
@@ -259,25 +216,11 @@ class MegatronStrategy(Placement, Collectives):
         reset_seed()
         self.set_world_ranks()
         use_device(self.root_device)
-        assert self.cluster_environment is not None
-        os.environ["MASTER_ADDR"] = self.cluster_environment.main_address
-        os.environ["MASTER_PORT"] = str(self.cluster_environment.main_port)
-        store = launchers.store_of_this_attempt(self._timeout)
-        store = process_groups.rendezvous_store(self.global_rank, self._ranks, self._timeout, store)
-        wanted = self._process_group_backend
-        process_group_backends.init_for_run(self.root_device, wanted, self.cluster_environment, self._timeout, store)
-        first_error.begin_run()
-        process_groups.build(self.layout, self._timeout)
+        launchers.meet(self, self._process_group_backend, self._timeout)
         self._heartbeat.start()
         rank_consistency.share_random_state()
         process_groups.seed(torch.initial_seed())
-        if isinstance(self.lightning_module, MegatronModule):
-            self.lightning_module.settings = BuildSettings(
-                layout=self.layout,
-                params_dtype=self._precision.params_dtype,
-                recompute=self.recompute,
-                device=self.root_device,
-            )
+        self._hand_module_its_settings()
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -479,73 +422,6 @@ class MegatronStrategy(Placement, Collectives):
 
     # Steps of the hooks above
 
-    def _set_up_training(self, trainer: pl.Trainer) -> None:
-        """Choose who trains the module: a schedule with a sharded optimizer, or Lightning's own loop."""
-        if single_rank.is_alone(trainer) and single_rank.asks_for_more(trainer, self.optimizers):
-            self._steps = self._make_steps(LightningSteps, None)
-            lightning_private.optimizers_to_device(self.optimizers, self.root_device)
-            return
-        checks.check_optimizers(trainer.lightning_module, self.optimizers)
-        shared_weights.freeze_all_copies(self._named_weights())
-        weight_settings.check(self._named_weights(), self.optimizers[0])
-        self._steps = self._make_steps(self._kind_of_steps, self._ddp_config())
-        self.optimizers = [self._shard(self.optimizers[0])]
-
-    def _set_up_evaluation(self) -> None:
-        assert self.lightning_module is not None
-        if self._sharded is None or not self._sharded.trains(self.lightning_module):
-            self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
-        self._steps = self._make_steps(self._kind_of_steps, None)
-
-    @property
-    def _kind_of_steps(self) -> type[StepRunner]:
-        return MegatronSteps if isinstance(self.lightning_module, MegatronModule) else PlainSteps
-
-    def _make_steps(self, kind: type[StepRunner], ddp: DistributedDataParallelConfig | None) -> StepRunner:
-        module, stops = self.lightning_module, self.on_nonfinite == "raise"
-        self._engine = kind.make_engine(module, self.layout, ddp, self.root_device)
-        return kind(module, self._engine, self._precision, self.micro_batching, stops)
-
-    def _named_weights(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
-        """This rank's weights, by their names in the whole model."""
-        module = self.lightning_module
-        assert module is not None
-        return module.named_shards() if isinstance(module, MegatronModule) else module.named_parameters()
-
-    def _hook_logs(self) -> hook_values.HookLogs | None:
-        """What shares over the ranks the values that hooks log; None where nothing is shared."""
-        if not isinstance(self.lightning_module, MegatronModule) or self._ranks == 1:
-            return None
-        return hook_values.HookLogs(self.lightning_module, lambda: self._steps.counts)
-
-    @property
-    def _ranks(self) -> int:
-        return super().world_size
-
-    def _behind_schedule(self) -> None:
-        """Between the hooks around backward, which the schedule has run."""
-        assert self._sharded is not None
-        if self._steps.ends_window and gradients.hooks_read_gradients(self.lightning_module.trainer):  # type: ignore[union-attr]
-            self._sharded.expose_gradients()
-
-    @property
-    def _sharded(self) -> ShardedOptimizer | None:
-        """The optimizer of a module that a schedule trains; None before a fit, and where Lightning's loop trains."""
-        optimizer = self.optimizers[0] if self.optimizers else None
-        return optimizer if isinstance(optimizer, ShardedOptimizer) else None
-
-    def _shard(self, optimizer: Optimizer) -> ShardedOptimizer:
-        sharded = shard_optimizer(
-            optimizer,
-            self.engine,
-            params_dtype=self._precision.params_dtype,
-            distributed=self.distributed_optimizer,
-            initial_loss_scale=self._precision.initial_loss_scale,
-            on_nonfinite=self.on_nonfinite,
-        )
-        lightning_private.optimizers_to_device([sharded.inner.optimizer], self.root_device)
-        return sharded
-
     @property
     def _is_not_set_up(self) -> bool:
         """Whether a plain module on one rank, or none, is saved or loaded outside of any run: as Lightning does."""
@@ -558,17 +434,3 @@ class MegatronStrategy(Placement, Collectives):
         is_plain = not isinstance(self.lightning_module, MegatronModule)
         in_one_file = single_rank.is_alone(trainer) and not self.checkpointer.asynchronous
         return Run(trainer, self.layout, self._sharded, is_plain, in_one_file)
-
-    @property
-    def _precision(self) -> MegatronPrecision:
-        plugin = self.precision_plugin
-        assert isinstance(plugin, MegatronPrecision)
-        return plugin
-
-    def _ddp_config(self) -> DistributedDataParallelConfig:
-        settings = vars(self.ddp) if self.ddp is not None else {}
-        follows = {
-            "use_distributed_optimizer": self.distributed_optimizer,
-            "grad_reduce_in_fp32": self._precision.grads_in_fp32,
-        }
-        return DistributedDataParallelConfig(**{**settings, **follows})

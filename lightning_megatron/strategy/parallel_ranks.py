@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.strategies import ParallelStrategy
+from typing_extensions import override
+
 from lightning_megatron.distributed.layout import ParallelLayout
 
 
-class Placement:
+class Placement(ParallelStrategy):
     """The strategy's public sizes and ranks; known from a Trainer's construction on."""
 
-    global_rank: int
     sizes: dict[str, Any]
     _layout: ParallelLayout | None = None
+    _told_world_size: int | None = None
 
     def __repr__(self) -> str:
         """Also what ``lightning.Fabric(strategy=)`` shows when it refuses the strategy, its one place to answer."""
@@ -79,3 +82,32 @@ class Placement:
     def is_pipeline_last_stage(self) -> bool:
         """Whether the loss is computed here."""
         return self.pipeline_parallel_rank == self.layout.pp - 1
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning gives samplers and ``sync_dist`` only to strategies that say so."""
+        return True
+
+    @property
+    @override
+    def world_size(self) -> int:
+        """Ranks of the run, or what somebody has set it to."""
+        return self._ranks if self._told_world_size is None else self._told_world_size
+
+    @world_size.setter
+    def world_size(self, size: int) -> None:
+        self._told_world_size = size
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
+
+    @property
+    def _ranks(self) -> int:
+        return super().world_size

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_megatron.distributed import lightning_private
+from lightning_megatron.strategy.launchers.rendezvous import meet
 from lightning_megatron.strategy.launchers.script import ScriptLauncher
 from lightning_megatron.strategy.launchers.slurm import environment_of
-from lightning_megatron.strategy.launchers.torchrun_restart import store_of_this_attempt
 
 if TYPE_CHECKING:
     from lightning_megatron.strategy.launchers.returned_state import KeptCheckpoint
 
 Launch = Literal["subprocess", "forkserver"]
 
-__all__ = ["Launch", "check", "choose", "environment_of", "kept_checkpoint", "store_of_this_attempt"]
+__all__ = ["Launch", "check", "choose", "environment_of", "kept_checkpoint", "meet"]
 
 
 def check(launch: str | None) -> None:

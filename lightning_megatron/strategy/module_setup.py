@@ -1,0 +1,134 @@
+"""How a module is set up for a run: who runs its steps, on which engine, and what becomes of its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from torch.optim import Optimizer
+
+from lightning_megatron.distributed import lightning_private, shared_weights
+from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.strategy import checks, single_rank
+from lightning_megatron.strategy.lightning_steps import LightningSteps
+from lightning_megatron.strategy.logging import hook_values
+from lightning_megatron.strategy.megatron_steps import MegatronSteps
+from lightning_megatron.strategy.parallel_ranks import Placement
+from lightning_megatron.strategy.plain_steps import PlainSteps
+from lightning_megatron.strategy.precision import MegatronPrecision
+from lightning_megatron.strategy.step_runner import StepRunner
+from lightning_megatron.training import gradients, weight_settings
+from lightning_megatron.training.engine import Engine
+from lightning_megatron.training.microbatches import MicroBatching
+from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer
+from lightning_megatron.training.optimizer_factory import shard_optimizer
+
+
+class ModuleSetup(Placement):
+    """The part of the strategy that knows, from ``setup`` on, how its module is trained and evaluated."""
+
+    recompute: Literal["selective", "full"] | None
+    micro_batching: MicroBatching
+    distributed_optimizer: bool
+    ddp: DistributedDataParallelConfig | None
+    on_nonfinite: OnNonfinite
+    _steps: StepRunner
+    _engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the schedules; known from ``setup`` on."""
+        if self._engine is None:
+            raise RuntimeError("MegatronStrategy: the engine is known once trainer.fit (or validate, ...) has set up.")
+        return self._engine
+
+    def _hand_module_its_settings(self) -> None:
+        """Tell a MegatronModule what it is built for."""
+        if isinstance(self.lightning_module, MegatronModule):
+            self.lightning_module.settings = BuildSettings(
+                layout=self.layout,
+                params_dtype=self._precision.params_dtype,
+                recompute=self.recompute,
+                device=self.root_device,
+            )
+
+    def _set_up_training(self, trainer: pl.Trainer) -> None:
+        """Choose who trains the module: a schedule with a sharded optimizer, or Lightning's own loop."""
+        if single_rank.is_alone(trainer) and single_rank.asks_for_more(trainer, self.optimizers):
+            self._steps = self._make_steps(LightningSteps, None)
+            lightning_private.optimizers_to_device(self.optimizers, self.root_device)
+            return
+        checks.check_optimizers(trainer.lightning_module, self.optimizers)
+        shared_weights.freeze_all_copies(self._named_weights())
+        weight_settings.check(self._named_weights(), self.optimizers[0])
+        self._steps = self._make_steps(self._kind_of_steps, self._ddp_config())
+        self.optimizers = [self._shard(self.optimizers[0])]
+
+    def _set_up_evaluation(self) -> None:
+        assert self.lightning_module is not None
+        if self._sharded is None or not self._sharded.trains(self.lightning_module):
+            self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
+        self._steps = self._make_steps(self._kind_of_steps, None)
+
+    @property
+    def _kind_of_steps(self) -> type[StepRunner]:
+        return MegatronSteps if isinstance(self.lightning_module, MegatronModule) else PlainSteps
+
+    def _make_steps(self, kind: type[StepRunner], ddp: DistributedDataParallelConfig | None) -> StepRunner:
+        module, stops = self.lightning_module, self.on_nonfinite == "raise"
+        self._engine = kind.make_engine(module, self.layout, ddp, self.root_device)
+        return kind(module, self._engine, self._precision, self.micro_batching, stops)
+
+    def _named_weights(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """This rank's weights, by their names in the whole model."""
+        module = self.lightning_module
+        assert module is not None
+        return module.named_shards() if isinstance(module, MegatronModule) else module.named_parameters()
+
+    def _hook_logs(self) -> hook_values.HookLogs | None:
+        """What shares over the ranks the values that hooks log; None where nothing is shared."""
+        if not isinstance(self.lightning_module, MegatronModule) or self._ranks == 1:
+            return None
+        return hook_values.HookLogs(self.lightning_module, lambda: self._steps.counts)
+
+    def _behind_schedule(self) -> None:
+        """Between the hooks around backward, which the schedule has run."""
+        assert self._sharded is not None
+        if self._steps.ends_window and gradients.hooks_read_gradients(self.lightning_module.trainer):  # type: ignore[union-attr]
+            self._sharded.expose_gradients()
+
+    @property
+    def _sharded(self) -> ShardedOptimizer | None:
+        """The optimizer of a module that a schedule trains; None before a fit, and where Lightning's loop trains."""
+        optimizer = self.optimizers[0] if self.optimizers else None
+        return optimizer if isinstance(optimizer, ShardedOptimizer) else None
+
+    def _shard(self, optimizer: Optimizer) -> ShardedOptimizer:
+        sharded = shard_optimizer(
+            optimizer,
+            self.engine,
+            params_dtype=self._precision.params_dtype,
+            distributed=self.distributed_optimizer,
+            initial_loss_scale=self._precision.initial_loss_scale,
+            on_nonfinite=self.on_nonfinite,
+        )
+        lightning_private.optimizers_to_device([sharded.inner.optimizer], self.root_device)
+        return sharded
+
+    @property
+    def _precision(self) -> MegatronPrecision:
+        plugin = self.precision_plugin
+        assert isinstance(plugin, MegatronPrecision)
+        return plugin
+
+    def _ddp_config(self) -> DistributedDataParallelConfig:
+        settings = vars(self.ddp) if self.ddp is not None else {}
+        follows = {
+            "use_distributed_optimizer": self.distributed_optimizer,
+            "grad_reduce_in_fp32": self._precision.grads_in_fp32,
+        }
+        return DistributedDataParallelConfig(**{**settings, **follows})
