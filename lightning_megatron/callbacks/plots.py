@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
+from lightning_megatron.distributed import extras
 
-def check(what: str) -> None:
+
+def check(feature: str) -> None:
     """Refuse to draw without matplotlib.
 
     Args:
-        what: That draws.
+        feature: What draws, as the user knows it.
 
     Raises:
         ModuleNotFoundError: Says how to install it.
     """
-    if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(
-            f"{what} draws with matplotlib, which is not installed: pip install 'lightning-megatron[plots]'."
-        )
+    extras.require("matplotlib", "plots", feature)
 
 
-def pyplot(what: str) -> Any:
-    """matplotlib.pyplot; raises as ``check``."""
-    check(what)
+def pyplot(feature: str) -> Any:
+    """Return matplotlib.pyplot; raises as ``check``."""
+    check(feature)
     import matplotlib
 
     matplotlib.use("agg")

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import lightning.pytorch as pl
-import shtab
 from jsonargparse import ArgumentParser
 from typing_extensions import override
 
@@ -19,6 +18,7 @@ import lightning_megatron.callbacks
 from lightning_megatron import AutoModule, BertModule, GPTModule, MegatronStrategy, T5Module
 from lightning_megatron.cli.training import MegatronCLI
 from lightning_megatron.data import HFDataModule, MegatronDataModule, TextDataModule
+from lightning_megatron.distributed import extras
 
 _MODULES = (GPTModule, BertModule, T5Module)
 _DATA = (TextDataModule, MegatronDataModule, HFDataModule)
@@ -38,7 +38,13 @@ def script(shell: str, root: argparse.ArgumentParser, training: Mapping[str, arg
         shell: "bash", "zsh" or "tcsh".
         root: The command's parser.
         training: Its parsers of ``fit`` and the like, without an option yet; they are filled.
+
+    Raises:
+        ModuleNotFoundError: shtab is not installed.
     """
+    extras.require("shtab", "completion", "lightning-megatron completion")
+    import shtab
+
     for command, parser in _parsers_of_training().items():
         empty = training[command]
         for action in [*_plain(parser), *_of_classes()]:

@@ -23,6 +23,8 @@ from lightning_megatron.hf.weight_mapping import Heads, Pieces, take_apart, thei
 
 _INDEX = "model.safetensors.index.json"
 _OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+# huggingface_hub shares the tensors out over files. Sizes are read here, since it reads no "5GiB", which transformers
+# takes.
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT]?)(I?)B)?")
 
 

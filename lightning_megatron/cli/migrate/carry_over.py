@@ -9,9 +9,20 @@ from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 
-from lightning_megatron.cli.migrate.combined_settings import MODELS, growth, settle
+from lightning_megatron.cli.migrate.batch_settings import growth
+from lightning_megatron.cli.migrate.combined_settings import carry_over_combined
 from lightning_megatron.cli.migrate.plan import MigrationError, Plan, nearest
-from lightning_megatron.cli.migrate.settings_table import CONFIG, DATA, HOMES, MODULE, STRATEGY, Home, extra, option_of
+from lightning_megatron.cli.migrate.settings_table import (
+    CONFIG,
+    DATA,
+    DESTINATIONS,
+    MODELS,
+    MODULE,
+    STRATEGY,
+    Destination,
+    extra,
+    option_of,
+)
 from lightning_megatron.cli.migrate.values import anything, truth
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models import AutoModule, BertConfig, GPTConfig, T5Config
@@ -31,14 +42,14 @@ _OF_ONE |= dict.fromkeys(("relative_attention_num_buckets", "relative_attention_
 _WAITING = {"cp": "context parallelism", "ep": "expert parallelism", "etp": "expert tensor parallelism"}
 
 
-def home_of(name: str) -> Home | None:
+def destination_of(name: str) -> Destination | None:
     """Where a setting lives; None where Megatron has none of this name that this command knows.
 
     Args:
         name: Megatron's.
     """
-    if name in HOMES:
-        return HOMES[name]
+    if name in DESTINATIONS:
+        return DESTINATIONS[name]
     if name in _EXTRA:
         return extra(name, truth if _EXTRA[name] in (bool, "bool") else anything)
     return None
@@ -46,7 +57,7 @@ def home_of(name: str) -> Home | None:
 
 def unknown(name: str, called: Callable[[str], str]) -> str:
     """What to say of a setting that nobody knows, with the nearest that there is."""
-    near = nearest(name, [*HOMES, *_EXTRA])
+    near = nearest(name, [*DESTINATIONS, *_EXTRA])
     return f"{called(name)}: this command knows no setting of Megatron of this name.{near}"
 
 
@@ -62,12 +73,12 @@ def read(settings: Mapping[str, Any], called: Callable[[str], str]) -> dict[str,
     """
     found, wrong = {}, []
     for name, value in settings.items():
-        home = home_of(name)
+        destination = destination_of(name)
         try:
-            if home is None:
+            if destination is None:
                 raise MigrationError(unknown(name, called))
             if value is not None:
-                found[name] = home.read(called(name), value)
+                found[name] = destination.read(called(name), value)
         except MigrationError as error:
             wrong.append(str(error))
     refuse(wrong)
@@ -103,16 +114,16 @@ def carry_over(given: Mapping[str, Any], plan: Plan, model: str | None = None, w
         plan.put("model.class_path", "lightning_megatron.AutoModule.from_pretrained")
         plan.put("model.init_args.source", model or "YOUR-MODEL")
     for name, value in given.items():
-        home = home_of(name)
-        assert home is not None, name
-        if home.place is not None:
-            plan.put(home.place, home.at(value))
-            plan.say(name, value, home.fate, home.says, home.place)
-        elif home.fate in ("not here", "yours to do") and home.asks_for_nothing(value):
+        destination = destination_of(name)
+        assert destination is not None, name
+        if destination.place is not None:
+            plan.put(destination.place, destination.at(value))
+            plan.say(name, value, destination.fate, destination.says, destination.place)
+        elif destination.fate in ("not here", "yours to do") and destination.asks_for_nothing(value):
             plan.say(name, value, "not needed", "so it is where nothing is said")
-        elif home.fate != "carried over":
-            plan.say(name, value, home.fate, home.says)
-    settle(given, plan)
+        elif destination.fate != "carried over":
+            plan.say(name, value, destination.fate, destination.says)
+    carry_over_combined(given, plan)
     if model in MODELS:
         _fit_the_family(plan, str(model))
     else:

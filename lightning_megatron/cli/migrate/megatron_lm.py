@@ -7,10 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_megatron.cli.migrate.carry_over import carry_over, home_of, refuse, unknown
-from lightning_megatron.cli.migrate.combined_settings import MODELS
+from lightning_megatron.cli.migrate.carry_over import carry_over, destination_of, refuse, unknown
 from lightning_megatron.cli.migrate.plan import MigrationError, Plan
-from lightning_megatron.cli.migrate.settings_table import CONFIG, HOMES, SCHEDULE, Takes, name_of, option_of
+from lightning_megatron.cli.migrate.settings_table import (
+    CONFIG,
+    DESTINATIONS,
+    MODELS,
+    SCHEDULE,
+    Takes,
+    name_of,
+    option_of,
+)
 from lightning_megatron.training.lr_schedule import LRSchedule
 
 # What Megatron-LM does where nothing is said, and Lightning or we would not.
@@ -50,7 +57,7 @@ def from_command_line(
     """
     if model not in MODELS:
         raise MigrationError(f"model={model!r}: use one of {', '.join(MODELS)}.")
-    plan = Plan("Megatron-LM's command line", lambda name: option_of(name) if name in HOMES else name)
+    plan = Plan("Megatron-LM's command line", lambda name: option_of(name) if name in DESTINATIONS else name)
     plan.put("trainer.accelerator", "gpu")
     plan.put("trainer.devices", devices)
     plan.put("trainer.num_nodes", num_nodes)
@@ -137,12 +144,12 @@ def _settings(arguments: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     wrong = []
     for name, values in given:
-        home = home_of(name)
+        destination = destination_of(name)
         try:
-            if home is None:
+            if destination is None:
                 raise MigrationError(unknown(name, option_of))
             option = option_of(name)
-            found[_ALIASES.get(name, name)] = home.read(option, _value(option, home.form, values))
+            found[_ALIASES.get(name, name)] = destination.read(option, _value(option, destination.form, values))
         except MigrationError as error:
             wrong.append(str(error))
     refuse(list(dict.fromkeys(wrong)))

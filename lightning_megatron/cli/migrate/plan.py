@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import yaml
 
 from lightning_megatron.distributed.suggestions import closest_name
 
+Given = Mapping[str, Any]  # settings by Megatron's names, with their values read
 Fate = Literal["carried over", "Lightning's", "not needed", "yours to do", "not here"]
 
 
@@ -107,6 +108,16 @@ def _class_first(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {name: _class_first(value[name]) for name in sorted(value, key=lambda name: name != "class_path")}
+
+
+def take(
+    given: Given, plan: Plan, names: tuple[str, ...], says: str | Callable[[str], str], place: str | None = None
+) -> dict[str, Any]:
+    """Say of those settings in ``names`` that were given that they are carried over; returns them by name."""
+    found = {name: given[name] for name in names if given.get(name) is not None}
+    for name, value in found.items():
+        plan.say(name, value, "carried over", says if isinstance(says, str) else says(name), place)
+    return found
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ Takes = Literal["flag", "value", "list", "switch"]
 
 
 @dataclass(frozen=True)
-class Home:
+class Destination:
     """Where a setting lives.
 
     Args:
@@ -61,6 +61,8 @@ class Home:
         return value if self.make is None else self.make(value)
 
 
+# A model's module and its samples of indexed data.
+MODELS = {"gpt": ("GPTModule", "GPTSamples"), "bert": ("BertModule", "BertSamples"), "t5": ("T5Module", "T5Samples")}
 STRATEGY = "trainer.strategy.init_args"
 CHECKPOINTING = f"{STRATEGY}.checkpointing"
 CONFIG = "model.init_args.config"
@@ -69,35 +71,37 @@ DATA = "data.init_args"
 SCHEDULE = "model.init_args.lr_schedule.init_args"
 
 
-def _strategy(name: str, read: Reader = whole, says: str = "") -> Home:
-    return Home(f"{STRATEGY}.{name}", read, says=says or f"MegatronStrategy({name}=)")
+def _strategy(name: str, read: Reader = whole, says: str = "") -> Destination:
+    return Destination(f"{STRATEGY}.{name}", read, says=says or f"MegatronStrategy({name}=)")
 
 
-def _config(name: str, read: Reader = whole, make: Any = None) -> Home:
-    return Home(f"{CONFIG}.{name}", read, says=f"config.{name}", make=make)
+def _config(name: str, read: Reader = whole, make: Any = None) -> Destination:
+    return Destination(f"{CONFIG}.{name}", read, says=f"config.{name}", make=make)
 
 
-def extra(name: str, read: Reader = anything, make: Any = None) -> Home:
+def extra(name: str, read: Reader = anything, make: Any = None) -> Destination:
     """A field of megatron-core's that no argument here names."""
-    return Home(f"{CONFIG}.extra.{name}", read, says=f"config.extra[{name!r}]", make=make)
+    return Destination(f"{CONFIG}.extra.{name}", read, says=f"config.extra[{name!r}]", make=make)
 
 
-def _trainer(name: str, read: Reader = whole, says: str = "", make: Any = None) -> Home:
-    return Home(f"trainer.{name}", read, "Lightning's", says or f"Trainer({name}=)", make)
+def _trainer(name: str, read: Reader = whole, says: str = "", make: Any = None) -> Destination:
+    return Destination(f"trainer.{name}", read, "Lightning's", says or f"Trainer({name}=)", make)
 
 
-def _ddp(name: str, read: Reader = truth) -> Home:
-    return Home(f"{STRATEGY}.ddp.{name}", read, says=f"MegatronStrategy(ddp=DistributedDataParallelConfig({name}=))")
+def _ddp(name: str, read: Reader = truth) -> Destination:
+    return Destination(
+        f"{STRATEGY}.ddp.{name}", read, says=f"MegatronStrategy(ddp=DistributedDataParallelConfig({name}=))"
+    )
 
 
-def _together(read: Reader = text) -> Home:
+def _together(read: Reader = text) -> Destination:
     """One of several that are carried over together (``compounds.py``)."""
-    return Home(None, read)
+    return Destination(None, read)
 
 
-def _settings_of(side: str) -> Home:
+def _settings_of(side: str) -> Destination:
     """Whose settings of optimizer and schedules hold at a resume; the checkpoint's where neither option is given."""
-    return Home(
+    return Destination(
         f"{CHECKPOINTING}.optimizer_settings",
         truth,
         says=f"Checkpointing(optimizer_settings={side!r})",
@@ -105,10 +109,10 @@ def _settings_of(side: str) -> Home:
     )
 
 
-def _on_nonfinite(on: str, off: str) -> Home:
+def _on_nonfinite(on: str, off: str) -> Destination:
     """What happens at a loss or gradient that is not finite, where the setting is on and where it is off."""
     place = f"{STRATEGY}.on_nonfinite"
-    return Home(place, truth, says="MegatronStrategy(on_nonfinite=)", make=lambda value: on if value else off)
+    return Destination(place, truth, says="MegatronStrategy(on_nonfinite=)", make=lambda value: on if value else off)
 
 
 def _opposite(value: bool) -> bool:
@@ -119,14 +123,14 @@ def _no_padding(value: bool) -> int:
     return 1 if value else 128
 
 
-def _elsewhere() -> Iterator[tuple[str, Home]]:
+def _elsewhere() -> Iterator[tuple[str, Destination]]:
     """Settings without a place in the run: the rows of ``elsewhere.tsv``, each with what becomes of it, and why."""
     rows = resources.files(__package__).joinpath("elsewhere.tsv").read_text(encoding="utf-8").splitlines()
     for option, takes, usual, fate, says in csv.reader((row for row in rows if row[:1] != "#"), delimiter="\t"):
         assert takes in get_args(Takes), option
         assert fate in get_args(Fate), option
         read = truth if takes == "flag" else anything
-        yield name_of(option), Home(None, read, fate, says, takes=takes, usual=usual or None)  # type: ignore[arg-type]
+        yield name_of(option), Destination(None, read, fate, says, takes=takes, usual=usual or None)  # type: ignore[arg-type]
 
 
 def name_of(option: str) -> str:
@@ -146,7 +150,7 @@ def _equal(value: Any, usual: str) -> bool:
         return str(value).lower() == usual.lower()
 
 
-_PLACED: dict[str, Home] = {
+_PLACED: dict[str, Destination] = {
     # parallelism
     "tensor_model_parallel_size": _strategy("tp"),
     "pipeline_model_parallel_size": _strategy("pp"),
@@ -155,7 +159,7 @@ _PLACED: dict[str, Home] = {
     "expert_tensor_parallel_size": _strategy("etp"),
     "sequence_parallel": _strategy("sequence_parallel", truth),
     "num_layers_per_virtual_pipeline_stage": _together(whole),
-    "num_virtual_stages_per_pipeline_rank": Home(
+    "num_virtual_stages_per_pipeline_rank": Destination(
         f"{STRATEGY}.vp",
         whole,
         says="MegatronStrategy(vp=); one is none",
@@ -174,13 +178,13 @@ _PLACED: dict[str, Home] = {
     "check_for_nan_in_loss_and_grad": _on_nonfinite("raise", "ignore"),
     "no_check_for_nan_in_loss_and_grad": _on_nonfinite("ignore", "raise"),
     "distributed_backend": _strategy("process_group_backend", one_of("nccl", "gloo")),
-    "distributed_timeout_minutes": Home(
+    "distributed_timeout_minutes": Destination(
         f"{STRATEGY}.timeout",
         number,
         says="MegatronStrategy(timeout=)",
         make=lambda minutes: f"{int(minutes // 60)}:{int(minutes % 60):02d}:{int(minutes * 60 % 60):02d}",
     ),
-    "recompute_activations": Home(
+    "recompute_activations": Destination(
         f"{STRATEGY}.recompute",
         truth,
         says="MegatronStrategy(recompute='selective')",
@@ -246,7 +250,7 @@ _PLACED: dict[str, Home] = {
     "no_clone_scatter_output_in_embedding": extra("clone_scatter_output_in_embedding", truth, _opposite),
     "disable_clone_scatter_output_in_embedding": extra("clone_scatter_output_in_embedding", truth, _opposite),
     "num_labels": _config("num_labels"),
-    "bert_no_binary_head": Home(
+    "bert_no_binary_head": Destination(
         f"{CONFIG}.task",
         truth,
         says="config.task: 'masked_lm' has no second head",
@@ -255,7 +259,7 @@ _PLACED: dict[str, Home] = {
     "relative_attention_num_buckets": _config("relative_attention_num_buckets"),
     "relative_attention_max_distance": _config("relative_attention_max_distance"),
     # losses
-    "calculate_per_token_loss": Home(
+    "calculate_per_token_loss": Destination(
         f"{MODULE}.loss_reduction",
         truth,
         says="the module's loss_reduction: 'token', or 'micro_batch' for false",
@@ -264,7 +268,7 @@ _PLACED: dict[str, Home] = {
     "eod_mask_loss": _together(truth),
     "reset_position_ids": _together(truth),
     "reset_attention_mask": _together(truth),
-    "eos_token_id": Home(f"{MODULE}.eod_id", whole, says="GPTModule(eod_id=)"),
+    "eos_token_id": Destination(f"{MODULE}.eod_id", whole, says="GPTModule(eod_id=)"),
     # how long, and how often it is looked at
     "train_iters": _together(whole),
     "train_samples": _together(whole),
@@ -276,7 +280,7 @@ _PLACED: dict[str, Home] = {
     "eval_iters": _together(whole),
     "full_validation": _together(truth),
     "log_interval": _trainer("log_every_n_steps"),
-    "seed": Home("seed_everything", whole, "Lightning's", "seed_everything, and the data module's seed"),
+    "seed": Destination("seed_everything", whole, "Lightning's", "seed_everything, and the data module's seed"),
     "deterministic_mode": _trainer("deterministic", truth),
     # optimizer and schedules
     "optimizer": _together(text),
@@ -309,10 +313,10 @@ _PLACED: dict[str, Home] = {
     "initial_loss_scale": _together(number),
     # data
     "data_path": _together(words),
-    "split": Home(f"{DATA}.split", shares, says="MegatronDataModule(split=)"),
-    "data_cache_path": Home(f"{DATA}.cache_dir", text, says="MegatronDataModule(cache_dir=)"),
-    "num_workers": Home(f"{DATA}.num_workers", whole, "Lightning's", "of the data module's loaders"),
-    "tokenizer_model": Home(f"{DATA}.tokenizer", text, says="MegatronDataModule(tokenizer=)"),
+    "split": Destination(f"{DATA}.split", shares, says="MegatronDataModule(split=)"),
+    "data_cache_path": Destination(f"{DATA}.cache_dir", text, says="MegatronDataModule(cache_dir=)"),
+    "num_workers": Destination(f"{DATA}.num_workers", whole, "Lightning's", "of the data module's loaders"),
+    "tokenizer_model": Destination(f"{DATA}.tokenizer", text, says="MegatronDataModule(tokenizer=)"),
     "mask_prob": _together(number),
     "short_seq_prob": _together(number),
     # checkpoints
@@ -320,7 +324,7 @@ _PLACED: dict[str, Home] = {
     "save_interval": _together(whole),
     "persistent_save_interval": _together(whole),
     "no_save_optim": _together(truth),
-    "async_save": Home(f"{CHECKPOINTING}.async_save", truth, says="Checkpointing(async_save=)"),
+    "async_save": Destination(f"{CHECKPOINTING}.async_save", truth, says="Checkpointing(async_save=)"),
     # what is seen
     "tensorboard_dir": _together(),
     "wandb_project": _together(),
@@ -341,4 +345,4 @@ _PLACED: dict[str, Home] = {
     "embedding_init_method_std": extra("embedding_init_method_std", number),
 }
 
-HOMES: dict[str, Home] = {**dict(_elsewhere()), **_PLACED}
+DESTINATIONS: dict[str, Destination] = {**dict(_elsewhere()), **_PLACED}

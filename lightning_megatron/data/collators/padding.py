@@ -12,24 +12,27 @@ IGNORED_LABEL = -100
 
 
 class PaddingCollator:
-    """Makes batches for ``GPTModule`` of tokenised samples, padded to the longest of the batch.
+    """Makes batches for ``GPTModule`` of tokenized samples, padded on the right to the longest sample of the batch.
+
+    transformers' ``DataCollatorForSeq2Seq`` is not used: it needs a tokenizer of transformers' (here only a token id is
+    known), and gives samples without labels none.
 
     Args:
-        pad_id: Id behind the end of short samples; it is masked, so any will do.
+        pad_id: Token id that follows short samples. It is masked and has no label, so any id of the vocabulary will do.
     """
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad.
+        """Pad samples and stack them.
 
         Args:
-            samples: Mappings with ``input_ids`` ``[s]``, and optional ``labels`` ``[s]``, which are the inputs
-                otherwise, and ``attention_mask`` ``[s]``, 0 where there is padding already.
+            samples: Mappings with ``input_ids`` ``[s]``; optional ``labels`` ``[s]``, by default the input ids where
+                the sample is not padded; and an optional ``attention_mask`` ``[s]``, 0 where the sample is padded.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and ``labels`` ``[b, s]``; labels are −100 on the padding.
+            ``input_ids``, ``attention_mask`` and ``labels``, each ``[b, s]``; labels are −100 on the padding.
         """
         rows = [_ids(sample["input_ids"]) for sample in samples]
         keep = [

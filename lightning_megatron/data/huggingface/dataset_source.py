@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from lightning_megatron.distributed import extras
 from lightning_megatron.distributed.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -32,13 +33,9 @@ def library() -> Any:
     Raises:
         ModuleNotFoundError: It is not installed.
     """
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "HFDataModule reads with Hugging Face's datasets, which is not installed: pip install"
-            " 'lightning-megatron[datasets]'."
-        ) from error
+    extras.require("datasets", "datasets", "HFDataModule")
+    import datasets
+
     return datasets
 
 

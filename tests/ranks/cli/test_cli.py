@@ -174,5 +174,5 @@ def test_the_commands_of_the_page(tmp_path):
 
 def test_a_picture_without_matplotlib_says_what_to_install(tmp_path):
     code = "import sys; from lightning_megatron.cli.main import main; sys.modules['matplotlib'] = None; "
-    with pytest.raises(AssertionError, match=r"draws with matplotlib.*pip install 'lightning-megatron\[plots\]'"):
+    with pytest.raises(AssertionError, match=r"needs matplotlib.*pip install 'lightning-megatron\[plots\]'"):
         run(tmp_path, sys.executable, "-c", code + "main(['show', 'tp=2,world=2', '--out', 'grid.png'])")

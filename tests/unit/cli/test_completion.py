@@ -1,10 +1,13 @@
 """The shell's completion of the command: what bash offers for a line, asked of bash itself."""
 
+import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
+from lightning_megatron.cli.main import main
 from tests.support.pages import run, shell
 
 # Calls what the script has registered for the command, with a line as bash would.
@@ -57,3 +60,10 @@ def test_another_shell(folder):
     with pytest.raises(AssertionError, match="error: .*fish"):
         shell(folder, "lightning-megatron completion fish")
     subprocess.run(["bash", "-n", folder / "complete.bash"], check=True)
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    install = "needs shtab, which is not installed: pip install 'lightning-megatron[completion]'"
+    with pytest.raises(SystemExit, match=re.escape(install)):
+        main(["completion", "bash"])

@@ -20,7 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from lightning_megatron import BertConfig, GPTConfig, LRSchedule, ParallelLayout, T5Config, biases_and_vectors
 from lightning_megatron.cli.migrate import MigrationError, from_accelerate, from_command_line, from_plugin
 from lightning_megatron.cli.migrate.accelerate import MEGATRON, PARAMETERS
-from lightning_megatron.cli.migrate.settings_table import _PLACED, HOMES, SCHEDULE, _elsewhere
+from lightning_megatron.cli.migrate.settings_table import _PLACED, DESTINATIONS, SCHEDULE, _elsewhere
 from lightning_megatron.cli.training import MegatronCLI
 from lightning_megatron.data import RampUp
 from tests.support.pages import ROOT, blocks, script, shell
@@ -194,7 +194,7 @@ def test_the_environment_stands_behind_the_configuration():
 
 def test_every_parameter_of_the_plugin_is_known():
     assert PARAMETERS.keys() == {field.name for field in dataclasses.fields(MegatronLMPlugin)}
-    assert set(MEGATRON.values()) <= HOMES.keys()
+    assert set(MEGATRON.values()) <= DESTINATIONS.keys()
 
 
 def test_what_the_plugin_fills_in_by_itself_is_not_carried_over():
@@ -224,7 +224,7 @@ def test_every_argument_has_its_line():
         "recompute_granularity": "full",
         "recompute_method": "uniform",
     }
-    flags = {name for name, megatrons in MEGATRON.items() if HOMES[megatrons].flag}
+    flags = {name for name, megatrons in MEGATRON.items() if DESTINATIONS[megatrons].flag}
     asked = {name: values.get(name, True if name in flags else 1) for name in PARAMETERS}
     plan = from_plugin({name: value for name, value in asked.items() if value is not None})
     said = {line.setting for line in plan.lines}
@@ -446,7 +446,7 @@ def test_no_setting_has_two_homes():
     names = [name for name, _ in rows]
     assert len(names) == len(set(names))
     assert not set(names) & _PLACED.keys()
-    assert {home.fate for _, home in rows} == {"not needed", "yours to do", "not here"}
+    assert {destination.fate for _, destination in rows} == {"not needed", "yours to do", "not here"}
 
 
 def test_a_setting_at_its_default_asks_for_nothing():
