@@ -165,6 +165,7 @@ def test_the_job_of_kubernetes():
     assert "--trainer.num_nodes=2" in given.training_script_args
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_hang_made_on_purpose(tmp_path):
     (tmp_path / "hang.py").write_text(blocks("hangs.md")[0])

@@ -228,6 +228,7 @@ def _phases(layout: Layout, slow_rank: int, what: str) -> Any:
     )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("what", ["data", "compute"])
 def test_the_slow_rank_is_named(what):
     for values, named, listeners in run_ranks(2, _phases, Layout(dp=2), 1, what):

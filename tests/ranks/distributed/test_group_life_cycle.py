@@ -124,6 +124,7 @@ def sweep(cycles):
     return counts
 
 
+@pytest.mark.alone
 def test_a_sweep_over_layouts_stays_flat():
     for (threads, files, memory), *_, (threads_then, files_then, memory_then) in run_ranks(2, sweep, 20):
         # One that is just about to end may be counted; a single group that is kept at each cycle would be 48 threads.
@@ -141,6 +142,7 @@ def kept_trainers_on_one_rank():
     return counts
 
 
+@pytest.mark.alone
 def test_one_rank_needs_few_threads_and_files():
     counts = run_ranks(1, kept_trainers_on_one_rank)[0]
     assert len(set(counts)) == 1

@@ -112,6 +112,7 @@ def _stray(how: str) -> None:
     run.validate(LoadedGPT(SMALL), data) if how == "asleep" else run.fit(LoadedGPT(SMALL), data)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("how", "told"),
     [

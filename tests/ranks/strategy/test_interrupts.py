@@ -56,6 +56,7 @@ def wait_for_all(run: subprocess.Popen) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_ends_all_ranks(training):
@@ -66,6 +67,7 @@ def test_ctrl_c_ends_all_ranks(training):
     assert "KeyboardInterrupt" in log.read_text()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_rank_ends_all_ranks(training):

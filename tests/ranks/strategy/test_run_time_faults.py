@@ -148,6 +148,7 @@ def _max_time(folder):
     return stopped.global_step, watch.losses + after.losses == whole.losses
 
 
+@pytest.mark.alone
 def test_max_time_stops_all_ranks_at_one_step_and_the_run_resumes(tmp_path):
     assert run_ranks(2, _max_time, str(tmp_path)) == [(4, True)] * 2
 
@@ -315,6 +316,7 @@ def _interrupted(folder, both):
     return None
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("both", [True, False])
 def test_an_interrupt_lets_a_save_end(tmp_path, both):
