@@ -66,7 +66,7 @@ class TrainingMonitor(pl.Callback):
 
 
 def parameter_norm(optimizer: ShardedOptimizer) -> float:
-    """The 2-norm of all trained parameters of the whole model, of the main weights where there are such.
+    """The 2-norm of all trained parameters of the whole model, in fp32 main weights if there are any.
 
     Each is counted once, as megatron-core does for gradients: not what tensor-parallel ranks or stages hold copies of.
     """

@@ -1,4 +1,4 @@
-"""What jsonargparse says of a wrong argument, in one line: the argument, what is wrong, and what is near and right."""
+"""jsonargparse's message about a wrong argument in one line: the argument, what is wrong, and what to use instead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightning_megatron.distributed.suggestions import closest_name
 from lightning_megatron.strategy.former_arguments import replacement
@@ -27,10 +27,10 @@ _NOTHING = ("<class 'NoneType'>", "<class 'str'>")
 
 
 def explain(message: str, options: Iterable[str]) -> str:
-    """One line for ``message``, or itself where it is of a kind that is not known here.
+    """One line in place of ``message``; the message itself if it is of no kind that this module knows.
 
     Args:
-        message: jsonargparse's.
+        message: jsonargparse's message.
         options: All option strings of the parser.
     """
     rules = (
@@ -52,7 +52,7 @@ def explain(message: str, options: Iterable[str]) -> str:
 
 
 def reason(message: str) -> str:
-    """What a class said when it was made, without what jsonargparse tried besides."""
+    """What a class's constructor raised, without the other types that jsonargparse tried."""
     found = re.search(r"Errors:\n((?:.|\n)*?)(?:\n\s*Given value|\Z)", message)
     tried = re.split(r"\n\s*- ", "\n" + found[1])[1:] if found else []
     told = [text for text in tried if not text.startswith("Expected a ")]
@@ -60,7 +60,7 @@ def reason(message: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?", or nothing where nothing is near."""
+    """ "; did you mean ...?" with the nearest of the ``known`` names; empty if none is near."""
     found = closest_name(name, known)
     return f"; did you mean {found}?" if found else ""
 
@@ -96,7 +96,7 @@ def _ambiguous(message: str, _: list[str]) -> str:
 
 
 def _no_choice(message: str, _: list[str]) -> str:
-    """A value that one of several types would take if it were spelled right: the others' complaints lead astray."""
+    """A misspelled choice of an argument of several types: what the other types say of it would mislead."""
     found = re.search(r"Expected a typing\.Literal\[(.+)\]\. Got value: (\S+)", message)
     if not found:
         return ""
@@ -121,7 +121,7 @@ def _not_accepted(message: str, options: list[str]) -> str:
 
 
 def _former(class_path: str, name: str, message: str) -> str:
-    """What the strategy's constructor says of an argument that it had once; empty for any other."""
+    """What the strategy's constructor says of one of its former arguments; empty for any other argument."""
     cls: Any = pydoc.locate(class_path)
     if not (isinstance(cls, type) and issubclass(cls, MegatronStrategy)):
         return ""
@@ -130,7 +130,7 @@ def _former(class_path: str, name: str, message: str) -> str:
 
 
 def _no_argument(key: str, group: str, name: str, known: list[str]) -> str:
-    """``name`` is not among what is ``known`` of a group of an argument."""
+    """Say that a group of arguments has no ``name``, with the nearest of the ``known`` ones or all of them."""
     beginning = "--" + "".join(f"{part}." for part in (key, group) if part)
     near = closest_name(name, known)
     told = f"did you mean {beginning}{near}?" if near else f"it takes {', '.join(sorted(known))}"
@@ -166,6 +166,9 @@ def _no_class(message: str, _: list[str]) -> str:
     if not found:
         return ""
     known = sorted({cls.__name__ for base in _BASES for cls in _subclasses(base)})
+    if found[1] in StrategyRegistry:  # names of ``Trainer(strategy=)``, which stand for an object without arguments
+        cls = StrategyRegistry[found[1]]["strategy"].__name__
+        return f"--{_key(message)}={found[1]} takes no arguments of its own; name the class instead: {cls}"
     hint = nearest(found[1], known) or "; use a path such as package.module.Class"
     return f"--{_key(message)}={found[1]}: there is no such class{hint}"
 
@@ -184,7 +187,7 @@ def _not_expected(message: str, _: list[str]) -> str:
 
 
 def _key(message: str) -> str:
-    """The argument: keys of nested parsers are relative to those around them."""
+    """The full name of the argument: the keys of nested parsers are relative to those around them."""
     return ".".join(re.findall(r'Parser key "([^"]+)"', message))
 
 
@@ -199,7 +202,7 @@ def _readable(kind: str) -> str:
 
 
 def _parameters(path: str, group: str | None) -> Iterator[str]:
-    """What the class takes, or the dataclass that is its argument ``group``."""
+    """The parameters of a class, or of the dataclass that is its argument ``group``."""
     found: Any = pydoc.locate(path)
     for part in filter(None, (group or "").split(".")):
         found = get_type_hints(found.__init__).get(part, found)

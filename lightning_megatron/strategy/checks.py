@@ -1,4 +1,4 @@
-"""What ``MegatronStrategy`` does not do, refused by name before anything is built."""
+"""What ``MegatronStrategy`` does not do is refused here by name, before anything is built."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
 def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute: str | None) -> None:
-    """Refuse sizes that are wrong in every world, and those that contradict each other.
+    """Refuse sizes that are wrong for any number of ranks, and sizes that contradict each other.
 
     Args:
         sizes: The arguments of ``ParallelLayout``, without ``world_size``.
@@ -68,15 +68,15 @@ def check_settings(
     """Refuse settings that would fail only once processes run, and those that contradict each other.
 
     Args:
-        ddp: As the strategy was told; so are the others.
-        process_group_backend: Of the groups.
-        timeout: Of collectives.
+        ddp: The settings of megatron-core's data parallelism, or None.
+        process_group_backend: The back end of the process groups, or None for the one that fits the device.
+        timeout: How long ranks wait in a collective.
         on_nonfinite: What happens when a loss or gradient is NaN or infinite.
         checkpointing: How checkpoints are saved and loaded.
         distributed_optimizer: Whether optimizer state is sharded.
 
     Raises:
-        MisconfigurationException: With the values seen.
+        MisconfigurationException: A value is wrong; the message has it and what to use.
     """
     _STRATEGY.flag(distributed_optimizer=distributed_optimizer)
     _STRATEGY.kind(Checkpointing, "lightning_megatron.Checkpointing(...)", checkpointing=checkpointing)
@@ -99,7 +99,7 @@ def check_settings(
 
 
 def _check_ddp(ddp: DistributedDataParallelConfig, distributed_optimizer: bool) -> None:
-    """Refuse settings of data parallelism that would be silently without effect, or have groups that are not built."""
+    """Refuse settings of data parallelism that would have no effect, or that need process groups that are not built."""
     told = "MegatronStrategy(ddp=DistributedDataParallelConfig("
     if ddp.overlap_param_gather and not (ddp.overlap_grad_reduce and distributed_optimizer):
         raise MisconfigurationException(
@@ -136,7 +136,7 @@ def check_checkpoint_io(given: CheckpointIO | None) -> None:
 
 
 def check_some_batch(trainer: pl.Trainer) -> None:
-    """Refuse a training that has seen no batch at all, which a loader of unknown length shows only in the end."""
+    """Refuse a training run that has seen no batch; a loader of unknown length is known to be empty only then."""
     loop = trainer.fit_loop
     if loop.epoch_loop.batch_progress.total.ready == 0 and loop.epoch_progress.total.ready > 0 and loop.max_batches:
         raise MisconfigurationException(
@@ -146,10 +146,10 @@ def check_some_batch(trainer: pl.Trainer) -> None:
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
-    """Refuse what the Trainer was given and has no place here, before its process groups are built.
+    """Refuse arguments of the Trainer and hooks of the module that do not work here, before process groups are built.
 
     Raises:
-        MisconfigurationException: By name.
+        MisconfigurationException: There is one; the message names it.
     """
     _check_callbacks(trainer)
     check_folders(trainer)
@@ -192,7 +192,7 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
 
 
 def _check_module(trainer: pl.Trainer) -> None:
-    """Refuse hooks that no schedule calls, and a graph that rank 0 would draw alone."""
+    """Refuse hooks that no schedule calls, and a logger that would have rank 0 draw the model's graph alone."""
     module, name = trainer.lightning_module, type(trainer.lightning_module).__name__
     fits = trainer.state.fn == TrainerFn.FITTING and not single_rank.is_alone(trainer)
     if fits and is_overridden("backward", module):
@@ -233,7 +233,7 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) ->
 
 
 def check_loader(layout: ParallelLayout, loader: Any, micro_batching: MicroBatching) -> None:
-    """Refuse a loader without batches, or with a ``batch_size`` that the asked-for micro-batches do not divide."""
+    """Refuse a loader without batches, and one whose ``batch_size`` cannot be cut into the chosen micro-batches."""
     if isinstance(loader, list) and not loader:  # a data module's way to say that there is none: Lightning goes on
         return
     if sized_len(loader) == 0:

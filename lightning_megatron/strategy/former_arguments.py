@@ -18,15 +18,15 @@ _OF_CHECKPOINTING = {
     "optimizer_settings": "optimizer_settings",
     "skip_batches": "skip_batches",
 }
-_MONITOR = "Trainer(callbacks=lightning_megatron.callbacks.TrainingMonitor()), which logs it"
-# What to use in place of the others, by their value.
+_MONITOR = "use Trainer(callbacks=lightning_megatron.callbacks.TrainingMonitor()), which logs it"
+# What to do about the others, by their value.
 _ELSEWHERE: dict[str, Callable[[Any], str]] = {
-    "log_grad_norm": lambda value: _MONITOR,
-    "log_data_position": lambda value: _MONITOR,
+    "log_grad_norm": lambda value: _MONITOR if value else "leave it out",
+    "log_data_position": lambda value: _MONITOR if value else "leave it out",
     "initial_loss_scale": lambda value: (
-        f"Trainer(plugins=MegatronPrecision('16-mixed', initial_loss_scale={value!r})) and no Trainer(precision=)"
+        f"use Trainer(plugins=MegatronPrecision('16-mixed', initial_loss_scale={value!r})) and no Trainer(precision=)"
     ),
-    "check_loss": lambda value: "on_nonfinite='raise'" if value else "on_nonfinite='ignore'",
+    "check_loss": lambda value: "use on_nonfinite='raise'" if value else "use on_nonfinite='ignore'",
 }
 
 
@@ -38,12 +38,12 @@ def replacement(name: str, value: Any) -> str:
         value: Its value.
     """
     if name in _OF_CHECKPOINTING:
-        use = f"checkpointing=Checkpointing({_OF_CHECKPOINTING[name]}={value!r})"
+        remedy = f"use checkpointing=Checkpointing({_OF_CHECKPOINTING[name]}={value!r})"
     elif name in _ELSEWHERE:
-        use = _ELSEWHERE[name](value)
+        remedy = _ELSEWHERE[name](value)
     else:
         return ""
-    return f"MegatronStrategy({name}={value!r}): use {use}."
+    return f"MegatronStrategy({name}={value!r}): {remedy}."
 
 
 def refuse_former_arguments(
@@ -58,8 +58,8 @@ def refuse_former_arguments(
     @wraps(init)
     def checked(self: _Self, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         for name, value in kwargs.items():
-            if use := replacement(name, value):
-                raise TypeError(use)
+            if refusal := replacement(name, value):
+                raise TypeError(refusal)
         init(self, *args, **kwargs)
 
     return checked

@@ -57,7 +57,7 @@ class MegatronPrecision(Precision):
 
     @property
     def params_dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """The type of the weights."""
         return torch.float32 if self._autocasts else self.compute_dtype
 
     @property
@@ -87,13 +87,13 @@ class MegatronPrecision(Precision):
 
     @override
     def convert_input(self, data: Any) -> Any:
-        """A plain module's floats follow its weights; an adapter's (loss masks) are counted with, and stay exact."""
+        """Convert the floats of a plain module's batch to the type of its weights; loss masks of others stay exact."""
         if not self.plain_module or self.params_dtype == torch.float32:
             return data
         return lightning_private.convert_floats(data, self.params_dtype)
 
     def step_context(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Around each micro-batch."""
+        """The context of each micro-batch's forward pass."""
         if self._autocasts:
             return torch.autocast(device.type, self.compute_dtype)
         if self.plain_module and self.params_dtype != torch.float32:
@@ -102,7 +102,7 @@ class MegatronPrecision(Precision):
 
     @override
     def backward(self, tensor: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Run backward, unless a schedule has done so: then only what is to happen behind it, between the hooks."""
+        """Run the backward pass, unless a schedule has run it: then only what comes after it, between the hooks."""
         if self.behind_schedule is None:
             super().backward(tensor, model, optimizer, *args, **kwargs)
         else:

@@ -31,11 +31,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class MicroBatching:
-    """How batches are cut into micro-batches: by size or by number, or, with neither, as the layout needs it.
+    """How a run cuts its batches into micro-batches: by their size or by their number, or by the layout's need.
 
     Args:
-        size: Rows of a micro-batch.
-        count: Micro-batches per batch.
+        size: The rows of a micro-batch; None where the number or the layout decides.
+        count: The micro-batches per batch; None where the size or the layout decides.
     """
 
     size: int | None = None
@@ -43,11 +43,11 @@ class MicroBatching:
 
     @property
     def is_chosen(self) -> bool:
-        """Whether the user has said how; a plain module's batch is left whole otherwise."""
+        """Whether the user has chosen; otherwise the batch of a plain module stays whole."""
         return self.size is not None or self.count is not None
 
     def cut(self, layout: ParallelLayout, rows: int) -> Cut:
-        """Choose the micro-batches for a batch of ``rows``; a tail that does not divide gets smaller ones."""
+        """The micro-batches of a batch of ``rows``, smaller where the chosen size or number does not divide."""
         if layout.pp == 1:
             size = self.size or -(-rows // (self.count or 1))
             return Cut(tuple(min(size, rows - start) for start in range(0, rows, size)))
@@ -55,7 +55,7 @@ class MicroBatching:
         return Cut((rows // count,) * count, -count % layout.microbatch_multiple)
 
     def _even_count(self, layout: ParallelLayout, rows: int) -> int:
-        """Micro-batches of equal size for a pipeline, as near to what was asked for as ``rows`` allow."""
+        """The number of equal micro-batches for a pipeline: the nearest to the choice that ``rows`` can be cut into."""
         if self.size is not None:
             return next(rows // size for size in range(min(self.size, rows), 0, -1) if rows % size == 0)
         most = min(self.count or _MICRO_BATCHES_PER_STAGE * layout.pp, rows)

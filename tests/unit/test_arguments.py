@@ -254,3 +254,8 @@ def test_a_file_is_told_of_former_arguments_and_takes_those_of_today(tmp_path, c
     asked = run.config.trainer.strategy.init_args.checkpointing
     assert Checkpointing(**asked) == Checkpointing(async_save=True, skip_batches=5)
     assert run.trainer.strategy.checkpointer.asynchronous
+    file.write_text("trainer: {strategy: megatron}")
+    assert isinstance(_command_line(f"--config={file}").trainer.strategy, MegatronStrategy)
+    with pytest.raises(SystemExit):
+        _command_line(f"--config={file}", "--trainer.strategy.tp=1")
+    assert "strategy=megatron takes no arguments of its own; name the class instead:" in capsys.readouterr().err

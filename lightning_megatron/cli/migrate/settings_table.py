@@ -23,12 +23,12 @@ class Destination:
     """Where a setting lives.
 
     Args:
-        place: In the run, dotted; None where there is none, or where it is made from several settings.
-        read: Its value from what was written.
+        place: Its dotted place in the run; None if it has none, or shares one with other settings.
+        read: Reads its value from the text that was written.
         fate: What becomes of it.
-        says: Where it is, or why it is nowhere.
-        make: What stands at ``place``, of the value.
-        takes: On the command line: no value ("flag"), one, several ("list"), or true or false that may be left out
+        says: Where it is now, or why it is nowhere.
+        make: Makes what stands at ``place`` from the value; None puts the value itself.
+        takes: What it takes on the command line: no value ("flag"), one, several ("list"), or an optional true or false
             ("switch"). None: as ``read`` says.
         usual: Megatron-LM's default, at which a setting that has no place asks for nothing.
     """
@@ -134,12 +134,12 @@ def _elsewhere() -> Iterator[tuple[str, Destination]]:
 
 
 def name_of(option: str) -> str:
-    """A setting's name, of its option."""
+    """The setting's name, from its command-line option."""
     return option.removeprefix("--").replace("-", "_")
 
 
 def option_of(name: str) -> str:
-    """A setting's option, of its name."""
+    """The setting's command-line option, from its name."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -18,7 +18,7 @@ def log_step(
     loss_scale: bool,
     skipped_steps: bool,
 ) -> None:
-    """Log what is known of a step only after it, beside what ``training_step`` logged.
+    """Log what is known only after the optimizer has stepped, under the same step as what ``training_step`` logged.
 
     Args:
         module: The module whose ``log`` is called.
@@ -41,9 +41,9 @@ def stop_on_bad_loss(outcome: Outcome, local_loss: torch.Tensor, step: int) -> N
     """Stop every rank when the loss of the global batch is NaN or infinite.
 
     Args:
-        outcome: Of the batch, the same on every rank.
-        local_loss: This rank's part of it.
-        step: Number of the optimizer step.
+        outcome: What the engine returned for the batch; its loss is the same on every rank.
+        local_loss: This rank's part of the loss.
+        step: The number of the optimizer step.
 
     Raises:
         NonFiniteLossError: Names the step, the ranks that computed it and the last good step.
