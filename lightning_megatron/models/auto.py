@@ -1,4 +1,4 @@
-"""``AutoModule``: the adapter that a pretrained model needs."""
+"""``AutoModule``: chooses the module class that a pretrained model needs."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class AutoModule:
         adapter: str | Path | None = None,
         **arguments: Any,
     ) -> ConfiguredModule:
-        """As the adapter's own ``from_pretrained``; its arguments are named here for the command line.
+        """Make a module as its class's own ``from_pretrained`` does; the arguments are named for the command line.
 
         Args:
             source: A directory, a model in memory, or a name on the Hugging Face hub.
-            config: Fields of the adapter's configuration that are to differ, such as ``seq_length``.
+            config: Fields of the module's configuration that are to differ, such as ``seq_length``.
             ignore: Fields of transformers' configuration that change nothing here; "architectures" loads a model of
                 another head without that head.
             revision: Branch, tag or commit of a model on the hub.
@@ -52,7 +52,7 @@ class AutoModule:
             loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
             lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
             adapter: Directory of low-rank updates to go on with, see ``load_adapter``.
-            **arguments: Further ones of the adapter's ``__init__``.
+            **arguments: Further arguments of the module's ``__init__``.
 
         Raises:
             UnsupportedConfigError: An architecture without a counterpart.

@@ -1,4 +1,4 @@
-"""Checks of a batch that several adapters make."""
+"""Checks of a batch that several families share."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ UNMET = {
     "inputs_embeds": "give 'input_ids'",
     "decoder_inputs_embeds": "give 'decoder_input_ids' or 'labels'",
     "encoder_outputs": "give 'input_ids'",
-    "past_key_values": "a batch is computed whole",
-    "cache": "a batch is computed whole",
+    "past_key_values": "a batch is computed without a cache",
+    "cache": "a batch is computed without a cache",
     "cache_position": "give 'position_ids'",
-    "encoder_hidden_states": "no model here looks at another's states from outside",
-    "encoder_attention_mask": "no model here looks at another's states from outside",
-    "head_mask": "all heads count",
-    "decoder_head_mask": "all heads count",
-    "cross_attn_head_mask": "all heads count",
+    "encoder_hidden_states": "no model here attends to states that another model computed",
+    "encoder_attention_mask": "no model here attends to states that another model computed",
+    "head_mask": "no head is masked here",
+    "decoder_head_mask": "no head is masked here",
+    "cross_attn_head_mask": "no head is masked here",
     "logits_to_keep": "logits are given of all tokens; take those that you need from them",
     "num_items_in_batch": "the loss is the mean over the tokens of the whole global batch, which are counted here",
 }
@@ -36,9 +36,9 @@ def refuse(module: str, batch: Mapping[str, Any], reasons: Mapping[str, str]) ->
     """Refuse keys that would be without effect here, and have one in transformers.
 
     Args:
-        module: Who refuses.
-        batch: As the loader gave it.
-        reasons: What to do instead, by key.
+        module: Name of the module class, for the error.
+        batch: The batch of the loader.
+        reasons: What to do instead, for each key.
 
     Raises:
         ValueError: With the first of them.
@@ -55,12 +55,12 @@ def check_tokens(module: str, name: str, ids: torch.Tensor) -> None:
     """Refuse what is no table of token ids.
 
     Args:
-        module: Who refuses.
+        module: Name of the module class, for the error.
         name: Key of the batch.
-        ids: Its value.
+        ids: The value of that key.
 
     Raises:
-        ValueError: It is no tensor of integers ``[b, s]``, or has no token.
+        ValueError: The value is no tensor of integers ``[b, s]``, or has no token.
     """
     seen = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, torch.Tensor) else f"a {type(ids).__name__}"
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
@@ -87,11 +87,11 @@ def check_range(module: str, name: str, ids: torch.Tensor, size: int, setting: s
     """Refuse numbers of a batch that a table of the model has no row for.
 
     Args:
-        module: Who refuses.
+        module: Name of the module class, for the error.
         name: Key of the batch.
-        ids: Its value, without labels that are ignored.
-        size: Rows of the table.
-        setting: Where that comes from.
+        ids: The value of that key, without labels that are ignored.
+        size: Number of rows of the table.
+        setting: Name of the setting that says the size.
 
     Raises:
         ValueError: With the first of them.

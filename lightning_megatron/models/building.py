@@ -39,14 +39,14 @@ class ChunkedModule(pl.LightningModule):
         Args:
             pre_process: Whether the chunk holds the embedding.
             post_process: Whether it holds the output layer.
-            vp_stage: Its number on this pipeline stage under interleaving, else None.
+            vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
         """
 
     def adapt_model(self) -> None:
         """Change the chunks, which are built and have no weights of a checkpoint's yet."""
 
     def fill_model(self) -> None:
-        """Give the built chunks the first weights that this module was told of."""
+        """Give the built chunks their first weights, from the source that this module was given."""
         if self._fill is not None:
             self._fill(self)
 
@@ -98,7 +98,7 @@ class ChunkedModule(pl.LightningModule):
     ) -> Self:
         """Build the model outside of a Trainer, on the ranks that torchrun has started, or on this process alone.
 
-        It has the weights that ``from_pretrained`` or ``load_weights`` were told of, or new ones. Ranks beyond
+        It has the weights that ``from_pretrained`` or ``load_weights`` has named, or new ones. Ranks beyond
         ``tp · pp`` hold further copies.
 
         Args:
@@ -111,7 +111,7 @@ class ChunkedModule(pl.LightningModule):
             The module, in eval mode.
 
         Raises:
-            RuntimeError: It is built already.
+            RuntimeError: The model is built already.
             LayoutError: The sizes do not fit the number of ranks, or the model.
         """
         if len(self.chunks):
@@ -204,7 +204,7 @@ class ChunkedModule(pl.LightningModule):
 
     @property
     def build_settings(self) -> BuildSettings:
-        """What the strategy said of the run; an error before ``MegatronStrategy`` has set it."""
+        """The settings of the run; an error before ``MegatronStrategy`` or ``build`` has set them."""
         if self.settings is None:
             raise RuntimeError(
                 f"{type(self).__name__} builds its model under a Trainer with strategy=MegatronStrategy(...), once the"

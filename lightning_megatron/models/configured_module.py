@@ -1,4 +1,4 @@
-"""``ConfiguredModule``: what the adapters share that are made from a ``ModelConfig``."""
+"""``ConfiguredModule``: the base of GPT, BERT and T5 modules, which are made from a ``ModelConfig``."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lightning_megatron.training.parameter_groups import OptimizerCallable, Para
 
 
 class ConfiguredModule(MegatronModule):
-    """The base of a family's adapter.
+    """The base of a family's module.
 
     Args:
-        config: The shape of the model, a ``config_type``.
+        config: The shape of the model; its class is ``config_type``.
         optimizer: Makes the torch optimizer from the parameters, or ``ParameterGroups``; AdamW by default.
         lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
@@ -78,7 +78,7 @@ class ConfiguredModule(MegatronModule):
             lora_module.put_in(self)
 
     def fill_model(self) -> None:
-        """Give the built chunks their first weights, and those of an adapter."""
+        """Give the built chunks their first weights, and the low-rank updates of an adapter that was loaded."""
         super().fill_model()
         if self._loaded is not None:
             lora_module.fill(self, self._loaded)
@@ -103,7 +103,7 @@ class ConfiguredModule(MegatronModule):
             ignore: Fields of transformers' configuration that change nothing here; "architectures" loads a model of
                 another head without that head.
             revision: Branch, tag or commit of a model on the hub.
-            **arguments: Of ``__init__``, but for its ``config``.
+            **arguments: Further arguments of ``__init__``.
 
         Raises:
             UnsupportedConfigError: An architecture, a head, or a field of its configuration, without a counterpart.
@@ -151,7 +151,7 @@ class ConfiguredModule(MegatronModule):
 
         Raises:
             FileNotFoundError: There is no adapter.
-            ValueError: It is of another kind, or of another model.
+            ValueError: The adapter is no LoRA, or belongs to another model.
             RuntimeError: The model is built already.
         """
         if len(self.chunks):
@@ -166,7 +166,7 @@ class ConfiguredModule(MegatronModule):
         """Write the low-rank updates, and what was trained whole, as ``peft`` loads them; all ranks call this.
 
         Args:
-            directory: Where to.
+            directory: The directory to write.
 
         Returns:
             The directory.
@@ -189,12 +189,13 @@ class ConfiguredModule(MegatronModule):
         """Write a directory that ``transformers`` loads, from any layout, updates merged; all ranks call this.
 
         Args:
-            directory: Where to; weights of an earlier call are replaced.
-            tokenizer: One of transformers', saved beside the weights.
-            dtype: Of the weights, such as "bfloat16". None: that in which they came; as they are, where they came from
-                nowhere.
-            max_shard_size: Of a file of weights, such as "1.5GB" or "5GiB"; a larger model has several, and an index.
-            family: transformers' ``model_type``. None: what the module came from, or the first that has such a model.
+            directory: The directory to write; weights of an earlier call are replaced.
+            tokenizer: A tokenizer of transformers', which is saved too.
+            dtype: Type of the weights, such as "bfloat16". None: the type that they were loaded in; of a model that was
+                not pretrained, the type that they have.
+            max_shard_size: Largest size of a file of weights, such as "1.5GB" or "5GiB"; a larger model has several
+                files and an index.
+            family: transformers' ``model_type``. None: the one that the module was loaded from, or the first that fits.
 
         Returns:
             The directory.
@@ -296,7 +297,7 @@ class ConfiguredModule(MegatronModule):
         """A batch of the loader's, without keys that have no value.
 
         Raises:
-            ValueError: It is no mapping, or has a key without a counterpart here.
+            ValueError: The batch is no mapping, or has a key without a counterpart here.
         """
         if not isinstance(batch, Mapping):
             raise ValueError(

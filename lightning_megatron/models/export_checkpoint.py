@@ -28,18 +28,19 @@ def export_pretrained(
 
     Args:
         checkpoint: A checkpoint's directory.
-        directory: Where to; weights of an earlier call are replaced.
+        directory: The directory to write; weights of an earlier call are replaced.
         tokenizer: One of transformers', saved beside the weights; or a name or directory of one.
-        dtype: Of the weights, such as "bfloat16". None: that in which they came; as they are, where they came from
-            nowhere.
-        max_shard_size: Of a file of weights, such as "1.5GB" or "5GiB"; a larger model has several, and an index.
-        family: transformers' ``model_type``. None: what the module came from, or the first that has such a model.
+        dtype: Type of the weights, such as "bfloat16". None: the type that they were loaded in; of a model that was not
+            pretrained, the type that they have.
+        max_shard_size: Largest size of a file of weights, such as "1.5GB" or "5GiB"; a larger model has several files
+            and an index.
+        family: transformers' ``model_type``. None: the one that the module was loaded from, or the first that fits.
 
     Returns:
         The directory.
 
     Raises:
-        CheckpointError: The checkpoint is not whole, or not one of an adapter.
+        CheckpointError: The checkpoint is incomplete, or not of a GPT, BERT or T5 module.
         UnsupportedConfigError: The family has no such model.
     """
     path = Path(checkpoint)
@@ -48,8 +49,8 @@ def export_pretrained(
     config = arguments.get("config")
     if not kind_of(config):
         raise CheckpointError(
-            f"{path} holds no configuration of a GPT, BERT or T5: it was not written by one of the adapters. Export its"
-            " weights to a .safetensors file instead."
+            f"{path} holds no configuration of a GPT, BERT or T5: no GPTModule, BertModule or T5Module wrote it. Export"
+            " its weights to a .safetensors file instead."
         )
     if isinstance(tokenizer, str | Path):
         from transformers import AutoTokenizer

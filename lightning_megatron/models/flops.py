@@ -14,11 +14,11 @@ _FORWARD_AND_BACKWARD = 3
 
 
 def training_flops(config: ModelConfig, lengths: tuple[int, ...]) -> float:
-    """Of one sequence, forward and backward.
+    """The floating-point operations of one sequence, forward and backward.
 
     Args:
-        config: Of a GPT, BERT or T5.
-        lengths: Tokens of the sequence; of a T5, of the encoder's and the decoder's.
+        config: Configuration of a GPT, BERT or T5.
+        lengths: Tokens of the sequence; a T5 has two numbers: encoder and decoder.
 
     Returns:
         Floating-point operations.

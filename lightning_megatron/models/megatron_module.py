@@ -88,8 +88,8 @@ class MegatronModule(ChunkedModule):
         """Pad the inputs of one micro-batch, so that sequence parallelism can divide the sequence.
 
         Args:
-            inputs: What ``get_batch`` returned.
-            multiple: What the length of the padded sequence is a multiple of.
+            inputs: The inputs that ``get_batch`` returned.
+            multiple: The padded sequence's length is a multiple of this.
 
         Returns:
             The inputs; here as they are.
@@ -101,8 +101,8 @@ class MegatronModule(ChunkedModule):
         """The loss of one micro-batch, on the last stage.
 
         Args:
-            output: What the last chunk returned.
-            batch: What ``get_batch`` returned, padded.
+            output: The output of the last chunk.
+            batch: The padded inputs that ``get_batch`` returned.
 
         Returns:
             The sum over tokens and their number, which the strategy weighs by; or a plain mean.
@@ -177,7 +177,7 @@ class MegatronModule(ChunkedModule):
         Args:
             stage: "train", "val" or "test".
             loss: The same scalar on every rank.
-            weight: Its tokens over all replicas, by which Lightning weighs the batches of an evaluation.
+            weight: Number of its tokens over all replicas, by which Lightning weighs the batches of an evaluation.
         """
         training = stage == "train"
         self.log(

@@ -53,11 +53,11 @@ class ModelConfig:
         ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
         kv_channels: Size of a head. None: ``hidden_size / num_attention_heads``.
         layernorm_epsilon: Added to the variance.
-        activation: Of the feed-forward layer; "swiglu", "geglu" and "geglu_tanh" are gated.
+        activation: Activation of the feed-forward layer; "swiglu", "geglu" and "geglu_tanh" are gated.
         hidden_dropout: Dropout after the embedding, attention and feed-forward.
         attention_dropout: Dropout of attention weights.
         init_method_std: Standard deviation of the initial weights.
-        make_vocab_size_divisible_by: See ``vocab_size``.
+        make_vocab_size_divisible_by: Unit of the padded vocabulary, see ``vocab_size``.
         layers: "torch", or "transformer_engine" where it is installed.
         extra: Further fields of megatron-core's ``TransformerConfig``, by its names; they win over what is above.
 
@@ -159,8 +159,8 @@ class ModelConfig:
         """megatron-core's configuration of this model in that run.
 
         Args:
-            settings: Of the run.
-            **stack: Fields that one of several stacks has for itself; they win over all others.
+            settings: Settings of the run.
+            **stack: Fields of one of several stacks; they replace all others.
         """
         function, gated = _ACTIVATIONS[self.activation]
         arguments: dict[str, Any] = {

@@ -49,9 +49,9 @@ class FirstWeights:
         """Give the chunk that was built its weights, and the configurations their methods back.
 
         Args:
-            chunk: One of the model's.
-            seed: The same on all ranks.
-            rows: Of the vocabulary without its padding, which starts at zero.
+            chunk: One of the model's chunks.
+            seed: Seed of the weights; the same on all ranks.
+            rows: Rows of the vocabulary without its padding; the padding starts at zero.
         """
         for config, name, method in self._methods:
             setattr(config, name, method)

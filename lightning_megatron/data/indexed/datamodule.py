@@ -286,7 +286,7 @@ class MegatronDataModule(TokenizedDataModule):
 
 
 class _Samples(Dataset[Sample]):
-    """The first ``length`` samples of megatron-core's dataset, as the adapters take them."""
+    """The first ``length`` samples of megatron-core's dataset, as the modules take them."""
 
     def __init__(self, dataset: Any, length: int | None, samples: IndexedSamples) -> None:
         self.dataset = dataset

@@ -43,7 +43,7 @@ class IndexedSamples(ABC):
 
     @abstractmethod
     def convert(self, sample: Sample) -> Sample:
-        """The dataset's sample as the adapters take it."""
+        """The dataset's sample as the modules take it."""
 
     @abstractmethod
     def too_little(self, data: IndexedDataset, begin: float, end: float) -> str | None:

@@ -41,11 +41,11 @@ class BertConfig(ModelConfig):
         ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
         kv_channels: Size of a head. None: ``hidden_size / num_attention_heads``.
         layernorm_epsilon: Added to the variance.
-        activation: Of the feed-forward layer and of the head.
+        activation: Activation of the feed-forward layer and of the head.
         hidden_dropout: Dropout after the embedding, attention and feed-forward, and before a classification head.
         attention_dropout: Dropout of attention weights.
         init_method_std: Standard deviation of the initial weights.
-        make_vocab_size_divisible_by: See ``vocab_size``.
+        make_vocab_size_divisible_by: Unit of the padded vocabulary, see ``vocab_size``.
         layers: "torch"; Transformer Engine's are not built for BERT.
         extra: Further fields of megatron-core's ``TransformerConfig``, by its names; they win over what is above.
 

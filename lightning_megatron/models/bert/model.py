@@ -49,7 +49,7 @@ class BertModel(WholeModelNames, LanguageModule):
         num_labels: Outputs of a classification head.
         pre_process: Whether the chunk holds the embedding.
         post_process: Whether it holds the head.
-        vp_stage: Its number on this pipeline stage under interleaving, else None.
+        vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
     """
 
     share_embeddings_and_output_weights = False
@@ -121,7 +121,7 @@ class BertModel(WholeModelNames, LanguageModule):
             attention_mask: ``[b, 1, 1, s]``, True where nobody may look; None where nothing is padded.
             token_type_ids: ``[b, s]``.
             position_ids: ``[b, s]``.
-            **_: What only the loss reads.
+            **_: Inputs that only the loss reads.
 
         Returns:
             Hidden states ``[s/tp, b, h]``, or on the last stage the head's logits.

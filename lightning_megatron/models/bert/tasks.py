@@ -31,7 +31,7 @@ class BertTask:
     """A task: its model, and what its labels mean.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
     """
 
     model: type[BertModel]
@@ -110,7 +110,7 @@ class MaskedLM(TokenLabels):
     model = BertForMaskedLM
 
     def check(self, batch: Batch) -> None:
-        """Labels are token ids."""
+        """Refuse labels that are no token ids."""
         self._check_labels(batch, self.config.vocab_size, "BertConfig.vocab_size")
 
     def parts(self, output: Any, batch: Batch) -> Parts:
@@ -128,7 +128,7 @@ class Pretraining(MaskedLM):
     model = BertForPretraining
 
     def check(self, batch: Batch) -> None:
-        """Also a class for each pair."""
+        """Refuse as for masked tokens, and unless each pair has a class."""
         super().check(batch)
         pairs = self._require(batch, "next_sentence_label", "[b], or Megatron's 'is_random'; 1: random or swapped")
         rows = batch["input_ids"].size(0)
@@ -183,7 +183,7 @@ class TokenClassification(TokenLabels):
     model = BertForTokenClassification
 
     def check(self, batch: Batch) -> None:
-        """Labels are classes."""
+        """Refuse labels that are no classes."""
         self._check_labels(batch, self.config.num_labels, "BertConfig.num_labels")
 
     def parts(self, output: torch.Tensor, batch: Batch) -> Parts:

@@ -26,15 +26,15 @@ PrefixAllowedTokens = Callable[[int, torch.Tensor], list[int]]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a user has run at each token; as transformers' arguments of the same names.
+    """A user's own functions that run at each token; transformers' arguments of the same names.
 
     Args:
-        logits_processor: Change the scores.
-        stopping_criteria: End texts; where ranks differ, the first one's decision holds.
-        prefix_allowed_tokens_fn: Tokens that may follow.
-        tokenizer: Of ``stop_strings``.
+        logits_processor: Processors that change the scores.
+        stopping_criteria: Criteria that end texts; if ranks differ, the first rank decides.
+        prefix_allowed_tokens_fn: Returns the tokens that may follow a text.
+        tokenizer: The tokenizer that ``stop_strings`` needs.
         stream: Called with each new token of all texts, ``[b]``, on the replica's first rank.
-        streamer: transformers' streamer, likewise.
+        streamer: A streamer of transformers', called on the replica's first rank.
     """
 
     logits_processor: Sequence[LogitsProcessor] | None = None
@@ -45,7 +45,7 @@ class Hooks:
     streamer: Any = None
 
     def check(self, num_beams: int, stop_strings: Any) -> None:
-        """Refuse what cannot be.
+        """Refuse arguments that do not go together.
 
         Raises:
             ValueError: A stream of beams, two streams, or strings without a tokenizer.
@@ -54,13 +54,13 @@ class Hooks:
         for name in ("stream", "streamer"):
             if getattr(self, name) is not None and num_beams > 1:
                 raise ValueError(
-                    f"generate({name}=..., num_beams={num_beams}): beams change their beginnings. Use one."
+                    f"generate({name}=..., num_beams={num_beams}): earlier tokens of beams may change. Leave one out."
                 )
         if self.stream is not None and self.streamer is not None:
             raise ValueError("generate(stream=..., streamer=...): use one of them.")
         if stop_strings is not None and self.tokenizer is None:
             raise ValueError(
-                f"generate(stop_strings={stop_strings!r}): tokens are compared, not text. Give tokenizer=, too."
+                f"generate(stop_strings={stop_strings!r}): matching them needs the tokenizer. Give tokenizer=, too."
             )
         for name in ("put", "end"):
             if self.streamer is not None and not hasattr(self.streamer, name):
@@ -70,8 +70,8 @@ class Hooks:
                 if not callable(entry):
                     raise TypeError(f"generate({argument}=[{entry!r}]): use a list of {kind.__name__}s.")
 
-    def told(self) -> str:
-        """What ranks can compare."""
+    def description(self) -> str:
+        """The names of what is set, which ranks compare."""
         lists = (self.logits_processor, self.stopping_criteria)
         names = [[type(entry).__name__ for entry in entries or ()] for entries in lists]
         rest = [self.prefix_allowed_tokens_fn, self.tokenizer, self.stream, self.streamer]
@@ -128,7 +128,7 @@ def _together(own: Any, call: Callable[[], Any], tell: Callable[[Any], Any]) -> 
     """What ``call`` gives here, and what the first rank tells of its own.
 
     Raises:
-        RuntimeError: It has failed on a rank; on all of them.
+        RuntimeError: The function has failed on a rank; it is raised on all of them.
     """
     error: Exception | None = None
     found = told = None

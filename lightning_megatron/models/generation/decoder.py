@@ -16,9 +16,9 @@ class Decoder(ABC):
 
     Args:
         stages: The chunks.
-        start: What the texts begin with.
-        vocab_size: Token ids that occur.
-        max_new_tokens: At most so many are added.
+        start: The tokens that the texts begin with.
+        vocab_size: Number of token ids, without padding of the vocabulary.
+        max_new_tokens: The largest number of tokens that are added.
         beams: Texts of each prompt.
     """
 

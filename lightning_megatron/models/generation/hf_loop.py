@@ -22,19 +22,19 @@ from lightning_megatron.models.generation.settings import GenerationSettings
 
 
 def write(decoder: Decoder, settings: GenerationSettings, seed: int, hooks: Hooks) -> Any:
-    """Go on with the decoder's start.
+    """Generate texts that continue the decoder's start.
 
     Args:
-        decoder: Gives the scores.
-        settings: How tokens are chosen.
-        seed: Of the tokens that are drawn.
-        hooks: What is run at each token.
+        decoder: Computes the scores of the next token.
+        settings: Settings that say how tokens are chosen.
+        seed: Seed of the tokens that are drawn.
+        hooks: The user's functions that run at each token.
 
     Returns:
         ``[b, start + new]``, the same on every rank; or transformers' output, where the settings ask for it.
 
     Raises:
-        RuntimeError: A hook has failed, on all ranks.
+        RuntimeError: A user's function has failed; raised on all ranks.
     """
     streamer = None if hooks.stream is None and hooks.streamer is None else _Streamer(hooks.stream, hooks.streamer)
     device = decoder.stages.device

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens so far, and which texts they are of."""
+"""The cached keys and values of the tokens so far, and which texts they belong to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class KeyValueCache(StaticInferenceContext):
     """megatron-core's cache of keys and values, which knows its texts and follows beams that take one another's place.
 
     Args:
-        rows: Texts: ``beams`` of each prompt, one behind the other.
-        beams: See above.
+        rows: Number of texts: ``beams`` of each prompt, in consecutive rows.
+        beams: Texts of each prompt.
         max_length: Tokens of the longest text there will be.
     """
 

@@ -1,4 +1,4 @@
-"""``GeneratingModule``: the adapters that write text."""
+"""``GeneratingModule``: the base of the modules that generate text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lightning_megatron.models.generation import (
 
 
 class GeneratingModule(ConfiguredModule):
-    """The base of the adapters that have ``generate``; arguments as ``ConfiguredModule``."""
+    """The base of the modules that generate text, ``GPTModule`` and ``T5Module``; arguments as ``ConfiguredModule``."""
 
     def generate(
         self,
@@ -58,53 +58,55 @@ class GeneratingModule(ConfiguredModule):
         tokenizer: Any = None,
         **more: Any,
     ) -> Any:
-        """Write on, token by token, as transformers' ``generate`` does, under every layout.
+        """Continue texts, token by token, as transformers' ``generate`` does, under every layout.
 
-        What is None is as the model says (its ``generation_config.json``: tokens that end a text, temperature, ...),
-        and transformers' default where it says nothing. All ranks of a replica call it with the same prompts and get
-        the same text; replicas may have different ones. Without a Trainer, ``build`` says the layout; a process of its
-        own needs no call. Training goes on afterwards as if nothing had been written.
+        An argument that is None has the value of the model's ``generation_config.json`` (tokens that end a text,
+        temperature, ...), or transformers' default if that has none. All ranks of a replica call it with the same
+        prompts and get the same text; replicas may have different prompts. Without a Trainer, call ``build`` first to
+        choose a layout; a process that is alone need not. Training continues afterwards as if nothing had been
+        generated.
 
         Args:
-            input_ids: Prompts ``[b, s]``; of a T5, the encoder's input.
-            attention_mask: ``[b, s]``, 0 where there is padding, on either side; the text has it on the left. None: of
-                a GPT, where ``pad_token_id`` stands, unless that ends texts; else there is no padding.
-            max_new_tokens: At most so many tokens are added; 20 by default.
+            input_ids: Prompts ``[b, s]``; a T5's are the encoder's input.
+            attention_mask: ``[b, s]``, 0 where a prompt is padded, on either side; the returned text is padded on the
+                left. None: a GPT's prompts are padded where they have ``pad_token_id``, unless that token ends a text;
+                a T5's prompts are not padded.
+            max_new_tokens: The largest number of tokens to add; 20 by default.
             do_sample: Draw tokens from their probabilities, instead of taking the most probable.
-            temperature: Divides the scores; below 1 is more cautious.
-            top_k: Draw from the k most probable tokens, 50 by default; 0: from all.
+            temperature: The scores are divided by it; values below 1 make probable tokens more probable.
+            top_k: Draw from the k most probable tokens, 50 by default; 0 draws from all.
             top_p: Draw from the most probable tokens that together have this probability.
             top_p_decay: Factor on ``top_p`` after each token.
             top_p_bound: ``top_p`` decays no further than this.
-            repetition_penalty: Above 1, tokens that are in the text already are made less probable.
-            num_beams: Texts that are followed at once; the most probable is returned.
-            length_penalty: Exponent of the length by which beams' scores are divided.
-            early_stopping: Of beams: True stops at ``num_beams`` finished texts, False when a better one is improbable,
-                "never" when there can be none.
+            repetition_penalty: Values above 1 make tokens that the text has already less probable.
+            num_beams: Number of beams; the most probable text is returned.
+            length_penalty: The scores of beams are divided by the length to this power.
+            early_stopping: When beam search stops: True at ``num_beams`` finished texts, False when a better one is
+                improbable, "never" when there can be no better one.
             eos_token_id: Tokens that end a text; ``[]``: none does.
-            pad_token_id: Stands behind a text that has ended. None: the model's, or the first ``eos_token_id``.
-            seed: Of the tokens that are drawn; the same seed, the same text, under every layout. None: another each
-                time.
+            pad_token_id: The token that follows a text that has ended. None: the model's, or the first
+                ``eos_token_id``.
+            seed: Seed of the tokens that are drawn; one seed gives the same text under every layout. None: another
+                seed in each call.
             stream: Called on the replica's first rank with each new token of all texts, ``[b]``; not with beams.
-            generation_config: transformers' object, over what the model says; single arguments go before it.
-            logits_processor: A list of them, which change the scores; called on every rank.
-            stopping_criteria: A list of them; where ranks differ, the first one's decision holds.
-            prefix_allowed_tokens_fn: Tokens that may follow a text.
-            streamer: One of transformers', on the replica's first rank; not with beams.
-            tokenizer: transformers', which ``stop_strings`` needs.
+            generation_config: transformers' settings; they replace the model's own, and arguments replace them.
+            logits_processor: transformers' processors, which change the scores; called on every rank.
+            stopping_criteria: transformers' criteria, which end texts; if ranks differ, the first rank decides.
+            prefix_allowed_tokens_fn: Returns the tokens that may follow a text.
+            streamer: A streamer of transformers', called on the replica's first rank; not with beams.
+            tokenizer: The tokenizer of transformers' that ``stop_strings`` needs.
             **more: Further settings of transformers' ``GenerationConfig``: ``max_length``, ``min_new_tokens``,
                 ``stop_strings``, ``num_return_sequences``, ``no_repeat_ngram_size``, ``bad_words_ids``, ...
 
         Returns:
-            ``[b, s + new]``, prompts and what was added; of a T5 ``[b, 1 + new]``, which begins with the decoder's
-            start. Several texts of a prompt follow one another. transformers' output object, with
-            ``return_dict_in_generate``.
+            The prompts and the new tokens, ``[b, s + new]``; a T5 returns the decoder's start token and the new tokens,
+            ``[b, 1 + new]``. Several texts of one prompt are consecutive rows. With ``return_dict_in_generate`` it is
+            transformers' output object.
 
         Raises:
-            ValueError: What was asked for cannot be, or is not here, on all ranks of the replica, before a token is
-                written.
-            RuntimeError: Called in a pipeline's micro-batch, or of a model that is not built on these ranks; or a hook
-                of the user's has failed, on all ranks.
+            ValueError: An argument is wrong or not supported; raised on all ranks of the replica before any token.
+            RuntimeError: It is called within a pipeline's micro-batch, or the model is not built on these ranks; or a
+                processor, criterion or streamer has failed, which is raised on all ranks.
         """
         self._prepare_to_generate()
         named = {
@@ -140,7 +142,7 @@ class GeneratingModule(ConfiguredModule):
         hooks: Hooks,
         seed: int | None,
     ) -> tuple[Prompts, GenerationSettings, int]:
-        """What all ranks of the replica were asked for, or an error on all of them; and a seed that they share."""
+        """Prompts, settings and a seed that all ranks of the replica share."""
         try:
             if attention_mask is None and not self._encodes:
                 attention_mask = _unpadded(input_ids, {**own, **given})
@@ -154,7 +156,8 @@ class GeneratingModule(ConfiguredModule):
         except (ValueError, TypeError) as error:
             agree(error, "")
             raise
-        return prompts, settings, agree(None, repr((own, given, decays, hooks.told(), seed, prompts.fingerprint())))
+        asked_for = repr((own, given, decays, hooks.description(), seed, prompts.fingerprint()))
+        return prompts, settings, agree(None, asked_for)
 
     @property
     def _encodes(self) -> bool:

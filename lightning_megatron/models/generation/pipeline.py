@@ -16,7 +16,7 @@ class Stages:
 
     Args:
         chunks: This rank's, in their order.
-        dtype: Of the hidden states.
+        dtype: Type of the hidden states.
         device: Where the chunks are.
     """
 
@@ -36,7 +36,7 @@ class Stages:
 
         Args:
             path: The stages' numbers.
-            shape: Of what travels.
+            shape: Shape of the hidden states that one stage sends to the next.
             run: Calls (number, chunk).
 
         Returns:

@@ -1,4 +1,4 @@
-"""What the text starts from: prompts, padded on the left, the same on every rank that holds a part of the model."""
+"""Prompts, padded on the left, the same on every rank that holds a part of the model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Prompts:
 
         Args:
             input_ids: ``[b, s]``, a tensor or what becomes one.
-            attention_mask: Likewise; None keeps all.
-            vocab_size: Of the model.
+            attention_mask: ``[b, s]``, 0 where a prompt is padded; None: no prompt is padded.
+            vocab_size: Number of token ids of the model.
 
         Raises:
             ValueError: They are not ``[b, s]`` whole numbers of the vocabulary with a mask alike, or one is empty.
@@ -101,7 +101,7 @@ def agree(error: Exception | None, fingerprint: str) -> int:
 
     Args:
         error: Why this rank cannot go on.
-        fingerprint: Of what it was given.
+        fingerprint: A hash of the prompts and settings that this rank was given.
 
     Returns:
         A seed, the same on all of them, for a call that names none.
@@ -115,7 +115,7 @@ def agree(error: Exception | None, fingerprint: str) -> int:
         raise error
     for rank, (text, other, _) in enumerate(everyone):
         if text is not None:
-            raise ValueError(f"Model-parallel rank {rank} has refused its prompts: {text}")
+            raise ValueError(f"Model-parallel rank {rank} refuses its prompts: {text}")
         if other != everyone[0][1]:
             raise ValueError(
                 f"generate: the prompts or settings of model-parallel rank {rank} differ from those of rank 0, and they"

@@ -1,4 +1,4 @@
-"""How tokens are chosen: transformers' own arguments and defaults, refused where they make no sense or are not here."""
+"""How tokens are chosen: transformers' arguments and defaults; what has no effect or is not supported is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WITHOUT_EFFECT = {
     "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type",
 }  # fmt: skip
 _ONE_MODEL = "it asks for another model, or for other passes of this one, beside the text's"
-_OTHER_PASSES = "the stages of a pipeline hand on scores only"
+_OTHER_PASSES = "the stages of a pipeline return scores only"
 _OTHER_START = "a text begins with input_ids, and T5's decoder with decoder_start_token_id"
 _REFUSED = {
     "assistant_model": _ONE_MODEL,
@@ -74,7 +74,7 @@ class GenerationSettings:
     Args:
         config: transformers' settings, complete but for its defaults.
         given: The arguments that were given.
-        max_new_tokens: At most so many are added.
+        max_new_tokens: The largest number of tokens that are added.
         top_p_decay: Factor on ``top_p`` after each token.
         top_p_bound: ``top_p`` decays no further than this.
     """
@@ -100,11 +100,11 @@ class GenerationSettings:
 
         Args:
             given: Arguments of ``generate``; those that are None were not given.
-            own: What the model says, as its ``generation_config.json``.
+            own: The settings of the model's ``generation_config.json``.
             start: Tokens that the texts begin with, padding included.
             longest: Tokens of the longest text, for a call that says nothing of it.
-            top_p_decay: See above.
-            top_p_bound: See above.
+            top_p_decay: Factor on ``top_p`` after each token.
+            top_p_bound: ``top_p`` decays no further than this.
             encodes: Whether an encoder reads the prompts.
 
         Raises:
@@ -201,8 +201,8 @@ class GenerationSettings:
             if value not in (None, 0, 1):
                 why = _REFUSED.get(name, "the loop does not see what a T5's encoder reads")
                 raise ValueError(
-                    f"generate: the settings say {name}={value!r}, which is not here: {why}. Give a generation_config"
-                    " without it, or leave it out."
+                    f"generate: the settings say {name}={value!r}, which is not supported: {why}. Give a"
+                    " generation_config without it, or leave it out."
                 )
 
 
@@ -212,7 +212,7 @@ def _plain(value: Any) -> Any:
 
 def _check_known(name: str, value: Any, fields: set[str]) -> None:
     if name in _REFUSED and value is not False:
-        raise ValueError(f"generate({name}=...) is not here: {_REFUSED[name]}. Leave it out.")
+        raise ValueError(f"generate({name}=...) is not supported: {_REFUSED[name]}. Leave it out.")
     if name not in fields and name not in _REFUSED:
         near = closest_name(name, sorted(fields - _REFUSED.keys()), similarity=0.6)
         raise ValueError(

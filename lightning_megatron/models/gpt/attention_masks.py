@@ -52,10 +52,10 @@ def check(config: GPTConfig, batch: Batch, name: str, length: int) -> None:
     """Refuse a mask of a shape that nobody reads, and what the layers cannot keep apart.
 
     Args:
-        config: Of the model.
-        batch: The batch.
-        name: Key of its tokens.
-        length: Tokens of a row.
+        config: Configuration of the model.
+        batch: The batch of the loader.
+        name: Key of the batch's tokens.
+        length: Number of tokens of a row.
 
     Raises:
         ValueError: With the values seen.

@@ -40,14 +40,14 @@ class GPTConfig(ModelConfig):
         embedding_multiplier: Factor on the embeddings' output, as in Gemma.
         normalization: LayerNorm or RMSNorm.
         layernorm_epsilon: Added to the variance.
-        activation: Of the feed-forward layer; "swiglu", "geglu" and "geglu_tanh" are gated.
+        activation: Activation of the feed-forward layer; "swiglu", "geglu" and "geglu_tanh" are gated.
         bias: Whether linear layers have biases.
         qkv_bias: Whether the query, key and value projection has one. None: as ``bias``.
         tie_embeddings: Whether the output layer's weight is the embedding's.
         hidden_dropout: Dropout after the embedding, attention and feed-forward.
         attention_dropout: Dropout of attention weights.
         init_method_std: Standard deviation of the initial weights.
-        make_vocab_size_divisible_by: See ``vocab_size``.
+        make_vocab_size_divisible_by: Unit of the padded vocabulary, see ``vocab_size``.
         layers: "torch", or "transformer_engine" where it is installed.
         extra: Further fields of megatron-core's ``TransformerConfig``, by its names; they win over what is above.
 

@@ -10,7 +10,7 @@ from lightning_megatron.models.generation import Decoder, Prompts, Stages
 
 
 class GPTDecoder(Decoder):
-    """Of megatron-core's ``GPTModel``; as ``Decoder``."""
+    """Next-token scores of megatron-core's ``GPTModel``; arguments as ``Decoder``."""
 
     def __init__(self, stages: Stages, start: Prompts, vocab_size: int, max_new_tokens: int, beams: int) -> None:
         super().__init__(stages, start, vocab_size, max_new_tokens, beams)

@@ -21,8 +21,8 @@ class HarnessGPT(TemplateLM):
         module: A GPT; one that is not built yet is built on this process alone. Under tensor parallelism all ranks
             evaluate; pipeline stages are not supported.
         tokenizer: "bytes", the path of a ``tokenizer.json``, a transformers folder, name or tokenizer.
-        batch_size: Texts that are run at once.
-        max_new_tokens: Of a written answer whose task does not say.
+        batch_size: Number of texts per forward pass.
+        max_new_tokens: Longest answer to a task that does not say how long an answer may be.
     """
 
     def __init__(

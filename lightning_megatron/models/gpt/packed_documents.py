@@ -15,7 +15,7 @@ class Documents:
         eod_id: The token that ends a document, and belongs to it.
         reset_position_ids: Positions start at 0 in each document.
         reset_attention_mask: A token looks only at tokens of its own document.
-        eod_mask_loss: What follows the end of a document is not to be predicted from it.
+        eod_mask_loss: The token after the end of a document is left out of the loss.
 
     Raises:
         ValueError: An option without ``eod_id``.

@@ -23,7 +23,7 @@ class TorchAttention(torch.nn.Module):
         attention_type: "self" or "cross".
         attention_dropout: Probability; None takes the configuration's.
         softmax_scale: Factor on the scores; None is one over the root of the head's size.
-        **_: What other implementations need (context parallelism, process groups).
+        **_: Arguments that only other implementations read (context parallelism, process groups).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TorchAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Compute the attention of this rank's heads.
 
         Args:
             query: ``[s, b, heads/tp, head]``.
@@ -66,7 +66,7 @@ class TorchAttention(torch.nn.Module):
                 causal part. None is plain causal attention, or none masked.
             attn_mask_type: Overrides the kind that the layer was built with.
             attention_bias: ``[1, heads/tp, s, s]``, added to the scores; the mask then has to hold the causal part.
-            packed_seq_params: Refused.
+            packed_seq_params: Must be None.
 
         Returns:
             ``[s, b, heads/tp · head]``.

@@ -18,9 +18,9 @@ def stretch_rotary(model: torch.nn.Module, base: float, share: float, seq_length
 
     Args:
         model: megatron-core's ``GPTModel``.
-        base: Base period.
-        share: Of a head's channels, rotated.
-        seq_length: Longest sequence.
+        base: Base period of the rotary frequencies.
+        share: Share of a head's channels that is rotated.
+        seq_length: Longest sequence, in tokens.
         scaling: transformers' ``rope_parameters``.
 
     Raises:

@@ -22,13 +22,13 @@ class LoRA:
     A layer's weight ``W`` becomes ``W + scale · B A``; ``A`` is ``[rank, in]`` and ``B`` ``[out, rank]``.
 
     Args:
-        rank: Of the updates.
+        rank: Rank of the updates.
         alpha: ``scale`` is ``alpha / rank``, or ``alpha / √rank`` with ``rslora``.
         targets: Names of layers, as the family of transformers has them ("q_proj", "self_attn.q_proj") or megatron-core
             ("linear_qkv"), each of which matches where a name ends with it; or one regular expression of whole names;
             or "all-linear", all but the output layer.
         dropout: Probability of leaving an input of the updates out.
-        rslora: See ``alpha`` (https://arxiv.org/abs/2312.03732).
+        rslora: Whether ``scale`` is ``alpha / √rank`` (https://arxiv.org/abs/2312.03732).
         also_train: Parts of the model that are trained whole, by megatron-core's names, such as "classification_head".
             A head that a pretrained model did not have is trained in any case.
 

@@ -20,10 +20,10 @@ def attach(chunk: torch.nn.Module, lora: LoRA, pieces: Pieces, config: Any, seed
 
     Args:
         chunk: One of the model's chunks.
-        lora: What to update.
+        lora: Which layers to update, and the sizes of the updates.
         pieces: The whole model's, by its family's names; empty where it has no family.
-        config: Of the model.
-        seed: Of the first weights; the same on all ranks.
+        config: Configuration of the model.
+        seed: Seed of the first weights; the same on all ranks.
         also: Names of whole tensors that are trained as they are.
     """
     whole_parts = tuple(f"{part}." for part in lora.also_train)

@@ -28,10 +28,10 @@ class Adapter(torch.nn.Module):
 
     Args:
         linear: megatron-core's layer.
-        piece: What its weight is made of.
-        chosen: Of transformers' weights that it is made of, those that are updated.
-        heads: Of the model.
-        lora: Sizes.
+        piece: transformers' weights that the layer's weight is made of.
+        chosen: Those of transformers' weights that are updated.
+        heads: The attention heads of the model.
+        lora: Rank, scale and dropout of the updates.
         halves: Whether the rows are a gate and what it gates, of which a rank has a part each.
     """
 
@@ -80,7 +80,7 @@ class Adapter(torch.nn.Module):
         """Take this rank's part of an update.
 
         Args:
-            number: Of the update among those of this layer.
+            number: Index of the update among those of this layer.
             down: ``A``, ``[rank, in]``.
             up: ``B``, ``[out, rank]``, rows in the order of transformers' layer.
         """

@@ -1,4 +1,4 @@
-"""Low-rank updates of an adapter's model: by the names of its family, attached, loaded and saved."""
+"""Low-rank updates of a module's model, by the names of its family: injected, loaded and saved."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def _in_whole_modules(trained: set[str], pieces: Pieces, tied: dict[str, str], l
         trained: Our names of what was trained.
         pieces: The model's.
         tied: Tensors of theirs that ours has once: whole modules of peft's are copies, which tear the tie.
-        lora: What has updates, which whole modules have not.
+        lora: Which layers have updates; a module that has one cannot be saved whole.
         heads: Modules that are there in any case.
     """
     modules = heads | {name.rpartition(".")[0] for key in trained & pieces.keys() for name in pieces[key].names}

@@ -19,9 +19,9 @@ class Updates:
     """The updates of a whole model, by transformers' names of the weights.
 
     Args:
-        lora: Their sizes.
+        lora: Rank and scale of the updates.
         pieces: The model's.
-        config: Of the model.
+        config: Configuration of the model.
     """
 
     def __init__(self, lora: LoRA, pieces: Pieces, config: Any) -> None:

@@ -54,9 +54,9 @@ def write(folder: Path, saved: Saved, task: str, base: str | None, transposed: b
 
     Args:
         folder: The directory.
-        saved: What it holds, of the whole model.
+        saved: The updates of the whole model, and other weights that were trained.
         task: peft's name of the task.
-        base: What the model came from, if that is known.
+        base: Name or directory of the model that the updates belong to, if it is known.
         transposed: Whether the updated weights are stored as ``[in, out]``.
     """
     tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in saved.whole.items()}
@@ -88,7 +88,7 @@ def base_of(folder: Path) -> str | Path | None:
     """The model that an adapter's directory is of: in the directory itself, or what it names; None: it is no adapter's.
 
     Raises:
-        ValueError: It names none.
+        ValueError: The directory names no model.
     """
     if not (folder / _CONFIG).is_file():
         return None

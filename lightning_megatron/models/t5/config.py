@@ -44,14 +44,14 @@ class T5Config(ModelConfig):
         relative_attention_max_distance: Distances from here on share the last bucket.
         normalization: RMSNorm, as in T5, or LayerNorm.
         layernorm_epsilon: Added to the variance.
-        activation: Of the feed-forward layer: "relu" in T5, "geglu_tanh" in T5 1.1; "swiglu", "geglu" and "geglu_tanh"
-            are gated.
+        activation: Activation of the feed-forward layer: "relu" in T5, "geglu_tanh" in T5 1.1; "swiglu", "geglu" and
+            "geglu_tanh" are gated.
         tie_embeddings: Whether the output layer's weight is the embedding's, as in T5; not in T5 1.1.
         decoder_start_id: First input of the decoder where labels are shifted; also stands in for ignored labels.
         hidden_dropout: Dropout after the embedding, attention and feed-forward.
         attention_dropout: Dropout of attention weights.
         init_method_std: Standard deviation of the initial weights.
-        make_vocab_size_divisible_by: See ``vocab_size``.
+        make_vocab_size_divisible_by: Unit of the padded vocabulary, see ``vocab_size``.
         layers: "torch"; Transformer Engine's are not built for T5.
         extra: Further fields of megatron-core's ``TransformerConfig``, by its names; they win over what is above.
 

@@ -11,14 +11,14 @@ from lightning_megatron.models.t5.layer_spec import EncoderStates
 
 
 class T5Decoder(Decoder):
-    """Of ``T5Model``; encodes the prompts at once, and keeps each layer's keys and values of them.
+    """Next-token scores of ``T5Model``; it encodes the prompts once, and keeps each layer's keys and values of them.
 
     Args:
         stages: The chunks.
         prompts: The encoder's input.
-        start: What the decoder begins with.
-        vocab_size: Token ids that occur.
-        max_new_tokens: At most so many are added.
+        start: The tokens that the decoder begins with.
+        vocab_size: Number of token ids, without padding of the vocabulary.
+        max_new_tokens: The largest number of tokens that are added.
         beams: Texts of each prompt.
         split: First stage of the decoder; 0 where there is one stage.
     """

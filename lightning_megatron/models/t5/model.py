@@ -49,7 +49,7 @@ class T5Stage:
         encoder: Whether it has layers of the encoder.
         decoder: Whether it has layers of the decoder; both where there are no pipeline stages.
         ends_stack: Whether its layers are the last of their stack.
-        copy: Its number within its stack, from 0; None without pipeline stages.
+        copy: Number of the stage within its stack, from 0; None without pipeline stages.
     """
 
     encoder: bool
@@ -63,7 +63,7 @@ class T5Model(WholeModelNames, LanguageModule):
 
     Args:
         encoder_config: Megatron's transformer configuration of the encoder.
-        config: That of the decoder.
+        config: Megatron's transformer configuration of the decoder.
         stage: Which layers the chunk has.
         vocab_size: Token ids that occur.
         padded_vocab_size: Rows of the embedding.
@@ -75,7 +75,7 @@ class T5Model(WholeModelNames, LanguageModule):
         max_distance: Distances from here on share the last bucket.
         pre_process: Whether the chunk holds the embedding.
         post_process: Whether it holds the output layer.
-        vp_stage: Its number on this pipeline stage under interleaving, else None.
+        vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class T5Model(WholeModelNames, LanguageModule):
             encoder_mask: ``[b, 1, 1 or se, se]``, True where a query may not look; None where nothing is padded.
             decoder_mask: ``[1 or b, 1, sd, sd]``, the causal part included.
             cross_mask: ``[b, 1, 1 or sd, se]``, or None.
-            **_: What only the loss reads.
+            **_: Inputs that only the loss reads.
 
         Returns:
             Hidden states ``[se/tp + sd/tp, b, h]``, or on the last stage logits ``[b, sd, vocab/tp]``.

@@ -31,7 +31,7 @@ def gpt():
         ({"do_sample": True, "top_p_decay": 0.5}, "top_p_decay=0.5.*does nothing without top_p"),
         ({"num_beams": 0}, "num_beams=0"),
         ({"length_penalty": 2.0}, "does nothing without num_beams above 1"),
-        ({"num_beams": 2, "stream": print}, "beams change their beginnings"),
+        ({"num_beams": 2, "stream": print}, "earlier tokens of beams may change"),
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
         ({"eos_token_id": 211}, "eos_token_id=211.*ids 0 to 210"),
         ({"input_ids": torch.full((1, 3), 211)}, "token id 211 in the prompts is outside"),
@@ -67,7 +67,7 @@ def test_ranks_of_a_replica_that_differ_are_told_so():
     with pytest.raises(RankError, match="prompts or settings of model-parallel rank 1 differ") as error:
         run_ranks(2, _differ, [IDS, IDS + 1])
     assert str(error.value).count("differ from those of rank 0") == 2
-    with pytest.raises(RankError, match="Model-parallel rank 1 has refused its prompts: .*token id 305"):
+    with pytest.raises(RankError, match="Model-parallel rank 1 refuses its prompts: .*token id 305"):
         run_ranks(2, _differ, [IDS, IDS + 299])
 
 

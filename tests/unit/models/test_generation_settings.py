@@ -154,7 +154,7 @@ def test_scores_are_transformers() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"assistant_model": 3}, r"generate\(assistant_model=\.\.\.\) is not here: it asks for another model"),
+        ({"assistant_model": 3}, r"generate\(assistant_model=\.\.\.\) is not supported: it asks for another model"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
         ({"num_beam_groups": 2}, "num_beam_groups"),
