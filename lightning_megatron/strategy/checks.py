@@ -173,7 +173,7 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
     ddp = trainer.strategy.ddp  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
-        if isinstance(callback, single_rank.REGROUPING) and not single_rank.is_alone(trainer):
+        if isinstance(callback, single_rank.CHANGES_GROUPS) and not single_rank.is_single_rank(trainer):
             raise MisconfigurationException(
                 f"MegatronStrategy does not work with {name}: it changes which parameters are trained, in the middle of"
                 " a run, and megatron-core's gradient buffers are laid out at its start. Freeze parameters before fit"
@@ -194,7 +194,7 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
 def _check_module(trainer: pl.Trainer) -> None:
     """Refuse hooks that no schedule calls, and a logger that would have rank 0 draw the model's graph alone."""
     module, name = trainer.lightning_module, type(trainer.lightning_module).__name__
-    fits = trainer.state.fn == TrainerFn.FITTING and not single_rank.is_alone(trainer)
+    fits = trainer.state.fn == TrainerFn.FITTING and not single_rank.is_single_rank(trainer)
     if fits and is_overridden("backward", module):
         raise MisconfigurationException(
             f"{name}.backward would never be called: MegatronStrategy's schedule runs forward and backward of all"

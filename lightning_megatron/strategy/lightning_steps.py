@@ -1,4 +1,4 @@
-"""Steps of a plain module on one rank that asks for what no schedule gives: Lightning's own loop trains it."""
+"""Steps of a plain module that Lightning's own loop trains, on one rank; ``single_rank.py`` says when."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning_megatron.strategy.plain_steps import PlainSteps
 
 
 class LightningSteps(PlainSteps):
-    """Runs the hooks of such a module; the engine only has evaluations and predictions."""
+    """Runs the hooks of such a module. The engine only evaluates and predicts."""
 
     @override
     def train(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """``training_step`` forward; Lightning runs backward behind it, or the module does itself."""
+        """``training_step`` forward. Lightning runs the backward pass after it, or the module does so itself."""
         with self.precision.train_step_context(), self.precision.step_context(self.engine.device):
             return self.module.training_step(batch, *args, **kwargs)

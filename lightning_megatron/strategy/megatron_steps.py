@@ -1,4 +1,4 @@
-"""Steps of a MegatronModule: its chunks on their pipeline stages, its loss that of the global batch."""
+"""Steps of a MegatronModule: its chunks run on their pipeline stages, and its loss is the global batch's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MegatronSteps(StepRunner):
     """Runs the hooks of a MegatronModule; see ``StepRunner``."""
 
     module: MegatronModule
-    _said_how_it_is_cut = False
+    _has_reported_cut = False
 
     @staticmethod
     @override
@@ -39,7 +39,7 @@ class MegatronSteps(StepRunner):
 
     @override
     def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """``validation_step`` or ``test_step``: what it returned, its loss that of the global batch."""
+        """Run ``validation_step`` or ``test_step``; the loss in what it returns is the global batch's."""
         recorder = self._record(batch)
         step = self._step(hook, recorder, args, kwargs)
         self._share_buffers(args)
@@ -51,7 +51,7 @@ class MegatronSteps(StepRunner):
 
     @override
     def predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """``predict_step``: what the last stage returned, on every stage."""
+        """Run ``predict_step``; every stage gets what the last stage returned."""
         recorder = self._record(batch)
         step = self._step("predict_step", recorder, args, kwargs)
         if runs_on_all_stages(self.module.predict_step):
@@ -83,8 +83,8 @@ class MegatronSteps(StepRunner):
     @override
     def _cut(self, batch: Any) -> tuple[Cut, int]:
         chosen = self.micro_batching.cut(self.engine.layout, count_rows(batch))
-        if not self._said_how_it_is_cut and self.engine.layout.pp > 1:
-            self._said_how_it_is_cut = True
+        if not self._has_reported_cut and self.engine.layout.pp > 1:
+            self._has_reported_cut = True
             rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
         if self.engine.layout.pp == 1:
             return chosen, 1  # no hidden states travel

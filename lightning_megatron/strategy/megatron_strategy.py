@@ -220,7 +220,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
         self._heartbeat.start()
         rank_consistency.share_random_state()
         process_groups.seed(torch.initial_seed())
-        self._hand_module_its_settings()
+        self._set_build_settings()
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -239,8 +239,8 @@ class MegatronStrategy(ModuleSetup, Collectives):
             self._set_up_evaluation()
         self.setup_precision_plugin()
         self._preemption = preemption.Preemption(trainer)
-        behind_schedule = self._behind_schedule if self._sharded is not None else None
-        self._patches.bend(trainer, self.checkpointer, self._preemption, self._hook_logs(), behind_schedule)
+        after_backward = self._after_backward if self._sharded is not None else None
+        self._patches.apply(trainer, self.checkpointer, self._preemption, self._hook_logs(), after_backward)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -361,7 +361,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
     def teardown(self) -> None:
         assert self.cluster_environment is not None
         assert self.accelerator is not None
-        self._patches.unbend()
+        self._patches.undo()
         self.checkpointer.wait()
         self.checkpointer.release_memory()
         self._heartbeat.stop()
@@ -407,7 +407,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self._sharded is None:
-            single_rank.regroup(self.lightning_module.trainer)  # type: ignore[union-attr]
+            single_rank.restore_finetuning_groups(self.lightning_module.trainer)  # type: ignore[union-attr]
             super().load_optimizer_state_dict(checkpoint)
         elif checkpoint["optimizer_states"]:
             schedulers = [config.scheduler for config in self.lr_scheduler_configs]
@@ -432,5 +432,5 @@ class MegatronStrategy(ModuleSetup, Collectives):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         is_plain = not isinstance(self.lightning_module, MegatronModule)
-        in_one_file = single_rank.is_alone(trainer) and not self.checkpointer.asynchronous
+        in_one_file = single_rank.is_single_rank(trainer) and not self.checkpointer.asynchronous
         return Run(trainer, self.layout, self._sharded, is_plain, in_one_file)

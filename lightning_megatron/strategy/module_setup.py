@@ -1,4 +1,4 @@
-"""How a module is set up for a run: who runs its steps, on which engine, and what becomes of its optimizer."""
+"""How a module is set up for a run: its step runner, its engine, and its sharded optimizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_megatron.strategy import checks, single_rank
 from lightning_megatron.strategy.lightning_steps import LightningSteps
 from lightning_megatron.strategy.logging import hook_values
 from lightning_megatron.strategy.megatron_steps import MegatronSteps
-from lightning_megatron.strategy.parallel_ranks import Placement
+from lightning_megatron.strategy.parallel_ranks import ParallelRanks
 from lightning_megatron.strategy.plain_steps import PlainSteps
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.strategy.step_runner import StepRunner
@@ -28,7 +28,7 @@ from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer
 from lightning_megatron.training.optimizer_factory import shard_optimizer
 
 
-class ModuleSetup(Placement):
+class ModuleSetup(ParallelRanks):
     """The part of the strategy that knows, from ``setup`` on, how its module is trained and evaluated."""
 
     recompute: Literal["selective", "full"] | None
@@ -41,13 +41,13 @@ class ModuleSetup(Placement):
 
     @property
     def engine(self) -> Engine:
-        """What runs the schedules; known from ``setup`` on."""
+        """The engine that runs the schedules; known from ``setup`` on."""
         if self._engine is None:
             raise RuntimeError("MegatronStrategy: the engine is known once trainer.fit (or validate, ...) has set up.")
         return self._engine
 
-    def _hand_module_its_settings(self) -> None:
-        """Tell a MegatronModule what it is built for."""
+    def _set_build_settings(self) -> None:
+        """Tell a MegatronModule the layout, precision and device that it is built for."""
         if isinstance(self.lightning_module, MegatronModule):
             self.lightning_module.settings = BuildSettings(
                 layout=self.layout,
@@ -57,8 +57,8 @@ class ModuleSetup(Placement):
             )
 
     def _set_up_training(self, trainer: pl.Trainer) -> None:
-        """Choose who trains the module: a schedule with a sharded optimizer, or Lightning's own loop."""
-        if single_rank.is_alone(trainer) and single_rank.asks_for_more(trainer, self.optimizers):
+        """Choose what trains the module: a schedule and a sharded optimizer, or Lightning's own loop."""
+        if single_rank.is_single_rank(trainer) and single_rank.needs_lightnings_loop(trainer, self.optimizers):
             self._steps = self._make_steps(LightningSteps, None)
             lightning_private.optimizers_to_device(self.optimizers, self.root_device)
             return
@@ -69,9 +69,10 @@ class ModuleSetup(Placement):
         self.optimizers = [self._shard(self.optimizers[0])]
 
     def _set_up_evaluation(self) -> None:
+        """Keep the optimizer of a fit of this module, for a later save, and forget that of another one."""
         assert self.lightning_module is not None
         if self._sharded is None or not self._sharded.trains(self.lightning_module):
-            self.optimizers, self.lr_scheduler_configs = [], []  # of a fit of another module; else a save has them
+            self.optimizers, self.lr_scheduler_configs = [], []
         self._steps = self._make_steps(self._kind_of_steps, None)
 
     @property
@@ -90,13 +91,13 @@ class ModuleSetup(Placement):
         return module.named_shards() if isinstance(module, MegatronModule) else module.named_parameters()
 
     def _hook_logs(self) -> hook_values.HookLogs | None:
-        """What shares over the ranks the values that hooks log; None where nothing is shared."""
+        """The object that shares what hooks log with the other ranks; None where there are none."""
         if not isinstance(self.lightning_module, MegatronModule) or self._ranks == 1:
             return None
         return hook_values.HookLogs(self.lightning_module, lambda: self._steps.counts)
 
-    def _behind_schedule(self) -> None:
-        """Between the hooks around backward, which the schedule has run."""
+    def _after_backward(self) -> None:
+        """Show the gradients to hooks, between Lightning's hooks around the backward pass that the schedule has run."""
         assert self._sharded is not None
         if self._steps.ends_window and gradients.hooks_read_gradients(self.lightning_module.trainer):  # type: ignore[union-attr]
             self._sharded.expose_gradients()

@@ -1,4 +1,4 @@
-"""Where this rank sits in the layout, as the strategy tells it."""
+"""The strategy's public sizes and ranks: how many ranks there are, and where this one sits in the layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_megatron.distributed.layout import ParallelLayout
 
 
-class Placement(ParallelStrategy):
+class ParallelRanks(ParallelStrategy):
     """The strategy's public sizes and ranks; known from a Trainer's construction on."""
 
     sizes: dict[str, Any]

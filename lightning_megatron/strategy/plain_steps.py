@@ -1,4 +1,4 @@
-"""Steps of a LightningModule with no Megatron in it: whole on every rank, one chunk, and what it logs is its own."""
+"""Steps of a plain LightningModule, which every rank holds whole as its one model chunk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_megatron.training.microbatches import Cut
 
 
 class _SkippedError(Exception):
-    """A ``training_step`` on one rank has returned None: the batch counts for nothing."""
+    """``training_step`` has returned None on the only rank, which skips the batch."""
 
 
 class PlainSteps(StepRunner):
@@ -36,13 +36,13 @@ class PlainSteps(StepRunner):
         ddp: DistributedDataParallelConfig | None,
         device: torch.device,
     ) -> Engine:
-        """The engine of the module as the only chunk, which draws from the user's own random generators."""
+        """The engine whose only chunk is the module; its random numbers come from the user's own generators."""
         plain = PlainModel(module)
         return Engine(layout, [plain], plain.config, ddp, False, device, rng_context=nullcontext)
 
     @override
     def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """``validation_step`` or ``test_step`` on the whole batch: what it returned."""
+        """Run ``validation_step`` or ``test_step`` on the whole batch, and return its output."""
         recorder = self._record(batch)
         self._share_buffers(args)
         output = self._step(hook, recorder, args, kwargs)(batch, 1.0, 0)
@@ -51,7 +51,7 @@ class PlainSteps(StepRunner):
 
     @override
     def predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """``predict_step`` on the whole batch: what it returned."""
+        """Run ``predict_step`` on the whole batch, and return its output."""
         recorder = self._record(batch)
         output = self._step("predict_step", recorder, args, kwargs)(batch, 1.0, 0)
         recorder.end_prediction()

@@ -52,7 +52,9 @@ class MegatronPrecision(Precision):
         self.initial_loss_scale = initial_loss_scale or _INITIAL_LOSS_SCALE if precision == "16-mixed" else None
         self.precision = precision  # type: ignore[assignment]
         self.compute_dtype, self.grads_in_fp32 = _KINDS[precision]
-        self.behind_schedule: Callable[[], None] | None = None  # set by the strategy where a schedule runs backward
+        self.after_backward: Callable[[], None] | None = (
+            None  # set for a run in which a schedule runs the backward pass
+        )
         self.plain_module = False  # set by the strategy: layers of plain torch do not cast their inputs by themselves
 
     @property
@@ -103,10 +105,10 @@ class MegatronPrecision(Precision):
     @override
     def backward(self, tensor: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Run the backward pass, unless a schedule has run it: then only what comes after it, between the hooks."""
-        if self.behind_schedule is None:
+        if self.after_backward is None:
             super().backward(tensor, model, optimizer, *args, **kwargs)
         else:
-            self.behind_schedule()
+            self.after_backward()
 
     @override
     def clip_gradients(

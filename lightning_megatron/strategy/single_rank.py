@@ -1,4 +1,4 @@
-"""A plain module on one rank that asks for what no schedule gives: Lightning's own loop trains it, as without us."""
+"""When Lightning's own loop trains a plain module: on one rank, where it needs what no schedule can do."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from lightning_megatron.training.optimizer_factory import is_shardable
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-REGROUPING = (BaseFinetuning, ModelPruning)  # they change what the optimizer holds while it trains
+CHANGES_GROUPS = (BaseFinetuning, ModelPruning)  # they change what the optimizer holds while it trains
 
 
-def is_alone(trainer: pl.Trainer) -> bool:
-    """Whether the module is whole on this rank and shares nothing with others: Lightning's loop can train it."""
+def is_single_rank(trainer: pl.Trainer) -> bool:
+    """Whether one rank holds the whole plain module, without a loss scale, so that Lightning's loop can train it."""
     strategy: Any = trainer.strategy
     if isinstance(trainer.lightning_module, MegatronModule) or strategy.precision_plugin.scales_loss:
         return False
     return bool(strategy.layout.world_size == 1)
 
 
-def asks_for_more(trainer: pl.Trainer, optimizers: list[Optimizer]) -> bool:
-    """Whether the module, its optimizers or a callback need more than one optimizer step for each batch.
+def needs_lightnings_loop(trainer: pl.Trainer, optimizers: list[Optimizer]) -> bool:
+    """Whether the module, its optimizers or a callback need something else than one optimizer step for each batch.
 
     Args:
-        trainer: Whose module ``is_alone``.
-        optimizers: What ``configure_optimizers`` gave.
+        trainer: A Trainer for which ``is_single_rank`` holds.
+        optimizers: The ones that ``configure_optimizers`` returned.
     """
     module, strategy = trainer.lightning_module, cast("Any", trainer.strategy)
     return (
         not module.automatic_optimization
         or is_overridden("backward", module)
         or is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
-        or any(isinstance(callback, REGROUPING) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        or any(isinstance(callback, CHANGES_GROUPS) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         or trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
         or len(optimizers) != 1
         or lightning_private.is_no_optimizer(optimizers[0])  # configure_optimizers returned None
@@ -51,10 +51,10 @@ def asks_for_more(trainer: pl.Trainer, optimizers: list[Optimizer]) -> bool:
     )
 
 
-def regroup(trainer: pl.Trainer) -> None:
-    """Have finetuning callbacks give the optimizers the groups of a checkpoint, before these take its state.
+def restore_finetuning_groups(trainer: pl.Trainer) -> None:
+    """Have finetuning callbacks give the optimizers a checkpoint's groups before the optimizers load its state.
 
-    They do so in ``on_fit_start``, which has been called by then: here a checkpoint is read behind it.
+    These callbacks do so in ``on_fit_start``, but the strategy reads the checkpoint only after that hook.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, BaseFinetuning) and lightning_private.restarts(callback):

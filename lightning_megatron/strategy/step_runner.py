@@ -1,4 +1,4 @@
-"""One batch through the engine: the module's own hook on each micro-batch, and what it logged, logged for the batch."""
+"""Runs one batch through the engine: the module's hook on each micro-batch, and its log for the whole batch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class StepRunner(ABC):
     """Runs a module's hooks on batches. A subclass for each kind of module is chosen once, when a run is set up.
 
     Args:
-        module: Whose hooks they are.
-        engine: Runs the schedules.
-        precision: Its context surrounds each micro-batch.
+        module: The module whose hooks are run.
+        engine: The engine that runs the schedules.
+        precision: The plugin whose context surrounds each micro-batch.
         micro_batching: How batches are cut into micro-batches.
         stops_on_bad_loss: Whether the training ends with an error where a loss is NaN or infinite.
 
@@ -60,10 +60,10 @@ class StepRunner(ABC):
         """The engine of the module's chunks; without ``ddp`` it only evaluates."""
 
     def train(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """``training_step`` forward and backward.
+        """Run ``training_step`` forward and backward.
 
         Returns:
-            What ``on_train_batch_end`` is told; None where the batch was skipped.
+            The outputs for ``on_train_batch_end``; None where the batch was skipped.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite.
@@ -80,11 +80,11 @@ class StepRunner(ABC):
 
     @abstractmethod
     def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """``validation_step`` or ``test_step``: what it returned."""
+        """Run ``validation_step`` or ``test_step``, and return its output."""
 
     @abstractmethod
     def predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """``predict_step``: what it returned."""
+        """Run ``predict_step``, and return its output."""
 
     def _run_schedule(self, batch: Any, recorder: Recorder, args: Any, kwargs: Any) -> Outcome | None:
         trainer: pl.Trainer = self.module.trainer
@@ -96,7 +96,7 @@ class StepRunner(ABC):
 
     @abstractmethod
     def _step(self, hook: str, recorder: Recorder, args: Any, kwargs: Any) -> Step:
-        """What runs the module's own hook on a micro-batch, its logging recorded."""
+        """The function that runs the module's hook on a micro-batch and records what it logs."""
 
     @abstractmethod
     def _cut(self, batch: Any) -> tuple[Cut, int]:
@@ -104,7 +104,7 @@ class StepRunner(ABC):
 
     @abstractmethod
     def _recorder(self, batch: Any) -> Recorder:
-        """What takes the place of the module's ``log`` while ``batch`` runs."""
+        """The object that records ``self.log`` while ``batch`` runs."""
 
     def _cut_checked(self, batch: Any, args: Any) -> tuple[Cut, int]:
         if self._batch_idx(args) == 0:
@@ -112,7 +112,7 @@ class StepRunner(ABC):
         return self._cut(batch)
 
     def _batch_idx(self, args: Any) -> int:
-        """The batch's number; the loop knows it where the hook does not take it."""
+        """The number of the batch; the loop knows it where the hook does not take it."""
         if args:
             return int(args[0])
         loop = lightning_private.active_loop(self.module.trainer)

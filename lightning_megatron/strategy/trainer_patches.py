@@ -1,11 +1,11 @@
-"""All that is replaced in a Trainer's objects for a run. Applied by ``bend``, undone by ``unbend``, nowhere else.
+"""Everything that the strategy replaces in a Trainer's objects for a run, in one table, and undoes when the run ends.
 
-``bend`` is the table: every method or attribute of a loop, connector, callback, profiler or metric that is another one
-while the strategy runs. Loaders come later, one by one, to ``replace``. The strategy's ``teardown`` undoes all of it,
-behind an error too, so that these objects work in a plain Trainer afterwards.
+``TrainerPatches.apply`` is the table: each line replaces a method or attribute of a loop, connector, callback, profiler
+or metric. Loaders are made later, and their attributes are replaced one by one. The strategy's ``teardown``, which
+Lightning calls after an error too, undoes all of it, so that these objects work in a plain Trainer afterwards.
 
-What a run changes in them and stays is its result: the progress of loops, the loaders that the fit loop has read (a
-later save records where they are), metrics, and what a ModelCheckpoint has saved.
+The results of a run stay: the progress of the loops, the loaders that the fit loop has read (a later save records their
+position), metrics, and the checkpoints that a ModelCheckpoint has saved.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class _Replaced:
     """One entry of the undo list.
 
     Args:
-        owner: Whose attribute it is.
-        name: Of the attribute.
-        had_own: Whether ``owner`` itself had one; else its class's shows again.
-        old: What it had.
+        owner: The object.
+        name: The name of its attribute.
+        had_own: Whether the object itself had the attribute; otherwise its class's shows again.
+        old: The value that the object had.
     """
 
     owner: Any
@@ -46,33 +46,33 @@ class _Replaced:
 
 
 class TrainerPatches:
-    """What is replaced in the objects of one Trainer, and how it is put back."""
+    """The replaced attributes of one Trainer's objects, with the list that undoes them."""
 
     def __init__(self) -> None:
-        self._undo: list[_Replaced] = []
+        self._replaced: list[_Replaced] = []
 
-    def bend(
+    def apply(
         self,
         trainer: pl.Trainer,
         checkpointer: Checkpointer,
         preemption: Preemption,
         hook_logs: HookLogs | None,
-        behind_schedule: Callable[[], None] | None,
+        after_backward: Callable[[], None] | None,
     ) -> None:
-        """Replace what the strategy needs replaced, once it knows how the module is trained.
+        """Replace everything but the loaders' attributes, once it is known how the module is trained.
 
         Args:
-            trainer: Whose objects they are.
-            checkpointer: Is asked by ModelCheckpoint, and told of batches and schedulers.
-            preemption: Acts after each batch.
-            hook_logs: Listens to the hooks of a module whose values the ranks share; None for others.
-            behind_schedule: Called between the hooks around backward, where a schedule has run it; None where
+            trainer: The Trainer.
+            checkpointer: It goes on in the data at a resume, and answers ModelCheckpoint.
+            preemption: It acts on signals after each batch.
+            hook_logs: It shares the values that hooks log; None where there are no other ranks.
+            after_backward: It is called between the hooks around the backward pass that a schedule has run; None where
                 Lightning's own loop trains the module.
         """
         replace, epoch_loop = self.replace, trainer.fit_loop.epoch_loop
-        if behind_schedule is not None:
+        if after_backward is not None:
             replace(epoch_loop, "automatic_optimization", optimization_loop.ScheduleOptimization(trainer))
-            replace(trainer.strategy.precision_plugin, "behind_schedule", behind_schedule)
+            replace(trainer.strategy.precision_plugin, "after_backward", after_backward)
         replace(epoch_loop, "update_lr_schedulers", partial(optimization_loop.update_lr_schedulers, trainer))
         replace(epoch_loop, "advance", partial(checkpointer.resumption.advance, trainer, replace))
         replace(epoch_loop, "on_advance_end", preemption.end_advance)
@@ -100,20 +100,20 @@ class TrainerPatches:
             replace(trainer.profiler, "profile", hook_logs.profile)  # type: ignore[attr-defined]
 
     def replace(self, owner: Any, name: str, new: Any) -> None:
-        """Have ``owner.name`` be ``new`` until ``unbend``.
+        """Have ``owner.name`` be ``new`` until ``undo``.
 
         Raises:
             AttributeError: There is no such attribute, so that nobody would read the new one.
         """
         getattr(owner, name)
         held = vars(owner)  # written to as it is: a DataLoader refuses assignments, a module registers what it is given
-        self._undo.append(_Replaced(owner, name, name in held, held.get(name)))
+        self._replaced.append(_Replaced(owner, name, name in held, held.get(name)))
         held[name] = new
 
-    def unbend(self) -> None:
-        """Put everything back that was replaced, and nothing else."""
-        while self._undo:
-            last = self._undo.pop()
+    def undo(self) -> None:
+        """Put back everything that was replaced, and nothing else."""
+        while self._replaced:
+            last = self._replaced.pop()
             if last.had_own:
                 vars(last.owner)[last.name] = last.old
             else:
