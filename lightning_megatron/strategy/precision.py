@@ -52,9 +52,7 @@ class MegatronPrecision(Precision):
         self.initial_loss_scale = initial_loss_scale or _INITIAL_LOSS_SCALE if precision == "16-mixed" else None
         self.precision = precision  # type: ignore[assignment]
         self.compute_dtype, self.grads_in_fp32 = _KINDS[precision]
-        self.after_backward: Callable[[], None] | None = (
-            None  # set for a run in which a schedule runs the backward pass
-        )
+        self.after_backward: Callable[[], None] | None = None  # set for runs in which a schedule runs backward
         self.plain_module = False  # set by the strategy: layers of plain torch do not cast their inputs by themselves
 
     @property
