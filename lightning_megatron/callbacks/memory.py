@@ -26,9 +26,9 @@ class Estimate:
     """Bytes that one rank holds through a whole step; activations come on top.
 
     Args:
-        weights: Of its part of the model.
-        gradients: megatron-core's buffers.
-        optimizer: Main weights that are not the model's own, and the optimizer's state, of this rank's share.
+        weights: Bytes of the weights of its part of the model.
+        gradients: Bytes of megatron-core's gradient buffers.
+        optimizer: Bytes of this rank's share of the optimizer's state, with main weights if they are copies.
     """
 
     weights: int
@@ -46,7 +46,7 @@ def estimate(engine: Engine, optimizer: ShardedOptimizer) -> Estimate:
 
     Args:
         engine: Holds the chunks and their gradient buffers.
-        optimizer: Of them.
+        optimizer: The optimizer of their weights.
     """
     weights = sum(p.numel() * p.element_size() for chunk in engine.chunks for p in chunk.parameters())
     buffers = [b for chunk in engine.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]

@@ -14,7 +14,7 @@ class Perplexity(pl.Callback):
     """Logs ``val_perplexity`` and ``test_perplexity``, over all tokens of the whole set, alike on every rank.
 
     Args:
-        loss: What the loss is called behind ``val_`` and ``test_``; a BERT's is ``mlm_loss``.
+        loss: Name of the logged loss without ``val_`` or ``test_``; a BERT's is ``mlm_loss``.
     """
 
     def __init__(self, loss: str = "loss") -> None:

@@ -37,13 +37,13 @@ class PhaseTimes(pl.Callback):
     computing, exchanges between stages, waiting), of it ``compute`` (the passes of micro-batches alone) and
     ``gradient_sync``; ``optimizer``; ``save`` (what training waits for a checkpoint); ``step``, all of it.
 
-    Where a rank's ``data`` or ``compute`` is beyond ``factor`` times the median of its peers' at two logged steps
-    running, a line names it. Peers
-    are all ranks for data, and for computing the ranks of the same pipeline stage, whose work is the same; without
-    such, all. Tensor-parallel ranks wait for one another inside ``compute``: a slow one slows its group.
+    If a rank's ``data`` or ``compute`` takes more than ``factor`` times the median of the ranks that it is compared
+    with, at two logged steps in a row, a warning names it. Data is compared over all ranks; computing over the ranks of
+    the same pipeline stage, which do the same work, or over all ranks if a stage has one only. Tensor-parallel ranks
+    wait for one another inside ``compute``, so a slow rank slows its group.
 
     Args:
-        factor: See above.
+        factor: Multiple of the median from which on a rank is named.
 
     """
 

@@ -33,7 +33,7 @@ class PipelineTimeline(pl.Callback):
 
     Args:
         steps: Numbers of the optimizer steps, from 1; the first ones of a run are slower than the rest.
-        directory: Where to write. None: ``timeline`` in the Trainer's ``default_root_dir``.
+        directory: Directory of the pictures and traces. None: ``timeline`` in the Trainer's ``default_root_dir``.
     """
 
     def __init__(self, steps: int | Sequence[int] = 5, directory: str | Path | None = None) -> None:

@@ -25,10 +25,10 @@ class Profile(pl.Callback):
     stages, gradient reduction, the optimizer. ``Trainer(profiler=)`` is Lightning's, and works beside it.
 
     Args:
-        first: Optimizer step, from 1, at whose beginning it starts; leave some to warm up.
-        last: Optimizer step at whose end it stops. None: ``first``.
+        first: First optimizer step to profile, counted from 1; leave some steps before it to warm up.
+        last: Last optimizer step to profile. None: ``first``.
         tool: "torch" or "nsight".
-        directory: Of the traces. None: ``profile`` in the Trainer's ``default_root_dir``.
+        directory: Directory of the traces. None: ``profile`` in the Trainer's ``default_root_dir``.
     """
 
     def __init__(

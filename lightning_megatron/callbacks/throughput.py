@@ -43,9 +43,9 @@ class Throughput(pl.Callback):
     checkpoints count as time, validation does not.
 
     Args:
-        window: Optimizer steps that a value is over.
-        peak_tflops: Of one device. None: what Lightning knows of it, and of an unknown one, such as a CPU, what a
-            matrix product reaches when training starts.
+        window: Number of optimizer steps over which a value is averaged.
+        peak_tflops: Peak TFLOP/s of one device. None: the number that Lightning knows, or for an unknown device (a CPU)
+            the rate that a matrix product reaches when training starts.
     """
 
     def __init__(self, window: int = 20, peak_tflops: float | None = None) -> None:

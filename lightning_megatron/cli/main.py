@@ -36,23 +36,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Args:
-        arguments: Of the command line; by default the process's.
+        arguments: The command's arguments; by default those of this process.
     """
     given_arguments = list(sys.argv[1:] if arguments is None else arguments)
     if given_arguments and given_arguments[0] in TRAINING:
         _train(given_arguments)
         return
-    parser = _Parser(prog="lightning-megatron", description="Training with MegatronStrategy, and tools.")
+    parser = _Parser(
+        prog="lightning-megatron",
+        description="Train with MegatronStrategy, and prepare, inspect and convert what a training needs.",
+    )
     parser.add_argument("--version", action="version", version=f"lightning-megatron {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     training = {command: commands.add_parser(command, help=what, add_help=False) for command, what in TRAINING.items()}
-    _add_export(commands.add_parser("export", help="make one file, or a directory for transformers, of a checkpoint"))
-    _add_show(commands.add_parser("show", help="show which rank holds what, on which node"))
-    _add_import(commands.add_parser("import", help="make a checkpoint of a directory of transformers"))
-    _add_migrate(commands.add_parser("migrate", help="make a run of accelerate's or Megatron-LM's settings"))
-    about = "make Megatron's indexed data (.bin, .idx) from text"
+    _add_export(
+        commands.add_parser("export", help="write a checkpoint as one file, or as a directory that transformers loads")
+    )
+    _add_show(commands.add_parser("show", help="show which part of the model each rank holds, and on which node"))
+    _add_import(commands.add_parser("import", help="write a pretrained model of transformers as a checkpoint"))
+    _add_migrate(
+        commands.add_parser(
+            "migrate", help="translate the settings of Accelerate or Megatron-LM into a run of this command"
+        )
+    )
+    about = "write text as Megatron's indexed data (.bin and .idx files)"
     _add_preprocess(commands.add_parser("preprocess", help=about, description=about))
-    completion = commands.add_parser("completion", help="print what a shell reads to complete this command")
+    completion = commands.add_parser("completion", help="print the script by which a shell completes this command")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     completion.set_defaults(run=lambda given: _complete(given.shell, parser, training))
     own, behind = _split(given_arguments)
@@ -83,13 +92,19 @@ def _complete(shell: str, parser: argparse.ArgumentParser, training: Mapping[str
 
 
 def _add_migrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="accelerate's YAML, or: megatron-args -- ARGUMENTS OF MEGATRON-LM")
-    parser.add_argument("--out", help="write the run here, and print what became of each setting")
-    parser.add_argument("--overwrite", action="store_true", help="where --out is there already")
-    parser.add_argument("--model", help="transformers' directory or name of it; of megatron-args gpt, bert or t5")
-    parser.add_argument("--environment", action="store_true", help="read MEGATRON_LM_* variables, too")
-    parser.add_argument("--devices", type=int, default=8, help="of megatron-args: GPUs of a machine (%(default)s)")
-    parser.add_argument("--num-nodes", type=int, default=1, help="of megatron-args: machines (%(default)s)")
+    parser.add_argument("source", help="Accelerate's YAML file, or: megatron-args -- ARGUMENTS OF MEGATRON-LM")
+    parser.add_argument("--out", help="write the run into this file, and print what became of each setting")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --out if it exists")
+    parser.add_argument(
+        "--model", help="directory or name of the model of transformers; with megatron-args gpt, bert or t5"
+    )
+    parser.add_argument("--environment", action="store_true", help="also read MEGATRON_LM_* environment variables")
+    parser.add_argument(
+        "--devices", type=int, default=8, help="with megatron-args: GPUs of each machine (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-nodes", type=int, default=1, help="with megatron-args: number of machines (default: %(default)s)"
+    )
     parser.set_defaults(run=_migrate)
 
 
@@ -100,9 +115,11 @@ def _migrate(given: argparse.Namespace) -> None:
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("layout", help="sizes, such as tp=8,pp=4,world=64")
-    parser.add_argument("--ranks-per-node", type=int, help="devices of a machine (8, or all where there are fewer)")
-    parser.add_argument("--out", help="draw the grid into this .png, .svg or .pdf file, too")
+    parser.add_argument("layout", help="parallel sizes, such as tp=8,pp=4,world=64")
+    parser.add_argument(
+        "--ranks-per-node", type=int, help="devices of each machine (default: 8, or all ranks if there are fewer)"
+    )
+    parser.add_argument("--out", help="also draw the grid into this .png, .svg or .pdf file")
     parser.set_defaults(run=_show)
 
 
@@ -122,10 +139,19 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out", help="a directory for transformers; a .safetensors file; or a .ckpt file for a plain LightningModule"
     )
-    parser.add_argument("--tokenizer", help="of a directory: a tokenizer to put beside the weights")
-    parser.add_argument("--dtype", help="of a directory: float32, bfloat16 or float16 (as the model came)")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a directory: of a file of weights (5GB)")
-    parser.add_argument("--family", help="of a directory: transformers' model_type (what the model came from)")
+    parser.add_argument("--tokenizer", help="with a directory: a tokenizer to save there too")
+    parser.add_argument(
+        "--dtype",
+        help="with a directory: float32, bfloat16 or float16 (default: the type that the model was loaded in)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        help="with a directory: largest size of a file of weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--family", help="with a directory: transformers' model_type (default: that of the model that was loaded)"
+    )
     parser.set_defaults(run=_export)
 
 
@@ -150,9 +176,14 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a directory with config.json and weights, or a name on the Hugging Face hub")
     parser.add_argument("checkpoint", help="the checkpoint to write, for load_weights and load_from_checkpoint")
     parser.add_argument(
-        "--ignore", type=_words, action="extend", default=[], metavar="A,B", help="fields that change nothing"
+        "--ignore",
+        type=_words,
+        action="extend",
+        default=[],
+        metavar="A,B",
+        help="fields of config.json to ignore, since they do not change this model",
     )
-    parser.add_argument("--revision", help="of a name on the hub: branch, tag or commit")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     parser.set_defaults(run=_import)
 
 
@@ -162,7 +193,7 @@ def _import(given: argparse.Namespace) -> None:
     from lightning_megatron import AutoModule, MegatronStrategy
 
     if Path(given.checkpoint).exists():
-        raise ValueError(f"{given.checkpoint} is there already.")
+        raise ValueError(f"{given.checkpoint} exists already. Remove it, or name another directory.")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     module = AutoModule.from_pretrained(given.source, ignore=given.ignore, revision=given.revision)
     trainer = Trainer(
@@ -180,26 +211,39 @@ def _import(given: argparse.Namespace) -> None:
 
 def _add_preprocess(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "inputs", nargs="+", help="files and folders; .jsonl and .json files have a document in each line"
+        "inputs", nargs="+", help="text files and folders; each line of a .jsonl or .json file is a document"
     )
-    parser.add_argument("--out", required=True, help="prefix of the .bin and .idx files")
+    parser.add_argument("--out", required=True, help="path of the .bin and .idx files, without the ending")
     parser.add_argument(
         "--tokenizer",
         default="bytes",
-        help="'bytes', a tokenizer.json, a transformers folder or name (default: %(default)s)",
+        help="'bytes', a tokenizer.json, or a directory or name of transformers (default: %(default)s)",
     )
     parser.add_argument(
-        "--train-bpe", type=int, metavar="SIZE", help="train a tokenizer on the text: OUT.tokenizer.json"
+        "--train-bpe",
+        type=int,
+        metavar="SIZE",
+        help="train a tokenizer with SIZE tokens on the text, and write it to OUT.tokenizer.json",
     )
     # One word, not nargs="+", which would take the inputs behind it, too.
     parser.add_argument(
-        "--json-keys", type=_words, default="text", help="keys of the lines' objects: A,B (default: %(default)s)"
+        "--json-keys",
+        type=_words,
+        default="text",
+        help="keys of the JSON objects that hold text: A,B (default: %(default)s)",
     )
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the end of document (GPT)")
-    parser.add_argument("--split-sentences", action="store_true", help="an item for each sentence (BERT, T5)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise (default: %(default)s)")
     parser.add_argument(
-        "--suffixes", type=_words, default=".txt,.md,.py,.jsonl", help="which files of folders (default: %(default)s)"
+        "--append-eod", action="store_true", help="end each document with the end-of-document token (for GPT)"
+    )
+    parser.add_argument(
+        "--split-sentences", action="store_true", help="store each sentence as an item of its own (for BERT and T5)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="number of tokenizing processes (default: %(default)s)")
+    parser.add_argument(
+        "--suffixes",
+        type=_words,
+        default=".txt,.md,.py,.jsonl",
+        help="endings of the files to take from folders (default: %(default)s)",
     )
     parser.set_defaults(run=_preprocess)
 

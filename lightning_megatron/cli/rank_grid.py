@@ -43,10 +43,10 @@ class RankGrid:
         Args:
             text: Sizes by the strategy's names; ``world`` is the number of ranks, by default those of one replica, or
                 of ``dp`` replicas.
-            ranks_per_node: By default 8, or all ranks where there are fewer.
+            ranks_per_node: Ranks of each node; by default 8, or all ranks if there are fewer.
 
         Raises:
-            LayoutError: A word that is none, or sizes that do not fit.
+            LayoutError: A word is no size, or the sizes do not fit one another.
         """
         sizes: dict[str, int] = {}
         for part in text.replace(" ", ",").split(","):

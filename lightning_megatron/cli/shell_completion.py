@@ -37,7 +37,7 @@ def script(shell: str, root: argparse.ArgumentParser, training: Mapping[str, arg
     Args:
         shell: "bash", "zsh" or "tcsh".
         root: The command's parser.
-        training: Its parsers of ``fit`` and the like, without an option yet; they are filled.
+        training: The command's parsers of ``fit`` and its kin, which have no options yet; they are added here.
 
     Raises:
         ModuleNotFoundError: shtab is not installed.

@@ -37,10 +37,10 @@ class MegatronCLI(LightningCLI):
     """``LightningCLI`` whose strategy is ``MegatronStrategy`` unless another is named, and whose errors are one line.
 
     Args:
-        model_class: The module, or its base where ``--model`` chooses.
-        datamodule_class: The data module, or its base where ``--data`` chooses.
-        args: Of the command line; by default the process's.
-        **options: Of ``LightningCLI``.
+        model_class: Class of the module, or the base of those that ``--model`` may name.
+        datamodule_class: Class of the data module, or the base of those that ``--data`` may name.
+        args: The command's arguments; by default those of this process.
+        **options: Further arguments of ``LightningCLI``.
     """
 
     def __init__(

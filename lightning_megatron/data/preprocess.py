@@ -43,13 +43,13 @@ _Encoded = tuple[str, int, dict[str, list[list[int]]]]
 
 @dataclass
 class Summary:
-    """What came of it, for one key.
+    """What was written for one key.
 
     Args:
-        prefix: Of the files that were written.
-        documents: How many.
-        tokens: How many.
-        empty: Places of documents that were left out.
+        prefix: Path of the written files, without their ending.
+        documents: Number of documents.
+        tokens: Number of tokens.
+        empty: Places of empty documents, which were left out.
     """
 
     prefix: Path

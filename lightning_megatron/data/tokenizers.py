@@ -45,8 +45,8 @@ def begun(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """The ids of a text behind what the tokenizer's own call puts before it (Llama's ``<s>``), which is there once.
 
     Args:
-        tokenizer: Its ``prefix_ids`` are these; one without has none.
-        ids: Of the text, which may have begun so itself.
+        tokenizer: The tokenizer; its ``prefix_ids``, if it has any, begin each text.
+        ids: Token ids of the text, which may begin with the prefix already.
     """
     prefix = list(getattr(tokenizer, "prefix_ids", []))
     return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]

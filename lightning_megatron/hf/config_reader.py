@@ -47,7 +47,7 @@ class Fields:
         """The field's value, where it is one of the ``wanted``.
 
         Raises:
-            UnsupportedConfigError: It is another.
+            UnsupportedConfigError: The field has another value.
         """
         value = self(name) if hasattr(self.config, name) else wanted[0]
         if value not in wanted:

@@ -24,16 +24,16 @@ from lightning_megatron.hf.weight_mapping import Heads, Pieces, is_update
 
 @dataclass(frozen=True)
 class Target:
-    """A directory to be.
+    """How a model is saved for transformers.
 
     Args:
         family: The architecture of transformers.
         config: Our configuration.
-        origin: What the model came with.
-        dtype: Of the weights; None: that in which each came, or the model's where it came from nowhere.
-        max_shard_size: Most bytes of a file.
-        tokenizer: Saved beside the weights, if any.
-        updates: Added to the weights, if any.
+        origin: Settings of the pretrained model.
+        dtype: Type of the weights; None: the type in which each was stored, or else the model's own.
+        max_shard_size: Largest number of bytes of a file.
+        tokenizer: A tokenizer that is saved too, or None.
+        updates: Low-rank updates that are added to the weights, or None.
     """
 
     family: Family
@@ -59,12 +59,12 @@ class Target:
 
         Args:
             config: Our configuration.
-            origin: What the model came with.
+            origin: Settings of the pretrained model.
             family: transformers' ``model_type``, if the user named it.
-            dtype: Of the weights, or its name.
-            max_shard_size: Of a file, such as "5GB".
-            tokenizer: Saved beside the weights, if any.
-            updates: Makes the updates that are added to the weights, from the model's pieces; if there are any.
+            dtype: Type of the weights, or its name.
+            max_shard_size: Largest size of a file, such as "5GB".
+            tokenizer: A tokenizer that is saved too, or None.
+            updates: Makes the low-rank updates that are added to the weights, from the model's pieces; or None.
 
         Raises:
             UnsupportedConfigError: The family has no such model.
@@ -82,7 +82,7 @@ class Target:
                 raise ValueError(f"dtype={dtype!r}: use 'float32', 'bfloat16' or 'float16'.")
             dtype = named
         if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-            raise TypeError(f"tokenizer={tokenizer!r} has no save_pretrained: use one of transformers'.")
+            raise TypeError(f"tokenizer={tokenizer!r} has no save_pretrained: use a tokenizer of transformers'.")
         found.write_config(config)
         low_rank = updates and updates(found.pieces(config))
         return cls(found, config, origin, dtype, in_bytes(max_shard_size), tokenizer, low_rank)

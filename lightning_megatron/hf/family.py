@@ -17,8 +17,8 @@ class Family:
 
     Attributes:
         model_type: transformers' name of the architecture.
-        kind: What it becomes, such as "GPT" for a ``GPTModule`` with a ``GPTConfig``.
-        prefix: What the names of all tensors but those of heads begin with; files of a model without a head leave it
+        kind: Kind of module that it becomes, such as "GPT" for a ``GPTModule`` with a ``GPTConfig``.
+        prefix: Beginning of the names of all tensors that belong to no head; files of a model without a head leave it
             out.
         buffers: Regular expressions of tensors that are no weights, such as masks that old files hold, beyond those
             that transformers itself leaves out.
@@ -39,7 +39,7 @@ class Family:
             _FAMILIES[cls.model_type] = cls()
 
     def read_config(self, fields: Fields) -> dict[str, Any]:
-        """Their configuration as arguments of ours.
+        """Translate transformers' configuration into arguments of ours.
 
         Raises:
             UnsupportedConfigError: A field has a value for which there is no counterpart.
@@ -47,7 +47,7 @@ class Family:
         raise NotImplementedError
 
     def write_config(self, config: Any) -> dict[str, Any]:
-        """Our configuration as fields of theirs.
+        """Translate our configuration into fields of transformers'.
 
         Raises:
             UnsupportedConfigError: The family has no such model.
@@ -55,7 +55,7 @@ class Family:
         raise NotImplementedError
 
     def pieces(self, config: Any) -> Pieces:
-        """The names of all tensors of the model: ours, and what they are made of."""
+        """Return our name of each tensor of the model, and the tensors of transformers' that it is made of."""
         raise NotImplementedError
 
     def architecture(self, config: Any) -> str:

@@ -29,17 +29,17 @@ class WeightsError(ValueError):
 
 @dataclass
 class Pretrained:
-    """A model of transformers, found and understood, whose weights wait until ours is built.
+    """A model of transformers whose configuration is read, and whose weights are read once our model is built.
 
     Args:
         source: Where its tensors are.
-        fields: Its configuration.
-        family: Its architecture.
+        fields: transformers' configuration of the model.
+        family: The model's architecture.
         changes: Arguments of our configuration that differ.
         ignore: Fields of theirs that change nothing.
 
     Attributes:
-        names: What the source calls each tensor, by transformers' first name of it; known once it is checked.
+        names: The source's name of each tensor, by transformers' first name of it; filled by ``check``.
     """
 
     source: Source
@@ -55,7 +55,7 @@ class Pretrained:
 
         Args:
             source: Where the model is.
-            kind: What it must become, such as "GPT".
+            kind: Kind of module that it must become, such as "GPT".
             changes: Arguments of our configuration that are to differ.
             ignore: Fields of theirs that change nothing; "architectures" leaves a head out.
 
@@ -204,11 +204,11 @@ def fill(module: Any, pieces: Pieces, shapes: Mapping[str, Shape], read: Read, s
     """Give a built module's tensors those of theirs that there are; all ranks call this.
 
     Args:
-        module: With its chunks and ``config``.
-        pieces: The model's.
-        shapes: Of their tensors; of ours, those that lack a part stay as they are.
-        read: Reads a rectangle of one of theirs.
-        source: What it is called in errors.
+        module: The module, whose chunks are built.
+        pieces: transformers' tensors that each of our tensors is made of.
+        shapes: Shapes of transformers' tensors; our tensors that lack a part of theirs stay as they are.
+        read: Reads a rectangle of one of transformers' tensors.
+        source: Name of the source in errors.
 
     Raises:
         WeightsError: A tensor has another shape; on every rank, before any is read.

@@ -26,8 +26,8 @@ class Blueprint:
     """A model of transformers whose tensors have shapes and no numbers.
 
     Args:
-        config: Its configuration.
-        architecture: Its class, such as "LlamaForCausalLM".
+        config: Configuration of the model.
+        architecture: Name of the model's class, such as "LlamaForCausalLM".
     """
 
     def __init__(self, config: PreTrainedConfig, architecture: str) -> None:

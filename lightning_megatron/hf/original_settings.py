@@ -12,12 +12,12 @@ import torch
 
 @dataclass(frozen=True)
 class Origin:
-    """Kept among a module's hyperparameters, and so in its checkpoints.
+    """Settings that a pretrained model had; kept in a module's hyperparameters, and so in its checkpoints.
 
     Args:
-        config: transformers' configuration; None: the model came from nowhere.
-        generation: How it writes text, as in ``generation_config.json``; None: nothing is said.
-        dtypes: In which type each tensor was stored, by transformers' name of it.
+        config: transformers' configuration; None: the model was not pretrained.
+        generation: The model's ``generation_config.json``; None: it had none.
+        dtypes: Type in which each tensor was stored, by transformers' name of it.
     """
 
     config: dict[str, Any] | None = None
@@ -26,12 +26,12 @@ class Origin:
 
     @classmethod
     def of(cls, hyperparameters: Mapping[str, Any]) -> Origin:
-        """What a module's hyperparameters hold of it."""
+        """Read the settings from a module's hyperparameters."""
         known = {name: hyperparameters.get(f"pretrained_{name}") for name in ("config", "generation")}
         return cls(**known, dtypes=dict(hyperparameters.get("pretrained_dtypes") or {}))
 
     def hyperparameters(self) -> dict[str, Any]:
-        """As ``of`` reads it."""
+        """The hyperparameters from which ``of`` reads the settings."""
         return {f"pretrained_{name}": value for name, value in vars(self).items()}
 
     def dtype_of(self, name: str, own: torch.dtype) -> torch.dtype:

@@ -45,7 +45,7 @@ def in_bytes(size: int | str) -> int:
     """Bytes of a size such as "5GB", "1.5GB" or "5GiB".
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is no size.
     """
     found = _SIZE.fullmatch(str(size).strip().upper())
     number, unit, binary = found.groups() if found else ("0", None, None)
@@ -59,10 +59,10 @@ def their_config(family: Family, config: Any, base: dict[str, Any] | None, dtype
     """transformers' configuration of our model.
 
     Args:
-        family: Its architecture.
-        config: Ours.
-        base: What the model came with, where it came from transformers: names of labels, token ids, ...
-        dtype: Of the weights.
+        family: The model's architecture.
+        config: Our configuration.
+        base: transformers' configuration of the pretrained model, if there is one: names of labels, token ids, ...
+        dtype: Type of the weights.
 
     Raises:
         UnsupportedConfigError: The family has no such model.
@@ -99,14 +99,14 @@ class Directory:
     """A pretrained model's directory, visible under its name when all of it is there.
 
     Args:
-        path: Of the directory.
-        pieces: What each of our tensors is made of.
-        heads: The model's.
+        path: The directory.
+        pieces: transformers' tensors that each of our tensors is made of.
+        heads: The attention heads of the model.
         kinds: Shape and type of each of our tensors.
         dtype: Chooses the type of one of theirs, from its name and the type of ours.
-        stored_names: What files call the tensors.
-        max_shard_size: Most bytes of a file of weights, unless one tensor is larger.
-        updates: Of the weights, added to them on the way; or None.
+        stored_names: Returns the names of tensors in files, by transformers' names.
+        max_shard_size: Largest number of bytes of a file of weights; one tensor may be larger.
+        updates: Low-rank updates that are added to the weights; or None.
     """
 
     def __init__(
@@ -165,8 +165,8 @@ class Directory:
 
         Args:
             config: transformers' configuration.
-            generation: How the model writes text, as it came; None: as its configuration says.
-            tokenizer: Saved, too, unless it is None.
+            generation: The pretrained model's ``generation_config.json``; None: one is made of the configuration.
+            tokenizer: A tokenizer that is saved too, or None.
         """
         self._close()
         config.save_pretrained(self.folder)
@@ -192,7 +192,7 @@ class Directory:
             self.folder.rename(self.path)
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Remove what was written."""
         self._close()
         shutil.rmtree(self.folder, ignore_errors=True)
 

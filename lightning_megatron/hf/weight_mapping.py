@@ -33,7 +33,7 @@ class Heads:
 
     @classmethod
     def of(cls, config: Any) -> Heads:
-        """Those of a ``ModelConfig``."""
+        """The heads of a ``ModelConfig``."""
         size = config.kv_channels or config.hidden_size // config.num_attention_heads
         groups = getattr(config, "num_query_groups", None) or config.num_attention_heads
         return cls(config.num_attention_heads, groups, size)
@@ -50,11 +50,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Same:
-    """Their tensor as it is.
+    """One tensor of transformers' as it is.
 
     Args:
-        name: Theirs; ``{}`` is the number of the layer.
-        transposed: Whether it is stored as ``[in, out]``.
+        name: transformers' name; ``{}`` stands for the number of the layer.
+        transposed: Whether transformers stores it as ``[in, out]``.
     """
 
     name: str

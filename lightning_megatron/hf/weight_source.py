@@ -26,9 +26,9 @@ class Source:
     """A model of transformers, before any of its weights is read.
 
     Args:
-        name: What to call it in messages.
-        config: Its configuration.
-        generation: How it writes text, as ``generation_config.json`` has it; None: nothing is said.
+        name: Name of the model in messages.
+        config: transformers' configuration of the model.
+        generation: The model's ``generation_config.json``; None: it has none.
     """
 
     def __init__(self, name: str, config: PreTrainedConfig, generation: dict[str, Any] | None = None) -> None:

@@ -22,10 +22,10 @@ def draw(timelines: Sequence[RankTimeline], layout: ParallelLayout, path: str | 
     """Draw the stages of the first replica's first tensor rank; without a pipeline, the replicas.
 
     Args:
-        timelines: Of all ranks, from one beginning.
-        layout: Of the run.
-        path: Of the picture; its ending says the format.
-        title: What step it is.
+        timelines: Timelines of all ranks, which begin at the same time.
+        layout: Layout of the run.
+        path: File of the picture; its ending says the format.
+        title: Names the step.
     """
     plt = plots.pyplot("PipelineTimeline")
     from matplotlib.patches import Patch

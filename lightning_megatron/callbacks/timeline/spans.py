@@ -16,13 +16,13 @@ _EXCHANGES = ("send", "recv")  # in the names of what stages do to pass hidden s
 
 @dataclass(frozen=True)
 class Span:
-    """Something a rank did.
+    """A stretch of time in which a rank did one thing.
 
     Args:
-        kind: What.
+        kind: The thing that it did.
         start: Seconds from the step's beginning.
-        end: Likewise.
-        micro_batch: Of a pass, from 0; -1 for what is of none.
+        end: Seconds from the step's beginning.
+        micro_batch: Number of a pass's micro-batch, from 0; -1 if the span is no pass.
         chunk: The virtual stage of a pass, from 0.
     """
 
@@ -35,12 +35,12 @@ class Span:
 
 @dataclass(frozen=True)
 class RankTimeline:
-    """A rank's step.
+    """What one rank did in one step.
 
     Args:
-        rank: Its number.
-        place: Where it sits.
-        spans: What it did, in order.
+        rank: The global rank.
+        place: The rank's coordinates in the layout.
+        spans: What the rank did, in order of time.
     """
 
     rank: int
@@ -49,7 +49,7 @@ class RankTimeline:
 
     @property
     def name(self) -> str:
-        """Of rank and place."""
+        """The rank and its coordinates, as a label."""
         return f"rank {self.rank} ({self.place})"
 
     def passes(self) -> list[Span]:
@@ -57,7 +57,7 @@ class RankTimeline:
         return [span for span in self.spans if span.kind in ("forward", "backward")]
 
     def shifted(self, seconds: float) -> RankTimeline:
-        """The same, so much earlier."""
+        """The same timeline, ``seconds`` earlier."""
         moved = (replace(span, start=span.start - seconds, end=span.end - seconds) for span in self.spans)
         return replace(self, spans=tuple(moved))
 
@@ -66,8 +66,8 @@ def spans(intervals: Sequence[Interval], layout: ParallelLayout) -> tuple[Span, 
     """Say of each pass which it was: a schedule's order is fixed, so that counting them is enough.
 
     Args:
-        intervals: Of one step of one rank, in order.
-        layout: Of the run.
+        intervals: The timed intervals of one step of one rank, in order.
+        layout: Layout of the run.
     """
     found, seen = [], Counter[str]()
     for interval in intervals:

@@ -13,8 +13,8 @@ def trace(timelines: Sequence[RankTimeline], layout: ParallelLayout) -> dict[str
     """The trace, ready for JSON.
 
     Args:
-        timelines: Of all ranks, from one beginning.
-        layout: Of the run.
+        timelines: Timelines of all ranks, which begin at the same time.
+        layout: Layout of the run.
     """
     chunks = layout.vp or 1
     threads = {chunk: f"virtual stage {chunk}" if chunks > 1 else "stage" for chunk in range(chunks)}

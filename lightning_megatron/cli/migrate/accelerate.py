@@ -119,13 +119,13 @@ def from_accelerate(
     """The run that does what an accelerate configuration asks for.
 
     Args:
-        config: What ``accelerate config`` wrote: its path, or its content.
+        config: The file that ``accelerate config`` wrote, or its content.
         model: transformers' directory or name of the model that the script made, where it is known.
         environment: Variables (``MEGATRON_LM_TP_DEGREE``) that fill in what the configuration leaves out.
 
     Raises:
-        MigrationError: It is none, or a setting is unknown or cannot be read.
-        LayoutError: Sizes that do not divide.
+        MigrationError: The configuration is not of the Megatron-LM plugin, or a setting is unknown or cannot be read.
+        LayoutError: The parallel sizes do not divide the model or the batch.
     """
     settings = dict(config) if isinstance(config, Mapping) else _load(Path(config))
     environment = environment or {}
@@ -165,11 +165,11 @@ def from_plugin(plugin: Any, model: str | None = None, *, world_size: int | None
     Args:
         plugin: The plugin, or a mapping of its arguments.
         model: transformers' directory or name of the model, where it is known.
-        world_size: Ranks, where they are known.
+        world_size: Number of ranks, if it is known.
 
     Raises:
         MigrationError: An argument that the plugin does not have, or that cannot be read.
-        LayoutError: Sizes that do not divide.
+        LayoutError: The parallel sizes do not divide the model or the batch.
     """
     plan = Plan("accelerate's MegatronLMPlugin", _called)
     asked = dict(plugin) if isinstance(plugin, Mapping) else _asked(plugin, plan)

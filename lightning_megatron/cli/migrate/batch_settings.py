@@ -12,10 +12,10 @@ _THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def growth(given: Given) -> BatchSizes | None:
-    """How the global batch grows, where it does.
+    """The rule by which the global batch grows, or None.
 
     Raises:
-        MigrationError: What was written is no rule.
+        MigrationError: The words are no such rule.
     """
     words = given.get("step_batch_size_schedule")
     if words is not None:

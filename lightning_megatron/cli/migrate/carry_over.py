@@ -65,11 +65,11 @@ def read(settings: Mapping[str, Any], called: Callable[[str], str]) -> dict[str,
     """The settings with their values read; those that are None are left out.
 
     Args:
-        settings: By Megatron's names.
-        called: How an error names a setting.
+        settings: The settings, by Megatron's names.
+        called: Returns the name of a setting for an error, from Megatron's name.
 
     Raises:
-        MigrationError: With a line for each that is unknown, or cannot be read.
+        MigrationError: A setting is unknown or cannot be read; the message has a line for each.
     """
     found, wrong = {}, []
     for name, value in settings.items():
@@ -86,10 +86,10 @@ def read(settings: Mapping[str, Any], called: Callable[[str], str]) -> dict[str,
 
 
 def refuse(wrong: Sequence[str]) -> None:
-    """Raise an error of all that is wrong, a line each.
+    """Raise one error that has a line for each thing that is wrong.
 
     Raises:
-        MigrationError: Something is.
+        MigrationError: Something is wrong.
     """
     if wrong:
         raise MigrationError("\n".join(wrong))
@@ -127,7 +127,7 @@ def carry_over(given: Mapping[str, Any], plan: Plan, model: str | None = None, w
     if model in MODELS:
         _fit_the_family(plan, str(model))
     else:
-        _move_what_the_adapter_takes(plan)
+        _move_module_arguments(plan)
     _check_layout(given, plan, world_size)
 
 
@@ -161,7 +161,7 @@ def _fit_the_family(plan: Plan, model: str) -> None:
             plan.say("config", None, "yours to do", str(error))
 
 
-def _move_what_the_adapter_takes(plan: Plan) -> None:
+def _move_module_arguments(plan: Plan) -> None:
     """``from_pretrained`` hands them on; the command line reads what a signature does not name from ``dict_kwargs``."""
     named = signature(AutoModule.from_pretrained).parameters
     arguments = plan.get(MODULE, {})

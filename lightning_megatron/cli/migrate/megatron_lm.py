@@ -48,12 +48,12 @@ def from_command_line(
         arguments: As on the command line, ``--tensor-model-parallel-size 4 --bf16``: words, or a text as a shell reads
             it, with quotes, comments and lines that go on behind a backslash.
         model: Which of its scripts they are for: "gpt", "bert" or "t5".
-        devices: Of a machine.
-        num_nodes: Machines.
+        devices: GPUs of each machine.
+        num_nodes: Number of machines.
 
     Raises:
         MigrationError: With a line for each argument that is unknown, and for each value that cannot be read.
-        LayoutError: Sizes that do not divide.
+        LayoutError: The parallel sizes do not divide the model or the batch.
     """
     if model not in MODELS:
         raise MigrationError(f"model={model!r}: use one of {', '.join(MODELS)}.")

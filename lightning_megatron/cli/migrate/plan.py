@@ -23,11 +23,11 @@ class Line:
     """What became of one setting.
 
     Args:
-        setting: Its name where it came from.
-        value: What it was; None for what was not given and matters all the same.
-        fate: In a word or two.
-        says: Where it is now, or why it is nowhere.
-        place: In the run, dotted, where it is at one place.
+        setting: Name of the setting in the other tool.
+        value: Its value there; None if it was not given and its default matters.
+        fate: What became of it, in a word or two.
+        says: Where it is now, or why it has no place.
+        place: Its dotted place in the run, if it has exactly one.
     """
 
     setting: str
@@ -45,8 +45,8 @@ class Plan:
     """A run in the making.
 
     Args:
-        source: What it is made from, in words.
-        called: What Megatron's names are called there.
+        source: The other tool's settings, in words, for the report.
+        called: Returns the other tool's name of a setting, from Megatron's name.
     """
 
     def __init__(self, source: str, called: Callable[[str], str] = str) -> None:
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def missing(self) -> list[Line]:
-        """What was asked for and is not here; the run does without it."""
+        """The lines of settings that are not supported here; the run does without them."""
         return [line for line in self.lines if line.fate == "not here"]
 
     def report(self) -> str:

@@ -14,10 +14,10 @@ _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 
 def whole(name: str, value: Any) -> int:
-    """A whole number.
+    """Read a whole number.
 
     Raises:
-        MigrationError: It is none.
+        MigrationError: The value is no whole number.
     """
     try:
         if isinstance(value, bool) or int(value) != float(value):
@@ -28,10 +28,10 @@ def whole(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """A number.
+    """Read a number.
 
     Raises:
-        MigrationError: It is none.
+        MigrationError: The value is no number.
     """
     try:
         return float(value)
@@ -40,10 +40,10 @@ def number(name: str, value: Any) -> float:
 
 
 def truth(name: str, value: Any) -> bool:
-    """True or false, also as a word.
+    """Read true or false, also as a word such as "yes".
 
     Raises:
-        MigrationError: It is neither.
+        MigrationError: The value is neither.
     """
     word = str(value).strip().lower()
     if word not in _WORDS:
@@ -52,12 +52,12 @@ def truth(name: str, value: Any) -> bool:
 
 
 def text(name: str, value: Any) -> str:
-    """A word, or a path."""
+    """Read a text, such as a name or a path."""
     return str(value)
 
 
 def words(name: str, value: Any) -> list[str]:
-    """Several, as a list or separated by blanks."""
+    """Read several texts, as a list or separated by blanks."""
     return [str(word) for word in value] if isinstance(value, list | tuple) else str(value).split()
 
 

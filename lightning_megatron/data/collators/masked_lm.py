@@ -30,7 +30,7 @@ class MaskedLMCollator:
         random_share: Share of the chosen that becomes a random id.
         continuation_ids: Ids of tokens that go on with the word before them ("##ing"); with them, words are chosen
             whole. None: tokens are chosen one by one.
-        seed: Of the draws.
+        seed: Seed of the random draws.
         pad_to_multiple_of: The length is rounded up to a multiple of it.
 
     Raises:

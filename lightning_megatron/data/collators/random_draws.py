@@ -19,7 +19,7 @@ class Draws:
     resume: a resumed run draws what it would have drawn.
 
     Args:
-        seed: Of all draws.
+        seed: Seed of all random draws.
     """
 
     def __init__(self, seed: int) -> None:
@@ -30,7 +30,7 @@ class Draws:
         """The next batch's generator.
 
         Args:
-            rows: The ids of its samples.
+            rows: Token ids of the batch's samples.
         """
         worker = get_worker_info()
         self._batches += 1

@@ -31,7 +31,7 @@ class SentencePairCollator:
         sep_id: Stands behind each segment.
         seq_length: Tokens of a sample, the three special ones among them.
         negatives: "random" or "swapped".
-        seed: Of the draws.
+        seed: Seed of the random draws.
 
     Raises:
         ValueError: No room for a token of each segment, or unknown ``negatives``.

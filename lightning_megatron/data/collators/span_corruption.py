@@ -31,7 +31,7 @@ class SpanCorruptionCollator:
         pad_id: Id behind the end of short inputs.
         noise_density: Share of the tokens that is taken out.
         mean_span_length: Tokens that a span has on average.
-        seed: Of the draws.
+        seed: Seed of the random draws.
         pad_to_multiple_of: The lengths of inputs and of labels are rounded up to a multiple of it.
 
     Raises:

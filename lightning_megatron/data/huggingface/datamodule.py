@@ -46,8 +46,8 @@ class HFDataModule(TokenizedDataModule):
         dataset: A name on the hub or of a reader ("json", "csv", "parquet", "text"), the path of a file, of a folder of
             them or of one that ``save_to_disk`` wrote; or a ``Dataset`` or ``IterableDataset``, or a mapping of them by
             split.
-        config_name: The configuration, where a name has several.
-        data_files: What a reader reads, or part of a name's files.
+        config_name: Configuration of a named dataset that has several.
+        data_files: Files that a reader reads, or a part of the files of a named dataset.
         load_options: Further arguments of ``datasets.load_dataset``, such as ``revision``, ``field`` or ``sample_by``.
         streaming: Whether rows are read as they are needed. An ``IterableDataset`` is streamed anyway.
         split: Training, validation and test: a split's name, or a slice or sum as in ``"train[:98%]"``, or None for
@@ -66,11 +66,11 @@ class HFDataModule(TokenizedDataModule):
         shuffle: Whether training takes the samples in a random order. Of a stream, shards are shuffled, and rows within
             blocks of ``shuffle_block``.
         shuffle_block: Rows of a stream that are shuffled with each other.
-        seed: Of the training order. The same seed gives the same order; each epoch has its own.
+        seed: Seed of the training order. The same seed gives the same order; each epoch has its own.
         drop_last: Whether training leaves out what does not fill a last batch.
         num_proc: Processes that load and tokenise a dataset.
         num_workers: Processes that load samples; 0, which streams need, loads them in the training process.
-        cache_dir: Instead of datasets' own cache folder.
+        cache_dir: Cache folder in place of datasets' own.
 
     Raises:
         ValueError: A number is not positive, ``split`` is none, or arguments that do not go together.

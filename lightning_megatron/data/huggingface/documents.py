@@ -331,7 +331,7 @@ def packed_sample(tokens: np.ndarray, labels: np.ndarray | None = None) -> dict[
 
     Args:
         tokens: ``[s + 1]``.
-        labels: Likewise, each of the token in its place.
+        labels: ``[s + 1]``, the label of each token.
 
     Returns:
         int64: ``text`` ``[s + 1]``; or, of labels that are given, ``tokens`` and what is next to each, ``labels``

@@ -32,7 +32,7 @@ class DocumentStream(TorchIterableDataset[dict[str, Any]]):
         rows: This replica's share.
         encoder: Makes the tokens.
         block: Rows that are shuffled with each other; 1 keeps the order.
-        seed: Of the orders, of shards and within blocks; None keeps both.
+        seed: Seed of the order of shards and of rows within blocks; None keeps the order of both.
     """
 
     def __init__(self, rows: IterableDataset, encoder: Encoder, block: int, seed: int | None) -> None:
@@ -119,9 +119,9 @@ class StreamLoader(DataLoader[Any]):
 
     Args:
         dataset: This replica's stream.
-        replicas: How many there are.
-        device: On which they agree on the end.
-        **options: Of a ``DataLoader``.
+        replicas: Number of data-parallel replicas.
+        device: Device of the tensors by which replicas agree on the end.
+        **options: Further arguments of ``DataLoader``.
     """
 
     def __init__(

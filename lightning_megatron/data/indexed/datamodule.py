@@ -36,15 +36,15 @@ class MegatronDataModule(TokenizedDataModule):
         samples: ``GPTSamples``, ``BertSamples`` or ``T5Samples``.
         weights: How often each of several ``paths`` is drawn from, relative to the others. Without them each sample is
             read as often as any other.
-        tokenizer: What made the data: ``"bytes"``, the path of a ``tokenizer.json``, a transformers folder or hub name,
-            or a tokenizer.
+        tokenizer: The tokenizer that made the data: ``"bytes"``, a ``tokenizer.json``, a transformers folder or
+            hub name, or a tokenizer.
         batch_size: Samples of one optimizer step on one data-parallel rank; the strategy cuts them into micro-batches.
-        global_batch_size: Instead, those of all data-parallel ranks together.
+        global_batch_size: In place of ``batch_size``: samples of one optimizer step on all data-parallel ranks.
         split: Weights of training, validation and test; the data is cut in this order. With 0, Lightning skips one.
         train_samples: Training samples. By default what ``Trainer(max_steps=)`` will take, and without it each sample
             once in an epoch, in another order in each.
-        seed: Of order, masks and spans; 1 or more.
-        cache_dir: Where indices are kept. By default ``lightning_megatron/indices`` in the user's cache folder.
+        seed: Seed of the order, masks and spans; 1 or more.
+        cache_dir: Folder of the indices. By default ``lightning_megatron/indices`` in the user's cache folder.
         num_workers: Processes that load samples; 0 loads them in the training process.
         ramp_up: How training's batches grow to the size above; needs a run whose samples are counted (``max_steps`` or
             ``train_samples``).
@@ -320,7 +320,7 @@ def _weights(paths: list[str], weights: Sequence[float] | None) -> list[float] |
     if not paths:
         raise ValueError("MegatronDataModule(paths=[]): give the prefix of the data, or several.")
     if len(set(paths)) < len(paths):
-        raise ValueError(f"MegatronDataModule(paths={paths}) names one twice. Give it twice the weight.")
+        raise ValueError(f"MegatronDataModule(paths={paths}) names a path twice. Name it once, with twice the weight.")
     if weights is None:
         return None
     if len(weights) != len(paths) or min(weights) <= 0:

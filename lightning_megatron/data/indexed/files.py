@@ -46,11 +46,11 @@ class IndexedWriter:
         """Add one document.
 
         Args:
-            items: Its items: one, or one for each sentence.
-            name: What errors call it; by default its number.
+            items: Token ids of the document's items: one item, or one for each sentence.
+            name: Name of the document in errors; by default its number.
 
         Raises:
-            ValueError: It is empty, or an id is outside of the vocabulary, and would be written as another one.
+            ValueError: The document is empty, or an id is outside of the vocabulary and would be written as another id.
         """
         name = f"Document {self.documents}" if name is None else name
         if not all(items) or not items:
@@ -72,11 +72,11 @@ def writing(prefix: str | Path, vocab_size: int) -> Iterator[IndexedWriter]:
     """Writes indexed data with megatron-core's builder; they take the place of ``prefix`` when the block ends well.
 
     Args:
-        prefix: Of the ``.bin`` and ``.idx`` files. The folder is made if it does not exist.
-        vocab_size: Ids are below it: uint16 up to 65,499 of them, as in Megatron, int32 above.
+        prefix: Path of the ``.bin`` and ``.idx`` files without the ending. The folder is made if it does not exist.
+        vocab_size: Number of token ids; they are stored as uint16 up to 65,499 ids, as in Megatron, else as int32.
 
     Yields:
-        What takes the documents.
+        The writer, which takes documents.
 
     Raises:
         ValueError: ``prefix`` has an ending already, or no document was added.

@@ -34,7 +34,7 @@ def build(descriptions: Sequence[Description], cache_dir: Path) -> None:
     and times, so other data have other indices (megatron-core's own names do not tell).
 
     Args:
-        descriptions: See ``index_builder.dataset``.
+        descriptions: Descriptions of datasets, as ``index_builder.dataset`` takes them.
         cache_dir: Where indices are kept. Made if it does not exist.
 
     Raises:

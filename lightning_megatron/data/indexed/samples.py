@@ -57,10 +57,10 @@ class GPTSamples(IndexedSamples):
 
     Args:
         seq_length: Tokens that the model sees at once.
-        reset_position_ids: Positions begin anew behind each end of a document.
-        reset_attention_mask: No token looks at a document before its own. With either, batches have ``attention_mask``
-            ``[b, 1, s, s]``, True where a query may not look.
-        eod_mask_loss: What follows on an end of a document is not learned from.
+        reset_position_ids: Whether positions start at 0 in each document.
+        reset_attention_mask: Whether a token attends only to tokens of its own document. With either, batches have
+            ``attention_mask`` ``[b, 1, s, s]``, True where a query may not look.
+        eod_mask_loss: Whether the token after the end of a document is left out of the loss.
 
     Raises:
         ValueError: ``seq_length`` is not positive.

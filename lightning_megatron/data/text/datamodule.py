@@ -39,7 +39,7 @@ class TextDataModule(TokenizedDataModule):
         suffixes: The endings of the files to take from folders.
         cache_dir: Where the tokens are kept. By default ``lightning_megatron/text`` in the user's cache folder.
         num_workers: Processes that load samples; 0 loads them in the training process.
-        seed: Of the training order. The same seed gives the same order; each epoch has its own.
+        seed: Seed of the training order. The same seed gives the same order; each epoch has its own.
         shuffle: Whether training takes the samples in a random order.
         drop_last: Whether training leaves out what does not fill a last batch. Otherwise the last batch is shorter,
             and where the samples do not divide by the data-parallel size, a few are seen twice.

@@ -14,7 +14,7 @@ def read(fields: Fields, partial: bool) -> dict[str, Any]:
     """Arguments of ``GPTConfig`` for their ``rope_parameters``.
 
     Args:
-        fields: Of the configuration.
+        fields: transformers' configuration.
         partial: Whether transformers' class turns a part of each head where the configuration says so. Others turn
             all of it, and cannot scale a part.
 

@@ -692,7 +692,7 @@ def test_refusals(tmp_path):
         gpt(both, weights=[0.3])
     with pytest.raises(ValueError, match=r"weights=\[0.3, 0\]\): 2 paths take 2 weights, all above 0"):
         gpt(both, weights=[0.3, 0])
-    with pytest.raises(ValueError, match="names one twice"):
+    with pytest.raises(ValueError, match="names a path twice"):
         gpt([both[0], both[0]])
     with pytest.raises(ValueError, match=r"paths=\[\]"):
         gpt([])

@@ -132,7 +132,7 @@ def test_import_and_export_on_the_command_line(llama, tmp_path, capsys):
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for name, tensor in pretrained.new_model("llama").state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="exists already"):
         main(["import", str(llama), str(tmp_path / "checkpoint")])
 
 
