@@ -95,7 +95,7 @@ def _ddp(name: str, read: Reader = truth) -> Destination:
 
 
 def _together(read: Reader = text) -> Destination:
-    """One of several that are carried over together (``compounds.py``)."""
+    """A setting that is carried over together with others of its subject."""
     return Destination(None, read)
 
 
