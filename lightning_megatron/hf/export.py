@@ -16,10 +16,10 @@ from lightning_megatron.checkpoint import consolidate
 from lightning_megatron.hf.config_reader import UnsupportedConfigError
 from lightning_megatron.hf.family import Family, family_for, family_of, kind_of
 from lightning_megatron.hf.gather import WholeTensors, on_first_rank
-from lightning_megatron.hf.meta_model import Blueprint
+from lightning_megatron.hf.meta_model import MetaModel
 from lightning_megatron.hf.original_settings import Origin
 from lightning_megatron.hf.pretrained_directory import Directory, Kinds, Updates, in_bytes, their_config
-from lightning_megatron.hf.weight_mapping import Heads, Pieces, is_update
+from lightning_megatron.hf.weight_mapping import Heads, WeightMapping, is_update
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Target:
         dtype: torch.dtype | str | None,
         max_shard_size: int | str,
         tokenizer: Any,
-        updates: Callable[[Pieces], Updates] | None = None,
+        updates: Callable[[WeightMapping], Updates] | None = None,
     ) -> Target:
         """Find the family, and check all that can be checked before anything is written.
 
@@ -64,7 +64,7 @@ class Target:
             dtype: Type of the weights, or its name.
             max_shard_size: Largest size of a file, such as "5GB".
             tokenizer: A tokenizer that is saved too, or None.
-            updates: Makes the low-rank updates that are added to the weights, from the model's pieces; or None.
+            updates: Makes the low-rank updates that are added to the weights, from the model's mapping; or None.
 
         Raises:
             UnsupportedConfigError: The family has no such model.
@@ -84,7 +84,7 @@ class Target:
         if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
             raise TypeError(f"tokenizer={tokenizer!r} has no save_pretrained: use a tokenizer of transformers'.")
         found.write_config(config)
-        low_rank = updates and updates(found.pieces(config))
+        low_rank = updates and updates(found.weight_mapping(config))
         return cls(found, config, origin, dtype, in_bytes(max_shard_size), tokenizer, low_rank)
 
     def write_module(self, path: Path, module: pl.LightningModule) -> Path:
@@ -117,17 +117,17 @@ class Target:
         return path
 
     def _write(self, path: Path, kinds: Kinds, tensors: Iterable[tuple[str, Any]]) -> None:
-        pieces = self.family.pieces(self.config)
-        kinds = {key: kind for key, kind in kinds.items() if key in pieces}
+        mapping = self.family.weight_mapping(self.config)
+        kinds = {key: kind for key, kind in kinds.items() if key in mapping}
         architecture = self.family.architecture(self.config)
-        blueprint = Blueprint(their_config(self.family, self.config, self.origin.config, torch.float32), architecture)
+        meta_model = MetaModel(their_config(self.family, self.config, self.origin.config, torch.float32), architecture)
         directory = Directory(
             path,
-            pieces,
+            mapping,
             Heads.of(self.config),
             kinds,
             lambda name, own: self.dtype or self.origin.dtype_of(name, own),
-            blueprint.stored_names,
+            meta_model.stored_names,
             self.max_shard_size,
             self.updates,
         )
@@ -135,7 +135,7 @@ class Target:
         config = their_config(self.family, self.config, self.origin.config, usual)
         try:
             for key, tensor in tensors:
-                if key in pieces:
+                if key in mapping:
                     directory.write(key, tensor)
                 elif is_update(key) and self.updates is not None:
                     self.updates.take(key, tensor)

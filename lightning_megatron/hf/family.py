@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
-from lightning_megatron.hf.weight_mapping import Pieces
+from lightning_megatron.hf.weight_mapping import WeightMapping
 
 Kind = Literal["GPT", "Bert", "T5"]
 
@@ -35,6 +35,8 @@ class Family:
     body: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
+        if hasattr(cls, "pieces"):
+            raise TypeError(f"{cls.__name__}.pieces is weight_mapping now: rename the method.")
         if "model_type" in vars(cls):
             _FAMILIES[cls.model_type] = cls()
 
@@ -54,7 +56,7 @@ class Family:
         """
         raise NotImplementedError
 
-    def pieces(self, config: Any) -> Pieces:
+    def weight_mapping(self, config: Any) -> WeightMapping:
         """Return our name of each tensor of the model, and the tensors of transformers' that it is made of."""
         raise NotImplementedError
 

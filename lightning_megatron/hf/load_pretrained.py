@@ -17,9 +17,9 @@ from lightning_megatron.checkpoint.tensor_shards import shard_specs
 from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
 from lightning_megatron.hf.family import Family, family_of
-from lightning_megatron.hf.meta_model import Blueprint, class_named
+from lightning_megatron.hf.meta_model import MetaModel, class_named
 from lightning_megatron.hf.original_settings import Origin
-from lightning_megatron.hf.weight_mapping import Heads, Pieces, Read, Shape, assemble, their_shapes
+from lightning_megatron.hf.weight_mapping import Heads, Read, Shape, WeightMapping, assemble, their_shapes
 from lightning_megatron.hf.weight_source import Source
 
 
@@ -90,16 +90,16 @@ class Pretrained:
             WeightsError: Tensors are missing, or have no spec in the model.
         """
         self._check_head(config)
-        blueprint = Blueprint(self.source.config, self.family.architecture(config))
-        self.fields.refuse_unread(blueprint.fields_read, self.ignore)
-        self.names = self._found_names(config, blueprint)
-        self._check_names(config, blueprint)
+        meta_model = MetaModel(self.source.config, self.family.architecture(config))
+        self.fields.refuse_unread(meta_model.fields_read, self.ignore)
+        self.names = self._found_names(config, meta_model)
+        self._check_names(config, meta_model)
         self._check_ties(config)
 
     def new_weights(self, config: Any) -> list[str]:
         """Our names of the tensors that the source does not have, of a new head."""
-        pieces = self.family.pieces(config)
-        return sorted(ours for ours, piece in pieces.items() if not all(name in self.names for name in piece.names))
+        mapping = self.family.weight_mapping(config)
+        return sorted(ours for ours, mapped in mapping.items() if not all(name in self.names for name in mapped.names))
 
     def origin(self) -> Origin:
         """What goes out again beside the weights."""
@@ -117,7 +117,7 @@ class Pretrained:
         def read(name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
             return self.source.read(self.names[name], offset, sizes)
 
-        fill(module, self.family.pieces(module.config), shapes, read, self.source.name)
+        fill(module, self.family.weight_mapping(module.config), shapes, read, self.source.name)
 
     @property
     def _architecture(self) -> type | None:
@@ -151,22 +151,22 @@ class Pretrained:
             f" head, use from_pretrained(..., {remedy}); a head that the files do not have starts anew."
         )
 
-    def _found_names(self, config: Any, blueprint: Blueprint) -> dict[str, str]:
+    def _found_names(self, config: Any, meta_model: MetaModel) -> dict[str, str]:
         family, prefix = self.family, self.family.prefix
         if any(name.startswith(prefix) for name in self.source.shapes):
             prefix = ""  # else it is a model without a head, whose names lack it
         have = {
             name if name.startswith((*family.head, family.prefix)) else prefix + name: stored
-            for stored, name in blueprint.loaded_names(self.source.shapes).items()
+            for stored, name in meta_model.loaded_names(self.source.shapes).items()
         }
         for second, first in family.tied(config).items():
             if second in have:
                 have.setdefault(first, have[second])
         return have
 
-    def _check_names(self, config: Any, blueprint: Blueprint) -> None:
+    def _check_names(self, config: Any, meta_model: MetaModel) -> None:
         family, have = self.family, set(self.names)
-        wanted = {name for piece in family.pieces(config).values() for name in piece.names}
+        wanted = {name for mapped in family.weight_mapping(config).values() for name in mapped.names}
         missing = sorted(
             name
             for name in wanted - have
@@ -174,7 +174,7 @@ class Pretrained:
         )
         extra = sorted(
             name
-            for name in have - wanted - family.tied(config).keys() - blueprint.ignored(have - wanted)
+            for name in have - wanted - family.tied(config).keys() - meta_model.ignored(have - wanted)
             if not name.startswith(family.head)
             and not (self._leaves_head and family.has_head(name))
             and not any(re.fullmatch(pattern, name) for pattern in family.buffers)
@@ -200,12 +200,12 @@ class Pretrained:
                 )
 
 
-def fill(module: Any, pieces: Pieces, shapes: Mapping[str, Shape], read: Read, source: str) -> None:
+def fill(module: Any, mapping: WeightMapping, shapes: Mapping[str, Shape], read: Read, source: str) -> None:
     """Give a built module's tensors those of theirs that there are; all ranks call this.
 
     Args:
         module: The module, whose chunks are built.
-        pieces: transformers' tensors that each of our tensors is made of.
+        mapping: transformers' tensors that each of our tensors is made of.
         shapes: Shapes of transformers' tensors; our tensors that lack a part of theirs stay as they are.
         read: Reads a rectangle of one of transformers' tensors.
         source: Name of the source in errors.
@@ -217,8 +217,8 @@ def fill(module: Any, pieces: Pieces, shapes: Mapping[str, Shape], read: Read, s
     problems = [
         f"{name} has shape {shapes[name]}, and the model wants {shape}"
         for spec in where.values()
-        if spec.key in pieces
-        for name, shape in their_shapes(pieces[spec.key], spec.shape, heads).items()
+        if spec.key in mapping
+        for name, shape in their_shapes(mapping[spec.key], spec.shape, heads).items()
         if name in shapes and shapes[name] != shape
     ]
     everywhere = collectives.gather(problems, process_groups.gloo_world())
@@ -228,9 +228,9 @@ def fill(module: Any, pieces: Pieces, shapes: Mapping[str, Shape], read: Read, s
     state = module.state_dict(keep_vars=False)
     with torch.no_grad():
         for name, spec in where.items():
-            if spec.key not in pieces or not all(theirs in shapes for theirs in pieces[spec.key].names):
+            if spec.key not in mapping or not all(theirs in shapes for theirs in mapping[spec.key].names):
                 continue  # a part of a user's own, an update, or a new head
             if spec.is_padded:
                 state[name].zero_()
             for shard in spec.shards(state[name], spec.key):
-                assemble(pieces[spec.key], spec.shape, heads, tuple(shard.global_offset), shard.data, read)
+                assemble(mapping[spec.key], spec.shape, heads, tuple(shard.global_offset), shard.data, read)

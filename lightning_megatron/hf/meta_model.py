@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 _READ_AT_LOADING = frozenset({"quantization_config", "compression_config"})
 
 
-class Blueprint:
+class MetaModel:
     """A model of transformers whose tensors have shapes and no numbers.
 
     Args:

@@ -19,7 +19,7 @@ from lightning_megatron.checkpoint import safetensors_writer
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.family import Family
 from lightning_megatron.hf.meta_model import class_named
-from lightning_megatron.hf.weight_mapping import Heads, Pieces, take_apart, their_shapes
+from lightning_megatron.hf.weight_mapping import Heads, WeightMapping, take_apart, their_shapes
 
 _INDEX = "model.safetensors.index.json"
 _OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -100,7 +100,7 @@ class Directory:
 
     Args:
         path: The directory.
-        pieces: transformers' tensors that each of our tensors is made of.
+        mapping: transformers' tensors that each of our tensors is made of.
         heads: The attention heads of the model.
         kinds: Shape and type of each of our tensors.
         dtype: Chooses the type of one of theirs, from its name and the type of ours.
@@ -112,7 +112,7 @@ class Directory:
     def __init__(
         self,
         path: Path,
-        pieces: Pieces,
+        mapping: WeightMapping,
         heads: Heads,
         kinds: Kinds,
         dtype: Callable[[str, torch.dtype], torch.dtype],
@@ -123,13 +123,13 @@ class Directory:
         self.path = path
         self._updates = updates
         self.folder = path.with_name(f".{path.name}.unfinished")
-        self._pieces, self._heads = pieces, heads
+        self._mapping, self._heads = mapping, heads
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         theirs = {
             name: (shape, dtype(name, own))
             for key, (whole, own) in kinds.items()
-            for name, shape in their_shapes(pieces[key], whole, heads).items()
+            for name, shape in their_shapes(mapping[key], whole, heads).items()
         }
         self._stored = stored_names(theirs)
         stored = {self._stored[name]: theirs[name] for name in sorted(theirs, key=_by_layer)}  # transformers' order
@@ -152,10 +152,10 @@ class Directory:
 
     def write(self, key: str, ours: torch.Tensor) -> None:
         """Write their tensors that one of ours is made of; updates come before what they update."""
-        piece = self._pieces[key]
-        theirs = take_apart(piece, ours, self._heads)
+        mapped = self._mapping[key]
+        theirs = take_apart(mapped, ours, self._heads)
         if self._updates is not None:
-            self._updates.merge(theirs, piece.transposed)
+            self._updates.merge(theirs, mapped.transposed)
         for name, tensor in theirs.items():
             stored = self._stored[name]
             self._files[stored].write(stored, tensor.to(self.dtypes[name]))

@@ -128,9 +128,9 @@ class KeyValue(Stacked):
                 yield Rows(name, group * heads.size, heads.size)
 
 
-Piece = Same | Stacked
+TensorMapping = Same | Stacked
 # By the name of our tensor.
-Pieces = dict[str, Piece]
+WeightMapping = dict[str, TensorMapping]
 
 
 UPDATE = "_lora"  # ends the name of what is beside a layer that has low-rank updates
@@ -141,50 +141,52 @@ def is_update(key: str) -> bool:
     return f"{UPDATE}." in key
 
 
-def table(entries: Mapping[str, str | Piece], layers: int = 0) -> Pieces:
+def table(entries: Mapping[str, str | TensorMapping], layers: int = 0) -> WeightMapping:
     """A family's names; entries with ``{}`` stand for each of the layers. A plain name is a tensor as it is."""
-    found: Pieces = {}
+    found: WeightMapping = {}
     for ours, theirs in entries.items():
-        piece = Same(theirs) if isinstance(theirs, str) else theirs
+        mapped = Same(theirs) if isinstance(theirs, str) else theirs
         if "{}" in ours:
-            found |= {ours.format(layer): piece.at(layer) for layer in range(layers)}
+            found |= {ours.format(layer): mapped.at(layer) for layer in range(layers)}
         else:
-            found[ours] = piece
+            found[ours] = mapped
     return found
 
 
-def their_shapes(piece: Piece, shape: Shape, heads: Heads) -> dict[str, Shape]:
+def their_shapes(mapped: TensorMapping, shape: Shape, heads: Heads) -> dict[str, Shape]:
     """The shapes of their tensors that make ours of ``shape``."""
     counts: dict[str, int] = {}
-    for rows in piece.rows(shape[0], heads):
+    for rows in mapped.rows(shape[0], heads):
         counts[rows.name] = counts.get(rows.name, 0) + rows.count
     shapes = {name: (count, *shape[1:]) for name, count in counts.items()}
-    return {name: found[::-1] if piece.transposed else found for name, found in shapes.items()}
+    return {name: found[::-1] if mapped.transposed else found for name, found in shapes.items()}
 
 
-def assemble(piece: Piece, shape: Shape, heads: Heads, offset: Shape, target: torch.Tensor, read: Read) -> None:
+def assemble(
+    mapped: TensorMapping, shape: Shape, heads: Heads, offset: Shape, target: torch.Tensor, read: Read
+) -> None:
     """Fill ``target``, which lies at ``offset`` in our tensor of ``shape``, from their tensors."""
     start, stop = offset[0], offset[0] + target.size(0)
     first = 0  # our row
-    for rows in _joined(piece.rows(shape[0], heads)):
+    for rows in _joined(mapped.rows(shape[0], heads)):
         low, high = max(first, start), min(first + rows.count, stop)
         if low < high:
             where = (rows.start + low - first, *offset[1:])
             sizes = (high - low, *target.shape[1:])
-            part = read(rows.name, *((where[::-1], sizes[::-1]) if piece.transposed else (where, sizes)))
-            target[low - start : high - start].copy_(part.t() if piece.transposed else part)
+            part = read(rows.name, *((where[::-1], sizes[::-1]) if mapped.transposed else (where, sizes)))
+            target[low - start : high - start].copy_(part.t() if mapped.transposed else part)
         first += rows.count
 
 
-def take_apart(piece: Piece, ours: torch.Tensor, heads: Heads) -> dict[str, torch.Tensor]:
+def take_apart(mapped: TensorMapping, ours: torch.Tensor, heads: Heads) -> dict[str, torch.Tensor]:
     """Their tensors that make ours, whole and contiguous."""
-    if type(piece) is Same:
-        return {piece.name: (ours.t() if piece.transposed else ours).contiguous()}
-    shapes = their_shapes(piece, tuple(ours.shape), heads)
+    if type(mapped) is Same:
+        return {mapped.name: (ours.t() if mapped.transposed else ours).contiguous()}
+    shapes = their_shapes(mapped, tuple(ours.shape), heads)
     theirs = {name: torch.empty(shape, dtype=ours.dtype, device=ours.device) for name, shape in shapes.items()}
     first = 0
-    for rows in _joined(piece.rows(ours.size(0), heads)):
-        target = theirs[rows.name].t() if piece.transposed else theirs[rows.name]
+    for rows in _joined(mapped.rows(ours.size(0), heads)):
+        target = theirs[rows.name].t() if mapped.transposed else theirs[rows.name]
         target[rows.start : rows.start + rows.count].copy_(ours[first : first + rows.count])
         first += rows.count
     return theirs

@@ -57,11 +57,11 @@ class AutoModule:
         Raises:
             UnsupportedConfigError: An architecture without a counterpart.
         """
-        base, beside = lora_module.beside(source)
-        if beside is not None and adapter is not None:
-            raise ValueError(f"{beside} is an adapter, and adapter={str(adapter)!r} another. Give one of them.")
+        base, own_adapter = lora_module.base_and_adapter(source)
+        if own_adapter is not None and adapter is not None:
+            raise ValueError(f"{own_adapter} is an adapter, and adapter={str(adapter)!r} another. Give one of them.")
         found = hf.open_source(base, revision)
         kind = _MODULES[hf.family_of(found.config.model_type).kind]
         named = {"optimizer": optimizer, "lr_schedule": lr_schedule, "loss_reduction": loss_reduction, "lora": lora}
-        chosen = beside if adapter is None else Path(adapter)
+        chosen = own_adapter if adapter is None else Path(adapter)
         return kind._from_source(found, config, ignore, {**named, **arguments}, chosen)

@@ -75,13 +75,13 @@ class ConfiguredModule(MegatronModule):
     def adapt_model(self) -> None:
         """Put low-rank updates beside the layers, where there are any."""
         if self.lora is not None:
-            lora_module.put_in(self)
+            lora_module.inject_updates(self)
 
     def fill_model(self) -> None:
         """Give the built chunks their first weights, and the low-rank updates of an adapter that was loaded."""
         super().fill_model()
         if self._loaded is not None:
-            lora_module.fill(self, self._loaded)
+            lora_module.load_updates(self, self._loaded)
 
     @classmethod
     def from_pretrained(
@@ -111,7 +111,7 @@ class ConfiguredModule(MegatronModule):
             WeightsError: Tensors are missing, or have no place in the model.
             FileNotFoundError: There are no such files.
         """
-        base, adapter = lora_module.beside(source)
+        base, adapter = lora_module.base_and_adapter(source)
         return cls._from_source(hf.open_source(base, revision), config, ignore, arguments, adapter)
 
     @classmethod
@@ -156,7 +156,7 @@ class ConfiguredModule(MegatronModule):
         """
         if len(self.chunks):
             raise RuntimeError(f"{type(self).__name__}.load_adapter comes too late: the model is built.")
-        self._loaded = lora_module.understood(self, read_adapter(Path(directory)))
+        self._loaded = lora_module.matched(self, read_adapter(Path(directory)))
         self.lora = self._loaded.lora
         self.save_hyperparameters({"lora": self.lora}, logger=False)
         lora_module.check(self)

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.family import Family
-from lightning_megatron.hf.weight_mapping import Pieces, QueryKeyValue, table
+from lightning_megatron.hf.weight_mapping import QueryKeyValue, WeightMapping, table
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -86,7 +86,7 @@ class Bert(Family):
         }
 
     @override
-    def pieces(self, config: Any) -> Pieces:
+    def weight_mapping(self, config: Any) -> WeightMapping:
         ours, theirs, head = "encoder.layers.{}.", "bert.encoder.layer.{}.", "cls.predictions."
         entries: dict[str, Any] = {
             f"embedding.{kind}_embeddings.weight": f"bert.embeddings.{name}_embeddings.weight"

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.family import Family
-from lightning_megatron.hf.weight_mapping import FusedQueryKeyValue, Pieces, Same, table
+from lightning_megatron.hf.weight_mapping import FusedQueryKeyValue, Same, WeightMapping, table
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
@@ -64,7 +64,7 @@ class GPT2(Family):
         }
 
     @override
-    def pieces(self, config: Any) -> Pieces:
+    def weight_mapping(self, config: Any) -> WeightMapping:
         ours, theirs = "decoder.layers.{}.", "transformer.h.{}."
         entries: dict[str, Any] = {
             "embedding.word_embeddings.weight": "transformer.wte.weight",

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.families import rope
 from lightning_megatron.hf.family import Family
-from lightning_megatron.hf.weight_mapping import Pieces, table
+from lightning_megatron.hf.weight_mapping import WeightMapping, table
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
 
@@ -67,7 +67,7 @@ class GPTNeoX(Family):
         }
 
     @override
-    def pieces(self, config: Any) -> Pieces:
+    def weight_mapping(self, config: Any) -> WeightMapping:
         ours, theirs = "decoder.layers.{}.", "gpt_neox.layers.{}."
         entries: dict[str, Any] = {"embedding.word_embeddings.weight": "gpt_neox.embed_in.weight"}
         for kind in ("weight", "bias"):

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.families import rope
 from lightning_megatron.hf.family import Family
-from lightning_megatron.hf.weight_mapping import Pieces, QueryKeyValue, Stacked, table
+from lightning_megatron.hf.weight_mapping import QueryKeyValue, Stacked, WeightMapping, table
 
 _ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu"}
 
@@ -81,7 +81,7 @@ class Llama(Family):
         return {"attention_bias": config.bias, "mlp_bias": config.bias}
 
     @override
-    def pieces(self, config: Any) -> Pieces:
+    def weight_mapping(self, config: Any) -> WeightMapping:
         ours, theirs = "decoder.layers.{}.", "model.layers.{}."
         entries: dict[str, Any] = {
             "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -94,7 +94,7 @@ class Llama(Family):
         if config.bias:
             entries |= with_bias
         elif config.qkv_bias:
-            entries |= {name: piece for name, piece in with_bias.items() if "linear_qkv" in name}
+            entries |= {name: mapped for name, mapped in with_bias.items() if "linear_qkv" in name}
         if config.extra.get("qk_layernorm"):
             for kind in ("q", "k"):
                 entries[f"{ours}self_attention.{kind}_layernorm.weight"] = f"{theirs}self_attn.{kind}_norm.weight"

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.family import Family
-from lightning_megatron.hf.weight_mapping import KeyValue, Pieces, QueryKeyValue, Stacked, table
+from lightning_megatron.hf.weight_mapping import KeyValue, QueryKeyValue, Stacked, WeightMapping, table
 
 _ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu_tanh", "gated-silu": "swiglu", "gelu": "gelu"}
 _SEQ_LENGTH = 512  # the published models' training length; the positions are relative and know none
@@ -72,7 +72,7 @@ class T5(Family):
         }
 
     @override
-    def pieces(self, config: Any) -> Pieces:
+    def weight_mapping(self, config: Any) -> WeightMapping:
         entries = {"embedding.word_embeddings.weight": "shared.weight"}
         if not config.tie_embeddings:
             entries["output_layer.weight"] = "lm_head.weight"

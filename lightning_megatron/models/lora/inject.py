@@ -10,18 +10,18 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from lightning_megatron.distributed.parameter_names import named_shards, whole_name
-from lightning_megatron.hf.weight_mapping import UPDATE, Heads, Piece, Pieces, Same
+from lightning_megatron.hf.weight_mapping import UPDATE, Heads, Same, TensorMapping, WeightMapping
 from lightning_megatron.models.lora.config import LoRA
 from lightning_megatron.models.lora.layer import Adapter
 
 
-def attach(chunk: torch.nn.Module, lora: LoRA, pieces: Pieces, config: Any, seed: int, also: set[str]) -> None:
+def inject(chunk: torch.nn.Module, lora: LoRA, mapping: WeightMapping, config: Any, seed: int, also: set[str]) -> None:
     """Give a chunk's target layers updates, and freeze what is not trained.
 
     Args:
         chunk: One of the model's chunks.
         lora: Which layers to update, and the sizes of the updates.
-        pieces: The whole model's, by its family's names; empty where it has no family.
+        mapping: transformers' tensors that each of the whole model's is made of; empty if it has no family.
         config: Configuration of the model.
         seed: Seed of the first weights; the same on all ranks.
         also: Names of whole tensors that are trained as they are.
@@ -32,40 +32,40 @@ def attach(chunk: torch.nn.Module, lora: LoRA, pieces: Pieces, config: Any, seed
     heads = Heads.of(config)
     for name, linear in list(_linears(chunk)):
         whole = whole_name(chunk, f"{name}.weight")
-        piece = pieces.get(whole, Same(whole))
-        chosen = chosen_of(piece, whole, lora)
+        mapped = mapping.get(whole, Same(whole))
+        chosen = targets_of(mapped, whole, lora)
         if chosen:
             halves = config.is_gated and name.endswith("linear_fc1")
-            adapter = Adapter(linear, piece, chosen, heads, lora, halves)
+            adapter = Adapter(linear, mapped, chosen, heads, lora, halves)
             for number, theirs in enumerate(chosen):
                 adapter.start(number, (seed + zlib.crc32(theirs.encode())) % 2**31)
             parent, _, leaf = name.rpartition(".")
             chunk.get_submodule(parent).add_module(leaf + UPDATE, adapter)
-            linear.register_forward_hook(_Added(adapter))
+            linear.register_forward_hook(_AddUpdate(adapter))
     if getattr(chunk, "pre_process", False):
         # Else nothing before the first update needs a gradient, and recomputed layers would have none.
         chunk.embedding.register_forward_hook(_wants_gradient)  # type: ignore[union-attr]
 
 
-def chosen_of(piece: Piece, ours: str, lora: LoRA) -> list[str]:
+def targets_of(mapped: TensorMapping, ours: str, lora: LoRA) -> list[str]:
     """Of transformers' weights that a layer is made of, the targets."""
     mine = ours.removesuffix(".weight")
-    return [name for name in piece.names if lora.matches(name.removesuffix(".weight"), mine)]
+    return [name for name in mapped.names if lora.matches(name.removesuffix(".weight"), mine)]
 
 
-def target_names(pieces: Pieces) -> list[str]:
+def target_names(mapping: WeightMapping) -> list[str]:
     """What targets may be called: by the family, and by megatron-core."""
     found = []
-    for ours, piece in pieces.items():
+    for ours, mapped in mapping.items():
         if ours.endswith(".weight") and ("linear_" in ours):
-            found += [name.removesuffix(".weight") for name in (ours, *piece.names)]
+            found += [name.removesuffix(".weight") for name in (ours, *mapped.names)]
     return found or [f"decoder.layers.0.{name}" for name in _USUAL]
 
 
 _USUAL = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def key_of(ours: str) -> str:
+def key_prefix_of(ours: str) -> str:
     """What the tensors of an update of the weight ``ours`` begin with."""
     return f"{ours.removesuffix('.weight')}{UPDATE}."
 
@@ -76,7 +76,7 @@ def _linears(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
             yield name, module
 
 
-class _Added:
+class _AddUpdate:
     """Adds the update to what a layer gives."""
 
     def __init__(self, adapter: Adapter) -> None:

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from lightning_megatron.distributed import process_groups
-from lightning_megatron.hf.weight_mapping import Heads, Piece
+from lightning_megatron.hf.weight_mapping import Heads, TensorMapping
 from lightning_megatron.models.lora.config import LoRA
 
 
@@ -28,14 +28,16 @@ class Adapter(torch.nn.Module):
 
     Args:
         linear: megatron-core's layer.
-        piece: transformers' weights that the layer's weight is made of.
+        mapped: transformers' weights that the layer's weight is made of.
         chosen: Those of transformers' weights that are updated.
         heads: The attention heads of the model.
         lora: Rank, scale and dropout of the updates.
         halves: Whether the rows are a gate and what it gates, of which a rank has a part each.
     """
 
-    def __init__(self, linear: Any, piece: Piece, chosen: list[str], heads: Heads, lora: LoRA, halves: bool) -> None:
+    def __init__(
+        self, linear: Any, mapped: TensorMapping, chosen: list[str], heads: Heads, lora: LoRA, halves: bool
+    ) -> None:
         super().__init__()
         self.lora = lora
         self.chosen = chosen
@@ -46,11 +48,11 @@ class Adapter(torch.nn.Module):
         rows = weight.size(0) * (size if self.is_column else 1)
         self.first_input = 0 if self.is_column else rank * weight.size(1)
         self.num_inputs = weight.size(1) * (1 if self.is_column else size)
-        pieces = list(piece.rows(rows, heads))
+        all_rows = list(mapped.rows(rows, heads))
         # Of each row of the whole layer, whose it is, and which of theirs; on the host, whatever the model's device.
         numbers = {name: number for number, name in enumerate(chosen)}
-        self.owner = torch.cat([torch.full((row.count,), numbers.get(row.name, -1), device="cpu") for row in pieces])
-        self.theirs = torch.cat([_numbers(row.start, row.start + row.count) for row in pieces])
+        self.owner = torch.cat([torch.full((row.count,), numbers.get(row.name, -1), device="cpu") for row in all_rows])
+        self.theirs = torch.cat([_numbers(row.start, row.start + row.count) for row in all_rows])
         here = _rows_here(weight.size(0), rank, size, halves) if self.is_column else _numbers(0, rows)
         self.num_rows = len(here)
         # Of each update: its rows among this rank's; and which of the whole layer, by the names of B's parts.

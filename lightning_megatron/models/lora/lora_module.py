@@ -14,9 +14,9 @@ from lightning_megatron.checkpoint.mismatches import as_list
 from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.distributed.suggestions import did_you_mean
 from lightning_megatron.hf.gather import WholeTensors, on_first_rank
-from lightning_megatron.hf.weight_mapping import Heads, Pieces, Read, Shape, is_update, take_apart
+from lightning_megatron.hf.weight_mapping import Heads, Read, Shape, WeightMapping, is_update, take_apart
 from lightning_megatron.models.lora import LoRA
-from lightning_megatron.models.lora.inject import attach, chosen_of, target_names
+from lightning_megatron.models.lora.inject import inject, target_names, targets_of
 from lightning_megatron.models.lora.layer import Adapter
 from lightning_megatron.models.lora.merge import Updates
 from lightning_megatron.models.lora.peft_files import Saved, base_of, write
@@ -31,10 +31,10 @@ _TASKS = {
 _HEADS = {"SEQ_CLS": {"classifier"}, "TOKEN_CLS": {"classifier"}}
 
 
-def pieces_of(module: Any) -> Pieces:
+def weight_mapping_of(module: Any) -> WeightMapping:
     """What the model's weights are made of: by what it came from, or by the first family that has such a model."""
     family = _family(module)
-    return {} if family is None else family.pieces(module.config)
+    return {} if family is None else family.weight_mapping(module.config)
 
 
 def check(module: Any) -> None:
@@ -44,17 +44,17 @@ def check(module: Any) -> None:
         ValueError: Names the nearest that there are.
     """
     if module.lora is not None and module.lora.targets != "all-linear":
-        module.lora.check_targets(target_names(pieces_of(module)))
+        module.lora.check_targets(target_names(weight_mapping_of(module)))
 
 
-def understood(module: Any, saved: Saved) -> Saved:
+def matched(module: Any, saved: Saved) -> Saved:
     """An adapter whose weights that are no updates are found in a module's model; its ``lora`` trains their parts.
 
     Raises:
         ValueError: The model has no such weights, has them tied to others, or needs further ones beside them.
     """
-    family, pieces = _family(module), pieces_of(module)
-    ours = {name: key for key, piece in pieces.items() for name in piece.names}
+    family, mapping = _family(module), weight_mapping_of(module)
+    ours = {name: key for key, mapped in mapping.items() for name in mapped.names}
     tied = family.tied(module.config) if family else {}
     both = sorted((saved.whole.keys() - saved.frozen) & {*tied, *tied.values()})
     if both and not saved.ties:
@@ -70,7 +70,7 @@ def understood(module: Any, saved: Saved) -> Saved:
     if unknown:
         raise ValueError(f"The adapter holds weights that have no place in the model:\n{as_list(unknown)}")
     keys = {ours[name] for name in saved.whole}
-    missing = sorted({name for key in keys for name in pieces[key].names} - saved.whole.keys())
+    missing = sorted({name for key in keys for name in mapping[key].names} - saved.whole.keys())
     if missing:
         raise ValueError(
             f"The adapter lacks weights that megatron-core has in one tensor with some of its own:\n{as_list(missing)}"
@@ -80,7 +80,7 @@ def understood(module: Any, saved: Saved) -> Saved:
     return replace(saved, lora=replace(saved.lora, also_train=parts))
 
 
-def beside(source: Any) -> tuple[Any, Path | None]:
+def base_and_adapter(source: Any) -> tuple[Any, Path | None]:
     """What a source of weights is read from, and the adapter that is to be put in then, where it is one's directory.
 
     As in transformers: a directory with ``adapter_config.json`` is its own model and the adapter on it; with no model
@@ -92,21 +92,21 @@ def beside(source: Any) -> tuple[Any, Path | None]:
     return (source, None) if base is None else (base, Path(source))
 
 
-def put_in(module: Any) -> None:
+def inject_updates(module: Any) -> None:
     """Put updates beside the layers of a module's chunks, and freeze the rest.
 
     Raises:
         ValueError: There is no part that is to be trained whole; on every rank.
     """
     lora: LoRA = module.lora
-    pieces = pieces_of(module)
+    mapping = weight_mapping_of(module)
     seed = collectives.gather(torch.initial_seed(), process_groups.gloo_world())[0]
     _check_parts(module, lora.also_train)
     for chunk in module.chunks:
-        attach(chunk, lora, pieces, module.config, seed, set(module.new_weights))
+        inject(chunk, lora, mapping, module.config, seed, set(module.new_weights))
 
 
-def fill(module: Any, saved: Saved) -> None:
+def load_updates(module: Any, saved: Saved) -> None:
     """Give a module's built chunks what an adapter holds; all ranks call this.
 
     Raises:
@@ -128,7 +128,7 @@ def fill(module: Any, saved: Saved) -> None:
         adapter.fill(number, *saved.updates[theirs])
     if saved.whole:
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.whole.items()}
-        hf.fill(module, pieces_of(module), shapes, _reading(saved.whole), "The adapter")
+        hf.fill(module, weight_mapping_of(module), shapes, _reading(saved.whole), "The adapter")
 
 
 def _reading(tensors: dict[str, torch.Tensor]) -> Read:
@@ -164,11 +164,11 @@ def save(module: Any, folder: Path) -> Path:
     if module.lora is None or family is None:
         why = "has no LoRA(...)" if module.lora is None else "is of no family of transformers'"
         raise ValueError(f"{type(module).__name__}.save_adapter: the module {why}. Use save_pretrained.")
-    pieces = family.pieces(module.config)
+    mapping = family.weight_mapping(module.config)
     task = _TASKS.get(getattr(module.config, "task", family.kind), "FEATURE_EXTRACTION")
     trained = _trained_whole(module)
-    whole_keys = _in_whole_modules(trained, pieces, family.tied(module.config), module.lora, _HEADS.get(task, set()))
-    updates, heads = Updates(module.lora, pieces, module.config), Heads.of(module.config)
+    whole_keys = _in_whole_modules(trained, mapping, family.tied(module.config), module.lora, _HEADS.get(task, set()))
+    updates, heads = Updates(module.lora, mapping, module.config), Heads.of(module.config)
     whole: dict[str, torch.Tensor] = {}
     for key, tensor in WholeTensors(module, only=lambda key: is_update(key) or key in whole_keys):
         if tensor is None:
@@ -176,14 +176,14 @@ def save(module: Any, folder: Path) -> Path:
         if is_update(key):
             updates.take(key, tensor)
         else:
-            whole |= take_apart(pieces[key], tensor, heads)
+            whole |= take_apart(mapping[key], tensor, heads)
     if trained - whole_keys:
         rank_zero_warn(
             f"{folder} lacks these, which were trained whole and which peft has no place for; save_pretrained and"
             f" checkpoints have all of it:\n{as_list(trained - whole_keys)}"
         )
     base = module.hparams.get("pretrained_config") or {}
-    transposed = any(piece.transposed for piece in pieces.values())
+    transposed = any(mapped.transposed for mapped in mapping.values())
     name = base.get("_name_or_path") or None
     on_first_rank(folder, lambda: write(folder, Saved(module.lora, updates.each, whole), task, name, transposed))
     return folder
@@ -195,21 +195,25 @@ def _trained_whole(module: Any) -> set[str]:
     return set().union(*collectives.gather(here, process_groups.gloo_world()))
 
 
-def _in_whole_modules(trained: set[str], pieces: Pieces, tied: dict[str, str], lora: LoRA, heads: set[str]) -> set[str]:
+def _in_whole_modules(
+    trained: set[str], mapping: WeightMapping, tied: dict[str, str], lora: LoRA, heads: set[str]
+) -> set[str]:
     """Our tensors of the modules of transformers' that an adapter has whole, as ``peft`` has them or not at all.
 
     Args:
         trained: Our names of what was trained.
-        pieces: The model's.
+        mapping: transformers' tensors that each of the model's tensors is made of.
         tied: Tensors of theirs that ours has once: whole modules of peft's are copies, which tear the tie.
         lora: Which layers have updates; a module that has one cannot be saved whole.
         heads: Modules that are there in any case.
     """
-    modules = heads | {name.rpartition(".")[0] for key in trained & pieces.keys() for name in pieces[key].names}
+    modules = heads | {name.rpartition(".")[0] for key in trained & mapping.keys() for name in mapping[key].names}
     torn = {*tied, *tied.values()}
-    torn |= {name for key, piece in pieces.items() for name in chosen_of(piece, key, lora) if key.endswith(".weight")}
+    torn |= {
+        name for key, mapped in mapping.items() for name in targets_of(mapped, key, lora) if key.endswith(".weight")
+    }
     fit = {module for module in modules if not any(name.startswith(f"{module}.") for name in torn)}
-    return {key for key, piece in pieces.items() if all(name.rpartition(".")[0] in fit for name in piece.names)}
+    return {key for key, mapped in mapping.items() if all(name.rpartition(".")[0] in fit for name in mapped.names)}
 
 
 def _family(module: Any) -> hf.Family | None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.hf.weight_mapping import Heads, Piece, Pieces, Same
+from lightning_megatron.hf.weight_mapping import Heads, Same, TensorMapping, WeightMapping
 from lightning_megatron.models.lora.config import LoRA
-from lightning_megatron.models.lora.inject import chosen_of, key_of
+from lightning_megatron.models.lora.inject import key_prefix_of, targets_of
 
 # By transformers' name of the weight: A and B.
 Each = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -20,18 +20,18 @@ class Updates:
 
     Args:
         lora: Rank and scale of the updates.
-        pieces: The model's.
+        mapping: transformers' tensors that each of the model's tensors is made of.
         config: Configuration of the model.
     """
 
-    def __init__(self, lora: LoRA, pieces: Pieces, config: Any) -> None:
+    def __init__(self, lora: LoRA, mapping: WeightMapping, config: Any) -> None:
         self.lora = lora
         self._heads = Heads.of(config)
-        self._places: dict[str, tuple[Piece, str]] = {}  # by the beginning of a key: of which weight of theirs
-        for ours, piece in pieces.items():
-            for theirs in chosen_of(piece, ours, lora) if ours.endswith(".weight") else ():
+        self._places: dict[str, tuple[TensorMapping, str]] = {}  # by the beginning of a key: of which weight of theirs
+        for ours, mapped in mapping.items():
+            for theirs in targets_of(mapped, ours, lora) if ours.endswith(".weight") else ():
                 part = theirs.removesuffix(".weight").rpartition(".")[2]
-                self._places[f"{key_of(ours)}{part}."] = (piece, theirs)
+                self._places[f"{key_prefix_of(ours)}{part}."] = (mapped, theirs)
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
 
     def take(self, key: str, tensor: torch.Tensor) -> None:
@@ -44,9 +44,9 @@ class Updates:
         """``A`` and ``B`` of each weight of transformers', ``B`` in its own order of rows; asked when all are taken."""
         found: Each = {}
         for beginning, tensors in self._tensors.items():
-            piece, theirs = self._places[beginning]
+            mapped, theirs = self._places[beginning]
             segments = [tensors[name] for name in sorted(tensors) if name.startswith("B")]
-            found[theirs] = (tensors["A"], self._in_their_order(piece, theirs, torch.cat(segments)))
+            found[theirs] = (tensors["A"], self._in_their_order(mapped, theirs, torch.cat(segments)))
         return found
 
     def merge(self, theirs: dict[str, torch.Tensor], transposed: bool) -> None:
@@ -57,13 +57,13 @@ class Updates:
                 update = self.lora.scale * (up.float() @ down.float())
                 weight.copy_(weight.float() + (update.t() if transposed else update))
 
-    def _in_their_order(self, piece: Piece, theirs: str, up: torch.Tensor) -> torch.Tensor:
-        if type(piece) is Same:
+    def _in_their_order(self, mapped: TensorMapping, theirs: str, up: torch.Tensor) -> torch.Tensor:
+        if type(mapped) is Same:
             return up
-        whole = up.size(0) * len(piece.names)  # asked by those alone whose parts are of one size
+        whole = up.size(0) * len(mapped.names)  # asked by those alone whose parts are of one size
         rows = [
             torch.arange(row.start, row.start + row.count, device=up.device)
-            for row in piece.rows(whole, self._heads)
+            for row in mapped.rows(whole, self._heads)
             if row.name == theirs
         ]
         found = torch.empty_like(up)
