@@ -1,4 +1,4 @@
-"""When callbacks look, and how they say what they saw."""
+"""The steps at which callbacks log, and how they log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``MemoryMonitor``: what each rank takes, beside what its weights, gradients and optimizer should take."""
+"""``MemoryMonitor``: each rank's memory, and how much its weights, gradients and optimizer should take."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all bytes."""
         return sum(astuple(self))
 
 

@@ -1,4 +1,4 @@
-"""``PhaseTimes``: where a step's time goes, over the ranks, and who is late."""
+"""``PhaseTimes``: how long each phase of a step takes over the ranks, and which rank is late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``PipelineTimeline``: which micro-batch was where in a step, and when nobody was anywhere."""
+"""``PipelineTimeline``: which stage ran which micro-batch in a step, and when stages were idle."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class PipelineTimeline(pl.Callback):
 
 
 def _meet(trainer: pl.Trainer) -> float:
-    """The moment in which all ranks have met."""
+    """Wait for all ranks, and return the time."""
     for _ in range(2):  # the first also waits for connections to be made
         trainer.strategy.barrier()
     return time.monotonic()

@@ -92,7 +92,7 @@ class Profile(pl.Callback):
 
 
 class _Ranges:
-    """A listener that gives what it hears to the profiler, as ranges with names."""
+    """A listener that passes timed events to the profiler, as named ranges."""
 
     def __init__(self, tool: str) -> None:
         self._nvtx = tool == "nsight"

@@ -37,7 +37,7 @@ class _OfTraining(ProgressBar):
 
     @override
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Without the logger's version."""
+        """The values that the bar shows, without the logger's version."""
         shown: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         shown.pop("v_num", None)
         seconds = self._steps[-1][0] - self._steps[0][0] if self._steps else 0.0
@@ -53,7 +53,7 @@ class _OfTraining(ProgressBar):
         self._tokens = 0
 
     def _see(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> bool:
-        """Count a batch; whether an optimizer step has ended with it."""
+        """Count a batch, and return whether an optimizer step has ended with it."""
         if isinstance(module, MegatronModule):
             replicas = trainer.strategy.layout.dp  # type: ignore[attr-defined]
             self._tokens += count_rows(batch) * sum(module.lengths(batch)) * replicas
@@ -65,7 +65,7 @@ class _OfTraining(ProgressBar):
 
 
 def _total(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps of the run; None where nobody knows."""
+    """Number of optimizer steps of the run; None if it is unknown."""
     steps = trainer.estimated_stepping_batches
     return None if math.isinf(steps) else int(steps)
 

@@ -15,10 +15,10 @@ from lightning_megatron.checkpoint.consolidate import SUFFIXES, export
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """End the process."""
+        """Print the error in one line, and end the process."""
         from lightning_megatron.cli.error_messages import explain
 
         self.exit(2, f"error: {explain(message, self._option_string_actions)}\nSee {self.prog} --help\n")

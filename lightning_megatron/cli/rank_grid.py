@@ -76,12 +76,12 @@ class RankGrid:
         return self.layout.world_size // self.ranks_per_node
 
     def rank(self, stage: int, replica: int, shard: int) -> int:
-        """Who holds that shard of that pipeline stage in that replica."""
+        """The rank that holds a shard of a pipeline stage in a replica."""
         first = self.layout.group("pp", 0)[stage]
         return self.layout.group("tp", self.layout.group("dp", first)[replica])[shard]
 
     def warnings(self) -> Iterator[str]:
-        """What will be slow."""
+        """Warnings about what makes this layout slow."""
         split = [group for rank in range(self.layout.world_size) if (group := self.layout.group("tp", rank))[0] == rank]
         across = [group for group in split if self.node(group[0]) != self.node(group[-1])]
         if across:

@@ -21,7 +21,7 @@ from lightning_megatron.hf import UnsupportedConfigError
 
 
 class _Parser(LightningArgumentParser):
-    """Says what is wrong in one line."""
+    """An argument parser whose errors are one line."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -105,7 +105,7 @@ class OfPacked:
         self.collate_fn = collate_fn
 
     def __call__(self, samples: list[dict[str, torch.Tensor]]) -> Any:
-        """Without the last token of each sample, which GPT's labels need."""
+        """The batch without the last token of each sample, which only GPT's labels need."""
         tokens = [sample["tokens"] if "tokens" in sample else sample["text"][:-1] for sample in samples]
         return self.collate_fn([{"input_ids": each} for each in tokens])
 

@@ -1,4 +1,4 @@
-"""Tokenizers from three worlds (bytes, tokenizers, transformers) behind one small face."""
+"""Tokenizers of three kinds (bytes, the tokenizers library, transformers) behind one small interface."""
 
 import hashlib
 import json

@@ -113,5 +113,5 @@ class Fields:
             )
 
     def _with_other_names(self, names: Collection[str]) -> set[str]:
-        """The names, and what transformers calls the same fields inside."""
+        """The names of fields, and transformers' internal names of the same fields."""
         return {*names, *(self.config.attribute_map.get(name, name) for name in names)}

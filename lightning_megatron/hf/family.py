@@ -92,7 +92,7 @@ class Family:
 
 
 def known_families() -> dict[str, Family]:
-    """All families, by transformers' ``model_type``, the user's own among them."""
+    """All families, also the user's own, by transformers' ``model_type``."""
     return dict(sorted(_FAMILIES.items()))
 
 

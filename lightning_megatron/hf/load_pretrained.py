@@ -87,7 +87,7 @@ class Pretrained:
 
         Raises:
             UnsupportedConfigError: A head, or a field that changes the model, has no counterpart.
-            WeightsError: Tensors are missing, or have no spec in the model.
+            WeightsError: Tensors are missing, or have no place in the model.
         """
         self._check_head(config)
         meta_model = MetaModel(self.source.config, self.family.architecture(config))
@@ -102,7 +102,7 @@ class Pretrained:
         return sorted(ours for ours, mapped in mapping.items() if not all(name in self.names for name in mapped.names))
 
     def origin(self) -> Origin:
-        """What goes out again beside the weights."""
+        """The settings that an export writes again beside the weights."""
         dtypes = {name: self.source.dtypes[stored] for name, stored in self.names.items()}
         return Origin(self.source.config.to_dict(), self.source.generation, dtypes)
 
@@ -180,7 +180,7 @@ class Pretrained:
             and not any(re.fullmatch(pattern, name) for pattern in family.buffers)
         )
         if missing or extra:
-            lines = [f"{name} is missing" for name in missing] + [f"{name} has no spec in the model" for name in extra]
+            lines = [f"{name} is missing" for name in missing] + [f"{name} has no place in the model" for name in extra]
             raise WeightsError(
                 f"{self.source.name} does not hold the tensors of a {family.model_type} with its configuration;"
                 f" nothing was loaded:\n{as_list(lines)}"

@@ -202,5 +202,5 @@ class Directory:
 
 
 def _by_layer(name: str) -> list[tuple[bool, int, str]]:
-    """By the parts of a name, numbers as numbers."""
+    """A sorting key of a tensor's name that compares numbers as numbers."""
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

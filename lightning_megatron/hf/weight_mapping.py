@@ -62,7 +62,7 @@ class Same:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Their tensors that take part."""
+        """The names of transformers' tensors that take part."""
         return (self.name,)
 
     def at(self, layer: int) -> Any:
@@ -93,7 +93,7 @@ class Stacked:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Their tensors that take part."""
+        """The names of transformers' tensors that take part."""
         return self.parts
 
     def at(self, layer: int) -> Any:
@@ -101,7 +101,7 @@ class Stacked:
         return replace(self, parts=tuple(name.format(layer) for name in self.parts))
 
     def rows(self, count: int, heads: Heads) -> Iterator[Rows]:
-        """The rows of each, of equal number."""
+        """The rows of each tensor, in turn; all tensors have equally many."""
         each = count // len(self.parts)
         for name in self.parts:
             yield Rows(name, 0, each)
@@ -202,7 +202,7 @@ def _grouped(heads: Heads, query: tuple[str, int], key: tuple[str, int], value: 
 
 
 def _joined(rows: Iterator[Rows]) -> Iterator[Rows]:
-    """Neighbours in both as one."""
+    """Join rows that are neighbours in both tensors."""
     last: Rows | None = None
     for found in rows:
         if last is not None and found.name == last.name and found.start == last.start + last.count:

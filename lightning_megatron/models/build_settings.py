@@ -1,4 +1,4 @@
-"""What a strategy tells a module before the module builds its model."""
+"""``BuildSettings``: the strategy's settings by which a module builds its model."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class ConfiguredModule(MegatronModule):
         lora_module.check(self)
 
     def adapt_model(self) -> None:
-        """Put low-rank updates beside the layers, where there are any."""
+        """Add low-rank updates to the layers, if the module has any."""
         if self.lora is not None:
             lora_module.inject_updates(self)
 

@@ -1,4 +1,4 @@
-"""A pretrained model's directory made of a checkpoint, on one process."""
+"""``export_pretrained``: writes a checkpoint as a directory that transformers loads, on one process."""
 
 from __future__ import annotations
 

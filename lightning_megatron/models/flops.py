@@ -7,8 +7,9 @@ needs half of its scores. Norms, activations, softmax and embeddings are left ou
 
 from __future__ import annotations
 
-from lightning_megatron.models import GPTConfig, T5Config
+from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.model_config import ModelConfig
+from lightning_megatron.models.t5.config import T5Config
 
 _FORWARD_AND_BACKWARD = 3
 

@@ -38,7 +38,7 @@ def on_all_stages(step: H) -> H:
 
 
 def runs_on_all_stages(step: Callable[..., Any]) -> bool:
-    """Whether it bears the mark of ``on_all_stages``."""
+    """Whether a step is marked with ``on_all_stages``."""
     return getattr(step, "on_all_stages", False)
 
 
@@ -164,11 +164,11 @@ class MegatronModule(ChunkedModule):
         return self._chunk_step(batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """As ``training_step``, without gradients."""
+        """Run one micro-batch through the active chunk, without gradients."""
         return self._chunk_step(batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """As ``validation_step``."""
+        """Run one micro-batch through the active chunk, without gradients."""
         return self._chunk_step(batch)
 
     def log_loss(self, stage: str, loss: torch.Tensor, weight: float) -> None:
@@ -203,7 +203,7 @@ class MegatronModule(ChunkedModule):
         return layout.tp if layout.uses_sequence_parallel else 1
 
     def _padded_inputs(self, batch: Batch) -> Batch:
-        """What the active chunk is called with."""
+        """The inputs of the active chunk."""
         return self.pad_inputs(self.get_batch(batch), self._length_multiple)
 
     def _chunk_step(self, batch: Batch) -> Any:

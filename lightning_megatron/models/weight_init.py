@@ -72,7 +72,7 @@ class FirstWeights:
 
 
 def _fill(local: torch.Tensor, spec: ShardSpec, method: Draw, seed: int) -> None:
-    """Draw what ``local`` holds of a whole tensor."""
+    """Draw the part of a whole tensor that ``local`` holds."""
     if spec.is_padded:
         local.zero_()
     draw = _draw_tiles if len(spec.shape) == 2 and _is_normal(method) else _draw_whole

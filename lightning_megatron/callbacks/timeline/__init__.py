@@ -1,4 +1,4 @@
-"""One step's schedule, seen: which micro-batch was where, on all ranks, as a picture and as a trace."""
+"""One step's schedule on all ranks, as a picture and as a trace."""
 
 from lightning_megatron.callbacks.timeline.picture import draw
 from lightning_megatron.callbacks.timeline.spans import RankTimeline, Span, bubble, ideal_bubble, spans

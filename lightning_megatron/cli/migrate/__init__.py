@@ -1,4 +1,4 @@
-"""From other tools: their settings read, and the run of ``lightning-megatron fit`` that does the same.
+"""Translates the settings of other tools into a run of ``lightning-megatron fit`` that does the same.
 
 Each source (an Accelerate configuration, its ``MegatronLMPlugin``, Megatron-LM's command line) becomes Megatron's own
 names and values; one table says where each of those lives here.

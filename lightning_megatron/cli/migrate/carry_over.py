@@ -1,4 +1,4 @@
-"""Megatron's names and values made into a run."""
+"""Carries settings over, from Megatron's names and values to a run of ``lightning-megatron fit``."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def _fill_in(given: dict[str, Any], world_size: int) -> None:
 
 
 def _shape_of_the_script(given: dict[str, Any], plan: Plan, model: str) -> None:
-    """What its models are without being told."""
+    """Settings that all models of a Megatron-LM script have."""
     if model == "bert":
         plan.put(f"{CONFIG}.norm_placement", "pre")
         plan.say("norm_placement", None, "carried over", "Megatron-LM's BERT has its norms before the blocks")

@@ -64,7 +64,7 @@ class Plan:
         inside[name] = value
 
     def get(self, place: str, default: Any = None) -> Any:
-        """What is at a dotted place."""
+        """Return what is at a dotted place of the run, or the default."""
         inside: Any = self.run
         for name in place.split("."):
             if not isinstance(inside, dict) or name not in inside:
@@ -79,7 +79,7 @@ class Plan:
         self.lines = [replace(line, fate=fate, says=says) if line.place == place else line for line in self.lines]
 
     def say(self, setting: str, value: Any, fate: Fate, says: str = "", place: str | None = None) -> None:
-        """Add a line."""
+        """Add a line to the report."""
         self.lines.append(Line(self._called(setting), value, fate, says, place))
 
     @property
@@ -121,6 +121,6 @@ def take(
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say of a name that there is not."""
+    """A question that names the nearest known name; empty if none is near."""
     near = closest_name(name, known, similarity=0.6)
     return f" Did you mean {near}?" if near else ""

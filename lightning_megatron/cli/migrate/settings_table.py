@@ -43,7 +43,7 @@ class Destination:
 
     @property
     def form(self) -> Takes:
-        """What it takes on the command line."""
+        """The form of the setting's value on the command line."""
         kinds: dict[Reader, Takes] = {truth: "flag", words: "list"}
         return self.takes or kinds.get(self.read, "value")
 

@@ -74,12 +74,12 @@ def shares(name: str, value: Any) -> str:
 
 
 def anything(name: str, value: Any) -> Any:
-    """As it is."""
+    """Return the value unchanged."""
     return value
 
 
 def one_of(*choices: str) -> Reader:
-    """One of some words."""
+    """Make a reader that accepts one of some words."""
 
     def read(name: str, value: Any) -> str:
         if str(value) not in choices:

@@ -1,4 +1,4 @@
-"""Where collators draw from: alike on the ranks that read the same samples, anew in each batch."""
+"""Random generators of collators: equal on the ranks that read the same samples, another one for each batch."""
 
 from __future__ import annotations
 

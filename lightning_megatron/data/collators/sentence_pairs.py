@@ -1,4 +1,4 @@
-"""BERT's second task: two segments of text, and whether the second one is what it seems."""
+"""Sentence pairs for BERT: two segments of text, and whether the second one follows the first."""
 
 from __future__ import annotations
 

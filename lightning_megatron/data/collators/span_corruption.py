@@ -1,4 +1,4 @@
-"""T5's denoising: spans of the text give way to sentinels, and are what the decoder has to say."""
+"""Span corruption for T5: sentinels replace spans of the text in the inputs, and the labels are the spans."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class SpanCorruptionCollator:
         return noise, spans
 
     def _corrupt(self, ids: np.ndarray, number: int, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels of one sample."""
+        """Return the inputs and labels of one sample."""
         ids = (ids[:-1] if ids[-1] == self.eos_id else ids)[: self.seq_length]
         if len(ids) < 2:
             raise ValueError(

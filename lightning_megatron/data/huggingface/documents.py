@@ -102,7 +102,7 @@ class Encoder:
         return ["input_ids", *(["labels"] if self._is_labelled else []), *self.keep_columns]
 
     def _labels(self, row: Mapping[str, Any], ids: list[int]) -> list[int]:
-        """What is learnt of the ids: what the row says, or all."""
+        """Which of the ids have a label: those that the row names, or all."""
         if not self.has_labels:
             return ids
         labels = self._of_each(row, "labels", ids) if "labels" in row else ids
@@ -161,7 +161,7 @@ class Encoder:
         return begun(self.tokenizer, prompt) if is_text else prompt, ids
 
     def _chat(self, messages: Any, before: Any) -> tuple[list[int], list[int]]:
-        """Of messages, and of those before them."""
+        """The ids of messages, and of those before them."""
         if before is None:
             return [], self._chat_ids(messages, answers=False)
         if not is_chat(before):

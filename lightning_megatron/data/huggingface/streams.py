@@ -63,7 +63,7 @@ class DocumentStream(TorchIterableDataset[dict[str, Any]]):
         return dict(self._place)
 
     def load_state_dict(self, state: State) -> None:
-        """Go on there."""
+        """Continue at the place that the state names."""
         self._place, self._resumed = dict(state), True
 
     def _order(self, count: int) -> np.ndarray:
@@ -106,7 +106,7 @@ class PackedStream(TorchIterableDataset[dict[str, Tensor]]):
         return {"documents": self._documents.state_dict(), "left": torch.from_numpy(self._left.copy())}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on there."""
+        """Continue at the place that the state names."""
         self._documents.load_state_dict(state["documents"])
         left = state["left"].numpy()
         self._left, self._resumed = left if left.ndim == 2 else left[None], True  # older checkpoints have tokens only
@@ -147,7 +147,7 @@ class StreamLoader(DataLoader[Any]):
         return self.dataset.state_dict()  # type: ignore[attr-defined]
 
     def load_state_dict(self, state: State) -> None:
-        """Go on there."""
+        """Continue at the place that the state names."""
         self.dataset.load_state_dict(state)  # type: ignore[attr-defined]
         self._resumed = True
 

@@ -26,7 +26,7 @@ class BatchSizes(ABC):
         """Samples of the global batch that follows ``consumed`` samples, and is ``full`` in the end."""
 
     def consumed(self, batches: int, full: int) -> int:
-        """Samples of the first ``batches`` global batches."""
+        """Return the number of samples in the first ``batches`` global batches."""
         total = 0
         for _ in range(batches):
             total += self.size(total, full)
@@ -162,7 +162,7 @@ class RampUpBatches(Sampler[list[int]]):
         return sum(1 for _ in self._sizes())
 
     def _sizes(self) -> Iterator[int]:
-        """Of each batch of this rank that the epoch's samples fill."""
+        """Sizes of this rank's batches that the epoch's samples fill."""
         replicas, left = self.sampler.num_replicas, len(self.sampler)
         consumed = self.sampler.epoch * left * replicas
         while (size := self.ramp_up.size(consumed, self.full) // replicas) <= left:

@@ -168,7 +168,7 @@ class MegatronDataModule(TokenizedDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What the order of the training samples follows from."""
+        """The numbers that determine the order of the training samples."""
         about = {"paths": len(self.paths), "weights": self.weights, "split": self.split, "seed": self.seed}
         return {
             **about,

@@ -47,7 +47,7 @@ class IndexedSamples(ABC):
 
     @abstractmethod
     def too_little(self, data: IndexedDataset, begin: float, end: float) -> str | None:
-        """Why there is no sample between these shares of the data, if so."""
+        """Say why there is no sample between these shares of the data, or return an empty text."""
 
 
 class GPTSamples(IndexedSamples):
@@ -99,7 +99,7 @@ class GPTSamples(IndexedSamples):
         return {"identity": tokenizer.identity, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod_id}
 
     def convert(self, sample: Sample) -> Sample:
-        """As it is."""
+        """Return the value unchanged."""
         return {name: value for name, value in sample.items() if name != "dataset_id"}
 
     def too_little(self, data: IndexedDataset, begin: float, end: float) -> str | None:

@@ -137,7 +137,7 @@ class BertModel(WholeModelNames, LanguageModule):
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
 
     def linear(self, outputs: int) -> torch.nn.Linear:
-        """A layer of a head that is not shared out."""
+        """A linear layer of a head, the same on every tensor-parallel rank."""
         config = self.config
         return get_linear_layer(config.hidden_size, outputs, config.init_method, config.perform_initialization)
 
@@ -200,7 +200,7 @@ class BertForPretraining(BertForMaskedLM):
     """As ``BertForMaskedLM``, and a binary head over the first token."""
 
     def build_head(self) -> None:
-        """Make both heads."""
+        """Make the output layer of tokens and the binary head."""
         super().build_head()
         self.pooler = self.pooler_layer()
         self.binary_head = self.linear(2)

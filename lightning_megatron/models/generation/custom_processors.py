@@ -78,14 +78,14 @@ class Hooks:
         return repr((names, [entry is not None for entry in rest]))
 
     def processors(self, first: LogitsProcessorList, num_beams: int) -> LogitsProcessorList:
-        """The user's, behind ``first``."""
+        """The processors in ``first``, and then the user's."""
         own = list(self.logits_processor or ())
         if self.prefix_allowed_tokens_fn is not None:
             own.append(PrefixConstrainedLogitsProcessor(self.prefix_allowed_tokens_fn, num_beams))
         return LogitsProcessorList([*first, *(entry if _is_alike(entry) else _Processor(entry) for entry in own)])
 
     def criteria(self, max_time: float | None) -> StoppingCriteriaList:
-        """The user's, and a limit of time."""
+        """The user's criteria, and a limit of time."""
         own = list(self.stopping_criteria or ())
         own += [MaxTimeCriteria(max_time)] if max_time is not None else []
         return StoppingCriteriaList([entry if _is_alike(entry) else _Criteria(entry) for entry in own])
@@ -98,7 +98,7 @@ def _is_alike(entry: Any) -> bool:
 
 
 class _Processor(LogitsProcessor):
-    """Raises on every rank what one raises."""
+    """A user's processor, whose error on one rank is raised on every rank."""
 
     def __init__(self, own: LogitsProcessor) -> None:
         self.own = own
@@ -110,7 +110,7 @@ class _Processor(LogitsProcessor):
 
 
 class _Criteria(StoppingCriteria):
-    """Decides as the first rank does."""
+    """A user's criterion, which decides on every rank as it does on the first."""
 
     def __init__(self, own: StoppingCriteria) -> None:
         self.own = own

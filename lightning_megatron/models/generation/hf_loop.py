@@ -56,7 +56,7 @@ def write(decoder: Decoder, settings: GenerationSettings, seed: int, hooks: Hook
 
 
 class _Scorer(PreTrainedModel, GenerationMixin):
-    """What the loop takes for a model."""
+    """The model that transformers' loop calls."""
 
     config_class = PreTrainedConfig
     main_input_name = "input_ids"

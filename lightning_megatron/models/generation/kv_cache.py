@@ -52,5 +52,5 @@ class KeyValueCache(StaticInferenceContext):
             self.key_value_memory_dict[layer], self._spare[layer] = spare, memories
 
     def advance(self, tokens: int) -> None:
-        """Count tokens whose keys and values are in."""
+        """Count tokens whose keys and values are in the cache."""
         self.increment_sequence_len_offset(tokens)

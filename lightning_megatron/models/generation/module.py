@@ -161,7 +161,7 @@ class GeneratingModule(ConfiguredModule):
 
     @property
     def _encodes(self) -> bool:
-        """Whether an encoder reads the prompts, and the text begins anew."""
+        """Whether an encoder reads the prompts, so that the text begins with the decoder's start token."""
         return False
 
     def _prepare_to_generate(self) -> None:
@@ -196,17 +196,17 @@ class GeneratingModule(ConfiguredModule):
 
     @abstractmethod
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> Decoder:
-        """What gives the scores."""
+        """Make the family's decoder, which computes the scores of the next token."""
 
     @property
     def _travelling_type(self) -> torch.dtype:
-        """Of hidden states between stages."""
+        """Type of the hidden states that travel between stages."""
         core: Any = self.chunks[0].config
         return torch.float32 if core.fp32_residual_connection else self.build_settings.params_dtype
 
 
 def _said(config: GenerationConfig | None) -> dict[str, Any]:
-    """What an object of transformers' says."""
+    """The settings of transformers' object, as a dictionary."""
     if config is None:
         return {}
     found = {name: value for name, value in vars(config).items() if name[0] != "_" and value is not None}

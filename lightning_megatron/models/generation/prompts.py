@@ -72,7 +72,7 @@ class Prompts:
         return cls(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def to(self, device: torch.device) -> Prompts:
-        """The same, on the device."""
+        """Move the prompts to the device."""
         return Prompts(self.ids.to(device), self.keep.to(device))
 
     @property
@@ -81,7 +81,7 @@ class Prompts:
         return int(self.keep.sum(dim=1).max())
 
     def fingerprint(self) -> str:
-        """Of ids and padding, to compare between ranks."""
+        """A hash of ids and padding, which ranks compare."""
         both = torch.stack([self.ids, self.keep.long()]).cpu()
         return hashlib.sha256(both.numpy().tobytes() + repr(tuple(both.shape)).encode()).hexdigest()
 

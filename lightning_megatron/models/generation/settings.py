@@ -124,12 +124,12 @@ class GenerationSettings:
 
     @property
     def num_beams(self) -> int:
-        """Texts that are followed at once."""
+        """Number of beams."""
         return self.config.num_beams or 1
 
     @property
     def copies(self) -> int:
-        """Texts of each prompt."""
+        """Number of texts of each prompt."""
         return max(self.num_beams, self.config.num_return_sequences or 1)
 
     @property
@@ -155,7 +155,7 @@ class GenerationSettings:
                     )
 
     def to_transformers(self) -> GenerationConfig:
-        """All that transformers' loop knows of."""
+        """The settings that transformers' loop is given."""
         config = GenerationConfig(**{name: value for name, value in vars(self.config).items() if name[0] != "_"})
         config.max_new_tokens, config.max_length, config.max_time = self.max_new_tokens, None, None
         config.eos_token_id = self.end_ids or None
@@ -222,7 +222,7 @@ def _check_known(name: str, value: Any, fields: set[str]) -> None:
 
 
 def _new_tokens(config: GenerationConfig, start: int, longest: int | None) -> int:
-    """At most so many tokens are added, as transformers counts them."""
+    """The largest number of tokens to add, as transformers counts them."""
     if config.max_new_tokens is not None:
         return int(config.max_new_tokens)
     if config.max_length is None:
@@ -269,7 +269,7 @@ def _check_ranges(merged: Mapping[str, Any], top_p_decay: float, top_p_bound: fl
 
 
 def _needs(needed: str, there: bool, given: Mapping[str, Any], idle: Mapping[str, Any]) -> None:
-    """Refuse what was given, and does nothing but at the values in ``idle``."""
+    """Refuse arguments that have no effect, unless they have the values in ``idle``."""
     for name, nothing in idle.items():
         if not there and given.get(name, nothing) != nothing:
             raise ValueError(

@@ -77,7 +77,7 @@ def check(config: GPTConfig, batch: Batch, name: str, length: int) -> None:
 
 
 def _beyond_causal(batch: Batch) -> str:
-    """What in the batch hides earlier tokens from one that counts."""
+    """Name what in the batch hides earlier tokens from a token that has a label."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is None:
         apart = positions is not None and apart_by_positions(positions) is not None

@@ -18,7 +18,7 @@ class GPTDecoder(Decoder):
         self.padding = padding if bool(padding.any()) else None
 
     def run(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """As ``Decoder``; padding is masked, and does not count as a position."""
+        """Run the model on the new tokens; padding is masked, and does not count as a position."""
         first = self.cache.sequence_len_offset
         places = torch.arange(first, first + tokens.size(1), device=tokens.device)
         positions, mask = places.expand_as(tokens), None

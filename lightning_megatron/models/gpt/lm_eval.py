@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_megatron.data.tokenizers import Tokenizer, load_tokenizer
-from lightning_megatron.models import GPTModule
+from lightning_megatron.models.gpt.module import GPTModule
 
 
 class HarnessGPT(TemplateLM):

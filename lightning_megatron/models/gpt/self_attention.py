@@ -1,4 +1,4 @@
-"""Self-attention that remembers keys as they are compared: rotated."""
+"""Self-attention that caches keys after their rotation."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ class ZeroCentredRMSNorm(torch.nn.RMSNorm):
     """RMSNorm whose weight is counted from one, so that weight decay draws it there; Gemma's."""
 
     def reset_parameters(self) -> None:
-        """Start at one."""
+        """Start with zeros, which is a factor of one."""
         torch.nn.init.zeros_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -24,7 +24,7 @@ class ZeroCentredLayerNorm(torch.nn.LayerNorm):
     """LayerNorm whose weight is counted from one."""
 
     def reset_parameters(self) -> None:
-        """Start at one."""
+        """Start with zeros, which is a factor of one."""
         torch.nn.init.zeros_(self.weight)
         torch.nn.init.zeros_(self.bias)
 

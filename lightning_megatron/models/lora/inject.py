@@ -1,4 +1,4 @@
-"""Updates put beside a model's linear layers, and all else frozen."""
+"""Adds low-rank updates to a model's linear layers, and freezes all other weights."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def inject(chunk: torch.nn.Module, lora: LoRA, mapping: WeightMapping, config: A
 
 
 def targets_of(mapped: TensorMapping, ours: str, lora: LoRA) -> list[str]:
-    """Of transformers' weights that a layer is made of, the targets."""
+    """The targets among transformers' weights that a layer is made of."""
     mine = ours.removesuffix(".weight")
     return [name for name in mapped.names if lora.matches(name.removesuffix(".weight"), mine)]
 
 
 def target_names(mapping: WeightMapping) -> list[str]:
-    """What targets may be called: by the family, and by megatron-core."""
+    """The names of layers that targets may have: the family's and megatron-core's."""
     found = []
     for ours, mapped in mapping.items():
         if ours.endswith(".weight") and ("linear_" in ours):
@@ -66,7 +66,7 @@ _USUAL = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear
 
 
 def key_prefix_of(ours: str) -> str:
-    """What the tensors of an update of the weight ``ours`` begin with."""
+    """The beginning of the names of the tensors that update the weight ``ours``."""
     return f"{ours.removesuffix('.weight')}{UPDATE}."
 
 
@@ -77,7 +77,7 @@ def _linears(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 class _AddUpdate:
-    """Adds the update to what a layer gives."""
+    """A forward hook that adds the update to a layer's output."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter

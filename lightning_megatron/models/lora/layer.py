@@ -114,7 +114,7 @@ class Adapter(torch.nn.Module):
         )
 
     def _axis(self, name: str) -> int | None:
-        """Along which a tensor is shared out."""
+        """The axis along which a tensor is sharded; None if every rank has all of it."""
         is_down = name.endswith(".A")
         if self.is_column:
             return None if is_down else 0

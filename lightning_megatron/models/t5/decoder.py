@@ -46,7 +46,7 @@ class T5Decoder(Decoder):
         self.mask = None if mask is None else mask.repeat_interleave(beams, dim=0)
 
     def run(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """As ``Decoder``."""
+        """Run the decoder's layers on the new tokens."""
         width = self.stages.chunks[0].config.hidden_size
         return self.stages.relay(
             self.path,

@@ -59,7 +59,7 @@ class CachingCrossAttention(CrossAttention):
     """
 
     def forward(self, *args: Any, inference_context: Any = None, **kwargs: Any) -> Any:
-        """As megatron-core's, without its cache."""
+        """Run megatron-core's cross-attention without megatron-core's cache."""
         return super().forward(*args, **kwargs)
 
     def get_query_key_value_tensors(self, hidden_states: torch.Tensor, key_value_states: Any, **kwargs: Any) -> Any:

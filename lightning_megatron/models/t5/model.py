@@ -227,7 +227,7 @@ class T5Model(WholeModelNames, LanguageModule):
                     start_queries_small(block)
 
     def _build_position_bias(self, buckets: int, max_distance: int) -> None:
-        """A table for each stack that has layers here."""
+        """Make a table of position biases for each stack that has layers here."""
         init, heads = self.config.init_method, self.config.num_attention_heads
         if self.stage.encoder:
             self.encoder_relative_pos_emb = RelativePositionEmbedding(True, init, heads, buckets, max_distance)

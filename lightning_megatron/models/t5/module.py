@@ -233,7 +233,7 @@ class T5Module(GeneratingModule):
         return T5Decoder(stages, prompts, start, vocab, new, beams, split)
 
     def _decoder_inputs(self, batch: Batch) -> torch.Tensor:
-        """Those that are given, or the labels one place later, behind the start."""
+        """The decoder's inputs: those of the batch, or the start token and the labels without the last one."""
         if "decoder_input_ids" in batch:
             return batch["decoder_input_ids"].long()
         start = self.config.decoder_start_id
