@@ -5,7 +5,7 @@ import re
 
 from safetensors import safe_open
 
-from tests.support.pages import DOCS, blocks, script, shell, test_module
+from tests.support.pages import DOCS, blocks, path_of_test, script, shell
 
 
 def test_the_code_of_the_page_runs(tmp_path):
@@ -25,6 +25,6 @@ def test_the_tests_that_the_page_names_are_there():
         file = ""
         for page, name in re.findall(r"`(\w+\.py)?::(test_\w+)\.*`", line):
             file = page or file
-            assert f"\ndef {name}" in test_module(file).read_text(), (file, name)
+            assert f"\ndef {name}" in path_of_test(file).read_text(), (file, name)
             named += 1
     assert named >= 20

@@ -16,7 +16,7 @@ from lightning_megatron import MegatronStrategy
 from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
 from tests.support.lightning_runs import CONFIG, OurGPT
-from tests.support.pages import ROOT, test_module
+from tests.support.pages import ROOT, path_of_test
 from tests.support.plain_module import PlainModule
 from tests.support.ranks import run_ranks
 from tests.support.trainer import QUIET, trainer
@@ -55,7 +55,7 @@ def test_every_row_names_a_test(section):
     for names, says, test in _rows(section):
         assert len(says) > 4, names
         file, name = test.strip("` ").split("::")
-        tree = ast.parse(test_module(file).read_text())
+        tree = ast.parse(path_of_test(file).read_text())
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, test
 
 

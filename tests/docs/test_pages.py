@@ -10,7 +10,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from tests.support.pages import DOCS, ROOT, blocks, names_of, run, script, shell, test_module
+from tests.support.pages import DOCS, ROOT, blocks, names_of, path_of_test, run, script, shell
 from tests.support.ranks import free_port
 
 # Pages whose code another file runs, since it has more to say about what comes out.
@@ -42,7 +42,7 @@ def test_every_page_with_code_is_run():
     with_code = {page for page in PAGES if blocks(page, "python", "bash", "yaml")}
     assert with_code - CHECKED_BY_CI == HERE | ELSEWHERE.keys()
     for page, test in ELSEWHERE.items():
-        assert f'"{page}"' in test_module(test).read_text()
+        assert f'"{page}"' in path_of_test(test).read_text()
 
 
 def test_blocks_name_a_language_that_is_run_or_a_reason_not_to():
@@ -189,6 +189,6 @@ def test_each_row_of_the_parity_table_has_its_test_or_page():
         assert len(others) == 3, what
         assert here.strip(), what
         if test := re.fullmatch(r"`(test_\w+\.py)::(test_\w+)`", shown_by):
-            assert f"\ndef {test[2]}(" in test_module(test[1]).read_text(), shown_by
+            assert f"\ndef {test[2]}(" in path_of_test(test[1]).read_text(), shown_by
         else:
             assert (DOCS / re.fullmatch(r"\[.+\]\((\w+\.md)\)", shown_by)[1]).is_file()

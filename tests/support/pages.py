@@ -27,7 +27,7 @@ def blocks(page: str | Path, *kinds: str) -> list[str]:
     return [code for kind, code in found if kind in (kinds or ("python",))]
 
 
-def test_module(name: str) -> Path:
+def path_of_test(name: str) -> Path:
     """The file of a test module that a page names, in whatever folder of the tests it lies."""
     (found,) = (ROOT / "tests").rglob(name)
     return found
