@@ -65,3 +65,13 @@ def _environment_variables_stay() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def preloaded_python() -> Iterator[None]:
+    """What a test, and its ranks, start as ``sys.executable`` has imported the package already."""
+    from tests.support.preloaded_python import executable
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", executable())
+        yield

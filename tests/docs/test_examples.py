@@ -5,12 +5,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.pages import ROOT, blocks
+from tests.support.preloaded_python import executable
 
 TINY = ["--hidden-size", "32", "--seq-length", "32", "--batch-size", "4"]
 
@@ -26,7 +26,7 @@ def commands(script: str) -> list[list[str]]:
 def run(script: str, folder: Path, *options: str) -> str:
     """What the script said, in ``folder``, where its caches are too."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
-    command = [sys.executable, str(ROOT / script), *options]
+    command = [executable(), str(ROOT / script), *options]
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stderr + ended.stdout

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -49,7 +50,9 @@ def killed(function, *args, mark: Path, after: float | None, one: bool) -> bool:
     with tempfile.TemporaryDirectory() as results:
         port = ranks.free_port()
         processes = [
-            ranks._context.Process(target=ranks._rank, args=(rank, world, port, results, function, args))
+            ranks._context.Process(
+                target=ranks._rank, args=(rank, world, port, results, sys.executable, function, args)
+            )
             for rank in range(world)
         ]
         for process in processes:

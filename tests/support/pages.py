@@ -10,13 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.preloaded_python import executable
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # The console script that pip made, and where this tree was not installed what it would run; python is this one.
 _SCRIPT = Path(sys.executable).with_name("lightning-megatron")
-COMMAND = [str(_SCRIPT)] if _SCRIPT.is_file() else [sys.executable, "-m", "lightning_megatron"]
-_SHELL = f"""python() {{ {sys.executable} "$@"; }}
-lightning-megatron() {{ {" ".join(COMMAND)} "$@"; }}
+COMMAND = [sys.executable, *([str(_SCRIPT)] if _SCRIPT.is_file() else ["-m", "lightning_megatron"])]
+_SHELL = """python() {{ {python} "$@"; }}
+lightning-megatron() {{ {command} "$@"; }}
 torchrun() {{ python -m torch.distributed.run "$@"; }}
 """
 
@@ -34,16 +36,18 @@ def path_of_test(name: str) -> Path:
 
 
 def run(folder: Path, *command: str | Path, timeout: float = 240) -> str:
-    """What a command says that ends well, in ``folder`` and a process of its own."""
+    """What a command says that ends well, in ``folder`` and a process of its own, whose python is preloaded."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    started = [executable() if word == sys.executable else word for word in command]
+    done = subprocess.run(started, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
 
 def shell(folder: Path, code: str) -> str:
     """What a block of bash says that ends well."""
-    return run(folder, "bash", "-ec", _SHELL + code)
+    words = [executable() if word == sys.executable else word for word in COMMAND]
+    return run(folder, "bash", "-ec", _SHELL.format(python=executable(), command=" ".join(words)) + code)
 
 
 def script(folder: Path, code: str, name: str = "script.py") -> str:

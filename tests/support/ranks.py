@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -34,23 +35,25 @@ def run_ranks(world_size: int, function: Any, *args: Any, timeout: float = 120) 
 def _launch(world_size: int, function: Any, args: Any, timeout: float) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        processes = [
-            _context.Process(target=_rank, args=(rank, world_size, port, folder, function, args), daemon=False)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
+        processes = [process(rank, world_size, port, folder, function, args) for rank in range(world_size)]
+        for started in processes:
+            started.start()
         try:
-            for process in processes:
-                process.join(timeout)
-            return [_result(Path(folder) / str(rank), process) for rank, process in enumerate(processes)]
+            for started in processes:
+                started.join(timeout)
+            return [_result(Path(folder) / str(rank), ended) for rank, ended in enumerate(processes)]
         finally:
-            for process in processes:
-                process.kill()
-                process.join()
+            for left in processes:
+                left.kill()
+                left.join()
 
 
-def _rank(rank: int, world_size: int, port: int, folder: str, function: Any, args: Any) -> None:
+def process(rank: int, world_size: int, port: int, folder: str, function: Any, args: Any) -> Any:
+    """One rank, not yet started; it leaves its result in ``folder``."""
+    return _context.Process(target=_rank, args=(rank, world_size, port, folder, sys.executable, function, args))
+
+
+def _rank(rank: int, world_size: int, port: int, folder: str, python: str, function: Any, args: Any) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -62,6 +65,7 @@ def _rank(rank: int, world_size: int, port: int, folder: str, function: Any, arg
         TORCHELASTIC_RUN_ID="tests",
     )
     torch.set_num_threads(1)
+    sys.executable = python
     crash = (Path(folder) / f"{rank}.crash").open("w")
     faulthandler.enable(crash)  # a crash in C++ says where
     try:

@@ -2,9 +2,9 @@
 
 import os
 import subprocess
-import sys
 
 from tests.support.pages import ROOT
+from tests.support.preloaded_python import executable
 
 LIGHTNINGS = """
 import os
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from tests.support.preloaded_python import executable
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
@@ -46,7 +47,7 @@ def test_lightnings_own_tests_run_unedited(tmp_path):
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "lightning_megatron.testing", "-q", "-p", "no:cacheprovider", tmp_path],
+        [executable(), "-m", "pytest", "-p", "lightning_megatron.testing", "-q", "-p", "no:cacheprovider", tmp_path],
         env={**environment, **ours, "PYTHONPATH": paths},
         cwd=tmp_path,
         capture_output=True,

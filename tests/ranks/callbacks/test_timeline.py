@@ -21,6 +21,7 @@ from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.reference.parallel_t5 import LoadedT5
 from tests.support.layout import Layout
 from tests.support.pages import run
+from tests.support.preloaded_python import executable
 from tests.support.ranks import RankError, run_ranks
 from tests.support.trainer import loader, trainer
 
@@ -234,7 +235,7 @@ def test_bars_count_optimizer_steps_of_the_whole_training(bar, tmp_path):
 
 def _told(folder: Path, *arguments: str) -> str:
     """What is on a terminal of 200 columns, on one line."""
-    command = f"stty rows 50 cols 200; exec {sys.executable} bars.py {' '.join(arguments)}"
+    command = f"stty rows 50 cols 200; exec {executable()} bars.py {' '.join(arguments)}"
     code = f"import pty, sys; sys.exit(pty.spawn(['bash', '-c', {command!r}]) >> 8)"
     told = run(folder, sys.executable, "-c", code)
     return re.sub(r"\s+", " ", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", told))

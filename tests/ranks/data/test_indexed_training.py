@@ -21,6 +21,8 @@ from tests.support.layout import Layout
 from tests.support.ranks import RankError, run_ranks
 from tests.support.trainer import QUIET, trainer
 
+pytestmark = pytest.mark.usefixtures("preloaded_python")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -20,6 +20,7 @@ from lightning_megatron import MegatronPrecision, MegatronStrategy
 from lightning_megatron.strategy.launchers import worker_pool
 from tests.support.pages import ROOT
 from tests.support.plain_module import PlainModule
+from tests.support.preloaded_python import executable
 from tests.support.ranks import free_port
 from tests.support.trainer import QUIET
 
@@ -202,7 +203,7 @@ def _start(*command: str, **variables: str) -> subprocess.Popen:
 def test_a_script_torchrun_and_slurm_train_the_same():
     alone = _told(_start(sys.executable, TWO_RANKS))
     launcher = [
-        sys.executable,
+        executable(),
         "-m",
         "torch.distributed.run",
         "--nproc-per-node",
@@ -216,7 +217,7 @@ def test_a_script_torchrun_and_slurm_train_the_same():
         **{"SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(free_port())},
     }
     tasks = [{**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
-    by_slurm = _told(*[_start(sys.executable, TWO_RANKS, **task) for task in tasks])
+    by_slurm = _told(*[_start(executable(), TWO_RANKS, **task) for task in tasks])
     assert [told["by"] for told in (alone, by_torchrun, by_slurm)] == [
         "LightningEnvironment",
         "TorchElasticEnvironment",

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from datetime import timedelta
 
@@ -20,6 +19,7 @@ from lightning_megatron.checkpoint import manifest, shard_files
 from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
 from tests.support.layout import Layout
 from tests.support.pages import ROOT
+from tests.support.preloaded_python import executable
 from tests.support.ranks import RankError, run_ranks
 from tests.support.small_gpt import SMALL
 from tests.support.trainer import trainer
@@ -154,7 +154,7 @@ def test_max_time_stops_all_ranks_at_one_step_and_the_run_resumes(tmp_path):
 
 
 def _restarts(folder, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    command = [executable(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
     run = subprocess.run(
         [*command, "-m", "tests.support.scripts.restarted_script", folder],
         capture_output=True,

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -29,9 +28,11 @@ from lightning_megatron.data.text_files import standard_library_sources
 from lightning_megatron.data.tokenizers import load_tokenizer
 from tests.support.indexed import FIRST, Numbers, make, write
 from tests.support.pages import ROOT
+from tests.support.preloaded_python import executable
 from tests.support.trainer import QUIET
 
 SEQ = 16
+pytestmark = pytest.mark.usefixtures("preloaded_python")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -245,7 +246,7 @@ def test_the_command_on_the_standard_library(tmp_path):
     command = "from lightning_megatron.cli.main import main; main()"
     options = ["--out", "data/code", "--train-bpe", "700", "--append-eod", "--split-sentences", "--workers", "2"]
     done = subprocess.run(
-        [sys.executable, "-c", command, "preprocess", str(library), str(library.parent / "email"), *options],
+        [executable(), "-c", command, "preprocess", str(library), str(library.parent / "email"), *options],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -621,7 +622,7 @@ from tests.support.indexed import make
 from tests.support.pages import ROOT
 make("gpt", {str(tmp_path)!r}).prepare_data()
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([executable(), "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert "RuntimeError: megatron-core has come without its compiled helper" in done.stderr
     assert "pip install --force-reinstall" in done.stderr
 
