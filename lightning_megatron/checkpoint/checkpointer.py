@@ -297,7 +297,7 @@ class Checkpointer:
         return rank_state, files, _about(state, run, full, names)
 
     def _own_record(self, state: State, position: loop_progress.Position, run: Run) -> State:
-        """Random states and the spec in the data of this rank."""
+        """Random states and the place in the data of this rank."""
         loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
         return self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders}
 

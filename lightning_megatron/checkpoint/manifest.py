@@ -1,6 +1,6 @@
 """What makes a checkpoint whole: a list of its files with their checksums, written last; one rename makes it visible.
 
-A save goes on in ``<folder>/.unfinished/<name>``. What a killed save leaves there is recognised by its spec, whatever
+A save goes on in ``<folder>/.unfinished/<name>``. What a killed save leaves there is recognised by its place, whatever
 was written, and removed by the next save into the folder; a lock tells it from a save that another run is making.
 """
 
@@ -55,7 +55,7 @@ class Staging:
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def publish(self, content: dict[str, Any], files: dict[str, tuple[int, int]]) -> None:
-        """Write the manifest, see to it that all is on disk, and put the directory in its spec.
+        """Write the manifest, see to it that all is on disk, and put the directory in its place.
 
         Args:
             content: What the manifest says beside the files.
