@@ -16,7 +16,8 @@ Imports ``distributed`` and ``training``.
 from lightning_megatron.checkpoint.checkpointer import Checkpointer, Run
 from lightning_megatron.checkpoint.checkpointing import Checkpointing
 from lightning_megatron.checkpoint.manifest import CheckpointError, newest
-from lightning_megatron.checkpoint.model_checkpoint import check_folders, local_path
+from lightning_megatron.checkpoint.model_checkpoint import check_folders
+from lightning_megatron.checkpoint.paths import local_path
 from lightning_megatron.checkpoint.trainer_state import formerly_in, plain_class
 
 __all__ = [

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import dropwhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import megatron.core
@@ -21,19 +20,18 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from lightning_megatron.checkpoint import (
     lightning_file,
-    manifest,
     optimizer_groups,
     optimizer_shards,
     reading,
-    shard_files,
+    save_plan,
     trainer_state,
     writing,
 )
+from lightning_megatron.checkpoint.async_saves import HostCopies, SaveQueue
 from lightning_megatron.checkpoint.checkpointing import Checkpointing
 from lightning_megatron.checkpoint.data_position import loop_progress
 from lightning_megatron.checkpoint.data_position.resume import Resumption
 from lightning_megatron.checkpoint.manifest import CheckpointError
-from lightning_megatron.checkpoint.model_checkpoint import CallbackRecords
 from lightning_megatron.checkpoint.plateau_schedulers import PlateauSchedulers
 from lightning_megatron.checkpoint.tensor_shards import ShardSpec, shard_specs, specs_by_parameter
 from lightning_megatron.distributed.layout import ParallelLayout
@@ -67,21 +65,6 @@ class Run:
         return self.trainer.lightning_module
 
 
-@dataclass
-class _Step:
-    """Of what goes on beside training.
-
-    Args:
-        what: "save", or "remove" where the saves before it are whole.
-        path: Of which checkpoint.
-        done: Whether it is saved.
-    """
-
-    what: Literal["save", "remove"]
-    path: Path
-    done: bool = False
-
-
 class Checkpointer:
     """Saves and loads the checkpoints of one strategy.
 
@@ -93,17 +76,11 @@ class Checkpointer:
         self.asynchronous = checkpointing.async_save
         self.verify = checkpointing.verify_checksums
         self.allow_pickle = checkpointing.allow_pickle
-        self.on_save_error = checkpointing.on_save_error
+        self.saves = SaveQueue(checkpointing.on_save_error)
         self.resumption = Resumption(checkpointing.skip_batches)
         self.plateaus = PlateauSchedulers()
-        self._last_save_failed = False
-        self._background = writing.BackgroundThread()
-        self._copies = writing.HostCopies()
-        self._planners: dict[bool, shard_files.Planner] = {}
-        self._callback_records = CallbackRecords()
-        self._whole: list[Path] = []
-        # Since the last wait, the same on every rank: what is saved, and what is removed behind it.
-        self._in_flight: list[_Step] = []
+        self._copies = HostCopies()
+        self._planners: dict[bool, save_plan.Planner] = {}
 
     def begin_fit(self) -> None:
         """Start anew: what an earlier run has loaded, or was to make up for, is nothing to this one."""
@@ -124,114 +101,47 @@ class Checkpointer:
             path: The same on every rank.
             run: What it is of.
         """
-        self._callback_records.remember(run.trainer)
+        self.saves.callbacks.remember(run.trainer)
         try:
             if run.in_one_file:
-                self._write_one_file(state, path, run)
-                self._last_save_failed = False
+                self.saves.save(path, partial(self._write_one_file, state, path, run), background=False)
                 return
             content = self._content(state, run)
-            # After a run nobody is there to wait: the script may end.
-            beside = self.asynchronous and run.trainer.state.status == TrainerStatus.RUNNING
-            if not (beside and self._is_copied(content.part.items)):
-                if not self.wait() and "callbacks" in state:  # they have counted on what was not saved
-                    state["callbacks"] = self._callback_records.corrected_states(state["callbacks"])
+            # A save after a run is never in the background: the script may end before it is complete.
+            background = self.asynchronous and run.trainer.state.status == TrainerStatus.RUNNING
+            if not (background and self._is_copied(content.part.items)):
+                if not self.wait() and "callbacks" in state:  # they counted on a checkpoint that was not saved
+                    state["callbacks"] = self.saves.callbacks.corrected_states(state["callbacks"])
                     content = self._content(state, run)
-                if beside:
+                if background:
                     self._copies.update(content.part.items)
-            if beside:
+            if background:
                 content.part = self._copies.part
-                self._in_flight.append(_Step("save", path))
-                self._background.start(partial(self._write, content, self._in_flight[-1]))
-            else:
-                self._write(content, _Step("save", path))
-            self._last_save_failed = False
+            self.saves.save(path, partial(writing.write, content, path), background)
         except CheckpointError as error:
-            self._failed(error, [_Step("save", path)])
+            self.saves.handle_failure(error, path)
 
-    def is_being_saved(self, path: Path) -> bool:
-        """Whether a save to ``path`` goes on: its name is in use, though nothing is to be seen there."""
-        return any(step.what == "save" and step.path == path for step in self._in_flight)
+    def wait(self) -> bool:
+        """Wait for the saves in the background; see ``SaveQueue.wait``."""
+        return self.saves.wait()
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Have saves be whole when they return, where what follows may end the run."""
+    def synchronous(self) -> Iterator[None]:
+        """Run the body with synchronous saves: what follows may end the run."""
         before, self.asynchronous = self.asynchronous, False
         try:
             yield
         finally:
             self.asynchronous = before
 
-    def wait(self) -> bool:
-        """Wait for a save that goes on in the background.
-
-        Returns:
-            Whether all is saved; False only with ``on_save_error="warn"``.
-
-        Raises:
-            CheckpointError: It failed; on every rank.
-        """
-        if not self._background.busy:
-            return True
-        in_flight, self._in_flight = self._in_flight, []
-        try:
-            self._background.wait()
-        except CheckpointError as error:
-            self._failed(error, list(dropwhile(lambda step: step.done or step.what == "remove", in_flight)))
-            return False
-        return True
-
-    def wait_after_error(self) -> None:
-        """After an error: let a save in the background end, and say so if it failed; the error is what is raised."""
-        try:
-            self.wait()
-        except Exception as error:
-            rank_zero_warn(str(error))
-
-    def remove(self, path: Path) -> None:
-        """Delete a checkpoint; called by every rank, done by the first, and not before a newer one is whole."""
-        if self._last_save_failed:
-            self._keep([path])
-            return
-        if self._background.busy:
-            self._in_flight.append(_Step("remove", path))
-        if dist.get_rank() == 0:
-            self._after_pending_saves(lambda: manifest.remove(path), f"{path} could not be removed")
-
-    def link(self, path: Path, target: Path) -> None:
-        """Have ``path`` be a link to ``target`` once that is whole; called by every rank, done by the first."""
-        if dist.get_rank() == 0 and path != target and not self._last_save_failed:
-            self._after_pending_saves(
-                lambda: manifest.make_link(path, target), f"{path} could not be linked to {target}"
-            )
-
     def release_memory(self) -> None:
-        """Let go of the memory that is kept for the next save."""
-        self._copies = writing.HostCopies()
+        """Free the memory that is kept for the next save."""
+        self._copies = HostCopies()
         self._planners = {}
 
-    def _after_pending_saves(self, action: Callable[[], None], otherwise: str) -> None:
-        """Do something now, or once the save that goes on has succeeded; the training is worth more than that."""
-
-        def attempt() -> None:
-            try:
-                action()
-            except OSError as error:
-                rank_zero_warn(f"{otherwise}: {error}")
-
-        if self._background.busy:
-            self._background.start(attempt)
-        else:
-            attempt()
-
     def _is_copied(self, items: list[tuple[Any, torch.Tensor]]) -> bool:
-        """Whether every rank has these very values in host memory, from the save before (as with ``save_last``)."""
-        return self._background.busy and writing.agree("", self._copies.match(items))
-
-    def _write(self, content: writing.SaveContent, step: _Step) -> None:
-        writing.write(content, step.path)
-        step.done = True
-        self._whole.append(step.path)
+        """Whether the save before has copied these values to host memory on every rank, as with ``save_last``."""
+        return self.saves.is_busy and writing.agree("", self._copies.match(items))
 
     def _write_one_file(self, state: State, path: Path, run: Run) -> None:
         full, position = "optimizer_states" in state, loop_progress.position(run.trainer)
@@ -243,28 +153,12 @@ class Checkpointer:
             if run.optimizer is not None:
                 ours["optimizer"] = lightning_file.put_optimizer(state, run.module, run.optimizer)
         lightning_file.write({**state, lightning_file.OURS: ours}, path)
-        self._whole.append(path)
-
-    def _failed(self, error: CheckpointError, undone: list[_Step]) -> None:
-        self._last_save_failed = True
-        if self.on_save_error == "raise":
-            raise error
-        rank_zero_warn(f"{str(error).rstrip(chr(46))}. Training goes on without it.")
-        self._callback_records.correct([step.path for step in undone if step.what == "save"], [], self._whole)
-        self._keep([step.path for step in undone if step.what == "remove"])
-
-    def _keep(self, paths: list[Path]) -> None:
-        """Do not remove what was to make room for a checkpoint that is not there."""
-        kept = [path for path in paths if path.exists()]
-        for path in kept:
-            rank_zero_warn(f"{path} is kept: the save after it failed.")
-        self._callback_records.correct([], kept, self._whole)
 
     def _content(self, state: State, run: Run) -> writing.SaveContent:
         """What to write, on all ranks, or an error on all ranks."""
         full = "optimizer_states" in state
         optimizer = run.optimizer if full else None
-        planner = self._planners.setdefault(full, shard_files.Planner())
+        planner = self._planners.setdefault(full, save_plan.Planner())
         known, problem = planner.knows(_tensors(state, optimizer)), ""
         if optimizer is not None and state["optimizer_states"]:
             state[optimizer_groups.KEY] = optimizer_groups.record(state, optimizer.group_weight_names)

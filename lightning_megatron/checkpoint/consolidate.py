@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.checkpoint import manifest, mismatches, safetensors_writer, shard_files, trainer_state, writing
+from lightning_megatron.checkpoint import manifest, mismatches, safetensors_writer, shard_reader, trainer_state, writing
 from lightning_megatron.checkpoint.manifest import CheckpointError
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt")
@@ -76,7 +76,7 @@ def tensors(path: Path, prefer_main: bool = False, only: Set[str] | None = None)
         prefer_main: Whether to give fp32 main weights where a run of low precision has them.
         only: Names of those to give; None gives all.
     """
-    reader = shard_files.WholeTensorReader(path / writing.WEIGHTS)
+    reader = shard_reader.WholeTensorReader(path / writing.WEIGHTS)
     for key in sorted(reader.stored):
         name = key.removeprefix(_MODEL)
         if key.startswith(_MODEL) and (only is None or name in only):
@@ -86,7 +86,7 @@ def tensors(path: Path, prefer_main: bool = False, only: Set[str] | None = None)
 
 def shapes_and_dtypes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of each of the whole model's tensors, in the order of ``tensors``."""
-    stored = shard_files.stored(path / writing.WEIGHTS)
+    stored = shard_reader.stored(path / writing.WEIGHTS)
     return {
         key.removeprefix(_MODEL): (tuple(about.size), about.properties.dtype)
         for key, about in sorted(stored.items())

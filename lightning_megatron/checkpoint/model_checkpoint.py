@@ -15,44 +15,23 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_megatron.checkpoint.paths import check_folder, local_path
 
 
 def checkpoint_callbacks(trainer: pl.Trainer) -> list[ModelCheckpoint]:
-    """Those of the Trainer's callbacks that save by Lightning's rules."""
+    """The ModelCheckpoint callbacks of a Trainer."""
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-
-
-def local_path(path: Any) -> Path:
-    """A path on a file system that is mounted.
-
-    Raises:
-        MisconfigurationException: It is the address of something else.
-    """
-    text = os.fspath(path)
-    if "://" in text and not text.startswith("file://"):
-        raise MisconfigurationException(
-            f"MegatronStrategy cannot save to or load from {text!r}: every rank writes its part of a directory, which"
-            " is then renamed, and object stores rename nothing. Use a directory that all nodes mount (ModelCheckpoint("
-            "dirpath=...)), and copy finished checkpoints from there."
-        )
-    return Path(text.removeprefix("file://"))
 
 
 def check_folders(trainer: pl.Trainer) -> None:
     """Refuse folders that no checkpoint can be saved to, before a step is run.
 
     Raises:
-        MisconfigurationException: With the folder.
+        MisconfigurationException: A folder cannot hold checkpoints; the text names it.
     """
     for callback in checkpoint_callbacks(trainer):
-        folder = callback.dirpath or trainer.default_root_dir
-        local_path(folder)
-        if "file:" in Path(folder).parts:  # what Lightning 2.6 makes of file:///a
-            raise MisconfigurationException(
-                f"ModelCheckpoint would save to {os.fspath(folder)!r}, a folder named 'file:'. Give the path without"
-                " file://, as dirpath or as the Trainer's default_root_dir."
-            )
+        check_folder(callback.dirpath or trainer.default_root_dir)
 
 
 class CallbackRecords:
@@ -116,7 +95,7 @@ def _folder(callback: ModelCheckpoint) -> Path | None:
 
 def file_exists(filepath: Any, trainer: pl.Trainer) -> bool:
     """In place of ``ModelCheckpoint.file_exists``: a name is in use from the beginning of a save."""
-    if trainer.strategy.checkpointer.is_being_saved(local_path(filepath)):  # type: ignore[attr-defined]
+    if trainer.strategy.checkpointer.saves.is_being_saved(local_path(filepath)):  # type: ignore[attr-defined]
         return True
     here = trainer.is_global_zero and get_filesystem(filepath).exists(os.fspath(filepath))
     return trainer.strategy.reduce_boolean_decision(here, all=False)
@@ -124,4 +103,4 @@ def file_exists(filepath: Any, trainer: pl.Trainer) -> bool:
 
 def link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
     """In place of how ModelCheckpoint makes its link: the checkpoint may not be whole yet."""
-    trainer.strategy.checkpointer.link(local_path(linkpath), local_path(filepath))  # type: ignore[attr-defined]
+    trainer.strategy.checkpointer.saves.link(local_path(linkpath), local_path(filepath))  # type: ignore[attr-defined]

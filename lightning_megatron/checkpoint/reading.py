@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lightning_megatron.checkpoint import manifest, mismatches, optimizer_shards, shard_files, trainer_state, writing
+from lightning_megatron.checkpoint import manifest, mismatches, optimizer_shards, shard_reader, trainer_state, writing
 from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.tensor_shards import ShardSpec, shard_specs, specs_by_parameter
 from lightning_megatron.distributed import collectives, process_groups
@@ -109,7 +109,7 @@ def read(
     Raises:
         CheckpointError: They do not fit, and the module's ``strict_loading`` is set.
     """
-    where, stored = shard_specs(module), shard_files.stored(path / writing.WEIGHTS)
+    where, stored = shard_specs(module), shard_reader.stored(path / writing.WEIGHTS)
     tensors, shards = _buffers(path, module, where, stored)
     finish, problem = None, ""
     try:
@@ -120,7 +120,7 @@ def read(
     except CheckpointError as error:
         problem = f"{path} was not loaded. {error}"
     writing.agree(problem, True)
-    shard_files.read(shards, path / writing.WEIGHTS)
+    shard_reader.read(shards, path / writing.WEIGHTS)
     return tensors, finish
 
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_megatron.checkpoint import consolidate, mismatches, shard_files, writing
+from lightning_megatron.checkpoint import consolidate, mismatches, shard_reader, writing
 from lightning_megatron.checkpoint.tensor_shards import ShardSpec, shard_specs
 
 M = TypeVar("M", bound=pl.LightningModule)
@@ -50,7 +50,7 @@ def fill(module: pl.LightningModule, path: Path, strict: bool) -> None:
     where: dict[str, list[tuple[str, ShardSpec]]] = {}
     for name, spec in shard_specs(module).items():
         where.setdefault(spec.key, []).append((name, spec))
-    stored = {key: tuple(value.size) for key, value in shard_files.stored(path / writing.WEIGHTS).items()}
+    stored = {key: tuple(value.size) for key, value in shard_reader.stored(path / writing.WEIGHTS).items()}
     wanted = {f"model.{key}": held[0][1].shape for key, held in where.items()}
     lines = mismatches.differences(wanted, {key: size for key, size in stored.items() if key.startswith("model.")})
     if lines and strict:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,81 +162,3 @@ def _publish(content: SaveContent, staging: Staging, parts: list[Any]) -> None:
 def _sync(file: Path) -> None:
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
-
-
-class HostCopies:
-    """Copies of tensors in host memory, which is kept from one save to the next: fresh memory is slow to write to."""
-
-    def __init__(self) -> None:
-        self._kept: list[torch.Tensor] = []
-        self._part = RankShards([])
-
-    def match(self, items: list[tuple[Any, torch.Tensor]]) -> bool:
-        """Whether the tensors are still what was copied last."""
-        copied = self._part.items
-        return (
-            bool(copied)
-            and [index for index, _ in copied] == [index for index, _ in items]
-            and all(torch.equal(copy, tensor.cpu()) for (_, copy), (_, tensor) in zip(copied, items, strict=True))
-        )
-
-    @property
-    def part(self) -> RankShards:
-        """What was copied last."""
-        return self._part
-
-    def update(self, items: list[tuple[Any, torch.Tensor]]) -> None:
-        """Copy the tensors; from then on training may change them."""
-        if [_kind(t) for t in self._kept] != [_kind(t) for _, t in items]:
-            on_gpu = any(tensor.is_cuda for _, tensor in items)
-            self._kept = []  # before there are new ones
-            self._kept = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=on_gpu) for _, t in items]
-        for kept, (_, tensor) in zip(self._kept, items, strict=True):
-            kept.copy_(tensor, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        self._part = RankShards([(index, kept) for (index, _), kept in zip(items, self._kept, strict=True)])
-
-
-class BackgroundThread:
-    """Runs jobs one after the other in a thread, and hands their failure to whoever waits."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a job was started that nobody has waited for."""
-        return self._thread is not None
-
-    def start(self, job: Callable[[], None]) -> None:
-        """Run ``job`` after those that were started before it, if they succeed."""
-        before = self._thread
-
-        def run() -> None:
-            if before is not None:
-                before.join()
-            if self._error is not None:
-                return
-            try:
-                job()
-            except BaseException as error:
-                self._error = error
-
-        # A daemon: a run that is torn down without a wait must not be held by it.
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait for the jobs, then raise what one of them raised."""
-        if self._thread is None:
-            return
-        self._thread.join()
-        error, self._thread, self._error = self._error, None, None
-        if error is not None:
-            raise error
-
-
-def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.dtype

@@ -376,7 +376,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
     def on_exception(self, exception: BaseException) -> None:
         first_error.record(exception)
         heartbeat.explain_timeout(exception, self.layout)
-        self.checkpointer.wait_after_error()
+        self.checkpointer.saves.wait_after_error()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -418,7 +418,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        self.checkpointer.remove(local_path(filepath))
+        self.checkpointer.saves.remove(local_path(filepath))
 
     # Steps of the hooks above
 

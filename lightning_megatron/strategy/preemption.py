@@ -57,7 +57,7 @@ class Preemption:
         requeue = self._requeue is not None and trainer.strategy.reduce_boolean_decision(
             self._signal == self._requeue, all=False
         )
-        with trainer.strategy.checkpointer.at_once():  # type: ignore[attr-defined]
+        with trainer.strategy.checkpointer.synchronous():  # type: ignore[attr-defined]
             if requeue:
                 lightning_private.save_and_requeue(trainer, self._requeue)  # type: ignore[arg-type]
             elif (path := last_path(trainer)) is not None:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_megatron import Checkpointing
-from lightning_megatron.checkpoint import manifest, newest, shard_files
+from lightning_megatron.checkpoint import manifest, newest, save_plan, shard_files
 from lightning_megatron.checkpoint.manifest import UNFINISHED
 from tests.reference.parallel_gpt import LoadedGPT
 from tests.support.layout import Layout
@@ -138,8 +138,8 @@ def test_what_was_just_written_is_not_written_again(tmp_path, change):
 
 
 def _planned(folder):
-    plans, plan = [], shard_files.Planner.plan
-    shard_files.Planner.plan = lambda *a: (plans.append(1), plan(*a))[1]
+    plans, plan = [], save_plan.Planner.plan
+    save_plan.Planner.plan = lambda *a: (plans.append(1), plan(*a))[1]
     seen = []
 
     class Keep(Callback):
@@ -162,9 +162,9 @@ def test_a_save_is_planned_once_and_again_when_tensors_are_others(tmp_path):
 
 
 def test_a_plan_that_was_not_made_is_not_kept():
-    planner, one, other = shard_files.Planner(), torch.zeros(2), torch.zeros(2)
+    planner, one, other = save_plan.Planner(), torch.zeros(2), torch.zeros(2)
     planner.knows([("weight", one)])
-    planner.last = shard_files.Plan([], None)
+    planner.last = save_plan.Plan([], None)
     assert planner.knows([("weight", one)])
     assert not planner.knows([("weight", other)])
     assert not planner.knows([("weight", other)]), "the save before it has failed"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from lightning_megatron import Checkpointing, GPTModule
-from lightning_megatron.checkpoint import CheckpointError, manifest, shard_files
+from lightning_megatron.checkpoint import CheckpointError, manifest, shard_reader
 from lightning_megatron.checkpoint.consolidate import export
 from lightning_megatron.cli.main import main
 from tests.reference import plain_gpt
@@ -84,13 +84,13 @@ def _stock_halves(path):
 
 def _bytes_read(layout, path):
     read = []
-    read_data = shard_files._Reader.read_data
+    read_data = shard_reader._Reader.read_data
 
     def counted(self, plan, planner):
         read.append(sum(self.storage_data[item.storage_index].length for item in plan.items))
         return read_data(self, plan, planner)
 
-    shard_files._Reader.read_data = counted
+    shard_reader._Reader.read_data = counted
     _load(layout, path)
     return sum(read)
 
@@ -116,7 +116,7 @@ def _validate(layout, path):
 
 def test_weights_alone_and_validation(good, tmp_path):
     run_ranks(2, save, Layout(tp=2), tmp_path / "weights.ckpt", "32-true", True)
-    assert not any("optimizer" in key for key in shard_files.stored(tmp_path / "weights.ckpt" / "weights"))
+    assert not any("optimizer" in key for key in shard_reader.stored(tmp_path / "weights.ckpt" / "weights"))
     loss = run_ranks(2, _weights_only, tmp_path / "weights.ckpt")[0]
     whole = run_ranks(2, _validate, Layout(pp=2), good)[0]
     assert loss == pytest.approx(whole, rel=1e-5)
