@@ -225,5 +225,5 @@ class SaveQueue:
         """Keep checkpoints that were to be removed in favour of one that was not saved."""
         kept = [path for path in paths if path.exists()]
         for path in kept:
-            rank_zero_warn(f"{path} is kept, since the save after it failed.")
+            rank_zero_warn(f"{path} is kept: the save after it failed.")
         self.callbacks.correct([], kept, self._saved)

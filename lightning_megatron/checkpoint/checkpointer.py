@@ -1,4 +1,4 @@
-"""``Checkpointer``: what the strategy's checkpoint hooks call."""
+"""``Checkpointer``: saves and loads checkpoints for the strategy's checkpoint hooks."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _SHARDED = ("state_dict", "optimizer_states")
 
 @dataclass
 class Run:
-    """What a checkpoint is of.
+    """The run that a checkpoint is saved from or loaded into.
 
     Args:
-        trainer: Whose.
-        layout: The sizes of the run.
-        optimizer: None outside of a fit.
-        is_plain: Whether the module is a plain LightningModule, whole on every rank.
-        in_one_file: Whether it is saved in Lightning's own form.
+        trainer: The Trainer of the run.
+        layout: The parallel sizes.
+        optimizer: The optimizer; None outside of a fit.
+        is_plain: Whether the module is a plain LightningModule, undivided on every rank.
+        in_one_file: Whether the checkpoint is saved as one file in Lightning's own format.
     """
 
     trainer: pl.Trainer
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def module(self) -> pl.LightningModule:
-        """The module that is trained."""
+        """The LightningModule of the run."""
         return self.trainer.lightning_module
 
 
@@ -83,23 +83,23 @@ class Checkpointer:
         self._planners: dict[bool, save_plan.Planner] = {}
 
     def begin_fit(self) -> None:
-        """Start anew: what an earlier run has loaded, or was to make up for, is nothing to this one."""
+        """Discard what an earlier run has loaded or left to do."""
         self.resumption.reset()
         self.plateaus.load([])
 
     def begin_evaluation(self, trainer: pl.Trainer) -> None:
-        """Have the fit before it stay known, so that a save behind it is of that fit."""
+        """Keep the loaders of the fit before the evaluation, so that a later save records their position."""
         self.resumption.restore_fit_loaders(trainer)
 
     # Saving
 
     def save(self, state: State, path: Path, run: Run) -> None:
-        """Save; when this returns the checkpoint is whole, or being written in the background.
+        """Save a checkpoint; when this returns, it is complete or being written in the background.
 
         Args:
-            state: What Lightning collected on this rank.
-            path: The same on every rank.
-            run: What it is of.
+            state: The state that Lightning collected on this rank.
+            path: The checkpoint's path, the same on every rank.
+            run: The run to save.
         """
         self.saves.callbacks.remember(run.trainer)
         try:
@@ -155,7 +155,7 @@ class Checkpointer:
         lightning_file.write({**state, lightning_file.OURS: ours}, path)
 
     def _content(self, state: State, run: Run) -> writing.SaveContent:
-        """What to write, on all ranks, or an error on all ranks."""
+        """Collect what to write; an error on one rank is raised on all."""
         full = "optimizer_states" in state
         optimizer = run.optimizer if full else None
         planner = self._planners.setdefault(full, save_plan.Planner())
@@ -173,7 +173,7 @@ class Checkpointer:
         return writing.SaveContent(writing.RankShards(plan.items), plan.metadata, rank_state, files, about)
 
     def _all_but_tensors(self, state: State, run: Run, full: bool) -> tuple[bytes, dict[str, bytes], State]:
-        """This rank's own state, and of the first rank its files and the manifest."""
+        """Return this rank's own state and, on rank 0, the further files and the manifest's content."""
         position = loop_progress.position(run.trainer)
         loop_progress.correct_counts(state["loops"], position)
         own = self._own_record(state, position, run)
@@ -191,22 +191,22 @@ class Checkpointer:
         return rank_state, files, _about(state, run, full, names)
 
     def _own_record(self, state: State, position: loop_progress.Position, run: Run) -> State:
-        """Random states and the place in the data of this rank."""
+        """The random states and the position in the data of this rank."""
         loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
         return self.resumption.record(run.trainer, position, run.layout.dp) | {"combined_loader": loaders}
 
     # Loading
 
     def load(self, path: Path, run: Run, weights_only: bool | None = None) -> State:
-        """Read a checkpoint for this rank: whole and of this architecture, or an error on every rank.
+        """Read a checkpoint for this rank; it is complete and of this architecture, or every rank raises an error.
 
         Args:
-            path: Of the checkpoint.
-            run: What takes it.
-            weights_only: As of ``torch.load``: False trusts this checkpoint, True does not, None asks ``allow_pickle``.
+            path: The checkpoint's path.
+            run: The run to load it into.
+            weights_only: As in ``torch.load``: False trusts this checkpoint, True does not, None asks ``allow_pickle``.
 
         Raises:
-            CheckpointError: It is not whole, is damaged, or does not fit.
+            CheckpointError: It is incomplete or damaged, or the architectures differ.
         """
         self.wait()
         trust = self.allow_pickle if weights_only is None else not weights_only
@@ -221,7 +221,7 @@ class Checkpointer:
             del state["optimizer_states"]
         resumes = full and run.trainer.state.fn == TrainerFn.FITTING
         if resumes and not state["optimizer_states"]:
-            rank_zero_warn(f"{path} was saved by a run that had not trained: the optimizer starts anew.")
+            rank_zero_warn(f"{path} was saved by a run that had not trained: the optimizer starts without state.")
         optimizer = run.optimizer if resumes and state["optimizer_states"] else None
         tensors, finish = read(lambda: reading.read(path, run.module, optimizer))
         others = {n: v for n, v in run.module.state_dict().items() if not isinstance(v, torch.Tensor)}
@@ -235,7 +235,7 @@ class Checkpointer:
         return state
 
     def _load_one_file(self, path: Path, run: Run, trust: bool) -> State:
-        """A file of Lightning's form, by this package or by another strategy."""
+        """Load a file of Lightning's format, written by this package or under another strategy."""
         state = reading.on_each_rank(path, True, lambda: lightning_file.read(path, trust))
         ours: State = state.pop(lightning_file.OURS, {})
         if not state.get("optimizer_states") or run.trainer.state.fn != TrainerFn.FITTING:
@@ -250,7 +250,7 @@ class Checkpointer:
         return state
 
     def _read_rank_state(self, path: Path, about: dict[str, Any], run: Run, state: State) -> None:
-        """This rank's random states and loaders, or under another layout those of a rank with the same data."""
+        """Load this rank's random states and loaders; under another layout, those of a rank that read the same data."""
         before = ParallelLayout(**about["layout"])
         rank = dist.get_rank()
         if before != run.layout:
@@ -261,12 +261,12 @@ class Checkpointer:
         self._take_record(path, record, before, run, state)
 
     def _take_record(self, path: Path, record: State, before: ParallelLayout, run: Run, state: State) -> None:
-        """Go on in the data where a rank of the layout ``before`` was."""
+        """Continue in the data where a rank of the layout ``before`` was."""
         loaders = record["combined_loader"]
         if loaders and before.dp != run.layout.dp:
             raise MisconfigurationException(
-                f"The loader keeps its own place (state_dict), of which {path} has one per replica, {before.dp} of"
-                f" them; this run has {run.layout.dp} replicas. Resume with as many, or with a plain DataLoader."
+                f"The loader has a state_dict, of which {path} holds one per data-parallel replica, {before.dp} in all;"
+                f" this run has {run.layout.dp} replicas. Resume with {before.dp} replicas, or with a plain DataLoader."
             )
         if loaders:
             state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = loaders
@@ -274,7 +274,7 @@ class Checkpointer:
 
 
 def _tensors(state: State, optimizer: ShardedOptimizer | None) -> list[tuple[str, Any]]:
-    """All that is written as shards, by names that tell one from the other."""
+    """Every tensor that is written as shards, under a unique name."""
     found = list(state["state_dict"].items())
     if optimizer is not None:
         for number, part in enumerate(optimizer.parameter_slices()):
@@ -284,7 +284,7 @@ def _tensors(state: State, optimizer: ShardedOptimizer | None) -> list[tuple[str
 
 
 def _shards(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer | None) -> list[ShardedTensor]:
-    """This rank's tensors, with their places in the whole model's."""
+    """This rank's tensors as shards of the whole model's tensors."""
     where = shard_specs(module)
     shards = []
     for name, value in state["state_dict"].items():
@@ -299,7 +299,7 @@ def _shards(state: State, module: pl.LightningModule, optimizer: ShardedOptimize
 def _spec_of(where: dict[str, ShardSpec], name: str) -> ShardSpec:
     if name not in where:
         raise CheckpointError(
-            f"on_save_checkpoint added {name!r} to the checkpoint's state_dict, which is no tensor of the module. Put"
+            f"on_save_checkpoint added {name!r} to the checkpoint's state_dict, but the module has no such tensor. Put"
             " it under a key of its own: checkpoint['mine'] = ..."
         )
     return where[name]

@@ -1,4 +1,4 @@
-"""A sharded checkpoint as one file, without the processes that wrote it; tensor by tensor, so memory stays small."""
+"""Merges a sharded checkpoint into one file on one process, tensor by tensor, so that memory stays small."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
     """Merge the weights of a checkpoint into one file, under the whole model's names.
 
     Args:
-        checkpoint: A checkpoint's directory.
+        checkpoint: The directory of the checkpoint.
         out: A ``.safetensors`` file, written tensor by tensor; or a ``.ckpt`` or ``.pt`` file as Lightning writes it on
             one process, for ``load_from_checkpoint`` of a plain LightningModule, which is held in memory.
 
@@ -27,12 +27,12 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
         The file.
 
     Raises:
-        CheckpointError: The checkpoint is not whole.
-        ValueError: A name that says no format.
+        CheckpointError: The checkpoint is incomplete or damaged.
+        ValueError: The suffix of ``out`` names no format.
     """
     path, out = Path(checkpoint), Path(out)
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"{out}: name a .safetensors file, or a .ckpt file for Lightning's load_from_checkpoint.")
+        raise ValueError(f"{out}: use the suffix .safetensors, or .ckpt for Lightning's load_from_checkpoint.")
     verified_manifest(path)
     unfinished = out.with_name(f".{out.name}.unfinished")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,10 +48,10 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
 
 
 def verified_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all as they were written.
+    """Return the manifest of a checkpoint after checking that all files are as they were written.
 
     Raises:
-        CheckpointError: It is not whole, or damaged.
+        CheckpointError: The checkpoint is incomplete or damaged.
     """
     about = manifest.read(path)
     wrong = manifest.find_damage(path, about, sorted(about["files"]), checksums=True)
@@ -61,7 +61,7 @@ def verified_manifest(path: Path) -> dict[str, Any]:
 
 
 def state_of(path: Path, trust: bool) -> dict[str, Any]:
-    """Lightning's state in a checkpoint, without any tensor of the model."""
+    """Read Lightning's state from a checkpoint, without the tensors of the model."""
     objects = path / trainer_state.OBJECTS
     content = objects.read_bytes() if objects.is_file() else None
     names = manifest.read(path)["objects"]
@@ -69,12 +69,12 @@ def state_of(path: Path, trust: bool) -> dict[str, Any]:
 
 
 def tensors(path: Path, prefer_main: bool = False, only: Set[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The whole model's tensors, one after the other.
+    """Read the whole model's tensors, one after the other.
 
     Args:
-        path: A checkpoint's directory.
-        prefer_main: Whether to give fp32 main weights where a run of low precision has them.
-        only: Names of those to give; None gives all.
+        path: The directory of the checkpoint.
+        prefer_main: Whether to read the fp32 main weights of a run in low precision in place of its weights.
+        only: The names of the tensors to read; None reads all.
     """
     reader = shard_reader.WholeTensorReader(path / writing.WEIGHTS)
     for key in sorted(reader.stored):
@@ -85,7 +85,7 @@ def tensors(path: Path, prefer_main: bool = False, only: Set[str] | None = None)
 
 
 def shapes_and_dtypes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each of the whole model's tensors, in the order of ``tensors``."""
+    """Shape and dtype of each of the whole model's tensors, in the order of ``tensors``."""
     stored = shard_reader.stored(path / writing.WEIGHTS)
     return {
         key.removeprefix(_MODEL): (tuple(about.size), about.properties.dtype)

@@ -1,7 +1,7 @@
-"""A checkpoint in Lightning's own form: one file, which ``torch.load`` and every strategy of Lightning's read.
+"""Checkpoints in Lightning's own format: one file, which ``torch.load`` and every strategy of Lightning can read.
 
-A run of a plain LightningModule on one rank writes it. Runs of such modules on any number of replicas read it, and read
-what another strategy of Lightning wrote. What this package keeps beside what Lightning does is under the key ``OURS``.
+A run of a plain LightningModule on one rank writes it. Runs of such modules on any number of replicas read it, and also
+read the files of other strategies. What this package stores in addition is under the key ``OURS``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OURS = "lightning_megatron"
 
 
 def write(state: State, path: Path) -> None:
-    """Write a checkpoint, which is visible once it is whole.
+    """Write a checkpoint, which is visible once it is complete.
 
     Raises:
         CheckpointError: It could not be written.
@@ -38,10 +38,10 @@ def write(state: State, path: Path) -> None:
 
 
 def read(path: Path, trust: bool) -> State:
-    """What was written, on the host.
+    """Read a checkpoint into host memory.
 
     Raises:
-        CheckpointError: It holds objects, and is not trusted; or it is damaged, or no checkpoint.
+        CheckpointError: It holds pickled objects and is not trusted, is damaged, or is no checkpoint.
     """
     try:
         state: State = trainer_state.loads_plain(path.read_bytes())
@@ -53,22 +53,22 @@ def read(path: Path, trust: bool) -> State:
             ) from error
         state = torch.load(path, map_location="cpu", weights_only=False)
     except (RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged, or no checkpoint, and nothing of it was loaded: {error}") from error
+        raise CheckpointError(f"{path} is damaged or no checkpoint, and nothing of it was loaded: {error}") from error
     if not isinstance(state, dict) or "state_dict" not in state:
         raise CheckpointError(f"{path} is no checkpoint of Lightning's: it has no 'state_dict'.")
     return state
 
 
 def put_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer) -> State:
-    """Have ``state`` hold the optimizer's as torch does, and fp32 main weights in place of rounded ones.
+    """Put the optimizer's state into ``state`` as torch stores it, and fp32 main weights in place of rounded ones.
 
     Args:
-        state: Lightning's, which changes.
-        module: Whole on this rank.
-        optimizer: Of all of its weights.
+        state: Lightning's state, which is changed.
+        module: The module, undivided on this rank.
+        optimizer: The optimizer of all its weights.
 
     Returns:
-        What of the optimizer torch's form has no place for.
+        The part of the optimizer's state that torch's format does not hold.
     """
     numbers = _numbers(optimizer)
     tensors: dict[int, State] = {}
@@ -90,13 +90,13 @@ def put_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOp
 
 
 def take_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer, ours: State | None) -> None:
-    """Have ``state`` hold the optimizer's in this package's form, with what hands it its tensors.
+    """Convert the optimizer's state in ``state`` to this package's format, with a function that loads its tensors.
 
     Args:
-        state: As it was read, which changes.
-        module: That takes the weights.
-        optimizer: That takes the state, of all replicas or of a part on each.
-        ours: What ``put_optimizer`` returned; None where another strategy wrote the file.
+        state: The state as it was read, which is changed.
+        module: The module that takes the weights.
+        optimizer: The optimizer that takes the state, sharded over the replicas or not.
+        ours: What ``put_optimizer`` returned; None if another strategy wrote the file.
 
     Raises:
         CheckpointError: The optimizer has other parameters.
@@ -129,7 +129,7 @@ def take_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedO
 
 
 def _numbers(optimizer: ShardedOptimizer) -> dict[int, int]:
-    """torch's number of each parameter, by its ``id``: counted through the groups."""
+    """The number that torch gives each parameter, counted through the groups, by the parameter's ``id``."""
     return {id(p): number for number, p in enumerate(p for group in optimizer.group_parameters for p in group)}
 
 
@@ -138,14 +138,14 @@ def _names(module: pl.LightningModule, parameter: torch.nn.Parameter) -> list[st
 
 
 def _whole(value: Any, part: ParameterSlice) -> Any:
-    """A state of the optimizer's in the weight's shape, where it is as large."""
+    """A state tensor in the shape of its weight, if it is as large as the weight."""
     if isinstance(value, torch.Tensor) and value.numel() == part.parameter.numel() and value.dim():
         return value.view(part.parameter.shape)
     return value
 
 
 def _part(name: str, value: Any, part: ParameterSlice) -> Any:
-    """What this rank holds of a state; as torch's ``load_state_dict`` places and types it."""
+    """This rank's slice of a state tensor, on the device and in the dtype that torch's ``load_state_dict`` chooses."""
     if not isinstance(value, torch.Tensor):
         return value
     if name == "step":

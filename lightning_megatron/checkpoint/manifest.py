@@ -1,7 +1,8 @@
-"""What makes a checkpoint whole: a list of its files with their checksums, written last; one rename makes it visible.
+"""The manifest of a checkpoint (its files with their checksums), and the directory in which it is written.
 
-A save goes on in ``<folder>/.unfinished/<name>``. What a killed save leaves there is recognised by its place, whatever
-was written, and removed by the next save into the folder; a lock tells it from a save that another run is making.
+The manifest is written last, and one rename makes the checkpoint visible. Until then it lies in
+``<folder>/.unfinished/<name>``. What a killed save leaves there is removed by the next save into the folder; a lock
+distinguishes it from a save that another run is making.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ _AT_FDCWD = -100
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, or is not whole."""
+    """A checkpoint could not be written, or is incomplete or damaged."""
 
 
 class NoCheckpointError(CheckpointError, FileNotFoundError):
-    """There is nothing at a checkpoint's path: Lightning's own kind of error, and its words."""
+    """There is nothing at a checkpoint's path; like Lightning's own error, a FileNotFoundError."""
 
     def __init__(self, path: object) -> None:
-        super().__init__(f"Checkpoint file not found: {path}. There is nothing of that name.")
+        super().__init__(f"Checkpoint file not found: {path}. There is no file or directory of that name.")
 
 
 class Staging:
-    """The directory in which a checkpoint is written, on the first rank.
+    """The directory in which a checkpoint is written, used on rank 0.
 
     Args:
-        path: Where it will be visible.
+        path: The path at which the checkpoint becomes visible.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +48,7 @@ class Staging:
         self.folder = staging_folder(path)
 
     def begin(self) -> None:
-        """Clean up what killed saves have left, and make the directory."""
+        """Remove what killed saves have left, and create the directory."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path.parent)
         self.folder.mkdir(parents=True, exist_ok=False)
@@ -55,10 +56,10 @@ class Staging:
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def publish(self, content: dict[str, Any], files: dict[str, tuple[int, int]]) -> None:
-        """Write the manifest, see to it that all is on disk, and put the directory in its place.
+        """Write the manifest, sync everything to disk, and move the directory to its path.
 
         Args:
-            content: What the manifest says beside the files.
+            content: Further entries of the manifest.
             files: Size and CRC-32 of each file, by its name within the directory.
         """
         listed = {name: {"bytes": size, "crc32": crc32} for name, (size, crc32) in sorted(files.items())}
@@ -71,40 +72,40 @@ class Staging:
         self.close()
 
     def abandon(self) -> None:
-        """Remove what was written so far."""
+        """Remove everything that was written."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
-        """Let go of the lock, and of the common directory where nothing else is in it."""
+        """Release the lock, and remove the ``.unfinished`` directory if it is empty."""
         if getattr(self, "_lock", None) is not None:
             self._lock.close()
         _remove_empty(self.folder.parent)
 
 
 def staging_folder(path: Path) -> Path:
-    """Where the checkpoint ``path`` is written until it is whole."""
+    """The directory in which the checkpoint ``path`` is written until it is complete."""
     return path.parent / UNFINISHED / path.name
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: There is none, or it is damaged; says which.
+        CheckpointError: There is no manifest, or it is damaged.
     """
     file = path / MANIFEST
     if not path.exists():
         raise NoCheckpointError(path)
     if path.is_file():
         raise CheckpointError(
-            f"{path} is a file, and checkpoints of MegatronStrategy are directories. A file is of a plain"
-            " LightningModule, on one rank or under another strategy of Lightning's, and only such modules read it:"
-            " fit(ckpt_path=), load_from_checkpoint."
+            f"{path} is a file, and checkpoints of MegatronStrategy are directories. Checkpoints of a plain"
+            " LightningModule on one rank, or of another strategy of Lightning, are files; only a plain LightningModule"
+            " can load them, with fit(ckpt_path=) or load_from_checkpoint."
         )
     if not file.is_file():
         raise CheckpointError(
-            f"{path} is no whole checkpoint of MegatronStrategy: it has no {MANIFEST}, which is written last."
+            f"{path} is not a complete checkpoint of MegatronStrategy: it has no {MANIFEST}, which is written last."
         )
     try:
         record = json.loads(file.read_text())
@@ -119,7 +120,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def find_damage(path: Path, manifest: dict[str, Any], names: list[str], checksums: bool) -> list[str]:
-    """What is wrong with the files ``names``, a line each; checksums cost a read of each file."""
+    """List which of the files ``names`` are damaged, a line each; comparing checksums reads every file."""
     found = []
     for name in names:
         expected, file = manifest["files"][name], path / name
@@ -133,7 +134,7 @@ def find_damage(path: Path, manifest: dict[str, Any], names: list[str], checksum
 
 
 def checksum(file: Path) -> int:
-    """CRC-32 of a file."""
+    """Compute the CRC-32 of a file."""
     crc32 = 0
     with file.open("rb") as opened:
         while block := opened.read(1 << 22):
@@ -142,13 +143,13 @@ def checksum(file: Path) -> int:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed saves and removals have left in a folder of checkpoints."""
-    held = folder / UNFINISHED
-    return sorted(path for path in held.iterdir() if not _is_locked(path)) if held.is_dir() else []
+    """List what killed saves and removals have left in a folder of checkpoints."""
+    unfinished = folder / UNFINISHED
+    return sorted(path for path in unfinished.iterdir() if not _is_locked(path)) if unfinished.is_dir() else []
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove the leftovers of a folder; what was removed."""
+    """Remove what killed saves have left in a folder, and return the removed paths."""
     found = leftovers(folder)
     for path in found:
         _delete(path)
@@ -157,13 +158,13 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, which is gone from its place before its first file goes."""
+    """Remove a checkpoint. It is renamed first, so that no checkpoint with missing files is ever visible."""
     if not path.exists() and not path.is_symlink():
         return
     if path.is_symlink() or path.is_file():
         path.unlink()
         return
-    for link in path.parent.iterdir():  # what was linked to it names the next newest
+    for link in path.parent.iterdir():  # links to it now point to the newest other checkpoint
         if link.is_symlink() and link.resolve() == path.resolve() and (other := newest(path.parent, but=path)):
             make_link(link, other)
     aside = path.parent / UNFINISHED / f"removed-{path.name}"
@@ -175,7 +176,7 @@ def remove(path: Path) -> None:
 
 
 def make_link(path: Path, target: Path) -> None:
-    """Have ``path`` be a link to the checkpoint ``target``, in one step even where something is there already."""
+    """Make ``path`` a link to the checkpoint ``target``, atomically even if ``path`` exists."""
     made = path.parent / UNFINISHED / f"link-{path.name}"
     made.parent.mkdir(exist_ok=True)
     _delete(made)
@@ -186,7 +187,7 @@ def make_link(path: Path, target: Path) -> None:
 
 
 def newest(folder: Path, but: Path | None = None) -> Path | None:
-    """The whole checkpoint of a folder that was saved last (``but`` one), or None."""
+    """Return the complete checkpoint of a folder that was saved last, ``but`` left out of account, or None."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if (but is None or path.resolve() != but.resolve()) and (path / MANIFEST).is_file():
@@ -200,7 +201,7 @@ def newest(folder: Path, but: Path | None = None) -> Path | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
+    """Sync the file names of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -209,11 +210,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def _put(new: Path, path: Path) -> None:
-    """Put ``new`` at ``path``, in one step even where something is there already; that is removed."""
+    """Move ``new`` to ``path``, atomically even if ``path`` exists; the old one is removed."""
     if not path.exists() and not path.is_symlink():
         new.rename(path)
         return
-    if not _exchange(new, path):  # a file system that cannot: between two renames there is none under the name
+    if not _exchange(new, path):  # the file system cannot exchange names: between the two renames, nothing has the name
         old = new.with_name(f"replaced-{path.name}")
         _delete(old)
         path.rename(old)
@@ -224,7 +225,7 @@ def _put(new: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names atomically, where the system can (Linux 3.15, most local file systems)."""
+    """Exchange two names atomically if the system can (Linux 3.15, most local file systems); whether it did."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

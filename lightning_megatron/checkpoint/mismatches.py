@@ -1,4 +1,4 @@
-"""A model and a checkpoint held against each other: names and shapes that differ, the shortest first."""
+"""Compares the tensors of a model and a checkpoint, and lists the names and shapes that differ."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SHOWN = 20
 
 
 def differences(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """What differs, by key, on all ranks together.
+    """Compare the model of all ranks together with a checkpoint.
 
     Args:
-        wanted: Shapes of this rank's whole tensors.
-        stored: Shapes of the checkpoint's.
+        wanted: The shapes of the whole model's tensors of which this rank holds a part.
+        stored: The shapes of the checkpoint's tensors.
 
     Returns:
-        A line for each key, the same on every rank.
+        A line for each key that differs, the same on every rank.
     """
     every: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(every, wanted, group=process_groups.gloo_world())
@@ -37,20 +37,20 @@ def differences(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int,
 
 
 def as_list(lines: Iterable[str]) -> str:
-    """The lines as a list, shortest first, cut off after twenty."""
+    """Write the lines as a list, shortest first, and no more than twenty."""
     ordered = sorted(lines, key=lambda line: (len(line), line))
     more = [f"  ... and {len(ordered) - _SHOWN} more"] if len(ordered) > _SHOWN else []
     return "\n".join([*(f"  {line}" for line in ordered[:_SHOWN]), *more])
 
 
 def raise_mismatches(path: object, lines: dict[str, str]) -> None:
-    """Raise an error that lists what differs.
+    """Raise an error that lists the differences.
 
     Raises:
         CheckpointError: Always.
     """
     raise CheckpointError(
         f"{path} is of another architecture; {len(lines)} tensors differ:\n{as_list(lines.values())}\n"
-        "Build the model that wrote it, or load the rest: strict_loading=False on the module, or in load_weights"
-        " strict=False."
+        "Build the model with the configuration of the run that saved it; or load only the tensors that agree, with"
+        " strict_loading=False on the module, or load_weights(strict=False)."
     )

@@ -1,7 +1,8 @@
-"""What ModelCheckpoint takes for granted of a save, that it is there when the call returns, where it is not.
+"""Keeps the records of ModelCheckpoint right when saves are asynchronous or fail.
 
-A checkpoint that is being written beside training has its name already, and may be linked to once it is whole. One that
-could not be written (``on_save_error="warn"``) is forgotten again, and what was to make room for it is remembered.
+ModelCheckpoint assumes that a checkpoint exists when the save returns. A checkpoint that is being written in the
+background occupies its name already, and is linked to once it is complete. A checkpoint that could not be written
+(``on_save_error="warn"``) is removed from the records again, and the one that it was to replace is put back.
 """
 
 from __future__ import annotations
@@ -35,51 +36,51 @@ def check_folders(trainer: pl.Trainer) -> None:
 
 
 class CallbackRecords:
-    """Which checkpoints the callbacks count on, for the case that a save fails and the run goes on."""
+    """The checkpoints that the callbacks have recorded, corrected when a save fails and the run goes on."""
 
     def __init__(self) -> None:
         self._callbacks: list[ModelCheckpoint] = []
         self._scores: dict[str, torch.Tensor] = {}
 
     def remember(self, trainer: pl.Trainer) -> None:
-        """Remember scores, since a callback forgets that of what is to be removed before its successor is saved."""
+        """Remember the scores: a callback drops that of a checkpoint before the checkpoint's successor is saved."""
         self._callbacks = checkpoint_callbacks(trainer)
         for callback in self._callbacks:
             self._scores.update(callback.best_k_models)
 
-    def correct(self, lost: Iterable[Path], stay: Iterable[Path], whole: Iterable[Path]) -> None:
-        """Correct the callbacks after a failure.
+    def correct(self, lost: Iterable[Path], kept: Iterable[Path], saved: Iterable[Path]) -> None:
+        """Correct the callbacks after a failed save.
 
         Args:
-            lost: What was not saved.
-            stay: What was to be removed behind that, and is not.
-            whole: What has been saved in this run, in order.
+            lost: The checkpoints that were not saved.
+            kept: The checkpoints that were to be removed after those, and are kept.
+            saved: The checkpoints that this run has saved, in order.
         """
-        gone = [path for path in lost if not path.exists()]  # an older one may have the name
+        gone = [path for path in lost if not path.exists()]  # an older checkpoint may have the name
         for callback in self._callbacks:
             for name in [name for name in callback.best_k_models if local_path(name) in gone]:
                 del callback.best_k_models[name]
             names = {local_path(name): name for name in self._scores if local_path(name).parent == _folder(callback)}
-            for path in stay:
+            for path in kept:
                 has_room = callback.save_top_k == -1 or len(callback.best_k_models) < callback.save_top_k
                 if path in names and has_room:
                     callback.best_k_models[names[path]] = self._scores[names[path]]
             if callback.monitor is not None:
                 _rank(callback)
             elif callback.best_model_path and local_path(callback.best_model_path) in gone:
-                others = [p for p in (*whole, *stay) if p.parent == _folder(callback) and p.exists()]
+                others = [p for p in (*saved, *kept) if p.parent == _folder(callback) and p.exists()]
                 callback.best_model_path = str(others[-1]) if others else ""
             if callback.last_model_path and local_path(callback.last_model_path) in gone:
                 callback.last_model_path = ""
 
     def corrected_states(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The states of a checkpoint's callbacks, with those that were put right since they were collected."""
+        """The callbacks' states for a checkpoint, collected again after ``correct``."""
         now = {c.state_key: c.state_dict() for c in self._callbacks if c.state_key in state}
         return {**state, **now}
 
 
 def _rank(callback: ModelCheckpoint) -> None:
-    """Have a callback's best and worst follow from its scores, as its ``_update_best_and_save`` does."""
+    """Set a callback's best and worst checkpoint from its scores, as its ``_update_best_and_save`` does."""
     scores = callback.best_k_models
     best, worst = (min, max) if callback.mode == "min" else (max, min)
     callback.best_model_path = best(scores, key=scores.__getitem__) if scores else ""
@@ -94,7 +95,7 @@ def _folder(callback: ModelCheckpoint) -> Path | None:
 
 
 def file_exists(filepath: Any, trainer: pl.Trainer) -> bool:
-    """In place of ``ModelCheckpoint.file_exists``: a name is in use from the beginning of a save."""
+    """Replace ``ModelCheckpoint.file_exists``: a name is in use from the start of a save."""
     if trainer.strategy.checkpointer.saves.is_being_saved(local_path(filepath)):  # type: ignore[attr-defined]
         return True
     here = trainer.is_global_zero and get_filesystem(filepath).exists(os.fspath(filepath))
@@ -102,5 +103,5 @@ def file_exists(filepath: Any, trainer: pl.Trainer) -> bool:
 
 
 def link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
-    """In place of how ModelCheckpoint makes its link: the checkpoint may not be whole yet."""
+    """Replace how ModelCheckpoint makes its link: the checkpoint may not be complete yet."""
     trainer.strategy.checkpointer.saves.link(local_path(linkpath), local_path(filepath))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a load reads: of a whole checkpoint of this architecture, or an error on every rank and nothing has changed."""
+"""Reads a checkpoint: on failure every rank raises the same error, and nothing of the module has changed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 def choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]]:
-    """A whole checkpoint and its manifest: ``path``, or for a damaged ``last`` the newest whole one beside it.
+    """Return the checkpoint to load and its manifest: ``path``, or the newest complete one if ``last`` is damaged.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no complete checkpoint.
     """
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -41,17 +41,17 @@ def choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]]:
 
 
 def is_one_file(path: Path) -> bool:
-    """Whether a checkpoint is a file, as the first rank sees it."""
+    """Whether a checkpoint is a single file, as rank 0 sees it."""
     answer = [path.is_file()]
     dist.broadcast_object_list(answer, src=0, group=process_groups.gloo_world())
     return answer[0]
 
 
 def check(path: Path, about: dict[str, Any], checksums: bool) -> None:
-    """Each rank checks its share of the files; what one finds, all raise.
+    """Check the files, each rank its share; all ranks raise what any of them finds.
 
     Raises:
-        CheckpointError: With what is wrong.
+        CheckpointError: A file is damaged; the text lists all that are.
     """
     names = sorted(about["files"])[dist.get_rank() :: dist.get_world_size()]
     every = collectives.gather(manifest.find_damage(path, about, names, checksums), process_groups.gloo_world())
@@ -61,29 +61,29 @@ def check(path: Path, about: dict[str, Any], checksums: bool) -> None:
 
 
 def on_each_rank(path: Path, verified: bool, read: Callable[[], T]) -> T:
-    """What ``read`` gives; what one rank cannot read is an error on all of them.
+    """Return what ``read`` returns; if it fails on one rank, all ranks raise an error.
 
     Raises:
-        CheckpointError: With the first cause.
+        CheckpointError: The text has the first cause.
     """
     problem = ""
     try:
         found = read()
     except CheckpointError as error:
         problem = str(error)
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception; it holds those of all ranks
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         hint = (
             "" if verified else " With Checkpointing(verify_checksums=True) the error names the file that has changed."
         )
-        told = writing.describe(cause).split(". ")[0]  # torch goes on with an advice to run what is in the file
+        told = writing.describe(cause).split(". ")[0]  # torch goes on to advise running the code in the file
         problem = f"{path} could not be read, and nothing of it was loaded. {told}.{hint}"
     writing.agree(problem, True)
     return found
 
 
 def trainer_state_of(path: Path, about: dict[str, Any], trust: bool) -> dict[str, Any]:
-    """Lightning's state."""
+    """Read Lightning's state."""
     objects = path / trainer_state.OBJECTS
     return trainer_state.join(
         (path / trainer_state.STATE).read_bytes(),
@@ -96,18 +96,18 @@ def trainer_state_of(path: Path, about: dict[str, Any], trust: bool) -> dict[str
 def read(
     path: Path, module: pl.LightningModule, optimizer: ShardedOptimizer | None
 ) -> tuple[dict[str, torch.Tensor], Callable[[], None] | None]:
-    """This rank's tensors, in buffers, so that nothing has changed if a file turns out unreadable.
+    """Read this rank's tensors into buffers, so that nothing has changed if a file turns out to be unreadable.
 
     Args:
-        path: A checkpoint's directory.
-        module: That takes the weights.
-        optimizer: That takes its state; None leaves it.
+        path: The directory of the checkpoint.
+        module: The module that takes the weights.
+        optimizer: The optimizer that takes the state; None reads no state.
 
     Returns:
-        The weights by their names in the module's ``state_dict``, and what hands the optimizer its state.
+        The weights by their names in the module's ``state_dict``, and a function that gives the optimizer its state.
 
     Raises:
-        CheckpointError: They do not fit, and the module's ``strict_loading`` is set.
+        CheckpointError: The architectures differ, and the module's ``strict_loading`` is set.
     """
     where, stored = shard_specs(module), shard_reader.stored(path / writing.WEIGHTS)
     tensors, shards = _buffers(path, module, where, stored)
@@ -134,7 +134,7 @@ def _buffers(
     if lines and module.strict_loading:
         mismatches.raise_mismatches(path, lines)
     if lines:
-        rank_zero_warn(f"Not loaded from {path}, for they differ:\n{mismatches.as_list(lines.values())}")
+        rank_zero_warn(f"Not loaded from {path}, since the model differs:\n{mismatches.as_list(lines.values())}")
     tensors: dict[str, torch.Tensor] = {}
     shards = []
     for name, tensor in module.state_dict().items():
@@ -146,7 +146,7 @@ def _buffers(
 
 
 def _source(spec: ShardSpec, tensor: torch.Tensor, stored: dict[str, Any]) -> str:
-    """The stored tensor for a weight: fp32 runs take the fp32 main weights of others, where there are any."""
+    """The stored tensor for a weight: fp32 runs read the fp32 main weights of a run in low precision."""
     main = f"optimizer.{optimizer_shards.MAIN_WEIGHT}.{spec.key}"
     return main if tensor.dtype == torch.float32 and main in stored else f"model.{spec.key}"
 
@@ -155,7 +155,7 @@ def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | st
     left = manifest.leftovers(path.parent)
     if left:
         names = ", ".join(sorted(p.name for p in left))
-        rank_zero_warn(f"{path.parent}: a killed save left {names}; it is skipped, and removed by the next save.")
+        rank_zero_warn(f"{path.parent}: a killed save left {names}. It is skipped now, and removed by the next save.")
     try:
         about = manifest.read(path)
         wrong = manifest.find_damage(path, about, list(about["files"]), checksums=False)
@@ -166,12 +166,12 @@ def _choose(path: Path, trainer: pl.Trainer) -> tuple[Path, dict[str, Any]] | st
         other = manifest.newest(path.parent) if _is_last(path, trainer) else None
         if other is None:
             return None if isinstance(error, manifest.NoCheckpointError) else str(error)
-        rank_zero_warn(f"{error}\nIt is skipped; the newest whole checkpoint beside it is {other}.")
+        rank_zero_warn(f"{error}\nIt is skipped; the newest complete checkpoint in its folder is {other}.")
         rank_zero_info(f"Resuming from {other}.")
         return other, manifest.read(other)
 
 
 def _is_last(path: Path, trainer: pl.Trainer) -> bool:
-    """Whether a name is ``last``, or ``last-v1``, as ModelCheckpoint numbers them."""
+    """Whether a name is ``last``, or a numbered one of ModelCheckpoint, such as ``last-v1``."""
     names = {"last", *(getattr(callback, "CHECKPOINT_NAME_LAST", "last") for callback in trainer.checkpoint_callbacks)}
     return any(re.fullmatch(rf"{re.escape(name)}(-v\d+)?", path.stem) for name in names)

@@ -1,4 +1,4 @@
-"""A module from a checkpoint on a plain process: no Trainer, no launcher, the whole model here."""
+"""Loads a checkpoint into a module without a Trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ M = TypeVar("M", bound=pl.LightningModule)
 
 
 def construct(cls: type[M], path: Path, trust: bool, changes: dict[str, Any]) -> M:
-    """Make the module as it was made for the run, but for ``changes``."""
+    """Construct the module with the arguments of the run that saved it, except for ``changes``."""
     consolidate.verified_manifest(path)
     saved = dict(consolidate.state_of(path, trust).get("hyper_parameters", {}))
     parameters = inspect.signature(cls.__init__).parameters
@@ -30,19 +30,19 @@ def construct(cls: type[M], path: Path, trust: bool, changes: dict[str, Any]) ->
 
 
 def verified(path: Path) -> Path:
-    """The path of a checkpoint whose files are all as they were written.
+    """Return ``path`` after checking that all files of the checkpoint are as they were written.
 
     Raises:
-        CheckpointError: It is not whole, or damaged.
+        CheckpointError: The checkpoint is incomplete or damaged.
     """
     consolidate.verified_manifest(path)
     return path
 
 
 def fill(module: pl.LightningModule, path: Path, strict: bool) -> None:
-    """Give a built module the checkpoint's weights, the fp32 ones where there are any; one whole tensor at a time.
+    """Load the checkpoint's weights into a built module, one tensor at a time; fp32 main weights are preferred.
 
-    Under a layout each rank takes its shards, and all ranks call this.
+    Each rank takes its shards, and all ranks call this.
 
     Raises:
         CheckpointError: The architectures differ, and ``strict`` is set.
@@ -56,7 +56,7 @@ def fill(module: pl.LightningModule, path: Path, strict: bool) -> None:
     if lines and strict:
         mismatches.raise_mismatches(path, lines)
     if lines:
-        rank_zero_warn(f"Not loaded from {path}, for they differ:\n{mismatches.as_list(lines.values())}")
+        rank_zero_warn(f"Not loaded from {path}, since the model differs:\n{mismatches.as_list(lines.values())}")
     state = module.state_dict()
     with torch.no_grad():
         for key, tensor in consolidate.tensors(path, prefer_main=True, only=where.keys() - _without_model(lines)):

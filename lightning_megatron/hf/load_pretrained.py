@@ -87,7 +87,7 @@ class Pretrained:
 
         Raises:
             UnsupportedConfigError: A head, or a field that changes the model, has no counterpart.
-            WeightsError: Tensors are missing, or have no place in the model.
+            WeightsError: Tensors are missing, or belong to no part of the model.
         """
         self._check_head(config)
         meta_model = MetaModel(self.source.config, self.family.architecture(config))
@@ -180,7 +180,9 @@ class Pretrained:
             and not any(re.fullmatch(pattern, name) for pattern in family.buffers)
         )
         if missing or extra:
-            lines = [f"{name} is missing" for name in missing] + [f"{name} has no place in the model" for name in extra]
+            lines = [f"{name} is missing" for name in missing] + [
+                f"{name} belongs to no part of the model" for name in extra
+            ]
             raise WeightsError(
                 f"{self.source.name} does not hold the tensors of a {family.model_type} with its configuration;"
                 f" nothing was loaded:\n{as_list(lines)}"

@@ -59,5 +59,5 @@ def spoil(path: Path, how: str) -> str:
         return "manifest.json is damaged"
     else:
         (path / "manifest.json").unlink()
-        return "no whole checkpoint"
+        return "not a complete checkpoint"
     return f"{name} {'is missing' if how == 'missing' else 'has'}"

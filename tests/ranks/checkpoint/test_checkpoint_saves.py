@@ -313,7 +313,7 @@ def _leftovers(folder):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         run, _ = fit(steps=3, load="last", callbacks=[ModelCheckpoint(folder, save_top_k=0)])
-    assert any("a killed save left last.ckpt; it is skipped" in str(w.message) for w in seen)
+    assert any("a killed save left last.ckpt. It is skipped" in str(w.message) for w in seen)
     assert killed.exists()
     run.save_checkpoint(folder / "next.ckpt")
     assert not killed.exists()
@@ -322,7 +322,7 @@ def _leftovers(folder):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         run, _ = fit(steps=4, load="last", callbacks=[ModelCheckpoint(folder, save_top_k=0)])
-    assert any("the newest whole checkpoint beside it is" in str(w.message) for w in seen)
+    assert any("the newest complete checkpoint in its folder is" in str(w.message) for w in seen)
     assert newest(folder) == folder / "next.ckpt"
     return run.global_step
 

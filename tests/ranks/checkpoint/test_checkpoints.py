@@ -192,7 +192,7 @@ def test_export_gives_the_whole_model_in_one_file(good, tmp_path, capsys):
     expected = {k: v for k, v in run_ranks(1, stock_tensors, good)[0].items() if k.startswith("model.")}
     for name, value in exported.items():
         assert torch.equal(value, expected[f"model.{name}"]), name
-    with pytest.raises(SystemExit, match="none. There is nothing of that name"):
+    with pytest.raises(SystemExit, match="none. There is no file or directory of that name"):
         main(["export", str(tmp_path / "none"), str(tmp_path / "out.safetensors")])
 
 

@@ -90,7 +90,7 @@ def test_another_head_starts_anew(tmp_path):
 
 
 def test_mistakes_are_named_at_once(tmp_path):
-    with pytest.raises(Exception, match="no whole checkpoint"):
+    with pytest.raises(Exception, match="not a complete checkpoint"):
         GPTModule(CONFIG).load_weights(tmp_path)
 
 

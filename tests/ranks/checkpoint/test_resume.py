@@ -278,7 +278,7 @@ def _untrained(path):
     fitted.validate(module, rows, verbose=False)  # another module than the optimizer is of
     fitted.save_checkpoint(path)
     resumed = trainer(Layout(), max_steps=3)
-    with pytest.warns(UserWarning, match="had not trained: the optimizer starts anew"):
+    with pytest.warns(UserWarning, match="had not trained: the optimizer starts without state"):
         resumed.fit(GPTModule(plain_gpt.GPT2), rows, ckpt_path=path)
     return resumed.global_step
 
