@@ -20,14 +20,14 @@ from lightning_megatron.checkpoint.writing import RankShards
 
 
 class HostCopies:
-    """Copies of tensors in host memory, which is kept from one save to the next: fresh memory is slow to write to."""
+    """Copies of tensors in host memory. The memory is kept between saves, since fresh memory is slow to write."""
 
     def __init__(self) -> None:
         self._kept: list[torch.Tensor] = []
         self._part = RankShards([])
 
     def match(self, items: list[tuple[Any, torch.Tensor]]) -> bool:
-        """Whether the tensors are still what was copied last."""
+        """Whether the tensors are equal to those that were copied last."""
         copied = self._part.items
         return (
             bool(copied)
@@ -37,14 +37,14 @@ class HostCopies:
 
     @property
     def part(self) -> RankShards:
-        """What was copied last."""
+        """The shards that were copied last."""
         return self._part
 
     def update(self, items: list[tuple[Any, torch.Tensor]]) -> None:
         """Copy the tensors; from then on training may change them."""
         if [_kind(t) for t in self._kept] != [_kind(t) for _, t in items]:
             on_gpu = any(tensor.is_cuda for _, tensor in items)
-            self._kept = []  # before there are new ones
+            self._kept = []  # frees the old copies before new memory is allocated
             self._kept = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=on_gpu) for _, t in items]
         for kept, (_, tensor) in zip(self._kept, items, strict=True):
             kept.copy_(tensor, non_blocking=True)
@@ -54,7 +54,7 @@ class HostCopies:
 
 
 class BackgroundThread:
-    """Runs jobs one after the other in a thread, and hands their failure to whoever waits."""
+    """Runs jobs one after the other in a thread; ``wait`` raises their error."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -62,11 +62,11 @@ class BackgroundThread:
 
     @property
     def busy(self) -> bool:
-        """Whether a job was started that nobody has waited for."""
+        """Whether a job was started that ``wait`` has not been called for."""
         return self._thread is not None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Run ``job`` after those that were started before it, if they succeed."""
+        """Run ``job`` after the jobs started before it, if they succeed."""
         before = self._thread
 
         def run() -> None:
@@ -79,12 +79,12 @@ class BackgroundThread:
             except BaseException as error:
                 self._error = error
 
-        # A daemon: a run that is torn down without a wait must not be held by it.
+        # A daemon thread does not keep the process alive when a run is torn down without a wait.
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the jobs, then raise what one of them raised."""
+        """Wait for the jobs, and raise the error of the one that failed."""
         if self._thread is None:
             return
         self._thread.join()

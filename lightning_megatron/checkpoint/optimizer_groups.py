@@ -1,7 +1,8 @@
-"""An optimizer's groups, known by the weights in them: those of two pipeline stages, or two layouts, need not be alike.
+"""Restores an optimizer's groups under another layout: groups are identified by the weights in them.
 
-A group for each layer, say, is on the stage of its layer only. So a checkpoint has the groups of every stage with the
-whole model's names of their weights, and each rank of a resumed run takes for its own groups what their weights had.
+Pipeline stages may have different groups: a group for each layer, for example, exists on the stage of its layer only.
+So a checkpoint holds the groups of every stage with the whole model's names of their weights, and each rank of a
+resumed run takes for its own groups the settings that their weights had.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from lightning_megatron.distributed import collectives
 State = dict[str, Any]
 
 KEY = "groups_of_stages"
-# What optimizers and schedulers keep for each group, in lists of as many.
+# Lists in the states of optimizers and schedulers that have an entry for each group.
 _OF_OPTIMIZER = ("groups", "given")
 _OF_SCHEDULER = ("base_lrs", "_last_lr", "min_lrs")
 
 
 def record(state: State, weights: list[list[str]]) -> list[State]:
-    """The groups of every pipeline stage; once, where all have the same. Called by all ranks.
+    """Return the groups of every pipeline stage, or one entry if all stages have the same. All ranks call this.
 
     Args:
-        state: Lightning's, with ``optimizer_states`` and ``lr_schedulers``.
+        state: Lightning's state, with ``optimizer_states`` and ``lr_schedulers``.
         weights: The names of the weights in each of this rank's groups.
     """
     optimizer = state["optimizer_states"][0]
@@ -36,13 +37,13 @@ def record(state: State, weights: list[list[str]]) -> list[State]:
 
 
 def regroup(state: State, weights: list[list[str]]) -> None:
-    """Change what was saved, the first stage's, into what this rank's groups had.
+    """Replace the saved groups, which are the first stage's, by those that this rank's weights were in.
 
-    Groups whose weights were in groups of several settings stay as they were saved: by their number.
+    If the weights of a group come from groups with different settings, the saved groups are kept in their order.
 
     Args:
-        state: As it was read; ``optimizer_states`` and ``lr_schedulers`` change.
-        weights: As for ``record``.
+        state: The state that was read; its ``optimizer_states`` and ``lr_schedulers`` are changed.
+        weights: The names of the weights in each of this rank's groups.
     """
     stages = state.pop(KEY, [])
     origins = {
@@ -64,16 +65,16 @@ def regroup(state: State, weights: list[list[str]]) -> None:
 def _choose(
     stages: list[State], origins: dict[str, tuple[int, int]], number: int, weights: list[list[str]]
 ) -> tuple[int, int] | None:
-    """The stage and the number of a saved group that is as group ``number`` of this rank was; None if there is none."""
+    """The stage and number of the saved group that group ``number`` of this rank continues; None if there is none."""
     found = sorted({origins[name] for name in weights[number] if name in origins})
-    if not found:  # an empty one, or of new weights
+    if not found:  # an empty group, or a group of new weights
         return next(((n, number) for n, record in enumerate(stages) if len(record["groups"]) == len(weights)), None)
     settings = [[stages[stage][key][group] for key in _OF_OPTIMIZER] for stage, group in found]
     return found[0] if all(each == settings[0] for each in settings) else None
 
 
 def _lists(schedule: State) -> State:
-    """What a scheduler keeps for each group; and of schedulers within it."""
+    """The lists of a scheduler, and of the schedulers within it, that have an entry for each group."""
     own = {key: schedule[key] for key in _OF_SCHEDULER if isinstance(schedule.get(key), list)}
     return {**own, "_schedulers": [_lists(each) for each in schedule.get("_schedulers", [])]}
 
@@ -83,6 +84,6 @@ def _set_lists(schedule: State, of_stages: list[State], chosen: list[Any]) -> No
         if key != "_schedulers":
             schedule[key] = [of_stages[stage][key][number] for stage, number in chosen]
     if isinstance(schedule.get("lr_lambdas"), list) and len(schedule["lr_lambdas"]) != len(chosen):
-        schedule["lr_lambdas"] = [None] * len(chosen)  # the program's
+        schedule["lr_lambdas"] = [None] * len(chosen)  # None keeps the program's function
     for number, each in enumerate(schedule.get("_schedulers", [])):
         _set_lists(each, [stage["_schedulers"][number] for stage in of_stages], chosen)

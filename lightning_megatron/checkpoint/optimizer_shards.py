@@ -1,8 +1,8 @@
-"""The state of an optimizer as shards of whole tensors: moments, step counts and fp32 main weights.
+"""Saves and loads optimizer state (moments, step counts, fp32 main weights) as shards of whole tensors.
 
-A state tensor of the weight ``k`` is the whole tensor ``optimizer.<state>.k``, the main weight is
-``optimizer.main_weight.k``. So the state of any layout, sharded or replicated, of any precision, loads into any other.
-State of another shape than its weight's (Adafactor's rows and columns) goes with weights that no layout has cut.
+A state tensor of the weight ``k`` is stored as the whole tensor ``optimizer.<state>.k``, the main weight is
+``optimizer.main_weight.k``. So the state of any layout, sharded or replicated, in any precision, loads into any other.
+State of another shape than its weight's (Adafactor's rows and columns) needs weights that are not divided.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from lightning_megatron.checkpoint.tensor_shards import ShardSpec
 from lightning_megatron.training.optimizer import ParameterSlice, ShardedOptimizer
 
 MAIN_WEIGHT = "main_weight"
-# Kinds of state that are not as large as their weight, at the end of its key.
+# Suffixes of the keys of state that has not its weight's shape: a number, or state of an undivided weight.
 _NUMBER, _WHOLE = ":number", ":whole"
 
 
 def shards(optimizer: ShardedOptimizer, where: dict[int, ShardSpec]) -> list[ShardedTensor]:
-    """This rank's part of the state.
+    """Make the shards of this rank's optimizer state.
 
     Args:
-        optimizer: Whose.
-        where: Places of the model's parameters, by their ``id``.
+        optimizer: The optimizer.
+        where: The specs of the model's parameters, by the parameters' ``id``.
 
     Raises:
-        CheckpointError: A state that is neither one number nor as large as its weight, of a weight that is cut.
+        CheckpointError: A state of a divided weight is neither one number nor as large as the weight.
     """
     found: list[ShardedTensor] = []
     for part in optimizer.parameter_slices():
@@ -46,15 +46,15 @@ def shards(optimizer: ShardedOptimizer, where: dict[int, ShardSpec]) -> list[Sha
 
 
 class Loading:
-    """Buffers for the state of this rank, filled by a read of ``shards`` and then handed over by ``finish``.
+    """Buffers for this rank's state: reading ``shards`` fills them, and ``finish`` gives them to the optimizer.
 
     Args:
-        optimizer: That takes the state.
-        where: Places of the model's parameters, by their ``id``.
+        optimizer: The optimizer that takes the state.
+        where: The specs of the model's parameters, by the parameters' ``id``.
         stored: The checkpoint's tensors, by their keys.
 
     Raises:
-        CheckpointError: A state that goes with whole weights, of a weight that is cut here.
+        CheckpointError: A state needs an undivided weight, and this layout divides it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Loading:
             self._expect_main_weight(part, spec, stored)
 
     def finish(self) -> None:
-        """Give the optimizer what was read."""
+        """Give the optimizer the state that was read."""
         for step in self._finish:
             step()
 
@@ -101,7 +101,7 @@ class Loading:
         part: ParameterSlice,
         group: dict[str, Any],
     ) -> None:
-        # As torch's Optimizer.load_state_dict places it: `step` stays on the host unless the kernel wants it.
+        # As in torch's Optimizer.load_state_dict, `step` stays on the host unless the kernel needs it on the device.
         on_device = name != "step" or group.get("capturable") or group.get("fused")
         number = torch.zeros(1, dtype=dtype, device="cpu")
         self.shards.append(ShardedTensor(key, number, dtype, (1,), (1,), (0,), None, 0))
@@ -112,7 +112,7 @@ class Loading:
     def _expect_main_weight(
         self, part: ParameterSlice, spec: ShardSpec, stored: dict[str, TensorStorageMetadata]
     ) -> None:
-        """Main weights come from main weights, or from the weights of a run that had none."""
+        """Read main weights from main weights, or from the weights of a run without them."""
         if part.main_param.dtype == part.parameter.dtype:
             return
         key = _key(MAIN_WEIGHT, spec)
@@ -140,10 +140,10 @@ def _state_shards(name: str, value: torch.Tensor, part: ParameterSlice, spec: Sh
 def _check_whole(name: str, part: ParameterSlice, spec: ShardSpec) -> None:
     if part.start is not None or not spec.is_whole:
         raise CheckpointError(
-            f"The optimizer's state {name!r} of {spec.key} has another shape than the weight, {spec.shape}, of which"
-            " this layout gives a rank a part: such state cannot be cut. Use tp=1 and distributed_optimizer=False, an"
-            " optimizer whose state is as large as the weights (AdamW, Adam, SGD), or weights only"
-            " (save_weights_only=True)."
+            f"The optimizer's state {name!r} of {spec.key} has another shape than the weight, {spec.shape}, and"
+            " this layout divides the weight between ranks, but such state cannot be divided. Use tp=1 and"
+            " distributed_optimizer=False, an optimizer whose state is as large as the weights (AdamW, Adam, SGD), or"
+            " weights only (save_weights_only=True)."
         )
 
 

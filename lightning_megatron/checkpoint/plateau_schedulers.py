@@ -1,8 +1,8 @@
-"""Schedulers that wait for a metric (ReduceLROnPlateau) across a resume.
+"""Keeps updates of ReduceLROnPlateau from being lost when a run is resumed.
 
-Lightning updates them behind the hooks that most checkpoints are saved in, and a resumed run has no metric to make up
-for it. So a checkpoint keeps the updates that were due when it was saved, with their metrics, and the resumed run makes
-them before its first batch.
+Lightning updates such schedulers after the hooks that most checkpoints are saved in, and a resumed run no longer has
+the metric. So a checkpoint holds the updates that were due when it was saved, with their metrics, and the resumed run
+makes them before its first batch.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ Record = dict[str, Any]
 
 
 class PlateauSchedulers:
-    """The updates that are due in one fit."""
+    """The updates of ReduceLROnPlateau that are due in one fit."""
 
     def __init__(self) -> None:
         self._due: set[str] = set()
-        self._validated = -1  # batches that had been trained when the last validation began
+        self._validated = -1  # number of batches trained before the last validation
         self._loaded: list[Record] = []
 
     def note_update(self, interval: str, of_plateaus: bool) -> None:
-        """Schedulers of an interval are updated: first those that wait for no metric, then the others."""
+        """Note that schedulers of an interval are updated: first the others, then those that wait for a metric."""
         (self._due.discard if of_plateaus else self._due.add)(interval)
 
     def note_validation(self, trainer: pl.Trainer) -> None:
-        """A validation within the fit begins."""
+        """Note that a validation within the fit begins."""
         self._validated = _trained(trainer)
 
     def record(self, trainer: pl.Trainer) -> list[Record]:
-        """What a checkpoint keeps; called on all ranks."""
+        """Return what a checkpoint stores; all ranks call this."""
         found: list[Record] = []
         loop: Any = trainer.fit_loop
         for number, config in enumerate(trainer.lr_scheduler_configs):
@@ -51,11 +51,11 @@ class PlateauSchedulers:
         return found
 
     def load(self, records: list[Record]) -> None:
-        """Make up in this run for what was due."""
+        """Have this run make the updates that were due."""
         self._due, self._loaded = set(), records
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Make the updates that were due, before the first batch."""
+        """Make the updates that were due; called before the first batch."""
         configs, records = trainer.lr_scheduler_configs, self._loaded
         self._loaded = []
         for record in records:
@@ -66,8 +66,8 @@ class PlateauSchedulers:
                 trainer.callback_metrics.setdefault(record["monitor"], value)
             if record["due"] and value is None and configs[number].strict:
                 rank_zero_warn(
-                    f"The checkpoint was saved before {record['monitor']!r} was known, for which ReduceLROnPlateau"
-                    " waits: one update is left out."
+                    f"The checkpoint was saved before {record['monitor']!r} was known, which ReduceLROnPlateau waits"
+                    " for: one update is skipped."
                 )
             elif record["due"] and value is not None:
                 progress = trainer.fit_loop.epoch_loop.scheduler_progress
@@ -76,7 +76,7 @@ class PlateauSchedulers:
                 progress.increment_completed()
 
     def _waits_for_validation(self, trainer: pl.Trainer, monitor: str) -> bool:
-        """Whether a validation comes between the save and the update, and the metric is not of training."""
+        """Whether a validation comes between the save and the update, and the metric is no training metric."""
         comes = lightning_private.validation_is_due(trainer) and self._validated != _trained(trainer)
         return comes and not lightning_private.logs_every_step(trainer, monitor)
 

@@ -1,4 +1,4 @@
-"""The random states of a rank: Python's, NumPy's, torch's, and the model's own (Megatron's tracker, CPU or GPU)."""
+"""Saves and restores the random states of a rank: Python, NumPy, torch, and megatron-core's for the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ States = dict[str, Any]
 
 
 def data_states() -> States:
-    """What data loading draws from: plain containers and tensors."""
+    """The states that data loading draws from, as plain containers and tensors."""
     state: Any = np.random.get_state()
     name, keys, position, has_gauss, gauss = state
     numpy = (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss))
@@ -29,7 +29,7 @@ def data_states() -> States:
 
 
 def set_data_states(states: States) -> None:
-    """Undo all draws since ``data_states``."""
+    """Restore what ``data_states`` returned."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal.tolist()), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
@@ -38,7 +38,7 @@ def set_data_states(states: States) -> None:
 
 
 def model_states() -> States:
-    """What dropout and the like draw from, on this rank."""
+    """The states that the model (dropout) draws from on this rank."""
     states: States = {"tracker": dict(get_cuda_rng_tracker().get_states())}
     with model_rng():
         states["model"] = torch.get_rng_state()
@@ -48,7 +48,7 @@ def model_states() -> States:
 
 
 def set_model_states(states: States) -> None:
-    """Undo all draws since ``model_states``."""
+    """Restore what ``model_states`` returned."""
     get_cuda_rng_tracker().set_states(dict(states["tracker"]))
     with model_rng():
         torch.set_rng_state(states["model"])
@@ -62,7 +62,7 @@ def snapshot() -> States:
 
 
 def restore(states: States) -> None:
-    """Undo all draws since ``snapshot``."""
-    # On a GPU the model has no state of its own on the host: "model" is the data's there, and "data" comes last.
+    """Restore what ``snapshot`` returned."""
+    # With a GPU the model has no state of its own on the host: "model" is the data's state, so "data" is set last.
     set_model_states(states["model"])
     set_data_states(states["data"])

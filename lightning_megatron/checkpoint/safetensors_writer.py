@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor: the library's own writer wants all of them in memory."""
+"""Writes a safetensors file tensor by tensor; the library's own writer needs all tensors in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-# Names of types in a safetensors file: https://github.com/huggingface/safetensors#format
+# Names of dtypes in a safetensors file: https://github.com/huggingface/safetensors#format
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -19,16 +19,16 @@ Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
+    """The size of a tensor in bytes."""
     return math.prod(shape) * dtype.itemsize
 
 
 class SafetensorsFile:
-    """A file whose tensors come one after the other, in any order.
+    """A safetensors file whose tensors are written one after the other, in any order.
 
     Args:
-        path: Of the file.
-        kinds: Shape and type of each tensor, by its name.
+        path: The path of the file.
+        kinds: Shape and dtype of each tensor, by its name.
     """
 
     def __init__(self, path: Path, kinds: Kinds) -> None:
@@ -48,18 +48,18 @@ class SafetensorsFile:
         self._file.truncate(self._data + end)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor, which has the shape and type that were told."""
+        """Write one tensor, which has the shape and dtype that ``kinds`` says."""
         shape, dtype = self._kinds[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(
-                f"{name} is {list(tensor.shape)} of {tensor.dtype}, and {list(shape)} of {dtype} was told."
+                f"{name} is {list(tensor.shape)} of {tensor.dtype}, but was announced as {list(shape)} of {dtype}."
             )
         if tensor.numel():
             self._file.seek(self._data + self._starts[name])
             self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         self._file.close()
 
 

@@ -24,8 +24,8 @@ class Plan:
     """What this rank writes.
 
     Args:
-        items: Each shard's index in the checkpoint, and its tensor, a view of live memory.
-        metadata: Of the whole checkpoint, on rank 0.
+        items: The index in the checkpoint and the tensor of each shard; the tensor is a view of live memory.
+        metadata: The metadata of the whole checkpoint on rank 0; None on other ranks.
     """
 
     items: list[tuple[Any, torch.Tensor]]
@@ -33,14 +33,14 @@ class Plan:
 
 
 class Planner:
-    """Says who writes what; planned once, and kept while the tensors of every rank are the same memory."""
+    """Plans which rank writes what; a plan is kept as long as every rank's tensors are the same memory."""
 
     def __init__(self) -> None:
         self.last: Plan | None = None
         self._seen: Any = None
 
     def knows(self, tensors: list[tuple[str, Any]]) -> bool:
-        """Whether the last plan stands for these tensors of this rank; they are remembered."""
+        """Whether the last plan is for these tensors of this rank; remembers the tensors."""
         seen = [(name, _memory(value)) for name, value in tensors]
         if seen != self._seen:
             self.last = None
@@ -48,10 +48,10 @@ class Planner:
         return self.last is not None
 
     def plan(self, shards: list[ShardedTensor]) -> Plan:
-        """Share the shards out over their replicas and plan this rank's writes; called by all ranks.
+        """Distribute the shards over their replicas and plan this rank's writes; all ranks call this.
 
         Raises:
-            ValueError: The shards of all ranks overlap, or leave a part of a tensor out.
+            ValueError: The shards of all ranks overlap, or do not cover a tensor.
         """
         self.last = None
         named = {f"{s.key}/{number}": s for number, s in enumerate(_one_copy(shards))}
@@ -70,14 +70,14 @@ class Planner:
 
 
 def _memory(value: Any) -> Any:
-    """What tells a tensor from every other; a number is its own."""
+    """What identifies a tensor: its memory, dtype, shape and strides; a number identifies itself."""
     if isinstance(value, torch.Tensor):
         return value.data_ptr(), value.dtype, value.shape, value.stride()
     return value
 
 
 def _one_copy(shards: list[ShardedTensor]) -> list[ShardedTensor]:
-    """Of a weight of which several of this rank's chunks hold a copy, the one that comes first in the pipeline."""
+    """Drop copies of a weight that several chunks of this rank hold; the first in the pipeline stays."""
     found: dict[Any, ShardedTensor] = {}
     for shard in shards:
         known = found.setdefault((shard.key, shard.global_offset), shard)
@@ -87,7 +87,7 @@ def _one_copy(shards: list[ShardedTensor]) -> list[ShardedTensor]:
 
 
 def _whole_metadata(planner: MCoreSavePlanner, local: Any) -> Metadata | None:
-    """The plans of all ranks as one, checked, on the first; an error there is one on all ranks."""
+    """Join and check the plans of all ranks on rank 0; an error there is raised on all ranks."""
     first = dist.get_rank() == 0
     plans: list[Any] | None = [None] * dist.get_world_size() if first else None
     dist.gather_object(local, plans, group=process_groups.gloo_world())
@@ -96,7 +96,7 @@ def _whole_metadata(planner: MCoreSavePlanner, local: Any) -> Metadata | None:
         try:
             _, metadata = planner.create_global_plan(plans)
         except ValueError as error:
-            problem = [f"The shards of all ranks do not make whole tensors: {error}"]
+            problem = [f"The shards of all ranks together are not whole tensors: {error}"]
     dist.broadcast_object_list(problem, src=0, group=process_groups.gloo_world())
     if problem[0]:
         raise ValueError(problem[0])

@@ -1,7 +1,7 @@
-"""Shards written to and read from a ``torch_dist`` directory, the format of ``megatron.core.dist_checkpointing``.
+"""Writes the files of a ``torch_dist`` directory, the format of ``megatron.core.dist_checkpointing``.
 
-Its shards, plans and files are used as they are (its own ``load_plain_tensors`` reads what is written here); its writer
-is not: that starts processes, which a script without ``if __name__ == "__main__"`` does not survive, and ends in
+megatron-core's shards, plans and file format are used as they are, and its ``load_plain_tensors`` reads the result. Its
+writer is not used: it starts processes, which fails in a script without ``if __name__ == "__main__"``, and ends in
 collectives that cannot run beside training.
 """
 
@@ -24,7 +24,7 @@ METADATA = ".metadata"
 
 
 class HashedFile:
-    """A file opened for writing that keeps the CRC-32 and the number of what was written."""
+    """A file opened for writing that keeps the CRC-32 and the number of bytes written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -33,12 +33,12 @@ class HashedFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write, and count it in."""
+        """Write ``data``."""
         self.crc32 = zlib.crc32(data, self.crc32)
         try:
             self._file.write(data)
         except OSError as error:
-            self.error = error  # torch.save turns it into an error that says nothing of disks
+            self.error = error  # torch.save raises an error that does not mention the disk
             raise
         count = memoryview(data).nbytes
         self.size += count
@@ -54,11 +54,11 @@ class Written:
     """One rank's file of a checkpoint.
 
     Args:
-        name: The file's.
-        size: In bytes.
-        crc32: Of its content.
-        where: Where in it each shard is, by its index.
-        inode: Of the file, by which it is known again.
+        name: Name of the file.
+        size: Size in bytes.
+        crc32: CRC-32 of the content.
+        where: Where in the file each shard is, by the shard's index.
+        inode: Inode of the file, by which it is recognised.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Written:
 
 
 def write(items: list[tuple[Any, torch.Tensor]], folder: Path, rank: int) -> Written:
-    """Write this rank's file."""
+    """Write this rank's shards into its file."""
     name = f"__{rank}_0.distcp"
     where: dict[Any, Any] = {}
     with (folder / name).open("wb") as raw:
@@ -77,7 +77,7 @@ def write(items: list[tuple[Any, torch.Tensor]], folder: Path, rank: int) -> Wri
         for index, tensor in items:
             start = file.size
             whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-            # A view would take all of its storage along; one tensor's copy at a time is held.
+            # Saving a view would save its whole storage; only one tensor is copied at a time.
             try:
                 torch.save(tensor.cpu() if whole else tensor.cpu().clone(), file)  # type: ignore[arg-type]
             except RuntimeError:
@@ -89,10 +89,10 @@ def write(items: list[tuple[Any, torch.Tensor]], folder: Path, rank: int) -> Wri
 
 
 def link(written: Written, before: Path, folder: Path) -> bool:
-    """Give a file of the folder ``before`` a second name in ``folder``; False where that cannot be."""
+    """Hard-link a file of the folder ``before`` into ``folder``; whether that was possible."""
     try:
         os.link(before / written.name, folder / written.name)
-    except OSError:  # it was removed meanwhile, or the file system has no second names
+    except OSError:  # the file was removed meanwhile, or the file system has no hard links
         return False
     if (folder / written.name).stat().st_ino != written.inode:
         (folder / written.name).unlink()
@@ -101,7 +101,7 @@ def link(written: Written, before: Path, folder: Path) -> bool:
 
 
 def write_index(folder: Path, metadata: Metadata, where: dict[Any, Any]) -> dict[str, HashedFile]:
-    """Write what names the shards of all ranks' files, on the first rank."""
+    """Write the index of the shards in all ranks' files; called on rank 0."""
     record = Metadata(
         state_dict_metadata=metadata.state_dict_metadata, storage_data=where, storage_meta=StorageMeta(str(folder))
     )

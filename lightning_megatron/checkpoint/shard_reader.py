@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from lightning_megatron.checkpoint.shard_files import METADATA
 from lightning_megatron.distributed import process_groups
 
-# What `.metadata`, a pickle, may name: torch's own records of shapes and offsets, and no code.
+# The classes that the pickle `.metadata` may name: torch's records of shapes and offsets, and no code.
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
@@ -36,22 +36,22 @@ _RECORDS = {
 
 
 def stored(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Shape, type and pieces of every tensor of a checkpoint."""
+    """Shape, dtype and shards of every tensor of a checkpoint."""
     found = _Reader(folder).read_metadata().state_dict_metadata
     return {key: value for key, value in found.items() if isinstance(value, TensorStorageMetadata)}
 
 
 def read(shards: list[ShardedTensor], folder: Path) -> None:
-    """Fill the shards' tensors, on all ranks together.
+    """Read into the shards' tensors; all ranks call this.
 
-    What several data-parallel replicas hold alike is read by one of them, each its share, and broadcast to the others.
+    Data that several data-parallel replicas need is read by one of them, each a share of it, and broadcast.
 
     Raises:
-        CheckpointException: A rank could not read, with its cause.
+        CheckpointException: A rank could not read; the exception has the cause.
     """
     group = process_groups.data_parallel()
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    shared = [s for s in shards if s.data is not None and s.data.device.type == device]  # the group carries no others
+    shared = [s for s in shards if s.data is not None and s.data.device.type == device]  # others cannot be sent
     distribution = determine_main_replica_uniform_distribution({"": shared}, group, ignore_groups=True)
     from_others = set()
     if distribution is not None:
@@ -67,9 +67,9 @@ def read(shards: list[ShardedTensor], folder: Path) -> None:
 
 
 def _broadcast(shards: list[ShardedTensor], distribution: ShardDistribution, group: Any, device: str) -> None:
-    """Give every replica the shards that one of them has read.
+    """Broadcast the shards from the replica that has read them.
 
-    As megatron-core's ``FullyParallelLoadStrategyWrapper``, which needs CUDA.
+    It does what megatron-core's ``FullyParallelLoadStrategyWrapper`` does, which needs CUDA.
     """
     tensors_of: dict[Any, list[torch.Tensor]] = defaultdict(list)
     for shard in shards:
@@ -87,14 +87,18 @@ def _broadcast(shards: list[ShardedTensor], distribution: ShardDistribution, gro
 
 
 class WholeTensorReader:
-    """Reads whole tensors, one at a time, without a process group."""
+    """Reads whole tensors, one at a time, without a process group.
+
+    Args:
+        folder: The ``torch_dist`` directory.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._reader = _Reader(folder)
         self.stored = stored(folder)
 
     def read(self, key: str) -> torch.Tensor:
-        """The whole tensor of ``key``."""
+        """Read the whole tensor ``key``."""
         about = self.stored[key]
         tensor = torch.empty(about.size, dtype=about.properties.dtype, device="cpu")
         _load_state_dict({key: tensor}, self._reader, no_dist=True, planner=MCoreLoadPlanner())
@@ -102,12 +106,12 @@ class WholeTensorReader:
 
 
 class _Reader(FileSystemReader):
-    """torch's reader, but that its index may hold nothing but records."""
+    """torch's reader, except that the index may contain only records of tensors."""
 
     _metadata: Metadata | None = None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Read the index, once."""
+        """Read the index once."""
         if self._metadata is not None:
             return self._metadata
         with (Path(self.path) / METADATA).open("rb") as file:
@@ -119,10 +123,10 @@ class _Reader(FileSystemReader):
 
 class _RecordUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Look a name up, if it is one of a record."""
+        """Find a class, if it is one of torch's records of tensors."""
         if name not in _RECORDS.get(module, ()):
             raise pickle.UnpicklingError(
-                f"{METADATA} of a checkpoint names {module}.{name}, which is none of torch's records of tensors:"
-                " it is damaged, or made to run code. It was not loaded."
+                f"{METADATA} of a checkpoint names {module}.{name}, which is none of torch's records of tensors: the"
+                " checkpoint is damaged, or made to run code, and was not loaded."
             )
         return super().find_class(module, name)

@@ -1,8 +1,8 @@
-"""Where a rank's tensors lie in the tensors of the whole model, whatever the layout.
+"""``ShardSpec``: which part of the whole model's tensor a rank's tensor is, under any layout.
 
-megatron-core's ``sharded_state_dict`` says it for weights. Optimizer state follows the weights: of the distributed
-optimizer a rank holds a flat range of a weight, which is cut into rectangles here (megatron-core 0.16.1 has no flat
-shards any more; its own ``fully_reshardable`` format gathers them on one rank, which costs memory and time).
+For weights, megatron-core's ``sharded_state_dict`` says it. Optimizer state follows the weights: the distributed
+optimizer holds a flat slice of a weight, which is cut into blocks here. (megatron-core 0.16.1 no longer has flat
+shards; its own ``fully_reshardable`` format gathers them on one rank, which costs memory and time.)
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from lightning_megatron.distributed import process_groups
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # the offsets and sizes of a block, by dimension
 
-# Names of layers by their number in the whole model, not a stack of all layers, so that stages need not be alike.
+# Each layer is stored under its number in the whole model, not stacked with the others, so that stages may differ.
 _METADATA = {"non_homogeneous_layers": True}
 
 
 @dataclass(frozen=True)
 class Region:
-    """A rectangle of a local tensor, and where it begins in the whole model's."""
+    """A block of a local tensor, and its offset in the whole model's tensor."""
 
     local: Box
     offset: tuple[int, ...]
@@ -35,14 +35,14 @@ class Region:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """A local tensor in the whole model.
+    """Which part of the whole model's tensor a local tensor is.
 
     Args:
-        key: The whole tensor's name.
-        shape: The whole tensor's shape, without the padding of a vocabulary.
-        local_shape: The local tensor's shape.
-        regions: What of the local tensor belongs to the whole one; the rest is padding.
-        replica_id: All zeros where this rank's copy is the one to write: (pipeline, tensor, data parallel).
+        key: The name of the whole model's tensor.
+        shape: The shape of the whole model's tensor, without the padding of a vocabulary.
+        local_shape: The shape of the local tensor.
+        regions: The blocks of the local tensor that belong to the whole model's tensor; the rest is padding.
+        replica_id: (pipeline, tensor, data-parallel) number of this copy; the copy with zeros is written.
     """
 
     key: str
@@ -53,24 +53,24 @@ class ShardSpec:
 
     @property
     def is_padded(self) -> bool:
-        """Whether some of the local tensor is padding."""
+        """Whether a part of the local tensor is padding."""
         return sum(math.prod(region.local[1]) for region in self.regions) < math.prod(self.local_shape)
 
     @property
     def is_whole(self) -> bool:
-        """Whether the local tensor is the whole model's, padding apart."""
+        """Whether the local tensor is the whole model's tensor, apart from padding."""
         return self.regions == (Region((_zeros(self.shape), self.shape), _zeros(self.shape)),)
 
     def split_over_replicas(self) -> ShardSpec:
-        """The place of a tensor of which data-parallel ranks hold parts, not copies."""
+        """The spec of a tensor of which data-parallel ranks hold slices, not copies."""
         return replace(self, replica_id=(*self.replica_id[:2], 0))
 
     def shards(self, tensor: torch.Tensor, key: str) -> list[ShardedTensor]:
-        """Views of ``tensor``, which has the local shape, as megatron-core's shards of ``key``."""
+        """Make megatron-core's shards of ``key`` from views of ``tensor``, which has the local shape."""
         return [_shard(key, tensor[_slices(r.local)], self.shape, r.offset, self.replica_id) for r in self.regions]
 
     def flat_shards(self, flat: torch.Tensor, start: int, key: str) -> list[ShardedTensor]:
-        """Views of ``flat``, the elements of the local tensor from ``start`` on, as shards of ``key``."""
+        """Make shards of ``key`` from ``flat``, the slice of the flattened local tensor from ``start``."""
         found = []
         done = 0
         for offset, sizes in _boxes(self.local_shape, start, start + flat.numel()):
@@ -88,24 +88,24 @@ class ShardSpec:
         return found
 
     def unsplit_shard(self, tensor: torch.Tensor, key: str) -> ShardedTensor:
-        """A tensor of another shape that goes with this one, where that is whole."""
+        """Make a shard of a tensor of another shape, which goes with an undivided weight."""
         return _shard(key, tensor, tensor.shape, _zeros(tuple(tensor.shape)), self.replica_id)
 
     def scalar_shard(self, value: torch.Tensor, key: str, is_first: bool) -> ShardedTensor:
-        """A number that goes with the tensor; written by the rank that has the beginning of it."""
+        """Make a shard of a number that goes with the tensor; the rank with the tensor's first element writes it."""
         begins = is_first and bool(self.regions) and not any(self.regions[0].offset)
         return _shard(key, value.reshape(1), (1,), (0,), self.replica_id if begins else (1, *self.replica_id[1:]))
 
 
 def shard_specs(module: pl.LightningModule) -> dict[str, ShardSpec]:
-    """The place of each tensor of the module on this rank, by its name in ``state_dict()``."""
+    """The spec of each tensor of the module on this rank, by its name in ``state_dict()``."""
     found: dict[str, ShardSpec] = {}
     chunks = getattr(module, "chunks", ()) if hasattr(module, "build_settings") else ()
     rows = getattr(getattr(module, "config", None), "vocab_size", None)
     for number, chunk in enumerate(chunks):
         found |= {f"chunks.{number}.{name}": spec for name, spec in chunk_shard_specs(chunk, rows).items()}
     replica = process_groups.coordinates()
-    everything = torch.nn.Module.state_dict(module, keep_vars=True)  # also what an override leaves out
+    everything = torch.nn.Module.state_dict(module, keep_vars=True)  # includes what an overridden state_dict leaves out
     for name, tensor in {**everything, **module.state_dict(keep_vars=True)}.items():
         if name not in found and isinstance(tensor, torch.Tensor):
             shape = tuple(tensor.shape)
@@ -115,11 +115,11 @@ def shard_specs(module: pl.LightningModule) -> dict[str, ShardSpec]:
 
 
 def chunk_shard_specs(chunk: Any, rows: int | None) -> dict[str, ShardSpec]:
-    """The place of each tensor that megatron-core knows of in one of its models, by its name in ``state_dict()``.
+    """The spec of each tensor of one of megatron-core's models, by its name in ``state_dict()``.
 
     Args:
         chunk: The model.
-        rows: Of the vocabulary without its padding; None where it has none.
+        rows: Size of the vocabulary without its padding; None for a model without a vocabulary.
     """
     return {
         name: _shard_spec(entry, rows)
@@ -129,19 +129,19 @@ def chunk_shard_specs(chunk: Any, rows: int | None) -> dict[str, ShardSpec]:
 
 
 def specs_by_parameter(module: pl.LightningModule, where: dict[str, ShardSpec]) -> dict[int, ShardSpec]:
-    """The places of a module's parameters by their ``id``; ``where`` has them by their names."""
+    """The specs of a module's parameters by the parameters' ``id``; ``where`` has them by name."""
     everything = torch.nn.Module.state_dict(module, keep_vars=True)
     return {id(p): where[name] for name, p in everything.items() if name in where}
 
 
 def _shard_spec(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -> ShardSpec:
-    """Read a place from megatron-core's description; ``rows`` of a padded vocabulary are real."""
+    """Make the spec from megatron-core's description; ``rows`` is the size of the vocabulary without padding."""
     tensor = entry.data
     shape = tuple(tensor.shape)
     if isinstance(entry, ShardedTensor):
         parts = [((_zeros(shape), shape), entry)]
     else:
-        # Build it on a tensor without memory, whose views tell where they begin.
+        # Build it on a tensor without memory: the strides and offsets of its views show which blocks they are.
         empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
         built = entry.build_fn(entry.key, empty, entry.replica_id, None)
         parts = [(_box_of_view(part.data, empty), part) for part in built]
@@ -151,7 +151,7 @@ def _shard_spec(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -
     regions = []
     for local, part in parts:
         if part.prepend_axis_num:
-            raise ValueError(f"{part.key}: stacked layers are not written; megatron-core ignored {_METADATA}.")
+            raise ValueError(f"{part.key}: stacked layers are not supported; megatron-core ignored {_METADATA}.")
         inside = _intersection((part.global_offset, local[1]), (_zeros(whole), whole))
         if inside is not None:
             regions.append(Region((local[0], inside[1]), inside[0]))
@@ -159,12 +159,12 @@ def _shard_spec(entry: ShardedTensor | ShardedTensorFactory, rows: int | None) -
 
 
 def _shard(key: str, view: torch.Tensor, shape: Any, offset: Any, replica_id: Any) -> ShardedTensor:
-    # `axis_fragmentations=None`: no regular grid is promised.
+    # `axis_fragmentations=None`: the shards need not form a regular grid.
     return ShardedTensor(key, view, view.dtype, tuple(view.shape), tuple(shape), tuple(offset), None, replica_id)
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Cut elements ``start`` to ``stop`` of a row-major tensor into rectangles, in order; at most 2·dimensions - 1."""
+    """Cut elements ``start`` to ``stop`` of a row-major tensor into blocks, in order; at most 2·dimensions - 1."""
     if start >= stop:
         return
     if len(shape) < 2:
@@ -186,7 +186,7 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 def _box_of_view(view: torch.Tensor, base: torch.Tensor) -> Box:
     if view.stride() != base.stride():
-        raise ValueError(f"A part of shape {tuple(view.shape)} is no rectangle of a {tuple(base.shape)} tensor.")
+        raise ValueError(f"A view of shape {tuple(view.shape)} is no block of a tensor of shape {tuple(base.shape)}.")
     rest, offset = int(view.storage_offset()), []
     for stride in base.stride():
         offset.append(rest // stride)

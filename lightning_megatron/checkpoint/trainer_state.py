@@ -1,8 +1,8 @@
-"""Lightning's own state: plain data in one file, which loads without running any code, and objects in another.
+"""Serialises Lightning's state: plain data, which loads without running code, and apart from it pickled objects.
 
 torch's ``weights_only`` unpickler decides what is plain: tensors, numbers, strings and containers of them, and the
-classes that this package declares with :func:`plain_class`. Objects of other classes (of a user's callback, say) go
-into ``objects.pt``, which is a pickle, and loads only where the user trusts the checkpoint.
+classes that this package declares with :func:`plain_class`. Objects of other classes (of a user's callback, for
+example) go into ``objects.pt``, which is a pickle and loads only if the user trusts the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_megatron.checkpoint.manifest import CheckpointError
 
 STATE = "trainer.pt"
 OBJECTS = "objects.pt"
-# A run goes on without them: they are read by `load_from_checkpoint` only.
+# A run resumes without these: only `load_from_checkpoint` reads them.
 _NOT_NEEDED = ("hyper_parameters", "datamodule_hyper_parameters")
 
 C = TypeVar("C", bound=type)
@@ -27,7 +27,7 @@ _plain_classes: list[type | tuple[type, str]] = []
 
 
 def plain_class(cls: C) -> C:
-    """Declare that objects of a class are nothing but their attributes, and may be loaded from any checkpoint."""
+    """Declare that objects of a class are only data, and may be loaded from any checkpoint."""
     _plain_classes.append(cls)
     return cls
 
@@ -49,7 +49,7 @@ def split(state: dict[str, Any]) -> tuple[bytes, bytes | None, list[str]]:
     """Serialise a state.
 
     Returns:
-        The plain part, the objects (None if there are none), and the names of the objects.
+        The plain data, the pickled objects (None if there are none), and the names of the objects.
     """
     whole = _plain(state)
     if whole is not None:
@@ -68,10 +68,10 @@ def split(state: dict[str, Any]) -> tuple[bytes, bytes | None, list[str]]:
 
 
 def join(plain: bytes, objects: bytes | None, names: list[str], trust: bool) -> dict[str, Any]:
-    """Read a state; objects only where they are trusted.
+    """Deserialise a state; pickled objects only if ``trust`` is set.
 
     Raises:
-        CheckpointError: There are objects that the run needs, and no trust.
+        CheckpointError: The run needs pickled objects, and ``trust`` is not set.
     """
     state: dict[str, Any] = loads_plain(plain)
     needed = [name for name in names if not name.startswith(_NOT_NEEDED)]
@@ -95,33 +95,33 @@ def dumps(value: dict[str, Any], of_user: Any) -> bytes:
 
     Args:
         value: The data.
-        of_user: The part of it that is the user's, and may be anything.
+        of_user: The part of it that user code returned, which is checked.
 
     Raises:
-        CheckpointError: It is not plain.
+        CheckpointError: The user's part is not plain data.
     """
     try:
         if of_user is not None:
             loads_plain(_dumps(of_user))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"The state_dict of a loader is no plain data (numbers, strings, tensors, containers of them): {error}"
+            f"The state_dict of a loader is not plain data (numbers, strings, tensors, containers of them): {error}"
         ) from error
     return _dumps(value)
 
 
 def loads_plain(content: bytes) -> Any:
-    """Read plain data; anything else is an error."""
+    """Deserialise plain data; anything else raises an error."""
     with torch.serialization.safe_globals(list(_plain_classes)):
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _plain(value: Any) -> bytes | None:
-    """The serialised value, if it is plain through and through."""
+    """The serialised value, or None if a part of it is not plain data."""
     try:
         content = _dumps(value)
         loads_plain(content)
-    except Exception:  # whatever it is, a part of the state is its cause, and is sought there
+    except Exception:  # some part of the state causes it; `split` looks for that part
         return None
     return content
 

@@ -1,4 +1,4 @@
-"""One save, from what is in memory to a checkpoint that is whole: the same steps before or beside training."""
+"""Writes one checkpoint from memory to disk: all ranks write their files, then rank 0 makes the checkpoint visible."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ RANKS = "ranks"
 
 
 class RankShards:
-    """This rank's shards; a later checkpoint that holds the same shares the file.
+    """This rank's shards, whose file is hard-linked into a later checkpoint of the same values.
 
     Args:
-        items: Each shard's index in the checkpoint, and its tensor: a view of live memory, or a copy of it.
+        items: The index in the checkpoint and the tensor of each shard: a view of live memory, or a copy.
     """
 
     def __init__(self, items: list[tuple[Any, torch.Tensor]]) -> None:
@@ -33,13 +33,13 @@ class RankShards:
         self._folder = Path()
 
     def write(self, folder: Path, rank: int) -> shard_files.Written:
-        """Write this rank's file into ``folder``, or give the one that was written a second name there."""
+        """Write this rank's file into ``folder``, or hard-link the one that was written before."""
         if self._written is None or not shard_files.link(self._written, self._folder, folder):
             self._written = shard_files.write(self.items, folder, rank)
         return self._written
 
     def set_folder(self, folder: Path) -> None:
-        """Say where the file has come to be."""
+        """Note the folder in which the file is now."""
         self._folder = folder
 
 
@@ -49,10 +49,10 @@ class SaveContent:
 
     Args:
         part: This rank's shards.
-        metadata: Of the first rank: what names the shards of all ranks.
-        rank_state: This rank's random states and the like, serialised.
-        files: Of the first rank: names and contents of further files.
-        manifest: Of the first rank: what the manifest says.
+        metadata: The index of the shards of all ranks, on rank 0.
+        rank_state: This rank's random states and position in the data, serialised.
+        files: Names and contents of further files, on rank 0.
+        manifest: Entries of the manifest, on rank 0.
     """
 
     part: RankShards
@@ -63,10 +63,10 @@ class SaveContent:
 
 
 def write(content: SaveContent, path: Path) -> None:
-    """Write this rank's part; the first rank makes the checkpoint visible when all have written theirs.
+    """Write this rank's files; rank 0 makes the checkpoint visible when all ranks have written theirs.
 
     Raises:
-        CheckpointError: A rank could not write; the first cause, on every rank. Nothing is visible then.
+        CheckpointError: A rank could not write. Every rank raises the first cause, and no checkpoint is visible.
     """
     staging = _prepare(path)
     rank = dist.get_rank()
@@ -96,13 +96,17 @@ def write(content: SaveContent, path: Path) -> None:
 
 
 def agree(problem: str, same: bool) -> bool:
-    """Go on if no rank has a problem, so that none waits for another that has stopped.
+    """Raise the first rank's problem on every rank, so that no rank waits for one that has stopped.
+
+    Args:
+        problem: What went wrong on this rank; empty if nothing did.
+        same: A yes or no of this rank.
 
     Returns:
-        Whether all ranks say ``same``.
+        Whether ``same`` is True on all ranks.
 
     Raises:
-        CheckpointError: The first rank's that has one, on every rank.
+        CheckpointError: A rank has a problem.
     """
     votes = torch.tensor([not problem, same], dtype=torch.int32, device="cpu")
     dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=process_groups.gloo_world())
@@ -112,12 +116,12 @@ def agree(problem: str, same: bool) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """An error, with its rank."""
+    """Describe an error of this rank."""
     return f"Rank {dist.get_rank()} failed: {type(error).__name__}: {error}"
 
 
 def _prepare(path: Path) -> Staging | None:
-    """Make the directory to write into, on the first rank; its failure is every rank's."""
+    """Create the directory on rank 0; if that fails, every rank raises the error."""
     staging = None
     problem = [""]
     if dist.get_rank() == 0:

@@ -244,7 +244,7 @@ def test_state_of_another_shape_goes_with_whole_weights(tmp_path):
     rows = run_ranks(1, _factored_elsewhere, Layout(sharded=False), tmp_path / "dp.ckpt")[0]
     assert (64, 1) in dict(rows)  # the vocabulary's padding has rows, too
     assert all(total > 0 for _, total in rows)
-    with pytest.raises(RankError, match="such state cannot be cut. Use tp=1") as error:
+    with pytest.raises(RankError, match="such state cannot be divided. Use tp=1") as error:
         run_ranks(2, _factored, Layout(tp=2, sharded=False), tmp_path / "tp.ckpt")
     assert str(error.value).count("CheckpointError: The optimizer's state") >= 2
     with pytest.raises(RankError, match="dp.ckpt was not loaded. The optimizer's state 'col_var'"):

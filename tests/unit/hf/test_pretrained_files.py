@@ -247,7 +247,7 @@ def test_missing_and_extra_tensors(llama):
     save_file(tensors, llama / "model.safetensors", {"format": "pt"})
     with pytest.raises(WeightsError, match=r"nothing was loaded") as error:
         AutoModule.from_pretrained(llama)
-    assert "model.layers.1.mlp.surprise has no place in the model" in str(error.value)
+    assert "model.layers.1.mlp.surprise belongs to no part of the model" in str(error.value)
     assert "model.layers.1.mlp.up_proj.weight is missing" in str(error.value)
 
 
