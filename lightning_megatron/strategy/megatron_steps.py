@@ -18,7 +18,7 @@ from lightning_megatron.strategy.plain_module import check_output
 from lightning_megatron.strategy.step_runner import Recorder, StepRunner
 from lightning_megatron.training.batch_rows import count_rows, take_rows
 from lightning_megatron.training.engine import Engine, Outcome, Step
-from lightning_megatron.training.microbatches import Cut
+from lightning_megatron.training.microbatches import MicroBatchSizes
 
 _STAGES = {"validation_step": "val", "test_step": "test"}
 
@@ -81,7 +81,7 @@ class MegatronSteps(StepRunner):
         return step
 
     @override
-    def _cut(self, batch: Any) -> tuple[Cut, int]:
+    def _cut(self, batch: Any) -> tuple[MicroBatchSizes, int]:
         chosen = self.micro_batching.cut(self.engine.layout, count_rows(batch))
         if not self._has_reported_cut and self.engine.layout.pp > 1:
             self._has_reported_cut = True

@@ -16,7 +16,7 @@ from lightning_megatron.strategy.plain_module import PlainModel, check_output
 from lightning_megatron.strategy.step_runner import Recorder, StepRunner
 from lightning_megatron.training.batch_rows import count_rows
 from lightning_megatron.training.engine import Engine, Outcome, Step
-from lightning_megatron.training.microbatches import Cut
+from lightning_megatron.training.microbatches import MicroBatchSizes
 
 
 class _SkippedError(Exception):
@@ -85,9 +85,9 @@ class PlainSteps(StepRunner):
         return step
 
     @override
-    def _cut(self, batch: Any) -> tuple[Cut, int]:
+    def _cut(self, batch: Any) -> tuple[MicroBatchSizes, int]:
         if not self.micro_batching.is_chosen:
-            return Cut((1,)), 1  # one micro-batch, whatever the batch is made of
+            return MicroBatchSizes((1,)), 1  # one micro-batch, whatever the batch is made of
         return self.micro_batching.cut(self.engine.layout, count_rows(batch)), 1
 
     @override

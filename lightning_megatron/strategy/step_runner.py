@@ -16,7 +16,7 @@ from lightning_megatron.strategy.logging.recorder import AtOnce, LogRecorder
 from lightning_megatron.strategy.logging.step_values import stop_on_bad_loss
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.training.engine import Engine, Outcome, Step
-from lightning_megatron.training.microbatches import Cut, MicroBatching
+from lightning_megatron.training.microbatches import MicroBatching, MicroBatchSizes
 
 Recorder = LogRecorder | AtOnce
 
@@ -99,14 +99,14 @@ class StepRunner(ABC):
         """The function that runs the module's hook on a micro-batch and records what it logs."""
 
     @abstractmethod
-    def _cut(self, batch: Any) -> tuple[Cut, int]:
+    def _cut(self, batch: Any) -> tuple[MicroBatchSizes, int]:
         """The micro-batches of ``batch``, and the length of its hidden states."""
 
     @abstractmethod
     def _recorder(self, batch: Any) -> Recorder:
         """The object that records ``self.log`` while ``batch`` runs."""
 
-    def _cut_checked(self, batch: Any, args: Any) -> tuple[Cut, int]:
+    def _cut_checked(self, batch: Any, args: Any) -> tuple[MicroBatchSizes, int]:
         if self._batch_idx(args) == 0:
             rank_consistency.check_same_batch(batch)
         return self._cut(batch)

@@ -1,8 +1,9 @@
-"""What in a batch, or in what a step returns, has rows: counting them, taking some, and joining them again.
+"""Counts, takes and joins the rows of a batch, or of what a step returns, in containers of any kind.
 
-One rule for all containers: the first dimension of tensors and numpy arrays is the rows, and so is the length of lists
-and tuples. Mappings, dataclasses and named tuples are looked into, field by field, and so is a list whose elements have
-the rows. Numbers, texts, None and tensors without dimensions have no rows, and go whole to every micro-batch.
+One rule holds for all containers: the first dimension of tensors and numpy arrays is the rows, and so is the length of
+lists and tuples. Mappings, dataclasses and named tuples are looked into, field by field, and so is a list whose
+elements have the rows. Numbers, texts, None and tensors without dimensions have no rows, and go whole to every
+micro-batch.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _PLAIN = (Number, str, bytes, type(None), np.generic)
 
 
 def count_rows(batch: Any) -> int:
-    """Rows of a batch: those of the first tensor or array that is no element of a list, else of its lists.
+    """Count the rows of a batch: those of the first tensor or array outside of lists, or else of its lists.
 
     Raises:
-        ValueError: It has none.
+        ValueError: The batch has no rows.
     """
     sizes = list(_sizes(batch))
     nearest = [size for depth, size in sizes if depth <= _is_sequence(batch)]
@@ -36,16 +37,17 @@ def count_rows(batch: Any) -> int:
         rows = _rows_of_lists(batch)[0]
     if not rows:
         raise ValueError(
-            f"An empty batch, or one of which nothing has rows, cannot be cut into micro-batches: {type(batch)}."
+            f"The batch ({type(batch).__name__}) is empty, or nothing in it has rows, so it cannot be cut into"
+            " micro-batches."
         )
     return rows
 
 
 def take_rows(batch: Any, start: int, stop: int, rows: int) -> Any:
-    """Rows ``start`` to ``stop`` of a batch of ``rows``, in containers of the same kind.
+    """Take rows ``start`` to ``stop`` of a batch of ``rows``, in containers of the same kind.
 
     Raises:
-        ValueError: Something in it has another number of rows, or may have them in more than one way; it is named.
+        ValueError: An entry has another number of rows, or its rows are ambiguous; the text names it.
     """
     if stop - start == rows:
         return batch
@@ -56,14 +58,14 @@ def take_rows(batch: Any, start: int, stop: int, rows: int) -> Any:
 
 
 def join_rows(parts: list[Any], sizes: list[int]) -> Any:
-    """What steps returned for the parts of a batch, as one step would have returned it for the whole batch.
+    """Join what steps returned for the parts of a batch, as if one step had run on the whole batch.
 
-    What has rows is joined by them. A value without rows stays where all parts have the same; else it is a list of the
-    parts' values.
+    Values with rows are concatenated. A value without rows is kept if all parts have the same; otherwise the result is
+    a list of the parts' values.
 
     Args:
-        parts: Of each part what was returned.
-        sizes: Of each part its rows.
+        parts: What the step returned for each part.
+        sizes: The number of rows of each part.
     """
     if len(parts) == 1:
         return parts[0]
@@ -83,9 +85,9 @@ def join_rows(parts: list[Any], sizes: list[int]) -> Any:
 
 
 def form_of_rows(value: Any, rows: int) -> Any:
-    """What values have in common whose rows can be told apart and joined anew; None for one of which they cannot.
+    """The form of a value whose rows can be separated and joined again; None for other values.
 
-    Values without rows are part of the form: they stay only where all values have the same.
+    Values of one form can be joined. Values without rows are part of the form, as they are kept only if all are equal.
     """
     fields = _fields(value)
     if fields is None and _is_sequence(value) and (len(value) != rows or _is_ambiguous(value, rows)):
@@ -103,7 +105,7 @@ def form_of_rows(value: Any, rows: int) -> Any:
 
 
 def one_row(value: Any, row: int, rows: int) -> Any:
-    """Row ``row`` of a value that has a ``form_of_rows``, as a value of one row."""
+    """Take row ``row`` of a value that has a ``form_of_rows``, as a value of one row."""
     fields = _fields(value)
     if fields is not None:
         return _with_fields(value, {name: one_row(x, row, rows) for name, x in fields.items()})
@@ -123,21 +125,21 @@ def _take(value: Any, start: int, stop: int, rows: int, where: str) -> Any:
         return value
     if length != rows:
         raise ValueError(
-            f"{where} is {_described(value)}, and the batch has {rows} rows. To cut a batch into micro-batches, every"
-            " tensor, array, list and tuple in it has the batch first: as many elements as rows. Numbers, texts and"
+            f"{where} is {_described(value)}, and the batch has {rows} rows. To cut a batch into micro-batches,"
+            " the first dimension of every tensor, array, list and tuple in it must be the batch. Numbers, texts and"
             " tensors without dimensions go whole to each micro-batch; keep other settings in the module."
         )
     if _is_sequence(value) and _is_ambiguous(value, rows):
         raise ValueError(
-            f"{where} is {_described(value)} whose elements all have {rows} rows, as the batch has. It may be {rows}"
-            f" fields of the batch, or one element for each of its rows. Give fields names (a dict), or stack elements"
+            f"{where} is {_described(value)} whose elements all have {rows} rows, as the batch has. It may be a"
+            f" list of {rows} fields, or of one element for each row. Give fields names (a dict), or stack the elements"
             " of rows into one tensor."
         )
     return _part(value, start, stop)
 
 
 def _join_sequences(parts: list[Any], sizes: list[int]) -> Any:
-    """Lists or tuples as one: of rows, one after the other; of fields, each field joined."""
+    """Join lists or tuples: lists of rows are concatenated, lists of fields are joined field by field."""
     pairs = list(zip(parts, sizes, strict=True))
     may_be_fields = all(_is_ambiguous(part, size) for part, size in pairs)
     if may_be_fields or not all(len(part) == size for part, size in pairs):
@@ -163,7 +165,7 @@ def _concatenated(parts: list[Any], sizes: list[int]) -> Any:
 
 
 def _sizes(value: Any, depth: int = 0) -> Iterator[tuple[int, int]]:
-    """Of every tensor and array: how many lists are around it, and its rows."""
+    """Yield for every tensor and array how many lists are around it, and its rows."""
     fields = _fields(value)
     if fields is not None:
         for x in fields.values():
@@ -176,9 +178,9 @@ def _sizes(value: Any, depth: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def _rows_of_lists(batch: Any) -> tuple[int, int]:
-    """Of a batch without tensors outside of lists, what its rows may be: those in the lists, and the lists' length.
+    """What the rows of a batch without tensors outside of lists may be: those in the lists, and the lists' length.
 
-    Each is 0 where they differ; where the lists hold no tensors, both are their length.
+    Each is 0 if the lists differ in it. If the lists hold no tensors, both are the length.
     """
     fields = _fields(batch) or {}
     lists = [x for x in fields.values() if _is_sequence(x)]
@@ -189,21 +191,21 @@ def _rows_of_lists(batch: Any) -> tuple[int, int]:
 
 
 def _check_clear(batch: Any) -> None:
-    """Refuse to cut a batch of lists alone that may be one of fields, or one of rows."""
+    """Refuse a batch that consists of lists if these may be lists of fields or of rows."""
     if _is_sequence(batch) or any(depth == 0 for depth, _ in _sizes(batch)):
         return
     inside, length = _rows_of_lists(batch)
     if inside != length:
         raise ValueError(
-            f"The rows of this batch cannot be told: its lists have {length or 'unequally many'} elements, and the"
-            f" tensors in them {inside} rows. Add a tensor or an array with one row a sample, outside of a list."
+            f"The rows of this batch are ambiguous: its lists have {length or 'different numbers of'} elements, and the"
+            f" tensors in them {inside} rows. Add a tensor or array with one row for each sample, outside of a list."
         )
 
 
 def _holds_samples(batch: Any) -> bool:
-    """Whether a batch that is a list has a sample in each element, as a ``collate_fn`` that leaves them alone gives it.
+    """Whether a batch that is a list has a sample in each element, as a ``collate_fn`` returns that does not collate.
 
-    A list is taken for that where it cannot be one of fields: its tensors have unlike numbers of rows.
+    This is assumed if it cannot be a list of fields, since its tensors have different numbers of rows.
     """
     near = {size for depth, size in _sizes(batch) if depth == 1}
     if not near:
@@ -212,13 +214,13 @@ def _holds_samples(batch: Any) -> bool:
 
 
 def _holds_rows(value: Any) -> bool:
-    """Whether it, or something in it, has a first dimension or a length."""
+    """Whether ``value``, or something in it, has a first dimension or a length."""
     fields = _fields(value)
     return _length(value) is not None if fields is None else any(_holds_rows(x) for x in fields.values())
 
 
 def _is_ambiguous(value: Any, rows: int) -> bool:
-    """Whether a list of ``rows`` elements may just as well be one of fields, each of that many rows."""
+    """Whether a list of ``rows`` elements may as well be a list of fields that have ``rows`` rows each."""
     return bool(value) and all(not isinstance(x, list) and _length(x) == rows for x in value)
 
 
@@ -227,7 +229,7 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _length(value: Any) -> int | None:
-    """The number of rows that ``value`` has itself, if it is something that has rows."""
+    """The number of rows of ``value`` itself; None if it is nothing that has rows."""
     if isinstance(value, PackedSequence):
         return int(value.batch_sizes[0])
     if isinstance(value, torch.Tensor | np.ndarray):
@@ -236,7 +238,7 @@ def _length(value: Any) -> int | None:
 
 
 def _is_opaque(value: Any) -> bool:
-    """Whether it may hold rows that nothing here can find: a set, an iterator, an object with tensors in it."""
+    """Whether ``value`` may hold rows that cannot be found: a set, an iterator, an object with tensors in it."""
     if isinstance(value, (*_PLAIN, torch.Tensor, np.ndarray, type)):
         return False
     return isinstance(value, Sized | Iterable) or any(_holds_rows(x) for x in getattr(value, "__dict__", {}).values())
@@ -254,7 +256,7 @@ def _part(value: Any, start: int, stop: int) -> Any:
 
 
 def _fields(value: Any) -> dict[Any, Any] | None:
-    """What a mapping, a dataclass or a named tuple has under its names; None for anything else."""
+    """The entries of a mapping, dataclass or named tuple, by name; None for anything else."""
     if isinstance(value, Mapping):
         return dict(value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -265,7 +267,7 @@ def _fields(value: Any) -> dict[Any, Any] | None:
 
 
 def _with_fields(value: Any, fields: dict[Any, Any]) -> Any:
-    """A copy of ``value`` with other contents."""
+    """Copy ``value`` with other entries."""
     if isinstance(value, Mapping):
         if not isinstance(value, MutableMapping):
             return type(value)(fields)  # type: ignore[call-arg]
@@ -291,5 +293,5 @@ def _described(value: Any) -> str:
         return f"a {kind} of shape {tuple(value.shape)}"
     length = _length(value)
     if length is None:
-        return f"a {kind}, of which nothing says where its rows are"
+        return f"a {kind}, whose rows cannot be determined"
     return f"a {kind} of {length} elements" if _is_sequence(value) else f"a {kind} of {length} rows"

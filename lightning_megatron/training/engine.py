@@ -1,6 +1,6 @@
-"""Runs Megatron's pipeline schedules over the micro-batches of a batch, and finalises the gradients.
+"""Runs megatron-core's pipeline schedules over the micro-batches of a batch, and finalises the gradients.
 
-Knows neither Lightning nor any task: a ``step`` function runs one micro-batch through one model chunk.
+It knows neither Lightning nor any task: a ``step`` function runs one micro-batch through one model chunk.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from lightning_megatron.distributed import collectives, process_groups, shared_w
 from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.training.batch_rows import join_rows
-from lightning_megatron.training.microbatches import Cut, slices
+from lightning_megatron.training.microbatches import MicroBatchSizes, slices
 from lightning_megatron.training.timers import Timers
 
-# Runs (micro-batch, its share of the batch's rows, chunk number). On the last stage it returns a loss, which is a sum
-# and its weight or a mean, or a dict with one under "loss"; in an evaluation, anything. What it returns before the last
-# stage is passed on where it is of the hidden states' shape; else the chunk's own output is.
+# A function of (micro-batch, its share of the batch's rows, chunk number). On the last stage it returns a loss, which
+# is a mean or a sum with its weight, or a dict with a "loss"; in an evaluation it may return anything. Before
+# the last stage, its result goes to the next stage if it has the shape of the chunk's output; else that output does.
 Step = Callable[[Any, float, int], Any]
 
 
 _NO_LOSS = (
-    "training_step returned {}. MegatronStrategy skips no batch: replicas and stages wait for one another. Return a"
-    " loss, or a dict with one under 'loss'; zero (loss * 0.0) where a batch shall count for nothing."
+    "training_step returned {}. MegatronStrategy cannot skip a batch, since replicas and stages wait for one another."
+    " Return a loss, or a dict with a loss under 'loss'; return loss * 0.0 if the batch is not to count."
 )
-_TINY = torch.finfo(torch.float64).tiny  # in place of no weight at all
+_TINY = torch.finfo(torch.float64).tiny  # in place of a weight of zero
 
 
 class NonFiniteLossError(RuntimeError):
@@ -44,14 +44,14 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one batch gave, the same on every rank.
+    """The result of one batch, the same on every rank.
 
     Args:
-        loss: Mean over the global batch, a float32 scalar.
-        weight: What it was weighed by: tokens over all data-parallel replicas, or for means the number of replicas.
+        loss: Mean loss of the global batch, a float32 scalar.
+        weight: The sum of the weights: tokens over all data-parallel replicas, or for means the number of replicas.
         has_logged_values: Whether any rank has logged a value in this batch, so that all ranks gather what was logged.
-        has_loss: Whether the steps returned losses at all.
-        returned: What they returned beside them, micro-batches joined by rows; None for nothing.
+        has_loss: Whether the steps returned losses.
+        returned: What the steps returned beside losses, joined over micro-batches by rows; None if nothing.
     """
 
     loss: torch.Tensor
@@ -62,7 +62,7 @@ class Outcome:
 
     @property
     def hook_outputs(self) -> Any:
-        """What the hooks at a batch's end are told: as one step on the whole batch would have returned it."""
+        """The outputs for hooks at the end of a batch: what one step on the whole batch would have returned."""
         if not self.has_loss:
             return self.returned
         return {**self.returned, "loss": self.loss} if isinstance(self.returned, dict) else self.loss
@@ -76,9 +76,9 @@ class Engine:
         chunks: The model chunks, one per virtual stage.
         config: megatron-core's configuration that the chunks share.
         ddp: Settings of megatron-core's data parallelism; None for an engine that only evaluates.
-        by_token: Whether losses are weighed by their tokens, else every micro-batch by its rows.
-        device: Where the model is.
-        rng_context: Where the model's random numbers come from: a context around each schedule.
+        by_token: Whether losses are weighed by their tokens; otherwise every micro-batch is weighed by its rows.
+        device: The device of the model.
+        rng_context: Makes the context around each schedule that provides the model's random numbers.
     """
 
     def __init__(
@@ -98,39 +98,39 @@ class Engine:
         self._rng_context = rng_context
         self.trains = ddp is not None
         for chunk in chunks:
-            process_groups.rebind(chunk)  # an earlier run's may have been ended
+            process_groups.rebind(chunk)  # the groups of an earlier run may have been destroyed
         self.chunks: list[Any] = [_wrap(c, config, ddp, i) for i, c in enumerate(chunks)] if ddp else list(chunks)
         for number, chunk in enumerate(self.chunks):
             chunk.__dict__["chunk_number"] = number
         self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
-        # Whether a rank's parameters are parts of the model, of other sizes than its neighbours'.
+        # Whether a rank holds a part of the model, not the whole.
         self.is_model_sharded = layout.pp > 1 or any(
             getattr(p, "tensor_model_parallel", False) for p in chunks[0].parameters()
         )
         self._buffer_views = [(p, p.data, p.requires_grad) for chunk in self.chunks for p in chunk.parameters()]
-        self.has_logged_values: Callable[[], bool] = lambda: False  # asked after each batch, answered in its outcome
+        self.has_logged_values: Callable[[], bool] = lambda: False  # called after each batch
         self._window_weight = 0.0
-        self.has_gradients = False  # of batches since the last step
+        self.has_gradients = False  # whether a batch was run since the last optimizer step
         self._buffers = [pair for chunk in chunks for pair in _kept_buffers(chunk)] if layout.dp > 1 else []
         self.share_buffers()
         self.timers: Timers | None = None
-        self.local_loss = torch.zeros((), device=device)  # the last batch's sum on this rank, 0 before the last stage
+        self.local_loss = torch.zeros((), device=device)  # the last batch's sum on this rank; 0 before the last stage
 
     def zero_grad(self) -> None:
-        """Forget the gradients, and what the accumulation window has weighed so far."""
+        """Zero the gradients, and the weight of the accumulation window."""
         self._window_weight = 0.0
         self.has_gradients = False
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
     def set_timers(self, timers: Timers | None) -> None:
-        """Have megatron-core time what it does; None stops that."""
+        """Set the timers that megatron-core starts and stops; None for no timers."""
         self.timers = timers
         for config in {id(chunk.config): chunk.config for chunk in self.chunks}.values():
             config.timers = timers
 
     def remove_hooks(self) -> None:
-        """Take the hooks off the model: another engine, or another strategy, may train it next."""
+        """Remove the hooks from the model: another engine or strategy may train it next."""
         for chunk in self.chunks if self.trains else ():
             if chunk.remove_forward_pre_hook_handles:
                 chunk.disable_forward_pre_hook(param_sync=False)
@@ -140,43 +140,45 @@ class Engine:
             chunk.grad_accs.clear()
 
     def restore_moved_weights(self) -> bool:
-        """Put weights back into megatron-core's buffers that ``parameter.data = ...`` took out; whether any was."""
+        """Move weights that ``parameter.data = ...`` replaced back to megatron-core's buffers; whether any were."""
         moved = [
-            (p, home) for p, home, _ in self._buffer_views if p.data_ptr() != home.data_ptr() or p.dtype != home.dtype
+            (p, view) for p, view, _ in self._buffer_views if p.data_ptr() != view.data_ptr() or p.dtype != view.dtype
         ]
-        for parameter, home in moved:
-            home.copy_(parameter.data)
-            parameter.data = home
+        for parameter, view in moved:
+            view.copy_(parameter.data)
+            parameter.data = view
         return bool(moved)
 
     def _check_trained(self) -> None:
-        """Refuse a ``requires_grad`` that has changed since the gradients' buffers were laid out."""
+        """Refuse a ``requires_grad`` that has changed since the gradient buffers were laid out."""
         if any(parameter.requires_grad != trained for parameter, _, trained in self._buffer_views):
             raise RuntimeError(
-                "requires_grad of a parameter has changed in the middle of a run, and megatron-core's gradient buffers"
-                " are laid out at its start. Freeze and unfreeze before fit, and call fit again for the next phase."
+                "requires_grad of a parameter has changed during a run, but megatron-core's gradient buffers are laid"
+                " out at its start. Freeze and unfreeze before fit, and call fit again for the next phase."
             )
 
     def share_buffers(self) -> None:
-        """Give every replica the first one's batch norms' means and their like, which differ after a training step."""
+        """Copy the buffers of the first replica (running means) to the others; a training step makes them differ."""
         collectives.broadcast_from_first_replica([getattr(module, name) for module, name in self._buffers])
 
     def finish_param_gather(self) -> None:
-        """Bring weights up to date whose gathering ``overlap_param_gather`` puts off to the next forward pass."""
+        """Gather the weights that ``overlap_param_gather`` would gather in the next forward pass."""
         if self.trains and self.chunks[0].ddp_config.overlap_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
 
-    def train(self, batch: Any, cut: Cut, length: int, step: Step, *, window: int, last_of_window: bool) -> Outcome:
-        """Forward and backward over one batch; gradients are finished when it is the last of its window.
+    def train(
+        self, batch: Any, cut: MicroBatchSizes, length: int, step: Step, *, window: int, last_of_window: bool
+    ) -> Outcome:
+        """Run forward and backward over one batch; after the last batch of a window, finalise the gradients.
 
         Args:
-            batch: One data-parallel rank's batch.
-            cut: Its micro-batches.
+            batch: The batch of one data-parallel rank.
+            cut: The sizes of its micro-batches.
             length: Sequence length of the hidden states between stages.
-            step: Runs one micro-batch through one chunk.
-            window: Batches accumulated into one optimizer step.
-            last_of_window: Whether the optimizer steps after this one.
+            step: The function that runs one micro-batch through one chunk.
+            window: Number of batches that are accumulated into one optimizer step.
+            last_of_window: Whether the optimizer steps after this batch.
 
         Returns:
             The loss of the global batch.
@@ -201,23 +203,23 @@ class Engine:
         return self._outcome(records, cut)
 
     def finish_window(self, window: int) -> None:
-        """Finish the gradients of a window whose last batch was skipped."""
+        """Finalise the gradients of a window whose last batch was skipped."""
         self._finalize(window, self.chunks, None)
 
-    def evaluate(self, batch: Any, cut: Cut, length: int, step: Step) -> Outcome:
-        """The loss of one batch, forward only."""
+    def evaluate(self, batch: Any, cut: MicroBatchSizes, length: int, step: Step) -> Outcome:
+        """Compute the loss of one batch, forward only."""
         return self._outcome(self._run(batch, cut, length, step, forward_only=True), cut)
 
-    def predict(self, batch: Any, cut: Cut, length: int, step: Step) -> Any:
-        """The last stage's outputs, rows joined in order, on every stage."""
+    def predict(self, batch: Any, cut: MicroBatchSizes, length: int, step: Step) -> Any:
+        """Return the outputs of the last stage, joined by rows in order, on every stage."""
         outputs = self._run(batch, cut, length, step, forward_only=True, collect=True)
         joined = join_rows(outputs[: len(cut.sizes)], list(cut.sizes)) if outputs else None
         return self._from_last_stage(joined)
 
     def _run(
-        self, batch: Any, cut: Cut, length: int, step: Step, *, forward_only: bool, collect: bool = False
+        self, batch: Any, cut: MicroBatchSizes, length: int, step: Step, *, forward_only: bool, collect: bool = False
     ) -> list[Any]:
-        """Run the schedule; what the last stage recorded per micro-batch, nothing on the others."""
+        """Run the schedule; return what the last stage recorded for each micro-batch, and nothing on other stages."""
         records: list[Any] = []
 
         def forward_step(micro_batches: Iterator[tuple[Any, float]], model: torch.nn.Module) -> tuple[Any, Any]:
@@ -248,7 +250,7 @@ class Engine:
                 forward_step_func=forward_step,
                 data_iterator=iterators if several else iterators[0],
                 model=self.chunks if several else self.chunks[0],
-                num_microbatches=len(cut.sizes) + cut.ghosts,
+                num_microbatches=len(cut.sizes) + cut.num_padding,
                 seq_length=length,
                 micro_batch_size=cut.sizes[0],
                 forward_only=forward_only,
@@ -257,7 +259,7 @@ class Engine:
         return records
 
     def _weigh(self, loss: Any, share: float) -> tuple[torch.Tensor, Any]:
-        """A micro-batch's loss as a weighted sum and its weight; a ghost's are nothing, as are those of no loss."""
+        """A micro-batch's loss as a weighted sum and its weight; both are 0 for padding and without a loss."""
         if loss is None:
             return torch.zeros((), device=self.device), 0.0
         if isinstance(loss, tuple):
@@ -268,16 +270,16 @@ class Engine:
         return loss.reshape(()) * share, share
 
     def _finalize(self, window: int, model: Any, _: Any, pg_collection: Any = None, **__: Any) -> None:
-        """Reduce the gradients and divide by the weight of the whole window, over all replicas.
+        """Reduce the gradients over all replicas and divide them by the weight of the whole window.
 
-        By tokens, that is what was counted. Means are divided by the full window, as Lightning does it.
+        The weight is the number of tokens, or for means the number of batches in the window, as in Lightning.
         """
         weight = self._window_weight if self.by_token else float(window)
         finalize_model_grads(model, torch.tensor(weight, device=self.device), pg_collection=pg_collection)
         shared_weights.all_reduce_gradients(model)
 
-    def _outcome(self, records: list[Any], cut: Cut) -> Outcome:
-        """The mean loss of the global batch, given to every rank, and what else this replica's steps returned."""
+    def _outcome(self, records: list[Any], cut: MicroBatchSizes) -> Outcome:
+        """Compute the mean loss of the global batch on every rank, and join what else this replica's steps returned."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         total = sum((r[0].double() for r in records), zero)
         weight = sum((torch.as_tensor(r[1], device=self.device).double() for r in records), zero)
@@ -296,7 +298,7 @@ class Engine:
         return Outcome(loss, weight, notes > 0, losses > 0, self._from_last_stage(extra) if extras else None)
 
     def _from_last_stage(self, value: Any) -> Any:
-        """What the last stage has, on every stage, and on the device of each."""
+        """Broadcast the last stage's value to every stage, onto its device."""
         if self.layout.pp == 1:
             return value
         if self.device.type == "cpu":
@@ -309,7 +311,7 @@ class Engine:
 def _wrap(
     chunk: torch.nn.Module, config: ModelParallelConfig, ddp: DistributedDataParallelConfig, number: int
 ) -> DistributedDataParallel:
-    """The chunk with gradient buffers and their hooks, which ``Engine.remove_hooks`` takes off again."""
+    """Wrap the chunk with gradient buffers and their hooks, which ``Engine.remove_hooks`` removes."""
     wrapped = DistributedDataParallel(config, replace(ddp), chunk, disable_bucketing=number > 0)
     wrapped.broadcast_params()
     _equalise_replicated(chunk)
@@ -317,11 +319,12 @@ def _wrap(
 
 
 def _take_hooks_off(node: Any) -> None:
-    """Remove megatron-core's hooks from an autograd node, which the optimizer's shards of the weights hold on to.
+    """Remove megatron-core's hooks from an autograd node, which the optimizer's slices of the weights refer to.
 
-    The hooks hold the model and with it the optimizer: a ring through autograd, which Python's collector does not see.
+    The hooks refer to the model and with it the optimizer: a cycle through autograd, which Python cannot collect.
     """
-    handle = node.register_hook(lambda *_: None)  # the way to megatron-core's, which keeps no handles (0.16.1)
+    # A hook of our own gives access to megatron-core's, of which it keeps no handles (0.16.1).
+    handle = node.register_hook(lambda *_: None)
     hooks = handle.hooks_dict_ref()
     handle.remove()
     for key in [key for key, hook in hooks.items() if hook.__module__ == DistributedDataParallel.__module__]:
@@ -329,13 +332,13 @@ def _take_hooks_off(node: Any) -> None:
 
 
 def _kept_buffers(chunk: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
-    """What layers keep beside their weights and checkpoints save, such as a batch norm's running mean."""
+    """The persistent buffers of all layers, such as the running mean of a batch norm; private in torch (2.13)."""
     named = [(module, name) for module in chunk.modules() for name, b in module._buffers.items() if b is not None]
     return [(module, name) for module, name in named if name not in module._non_persistent_buffers_set]
 
 
 def _equalise_replicated(chunk: torch.nn.Module) -> None:
-    """Start weights that tensor-parallel ranks do not share out from the first rank's values."""
+    """Copy weights that are not divided over the tensor-parallel ranks from the first of these ranks."""
     group = process_groups.tensor_parallel()
     for parameter in chunk.parameters():
         if not getattr(parameter, "tensor_model_parallel", False):
@@ -344,7 +347,7 @@ def _equalise_replicated(chunk: torch.nn.Module) -> None:
 
 @contextmanager
 def _outputs_of(model: torch.nn.Module) -> Iterator[list[Any]]:
-    """What a chunk before the last stage gives while the step runs it; an empty list for one that ends the model."""
+    """Collect the outputs of a chunk while the step runs it; of the last chunk, nothing is collected."""
     chunk: Any = model.module if isinstance(model, DistributedDataParallel) else model
     given: list[Any] = []
     if getattr(chunk, "post_process", True):
@@ -358,7 +361,7 @@ def _outputs_of(model: torch.nn.Module) -> Iterator[list[Any]]:
 
 
 def _passed_on(output: Any, given: list[Any], device: torch.device) -> torch.Tensor:
-    """The tensor that the schedule passes on: hidden states; on the last stage one that nobody reads."""
+    """The tensor that the schedule sends to the next stage: hidden states; on the last stage, an unused one."""
     tensor = output[0] if isinstance(output, tuple) and output else output
     if isinstance(tensor, torch.Tensor) and (not given or tensor.shape == given[-1].shape):
         return tensor
@@ -366,11 +369,12 @@ def _passed_on(output: Any, given: list[Any], device: torch.device) -> torch.Ten
 
 
 def _loss_of(output: Any, may_be_rows: bool) -> tuple[Any, Any]:
-    """What a step on the last stage returned, as its loss and the rest, each None where there is none.
+    """Separate the result of a step on the last stage into its loss and the rest, each None if there is none.
 
     Args:
-        output: Of the step.
-        may_be_rows: Whether a tensor of shape [1] may be the one row of a micro-batch, so that only scalars are losses.
+        output: What the step returned.
+        may_be_rows: Whether a tensor of shape [1] may be the only row of a micro-batch, so that only scalars are
+            losses.
     """
     if isinstance(output, Mapping) and "loss" in output:
         loss, rest = output["loss"], {name: value for name, value in output.items() if name != "loss"}
@@ -388,10 +392,10 @@ def _loss_of(output: Any, may_be_rows: bool) -> tuple[Any, Any]:
 
 
 def _joined(extras: list[Any], sizes: list[int]) -> Any:
-    """What the steps of the micro-batches returned beside losses, as one."""
+    """Join what the steps of all micro-batches returned beside losses."""
     if all(extra is None for extra in extras):
         return None
-    if all(isinstance(extra, dict) for extra in extras):  # a name that only some have is None in the others
+    if all(isinstance(extra, dict) for extra in extras):  # a key that some dicts lack is None there
         names = dict.fromkeys(name for extra in extras for name in extra)
         extras = [{name: extra.get(name) for name in names} for extra in extras]
     return join_rows(extras, sizes)

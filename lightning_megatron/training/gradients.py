@@ -1,4 +1,4 @@
-"""Gradients where users look for them: megatron-core's buffers, shown as ``parameter.grad`` to Lightning's hooks."""
+"""Exposes the gradients in megatron-core's buffers as ``parameter.grad`` to hooks, and takes changes back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _warnings = WarningCache()
 
 
 def hooks_read_gradients(trainer: pl.Trainer) -> bool:
-    """Whether a hook of the user's runs between the backward pass and the optimizer's step."""
+    """Whether a hook of the user runs between the backward pass and the optimizer step."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return any(is_overridden(name, trainer.lightning_module) for name in _OF_MODULES) or any(
         is_overridden(name, callback, parent=pl.Callback) for callback in callbacks for name in _OF_CALLBACKS
@@ -28,14 +28,14 @@ def hooks_read_gradients(trainer: pl.Trainer) -> bool:
 
 
 class ExposedGradients:
-    """Shows the finished gradients of an accumulation window, and takes back what hooks have made of them.
+    """Exposes the finished gradients of an accumulation window, and takes back the changes that hooks make.
 
-    They are those of the global batch, without a loss scale, and on each rank those of its own shards. Sharded
-    gradients are gathered first, which costs one more message of their size.
+    The gradients are those of the global batch, without loss scale; each rank has those of its own shards. Gradients
+    of the distributed optimizer are gathered first, which costs one more all-gather of their size.
 
     Args:
-        engine: Whose gradients are finished.
-        loss_scale: What they are multiplied by.
+        engine: The engine whose gradients are finished.
+        loss_scale: The loss scale that the gradients are multiplied by.
     """
 
     def __init__(self, engine: Engine, loss_scale: float) -> None:
@@ -51,10 +51,10 @@ class ExposedGradients:
         self._versions = self._seen_versions()
 
     def take_back(self) -> bool:
-        """Hide the gradients again; what hooks changed in them, or put in their place, is what the optimizer gets.
+        """Hide the gradients again; the optimizer gets them with the changes that hooks have made.
 
         Returns:
-            Whether any is left: hooks may have set all to None, as ``module.zero_grad()`` does.
+            Whether any gradient is left: hooks may have set all to None, as ``module.zero_grad()`` does.
         """
         left = [p for buffer in self._buffers for p in buffer.params if p.grad is not None or not _can_show(p)]
         changed = self._seen_versions() != self._versions
@@ -70,17 +70,19 @@ class ExposedGradients:
                 buffer.grad_data.mul_(self._loss_scale)
         if changed and self._parts_of_models:
             _warnings.warn(
-                "A hook has changed gradients. Each rank sees those of its own part of the model: a norm of them is not"
-                " the model's, and differs from rank to rank. Clip with self.clip_gradients or gradient_clip_val."
+                "A hook has changed gradients. Each rank has the gradients of its own part of the model, so a norm that"
+                " a hook computes is not the model's, and differs between ranks. Clip with self.clip_gradients or"
+                " gradient_clip_val."
             )
         return bool(left)
 
     def _seen_versions(self) -> list[int]:
+        """A number for each buffer that every change in place raises; private in torch (2.13)."""
         return [buffer.grad_data._version for buffer in self._buffers]
 
 
 def _gather(buffer: Any) -> None:
-    """Every replica's finished shard of the gradients, on all of them."""
+    """All-gather the gradients that the distributed optimizer has sharded over the replicas."""
     group = buffer.data_parallel_group
     if buffer.ddp_config.use_distributed_optimizer and group.size() > 1:
         for bucket in buffer.buckets:
@@ -89,7 +91,7 @@ def _gather(buffer: Any) -> None:
 
 
 def _can_show(parameter: torch.nn.Parameter) -> bool:
-    """torch before 2.10 keeps no gradient of another type than its parameter's."""
+    """Whether ``grad`` can be set: torch before 2.10 allows no other dtype than the parameter's."""
     return parameter.main_grad.dtype == parameter.dtype or hasattr(parameter, "grad_dtype")  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""How a batch is cut into micro-batches."""
+"""Chooses the sizes of the micro-batches of a batch, and cuts the batch into them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _MICRO_BATCHES_PER_STAGE = 4
 
 
 @dataclass(frozen=True)
-class Cut:
+class MicroBatchSizes:
     """Sizes of the micro-batches of one batch.
 
     Args:
-        sizes: Rows of each; equal ones under a pipeline, whose messages have one shape.
-        ghosts: Copies of the first that follow, with no weight: they fill up the interleaved schedule, which takes
+        sizes: Rows of each micro-batch; all are equal under a pipeline, whose messages have one shape.
+        num_padding: Number of further micro-batches with weight 0, copies of the first: the interleaved schedule takes
             multiples of ``pp`` only.
-        counts: Whether the batch has any weight; without, all of it is computed and none of it counted.
+        counts: Whether the batch counts; if not, it is computed with weight 0.
     """
 
     sizes: tuple[int, ...]
-    ghosts: int = 0
+    num_padding: int = 0
     counts: bool = True
 
 
@@ -46,13 +46,13 @@ class MicroBatching:
         """Whether the user has chosen; otherwise the batch of a plain module stays whole."""
         return self.size is not None or self.count is not None
 
-    def cut(self, layout: ParallelLayout, rows: int) -> Cut:
+    def cut(self, layout: ParallelLayout, rows: int) -> MicroBatchSizes:
         """The micro-batches of a batch of ``rows``, smaller where the chosen size or number does not divide."""
         if layout.pp == 1:
             size = self.size or -(-rows // (self.count or 1))
-            return Cut(tuple(min(size, rows - start) for start in range(0, rows, size)))
+            return MicroBatchSizes(tuple(min(size, rows - start) for start in range(0, rows, size)))
         count = self._even_count(layout, rows)
-        return Cut((rows // count,) * count, -count % layout.microbatch_multiple)
+        return MicroBatchSizes((rows // count,) * count, -count % layout.microbatch_multiple)
 
     def _even_count(self, layout: ParallelLayout, rows: int) -> int:
         """The number of equal micro-batches for a pipeline: the nearest to the choice that ``rows`` can be cut into."""
@@ -63,16 +63,16 @@ class MicroBatching:
         return next((count for count in counts if count % layout.microbatch_multiple == 0), counts[0])
 
 
-def slices(batch: Any, sizes: Cut) -> Iterator[tuple[Any, float]]:
-    """Yield each micro-batch with its share of the rows; ghosts, and batches that do not count, have none.
+def slices(batch: Any, sizes: MicroBatchSizes) -> Iterator[tuple[Any, float]]:
+    """Yield each micro-batch with its share of the rows, which is 0 for padding and batches that do not count.
 
     Raises:
-        ValueError: Something in the batch does not have its rows; it is named.
+        ValueError: An entry of the batch has another number of rows; the text names it.
     """
     rows = sum(sizes.sizes)
     start = 0
     for size in sizes.sizes:
         yield take_rows(batch, start, start + size, rows), size / rows if sizes.counts else 0.0
         start += size
-    for _ in range(sizes.ghosts):
+    for _ in range(sizes.num_padding):
         yield take_rows(batch, 0, sizes.sizes[0], rows), 0.0

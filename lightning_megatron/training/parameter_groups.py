@@ -1,4 +1,4 @@
-"""``ParameterGroups``: which parameters have no weight decay, and which learn at another rate."""
+"""``ParameterGroups``: which parameters have no weight decay, and which have another learning rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_megatron.distributed.arguments import Arguments
 
 OptimizerCallable = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
-# Says of a parameter, by its name in the whole model and its number of dimensions, whether a condition holds.
+# Whether a condition holds for a parameter, given its name in the whole model and the parameter.
 Predicate = Callable[[str, torch.nn.Parameter], bool]
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -24,7 +24,7 @@ def default_optimizer(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
 
 
 def biases_and_vectors(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Megatron's rule of what has no weight decay: biases, and all of one dimension, such as norms."""
+    """Megatron's rule for parameters without weight decay: biases, and parameters of one dimension, such as norms."""
     return name.endswith(".bias") or parameter.dim() == 1
 
 
@@ -38,10 +38,11 @@ class ParameterGroups:
     are this rank's: a condition on them would differ from layout to layout.
 
     Args:
-        optimizer: Makes the torch optimizer. The default is ``default_optimizer``.
-        no_weight_decay: What has no weight decay; ``biases_and_vectors`` is Megatron's rule. None: all of it decays.
-        scale_lr: What learns at ``lr_mult`` times the learning rate.
-        lr_mult: See ``scale_lr``.
+        optimizer: Makes the torch optimizer from groups of parameters; None takes ``default_optimizer``.
+        no_weight_decay: The parameters without weight decay; ``biases_and_vectors`` is Megatron's rule. None gives
+            weight decay to all.
+        scale_lr: The parameters whose learning rate is multiplied by ``lr_mult``.
+        lr_mult: The factor for ``scale_lr``.
 
     Raises:
         ValueError: ``lr_mult`` without ``scale_lr`` or the reverse, or a negative one.
@@ -54,30 +55,30 @@ class ParameterGroups:
     lr_mult: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a factor for nothing, and nothing for a factor."""
+        """Refuse arguments that only make sense together."""
         arguments = Arguments("ParameterGroups")
         arguments.number(lr_mult=self.lr_mult)
         if not callable(self.optimizer) and self.optimizer is not None:
             raise ValueError(
-                f"ParameterGroups(optimizer={self.optimizer!r}): use what makes one of parameters, such as"
-                " functools.partial(torch.optim.AdamW, lr=1e-3), or None."
+                f"ParameterGroups(optimizer={self.optimizer!r}): use a function that makes an optimizer from"
+                " parameters, such as functools.partial(torch.optim.AdamW, lr=1e-3), or None."
             )
         conditions = {"no_weight_decay": self.no_weight_decay, "scale_lr": self.scale_lr}
         arguments.names(optional=True, **{name: value for name, value in conditions.items() if not callable(value)})
         if (self.scale_lr is None) != (self.lr_mult == 1.0):
             raise ValueError(
-                f"ParameterGroups(scale_lr={self.scale_lr}, lr_mult={self.lr_mult}): the one says which parameters, the"
-                " other by how much. Give both or neither."
+                f"ParameterGroups(scale_lr={self.scale_lr}, lr_mult={self.lr_mult}): scale_lr says which parameters,"
+                " and lr_mult by how much. Give both or neither."
             )
         if self.lr_mult < 0:
             raise ValueError(f"ParameterGroups(lr_mult={self.lr_mult}) is negative. Use 0 or more.")
 
     def split(self, parameters: NamedParameters) -> dict[str, dict[str, torch.nn.Parameter]]:
-        """The trainable parameters of each group, by name; the same groups on every rank, even where one is empty.
+        """Sort the trainable parameters into groups; every rank has the same groups, even if one is empty.
 
         Args:
-            parameters: With their names in the whole model: ``MegatronModule.named_shards()``, or a plain module's
-                ``named_parameters()``.
+            parameters: Parameters with their names in the whole model: ``MegatronModule.named_shards()``, or a plain
+                module's ``named_parameters()``.
         """
         groups: dict[str, dict[str, torch.nn.Parameter]] = {name: {} for name in self._names()}
         for name, parameter in parameters:
@@ -88,7 +89,7 @@ class ParameterGroups:
         return groups
 
     def build(self, parameters: NamedParameters) -> Optimizer:
-        """The torch optimizer.
+        """Make the torch optimizer.
 
         Its groups carry a ``name``, which LearningRateMonitor shows, and Megatron's ``wd_mult`` and ``lr_mult``.
 

@@ -1,8 +1,8 @@
-"""At a resume: whether an optimizer's and its schedules' settings are the checkpoint's or the program's.
+"""Decides, when a run resumes, whether settings of optimizer and schedulers are the checkpoint's or the program's.
 
-A setting is what the program says of the optimizer and its schedules at the start of a run, such as a peak, a weight
-decay or a patience; what follows from it step by step is their state, and always the checkpoint's. As in Lightning the
-checkpoint's settings hold by default. Whichever hold, those that differ are named with both values.
+A setting is what the program gives the optimizer and its schedulers at the start of a run, such as a peak learning
+rate, a weight decay or a patience. What changes step by step is state, and always the checkpoint's. As in Lightning,
+the checkpoint's settings hold by default. In either case a warning names the settings that differ, with both values.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ Side = Literal["checkpoint", "program"]
 State = dict[str, Any]
 Difference = tuple[str, Any, Any]  # a setting's name, in the checkpoint, in the program
 
-# What moves as a scheduler steps, of torch's and ours; all else in its state is a setting.
-_PLACE = {"last_epoch", "num_steps", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter", "horizon"}
-# Follows from other settings.
+# Entries of a scheduler's state that change as it steps; everything else in its state is a setting.
+_PROGRESS = {"last_epoch", "num_steps", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter", "horizon"}
+# Entries that follow from other settings.
 _DERIVED = {"lr", "initial_lr", "wd_mult", "base_lrs", "max_lr", "default_min_lr", "mode_worse", "_schedule_phases"}
-# Of a class that has no public name for them (torch 2.13's SequentialLR and OneCycleLR).
+# Settings that have only a private name (in SequentialLR and OneCycleLR of torch 2.13).
 _PRIVATE = {"_milestones", "_anneal_func_type", "_schedule_phases"}
-# Their ``step`` of a given place sets all that follows from it, momenta and the number of the cycle included.
+# Schedulers whose ``step(epoch)`` sets everything that follows from the step, such as momenta and the cycle.
 _STEPPED_TO = (CosineAnnealingWarmRestarts, CyclicLR, OneCycleLR)
 
 
 class ResumedSettings:
-    """Compares a checkpoint's settings with the program's, and has one side's hold.
+    """Compares a checkpoint's settings with the program's, and applies those of one side.
 
     Args:
-        side: Whose settings hold.
+        side: The side whose settings apply: "checkpoint" or "program".
     """
 
     def __init__(self, side: Side) -> None:
@@ -44,12 +44,12 @@ class ResumedSettings:
         self._to_set: list[Any] = []
 
     def choose(self, optimizer: ShardedOptimizer, schedulers: list[Any], checkpoint: State) -> None:
-        """Change what is about to be loaded so that the settings of the chosen side hold, and name what differs.
+        """Change the state to be loaded so that the settings of the chosen side apply, and warn of differences.
 
         Args:
-            optimizer: The program's, at the start of its run.
-            schedulers: The program's.
-            checkpoint: Its ``optimizer_states`` and ``lr_schedulers`` are changed.
+            optimizer: The program's optimizer at the start of its run.
+            schedulers: The program's schedulers.
+            checkpoint: The state to be loaded; its ``optimizer_states`` and ``lr_schedulers`` are changed.
         """
         self._to_set = []
         saved = checkpoint["optimizer_states"][0]["hyper"]
@@ -59,13 +59,13 @@ class ResumedSettings:
         found = list(_in_groups(then, optimizer.initial_settings))
         others = ""
         if len(schedules) != len(schedulers):
-            others = f" The checkpoint has {len(schedules)} schedules, and the program {len(schedulers)}."
+            others = f" The checkpoint has {len(schedules)} schedulers, and the program has {len(schedulers)}."
         if self._side == "program":
             _take_groups(saved, then, optimizer.initial_settings, scheduled=bool(schedules) and bool(schedulers))
         for number, (scheduler, state) in enumerate(zip(schedulers, schedules, strict=False)):
             own, name = scheduler.state_dict(), type(scheduler).__name__
             if _kind(own) != _kind(state):
-                others += f" {name} is another kind of schedule than the checkpoint's: it goes on at the same place."
+                others += f" {name} is another kind of scheduler than the checkpoint's: it continues at the same step."
                 peaks = None if self._side == "program" else [_peak(was) for was in then]
                 schedules[number] = _placed(own, state, peaks)
                 self._to_set.append(scheduler)
@@ -120,7 +120,7 @@ def _in_groups(then: list[State], now: list[State]) -> Iterator[Difference]:
 
 
 def _in_states(then: State, now: State) -> Iterator[Difference]:
-    """Settings of a scheduler; those of schedulers and dictionaries within it, too."""
+    """Compare the settings of a scheduler, and of the schedulers and dictionaries within it."""
     for key, given in now.items():
         was = then.get(key)
         if key == "_schedulers":
@@ -133,23 +133,23 @@ def _in_states(then: State, now: State) -> Iterator[Difference]:
         elif isinstance(given, dict) and isinstance(was, dict):
             if all(isinstance(name, str) for name in [*was, *given]):
                 yield from _in_states(was, given)
-            elif was != given:  # MultiStepLR's milestones are counted
+            elif was != given:  # a Counter: MultiStepLR's milestones
                 yield key, sorted(was), sorted(given)
         elif key in then and _is_setting(key) and key not in _DERIVED and was != given:
             yield key.removeprefix("_"), was, given
 
 
 def _is_setting(key: str) -> bool:
-    return key not in _PLACE and (not key.startswith("_") or key in _PRIVATE)
+    return key not in _PROGRESS and (not key.startswith("_") or key in _PRIVATE)
 
 
 def _take_groups(saved: State, then: list[State], now: list[State], scheduled: bool) -> None:
-    """Put the program's settings into saved groups; a scheduled rate keeps its place between nothing and the peak."""
+    """Put the program's settings into saved groups; a scheduled learning rate keeps its ratio to the peak."""
     for group, was, given in zip(saved["groups"], then, now, strict=True):
         if given.get("amsgrad") and not group.get("amsgrad"):
             raise MisconfigurationException(
-                "Checkpointing(optimizer_settings='program') with amsgrad=True: the checkpoint was trained without,"
-                " and has no maxima to go on from. Leave amsgrad out."
+                "Checkpointing(optimizer_settings='program') with amsgrad=True: the checkpoint was trained without"
+                " amsgrad, and has no maxima to continue from. Leave amsgrad out."
             )
         rate, before, peak = float(group["lr"]), _peak(was), _peak(given)
         for key, value in given.items():
@@ -160,7 +160,7 @@ def _take_groups(saved: State, then: list[State], now: list[State], scheduled: b
 
 
 def _with_settings(saved: State, own: State) -> State:
-    """A scheduler's saved place under the program's settings."""
+    """A scheduler's saved step with the program's settings."""
     merged = {**saved, **{key: value for key, value in own.items() if _is_setting(key)}}
     if "_schedulers" in own:
         pairs = zip(saved["_schedulers"], own["_schedulers"], strict=True)
@@ -169,7 +169,7 @@ def _with_settings(saved: State, own: State) -> State:
 
 
 def _placed(own: State, saved: State, peaks: list[float] | None) -> State:
-    """A scheduler's own state at the place, and with the peaks (None: its own), of one of another kind."""
+    """A scheduler's own state at the step of a scheduler of another kind, with the given peaks or its own."""
     state: State = {**own, **{key: saved[key] for key in ("last_epoch", "_step_count") if key in saved}}
     if "_schedulers" in own:
         state["_schedulers"] = [_placed(each, saved, peaks) for each in own["_schedulers"]]
@@ -182,14 +182,14 @@ def _placed(own: State, saved: State, peaks: list[float] | None) -> State:
 
 
 def _kind(state: State) -> tuple[list[str], int]:
-    """What tells schedulers of one kind from those of another: no checkpoint of Lightning's has their class."""
+    """What distinguishes kinds of schedulers: Lightning's checkpoints do not store their class."""
     unlike = _DERIVED | {"horizon", "verbose"}
     names = sorted(key for key in state if not key.startswith("_") and key not in unlike)
     return names, len(state.get("_schedulers", ()))
 
 
 def _rates(scheduler: Any) -> list[Any]:
-    """What a scheduler gives at its place, where it has a formula for that."""
+    """The learning rates of a scheduler at its step, if it has a closed form."""
     if isinstance(scheduler, MegatronLRScheduler):
         return scheduler.get_lr()
     if isinstance(scheduler, LambdaLR):
@@ -200,7 +200,7 @@ def _rates(scheduler: Any) -> list[Any]:
 
 
 def _guessed(groups: list[State], scheduled: bool) -> list[State]:
-    """The settings of a checkpoint that does not tell them, of this package's first versions."""
+    """The settings of a checkpoint of this package's first versions, which did not store them."""
     moved = {"weight_decay", "betas", "momentum"} if scheduled else set()
     return [{key: value for key, value in group.items() if key not in moved | IMPLEMENTATION_FLAGS} for group in groups]
 

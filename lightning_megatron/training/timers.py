@@ -1,7 +1,7 @@
-"""What a rank does when: megatron-core's own timers, told on to whoever listens; they cost nothing where nobody does.
+"""Forwards the events of megatron-core's timers to listeners; without listeners, they cost nothing.
 
-megatron-core starts and stops a timer around each forward and backward pass of a micro-batch, each exchange between
-stages, the reduction of gradients and the parts of an optimizer step, wherever its configuration has ``timers``.
+If its configuration has ``timers``, megatron-core starts and stops a timer around each forward and backward pass of a
+micro-batch, each exchange between stages, the reduction of gradients and the parts of an optimizer step.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any, Protocol
 
 import torch
 
-# megatron-core's names (0.16.1)
+# names of megatron-core's timers (0.16.1)
 FORWARD, BACKWARD, SCHEDULE = "forward-compute", "backward-compute", "forward-backward"
 GRADIENT_SYNC = (
     "all-grads-sync", "conditional-embedder-grads-all-reduce", "non-tensor-parallel-grads-all-reduce",
     "embedding-grads-all-reduce",
 )  # fmt: skip
-# ours
+# names of this package's timers
 STEP, OPTIMIZER, SAVE = "step", "optimizer", "save"
 
 
 class Listener(Protocol):
-    """Who hears of what begins and ends on this rank, the inner before the outer."""
+    """Is told when an activity of this rank begins and ends."""
 
     def begin(self, name: str) -> None:
-        """``name`` begins."""
+        """The activity ``name`` begins."""
 
     def end(self, name: str) -> None:
-        """``name`` ends."""
+        """The activity ``name`` ends."""
 
 
 class Timers:
@@ -41,7 +41,7 @@ class Timers:
         self.listeners: list[Listener] = []
 
     def __call__(self, name: str, log_level: int | None = None) -> _Timer:
-        """The timer of that name."""
+        """Return the timer of that name."""
         return _Timer(self, name)
 
 
@@ -51,19 +51,19 @@ class _Timer:
     name: str
 
     def start(self, barrier: bool = False) -> None:
-        """Begin; no barrier, which would change what is watched."""
+        """Start; without the barrier, which would change what is measured."""
         for listener in self.timers.listeners:
             listener.begin(self.name)
 
     def stop(self, barrier: bool = False) -> None:
-        """End."""
+        """Stop."""
         for listener in self.timers.listeners:
             listener.end(self.name)
 
 
 @contextmanager
 def timed(timers: Timers | None, name: str) -> Iterator[None]:
-    """Time what is inside, as megatron-core does; nothing where nobody listens."""
+    """Time the body as megatron-core does; does nothing without timers."""
     if timers is None:
         yield
         return
@@ -77,12 +77,12 @@ def timed(timers: Timers | None, name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Interval:
-    """Something that a rank did.
+    """An activity of a rank.
 
     Args:
-        name: What.
-        start: Seconds of this machine's monotonic clock.
-        end: Likewise.
+        name: Name of the activity.
+        start: When it began, in seconds of this machine's monotonic clock.
+        end: When it ended, by the same clock.
     """
 
     name: str
@@ -91,17 +91,17 @@ class Interval:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """The duration in seconds."""
         return self.end - self.start
 
 
 class Intervals:
-    """A listener that keeps what it hears.
+    """A listener that records intervals.
 
-    On a GPU it marks the current stream, which goes on undisturbed, and asks for the times at the end.
+    On a GPU it records events on the current stream, without synchronising, and reads their times at the end.
 
     Args:
-        device: Where the work is done.
+        device: The device of the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -114,18 +114,18 @@ class Intervals:
             self._zero = (time.monotonic(), self._mark())
 
     def begin(self, name: str) -> None:
-        """Open one."""
+        """Open an interval."""
         self._open.append((name, self._mark()))
 
     def end(self, name: str) -> None:
-        """Close the last that was opened under this name; one that was open before anyone listened is left out."""
+        """Close the last interval of this name; one that began before this listener was added is ignored."""
         for number in reversed(range(len(self._open))):
             if self._open[number][0] == name:
                 self._closed.append((name, self._open.pop(number)[1], self._mark()))
                 return
 
     def take(self) -> list[Interval]:
-        """What was kept since the last time, in the order in which it began."""
+        """Return the intervals since the last call, in the order in which they began."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         taken = [Interval(name, self._time(start), self._time(end)) for name, start, end in self._closed]

@@ -1,4 +1,4 @@
-"""What each weight is trained with, by its group of the optimizer: the same for all that hold a copy or a part."""
+"""Checks that all ranks which hold a copy or a part of a weight train it with the same optimizer settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_megatron.distributed import collectives, process_groups
 
-# A group's numbers as text, so that those of other processes compare.
+# A group's settings as text, so that they can be compared between processes.
 Setting = dict[str, str]
 
 _FROZEN: Setting = {"requires_grad": "False"}
@@ -23,18 +23,18 @@ _COMPARABLE = (bool, int, float, str, tuple, list, torch.Tensor, type(None))
 
 
 def check(parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Optimizer) -> None:
-    """Refuse an optimizer that trains copies of one weight in two ways, or not all that requires gradients.
+    """Refuse an optimizer that trains copies of one weight differently, or that lacks a weight.
 
-    Copies would drift apart, and a checkpoint, which has one of them, would not be what was trained. Called by all
-    ranks, and raises on all.
+    The copies would drift apart, and a checkpoint, which stores one of them, would not be the trained model. All ranks
+    call this, and raise on all ranks.
 
     Args:
-        parameters: This rank's, under the whole model's names.
+        parameters: This rank's parameters, under the whole model's names.
         optimizer: What ``configure_optimizers`` returned.
 
     Raises:
-        MisconfigurationException: Names the weight, the ranks and their settings.
-        ValueError: A weight is in no group.
+        MisconfigurationException: Ranks train a weight differently; the text has the ranks and their settings.
+        ValueError: A weight that requires gradients is in no group.
     """
     settings, problems = _settings(parameters, optimizer)
     problems += _differences(settings, process_groups.pipeline(), "pipeline stages")
@@ -42,7 +42,7 @@ def check(parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Optim
         (process_groups.tensor_parallel(), "tensor-parallel ranks"),
         (process_groups.data_parallel(), "replicas"),
     ):
-        if len(set(collectives.gather(_digest(settings), group))) > 1:  # all is sent only where something differs
+        if len(set(collectives.gather(_digest(settings), group))) > 1:  # the settings are only sent if they differ
             problems += _differences(settings, group, who)
     found = [problem for each in collectives.gather(problems[:1], _world()) for problem in each]
     if found:
@@ -52,7 +52,7 @@ def check(parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Optim
 def _settings(
     parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Optimizer
 ) -> tuple[dict[str, Setting], list[Exception]]:
-    """Each weight's setting on this rank; and what is wrong with them by themselves."""
+    """Return the settings of each weight on this rank, and the errors that this rank finds by itself."""
     of_group = [(_numbers(group), group["params"]) for group in optimizer.param_groups]
     known = {id(parameter): numbers for numbers, members in of_group for parameter in members}
     settings: dict[str, Setting] = {}
@@ -74,7 +74,7 @@ def _settings(
 
 
 def _differences(settings: dict[str, Setting], group: dist.ProcessGroup, who: str) -> list[Exception]:
-    """What a rank of ``group`` sets otherwise than one before it."""
+    """Return an error for each weight that ranks of ``group`` train differently."""
     seen: dict[str, tuple[int, Setting]] = {}
     found: list[Exception] = []
     for rank, theirs in enumerate(collectives.gather(settings, group)):
@@ -95,12 +95,13 @@ def _numbers(group: dict[str, Any]) -> Setting:
 
 def _refusal(name: str, who: str, one: Setting, other: Setting) -> MisconfigurationException:
     def only(mine: Setting, theirs: Setting) -> str:
-        return ", ".join(f"{key}={value}" for key, value in mine.items() if theirs.get(key) != value) or "nothing more"
+        others = (f"{key}={value}" for key, value in mine.items() if theirs.get(key) != value)
+        return ", ".join(others) or "no other setting"
 
     return MisconfigurationException(
-        f"configure_optimizers trains {name} in two ways: {who} hold one weight, or parts of one, with"
-        f" {only(one, other)} and with {only(other, one)}. The model would differ from every checkpoint of it. Choose"
-        " groups by what is the same on every rank, such as the names of self.named_parameters()."
+        f"configure_optimizers trains {name} in two ways: {who} hold copies or parts of it, and train them with"
+        f" {only(one, other)} and with {only(other, one)}. No checkpoint could hold both. Choose the groups by what is"
+        " the same on every rank, such as the names of self.named_parameters()."
     )
 
 

@@ -1,1 +1,1 @@
-"""Where in its data a run is, recorded at a save and restored at a resume."""
+"""The position in the training data, recorded at a save and restored at a resume."""

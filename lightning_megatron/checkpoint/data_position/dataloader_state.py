@@ -1,7 +1,7 @@
-"""Stand-ins for training loaders, and their samplers, that tell where they are, and can be made to go on from there.
+"""Records the position of a training DataLoader, and lets it continue from there.
 
-A loader's batches follow from two random states: the one that its iterator was made in (torch draws the workers' seed
-from it) and the one that its first batch was asked for in (a sampler draws its order from it).
+A loader's batches follow from two random states: the state when its iterator was created, from which torch draws the
+workers' seed, and the state when its first batch was requested, from which a sampler draws its order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _UNKNOWN: Record = {
 
 
 def tracked(loader: Any) -> Any:
-    """The loader, or a copy of it, so that its place is known; one that has ``state_dict`` keeps its own."""
+    """Return the loader, or a copy of it whose position is tracked; a loader with ``state_dict`` tracks its own."""
     if is_stateful(loader):
         return loader if sized_len(loader) is not None else _PrefetchedLoader(loader)
     if not isinstance(loader, DataLoader):
@@ -35,15 +35,15 @@ def tracked(loader: Any) -> Any:
     inner = getattr(loader, name)
     if inner is None or isinstance(inner, TrackedSampler):
         return loader
-    # A copy, since the user's may be read elsewhere too. DataLoader refuses to have its samplers assigned; nothing
-    # else in it holds on to them.
+    # A copy, since the user's loader may be read elsewhere too. DataLoader refuses assignments to its samplers; nothing
+    # else in it refers to them.
     loader = copy.copy(loader)
     loader.__dict__[name] = TrackedSampler(inner, loader)
     return loader
 
 
 def tracked_sampler(loader: Any) -> TrackedSampler | None:
-    """The stand-in for a loader's sampler, if it has one."""
+    """The tracked sampler of a loader, if it has one."""
     for name in ("batch_sampler", "sampler"):
         if isinstance(inner := getattr(loader, name, None), TrackedSampler):
             return inner
@@ -51,24 +51,24 @@ def tracked_sampler(loader: Any) -> TrackedSampler | None:
 
 
 def is_stateful(loader: Any) -> bool:
-    """Whether a loader has a state of its own."""
+    """Whether a loader has ``state_dict`` and ``load_state_dict``."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def loader_record(loader: Any) -> Record:
-    """What a checkpoint keeps of a loader; little of one without samplers."""
+    """What a checkpoint stores of a loader; nothing is known of a loader without samplers."""
     batches = tracked_sampler(loader)
     return _UNKNOWN if batches is None else batches.record()
 
 
 @dataclass(frozen=True)
 class LoaderPosition:
-    """Where a loader goes on.
+    """The position from which a loader continues.
 
     Args:
-        at_iter: The states that its iterator was made in; None takes what is.
-        at_first: The states that its first batch was asked for in; None if none was.
-        skip: Batches to leave out by their numbers.
+        at_iter: The random states when its iterator was created; None keeps the present ones.
+        at_first: The random states when its first batch was requested; None if none was.
+        skip: Batches to skip by their numbers.
     """
 
     at_iter: Record | None = None
@@ -80,7 +80,7 @@ _START = LoaderPosition()
 
 
 class TrackedSampler:
-    """Stands in for a loader's batch sampler: remembers the random states that its order came from."""
+    """Wraps a loader's batch sampler and remembers the random states that its order came from."""
 
     def __init__(self, inner: Any, loader: DataLoader[Any]) -> None:
         self.inner = inner
@@ -88,7 +88,7 @@ class TrackedSampler:
         self.rows = loader.batch_size
         self.resume = _START
         self._loader = loader
-        self._untouched = False  # the last iterator has not been asked for a batch
+        self._untouched = False  # whether no batch has been requested from the last iterator
         self._generators = [g for g in (loader.generator, getattr(self._sampler, "generator", None)) if g is not None]
         self._seed_taken: int | None = None
         self._at_iter: Record | None = None
@@ -103,7 +103,7 @@ class TrackedSampler:
         return len(self.inner)
 
     def __iter__(self) -> Iterator[Any]:
-        # With workers an iterator is made twice; torch draws their seed after the first time.
+        # With workers an iterator is created twice; torch draws their seed after the first time.
         again = self._loader.num_workers > 0 and self._untouched
         self._untouched = True
         if not again:
@@ -113,7 +113,7 @@ class TrackedSampler:
 
     @property
     def seed(self) -> int | None:
-        """What the order of a distributed sampler comes from, with the epoch's number."""
+        """The seed of a distributed sampler, from which, with the number of the epoch, its order follows."""
         seed = getattr(self._sampler, "seed", None) if self._seed_taken is None else self._seed_taken
         return seed if isinstance(seed, int) else None
 
@@ -123,11 +123,11 @@ class TrackedSampler:
         self._seed_taken = seed
 
     def record(self) -> Record:
-        """What a checkpoint keeps."""
+        """What a checkpoint stores."""
         return {
             "rows": self.rows,
             "seed": self.seed,
-            # Of a sampler whose global batches are the same on any number of replicas.
+            # Whether the sampler gives the same global batches on any number of replicas.
             "global_batches": bool(getattr(self.inner, "global_batches", False)),
             "at_iter": self._at_iter,
             "at_first": self._at_first,
@@ -135,12 +135,12 @@ class TrackedSampler:
         }
 
     def set_generators(self, states: list[Any]) -> None:
-        """Bring the loader's own generators to where they were."""
+        """Restore the states of the loader's own generators."""
         for generator, state in zip(self._generators, states, strict=False):
             generator.set_state(state)
 
     def restart_workers(self) -> None:
-        """Have persistent workers begin with the next iterator, and its seed."""
+        """Make persistent workers start again with the next iterator, and its seed."""
         self._loader._iterator = None  # private (torch 2.13)
 
     @property
@@ -148,7 +148,7 @@ class TrackedSampler:
         return getattr(self.inner, "sampler", self.inner)
 
     def _from(self, place: LoaderPosition) -> Iterator[Any]:
-        """The batches, in the order in which they were begun, without those that are left out."""
+        """Yield the batches in their original order, without those that are skipped."""
         self.resume, self._untouched = _START, False
         now = self._states()
         self._at_first = place.at_first or now
@@ -157,7 +157,7 @@ class TrackedSampler:
         for _ in range(place.skip):
             next(batches, None)
         if place.at_first is not None and self.is_indexed:
-            rng_state.set_data_states(now["rng"])  # generators of the loader's own go on from here
+            rng_state.set_data_states(now["rng"])  # the loader's own generators continue from here
         yield from batches
 
     def _states(self) -> Record:
@@ -170,7 +170,7 @@ class TrackedSampler:
 
 
 class _PrefetchedLoader:
-    """A loader with a state but no length, of which Lightning reads one batch ahead: its state before that batch."""
+    """Wraps a stateful loader without a length: Lightning reads one batch ahead, and this gives the state before it."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader

@@ -1,8 +1,8 @@
-"""Where in its data a run is: Lightning's counts put right for a resume, in batches and in samples.
+"""Reads Lightning's loop counts, and corrects them in a checkpoint so that a run resumes at the right batch.
 
-Lightning 2.6 closes an epoch that ``max_steps`` cuts short, so that a resume would go on in the next epoch's order;
-and it counts batches in the middle of an accumulation window whose gradients no checkpoint holds. Here the epoch stays
-open, and the window begins anew.
+Lightning 2.6 closes an epoch that ``max_steps`` cuts short, so that a resume would continue in the next epoch's order.
+It also counts batches in the middle of an accumulation window, whose gradients no checkpoint holds. Here the epoch
+stays open, and the window is run again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Position:
     """What a run has consumed.
 
     Args:
-        epoch: The epoch to go on in.
-        batches: Batches of that epoch whose steps are in the weights.
-        redo: Batches after those, of an unfinished accumulation window: they are run again.
-        begun: Whether the iterators of that epoch have been made.
+        epoch: The epoch to continue in.
+        batches: Batches of that epoch whose optimizer steps are done.
+        redo: Batches after those, of an unfinished accumulation window, which are run again.
+        begun: Whether the iterators of that epoch exist.
     """
 
     epoch: int
@@ -35,7 +35,7 @@ class Position:
 
 
 def position(trainer: pl.Trainer) -> Position:
-    """Where ``trainer`` is in its training data."""
+    """The position of ``trainer`` in its training data."""
     loop = trainer.fit_loop
     epochs: Any = loop.epoch_progress.current
     epoch = max(epochs.started - 1, 0)
@@ -48,7 +48,7 @@ def position(trainer: pl.Trainer) -> Position:
 
 
 def processed(trainer: pl.Trainer) -> int:
-    """Batches of the running epoch that have been trained on."""
+    """Number of batches of the present epoch that have been trained on."""
     counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return int(counts.processed)
 
@@ -58,7 +58,7 @@ def correct_counts(loops: dict[str, Any], where: Position) -> None:
     epochs, batches = loops["fit_loop"]["epoch_progress"], loops["fit_loop"]["epoch_loop.batch_progress"]
     inside = where.batches > 0 or where.redo > 0
     for counts in (epochs["total"], epochs["current"]):
-        if inside and counts["processed"] == counts["started"]:  # closed, though not all of its batches have run
+        if inside and counts["processed"] == counts["started"]:  # closed, although batches are left
             counts["completed"] = min(counts["completed"], counts["processed"] - 1)
             counts["processed"] -= 1
         elif not inside:
@@ -66,13 +66,13 @@ def correct_counts(loops: dict[str, Any], where: Position) -> None:
     for counts in (batches["total"], batches["current"]):
         for name in _COUNTS:
             counts[name] = max(counts[name] - where.redo, 0)
-    if where.batches == 0:  # an epoch's beginning, also where its first window is run again
+    if where.batches == 0:  # the beginning of an epoch, also if its first window is run again
         batches["total"] = dict.fromkeys(_COUNTS, batches["total"]["processed"])
         batches["current"] = dict.fromkeys(_COUNTS, 0)
         batches["is_last_batch"] = False
 
 
 def set_batches(trainer: pl.Trainer, batches: int) -> None:
-    """Have the running epoch go on after ``batches``."""
+    """Make the present epoch continue after ``batches``."""
     counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     counts.ready = counts.started = counts.processed = counts.completed = batches

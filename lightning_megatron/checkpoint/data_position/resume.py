@@ -1,9 +1,9 @@
-"""Where in its data a run is, and goes on: the same shuffles, no sample twice, none left out.
+"""Resumes a run at the same sample: the same shuffles, no sample twice and none skipped.
 
-A checkpoint keeps the random states that each loader's batches follow from, and the number of batches given since. A
-resumed run lets Lightning make its iterators, and before the first batch is read it makes them again: each from its
-own states, and without the batches given. What is drawn beside the data (dropout, augmentation) goes on from the states
-of the save.
+A checkpoint stores the random states that each loader's batches follow from, and the number of batches read since. A
+resumed run lets Lightning create its iterators, and creates them again before the first batch is read: each from its
+own states, and without the batches that were read. All other random numbers (dropout, augmentation) continue from the
+states of the save.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _NOTHING = object()
 
 
 class Resumption:
-    """Where in its data a run is; and, after a load, where it has to go on.
+    """Records the position of a run in its data, and after a load continues from the saved position.
 
     Args:
-        skip_batches: Batches to leave out after a load, once: not again behind a checkpoint that was saved after it.
+        skip_batches: Batches to skip after a load; a checkpoint that is saved afterwards does not skip them again.
     """
 
     def __init__(self, skip_batches: int = 0) -> None:
@@ -49,7 +49,7 @@ class Resumption:
         self.reset()
 
     def reset(self) -> None:
-        """A new run, or one that takes the weights that were loaded, and nothing else."""
+        """Discard the loaded position: a new run begins, or one that uses only the loaded weights."""
         self._saved: Record | None = None
         self._same_layout = False
         self._window: Record | None = None
@@ -58,7 +58,7 @@ class Resumption:
         self._ended: tuple[Any, rng_state.States] | None = None
 
     def track(self, loader: Any, replace: Replace) -> Any:
-        """Have a training loader take part; one that has ``state_dict`` keeps its own place.
+        """Track the position of a training loader; a loader with ``state_dict`` tracks its own.
 
         Args:
             loader: Of this epoch, or of all.
@@ -66,21 +66,22 @@ class Resumption:
         """
         loader = tracked(loader)
         batches = tracked_sampler(loader)
-        if batches is not None and batches.seed in self._seeds:  # made in the middle of a resumed run, for a new epoch
+        if batches is not None and batches.seed in self._seeds:  # created during a resumed run, for a new epoch
             batches.take_seed(self._seeds[batches.seed], replace)
         return loader
 
     def record(self, trainer: pl.Trainer, where: Position, data_parallel_size: int) -> Record:
-        """What a checkpoint keeps of this rank's loaders and random states.
+        """What a checkpoint stores of this rank's loaders and random states.
 
         Raises:
-            CheckpointError: The window's batches would have to be read again, by a loader that cannot go back.
+            CheckpointError: Batches of the accumulation window would have to be read again, but the loader cannot go
+                back.
         """
         if where.redo and any(map(is_stateful, _loaders(trainer))):
             raise CheckpointError(
-                f"A checkpoint {where.redo} batches into an accumulation window has to read them again, and this"
-                " loader has a state_dict of its own and cannot go back. Save between windows: every_n_train_steps"
-                " counts them, time and exceptions do not."
+                f"A checkpoint that is saved {where.redo} batches into an accumulation window has to read them again,"
+                " but this loader has a state_dict of its own and cannot go back. Save between windows, with"
+                " every_n_train_steps; saves by time or on an exception may fall inside a window."
             )
         states = self._ended[1] if self._ended is not None else None
         now = self._window if where.redo and self._window is not None else _now(trainer, where.batches, states)
@@ -95,28 +96,28 @@ class Resumption:
         }
 
     def load(self, record: Record, same_layout: bool) -> None:
-        """Go on as a ``record`` says.
+        """Continue from a ``record``.
 
         Args:
-            record: Of this rank, or of one with the same data.
-            same_layout: Whether this rank sits where the rank sat whose states were saved.
+            record: The record of this rank, or of a rank that read the same data.
+            same_layout: Whether the record is of a rank with the same coordinates in the same layout.
         """
         self._saved, self._same_layout = record, same_layout
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Bring random states to the saved ones, and see to the loaders before the first batch is read."""
+        """Restore the saved random states, and prepare the loaders; called before the first batch is read."""
         if self._saved is not None:
-            # Lightning says so of every loader without `state_dict`; this one goes on where it was.
+            # Lightning warns of every loader without `state_dict`, but these continue where they were.
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
             for loader, record in zip(_loaders(trainer), self._saved["loaders"], strict=False):
                 if (batches := tracked_sampler(loader)) is not None:
                     batches.set_generators(record["generators"])
-            # So that loaders are made anew before the same epochs (reload_dataloaders_every_n_epochs).
+            # So that loaders are created again before the same epochs (reload_dataloaders_every_n_epochs).
             lightning_private.set_last_reload_epoch(trainer, self._saved["made_in"])
             self._restore(self._saved)
 
     def end(self, trainer: pl.Trainer) -> None:
-        """Keep what a fit has ended with, its loaders and random states, for a save behind later evaluations."""
+        """Keep the loaders and random states at the end of a fit, for a save after later evaluations."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._ended = lightning_private.combined_loader(trainer.fit_loop), rng_state.snapshot()
 
@@ -141,13 +142,13 @@ class Resumption:
             self._window = _now(trainer, done)
 
     def _go_on(self, trainer: pl.Trainer, saved: Record, replace: Replace) -> None:
-        """Make the iterators anew, in the saved places."""
+        """Create the iterators again, at the saved positions."""
         fetcher = lightning_private.data_fetcher(trainer)
         loaders, records = _loaders(trainer), saved["loaders"]
         if saved["begun"] and len(loaders) != len(records):
             raise MisconfigurationException(
                 f"The checkpoint is from the middle of an epoch over {len(records)} training loaders, and this run has"
-                f" {len(loaders)}. Resume with as many, or from a checkpoint at an epoch's end."
+                f" {len(loaders)}. Resume with {len(records)} loaders, or from a checkpoint at an epoch's end."
             )
         self._take_seeds(loaders, records, replace)
         lightning_private.load_loader_states(trainer, saved["combined_loader"] or [])
@@ -178,7 +179,7 @@ class Resumption:
             rng_state.set_data_states(saved["rng"]["data"])
 
     def _take_seeds(self, loaders: list[Any], records: list[Record], replace: Replace) -> None:
-        """A distributed sampler's order comes from a seed, and this run's may be another."""
+        """Take over the saved seeds of distributed samplers, from which their order follows."""
         for loader, record in zip(loaders, records, strict=False):
             batches = tracked_sampler(loader)
             if batches is not None and batches.seed is not None and record["seed"] is not None:
@@ -186,13 +187,13 @@ class Resumption:
                 batches.take_seed(record["seed"], replace)
 
     def _to_leave_out(self, saved: Record) -> int:
-        """``skip_batches``, where the run that saved has not left them out."""
+        """``skip_batches``, or 0 if the run that saved has skipped them already."""
         self._left_out = self._skip_batches
         if not self._skip_batches or saved["left_out"] != self._skip_batches:
             return self._skip_batches
         rank_zero_warn(
             f"Checkpointing(skip_batches={self._skip_batches}) was applied before this checkpoint was saved, and is"
-            " not applied again. To leave out more from here, use another number."
+            " not applied again. To skip more batches from here, use another number."
         )
         return 0
 
@@ -203,7 +204,7 @@ def _loaders(trainer: pl.Trainer) -> list[Any]:
 
 
 def _now(trainer: pl.Trainer, batches: int, states: rng_state.States | None = None) -> Record:
-    """Random states, or the ``states`` given; and the places of the loaders after ``batches`` of the epoch."""
+    """The random states (``states``, or the present ones), and the loaders' positions after ``batches``."""
     combined = lightning_private.combined_loader(trainer.fit_loop)
     cycles = combined is not None and lightning_private.combining_mode(combined) == "max_size_cycle"
     return {
@@ -213,7 +214,7 @@ def _now(trainer: pl.Trainer, batches: int, states: rng_state.States | None = No
 
 
 def _record(loader: Any, batches: int, cycles: bool) -> Record:
-    """One loader's place. A loader that is shorter than another has ended by then, or was begun anew (``cycles``)."""
+    """The position of one loader. A shorter loader than another has ended, or started again (``cycles``)."""
     length, given = sized_len(loader), batches
     if length and batches > length:
         given = (batches - 1) % length + 1 if cycles else length
@@ -221,10 +222,10 @@ def _record(loader: Any, batches: int, cycles: bool) -> Record:
 
 
 def _batches_now(saved: Record, loaders: list[Any], replicas: int) -> int:
-    """Batches of this run's sizes that are the samples which were consumed.
+    """How many batches of this run's size the consumed samples are.
 
     Raises:
-        MisconfigurationException: They are no whole number, or not known.
+        MisconfigurationException: They are not a whole number of batches, or their number is not known.
     """
     if not saved["begun"]:
         return 0
@@ -234,14 +235,15 @@ def _batches_now(saved: Record, loaders: list[Any], replicas: int) -> int:
     }
     if len(each) > 1:
         raise MisconfigurationException(
-            f"The training loaders' batch sizes have not changed alike: what was consumed is {sorted(each)} batches of"
-            " them. Change them by one factor, or resume from a checkpoint at an epoch's end."
+            f"The batch sizes of the training loaders have changed by different factors: the consumed samples are"
+            f" {sorted(each)} of their batches. Change all batch sizes by one factor, or resume from a checkpoint at an"
+            " epoch's end."
         )
     return each.pop() if each else int(saved["batches"])
 
 
 def _converted(saved: Record, record: Record, loader: Any, replicas: int) -> int:
-    """The batches that a loader has given, in batches of its size in this run."""
+    """The number of batches that a loader has given, converted to its batch size in this run."""
     inner, given, before = tracked_sampler(loader), int(record["given"]), record["rows"]
     rows = inner.rows if inner is not None else None
     same = replicas == saved["replicas"] and (rows == before or None in (rows, before))
@@ -250,15 +252,15 @@ def _converted(saved: Record, record: Record, loader: Any, replicas: int) -> int
     if before is None or rows is None:
         raise MisconfigurationException(
             f"The checkpoint is from the middle of an epoch on {saved['replicas']} data-parallel replicas, and this run"
-            f" has {replicas}; the loader does not tell its batch_size, so the samples it has given are not known."
-            " Resume with as many replicas, or from a checkpoint at an epoch's end."
+            f" has {replicas}; the loader has no batch_size, so the number of consumed samples is not known. Resume"
+            f" with {saved['replicas']} replicas, or from a checkpoint at an epoch's end."
         )
     samples = given * before * saved["replicas"]
     if samples % (rows * replicas):
         fits = [n for n in range(1, samples // replicas + 1) if samples % (n * replicas) == 0]
         raise MisconfigurationException(
             f"The checkpoint has consumed {samples} samples of its epoch ({given} batches of {before} on"
-            f" {saved['replicas']} replicas), which is no whole number of batches of {rows} on {replicas} replicas."
+            f" {saved['replicas']} replicas), which are not a whole number of batches of {rows} on {replicas} replicas."
             f" Use batch_size={before * saved['replicas'] // replicas or 1}"
             f"{' or ' + ', '.join(map(str, fits[-3:])) if fits else ''}, or a checkpoint at an epoch's end."
         )
@@ -269,19 +271,19 @@ def _check_left(trainer: pl.Trainer, done: int, more: int) -> None:
     left = trainer.fit_loop.max_batches - done
     if more and more >= left:
         raise MisconfigurationException(
-            f"Checkpointing(skip_batches={more}): the checkpoint's epoch has {left} batches left, of which at least"
-            f" one has to be trained on. Use at most {left - 1}, or resume from a checkpoint of the next epoch."
+            f"Checkpointing(skip_batches={more}): the checkpoint's epoch has {left} batches left, and at least one"
+            f" of them has to be trained on. Use at most {left - 1}, or resume from a checkpoint of the next epoch."
         )
 
 
 def _iterate(fetcher: Any, to_read: list[int]) -> None:
-    """As ``iter(fetcher)``, but for the first batches of each loader, which are read and forgotten."""
+    """Do what ``iter(fetcher)`` does, but read and discard the first batches of each loader."""
     for batches, count in zip(lightning_private.start_fetcher(fetcher), to_read, strict=True):
         for number in range(count):
             if next(batches, _NOTHING) is _NOTHING:
                 raise MisconfigurationException(
-                    f"The training loader ended after {number} batches, and is to go on after {count}: those that the"
-                    " checkpoint has consumed of its epoch, and Checkpointing(skip_batches=)."
+                    f"The training loader ended after {number} batches, but the run has to continue after {count}:"
+                    " those of the epoch that the checkpoint has consumed, and Checkpointing(skip_batches=)."
                 )
     if fetcher.length is None:
         with suppress(StopIteration):

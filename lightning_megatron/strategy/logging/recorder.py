@@ -76,7 +76,7 @@ class LogRecorder:
         """Record instead of logging.
 
         Args:
-            share: Of the batch's rows that the micro-batch holds; 0 for a ghost, which leaves no trace.
+            share: Of the batch's rows that the micro-batch holds; 0 for a padding micro-batch, which leaves no trace.
             chunk: The virtual stage that runs it.
         """
 

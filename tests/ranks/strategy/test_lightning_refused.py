@@ -74,7 +74,7 @@ def _with_graph() -> dict[str, Any]:
 CASES: dict[str, tuple[Any, Any, str]] = {
     "backward": (Backward, dict, r"Backward.backward would never be called"),
     "dataloader_iter": (Iterates, dict, r"training_step\(batch, batch_idx\)"),
-    "None": (Skips, dict, r"returned None. MegatronStrategy skips no batch"),
+    "None": (Skips, dict, r"returned None. MegatronStrategy cannot skip a batch"),
     "manual optimization": (
         Manual,
         dict,

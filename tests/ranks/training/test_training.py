@@ -73,7 +73,7 @@ def _evaluate(layout: Layout, rows: int) -> dict:
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True), Layout(pp=2, vp=2), Layout(tp=2, pp=2)], ids=str)
 def test_validation_and_predictions_with_a_ragged_tail(layout):
-    rows = 19  # two batches of 8 and a tail of 3, which interleaving fills up with a ghost micro-batch
+    rows = 19  # two batches of 8 and a tail of 3, which interleaving fills up with a padding micro-batch
     samples = text_samples(plain_gpt.GPT2, rows)
     logits = plain_gpt.logits(plain_gpt.GPT2, plain_gpt.initial_weights(plain_gpt.GPT2), samples["tokens"])
     each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples["labels"], reduction="none")

@@ -157,7 +157,7 @@ def _refused(folder):
 
 def test_what_is_no_such_file_is_refused_in_words(tmp_path):
     [messages] = run_ranks(1, _refused, tmp_path)
-    assert "damaged, or no checkpoint" in messages["cut"]
+    assert "damaged or no checkpoint" in messages["cut"]
     assert "is no checkpoint" in messages["text"]
     assert "has no 'state_dict'" in messages["none of it"]
     assert "allow_pickle=True" in messages["objects"]

@@ -202,7 +202,9 @@ def test_both_values_are_said(folder):
 def test_another_kind_of_schedule_goes_on_at_the_same_place(folder):
     runs = resumed(folder)["another kind"]
     (told,) = runs["held"]["told"]
-    assert "MegatronLRScheduler is another kind of schedule than the checkpoint's: it goes on at the same place" in told
+    assert (
+        "MegatronLRScheduler is another kind of scheduler than the checkpoint's: it continues at the same step" in told
+    )
     rates = _rate_of(runs, "held")
     assert rates == pytest.approx([1e-2 * (1 - step / 10) for step in range(STOP, STEPS)])  # the checkpoint's peak
     rates = _rate_of(resumed(folder)["lambda behind megatron"], "other")
@@ -212,7 +214,7 @@ def test_another_kind_of_schedule_goes_on_at_the_same_place(folder):
 def test_a_schedule_that_is_gone_is_said(folder):
     runs = resumed(folder)["none any more"]
     (told,) = runs["held"]["told"]
-    assert "The checkpoint has 1 schedules, and the program 0." in told
+    assert "The checkpoint has 1 schedulers, and the program has 0." in told
     assert set(_rate_of(runs, "held")) == {runs["whole"]["groups"][STOP][0]["lr"]}
     assert set(_rate_of(runs, "other")) == {2e-2}
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 from transformers import BatchEncoding
 
 from lightning_megatron.training.batch_rows import count_rows, form_of_rows, join_rows, take_rows
-from lightning_megatron.training.microbatches import Cut, slices
+from lightning_megatron.training.microbatches import MicroBatchSizes, slices
 
 ROWS = 4
 Pair = collections.namedtuple("Pair", "left right")
@@ -73,7 +73,7 @@ def _equal(mine: Any, other: Any) -> bool:
 def test_rows_are_cut_and_joined(kind):
     whole, half = HALVES[kind]
     batch = {"x": whole, "tokens": _rows(6)}
-    parts = [part for part, _ in slices(batch, Cut((2, 2)))]
+    parts = [part for part, _ in slices(batch, MicroBatchSizes((2, 2)))]
     assert _equal(parts[1], {"x": half, "tokens": _rows(6)[2:]}), parts[1]
     assert _equal(join_rows(parts, [2, 2]), batch)
 
@@ -97,9 +97,9 @@ MISFITS: dict[str, tuple[Any, str]] = {
     "list": ([224, 224], r"batch\['x'\] is a list of 2 elements"),
     "list in a list": ([[1, 2], [3]], r"batch\['x'\]\[0\] is a list of 2 elements"),
     "too few": (RAGGED[1:], r"batch\['x'\]\[0\] is a Tensor of shape \(2,\)"),
-    "set": ({1, 2, 3, 4}, r"batch\['x'\] is a set, of which nothing says where its rows are"),
+    "set": ({1, 2, 3, 4}, r"batch\['x'\] is a set, whose rows cannot be determined"),
     "object": (type("Boxes", (), {"__init__": lambda s: setattr(s, "t", torch.zeros(4))})(), "is a Boxes, of which"),
-    "fields or rows": ([torch.zeros(4)] * 4, "It may be 4 fields of the batch, or one element for each of its rows"),
+    "fields or rows": ([torch.zeros(4)] * 4, "It may be a list of 4 fields, or of one element for each row"),
 }
 
 
@@ -119,10 +119,10 @@ def test_rows_are_counted_outside_of_lists_first():
     assert count_rows({"x": torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1), (6,))}) == 6
     pair = {"pair": [torch.zeros(7), torch.zeros(7)]}
     assert count_rows(pair) == 7  # as Lightning counts; two fields, or two samples
-    with pytest.raises(ValueError, match="cannot be told: its lists have 2 elements, and the tensors in them 7 rows"):
+    with pytest.raises(ValueError, match="are ambiguous: its lists have 2 elements, and the tensors in them 7 rows"):
         take_rows(pair, 0, 3, 7)
     for empty in ({}, {"x": torch.zeros(0, 3)}, [], {"x": torch.tensor(1.0)}):
-        with pytest.raises(ValueError, match="An empty batch"):
+        with pytest.raises(ValueError, match="is empty, or nothing in it has rows"):
             count_rows(empty)
 
 
