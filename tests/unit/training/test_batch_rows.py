@@ -98,7 +98,7 @@ MISFITS: dict[str, tuple[Any, str]] = {
     "list in a list": ([[1, 2], [3]], r"batch\['x'\]\[0\] is a list of 2 elements"),
     "too few": (RAGGED[1:], r"batch\['x'\]\[0\] is a Tensor of shape \(2,\)"),
     "set": ({1, 2, 3, 4}, r"batch\['x'\] is a set, whose rows cannot be determined"),
-    "object": (type("Boxes", (), {"__init__": lambda s: setattr(s, "t", torch.zeros(4))})(), "is a Boxes, of which"),
+    "object": (type("Boxes", (), {"__init__": lambda s: setattr(s, "t", torch.zeros(4))})(), "is a Boxes, whose rows"),
     "fields or rows": ([torch.zeros(4)] * 4, "It may be a list of 4 fields, or of one element for each row"),
 }
 
