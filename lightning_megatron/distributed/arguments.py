@@ -1,4 +1,4 @@
-"""What an argument may be: refused where it is written, with its name, its value and what to use."""
+"""Checks the arguments of a call; an error says the argument's name, its value and what to use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Arguments:
     """Checks the arguments of one call.
 
     Args:
-        of: What is called; errors begin with it.
-        error: What is raised.
+        of: Name of the class or function that is called; errors begin with it.
+        error: The exception type to raise.
     """
 
     def __init__(self, of: str, error: type[Exception] = ValueError) -> None:
@@ -20,7 +20,7 @@ class Arguments:
         self._error = error
 
     def whole(self, least: int | None = 1, *, optional: bool = False, **values: Any) -> None:
-        """Refuse what is no whole number, or one below ``least``; None passes where ``optional``."""
+        """Refuse values that are no whole number, or below ``least``; None is accepted if ``optional``."""
         for name, value in values.items():
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             if not (is_whole and (least is None or value >= least)) and not (optional and value is None):
@@ -36,7 +36,7 @@ class Arguments:
         optional: bool = False,
         **values: Any,
     ) -> None:
-        """Refuse what is no finite number, or out of bounds; None passes where ``optional``."""
+        """Refuse values that are no finite number, or out of bounds; None is accepted if ``optional``."""
         bounds = {"above": above, "from": least, "up to": at_most, "below": below}
         text = " ".join(["a number", *(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)])
         for name, value in values.items():
@@ -53,26 +53,26 @@ class Arguments:
                 self._refuse(name, value, text, optional)
 
     def flag(self, *, optional: bool = False, **values: Any) -> None:
-        """Refuse what is neither True nor False; None passes where ``optional``."""
+        """Refuse values that are neither True nor False; None is accepted if ``optional``."""
         for name, value in values.items():
             if not isinstance(value, bool) and not (optional and value is None):
                 self._refuse(name, value, "True or False", optional)
 
     def names(self, *, optional: bool = False, **values: Any) -> None:
-        """Refuse what is no list of texts; None passes where ``optional``."""
+        """Refuse values that are no list of strings; None is accepted if ``optional``."""
         for name, value in values.items():
             fits = isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
             if not fits and not (optional and value is None):
                 self._refuse(name, value, "a list of names", optional)
 
     def kind(self, of: type | tuple[type, ...], called: str, *, optional: bool = False, **values: Any) -> None:
-        """Refuse what is none ``of`` these types, ``called`` so for people; None passes where ``optional``."""
+        """Refuse values of other types than ``of``, which errors call ``called``; None is accepted if ``optional``."""
         for name, value in values.items():
             if not isinstance(value, of) and not (optional and value is None):
                 self._refuse(name, value, called, optional)
 
     def one_of(self, known: Iterable[str | None], **values: Any) -> None:
-        """Refuse what is not among the ``known`` values."""
+        """Refuse values that are not among the ``known`` ones."""
         choices = list(known)
         for name, value in values.items():
             if value not in choices:

@@ -1,4 +1,4 @@
-"""All that bends megatron-core 0.16.1 to a machine without CUDA. Applied by ``use_device``, undone by it, nowhere else.
+"""All patches that let megatron-core 0.16.1 run without CUDA; ``use_device`` applies and undoes them.
 
 How: megatron-core's own modules (``_MODULES``) are given another module under their global name ``torch``: a copy of
 torch's namespace in which ``cuda`` answers for the CPU and four factory functions take ``device="cuda"`` to mean the
@@ -101,12 +101,12 @@ def bend() -> None:
     _replace(p2p_communication, "_p2p_ops", _keeping_handles)
 
     torch_there = _like(
-        torch_on_cpu, distributed=_like(torch.distributed, all_reduce=_held(torch.distributed.all_reduce))
+        torch_on_cpu, distributed=_like(torch.distributed, all_reduce=_kept_until_waited(torch.distributed.all_reduce))
     )
     _replace(param_and_grad_buffer, "torch", torch_there)
     _replace(param_and_grad_buffer, "_coalescing_manager", _OneByOne)
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
-        _replace(param_and_grad_buffer, name, _held)
+        _replace(param_and_grad_buffer, name, _kept_until_waited)
 
     _replace(LanguageModule, "setup_embeddings_and_output_layer", _staying_on_cpu)
     for scaler in (grad_scaler.DynamicGradScaler, grad_scaler.ConstantGradScaler):
@@ -114,14 +114,14 @@ def bend() -> None:
 
 
 def unbend() -> None:
-    """Put everything back that :func:`bend` changed, and nothing else."""
+    """Undo everything that :func:`bend` changed, and nothing else."""
     while _undo:
         _undo.pop()()
 
 
 @contextmanager
 def model_rng() -> Iterator[None]:
-    """Run the body on the model's random state, and leave the data's as it was."""
+    """Run the body with the model's random state, and restore the data's afterwards."""
     global _model_state
     data_state = torch.get_rng_state()
     if _model_state is not None:
@@ -134,29 +134,29 @@ def model_rng() -> Iterator[None]:
 
 
 def _replace(owner: Any, name: str, new: Any) -> None:
-    """Set ``owner.name`` to ``new``, or to the wrapper that ``new`` makes where it is one of this file's decorators."""
+    """Set ``owner.name`` to ``new``; if ``new`` is a decorator of this file, to the decorated old value."""
     old = getattr(owner, name)
     setattr(owner, name, new(old) if new in _DECORATORS else new)
     _undo.append(lambda: setattr(owner, name, old))
 
 
 def _torch_on_cpu() -> ModuleType:
-    """A module that is torch in all but CUDA."""
+    """A module like torch, in which CUDA means the CPU."""
     factories = {name: _cuda_means_cpu(getattr(torch, name)) for name in ("zeros", "ones", "tensor", "empty")}
     return _like(torch, cuda=_cuda_for_cpu(), **factories)
 
 
 def _like(module: ModuleType, **changes: Any) -> ModuleType:
-    """A module that is ``module`` in all but ``changes``."""
+    """A copy of ``module``'s namespace with ``changes``."""
     namespace = ModuleType(module.__name__)
     namespace.__dict__.update(module.__dict__)
-    namespace.__dict__["__getattr__"] = lambda name: getattr(module, name)  # what it loads late
+    namespace.__dict__["__getattr__"] = lambda name: getattr(module, name)  # for attributes that it loads lazily
     namespace.__dict__.update(changes)
     return namespace
 
 
 def _cuda_for_cpu() -> SimpleNamespace:
-    """What megatron-core's training path asks of ``torch.cuda``, answered for the CPU; all else raises as usual."""
+    """The functions of ``torch.cuda`` that megatron-core calls in training, for the CPU; others raise as usual."""
     names = {name: value for name, value in vars(torch.cuda).items() if not name.startswith("__")}
     names.update(
         current_device=lambda: _CPU,
@@ -174,7 +174,7 @@ def _cuda_for_cpu() -> SimpleNamespace:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """A stream, or a wait for one, where there are none."""
+    """Stands for functions that do nothing on the CPU, such as waiting for a stream."""
 
 
 def _backward(output: torch.Tensor, grad_output: torch.Tensor | None) -> None:
@@ -196,7 +196,7 @@ def _answering_as_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
     def cuda_type(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is not None:
             return tensor_type(tensor, dtype, *args, **kwargs)
-        name = tensor_type(tensor)  # has come through here already, where a device context stands
+        name = tensor_type(tensor)  # inside a device context, the name is changed already
         return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
 
     @functools.wraps(function)
@@ -205,7 +205,7 @@ def _answering_as_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         finally:
-            del torch.Tensor.type  # the inherited one shows again
+            del torch.Tensor.type  # the inherited method is used again
 
     return call
 
@@ -225,7 +225,7 @@ def _staying_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keeping_handles(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Run ``function``, which starts messages, and hold on to their handles for a while."""
+    """Run ``function``, which starts messages, and keep their handles alive for a while."""
     kept: deque[Any] = deque(maxlen=_HANDLES_KEPT)
 
     @functools.wraps(function)
@@ -238,15 +238,15 @@ def _keeping_handles(function: Callable[..., dict[str, Any]]) -> Callable[..., d
 
 
 class _OneByOne:
-    """Stands where torch's ``_coalescing_manager`` would: the collectives within start at once, each on its own.
+    """Replaces torch's ``_coalescing_manager``: the collectives inside start immediately, each on its own.
 
-    It is the handle of them all, too. Where they do not run beside the program they are over already, and it is empty.
+    It is also the handle of all these collectives. If they are synchronous, they are finished, and it is empty.
     """
 
     within: _OneByOne | None = None
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.works: list[tuple[Any, Any]] = []  # and what they read and write
+        self.works: list[tuple[Any, Any]] = []  # each handle with the tensors that it reads and writes
 
     def __enter__(self) -> _OneByOne:
         _OneByOne.within = self
@@ -261,10 +261,10 @@ class _OneByOne:
             del self.works[0]
 
 
-def _held(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``collective``, and have the ``_OneByOne`` around it hold its handle and tensors.
+def _kept_until_waited(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``collective``, and keep its handle and tensors in the surrounding ``_OneByOne``.
 
-    Where torch calls it deprecated (2.13), what is behind the warning: a user may have made warnings errors.
+    If torch (2.13) marks it as deprecated, the undecorated function is run: a user may have made warnings errors.
     """
     function = inspect.unwrap(collective)
 
@@ -278,4 +278,4 @@ def _held(collective: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_DECORATORS = (_answering_as_cuda, _staying_on_cpu, _keeping_handles, _held)
+_DECORATORS = (_answering_as_cuda, _staying_on_cpu, _keeping_handles, _kept_until_waited)

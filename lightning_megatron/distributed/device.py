@@ -1,7 +1,7 @@
-"""What differs between a machine with CUDA and one without: chosen once per run by the device, CUDA being the default.
+"""Prepares megatron-core for the device of a run, and gives the model its own random state on the CPU.
 
-On CUDA nothing here touches megatron-core. :mod:`lightning_megatron.distributed.cpu_patches` is imported only for a run
-on the CPU.
+CUDA is the default, for which nothing in megatron-core is changed. :mod:`lightning_megatron.distributed.cpu_patches` is
+imported only for a run on the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _on_cpu = False
 
 
 def use_device(device: torch.device) -> None:
-    """Fit megatron-core to ``device``: bend it for the CPU, or undo that for anything else."""
+    """Patch megatron-core for the CPU, or undo the patches for any other device."""
     global _on_cpu
     wanted = device.type == "cpu"
     if wanted == _on_cpu:
@@ -28,10 +28,10 @@ def use_device(device: torch.device) -> None:
 
 
 def model_rng() -> AbstractContextManager[None]:
-    """The context in which a model is built or run, so that its random numbers are the device's and not the data's.
+    """The context in which a model is built or run, so that it does not draw from the data's random state.
 
-    A GPU has a generator of its own. On the CPU the model and the data share one, and pipeline stages, which draw
-    differently, would shuffle the data differently; so the model's state is kept apart there.
+    A GPU has a generator of its own. On the CPU, model and data share one. Pipeline stages draw different amounts of
+    random numbers and would shuffle the data differently, so the model has a random state of its own there.
     """
     if not _on_cpu:
         return nullcontext()

@@ -31,7 +31,7 @@ _ORDER: tuple[Dimension, ...] = ("tp", "cp", "dp", "pp")
 
 
 class LayoutError(ValueError):
-    """A size that does not fit; the message has the values seen and the nearest ones that work."""
+    """Parallel sizes that do not fit; the message has the values and the nearest ones that work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class RankCoordinates:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """How ``world_size`` ranks are shared out; checked when it is made, frozen afterwards.
+    """How the ``world_size`` ranks are divided over the parallel dimensions; checked when created, then frozen.
 
     Args:
         world_size: Number of ranks of the run.
@@ -61,8 +61,8 @@ class ParallelLayout:
         etp: Expert-tensor-parallel size, or None for Megatron's default.
         sequence_parallel: Whether activations between tensor-parallel regions are sharded over the sequence. Without
             tensor parallelism it has no effect; see ``uses_sequence_parallel``.
-        pipeline_split_rank: Of encoder-decoder models, the decoder's first pipeline rank; with ``vp``, its first
-            virtual stage, counted as ``num_stages`` counts them. None: there is one stack, or one stage.
+        pipeline_split_rank: The first pipeline rank of the decoder in encoder-decoder models; with ``vp``, its first
+            virtual stage, counted as in ``num_stages``. None for models with one stack, or a single stage.
     """
 
     world_size: int
@@ -84,10 +84,10 @@ class ParallelLayout:
 
     @classmethod
     def of_smallest_world(cls, **sizes: Any) -> ParallelLayout:
-        """The layout of one copy of the model (with ``vp`` of two stages at least): it checks all but the world.
+        """Make the layout of one copy of the model (with ``vp``, of at least two stages), to check the other sizes.
 
         Raises:
-            LayoutError: Sizes that are wrong in every world.
+            LayoutError: The sizes do not fit any world size.
         """
         known = [size for name in ("tp", "pp", "cp") if is_positive_int(size := sizes.get(name, 1))]
         interleaved = sizes.get("vp") is not None and sizes.get("pp") == 1
@@ -95,27 +95,27 @@ class ParallelLayout:
 
     @property
     def num_model_ranks(self) -> int:
-        """Ranks that hold one copy of the model together."""
+        """The number of ranks that hold one copy of the model together."""
         return self.tp * self.pp * self.cp
 
     @property
     def dp(self) -> int:
-        """Data-parallel size: copies of the model."""
+        """The data-parallel size, which is the number of copies of the model."""
         return self.world_size // self.num_model_ranks
 
     @property
     def num_stages(self) -> int:
-        """Pipeline stages, virtual ones included: stage ``i`` is chunk ``i // pp`` of pipeline rank ``i % pp``."""
+        """The number of virtual pipeline stages: stage ``i`` is chunk ``i // pp`` of pipeline rank ``i % pp``."""
         return self.pp * (self.vp or 1)
 
     @property
     def uses_sequence_parallel(self) -> bool:
-        """Whether sequence parallelism has an effect; megatron-core's configs raise when told so with tp=1."""
+        """Whether sequence parallelism has an effect; megatron-core's configs refuse it with tp=1."""
         return self.sequence_parallel and self.tp > 1
 
     @property
     def microbatch_multiple(self) -> int:
-        """What the number of micro-batches must be a multiple of.
+        """The number that the number of micro-batches must be a multiple of.
 
         The interleaved schedule takes micro-batches in groups of ``pp``
         (``megatron.core.pipeline_parallel.schedules.forward_backward_pipelining_with_interleaving``).
@@ -123,7 +123,7 @@ class ParallelLayout:
         return 1 if self.vp is None else self.pp
 
     def coordinates(self, rank: int) -> RankCoordinates:
-        """Return where ``rank`` sits, in megatron-core's default order (tp fastest, pp slowest)."""
+        """Return the coordinates of ``rank``, in megatron-core's default order (tp fastest, pp slowest)."""
         self._check_rank(rank)
         return RankCoordinates(**{kind: rank // self._stride(kind) % self._size(kind) for kind in _ORDER})
 

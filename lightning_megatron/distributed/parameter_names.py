@@ -1,4 +1,4 @@
-"""What a chunk's parameters are called in the whole model, whatever the pipeline stages and virtual stages."""
+"""Translates the parameter names of a model chunk to those of the whole model, under any pipeline layout."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _TIED = {"output_layer.weight": "embedding.word_embeddings.weight"}
 
 
 def whole_name(chunk: torch.nn.Module, name: str) -> str:
-    """The name, in the unsharded model, of a parameter that ``chunk`` calls ``name``.
+    """Return the name, in the unsharded model, of a parameter that ``chunk`` calls ``name``.
 
-    megatron-core numbers the layers of each chunk from 0 and notes the place in the model, from 1, as
-    ``layer_number``. A tied output layer on the last stage is a copy of the embedding and has its name.
+    megatron-core numbers the layers of each chunk from 0, and stores a layer's number in the whole model, from 1, as
+    ``layer_number``. A tied output layer on the last stage is a copy of the embedding, and gets the embedding's name.
 
     Args:
-        chunk: One of megatron-core's models, as ``MegatronModule.build_model`` made it.
-        name: From ``chunk.named_parameters()``.
+        chunk: A model chunk, as ``MegatronModule.build_model`` returns it.
+        name: A name from ``chunk.named_parameters()``.
     """
     found = _LAYER.fullmatch(name)
     if found:
@@ -33,21 +33,21 @@ def whole_name(chunk: torch.nn.Module, name: str) -> str:
 
 
 def named_shards(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The chunk's parameters, this rank's shards of them, under the unsharded model's names."""
-    for name, parameter in torch.nn.Module.named_parameters(chunk):  # a ``WholeModelNames`` has them whole already
+    """Yield this rank's shards of the chunk's parameters, under the unsharded model's names."""
+    for name, parameter in torch.nn.Module.named_parameters(chunk):  # not the override of ``WholeModelNames``
         yield whole_name(chunk, name), parameter
 
 
 class WholeModelNames:
-    """Put before a class of chunks, it has ``named_parameters`` give the unsharded model's names.
+    """A mixin for model chunks: ``named_parameters`` gives the unsharded model's names.
 
-    The keys of ``state_dict`` and the names of ``named_modules`` stay those of the chunk's own tree.
+    The keys of ``state_dict`` and the names of ``named_modules`` remain those of the chunk.
     """
 
     def named_parameters(
         self: Any, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """As of ``torch.nn.Module``, but for the names."""
+        """Do what ``torch.nn.Module`` does, with the unsharded model's names."""
         start = f"{prefix}." if prefix else ""
         for name, parameter in torch.nn.Module.named_parameters(self, "", recurse, remove_duplicate):
             yield start + whole_name(self, name), parameter

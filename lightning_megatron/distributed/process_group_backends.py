@@ -1,4 +1,4 @@
-"""Which back end of torch.distributed carries the tensors of a device: groups of another make way, or are refused."""
+"""Chooses the back end of torch.distributed for a device; destroys or refuses existing groups of another one."""
 
 from __future__ import annotations
 
@@ -16,65 +16,66 @@ from lightning_megatron.distributed import lightning_private, process_groups
 _OF_DEVICE = {"cpu": "gloo", "cuda": "nccl"}
 _CANNOT = {
     ("cpu", "nccl"): "NCCL carries tensors between GPUs only",
-    # It has no version of the coalesced all-gather for CUDA, and reads the GPU's addresses as the host's (torch 2.13).
+    # Gloo has no coalesced all-gather for CUDA, and reads addresses of the GPU as those of the host (torch 2.13).
     ("cuda", "gloo"): "over Gloo megatron-core's all-gather of CUDA tensors ends in a segmentation fault",
 }
 
-_made: Any = None  # a weak reference to the default group that a run of this process has made
+_made: Any = None  # a weak reference to the default group that this package has created in this process
 
 
 def choose(device: str, wanted: str | None) -> str:
-    """The back end for a run.
+    """Choose the back end for a run.
 
     Args:
-        device: "cpu" or "cuda", where the model is.
-        wanted: What the user asks for; None takes what fits.
+        device: The device type of the model, "cpu" or "cuda".
+        wanted: The back end that the user asks for; None takes the device's usual one.
 
     Raises:
-        MisconfigurationException: ``wanted`` cannot carry the device's tensors.
+        MisconfigurationException: ``wanted`` cannot transfer tensors of the device.
     """
     if wanted is not None and (device, wanted) in _CANNOT:
         raise MisconfigurationException(
             f"MegatronStrategy(process_group_backend={wanted!r}) with a model on {device!r}: {_CANNOT[device, wanted]}."
-            f" Leave it out, which takes {_OF_DEVICE[device]!r}, or choose another Trainer(accelerator=)."
+            f" Leave process_group_backend out, which takes {_OF_DEVICE[device]!r}, or choose another"
+            " Trainer(accelerator=)."
         )
     return wanted or _OF_DEVICE.get(device, "gloo")
 
 
 def supports(configuration: str, device: str) -> bool:
-    """Whether a group can carry a device's tensors.
+    """Whether a group can transfer tensors of a device.
 
     Args:
-        configuration: The group's, as ``torch.distributed.get_backend_config`` has it: "cpu:gloo,cuda:nccl".
-        device: "cpu" or "cuda".
+        configuration: What ``torch.distributed.get_backend_config`` returns for the group: "cpu:gloo,cuda:nccl".
+        device: The device type, "cpu" or "cuda".
     """
     each = dict(pair.split(":") for pair in configuration.lower().split(","))
     return device in each and (device, each[device]) not in _CANNOT
 
 
 def destroy_unsuitable(device: torch.device) -> None:
-    """End an earlier run's groups where they cannot carry what is on ``device``; all ranks call this.
+    """Destroy an earlier run's groups if they cannot transfer tensors of ``device``; all ranks call this.
 
     Raises:
-        MisconfigurationException: They are somebody else's.
+        MisconfigurationException: This package has not created the groups.
     """
     if not dist.is_initialized() or supports(configuration := dist.get_backend_config(), device.type):
         return
     if _made is None or dist.group.WORLD is not _made():
         raise MisconfigurationException(
-            f"The process group that stands already has the back ends {configuration!r}, and a model on"
-            f" {device.type!r} needs {_OF_DEVICE[device.type]!r}. Something else in this program has made it: call"
-            " torch.distributed.destroy_process_group() before this run, or make it with"
-            " init_process_group('cpu:gloo,cuda:nccl'), which carries both."
+            f"The existing process group has the back ends {configuration!r}, and a model on {device.type!r} needs"
+            f" {_OF_DEVICE[device.type]!r}. Something else in this program has created the group: call"
+            " torch.distributed.destroy_process_group() before this run, or create it with"
+            " init_process_group('cpu:gloo,cuda:nccl'), which serves both devices."
         )
     process_groups.destroy()
 
 
 def init_for_build(device: torch.device) -> None:
-    """Meet the ranks that there are, for a model without a run; groups of an earlier one make way.
+    """Initialise the default group to build a model outside of a run; unsuitable groups of a run are destroyed.
 
     Raises:
-        MisconfigurationException: Somebody else's groups stand, which cannot carry what is on ``device``.
+        MisconfigurationException: Groups exist that this package has not created and that do not support ``device``.
     """
     destroy_unsuitable(device)
     if not dist.is_initialized():
@@ -85,24 +86,24 @@ def init_for_build(device: torch.device) -> None:
 def init_for_run(
     device: torch.device, wanted: str | None, environment: ClusterEnvironment, timeout: timedelta, store: Any = None
 ) -> None:
-    """Meet the other ranks of a run, where that has not been done.
+    """Initialise the default group of a run, if it does not exist.
 
     Args:
-        device: Of the model.
+        device: The device of the model.
         wanted: The back end that the user asks for.
-        environment: Knows the ranks and the first one's address.
-        timeout: Of collectives.
-        store: Through which they meet; None leaves that to torch.
+        environment: The cluster environment, which has the ranks and the address of rank 0.
+        timeout: How long a collective may take.
+        store: The store at which the ranks meet; None leaves the choice to torch.
     """
     if dist.is_initialized():
         return
     name = choose(device.type, wanted)
-    bound = device if name == "nccl" else None  # Gloo cannot be bound to one
+    bound = device if name == "nccl" else None  # Gloo cannot be bound to a device
     lightning_private.start_process_group(environment, name, timeout=timeout, device_id=bound, store=store)
     _remember()
 
 
 def _remember() -> None:
-    """Take the default group that stands for this process's own."""
+    """Note that this package has created the default group."""
     global _made
     _made = weakref.ref(dist.group.WORLD)

@@ -1,7 +1,7 @@
-"""Weights of which each pipeline stage of a stack holds a copy: equal at the start, and their gradients summed.
+"""Keeps copies of a weight on several pipeline stages equal: the same initial values, and summed gradients.
 
-megatron-core does it for the embedding that the first and the last stage share. T5's position bias, one table for all
-layers of a stack, has a copy on each of the stack's stages, so several on one rank under interleaving.
+megatron-core does this for the embedding that the first and the last stage share. T5's relative position bias, one
+table for all layers of a stack, has a copy on each stage of its stack, and so several on one rank under interleaving.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lightning_megatron.distributed.process_groups import Stack
 
 
 def mark_shared(weight: torch.nn.Parameter, stack: Stack, number: int) -> None:
-    """Say that ``weight`` is copy ``number``, from 0, of a weight that all stages of ``stack`` hold.
+    """Mark ``weight`` as copy ``number``, from 0, of a weight that all stages of ``stack`` hold.
 
-    Its stack has one such weight. megatron-core reads two of the marks: ``shared``, of all copies but one, leaves them
-    out of norms; ``shared_embedding`` gives a weight a bucket of its own, so that the distributed optimizer cuts all
-    copies alike.
+    A stack has at most one such weight. megatron-core reads two of the marks: ``shared``, set on all copies but one,
+    leaves a copy out of norms; ``shared_embedding`` gives a copy a bucket of its own, so that the distributed optimizer
+    divides all copies alike.
     """
     weight.shared_by_stack = stack  # type: ignore[attr-defined]
     weight.shared = number > 0  # type: ignore[attr-defined]
@@ -28,7 +28,7 @@ def mark_shared(weight: torch.nn.Parameter, stack: Stack, number: int) -> None:
 
 
 def broadcast_initial_values(chunks: Iterable[torch.nn.Module]) -> None:
-    """Give all copies the values of the stack's first rank."""
+    """Copy the values of the stack's first rank to all copies."""
     for stack, weights in _by_stack(chunks):
         group = process_groups.stack(stack)
         dist.broadcast(weights[0].data, src=dist.get_global_rank(group, 0), group=group)
@@ -37,12 +37,12 @@ def broadcast_initial_values(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def freeze_all_copies(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-    """Freeze all copies of a weight of which any stage has frozen its own, the shared embedding's included.
+    """Freeze all copies of a weight if any stage has frozen its copy; copies of the shared embedding too.
 
-    Stages sum the gradients of copies: one that took no part would leave the others waiting.
+    The stages sum the gradients of the copies: a stage that took no part would leave the others waiting.
 
     Args:
-        parameters: This rank's, under the whole model's names.
+        parameters: This rank's parameters, under the whole model's names.
     """
     shared: dict[str, list[torch.nn.Parameter]] = {}
     for name, weight in parameters:
@@ -55,7 +55,7 @@ def freeze_all_copies(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> N
 
 
 def all_reduce_gradients(chunks: Iterable[torch.nn.Module]) -> None:
-    """Give all copies the sum of their gradients, once those are reduced over the replicas."""
+    """Replace the gradients of all copies by their sum, after they were reduced over the replicas."""
     for stack, weights in _by_stack(chunks):
         gradients = [weight.main_grad for weight in weights if weight.requires_grad]  # type: ignore[attr-defined]
         if gradients:
@@ -67,7 +67,7 @@ def all_reduce_gradients(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def _by_stack(chunks: Iterable[torch.nn.Module]) -> list[tuple[Stack, list[torch.nn.Parameter]]]:
-    """This rank's copies, in one order of stacks on all ranks."""
+    """This rank's copies by stack, in the same order on all ranks."""
     found: dict[Stack, list[torch.nn.Parameter]] = {"encoder": [], "decoder": []}
     for chunk in chunks:
         for weight in chunk.parameters():

@@ -18,6 +18,6 @@ _IGNORED = (
 
 
 def ignore_known_warnings() -> None:
-    """Called once, before megatron-core is imported; filters that the user sets later win."""
+    """Ignore the warnings; called once, before megatron-core is imported. Filters that the user sets later win."""
     for category, message in _IGNORED:
         warnings.filterwarnings("ignore", message=message, category=category)
