@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import inspect
 import multiprocessing.forkserver
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -363,3 +364,36 @@ def test_configure_optimizers_may_return_none():
     with pytest.warns(UserWarning, match="returned `None`"):
         optimizers, _ = _init_optimizers_and_lr_schedulers(module)
     assert [lightning_private.is_no_optimizer(each) for each in optimizers] == [True]
+
+
+# What a run changes in a Trainer's objects and leaves, as its result: see `trainer_patches.py`.
+RESULTS = {
+    "callbacks/run_end.py": {"should_stop"},
+    "checkpoint/model_checkpoint.py": {
+        "best_model_path", "best_model_score", "kth_best_model_path", "kth_value", "last_model_path",
+    },
+    "strategy/launchers/returned_state.py": {"state"},
+    "strategy/logging/torchmetrics_sync.py": {"_update_count", "_computed", "_forward_cache"},
+    "strategy/preemption.py": {"last_model_path"},
+}  # fmt: skip
+OBJECTS = {"trainer", "loop", "epoch_loop", "fit_loop", "callback", "logger", "loader", "profiler", "metric"}
+
+
+def _assigned(tree: ast.Module) -> Iterator[ast.Attribute]:
+    """Attributes that a file assigns to."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node
+
+
+def test_no_other_file_replaces_attributes_of_a_trainers_objects():
+    folder = ROOT / "lightning_megatron"
+    homes = ("distributed/lightning_private.py", "strategy/trainer_patches.py")
+    written = set()
+    for file in folder.rglob("*.py"):
+        name = str(file.relative_to(folder))
+        for target in _assigned(ast.parse(file.read_text())) if name not in homes else ():
+            owner = {getattr(part, "id", "") or getattr(part, "attr", "") for part in ast.walk(target.value)}
+            if owner & OBJECTS and target.attr not in RESULTS.get(name, ()):
+                written.add(f"{name}:{target.lineno} {target.attr}")
+    assert not written
