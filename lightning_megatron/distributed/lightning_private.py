@@ -97,7 +97,7 @@ call_and_handle_interrupt = _call_and_handle_interrupt
 
 def ends_accumulation(trainer: pl.Trainer) -> bool:
     """Whether the optimizer steps with the batch that the fit loop is at: the last of an accumulation window."""
-    return not trainer.fit_loop._should_accumulate()
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def skips_backward(trainer: pl.Trainer) -> bool:

@@ -290,12 +290,13 @@ class MegatronStrategy(ModuleSetup, Collectives):
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._sharded is not None:
+        if (sharded := self._sharded) is not None:
+            scaled = self._precision.scales_loss
             step_values.log_step(
                 self.lightning_module,  # type: ignore[arg-type]
-                self._sharded,
-                loss_scale=self._precision.scales_loss,
-                skipped_steps=self._precision.scales_loss or self.on_nonfinite == "skip",
+                sharded,
+                loss_scale=scaled,
+                skipped_steps=scaled or self.on_nonfinite == "skip",
             )
         return result
 

@@ -98,9 +98,8 @@ class ModuleSetup(ParallelRanks):
 
     def _after_backward(self) -> None:
         """Show the gradients to hooks, between Lightning's hooks around the backward pass that the schedule has run."""
-        assert self._sharded is not None
         if self._steps.ends_window and gradients.hooks_read_gradients(self.lightning_module.trainer):  # type: ignore[union-attr]
-            self._sharded.expose_gradients()
+            self.optimizers[0].expose_gradients()  # type: ignore[attr-defined]
 
     @property
     def _sharded(self) -> ShardedOptimizer | None:
