@@ -105,8 +105,8 @@ class LogRecorder:
     def replay(self, gather: bool = True) -> None:
         """Log each name once, the same names in the same order on every rank, as the latest stage gave it.
 
-        An adapter's values are those of the global batch. A plain module's are this replica's, as in Lightning, and
-        ``sync_dist`` decides whether replicas are reduced.
+        A MegatronModule's values are those of the global batch. A plain module's are this replica's, as in Lightning,
+        and ``sync_dist`` decides whether replicas are reduced.
 
         Args:
             gather: Whether any rank has recorded something; the same on all of them.
