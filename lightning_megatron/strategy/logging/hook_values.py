@@ -1,8 +1,8 @@
 """``self.log`` in the hooks between the steps: what some stages or replicas log is logged on every rank.
 
 A MegatronModule's outputs are on the last pipeline stage, so a hook that logs what it has collected has nothing to log
-on the other stages. A value that a hook logs waits for the end of the hook; there the ranks exchange what they have, and
-all of them log the same. Only hooks that a user wrote cost this exchange; where no rank has logged, it is one flag.
+on the other stages. A value that a hook logs waits for the end of the hook; there the ranks exchange what they have,
+and all of them log the same. Only hooks that a user wrote cost this exchange; where no rank has logged, it is one flag.
 
 Leans on the names of the actions that Lightning tells its profiler; ``test_lightning_private.py`` fails when they
 change.
