@@ -62,7 +62,7 @@ class ChunkedModule(pl.LightningModule):
         if layout.pipeline_split_rank is not None:
             raise LayoutError(
                 f"MegatronStrategy(pipeline_split_rank={layout.pipeline_split_rank}) splits the pipeline of"
-                f" encoder-decoder models, and {type(self).__name__} is none. Leave it out."
+                f" encoder-decoder models, and {type(self).__name__} is not one. Leave it out."
             )
         return layout
 
@@ -115,7 +115,9 @@ class ChunkedModule(pl.LightningModule):
             LayoutError: The sizes do not fit the number of ranks, or the model.
         """
         if len(self.chunks):
-            raise RuntimeError(f"{type(self).__name__}.build: it is built already, for {self.built_for}.")
+            raise RuntimeError(
+                f"{type(self).__name__}.build: the model is built already, for {self.built_for}. Make a new module."
+            )
         self.connect_data(None)
         place = process_groups.default_device() if device is None else torch.device(device)
         use_device(place)
@@ -183,7 +185,7 @@ class ChunkedModule(pl.LightningModule):
             **kwargs: Arguments of ``__init__`` that were not saved (the optimizer), or are to differ.
         """
         if hparams_file is not None:
-            raise TypeError(f"{cls.__name__}.load_from_checkpoint takes no hparams_file; name the arguments.")
+            raise TypeError(f"{cls.__name__}.load_from_checkpoint takes no hparams_file. Give the arguments by name.")
         path = local_path(checkpoint_path)
         module = without_trainer.construct(cls, path, weights_only is False, kwargs)
         module._fill = partial(
@@ -207,7 +209,7 @@ class ChunkedModule(pl.LightningModule):
         """The settings of the run; an error before ``MegatronStrategy`` or ``build`` has set them."""
         if self.settings is None:
             raise RuntimeError(
-                f"{type(self).__name__} builds its model under a Trainer with strategy=MegatronStrategy(...), once the"
+                f"{type(self).__name__} builds its model in a Trainer with strategy=MegatronStrategy(...), after the"
                 " processes have started; another strategy has no process groups for it. Without a Trainer, call"
                 f" {type(self).__name__}.build(tp=..., pp=...)."
             )

@@ -125,7 +125,7 @@ class ConfiguredModule(MegatronModule):
     ) -> Self:
         if adapter is not None and arguments.get("lora") is not None:
             raise ValueError(
-                f"{adapter} is an adapter, with updates of its own, and lora={arguments['lora']} asks for others. Leave"
+                f"{adapter} is an adapter with its own updates, and lora={arguments['lora']} asks for others. Leave"
                 " one out; to start others on the sum of both, merge it with peft (merge_and_unload)."
             )
         cls.config_type.check_names(config or {})
@@ -155,7 +155,9 @@ class ConfiguredModule(MegatronModule):
             RuntimeError: The model is built already.
         """
         if len(self.chunks):
-            raise RuntimeError(f"{type(self).__name__}.load_adapter comes too late: the model is built.")
+            raise RuntimeError(
+                f"{type(self).__name__}.load_adapter comes too late: the model is built. Call it on a new module."
+            )
         self._loaded = lora_module.matched(self, read_adapter(Path(directory)))
         self.lora = self._loaded.lora
         self.save_hyperparameters({"lora": self.lora}, logger=False)

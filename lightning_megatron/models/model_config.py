@@ -129,8 +129,8 @@ class ModelConfig:
                 value = getattr(data, name, None)
                 if value is None:
                     raise ValueError(
-                        f"{type(self).__name__}({name}=None) leaves it to the data module, and"
-                        f" {'there is none' if data is None else type(data).__name__ + ' has none'}."
+                        f"{type(self).__name__}({name}=None) takes the size from the data module, and"
+                        f" {'there is no data module' if data is None else type(data).__name__ + ' has none'}."
                         f" Give {type(self).__name__}({name}=...)."
                     )
                 setattr(self, name, int(value))

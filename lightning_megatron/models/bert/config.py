@@ -72,16 +72,16 @@ class BertConfig(ModelConfig):
             if self.task != "sequence_classification":
                 raise ValueError(
                     f"BertConfig(task={self.task!r}, problem_type={self.problem_type!r}): only"
-                    " task='sequence_classification' has problem types."
+                    " task='sequence_classification' has problem types. Leave problem_type out."
                 )
         Arguments("BertConfig").whole(num_labels=self.num_labels, num_token_types=self.num_token_types)
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError(
-                "BertConfig(problem_type='single_label_classification', num_labels=1): one class alone teaches nothing."
+                "BertConfig(problem_type='single_label_classification', num_labels=1): one class teaches nothing."
                 " Use num_labels=2, or problem_type='regression'."
             )
         if self.layers != "torch":
-            raise ValueError(f"BertConfig(layers={self.layers!r}): BERT has layers='torch' only.")
+            raise ValueError(f"BertConfig(layers={self.layers!r}): BERT has PyTorch's layers only. Use layers='torch'.")
         if "gated_linear_unit" in self.extra or self.activation in ("swiglu", "geglu"):
             raise ValueError(
                 f"BertConfig(activation={self.activation!r}): BERT's head uses the activation too, and cannot gate it."

@@ -98,7 +98,7 @@ class TokenLabels(BertTask):
         if labels.shape != batch["input_ids"].shape:
             raise ValueError(
                 f"BertModule: 'labels' are {tuple(labels.shape)} and the tokens {tuple(batch['input_ids'].shape)}; with"
-                f" task={self.config.task!r} each token has one label."
+                f" task={self.config.task!r} each token has one label. Correct the collate function."
             )
         counted = labels[labels != IGNORED_LABEL]
         check_range("BertModule", "labels", counted, classes, size)
@@ -135,7 +135,7 @@ class Pretraining(MaskedLM):
         if pairs.numel() != rows:
             raise ValueError(
                 f"BertModule: 'next_sentence_label' is {tuple(pairs.shape)}, and the batch has {rows} rows, which"
-                " have one each."
+                " have one each. Correct the collate function."
             )
         counted = pairs[(pairs != IGNORED_LABEL) & (pairs != _NO_PAIR)]
         check_range("BertModule", "next_sentence_label", counted, 2, "the binary head's classes")
@@ -214,7 +214,7 @@ class SequenceClassification(BertTask):
         elif not bool(torch.isfinite(labels).all()):
             raise ValueError("BertModule: labels are NaN or infinite. Leave such samples out, or correct them.")
         elif problem == "multi_label_classification" and bool(((labels < 0) | (labels > 1)).any()):
-            raise ValueError("BertModule: labels of a multi-label classification are zeros and ones.")
+            raise ValueError("BertModule: labels of a multi-label classification must be zeros and ones.")
 
     def parts(self, output: torch.Tensor, batch: Batch) -> Parts:
         """Cross-entropy, binary cross-entropy or squared error; each number counts once, as in transformers."""

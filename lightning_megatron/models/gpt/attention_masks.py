@@ -64,7 +64,7 @@ def check(config: GPTConfig, batch: Batch, name: str, length: int) -> None:
     shapes = [(rows, 1, length, length)] + [(rows, length)] * (name == "input_ids")
     if mask is not None and tuple(mask.shape) not in shapes:
         raise ValueError(
-            f"GPTModule: 'attention_mask' is {tuple(mask.shape)}; beside {name!r} of {rows} rows of {length} tokens it"
+            f"GPTModule: 'attention_mask' is {tuple(mask.shape)}; with {name!r} of {rows} rows of {length} tokens it"
             f" is {' or '.join(map(str, shapes))}."
         )
     if is_whole(batch):
@@ -91,11 +91,11 @@ def _check_whole(config: GPTConfig, mask: torch.Tensor) -> None:
     if config.sliding_window is not None:
         raise ValueError(
             f"GPTModule: an 'attention_mask' of {tuple(mask.shape)} takes the place of the window of"
-            f" GPTConfig(sliding_window={config.sliding_window}) in transformers, and not here. Give [b, s]."
+            f" GPTConfig(sliding_window={config.sliding_window}) in transformers, and not here. Give a mask [b, s]."
         )
     numbers = mask.is_floating_point() and bool(((mask != 0) & (mask > _NEVER)).any())
     if numbers or not (mask.is_floating_point() or mask.dtype == torch.bool):
         raise ValueError(
-            f"GPTModule: an 'attention_mask' {tuple(mask.shape)} of {mask.dtype} is True where a query looks, or 0.0"
-            " there and -inf elsewhere; here it has other values."
+            f"GPTModule: an 'attention_mask' {tuple(mask.shape)} of {mask.dtype} must be True where a query looks, or"
+            " 0.0 there and -inf elsewhere; here it has other values."
         )

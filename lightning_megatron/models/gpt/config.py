@@ -122,7 +122,7 @@ class GPTConfig(ModelConfig):
         if layers is None:
             return
         if window is None:
-            raise ValueError(f"GPTConfig(sliding_window_layers={layers}) needs sliding_window, the tokens looked at.")
+            raise ValueError(f"GPTConfig(sliding_window_layers={layers}) needs sliding_window, its length.")
         wrong = [number for number in layers if not 0 <= number < self.num_layers]
         if wrong:
             raise ValueError(

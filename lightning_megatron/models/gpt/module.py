@@ -211,7 +211,7 @@ class GPTModule(GeneratingModule):
             )
         if config.layers != "torch" and not prompts.keep.all():
             raise ValueError(
-                f"GPTModule.generate: with GPTConfig(layers={config.layers!r}) prompts are not padded; write on prompts"
+                f"GPTModule.generate: with GPTConfig(layers={config.layers!r}) prompts cannot be padded; give prompts"
                 " of one length at a time, or use layers='torch'."
             )
 
@@ -233,7 +233,7 @@ class GPTModule(GeneratingModule):
         if tuple(positions.shape) not in (shape, (1, shape[1])) or positions.is_floating_point():
             raise ValueError(
                 f"GPTModule: 'position_ids' are {tuple(positions.shape)} of {positions.dtype}, and the tokens {shape};"
-                " each token has one, a whole number."
+                " each token has one, a whole number. Correct the collate function."
             )
         if self.config.position_embedding != "learned":
             positions = positions.clamp(min=0)  # of padding in front, they may be negative
@@ -246,7 +246,7 @@ class GPTModule(GeneratingModule):
             raise ValueError(
                 f"GPTModule: token id {int(wrong.max())} in {name!r} is outside of the vocabulary of"
                 f" GPTConfig(vocab_size={vocab_size}), ids 0 to {vocab_size - 1}. Use the tokenizer's own vocab_size."
-                f" Labels may be {IGNORED_LABEL}, too, which takes no part in the loss."
+                f" Labels may also be {IGNORED_LABEL}, which leaves a token out of the loss."
             )
 
 

@@ -80,7 +80,7 @@ class T5Config(ModelConfig):
         self._one_of("position_embedding", self.position_embedding, ("relative", "learned"))
         arguments = Arguments("T5Config")
         if self.layers != "torch":
-            raise ValueError(f"T5Config(layers={self.layers!r}): T5 has layers='torch' only.")
+            raise ValueError(f"T5Config(layers={self.layers!r}): T5 has PyTorch's layers only. Use layers='torch'.")
         for name in ("vocab_size", "decoder_seq_length", "encoder_num_layers", "decoder_num_layers"):
             arguments.whole(optional=True, **{name: getattr(self, name)})
         for name in ("relative_attention_num_buckets", "relative_attention_max_distance", "decoder_start_id"):
@@ -94,7 +94,7 @@ class T5Config(ModelConfig):
                 " above half of it."
             )
         if self.decoder_start_id < 0 or (self.vocab_size is not None and self.decoder_start_id >= self.vocab_size):
-            raise ValueError(f"T5Config(decoder_start_id={self.decoder_start_id}): not below vocab_size.")
+            raise ValueError(f"T5Config(decoder_start_id={self.decoder_start_id}): use a token id of the vocabulary.")
         arguments.kind(dict, "a dictionary of TransformerConfig's fields", extra=self.extra)
         pipeline = [key for key in self.extra if "pipeline" in key]
         if pipeline:

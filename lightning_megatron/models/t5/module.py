@@ -123,7 +123,7 @@ class T5Module(GeneratingModule):
             if key in batch and tuple(batch[key].shape) != wanted:
                 raise ValueError(
                     f"T5Module: {key!r} is {tuple(batch[key].shape)}, and this batch's tokens ask for {wanted}"
-                    f" ([{', '.join(shape)}])."
+                    f" ([{', '.join(shape)}]). Correct the mask in the collate function."
                 )
 
     def _check_inputs(self, inputs: Batch) -> None:
@@ -132,6 +132,7 @@ class T5Module(GeneratingModule):
         if "labels" not in batch and not (self._predicts and "decoder_input_ids" in batch):
             raise ValueError(
                 f"T5Module needs 'labels' [b, sd] (to predict, 'decoder_input_ids' do); this batch has {sorted(batch)}."
+                " Add them in the collate function."
             )
         lengths = {"input_ids": config.seq_length}
         lengths["decoder_input_ids"] = lengths["labels"] = config.decoder_seq_length or config.seq_length
