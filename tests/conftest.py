@@ -52,8 +52,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_process_groups_stay() -> Iterator[None]:
-    """Ends those that a test has made in this process, where the next one makes its own."""
+    """Ends those that a test has made in this process, where the next one makes its own, and the pools of ranks."""
     yield
+    if "tests.support.ranks" in sys.modules:
+        sys.modules["tests.support.ranks"].close_pools()
     if "lightning_megatron.distributed.process_groups" in sys.modules:
         sys.modules["lightning_megatron.distributed.process_groups"].destroy()
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.reference import parallel_bert, plain_bert
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 
 ROWS, STEPS = 12, 10
 
@@ -28,7 +28,7 @@ def layouts() -> list[Layout]:
 def assert_same_training(name: str, layout: Layout, **strategy) -> None:
     expected = plain_bert.train(name, ROWS, STEPS)
     assert expected["losses"][0] != pytest.approx(expected["losses"][-1], rel=1e-2), "the truth does not train"
-    ranks = run_ranks(
+    ranks = run_in_pool(
         layout.world_size, functools.partial(parallel_bert.train, **strategy), name, layout, ROWS, STEPS,
         expected["weights"],
     )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 from tests.reference import parallel_gpt, plain_gpt
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.train_part import CLIP, ROWS, STEPS, train_part
 
 STOP = 3
@@ -62,7 +62,7 @@ def saved(tmp_path_factory):
         path = folder / f"{name}-{layout}-{precision}.ckpt"
         if not path.exists():
             run = functools.partial(train_part, save=path, precision=precision)
-            run_ranks(layout.world_size, run, getattr(plain_gpt, name), layout, STOP)
+            run_in_pool(layout.world_size, run, getattr(plain_gpt, name), layout, STOP)
         return path
 
     return get
@@ -71,7 +71,7 @@ def saved(tmp_path_factory):
 def assert_goes_on(name: str, path: Path, layout: Layout) -> None:
     expected = truth(name)
     run = functools.partial(train_part, load=path, full=expected["weights"])
-    for seen in run_ranks(layout.world_size, run, getattr(plain_gpt, name), layout, STEPS):
+    for seen in run_in_pool(layout.world_size, run, getattr(plain_gpt, name), layout, STEPS):
         assert len(seen["losses"]) == STEPS - STOP
         assert seen["losses"] == pytest.approx(expected["losses"][STOP:], rel=1e-5)
         assert seen["norms"] == pytest.approx(expected["norms"][STOP:], rel=1e-4)

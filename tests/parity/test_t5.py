@@ -15,7 +15,7 @@ from lightning_megatron import T5Config, T5Module
 from tests.reference import parallel_t5, plain_t5
 from tests.reference.parallel_t5 import LoadedT5
 from tests.support.layout import Layout
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import Logged, loader, trainer
 
 ROWS, STEPS = 12, 10
@@ -37,7 +37,7 @@ def assert_same_training(name: str, layout: Layout, total: int | None = None, **
     expected = plain_t5.train(name, ROWS, STEPS, total)
     assert expected["moved"] > 3e-3, "the truth does not train"
     train = functools.partial(parallel_t5.train, total=total, **options)
-    for seen in run_ranks(layout.world_size, train, name, layout, ROWS, len(expected["losses"]), expected["weights"]):
+    for seen in run_in_pool(layout.world_size, train, name, layout, ROWS, len(expected["losses"]), expected["weights"]):
         torch.testing.assert_close(seen["logits"][0], expected["logits"], rtol=0, atol=1e-5)
         steps = seen["steps"][options.get("accumulate", 1) - 1 :: options.get("accumulate", 1)]
         if "accumulate" not in options:

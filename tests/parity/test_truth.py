@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from tests.reference import parallel_gpt, plain_gpt
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 
 ROWS, STEPS, CLIP = 12, 10, 0.5
 
@@ -35,7 +35,7 @@ def truth(name: str) -> dict:
 
 def assert_same_training(name: str, layout: Layout, accumulate: int = 1, **options) -> None:
     expected, config = truth(name), getattr(plain_gpt, name)
-    ranks = run_ranks(
+    ranks = run_in_pool(
         layout.world_size, functools.partial(parallel_gpt.train, **options),
         config, layout, ROWS, STEPS, CLIP, accumulate, "32-true", expected["weights"],
     )  # fmt: skip
@@ -87,7 +87,7 @@ def test_the_short_last_batch_is_trained_on(layout):
     config, rows, total = plain_gpt.GPT2, 8, 19  # two batches of 8 and one of 3, which no pipeline size divides
     expected = plain_gpt.train(config, parallel_gpt.text_samples(config, total), rows, 3, CLIP)
     train = functools.partial(parallel_gpt.train, full=expected["weights"], total_rows=total, num_microbatches=4)
-    assert_equal(run_ranks(layout.world_size, train, config, layout, rows, 3, CLIP), expected)
+    assert_equal(run_in_pool(layout.world_size, train, config, layout, rows, 3, CLIP), expected)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, dp=2), Layout(pp=2, vp=2)], ids=str)
@@ -104,7 +104,7 @@ def test_mean_of_micro_batch_means(layout):
     train = functools.partial(
         parallel_gpt.train, full=expected["weights"], loss_reduction="micro_batch", micro_batch_size=size
     )
-    assert_equal(run_ranks(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)
+    assert_equal(run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)
 
 
 def test_micro_batch_size_and_recompute_change_nothing():

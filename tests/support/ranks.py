@@ -1,6 +1,11 @@
-"""Runs a function on several ranks, as real processes over Gloo, started from a preloaded forkserver."""
+"""Runs a function on several ranks, as real processes over Gloo, started from a preloaded forkserver.
+
+``run_ranks`` starts processes for one call. ``run_in_pool`` keeps them for the next call of its size in the same test
+module: for trainings that do not care what the process did before, which several Trainers in one process may not.
+"""
 
 import faulthandler
+import io
 import multiprocessing
 import os
 import socket
@@ -26,10 +31,80 @@ def run_ranks(world_size: int, function: Any, *args: Any, timeout: float = 120) 
     results = _launch(world_size, function, args, timeout)
     if any("EADDRINUSE" in result.get("error", "") for result in results):  # somebody took the port meanwhile
         results = _launch(world_size, function, args, timeout)
-    errors = [result["error"] for result in results if "error" in result]
-    if errors:
-        raise RankError("\n".join(errors))
-    return [result["value"] for result in results]
+    return _values(results)
+
+
+def run_in_pool(world_size: int, function: Any, *args: Any, timeout: float = 120) -> list[Any]:
+    """``run_ranks`` on processes that stay, until ``close_pools``, or one of them fails or exceeds the time."""
+    pool = _pools.get(world_size) or _pools.setdefault(world_size, _Pool(world_size))
+    results = pool.call(function, args, timeout)
+    if any("error" in result for result in results):
+        _pools.pop(world_size).close()
+    return _values(results)
+
+
+def close_pools() -> None:
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+def process(rank: int, world_size: int, port: int, folder: str, function: Any, args: Any) -> Any:
+    """One rank, not yet started; it leaves its result in ``folder``."""
+    return _context.Process(target=_rank, args=(rank, world_size, port, folder, sys.executable, function, args))
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+class _Pool:
+    """The ranks of one world, waiting for calls."""
+
+    def __init__(self, world_size: int) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        pairs = [_context.Pipe() for _ in range(world_size)]
+        self.connections, port = [ours for ours, _ in pairs], free_port()
+        self.processes = [
+            process(rank, world_size, port, self.folder.name, _answer, (theirs,))
+            for rank, (_, theirs) in enumerate(pairs)
+        ]
+        for started in self.processes:
+            started.start()
+        for _, theirs in pairs:
+            theirs.close()
+
+    def call(self, function: Any, args: Any, timeout: float) -> list[dict[str, Any]]:
+        for connection in self.connections:
+            connection.send((function, args))
+        return [self._result(rank, connection, timeout) for rank, connection in enumerate(self.connections)]
+
+    def _result(self, rank: int, connection: Any, timeout: float) -> dict[str, Any]:
+        try:
+            if connection.poll(timeout):
+                return torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
+        except EOFError:
+            self.processes[rank].join(timeout)
+        return _result(Path(self.folder.name) / str(rank), self.processes[rank])
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+_pools: dict[int, _Pool] = {}
+
+
+def _answer(connection: Any) -> None:
+    """What a rank of a pool does."""
+    while True:
+        function, args = connection.recv()
+        result = io.BytesIO()
+        torch.save(_called(function, args), result)
+        connection.send_bytes(result.getvalue())
 
 
 def _launch(world_size: int, function: Any, args: Any, timeout: float) -> list[dict[str, Any]]:
@@ -48,11 +123,6 @@ def _launch(world_size: int, function: Any, args: Any, timeout: float) -> list[d
                 left.join()
 
 
-def process(rank: int, world_size: int, port: int, folder: str, function: Any, args: Any) -> Any:
-    """One rank, not yet started; it leaves its result in ``folder``."""
-    return _context.Process(target=_rank, args=(rank, world_size, port, folder, sys.executable, function, args))
-
-
 def _rank(rank: int, world_size: int, port: int, folder: str, python: str, function: Any, args: Any) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -68,12 +138,15 @@ def _rank(rank: int, world_size: int, port: int, folder: str, python: str, funct
     sys.executable = python
     crash = (Path(folder) / f"{rank}.crash").open("w")
     faulthandler.enable(crash)  # a crash in C++ says where
-    try:
-        result = {"value": function(*args)}
-    except BaseException as error:
-        result = {"error": f"rank {rank}: " + "".join(traceback.format_exception(error))}
-    torch.save(result, Path(folder) / str(rank))
+    torch.save(_called(function, args), Path(folder) / str(rank))
     os._exit(0)
+
+
+def _called(function: Any, args: Any) -> dict[str, Any]:
+    try:
+        return {"value": function(*args)}
+    except BaseException as error:
+        return {"error": f"rank {os.environ['RANK']}: " + "".join(traceback.format_exception(error))}
 
 
 def _result(path: Path, process: Any) -> dict[str, Any]:
@@ -84,7 +157,8 @@ def _result(path: Path, process: Any) -> dict[str, Any]:
     return {"error": f"rank {path.name} gave no result (exit code {process.exitcode}; None: it still ran)\n{where}"}
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+def _values(results: list[dict[str, Any]]) -> list[Any]:
+    errors = [result["error"] for result in results if "error" in result]
+    if errors:
+        raise RankError("\n".join(errors))
+    return [result["value"] for result in results]
