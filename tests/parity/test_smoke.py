@@ -43,3 +43,11 @@ def test_trains_as_plain_pytorch(name: str) -> None:
         assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert seen["norms"] == pytest.approx(expected["norms"], rel=1e-4)
         assert seen["distance"] < 1e-5
+
+
+def test_fp16_gradients_have_the_scale_of_plain_pytorchs() -> None:
+    """Losses hardly show a wrong scale, since Adam divides it out. The band: fp16 keeps 11 bits of mantissa."""
+    expected = truth("GPT2")
+    train = functools.partial(parallel_gpt.train, precision="16-mixed", loss_scale=256.0)
+    for seen in run_in_pool(2, train, plain_gpt.GPT2, Layout(tp=2), ROWS, STEPS, CLIP):
+        assert seen["norms"] == pytest.approx(expected["norms"], rel=0.02)

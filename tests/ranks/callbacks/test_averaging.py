@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from tests.reference.parallel_gpt import Rows
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.trainer import QUIET
 
 KINDS: dict[str, Any] = {
@@ -66,8 +66,8 @@ def _fit(layout: Layout | None, kind: str, folder: str) -> Any:
 def test_averages_are_vanillas(kind, sharded, tmp_path):
     for folder in (tmp_path / "ours", tmp_path / "theirs"):
         folder.mkdir()
-    ours = run_ranks(2, _fit, Layout(dp=2, sharded=sharded), kind, str(tmp_path / "ours"))
-    theirs = run_ranks(2, _fit, None, kind, str(tmp_path / "theirs"))
+    ours = run_in_pool(2, _fit, Layout(dp=2, sharded=sharded), kind, str(tmp_path / "ours"))
+    theirs = run_in_pool(2, _fit, None, kind, str(tmp_path / "theirs"))
     for mine, reference in zip(ours, theirs, strict=True):
         mine[0].pop("grad_norm", None), mine[0].pop("train_loss", None)
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)

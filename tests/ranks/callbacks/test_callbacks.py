@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
 from tests.support.lightning_runs import CONFIG, OurGPT, VanillaGPT, trainer_of
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 
 LAYOUTS = [Layout(pp=2), Layout(tp=2, dp=2)]
 
@@ -78,8 +78,8 @@ def _checkpoints(layout: Layout | None, folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_model_checkpoint_keeps_what_lightning_keeps(layout, tmp_path):
-    expected = run_ranks(1, _checkpoints, None, str(tmp_path / "vanilla"))[0]
-    for seen in run_ranks(layout.world_size, _checkpoints, layout, str(tmp_path / "ours")):
+    expected = run_in_pool(1, _checkpoints, None, str(tmp_path / "vanilla"))[0]
+    for seen in run_in_pool(layout.world_size, _checkpoints, layout, str(tmp_path / "ours")):
         assert seen["score"] == pytest.approx(expected["score"], rel=1e-5)
         assert {**seen, "score": 0} == {**expected, "score": 0}
 
@@ -191,7 +191,7 @@ def _monitors(layout: Layout, folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_monitors_write_to_the_logger(layout, tmp_path):
-    seen, *others = run_ranks(layout.world_size, _monitors, layout, str(tmp_path))
+    seen, *others = run_in_pool(layout.world_size, _monitors, layout, str(tmp_path))
     assert {rank["called"] for rank in [seen, *others]} == {4}
     for name, values in {
         "lr-AdamW": [100 * seen["rate"]] * 2 + [10 * seen["rate"]] * 2,  # a tenth of it after each epoch of two batches
@@ -240,8 +240,8 @@ def _rates(layout: Layout | None, folder: str, as_callback: bool) -> dict[str, A
 def test_the_learning_rate_finder(layout, as_callback, tmp_path):
     for name in ("vanilla", "ours"):
         (tmp_path / name).mkdir()
-    expected = run_ranks(1, _rates, None, str(tmp_path / "vanilla"), as_callback)[0]
-    for seen in run_ranks(layout.world_size, _rates, layout, str(tmp_path / "ours"), as_callback):
+    expected = run_in_pool(1, _rates, None, str(tmp_path / "vanilla"), as_callback)[0]
+    for seen in run_in_pool(layout.world_size, _rates, layout, str(tmp_path / "ours"), as_callback):
         assert seen["results"]["lr"] == pytest.approx(expected["results"]["lr"])
         assert seen["results"]["loss"] == pytest.approx(expected["results"]["loss"], rel=1e-4)
         assert (seen["suggestion"], seen["lr"]) == pytest.approx((expected["suggestion"], expected["lr"]), rel=1e-4)
@@ -270,7 +270,7 @@ def _write(layout: Layout, folder: str) -> list[Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_prediction_writers(layout, tmp_path):
-    indices = run_ranks(layout.world_size, _write, layout, str(tmp_path))
+    indices = run_in_pool(layout.world_size, _write, layout, str(tmp_path))
     written = [torch.load(path) for path in tmp_path.iterdir()]
     assert sorted({i for numbers, _ in written for i in numbers}) == list(range(8))
     assert all(len(numbers) == len(prediction) for numbers, prediction in written)

@@ -20,7 +20,7 @@ from lightning_megatron.models.flops import training_flops
 from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.trainer import loader, trainer
 
 CONFIG = replace(plain_gpt.GPT2, num_layers=4)
@@ -81,8 +81,8 @@ def _monitored(layout: Layout, folder: str) -> Any:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_norms_are_the_truths(layout, tmp_path):
-    (expected,) = run_ranks(1, _truth, "")
-    seen = run_ranks(layout.world_size, _monitored, layout, str(tmp_path))
+    (expected,) = run_in_pool(1, _truth, "")
+    seen = run_in_pool(layout.world_size, _monitored, layout, str(tmp_path))
     assert all(each == seen[0] for each in seen)
     for (gradient, weights), (true_gradient, true_weights) in zip(seen[0], expected, strict=True):
         assert gradient == pytest.approx(true_gradient, rel=1e-4)  # sums in another order
@@ -105,7 +105,7 @@ def _zeros(layout: Layout) -> tuple[int, float]:
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=2)], ids=str)
 def test_zeros_are_counted_once(layout):
-    for expected, seen in run_ranks(layout.world_size, _zeros, layout):
+    for expected, seen in run_in_pool(layout.world_size, _zeros, layout):
         assert expected > 500
         assert seen == pytest.approx(expected, abs=12)  # key biases' gradients are rounding, and sometimes exactly 0
 
@@ -138,7 +138,7 @@ def _counted(layout: Layout, accumulate: int, folder: str) -> Any:
 
 @pytest.mark.parametrize(("layout", "accumulate"), [(Layout(dp=2), 1), (Layout(dp=2), 2), (Layout(tp=2), 1)], ids=str)
 def test_counts_are_exact_and_go_on(layout, accumulate, tmp_path):
-    for before, after, metrics in run_ranks(2, _counted, layout, accumulate, str(tmp_path)):
+    for before, after, metrics in run_in_pool(2, _counted, layout, accumulate, str(tmp_path)):
         assert before == [(8.0 * n, 8.0 * n * CONFIG.seq_length) for n in (1, 2, 3)]
         assert [samples for samples, _ in after if samples > 24] == [32.0, 40.0]
         assert metrics["tokens_per_second"] == pytest.approx(metrics["samples_per_second"] * CONFIG.seq_length)
@@ -231,7 +231,7 @@ def _phases(layout: Layout, slow_rank: int, what: str) -> Any:
 @pytest.mark.alone
 @pytest.mark.parametrize("what", ["data", "compute"])
 def test_the_slow_rank_is_named(what):
-    for values, named, listeners in run_ranks(2, _phases, Layout(dp=2), 1, what):
+    for values, named, listeners in run_in_pool(2, _phases, Layout(dp=2), 1, what):
         assert named == {(what, 1)}
         assert values[f"time/{what}_rank"] == 1
         assert values[f"time/{what}"] > values[f"time/{what}_min"] + 0.04
@@ -262,7 +262,7 @@ def _memory(layout: Layout, precision: str) -> Any:
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(dp=2), Layout(dp=2, sharded=False)], ids=str)
 def test_the_estimate_is_what_is_held(layout, precision):
     low = precision != "32-true"
-    for estimate, kept, shards, numbers, taken in run_ranks(2, _memory, layout, precision):
+    for estimate, kept, shards, numbers, taken in run_in_pool(2, _memory, layout, precision):
         assert estimate.weights == numbers * (2 if low else 4)
         assert numbers * 4 <= estimate.gradients <= numbers * 4 * 1.2  # buffers are padded
         assert estimate.optimizer == kept + (shards if low else 0)
@@ -278,7 +278,7 @@ def _nothing() -> Any:
 
 
 def test_without_callbacks_nothing_is_timed():
-    assert run_ranks(1, _nothing) == [True]
+    assert run_in_pool(1, _nothing) == [True]
 
 
 def _plain(folder: str) -> dict[str, float]:
@@ -289,7 +289,7 @@ def _plain(folder: str) -> dict[str, float]:
 
 
 def test_a_plain_module_is_watched_too(tmp_path):
-    for seen in run_ranks(2, _plain, str(tmp_path)):
+    for seen in run_in_pool(2, _plain, str(tmp_path)):
         assert seen["consumed_samples"] == 32
         assert seen["grad_norm"] > 0
         assert seen["memory_estimate_gib"] > 0

@@ -22,7 +22,7 @@ from tests.reference.parallel_t5 import LoadedT5
 from tests.support.layout import Layout
 from tests.support.pages import run
 from tests.support.preloaded_python import executable
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import loader, trainer
 
 CONFIG = replace(plain_gpt.GPT2, num_layers=4)
@@ -57,7 +57,7 @@ def _recorded(layout: Layout, micro_batches: int, folder: str, accumulate: int =
 
 @pytest.mark.parametrize(("layout", "micro_batches"), LAYOUTS, ids=str)
 def test_every_pass_is_there_once_and_in_order(layout, micro_batches, tmp_path):
-    (timelines, sums, written, silent), *others = run_ranks(
+    (timelines, sums, written, silent), *others = run_in_pool(
         layout.world_size, _recorded, layout, micro_batches, str(tmp_path)
     )
     assert written == ["step-2.png", "step-2.json"]
@@ -113,12 +113,12 @@ def _unwatched(layout: Layout, micro_batches: int) -> list[float]:
 
 def test_training_is_the_same_to_the_bit(tmp_path):
     layout = Layout(pp=2, vp=2)
-    watched = run_ranks(2, _recorded, layout, 4, str(tmp_path))
-    assert [sums for _, sums, *_ in watched] == run_ranks(2, _unwatched, layout, 4)
+    watched = run_in_pool(2, _recorded, layout, 4, str(tmp_path))
+    assert [sums for _, sums, *_ in watched] == run_in_pool(2, _unwatched, layout, 4)
 
 
 def test_a_whole_window_is_recorded(tmp_path):
-    (timelines, *_), _ = run_ranks(2, _recorded, Layout(pp=2), 2, str(tmp_path), 2)
+    (timelines, *_), _ = run_in_pool(2, _recorded, Layout(pp=2), 2, str(tmp_path), 2)
     assert sum(span.kind == "forward" for span in timelines[0].spans) == 4
     assert sum(span.kind == "optimizer" for span in timelines[0].spans) == 1
 
@@ -253,5 +253,5 @@ def _t5(layout: Layout, folder: str) -> Any:
 
 
 def test_t5s_pipeline(tmp_path):
-    timelines, _ = run_ranks(2, _t5, Layout(pp=2), str(tmp_path))
+    timelines, _ = run_in_pool(2, _t5, Layout(pp=2), str(tmp_path))
     _check_stages(timelines, Layout(pp=2), 2)

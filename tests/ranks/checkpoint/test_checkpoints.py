@@ -25,7 +25,7 @@ from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.support.layout import Layout
 from tests.support.plain_module import PlainModule
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.small_gpt import SMALL, fit, save, spoil, stock_tensors, validation_data
 from tests.support.trainer import trainer
 
@@ -34,7 +34,7 @@ from tests.support.trainer import trainer
 def good(tmp_path_factory):
     """A checkpoint of two tensor-parallel ranks, at step 2."""
     path = tmp_path_factory.mktemp("good") / "good.ckpt"
-    run_ranks(2, save, Layout(tp=2), path)
+    run_in_pool(2, save, Layout(tp=2), path)
     return path
 
 
@@ -115,12 +115,12 @@ def _validate(layout, path):
 
 
 def test_weights_alone_and_validation(good, tmp_path):
-    run_ranks(2, save, Layout(tp=2), tmp_path / "weights.ckpt", "32-true", True)
+    run_in_pool(2, save, Layout(tp=2), tmp_path / "weights.ckpt", "32-true", True)
     assert not any("optimizer" in key for key in shard_reader.stored(tmp_path / "weights.ckpt" / "weights"))
-    loss = run_ranks(2, _weights_only, tmp_path / "weights.ckpt")[0]
-    whole = run_ranks(2, _validate, Layout(pp=2), good)[0]
+    loss = run_in_pool(2, _weights_only, tmp_path / "weights.ckpt")[0]
+    whole = run_in_pool(2, _validate, Layout(pp=2), good)[0]
     assert loss == pytest.approx(whole, rel=1e-5)
-    untrained = run_ranks(1, _untrained)[0]
+    untrained = run_in_pool(1, _untrained)[0]
     assert abs(untrained - whole) > 1e-3
 
 
@@ -153,8 +153,8 @@ def _main_weights(layout, path, precision, save):
 def test_main_weights_and_moments_come_over_exactly_between_precisions(tmp_path, before, after):
     layout = Layout(tp=2, sharded=False)  # main weights are whole there, and easily compared
     path = tmp_path / "one.ckpt"
-    saved = run_ranks(2, _main_weights, layout, path, before, True)
-    loaded = run_ranks(2, _main_weights, layout, path, after, False)
+    saved = run_in_pool(2, _main_weights, layout, path, before, True)
+    loaded = run_in_pool(2, _main_weights, layout, path, after, False)
     for before_rank, after_rank in zip(saved, loaded, strict=True):
         for name, (weight, moment) in before_rank.items():
             real = slice(None) if "embed" not in name else slice(0, 29)  # the second rank's last rows are padding
@@ -163,7 +163,7 @@ def test_main_weights_and_moments_come_over_exactly_between_precisions(tmp_path,
 
 
 def test_a_plain_process_gets_a_working_module(good):
-    loss = run_ranks(1, _validate, Layout(), good)[0]
+    loss = run_in_pool(1, _validate, Layout(), good)[0]
     seen = run_ranks(1, _alone, good)[0]
     assert seen["loss"] == pytest.approx(loss, rel=1e-5)
     assert seen["config"] == SMALL
@@ -207,7 +207,7 @@ def _plain(path):
 
 
 def test_a_plain_module_exports_to_a_file_that_lightning_loads(tmp_path):
-    trained = run_ranks(2, _plain, tmp_path / "plain.ckpt")[0]
+    trained = run_in_pool(2, _plain, tmp_path / "plain.ckpt")[0]
     loaded = PlainModule.load_from_checkpoint(export(tmp_path / "plain.ckpt", tmp_path / "one.ckpt"))
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, trained[name])
@@ -239,9 +239,9 @@ def _factored_elsewhere(layout, path):
 
 
 def test_state_of_another_shape_goes_with_whole_weights(tmp_path):
-    for same in run_ranks(2, _factored, Layout(dp=2, sharded=False), tmp_path / "dp.ckpt"):
+    for same in run_in_pool(2, _factored, Layout(dp=2, sharded=False), tmp_path / "dp.ckpt"):
         assert all(same)
-    rows = run_ranks(1, _factored_elsewhere, Layout(sharded=False), tmp_path / "dp.ckpt")[0]
+    rows = run_in_pool(1, _factored_elsewhere, Layout(sharded=False), tmp_path / "dp.ckpt")[0]
     assert (64, 1) in dict(rows)  # the vocabulary's padding has rows, too
     assert all(total > 0 for _, total in rows)
     with pytest.raises(RankError, match="such state cannot be divided. Use tp=1") as error:
@@ -304,7 +304,7 @@ def test_checksums_can_be_left_out(copy):
     assert file.is_file()
     with pytest.raises(RankError, match="its checksum differs"):
         run_ranks(2, _load, Layout(tp=2), copy)
-    assert run_ranks(2, _load_unverified, copy) == [3, 3]
+    assert run_in_pool(2, _load_unverified, copy) == [3, 3]
 
 
 def _load_unverified(path):
@@ -334,7 +334,7 @@ def test_another_architecture_is_listed_shortest_first_and_the_rest_loads_if_ask
     assert "  model.decoder.layers.0.mlp.linear_fc1.bias is [64] in the model and [128] in the checkpoint" in lines
     assert [len(line) for line in lines] == sorted(len(line) for line in lines)
     assert any("layers.3" in line and "not in the checkpoint" in line for line in lines)
-    told, positions = run_ranks(2, _other_architecture, good, False)[0]
+    told, positions = run_in_pool(2, _other_architecture, good, False)[0]
     assert "linear_fc1.bias is [64]" in told[0]
     assert torch.equal(positions, run_ranks(1, stock_tensors, good)[0]["model.embedding.position_embeddings.weight"])
 
@@ -414,7 +414,7 @@ def _folder_of_another_kind(folder):
 
 
 def test_folders_of_other_kinds_are_refused_before_the_first_step(tmp_path):
-    run_ranks(1, _folder_of_another_kind, str(tmp_path))
+    run_in_pool(1, _folder_of_another_kind, str(tmp_path))
 
 
 def _near_last(folder):
@@ -427,4 +427,4 @@ def _near_last(folder):
 
 
 def test_the_newest_is_taken_for_last_and_for_nothing_that_begins_like_it(tmp_path):
-    run_ranks(1, _near_last, tmp_path)
+    run_in_pool(1, _near_last, tmp_path)

@@ -12,7 +12,7 @@ from tests.reference import plain_bert, plain_t5
 from tests.reference.parallel_bert import LoadedBert
 from tests.reference.parallel_t5 import LoadedT5
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool, run_ranks
 from tests.support.trainer import loader, trainer
 
 FAMILIES: dict[str, Any] = {
@@ -70,8 +70,8 @@ PAIRS = [
 @pytest.mark.parametrize(("name", "written", "other"), PAIRS, ids=str)
 def test_another_layout_and_none(name, written, other, tmp_path):
     path = str(tmp_path / "three.ckpt")
-    run_ranks(written.world_size, _train, name, written, path, False)
-    assert max(run_ranks(other.world_size, _train, name, other, path, True)) < 1e-4
+    run_in_pool(written.world_size, _train, name, written, path, False)
+    assert max(run_in_pool(other.world_size, _train, name, other, path, True)) < 1e-4
     (logits,) = run_ranks(1, _alone, name, path)
     torch.testing.assert_close(logits, _expected(name), rtol=0, atol=1e-4)
 
@@ -79,7 +79,7 @@ def test_another_layout_and_none(name, written, other, tmp_path):
 @pytest.mark.parametrize("layout", [Layout(pp=2), Layout(tp=2, pp=2, vp=2, split=3)], ids=str)
 def test_export_of_a_t5s_pipeline(layout, tmp_path):
     path = str(tmp_path / "three.ckpt")
-    run_ranks(layout.world_size, _train, "t5", layout, path, False)
+    run_in_pool(layout.world_size, _train, "t5", layout, path, False)
     exported = load_file(export(path, tmp_path / "t5.safetensors"))
     expected = plain_t5.train("t5", 12, 3)["weights"]
     assert exported.keys() == expected.keys()

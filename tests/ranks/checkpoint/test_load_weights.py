@@ -13,7 +13,7 @@ from lightning_megatron.checkpoint.consolidate import tensors
 from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.support.layout import Layout
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import trainer
 
 CONFIG = plain_gpt.ODD_UNTIED  # a vocabulary that is padded, to other sizes by other layouts
@@ -55,8 +55,8 @@ def _start(layout: Layout, path: str) -> Any:
 )
 def test_any_layout_starts_from_any(before, precision, now, tmp_path):
     path = str(tmp_path / "saved.ckpt")
-    run_ranks(before.world_size, _save, before, path, precision)
-    for distance, steps in run_ranks(now.world_size, _start, now, path):
+    run_in_pool(before.world_size, _save, before, path, precision)
+    for distance, steps in run_in_pool(now.world_size, _start, now, path):
         assert distance == 0.0
         assert steps == 1
 
@@ -80,8 +80,8 @@ def _bert(task: str, layout: Layout, path: str, strict: bool | None) -> Any:
 
 def test_another_head_starts_anew(tmp_path):
     path = str(tmp_path / "mlm.ckpt")
-    (_, trained), _ = run_ranks(2, _bert, "masked_lm", Layout(tp=2), path, None)
-    (first, _), _ = run_ranks(2, _bert, "sequence_classification", Layout(tp=2), path, False)
+    (_, trained), _ = run_in_pool(2, _bert, "masked_lm", Layout(tp=2), path, None)
+    (first, _), _ = run_in_pool(2, _bert, "sequence_classification", Layout(tp=2), path, False)
     same = {name for name in first if name in trained and torch.equal(first[name], trained[name])}
     assert {name for name in first if name.startswith(("embedding", "encoder"))} <= same
     assert any(name not in trained for name in first)
@@ -112,4 +112,4 @@ def _pretrained(path: str) -> list[float]:
 
 
 def test_what_the_checkpoint_lacks_stays_pretrained(tmp_path):
-    assert run_ranks(1, _pretrained, str(tmp_path / "one_layer.ckpt")) == [[0.0, 0.0]]
+    assert run_in_pool(1, _pretrained, str(tmp_path / "one_layer.ckpt")) == [[0.0, 0.0]]

@@ -16,7 +16,7 @@ from lightning_megatron.training.optimizer import ShardedOptimizer
 from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import Rows, Watch, text_samples
 from tests.support.layout import Layout
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import trainer
 
 CONFIG = dataclasses.replace(plain_gpt.GPT2, num_layers=4, hidden_dropout=0.2, attention_dropout=0.2)
@@ -187,7 +187,7 @@ CASES = [
 @pytest.mark.parametrize(("layout", "kind", "workers", "precision", "accumulate", "stop"), CASES, ids=str)
 def test_stopped_and_resumed_is_uninterrupted(tmp_path, layout, kind, workers, precision, accumulate, stop):
     arguments = (layout, kind, workers, precision, accumulate, stop, stop + 8, str(tmp_path))
-    losses = run_ranks(layout.world_size, _stop_and_resume, *arguments)[0]
+    losses = run_in_pool(layout.world_size, _stop_and_resume, *arguments)[0]
     assert len(set(losses)) > 8
 
 
@@ -201,7 +201,7 @@ def _from_any_step(layout, accumulate, folder):
 
 @pytest.mark.parametrize(("layout", "accumulate"), [(Layout(tp=2), 1), (Layout(dp=2), 3)], ids=str)
 def test_from_any_step_that_a_callback_saved(tmp_path, layout, accumulate):
-    run_ranks(2, _from_any_step, layout, accumulate, str(tmp_path))
+    run_in_pool(2, _from_any_step, layout, accumulate, str(tmp_path))
 
 
 class Inside(Callback):
@@ -224,7 +224,7 @@ def _mid_window(kind, path, epoch=0, batch_idx=4):
 
 @pytest.mark.parametrize(("epoch", "batch_idx"), [(0, 4), (0, 1)])
 def test_from_the_middle_of_an_accumulation_window(epoch, batch_idx, tmp_path):
-    run_ranks(2, _mid_window, "shuffled", f"{tmp_path}/inside.ckpt", epoch, batch_idx)
+    run_in_pool(2, _mid_window, "shuffled", f"{tmp_path}/inside.ckpt", epoch, batch_idx)
 
 
 def test_a_loader_that_cannot_go_back_is_not_saved_inside_a_window(tmp_path):
@@ -255,7 +255,7 @@ def _first_window_of_an_epoch(path):
 
 
 def test_the_first_window_of_a_later_epoch_is_run_again(tmp_path):
-    ((whole, resumed),) = run_ranks(1, _first_window_of_an_epoch, f"{tmp_path}/first.ckpt")
+    ((whole, resumed),) = run_in_pool(1, _first_window_of_an_epoch, f"{tmp_path}/first.ckpt")
     assert resumed == whole[6:]
 
 
@@ -268,7 +268,7 @@ def _evaluate_before_the_save(layout, precision, path):
 
 @pytest.mark.parametrize(("layout", "precision"), [(Layout(tp=2), "32-true"), (Layout(dp=2), "bf16-mixed")], ids=str)
 def test_evaluations_between_the_fit_and_the_save_leave_no_trace(layout, precision, tmp_path):
-    run_ranks(2, _evaluate_before_the_save, layout, precision, f"{tmp_path}/evaluated.ckpt")
+    run_in_pool(2, _evaluate_before_the_save, layout, precision, f"{tmp_path}/evaluated.ckpt")
 
 
 def _untrained(path):
@@ -284,7 +284,7 @@ def _untrained(path):
 
 
 def test_a_checkpoint_of_a_module_that_was_only_evaluated_starts_the_optimizer_anew(tmp_path):
-    assert run_ranks(1, _untrained, f"{tmp_path}/untrained.ckpt") == [3]
+    assert run_in_pool(1, _untrained, f"{tmp_path}/untrained.ckpt") == [3]
 
 
 class Seeing(GPTModule):
@@ -325,16 +325,16 @@ def _see(layout, batch_size, steps, load=None, save=None):
 def test_each_sample_once_under_another_number_of_replicas(tmp_path, before, after):
     path = str(tmp_path / "part.ckpt")
     (layout, rows), (other, other_rows) = before, after
-    first = dict(run_ranks(layout.world_size, _see, layout, rows, 4, None, path))
-    second = dict(run_ranks(other.world_size, _see, other, other_rows, -1, path))
+    first = dict(run_in_pool(layout.world_size, _see, layout, rows, 4, None, path))
+    second = dict(run_in_pool(other.world_size, _see, other, other_rows, -1, path))
     numbers = sum([*first.values(), *second.values()], [])
     assert sorted(numbers) == list(range(48))
 
 
 def test_samples_that_make_no_whole_batches_are_refused(tmp_path):
     path = str(tmp_path / "part.ckpt")
-    run_ranks(2, _see, Layout(dp=2), 4, 1, None, path)
+    run_in_pool(2, _see, Layout(dp=2), 4, 1, None, path)
     with pytest.raises(
         RankError, match="has consumed 8 samples.*no whole number of batches of 5 on 1 replicas.*batch_size=8"
     ):
-        run_ranks(1, _see, Layout(), 5, -1, path)
+        run_in_pool(1, _see, Layout(), 5, -1, path)

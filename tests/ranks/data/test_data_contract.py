@@ -17,7 +17,7 @@ from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
 from tests.support.lightning_runs import CONFIG, OurGPT, VanillaGPT, trainer_of
 from tests.support.plain_module import PlainModule
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import QUIET, trainer
 
 LAYOUTS = [Layout(pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vp=2)]
@@ -110,7 +110,7 @@ KINDS = ["seeded", "unseeded", "workers", "unsampled", "unsampled and unseeded",
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS[:3], **IDS)
 def test_peers_read_the_same_and_replicas_share_the_samples(layout, kind):
-    ranks = run_ranks(layout.world_size, _fit, layout, kind)
+    ranks = run_in_pool(layout.world_size, _fit, layout, kind)
     replicas: dict[int, Any] = {}
     for rank in ranks:
         assert rank["train"] == replicas.setdefault(rank["dp"], rank["train"]), "peers differ"
@@ -181,9 +181,9 @@ def _evaluate(layout: Layout | None, rows: list[int]) -> dict[str, Any]:
 @pytest.mark.parametrize("rows", [[7], [9], [5, 11]], **IDS)
 @pytest.mark.parametrize("layout", LAYOUTS, **IDS)
 def test_each_sample_of_an_evaluation_counts_once(layout, rows):
-    validated = run_ranks(1, _evaluate, None, rows)[0]["results"]
+    validated = run_in_pool(1, _evaluate, None, rows)[0]["results"]
     expected = validated[: len(rows)]
-    for rank in run_ranks(layout.world_size, _evaluate, layout, rows):
+    for rank in run_in_pool(layout.world_size, _evaluate, layout, rows):
         got = rank["results"]
         for mine, reference in zip(got[: len(rows)], expected, strict=True):
             assert mine == pytest.approx(reference, rel=1e-5)
@@ -214,7 +214,7 @@ def _log_inside(layout: Layout) -> Any:
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(dp=2), Layout(pp=2, dp=2)], **IDS)
 def test_logging_by_some_replicas_only(layout):
-    for seen in run_ranks(layout.world_size, _log_inside, layout, timeout=60):
+    for seen in run_in_pool(layout.world_size, _log_inside, layout, timeout=60):
         assert seen == {"rows_epoch": 9.0}
 
 
@@ -226,7 +226,7 @@ def _drop_last(layout: Layout) -> int:
 
 
 def test_replicas_drop_equally_many_last_batches():
-    assert run_ranks(2, _drop_last, Layout(dp=2), timeout=60) == [2, 2]
+    assert run_in_pool(2, _drop_last, Layout(dp=2), timeout=60) == [2, 2]
 
 
 class Named(Dataset):
@@ -263,7 +263,7 @@ def _read_names() -> Any:
 
 
 def test_strings_are_cut_too_outputs_come_back_and_another_strategy_goes_on():
-    [(told, moved, again)] = run_ranks(1, _read_names)
+    [(told, moved, again)] = run_in_pool(1, _read_names)
     assert told == [(4, 1)] * 6
     assert moved
     assert again
@@ -283,7 +283,7 @@ def test_predictions_are_in_the_datas_order(layout, rows):
         weights = plain_gpt.initial_weights(CONFIG)
         return plain_gpt.logits(CONFIG, weights, text_samples(CONFIG, n)["tokens"])
 
-    for first, second in run_ranks(layout.world_size, _predict, layout, rows):
+    for first, second in run_in_pool(layout.world_size, _predict, layout, rows):
         torch.testing.assert_close(first, truth(rows), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(second, truth(6), rtol=1e-4, atol=1e-5)
 
@@ -309,8 +309,8 @@ def _collated(layout: Layout) -> float:
 
 
 def test_transformers_own_collator():
-    one = run_ranks(1, _collated, Layout())
-    assert run_ranks(2, _collated, Layout(pp=2)) == pytest.approx(one * 2, rel=1e-5)
+    one = run_in_pool(1, _collated, Layout())
+    assert run_in_pool(2, _collated, Layout(pp=2)) == pytest.approx(one * 2, rel=1e-5)
 
 
 def _ignored(labels_only: bool) -> float:
@@ -325,7 +325,7 @@ def _ignored(labels_only: bool) -> float:
 
 
 def test_labels_of_minus_100_are_a_loss_mask():
-    assert run_ranks(1, _ignored, True) == pytest.approx(run_ranks(1, _ignored, False), rel=1e-6)
+    assert run_in_pool(1, _ignored, True) == pytest.approx(run_in_pool(1, _ignored, False), rel=1e-6)
 
 
 def _two_layouts() -> None:

@@ -12,7 +12,7 @@ from lightning_megatron import GPTModule
 from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.trainer import trainer
 
 EOD, ROWS, STEPS = 0, 4, 4
@@ -93,7 +93,7 @@ FORMS = [("GPT2", "text"), ("LLAMA", "tokens"), ("LLAMA", "input_ids"), ("LLAMA"
 def test_documents_in_a_row_train_as_they_do_alone(name, form, layout):
     expected = truth(name)
     options = {} if form == "positions" else APART
-    for losses, distance in run_ranks(layout.world_size, _train, name, layout, form, options, expected["weights"]):
+    for losses, distance in run_in_pool(layout.world_size, _train, name, layout, form, options, expected["weights"]):
         assert losses == pytest.approx(expected["losses"], rel=1e-5)
         assert distance < 1e-4
 

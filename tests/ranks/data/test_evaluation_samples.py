@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
 from tests.support.lightning_runs import CONFIG, OurGPT, trainer_of
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 
 ROWS = 9
 EVERY = tuple(range(ROWS))
@@ -125,8 +125,8 @@ def _evaluated(layout: Layout) -> dict[str, Any]:
 
 
 def test_every_sample_counts_once():
-    [expected] = run_ranks(1, _expected)
-    for rank, results in enumerate(run_ranks(2, _evaluated, Layout(dp=2))):
+    [expected] = run_in_pool(1, _expected)
+    for rank, results in enumerate(run_in_pool(2, _evaluated, Layout(dp=2))):
         for kind, (validated, predicted) in results.items():
             metrics, logits = expected[COUNTED.get(kind, EVERY)]
             for seen in validated:  # token sums in another order
@@ -189,7 +189,7 @@ def test_what_a_module_or_a_callback_notes_down_counts_once():
     labels = float(text_samples(CONFIG, ROWS)["labels"].sum())
     # the replicas have five and four rows, in batches of two: the second computes its last batch again;
     # interleaved stages fill up a batch of one row with another micro-batch
-    (first, last), (other, stage) = zip(*run_ranks(2, _noted, [Layout(dp=2), Layout(pp=2, vp=2)]), strict=True)
+    (first, last), (other, stage) = zip(*run_in_pool(2, _noted, [Layout(dp=2), Layout(pp=2, vp=2)]), strict=True)
     assert [a + b for a, b in zip(first[0], last[0], strict=True)] == [ROWS] + [labels] * 4
     assert [a + b for a, b in zip(first[1], last[1], strict=True)] == [ROWS] * 2
     assert stage == ([ROWS] + [labels] * 4, [ROWS] * 2)

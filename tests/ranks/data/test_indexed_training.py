@@ -18,7 +18,7 @@ from tests.reference.parallel_gpt import LoadedGPT
 from tests.reference.plain_gpt import GPT2
 from tests.support.indexed import MODULES, Seen, make, train, write_all
 from tests.support.layout import Layout
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import QUIET, trainer
 
 pytestmark = pytest.mark.usefixtures("preloaded_python")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @functools.cache
 def truth(kind: str, folder: str) -> dict:
-    (alone,) = run_ranks(1, train, kind, folder, Layout(), 4)
+    (alone,) = run_in_pool(1, train, kind, folder, Layout(), 4)
     return alone
 
 
@@ -54,7 +54,7 @@ def test_layouts_train_alike(folder, kind, layout):
     alone = truth(kind, folder)
     assert len(alone["losses"]) == 4
     assert len({tuple(map(tuple, batch)) for batch in alone["batches"]}) == 4
-    ranks = run_ranks(2, train, kind, folder, layout, 4)
+    ranks = run_in_pool(2, train, kind, folder, layout, 4)
     for rank in ranks:
         assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert rank["val"] == pytest.approx(alone["val"], rel=1e-5)
@@ -89,13 +89,13 @@ def _fit(folder: str, layout: Layout, steps: int, stop: int | None = None, resum
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
-    return run_ranks(2, _fit, folder, Layout(dp=2), 8)
+    return run_in_pool(2, _fit, folder, Layout(dp=2), 8)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(folder, uninterrupted):
-    begun = run_ranks(2, _fit, folder, Layout(dp=2), 8, 3)
+    begun = run_in_pool(2, _fit, folder, Layout(dp=2), 8, 3)
     assert [rank["step"] for rank in begun] == [3, 3]
-    resumed = run_ranks(2, _fit, folder, Layout(dp=2), 8, None, begun[0]["path"])
+    resumed = run_in_pool(2, _fit, folder, Layout(dp=2), 8, None, begun[0]["path"])
     for rank in range(2):
         assert begun[rank]["losses"] + resumed[rank]["losses"] == uninterrupted[rank]["losses"]
         assert begun[rank]["batches"] + resumed[rank]["batches"] == uninterrupted[rank]["batches"]
@@ -104,8 +104,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(folder, uninterr
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
 def test_a_run_goes_on_at_the_next_sample_on_other_sizes(folder, uninterrupted, layout):
     """``global_batch_size`` is the same; from two replicas to one."""
-    begun = run_ranks(2, _fit, folder, Layout(dp=2), 8, 3)
-    resumed = run_ranks(layout.world_size, _fit, folder, layout, 8, None, begun[0]["path"])
+    begun = run_in_pool(2, _fit, folder, Layout(dp=2), 8, 3)
+    resumed = run_in_pool(layout.world_size, _fit, folder, layout, 8, None, begun[0]["path"])
     for step, batch in enumerate(resumed[0]["batches"], 3):
         both = uninterrupted[0]["batches"][step] + uninterrupted[1]["batches"][step]
         assert sorted(batch) == sorted(both)
@@ -119,24 +119,24 @@ GROWING = RampUp(start=2, increment=2, samples=12)
 def test_batches_that_grow_are_counted_and_resumed(folder):
     """Eight steps of 2, 2, 4, 4, 6, 8, 8, 8 samples; after the third, one replica goes on where two were."""
     fit = functools.partial(_fit, ramp_up=GROWING)
-    whole = run_ranks(2, fit, folder, Layout(dp=2), 8)
-    begun = run_ranks(2, fit, folder, Layout(dp=2), 8, 3)
+    whole = run_in_pool(2, fit, folder, Layout(dp=2), 8)
+    begun = run_in_pool(2, fit, folder, Layout(dp=2), 8, 3)
     both = [whole[0]["batches"][step] + whole[1]["batches"][step] for step in range(8)]
     assert [len(batch) for batch in both] == [GROWING.size(GROWING.consumed(step, 8), 8) for step in range(8)]
     assert whole[0]["step"] == 8
-    resumed = run_ranks(1, fit, folder, Layout(), 8, None, begun[0]["path"])[0]
+    resumed = run_in_pool(1, fit, folder, Layout(), 8, None, begun[0]["path"])[0]
     assert [sorted(batch) for batch in resumed["batches"]] == [sorted(batch) for batch in both[3:]]
     assert resumed["losses"] == pytest.approx(whole[0]["losses"][3:], rel=1e-5)
 
 
 def test_another_order_is_refused_at_a_resume(folder):
-    begun = run_ranks(1, _fit, folder, Layout(), 8, 3)
+    begun = run_in_pool(1, _fit, folder, Layout(), 8, 3)
     path = begun[0]["path"]
     with pytest.raises(RankError, match=r"train_samples=64, and now 80.*give train_samples=64"):
         run_ranks(1, _fit, folder, Layout(), 10, None, path)
     with pytest.raises(RankError, match=r"seed=1234, and now 5\. Set it as it was"):
         run_ranks(1, functools.partial(_fit, seed=5), folder, Layout(), 8, None, path)
-    longer = run_ranks(1, functools.partial(_fit, train_samples=64), folder, Layout(), 10, None, path)
+    longer = run_in_pool(1, functools.partial(_fit, train_samples=64), folder, Layout(), 10, None, path)
     assert longer[0]["step"] == 10
 
 
@@ -146,8 +146,8 @@ def _tested(folder: str, path: str) -> float:
 
 
 def test_an_evaluation_of_a_checkpoint_is_no_resume(folder):
-    begun = run_ranks(1, _fit, folder, Layout(), 8, 3)
-    assert run_ranks(1, _tested, folder, begun[0]["path"])[0] > 0
+    begun = run_in_pool(1, _fit, folder, Layout(), 8, 3)
+    assert run_in_pool(1, _tested, folder, begun[0]["path"])[0] > 0
 
 
 def _refused(folder: str) -> None:
@@ -174,7 +174,7 @@ def _on_two_machines(folder: str) -> list:
 
 def test_machines_without_a_shared_folder_build_their_own_cache(folder):
     """megatron-core's builders build on rank 0 alone: another machine's ranks would look for files that it has not."""
-    first, second = run_ranks(2, _on_two_machines, folder)
+    first, second = run_in_pool(2, _on_two_machines, folder)
     assert first == second
     assert all(len(list(Path(folder, f"cache-{rank}").iterdir())) == 3 for rank in range(2))
 
@@ -196,8 +196,8 @@ def _ddp(folder: str) -> list:
 
 
 def test_lightnings_ddp_reads_the_same_samples(folder):
-    first, second = run_ranks(2, _ddp, folder)
-    (alone,) = run_ranks(1, _fit, folder, Layout(), 5)
+    first, second = run_in_pool(2, _ddp, folder)
+    (alone,) = run_in_pool(1, _fit, folder, Layout(), 5)
     assert len(first) == len(second) == 20
     assert sorted(first + second) == sorted(row for batch in alone["batches"] for row in batch)
 
@@ -227,8 +227,8 @@ def test_a_resumed_run_takes_out_the_same_spans(tmp_path):
     After five batches the sixth is made by the other one of two workers, in the resumed run by the first.
     """
     layout = Layout(tp=2)
-    whole = run_ranks(2, _corrupted, str(tmp_path), layout, 12)
-    resumed = run_ranks(2, _corrupted, str(tmp_path), layout, 12, f"{tmp_path}/spans-{layout}/step=5.ckpt")
+    whole = run_in_pool(2, _corrupted, str(tmp_path), layout, 12)
+    resumed = run_in_pool(2, _corrupted, str(tmp_path), layout, 12, f"{tmp_path}/spans-{layout}/step=5.ckpt")
     for rank in range(2):
         assert len(whole[rank]) == 12
         assert resumed[rank] == whole[rank][5:]
@@ -248,9 +248,9 @@ def test_documents_are_kept_apart_by_the_data_as_by_the_module(folder, layout):
     Sequence parallelism pads their 11 tokens, and the masks with them.
     """
     resets = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
-    by_data = run_ranks(2, _packed, folder, layout, GPTSamples(11, **resets), {})
-    (by_module,) = run_ranks(1, _packed, folder, Layout(), GPTSamples(11), {"eod_id": 4, **resets})
-    (joined,) = run_ranks(1, _packed, folder, Layout(), GPTSamples(11), {})
+    by_data = run_in_pool(2, _packed, folder, layout, GPTSamples(11, **resets), {})
+    (by_module,) = run_in_pool(1, _packed, folder, Layout(), GPTSamples(11), {"eod_id": 4, **resets})
+    (joined,) = run_in_pool(1, _packed, folder, Layout(), GPTSamples(11), {})
     assert by_module != pytest.approx(joined, rel=1e-3)
     for losses in by_data:
         assert losses == pytest.approx(by_module, rel=1e-6)
@@ -261,7 +261,7 @@ def _accumulated(folder: str) -> torch.Tensor:
 
 
 def test_samples_follow_from_steps_and_accumulation(folder):
-    (batches,) = run_ranks(1, _accumulated, folder)
+    (batches,) = run_in_pool(1, _accumulated, folder)
     rows = [tuple(row) for batch in batches for row in batch]
     assert (len(batches), len(rows), len(set(rows))) == (6, 48, 48)
 
@@ -273,5 +273,5 @@ def _predicted(folder: str) -> int:
 
 
 def test_predictions_run_over_the_test_part(folder):
-    seen = run_ranks(2, _predicted, folder)
+    seen = run_in_pool(2, _predicted, folder)
     assert seen[0] == seen[1] > 0

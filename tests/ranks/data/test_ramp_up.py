@@ -12,7 +12,7 @@ from lightning_megatron.data import BatchSizeSteps, RampUp, RampUpBatches
 from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.trainer import trainer
 
 
@@ -82,7 +82,7 @@ def test_every_batch_is_a_step_of_all_its_tokens():
         optimizer.step()
         expected.append(float(loss.detach()))
     for layout in (Layout(pp=2), Layout(tp=2, dp=2)):
-        for seen, losses, steps in run_ranks(layout.world_size, _train, layout):
+        for seen, losses, steps in run_in_pool(layout.world_size, _train, layout):
             assert seen == [size // layout.dp for size in sizes]
             assert losses == pytest.approx(expected, rel=1e-5)
             assert steps == len(sizes)

@@ -21,7 +21,7 @@ from tests.reference import plain_bert
 from tests.reference.parallel_bert import LoadedBert
 from tests.reference.plain_gpt import ADAM
 from tests.support.layout import Layout
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import Logged, loader, trainer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(206))]
@@ -72,7 +72,7 @@ def _collated(task: str, layout: Layout) -> dict:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("task", COLLATORS)
 def test_batches_as_transformers_collators_make_them(task, layout):
-    for seen in run_ranks(layout.world_size, _collated, task, layout):
+    for seen in run_in_pool(layout.world_size, _collated, task, layout):
         assert task == "tokens" or issubclass(seen["type"], BatchEncoding)  # a Mapping, not a dict
         torch.testing.assert_close(*seen["logits"], rtol=0, atol=1e-5)
         assert seen["loss"][0] == pytest.approx(seen["loss"][1], rel=1e-5)
@@ -103,7 +103,7 @@ def _megatron_keys(layout: Layout) -> dict:
 @pytest.mark.parametrize("layout", [*LAYOUTS, Layout(dp=2)], ids=str)
 def test_batches_as_megatron_datasets_make_them(layout):
     expected = plain_bert.train("pretraining", 12, 3)["losses"]
-    for seen in run_ranks(layout.world_size, _megatron_keys, layout):
+    for seen in run_in_pool(layout.world_size, _megatron_keys, layout):
         assert seen["losses"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_metrics_and_a_ragged_tail(layout):
         output = plain_bert.new_model("classes")(**batch)
     guess = output.logits.argmax(-1)
     f1 = MulticlassF1Score(3)(guess, batch["labels"])
-    for seen in run_ranks(layout.world_size, _measure, "classes", layout, rows):
+    for seen in run_in_pool(layout.world_size, _measure, "classes", layout, rows):
         assert seen["val_loss"] == pytest.approx(float(output.loss), rel=1e-5)
         assert seen["accuracy"] == pytest.approx(float((guess == batch["labels"]).float().mean()))
         assert seen["f1"] == pytest.approx(float(f1))
@@ -155,7 +155,7 @@ def test_the_two_losses_of_an_evaluation(layout):
         output = plain_bert.new_model("pretraining")(**batch)
     mlm = torch.nn.functional.cross_entropy(output.prediction_logits.flatten(0, 1), batch["labels"].flatten())
     sop = torch.nn.functional.cross_entropy(output.seq_relationship_logits, batch["next_sentence_label"])
-    for seen in run_ranks(layout.world_size, _measure, "pretraining", layout, rows):
+    for seen in run_in_pool(layout.world_size, _measure, "pretraining", layout, rows):
         assert seen["val_mlm_loss"] == pytest.approx(float(mlm), rel=1e-5)
         assert seen["val_sop_loss"] == pytest.approx(float(sop), rel=1e-5)
         assert seen["val_loss"] == pytest.approx(float(mlm + sop), rel=1e-3)  # of three batches, by their tokens
@@ -173,7 +173,7 @@ def _options(name: str, layout: Layout, accumulate: int, reduction: str, **strat
 @pytest.mark.parametrize("layout", [Layout(tp=2, dp=2), Layout(pp=2)], ids=str)
 @pytest.mark.parametrize("name", ["masked_lm", "classes"])
 def test_accumulation_is_one_big_batch(name, layout):
-    for distance, _ in run_ranks(layout.world_size, _options, name, layout, 2, "token"):
+    for distance, _ in run_in_pool(layout.world_size, _options, name, layout, 2, "token"):
         assert distance < 1e-4
 
 
@@ -185,7 +185,7 @@ def test_a_mean_of_micro_batches():
     mean, whole = float(torch.stack(parts).mean()), plain_bert.train("pretraining", 12, 4)["losses"][0]
     assert mean != pytest.approx(whole, rel=1e-5)
     train = functools.partial(_options, micro_batch_size=3)
-    for _, loss in run_ranks(2, train, "pretraining", Layout(pp=2), 1, "micro_batch"):
+    for _, loss in run_in_pool(2, train, "pretraining", Layout(pp=2), 1, "micro_batch"):
         assert loss == pytest.approx(mean, rel=1e-5)
 
 
@@ -206,7 +206,7 @@ def _drop(name: str, layout: Layout) -> dict:
 @pytest.mark.parametrize("sp", [False, True])
 @pytest.mark.parametrize("name", ["pretraining", "classes", "tokens"])
 def test_dropout_leaves_replicated_weights_alike(name, sp):
-    first, second = run_ranks(2, _drop, name, Layout(tp=2, sp=sp))
+    first, second = run_in_pool(2, _drop, name, Layout(tp=2, sp=sp))
     assert first["losses"] == second["losses"]
     assert first["losses"] != pytest.approx(plain_bert.train(name, 12, 4)["losses"], rel=1e-4)
     for key, value in first["alike"].items():

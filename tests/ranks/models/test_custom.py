@@ -13,7 +13,7 @@ from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
 from tests.support.layout import Layout
 from tests.support.pages import blocks
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import trainer
 
 CONFIG = plain_gpt.replace(plain_gpt.GPT2, tie_embeddings=False)
@@ -58,7 +58,7 @@ def _frozen(layout: Layout, config: Any) -> Any:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_batches_of_another_form(layout):
-    for ours, theirs in run_ranks(layout.world_size, _answers, layout):
+    for ours, theirs in run_in_pool(layout.world_size, _answers, layout):
         assert ours == theirs
 
 
@@ -68,7 +68,7 @@ def test_another_loss(layout):
     logits = plain_gpt.logits(CONFIG, plain_gpt.initial_weights(CONFIG), samples["tokens"])
     each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples["labels"], reduction="none")
     expected = (each * (1 - torch.exp(-each)) ** 2 * samples["loss_mask"]).sum() / samples["loss_mask"].sum()
-    for losses, _ in run_ranks(layout.world_size, _losses, layout, "Focal"):
+    for losses, _ in run_in_pool(layout.world_size, _losses, layout, "Focal"):
         assert losses[0] == pytest.approx(float(expected), rel=1e-5)
         assert losses[2] < losses[0]
 
@@ -77,7 +77,7 @@ def test_another_loss(layout):
 @pytest.mark.parametrize("config", [CONFIG, plain_gpt.GPT2], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_another_model(layout, config):
-    for unchanged in run_ranks(layout.world_size, _frozen, layout, config):
+    for unchanged in run_in_pool(layout.world_size, _frozen, layout, config):
         assert {name for name, same in unchanged.items() if same} == {n for n in unchanged if "embedding" in n}
 
 
@@ -119,12 +119,12 @@ def test_odd_lengths_of_another_form_under_sequence_parallelism(kind):
         config, shape = BertConfig(**sizes, task="masked_lm"), [4, 13, 60]
     else:
         config, shape = T5Config(**sizes, decoder_seq_length=7), [4, 7, 60]
-    assert run_ranks(2, _odd, kind, config) == [[shape], [shape]]
+    assert run_in_pool(2, _odd, kind, config) == [[shape], [shape]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_step_that_is_looked_at(layout):
-    for losses, metrics in run_ranks(layout.world_size, _losses, layout, "Perplexity"):
+    for losses, metrics in run_in_pool(layout.world_size, _losses, layout, "Perplexity"):
         # A mean of micro-batches' exponentials is a little more than the exponential of the mean.
         assert metrics["perplexity"] == pytest.approx(float(torch.tensor(losses[-1]).exp()), rel=0.05)
 
@@ -158,9 +158,9 @@ def _contrastive(layout: Layout) -> Any:
 # One replica and two, which start from the same weights.
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(tp=2)], ids=str)
 def test_a_new_task_over_the_replicas(layout):
-    (losses, norms), *_ = run_ranks(layout.world_size, _contrastive, layout)
+    (losses, norms), *_ = run_in_pool(layout.world_size, _contrastive, layout)
     assert min(norms) > 0
-    for seen in run_ranks(2 * layout.world_size, _contrastive, replace(layout, dp=2)):
+    for seen in run_in_pool(2 * layout.world_size, _contrastive, replace(layout, dp=2)):
         assert seen[0] == pytest.approx(losses, rel=1e-5)
         assert seen[1] == pytest.approx(norms, rel=1e-4)
 
@@ -183,7 +183,7 @@ def _rows_of_calls() -> list[int]:
 
 
 def test_an_overridden_get_batch_is_called_with_micro_batches_only():
-    for rows in run_ranks(2, _rows_of_calls):
+    for rows in run_in_pool(2, _rows_of_calls):
         assert rows == [2, 2, 2]  # the first call tells the length of what travels between the stages
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import seed_everything
 from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, LoRA, T5Config, T5Module
 from lightning_megatron.hf.gather import WholeTensors
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.trainer import Logged, loader, trainer
 
 ROWS, STEPS = 8, 2
@@ -71,12 +71,12 @@ def _train(kinds: list[str], layouts: list[Layout]) -> dict[tuple[str, str], Any
 
 @pytest.fixture(scope="module")
 def truth():
-    return {kind: seen for (_, kind), seen in run_ranks(1, _train, KINDS, [Layout()])[0].items()}
+    return {kind: seen for (_, kind), seen in run_in_pool(1, _train, KINDS, [Layout()])[0].items()}
 
 
 @pytest.fixture(scope="module")
 def parallel():
-    return run_ranks(4, _train, KINDS, LAYOUTS, timeout=240)[0]
+    return run_in_pool(4, _train, KINDS, LAYOUTS, timeout=240)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

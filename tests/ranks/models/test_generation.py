@@ -7,7 +7,7 @@ import torch
 
 from tests.support import writers
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.writers import REQUESTS, asked, assert_as_transformers
 
 NAMES = ("gpt2", "llama", "t5", "t5-1.1")
@@ -42,6 +42,6 @@ def test_the_truth_is_worth_comparing_with() -> None:
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_rank_writes_as_transformers(name: str, layout: Layout) -> None:
-    for texts in run_ranks(layout.world_size, write, name, layout.tp, layout.pp):
+    for texts in run_in_pool(layout.world_size, write, name, layout.tp, layout.pp):
         for request, found in texts.items():
             assert_as_transformers(name, request, found)

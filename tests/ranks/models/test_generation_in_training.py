@@ -12,7 +12,7 @@ from lightning_megatron import GPTConfig, GPTModule, T5Module, on_all_stages
 from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support import writers
 from tests.support.layout import Layout
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import Logged, loader, trainer
 from tests.support.writers import asked, assert_as_transformers
 
@@ -64,7 +64,7 @@ def predict_unmarked(layout: Layout) -> None:
     ids=str,
 )
 def test_predict_writes_as_transformers(name: str, layout: Layout) -> None:
-    for texts in run_ranks(layout.world_size, predict, name, layout):
+    for texts in run_in_pool(layout.world_size, predict, name, layout):
         for request, found in texts.items():
             assert_as_transformers(name, request, found)
 
@@ -145,7 +145,7 @@ def train_twice(layout: Layout, overlaps: bool) -> dict[str, Any]:
     ids=str,
 )
 def test_training_goes_on_as_if_nothing_had_been_written(layout: Layout, overlaps: bool) -> None:
-    results = run_ranks(layout.world_size, train_twice, layout, overlaps)
+    results = run_in_pool(layout.world_size, train_twice, layout, overlaps)
     for result in results:
         assert result["writing"] == result["silent"]
         assert len(result["silent"]) == 4

@@ -18,7 +18,7 @@ from lightning_megatron import AutoModule, GPTModule, LoRA
 from tests.reference import pretrained
 from tests.reference.plain_gpt import ADAM
 from tests.support.layout import Layout
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import Logged, loader, trainer
 
 # Targets of each model: some of the parts of a layer, all, and a layer that is stored as one.
@@ -103,7 +103,7 @@ def results(tmp_path_factory):
 
     @functools.cache
     def of(layout):
-        return folder, run_ranks(layout.world_size, run_on_rank, list(TARGETS), layout, folder, timeout=240)
+        return folder, run_in_pool(layout.world_size, run_on_rank, list(TARGETS), layout, folder, timeout=240)
 
     return of
 
@@ -172,7 +172,7 @@ def _start(name: str, layout: Layout, folder: Path) -> None:
 
 def test_updates_start_alike_in_every_layout_and_change_nothing_yet(tmp_path):
     for layout in (Layout(), Layout(tp=2), Layout(pp=2)):
-        run_ranks(layout.world_size, _start, "llama", layout, tmp_path)
+        run_in_pool(layout.world_size, _start, "llama", layout, tmp_path)
     one, *others = (load_file(tmp_path / f"start-{x}" / "adapter_model.safetensors") for x in ("one", "tp2", "pp2"))
     assert len(one) == 2 * 2 * 7
     for other in others:
@@ -314,7 +314,7 @@ def _recompute(layout: Layout, recompute: str) -> list[float]:
 
 
 def test_recomputed_layers_have_updates_too():
-    losses = [run_ranks(1, _recompute, Layout(), kind)[0] for kind in (None, "full", "selective")]
+    losses = [run_in_pool(1, _recompute, Layout(), kind)[0] for kind in (None, "full", "selective")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] == pytest.approx(losses[2], rel=1e-6)
     assert losses[0][0] != losses[0][-1]

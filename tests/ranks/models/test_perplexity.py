@@ -11,7 +11,7 @@ from lightning_megatron import AutoModule
 from lightning_megatron.callbacks import Perplexity
 from tests.reference import pretrained
 from tests.support.layout import Layout
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import trainer
 
 LENGTHS = (5, 9, 20, 33, 12)
@@ -42,7 +42,7 @@ def _evaluate(layout):
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(dp=2)], ids=str)
 def test_of_all_tokens(layout):
-    for validated, tested, after_a_step in run_ranks(2, _evaluate, layout):
+    for validated, tested, after_a_step in run_in_pool(2, _evaluate, layout):
         assert validated == pytest.approx(expected(), rel=1e-5)
         assert tested == validated
         assert after_a_step > 0

@@ -15,7 +15,7 @@ from lightning_megatron import AutoModule, GPTConfig, GPTModule
 from tests.reference import pretrained
 from tests.reference.plain_gpt import ADAM
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.trainer import Logged, trainer
 
 Batch = dict[str, torch.Tensor]
@@ -111,7 +111,7 @@ def train(cases: list[tuple[str, str]], layout: Layout) -> list[list[float]]:
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sp=True)], ids=str)
 def test_losses_are_transformers(layout):
-    for rank in run_ranks(layout.world_size, train, CASES, layout, timeout=240):
+    for rank in run_in_pool(layout.world_size, train, CASES, layout, timeout=240):
         for case, losses in zip(CASES, rank, strict=True):
             assert losses == pytest.approx(truth(*case), rel=1e-5), case
 

@@ -15,7 +15,7 @@ from tests.reference import plain_gpt, plain_t5
 from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.reference.parallel_t5 import LoadedT5
 from tests.support.layout import Layout
-from tests.support.ranks import RankError, run_ranks
+from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import QUIET, loader, trainer
 
 STACKS = ("encoder", "decoder")
@@ -102,7 +102,7 @@ def _tables(layout: Layout, steps: int) -> dict[str, list[torch.Tensor]]:
 @pytest.mark.parametrize("layout", [Layout(pp=4, split=2), Layout(pp=2, vp=2, split=3)], ids=str)
 def test_stages_start_and_stay_with_the_same_position_bias(layout, steps):
     by_name: dict[str, list[torch.Tensor]] = {}
-    for rank in run_ranks(layout.world_size, _tables, layout, steps):
+    for rank in run_in_pool(layout.world_size, _tables, layout, steps):
         for name, copies in rank.items():
             by_name.setdefault(name, []).extend(copies)
     encoder, decoder = (by_name[f"{stack}_relative_pos_emb.relative_attention_bias.weight"] for stack in STACKS)
@@ -123,7 +123,7 @@ def _written(layout: Layout) -> list[str]:
 
 @pytest.mark.parametrize("layout", [Layout(pp=4, split=2), Layout(tp=2, pp=2, vp=2, split=3)], ids=str)
 def test_one_copy_is_the_one_to_write(layout):
-    written = [key for rank in run_ranks(4, _written, layout) for key in rank]
+    written = [key for rank in run_in_pool(4, _written, layout) for key in rank]
     assert sorted(written) == sorted(f"{s}_relative_pos_emb.relative_attention_bias.weight" for s in STACKS)
 
 
@@ -147,7 +147,7 @@ def test_the_summary_counts_copies_once():
     padding = (-config.vocab_size % 16) * config.hidden_size  # a multiple of 8 on each tensor-parallel rank
     expected = sum(weight.numel() for weight in weights.values()) + padding
     for layout in (Layout(tp=2, pp=2), Layout(tp=2, pp=2, vp=2, split=2)):
-        assert run_ranks(4, _total, layout)[0] == (expected, expected)
+        assert run_in_pool(4, _total, layout)[0] == (expected, expected)
 
 
 def _forward(layout: Layout) -> None:

@@ -17,7 +17,7 @@ from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
 from tests.support.lightning_runs import CONFIG, OurGPT, VanillaGPT
 from tests.support.pages import blocks
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.trainer import QUIET
 
 TRAIN, VAL, BATCH = 16, 11, 4  # rows: four batches; two and three quarters
@@ -129,7 +129,7 @@ def run(layout: Layout | None, folder: str) -> dict[str, Any]:
 
 @functools.cache
 def vanilla(folder: str) -> dict[str, Any]:
-    return run_ranks(1, run, None, folder)[0]
+    return run_in_pool(1, run, None, folder)[0]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_logs_as_vanilla_lightning(layout, folder):
     expected = vanilla(folder)
-    for seen in run_ranks(layout.world_size, run, layout, folder):
+    for seen in run_in_pool(layout.world_size, run, layout, folder):
         assert seen["validate"] == [pytest.approx(expected["validate"][0], rel=1e-5)]
         assert seen["logged"] == pytest.approx(expected["logged"], rel=1e-5)
         assert len(seen["history"]) == len(expected["history"])

@@ -16,7 +16,7 @@ from lightning_megatron import MegatronPrecision
 from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool, run_ranks
 from tests.support.trainer import QUIET, trainer
 
 
@@ -75,8 +75,8 @@ def _train(strategy: Any, precision: str, accumulate: int) -> dict[str, Any]:
 )
 def test_hooks_see_and_change_what_they_do_under_ddp(sharded, precision, accumulate, overlap):
     ddp = DistributedDataParallelConfig(overlap_grad_reduce=overlap, bucket_size=40)
-    ours = run_ranks(2, _train, Layout(dp=2, sharded=sharded).strategy(ddp=ddp), precision, accumulate)
-    theirs = run_ranks(2, _train, "ddp", precision, accumulate)
+    ours = run_in_pool(2, _train, Layout(dp=2, sharded=sharded).strategy(ddp=ddp), precision, accumulate)
+    theirs = run_in_pool(2, _train, "ddp", precision, accumulate)
     close = {"rtol": 1e-4, "atol": 1e-5} if precision == "32-true" else {"rtol": 0.05, "atol": 0.01}
     for mine, reference in zip(ours, theirs, strict=True):
         assert len(mine["seen"]) == len(reference["seen"]) == 12 // accumulate
@@ -115,7 +115,7 @@ def _stages(precision: str) -> dict[str, Any]:
 # fp16's and bf16's weights are not of their gradients' type, fp32.
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 def test_every_stage_sees_its_own_part_of_the_gradients(precision):
-    ranks = run_ranks(4, _stages, precision)
+    ranks = run_in_pool(4, _stages, precision)
     stages = {tuple(rank["squares"]) for rank in ranks}
     assert len(stages) == 2  # replicas see the same
     for norms, *squares in zip(ranks[0]["norms"], *stages, strict=True):
@@ -159,5 +159,5 @@ def _refrozen(ours: bool) -> Any:
 
 
 def test_another_fit_may_train_other_parameters_with_other_settings():
-    ours, theirs = run_ranks(1, _refrozen, True)[0], run_ranks(1, _refrozen, False)[0]
+    ours, theirs = run_in_pool(1, _refrozen, True)[0], run_in_pool(1, _refrozen, False)[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

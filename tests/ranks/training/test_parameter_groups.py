@@ -11,7 +11,7 @@ from lightning_megatron import GPTModule, LRSchedule, ParameterGroups, biases_an
 from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.support.layout import Layout
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.trainer import trainer
 
 ROWS, STEPS = 8, 6
@@ -100,7 +100,7 @@ LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(pp=2, vp=2), Layout(dp=2
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_groups_and_weights_are_plain_torchs(layout):
     expected = truth()
-    ranks = run_ranks(layout.world_size, _train, layout)
+    ranks = run_in_pool(layout.world_size, _train, layout)
     for group, names in expected["groups"].items():
         assert sorted({name for rank in ranks for name in rank["groups"][group]}) == sorted(names)
     trained = {name for rank in ranks for name in rank["weights"]}

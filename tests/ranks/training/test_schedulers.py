@@ -27,7 +27,7 @@ from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
 from tests.support.pages import blocks
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool, run_ranks
 from tests.support.scheduled_gpt import CONFIG, EPOCHS, Scheduled, adam, loaders
 from tests.support.trainer import QUIET, trainer
 
@@ -113,7 +113,7 @@ def _rates(layout: Layout | None) -> dict[str, Any]:
 
 @cache
 def vanilla() -> dict[str, Any]:
-    return run_ranks(1, _rates, None)[0]
+    return run_in_pool(1, _rates, None)[0]
 
 
 def test_the_schedules_move():
@@ -125,7 +125,7 @@ def test_the_schedules_move():
 
 @pytest.mark.parametrize("layout", [Layout(pp=2), Layout(tp=2, dp=2)], ids=str)
 def test_rates_are_vanillas(layout):
-    for rank in run_ranks(layout.world_size, _rates, layout):
+    for rank in run_in_pool(layout.world_size, _rates, layout):
         assert rank == vanilla()
 
 
@@ -143,7 +143,7 @@ def _skipped(scale: float) -> dict[str, Any]:
 
 
 def test_a_skipped_fp16_step_counts_in_no_schedule():
-    for seen in run_ranks(2, _skipped, 2.0**40):
+    for seen in run_in_pool(2, _skipped, 2.0**40):
         lr = plain_gpt.ADAM["lr"]
         assert seen["skipped"] > 0
         assert seen["steps"] == (3, 3)
@@ -169,7 +169,7 @@ def _resumed(folder: str) -> dict[str, Any]:
 
 
 def test_resumed_rates_and_weights_are_exact(tmp_path):
-    assert run_ranks(2, _resumed, str(tmp_path)) == [{"equal": True, "rates": True}] * 2
+    assert run_in_pool(2, _resumed, str(tmp_path)) == [{"equal": True, "rates": True}] * 2
 
 
 def _page(blocks: list[str]) -> tuple[list[float], list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ from tests.reference import parallel_gpt, plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.support.layout import Layout
 from tests.support.plain_module import PlainModule
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_in_pool
 from tests.support.trainer import QUIET, trainer
 
 
@@ -25,8 +25,8 @@ from tests.support.trainer import QUIET, trainer
 @pytest.mark.parametrize("layout", [Layout(tp=2, dp=2, sp=True), Layout(pp=2, vp=2)], ids=str)
 def test_low_precision_tracks_fp32(layout, precision):
     args = (plain_gpt.GPT2, layout, 8, 50, 0.5, 1)
-    exact = run_ranks(layout.world_size, parallel_gpt.train, *args, "32-true")[0]["losses"]
-    low = run_ranks(layout.world_size, functools.partial(parallel_gpt.train, loss_scale=256.0), *args, precision)
+    exact = run_in_pool(layout.world_size, parallel_gpt.train, *args, "32-true")[0]["losses"]
+    low = run_in_pool(layout.world_size, functools.partial(parallel_gpt.train, loss_scale=256.0), *args, precision)
     for rank in low:
         assert rank["steps"] == 50
         assert rank["losses"][:50] == pytest.approx(exact, abs=0.05)
@@ -54,7 +54,7 @@ def _overflow(scale: float) -> dict:
 
 
 def test_skipped_fp16_steps_move_neither_schedule_nor_global_step():
-    for seen in run_ranks(2, _overflow, 2.0**40):
+    for seen in run_in_pool(2, _overflow, 2.0**40):
         assert seen["skipped"] > 0
         assert seen["logged"] == seen["skipped"]
         assert seen["steps"] == 3
@@ -78,7 +78,7 @@ def test_validation_and_predictions_with_a_ragged_tail(layout):
     logits = plain_gpt.logits(plain_gpt.GPT2, plain_gpt.initial_weights(plain_gpt.GPT2), samples["tokens"])
     each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples["labels"], reduction="none")
     loss = (each * samples["loss_mask"]).sum() / samples["loss_mask"].sum()
-    for seen in run_ranks(layout.world_size, _evaluate, layout, rows):
+    for seen in run_in_pool(layout.world_size, _evaluate, layout, rows):
         assert seen["loss"] == pytest.approx(float(loss), rel=1e-5)
         torch.testing.assert_close(seen["logits"], logits, rtol=1e-4, atol=1e-5)
 
@@ -98,7 +98,7 @@ def _resume(layout: Layout, folder: str) -> dict:
 
 
 def test_resume_in_the_same_layout_is_exact(tmp_path):
-    for seen in run_ranks(4, _resume, Layout(tp=2, pp=2), str(tmp_path)):
+    for seen in run_in_pool(4, _resume, Layout(tp=2, pp=2), str(tmp_path)):
         assert seen == {"equal": True, "steps": 6}
 
 
@@ -134,8 +134,8 @@ def _sgd(parameters):
     [(_adamw, "32-true"), (_adam, "32-true"), (_sgd, "32-true"), (_sgd, "bf16-mixed"), (_adamw, "bf16-mixed")],
 )
 def test_a_plain_module_trains_as_under_lightning_alone(optimizer, precision):
-    ours, our_metrics = run_ranks(1, _plain, "megatron", optimizer, precision)[0]
-    theirs, their_metrics = run_ranks(1, _plain, "auto", optimizer, precision)[0]
+    ours, our_metrics = run_in_pool(1, _plain, "megatron", optimizer, precision)[0]
+    theirs, their_metrics = run_in_pool(1, _plain, "auto", optimizer, precision)[0]
     # Micro-batches are summed in fp32 here, and in bf16 (3 digits) inside vanilla's one big product under autocast.
     exactness = {"rtol": 1e-4, "atol": 1e-6} if precision == "32-true" else {"rtol": 2e-2, "atol": 2e-3}
     for mine, reference in zip(ours, theirs, strict=True):
@@ -186,8 +186,8 @@ def _shorthand(layout: Layout | None) -> dict:
 
 
 def test_hooks_may_leave_the_batchs_number_out():
-    expected = run_ranks(1, _shorthand, None)[0]
-    for seen in run_ranks(2, _shorthand, Layout(dp=2)):
+    expected = run_in_pool(1, _shorthand, None)[0]
+    for seen in run_in_pool(2, _shorthand, Layout(dp=2)):
         assert seen == pytest.approx(expected, rel=1e-4)
 
 
@@ -211,7 +211,7 @@ def test_batches_as_transformers_collators_make_them(layout):
     labels[0, 9:] = -100
     logits = plain_gpt.logits(plain_gpt.GPT2, plain_gpt.initial_weights(plain_gpt.GPT2), tokens)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    for seen in run_ranks(layout.world_size, _transformers_batch, layout):
+    for seen in run_in_pool(layout.world_size, _transformers_batch, layout):
         assert seen == pytest.approx(float(loss), rel=1e-5)
 
 
@@ -229,7 +229,7 @@ def _two_fits_and_two_layouts() -> list[float]:
 
 
 def test_a_second_fit_and_other_sizes_in_the_same_process():
-    ranks = run_ranks(2, _two_fits_and_two_layouts)
+    ranks = run_in_pool(2, _two_fits_and_two_layouts)
     assert ranks[0] == ranks[1]
     assert all(1 < loss < 5 for loss in ranks[0])
 

@@ -11,7 +11,7 @@ from lightning_megatron import AutoModule, GPTModule
 from lightning_megatron.cli.main import main
 from lightning_megatron.hf.pretrained_directory import in_bytes
 from tests.reference import hub_models
-from tests.support.ranks import run_ranks
+from tests.support.hub_llama import GENERATION
 
 MODELS = [
     "openai-community/gpt2",
@@ -28,15 +28,6 @@ MODELS = [
     "google-t5/t5-small",
     "google/flan-t5-base",
 ]
-# As Llama 2's, which transformers reads with a warning and would refuse to write.
-GENERATION = {"eos_token_id": [2, 7], "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6, "_note": "é"}
-
-
-@pytest.fixture
-def llama(tmp_path):
-    folder = hub_models.write("meta-llama/Llama-3.2-1B", tmp_path / "llama")
-    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
-    return folder
 
 
 def contents(folder):
@@ -93,23 +84,6 @@ def test_a_type_that_is_asked_for_holds(llama, tmp_path):
         assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {wanted}
         told = json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
         assert told == str(wanted).removeprefix("torch.")
-
-
-def test_each_tensor_keeps_its_type(llama, tmp_path):
-    """Some models have norms in fp32 beside weights in bf16."""
-    from safetensors.torch import save_file
-
-    weights = load_file(llama / "model.safetensors")
-    mixed = {name: tensor.float() + 1e-4 if "norm" in name else tensor for name, tensor in weights.items()}
-    save_file(mixed, llama / "model.safetensors", {"format": "pt"})
-    run_ranks(2, _export, llama, tmp_path / "out")
-    out = load_file(tmp_path / "out" / "model.safetensors")
-    assert out.keys() == mixed.keys()
-    assert all(out[name].dtype == tensor.dtype and torch.equal(out[name], tensor) for name, tensor in mixed.items())
-
-
-def _export(source, folder):
-    AutoModule.from_pretrained(source).build(tp=2).save_pretrained(folder)
 
 
 def test_other_files_of_a_directory_stay(llama):

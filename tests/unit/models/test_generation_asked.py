@@ -6,7 +6,6 @@ import torch
 from lightning_megatron import GPTConfig, GPTModule
 from tests.support import writers
 from tests.support.pages import blocks, script, shell
-from tests.support.ranks import RankError, run_ranks
 
 IDS = torch.arange(1, 7).view(2, 3)
 
@@ -52,23 +51,10 @@ def test_what_makes_no_sense_is_refused(gpt, arguments, says):
         gpt.generate(**{"input_ids": IDS, "max_new_tokens": 4, **arguments})
 
 
-def _differ(rank_prompts):
-    module = writers.module("gpt2").build(tp=2)
-    module.generate(rank_prompts[torch.distributed.get_rank()], max_new_tokens=3)
-
-
 def test_lists_and_arrays_are_prompts_too(gpt):
     expected = gpt.generate(IDS, max_new_tokens=2)
     for prompts in (IDS.tolist(), IDS.numpy()):
         assert torch.equal(gpt.generate(prompts, max_new_tokens=2, attention_mask=[[1, 1, 1]] * 2), expected)
-
-
-def test_ranks_of_a_replica_that_differ_are_told_so():
-    with pytest.raises(RankError, match="prompts or settings of model-parallel rank 1 differ") as error:
-        run_ranks(2, _differ, [IDS, IDS + 1])
-    assert str(error.value).count("differ from those of rank 0") == 2
-    with pytest.raises(RankError, match="Model-parallel rank 1 refuses its prompts: .*token id 305"):
-        run_ranks(2, _differ, [IDS, IDS + 299])
 
 
 def test_padding_on_either_side_is_the_same(gpt):
@@ -79,43 +65,6 @@ def test_padding_on_either_side_is_the_same(gpt):
     assert not torch.equal(right["input_ids"], left["input_ids"])
     one, other = (gpt.generate(**prompts, max_new_tokens=6) for prompts in (left, right))
     assert torch.equal(one[:, -6:], other[:, -6:])
-
-
-def _stream():
-    tokens = []
-    module = writers.module("llama").build(pp=2)
-    text = module.generate(IDS, max_new_tokens=5, stream=tokens.append)
-    return text, tokens
-
-
-def _unbuilt_among_ranks() -> None:
-    writers.module("gpt2").build(pp=2)
-    writers.module("gpt2").generate(IDS, max_new_tokens=2)
-
-
-def test_a_rank_of_a_run_builds_no_whole_model_unasked():
-    with pytest.raises(RankError, match=r"one of 2 ranks.*call build\(tp=..., pp=...\)"):
-        run_ranks(2, _unbuilt_among_ranks)
-
-
-def test_a_stream_has_every_token_on_the_first_rank():
-    (text, tokens), (other, nothing) = run_ranks(2, _stream)
-    assert torch.equal(torch.stack(tokens, dim=1), text[:, 3:])
-    assert torch.equal(text, other)
-    assert nothing == []
-
-
-def _failing_stream():
-    def stop(token):
-        raise KeyError("stop")
-
-    writers.module("llama").build(tp=2).generate(IDS, max_new_tokens=5, stream=stop)
-
-
-def test_what_a_stream_raises_is_raised_on_every_rank():
-    with pytest.raises(RankError) as error:
-        run_ranks(2, _failing_stream)
-    assert str(error.value).count("the stream callback has failed with KeyError('stop')") == 2
 
 
 def test_a_seed_makes_the_text_and_without_one_it_differs(gpt):
