@@ -1,15 +1,25 @@
-"""A small Llama in a directory, as transformers saves it."""
+"""A small Llama in a directory: as transformers saves it, or as the Hugging Face hub has it."""
 
-import pytest
+import json
+from pathlib import Path
+
 from torch.utils.data import DataLoader
 
-from tests.reference import pretrained
+from tests.reference import hub_models, pretrained
+
+# As Llama 2's, which transformers reads with a warning and would refuse to write.
+GENERATION = {"eos_token_id": [2, 7], "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6, "_note": "é"}
 
 
-@pytest.fixture
-def llama(tmp_path):
-    pretrained.new_model("llama").save_pretrained(tmp_path / "llama")
-    return tmp_path / "llama"
+def saved_llama(folder: Path) -> Path:
+    pretrained.new_model("llama").save_pretrained(folder)
+    return folder
+
+
+def hub_llama(folder: Path) -> Path:
+    hub_models.write("meta-llama/Llama-3.2-1B", folder)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    return folder
 
 
 def batches(*given):

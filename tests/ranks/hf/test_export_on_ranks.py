@@ -1,10 +1,17 @@
 """A model that two ranks hold is exported as one process exports it."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from lightning_megatron import AutoModule
 from tests.support.ranks import run_ranks
+from tests.support.small_llama import hub_llama
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return hub_llama(tmp_path / "llama")
 
 
 def test_each_tensor_keeps_its_type(llama, tmp_path):

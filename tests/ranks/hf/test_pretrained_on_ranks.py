@@ -13,8 +13,13 @@ from lightning_megatron.cli.main import main
 from tests.reference import pretrained
 from tests.support.layout import Layout
 from tests.support.ranks import RankError, run_ranks
-from tests.support.small_llama import batches
+from tests.support.small_llama import batches, saved_llama
 from tests.support.trainer import trainer
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return saved_llama(tmp_path / "llama")
 
 
 def test_a_real_model_gives_transformers_hidden_states():

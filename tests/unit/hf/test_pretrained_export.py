@@ -11,7 +11,13 @@ from lightning_megatron import AutoModule, GPTModule
 from lightning_megatron.cli.main import main
 from lightning_megatron.hf.pretrained_directory import in_bytes
 from tests.reference import hub_models
-from tests.support.hub_llama import GENERATION
+from tests.support.small_llama import GENERATION, hub_llama
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return hub_llama(tmp_path / "llama")
+
 
 MODELS = [
     "openai-community/gpt2",
