@@ -169,7 +169,7 @@ def test_a_directory_with_an_adapter_is_the_model_and_the_adapter(tmp_path):
             ours = AutoModule.from_pretrained(folder).build()(input_ids=IDS)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert (theirs - pretrained.new_model("llama")(IDS).logits).abs().max() > 0.1
-    with pytest.raises(ValueError, match="is an adapter, with updates of its own, and lora=LoRA"):
+    with pytest.raises(ValueError, match="is an adapter with its own updates, and lora=LoRA"):
         AutoModule.from_pretrained(both, lora=LoRA())
     with pytest.raises(ValueError, match="is an adapter, and adapter='x' another"):
         AutoModule.from_pretrained(both, adapter="x")
