@@ -174,7 +174,7 @@ def _on_two_machines(folder: str) -> list:
 
 def test_machines_without_a_shared_folder_build_their_own_cache(folder):
     """megatron-core's builders build on rank 0 alone: another machine's ranks would look for files that it has not."""
-    first, second = run_in_pool(2, _on_two_machines, folder)
+    first, second = run_ranks(2, _on_two_machines, folder)
     assert first == second
     assert all(len(list(Path(folder, f"cache-{rank}").iterdir())) == 3 for rank in range(2))
 

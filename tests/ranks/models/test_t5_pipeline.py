@@ -118,7 +118,7 @@ def _written(layout: Layout) -> list[str]:
     module, run = LoadedT5("t5"), trainer(layout)
     run.validate(module, loader(plain_t5.samples("t5", 12, 1), layout, 12, run), verbose=False)
     found = shard_specs(module).values()
-    return [place.key for place in found if "relative" in place.key and not any(place.replica)]
+    return [spec.key for spec in found if "relative" in spec.key and not any(spec.replica_id)]
 
 
 @pytest.mark.parametrize("layout", [Layout(pp=4, split=2), Layout(tp=2, pp=2, vp=2, split=3)], ids=str)
