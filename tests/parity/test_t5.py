@@ -225,31 +225,6 @@ def test_every_rank_says_what_is_wrong(change, message):
     assert "gave no result" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"normalization": "RMS"}, "Did you mean 'RMSNorm'"),
-        ({"activation": "relux"}, "Did you mean 'relu'"),
-        ({"layers": "transformer_engine"}, "'torch' only"),
-        ({"decoder_num_layers": 0}, "decoder_num_layers=0"),
-        ({"relative_attention_num_buckets": 7}, "multiple of 4"),
-        ({"relative_attention_max_distance": 4}, "above half"),
-        ({"position_embedding": "absolute"}, "Did you mean 'relative'|'learned'"),
-        ({"extra": {"num_layers_in_first_pipeline_stage": 1}}, "num_layers_in_first_pipeline_stage.*split_rank"),
-        ({"decoder_start_id": 211}, "decoder_start_id=211"),
-        ({"num_attention_heads": 0}, "num_attention_heads"),
-    ],
-)
-def test_configurations_that_do_not_exist(options, message):
-    with pytest.raises(ValueError, match=message):
-        T5Config(**{**plain_t5.SIZES, **options})
-
-
-def test_the_module_wants_its_config():
-    with pytest.raises(TypeError, match="use a T5Config"):
-        T5Module({"num_layers": 2})
-
-
 ODD_BATCHES = {
     "decoder_attention_mask": ({"decoder_attention_mask": torch.ones(2, 3)}, "'decoder_attention_mask' is .2, 3."),
     "enc_mask": ({"enc_mask": torch.ones(2, 6)}, r"'enc_mask' is .2, 6.*\(2, 6, 6\) \(\[b, se, se\]\)"),

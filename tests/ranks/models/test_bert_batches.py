@@ -19,7 +19,6 @@ from transformers import (
 from lightning_megatron import BertConfig, BertModule
 from tests.reference import plain_bert
 from tests.reference.parallel_bert import LoadedBert
-from tests.reference.plain_gpt import ADAM
 from tests.support.layout import Layout
 from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import Logged, loader, trainer
@@ -254,30 +253,6 @@ def test_every_rank_says_what_is_wrong(name, change, message):
     with pytest.raises(RankError, match=message) as error:
         run_ranks(2, _refused, name, change, timeout=40)
     assert "gave no result" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"task": "masked_ml"}, "Did you mean 'masked_lm'"),
-        ({"norm_placement": "before"}, "norm_placement 'before'"),
-        ({"task": "sequence_classification", "problem_type": "multi_label"}, "multi_label_classification"),
-        ({"problem_type": "regression"}, "only task='sequence_classification'"),
-        ({"num_labels": 0}, "num_labels=0"),
-        ({"activation": "swiglu"}, "cannot gate"),
-        ({"layers": "transformer_engine"}, "'torch' only"),
-        ({"num_attention_heads": 7}, "num_attention_heads"),
-        ({"hidden_dropout": 1.5}, "BertConfig.hidden_dropout=1.5"),
-    ],
-)
-def test_configurations_that_do_not_exist(options, message):
-    with pytest.raises(ValueError, match=message):
-        BertConfig(**{**plain_bert.SIZES, **options})
-
-
-def test_the_module_wants_its_config():
-    with pytest.raises(TypeError, match="use a BertConfig"):
-        BertModule({"num_layers": 2}, optimizer=lambda p: torch.optim.AdamW(p, **ADAM))
 
 
 ODD_BATCHES = {

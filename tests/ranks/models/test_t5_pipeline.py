@@ -1,6 +1,5 @@
 """Where a T5's pipeline is split, and the weights of which its stages hold copies."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary
 
-from lightning_megatron import MegatronStrategy, ParallelLayout, T5Config, T5Module
+from lightning_megatron import MegatronStrategy, T5Module
 from lightning_megatron.checkpoint.tensor_shards import shard_specs
 from lightning_megatron.distributed.layout import LayoutError
 from tests.reference import plain_gpt, plain_t5
@@ -16,35 +15,10 @@ from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
 from tests.reference.parallel_t5 import LoadedT5
 from tests.support.layout import Layout
 from tests.support.ranks import RankError, run_in_pool, run_ranks
+from tests.support.t5_split import split
 from tests.support.trainer import QUIET, loader, trainer
 
 STACKS = ("encoder", "decoder")
-CONFIG = T5Config(**{**plain_t5.SIZES, "num_layers": 12, "decoder_num_layers": None, "decoder_seq_length": 37})
-
-
-def split(config: T5Config, **sizes: Any) -> int | None:
-    world_size = sizes["pp"]
-    return T5Module(config).complete_layout(ParallelLayout(world_size=world_size, **sizes)).pipeline_split_rank
-
-
-@pytest.mark.parametrize(("pp", "first"), [(1, None), (2, 1), (4, 2), (5, 2), (8, 4), (24, 12)])
-def test_layers_of_the_decoder_cost_more(pp, first):
-    assert split(CONFIG, pp=pp) == first
-
-
-def test_cross_attention_is_counted():
-    assert split(replace(CONFIG, decoder_seq_length=33), pp=3) == 1  # for its shorter targets alone it would be 2
-
-
-def test_the_split_follows_lengths_and_layers():
-    assert split(replace(CONFIG, seq_length=512, decoder_seq_length=16), pp=5) == 4
-    assert split(replace(CONFIG, seq_length=16, decoder_seq_length=512), pp=5) == 1
-    assert split(replace(CONFIG, decoder_num_layers=2), pp=4) == 3
-    assert split(CONFIG, pp=2, vp=4) == split(CONFIG, pp=8) == 4
-
-
-def test_a_split_that_is_asked_for_is_kept():
-    assert [split(CONFIG, pp=4, pipeline_split_rank=first) for first in (1, 2, 3)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
