@@ -18,16 +18,20 @@ from tests.support.ranks import run_in_pool
 from tests.support.trainer import QUIET, trainer
 
 
+@functools.cache
+def _trained(layout: Layout, precision: str) -> list[dict]:
+    train = functools.partial(parallel_gpt.train, **({"loss_scale": 256.0} if precision == "16-mixed" else {}))
+    return run_in_pool(layout.world_size, train, plain_gpt.GPT2, layout, 8, 50, 0.5, 1, precision)
+
+
 # The band: bf16 keeps 8 bits of mantissa, so a loss near 4 moves by some 0.02; fifty steps may add up to twice that.
 # fp16 starts at a loss scale that fits: a skipped step would set it one batch behind.
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
 @pytest.mark.parametrize("layout", [Layout(tp=2, dp=2, sp=True), Layout(pp=2, vp=2)], ids=str)
 def test_low_precision_tracks_fp32(layout, precision):
-    args = (plain_gpt.GPT2, layout, 8, 50, 0.5, 1)
-    exact = run_in_pool(layout.world_size, parallel_gpt.train, *args, "32-true")[0]["losses"]
-    low = run_in_pool(layout.world_size, functools.partial(parallel_gpt.train, loss_scale=256.0), *args, precision)
-    for rank in low:
+    exact = _trained(layout, "32-true")[0]["losses"]
+    for rank in _trained(layout, precision):
         assert rank["steps"] == 50
         assert rank["losses"][:50] == pytest.approx(exact, abs=0.05)
         assert rank["losses"] != exact

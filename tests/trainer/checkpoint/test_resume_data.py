@@ -143,7 +143,11 @@ def _resumed(name, folder):
         assert_goes_on(fit(loaders, 15, load=f"{folder}/{stop}.ckpt", seed=99, **options), whole, stop)
 
 
-@pytest.mark.parametrize("name", LOADERS)
+def _slow_with_workers(names):
+    return [pytest.param(name, marks=pytest.mark.slow) if "workers" in name else name for name in names]
+
+
+@pytest.mark.parametrize("name", _slow_with_workers(LOADERS))
 def test_a_plain_module_resumed_is_the_uninterrupted_one(tmp_path, name):
     run_ranks(1, _resumed, name, str(tmp_path))
 
@@ -190,7 +194,7 @@ def _several(name, folder):
         assert_goes_on(fit(loaders(), 13, load=f"{folder}/{stop}.ckpt", seed=99, **options), whole, stop)
 
 
-@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("name", _slow_with_workers(COMBINED))
 def test_each_of_several_loaders_goes_on_in_its_own_place(tmp_path, name):
     run_ranks(1, _several, name, str(tmp_path))
 
@@ -204,7 +208,9 @@ def _inside(name, folder):
         assert_goes_on(fit(loaders, 5, load=f"{folder}/{at}.ckpt", seed=99, **options), whole, at - at % 3)
 
 
-@pytest.mark.parametrize("name", ["sampler", "augmented", "augmented and generator", "workers", "stream"])
+@pytest.mark.parametrize(
+    "name", _slow_with_workers(["sampler", "augmented", "augmented and generator", "workers", "stream"])
+)
 def test_augmentation_and_dropout_after_a_save_inside_a_window(tmp_path, name):
     run_ranks(1, _inside, name, str(tmp_path))
 

@@ -694,6 +694,7 @@ def test_the_page_on_accelerate(gpt2):
     transformers.AutoModelForCausalLM.from_pretrained(gpt2 / "trained")
 
 
+@pytest.mark.slow
 def test_the_page_on_megatron_lm(tmp_path, parser):
     (command,) = blocks("migrate_megatron_lm.md", "bash")
     shell(tmp_path, command)

@@ -572,6 +572,7 @@ def _race(folder: str, number: int, barrier) -> None:
     torch.save(_build(folder, barrier), f"{folder}/{number}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_that_build_at_once_leave_one_right_cache(tmp_path):
     write(tmp_path / "gpt", 90, vocab_size=64)
     context = multiprocessing.get_context("forkserver")

@@ -94,6 +94,7 @@ def test_a_module_of_a_checkpoint_writes_and_one_of_a_run_that_is_over_says_why(
         module.build()
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_runs(tmp_path):
     write, predict = blocks("generation.md")
     alone = script(tmp_path, write, "write.py").splitlines()

@@ -71,6 +71,7 @@ def sides(tmp_path_factory):
     return HarnessGPT(AutoModule.from_pretrained(model), str(folder / "tokenizer.json"), batch_size=3), theirs, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["choose", "roll", "write"])
 def test_the_same_is_heard(task, sides):
     ours, theirs, folder = sides
