@@ -67,6 +67,8 @@ class MemoryMonitor(pl.Callback):
     estimate is theirs, and buffers'.
     """
 
+    watches_megatron = True  # so that a plain module on one rank is trained by Megatron's steps, too
+
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy: Any = trainer.strategy

@@ -47,6 +47,8 @@ class PhaseTimes(pl.Callback):
 
     """
 
+    watches_megatron = True  # so that a plain module on one rank is trained by Megatron's steps, too
+
     def __init__(self, factor: float = 1.5) -> None:
         Arguments(type(self).__name__, MisconfigurationException).number(least=1, factor=factor)
         self.factor = factor

@@ -36,6 +36,8 @@ class PipelineTimeline(pl.Callback):
         directory: Directory of the pictures and traces. None: ``timeline`` in the Trainer's ``default_root_dir``.
     """
 
+    watches_megatron = True  # so that a plain module on one rank is trained by Megatron's steps, too
+
     def __init__(self, steps: int | Sequence[int] = 5, directory: str | Path | None = None) -> None:
         for step in steps if isinstance(steps, Sequence) else [steps]:
             Arguments("PipelineTimeline", MisconfigurationException).whole(None, steps=step)

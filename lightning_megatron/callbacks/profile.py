@@ -31,6 +31,8 @@ class Profile(pl.Callback):
         directory: Directory of the traces. None: ``profile`` in the Trainer's ``default_root_dir``.
     """
 
+    watches_megatron = True  # so that a plain module on one rank is trained by Megatron's steps, too
+
     def __init__(
         self,
         first: int = 10,

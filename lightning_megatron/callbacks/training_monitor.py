@@ -34,6 +34,8 @@ class TrainingMonitor(pl.Callback):
         zeros: Whether to count zeros, which reads all gradients once more.
     """
 
+    watches_megatron = True  # so that a plain module on one rank is trained by Megatron's steps, too
+
     def __init__(self, zeros: bool = True) -> None:
         Arguments("TrainingMonitor", MisconfigurationException).flag(zeros=zeros)
         self.zeros = zeros

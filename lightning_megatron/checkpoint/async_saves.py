@@ -189,12 +189,12 @@ class SaveQueue:
             return
         if self._background.busy:
             self._pending.append(_Step("remove", path))
-        if dist.get_rank() == 0:
+        if _is_first_rank():
             self._after_pending_saves(lambda: manifest.remove(path), f"{path} could not be removed")
 
     def link(self, path: Path, target: Path) -> None:
         """Make ``path`` a link to ``target`` once that is complete; every rank calls this, and rank 0 does it."""
-        if dist.get_rank() == 0 and path != target and not self._last_save_failed:
+        if _is_first_rank() and path != target and not self._last_save_failed:
             self._after_pending_saves(
                 lambda: manifest.make_link(path, target), f"{path} could not be linked to {target}"
             )
@@ -227,3 +227,8 @@ class SaveQueue:
         for path in kept:
             rank_zero_warn(f"{path} is kept: the save after it failed.")
         self.callbacks.correct([], kept, self._saved)
+
+
+def _is_first_rank() -> bool:
+    """Whether this is rank 0, or outside of a run, where somebody calls a ModelCheckpoint by hand."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,6 +36,7 @@ from lightning_megatron.checkpoint.plateau_schedulers import PlateauSchedulers
 from lightning_megatron.checkpoint.tensor_shards import ShardSpec, shard_specs, specs_by_parameter
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.training.optimizer import ShardedOptimizer
+from lightning_megatron.training.whole_optimizer import WholeOptimizer
 
 State = dict[str, Any]
 _SHARDED = ("state_dict", "optimizer_states")
@@ -55,7 +56,7 @@ class Run:
 
     trainer: pl.Trainer
     layout: ParallelLayout
-    optimizer: ShardedOptimizer | None
+    optimizer: ShardedOptimizer | WholeOptimizer | None
     is_plain: bool = False
     in_one_file: bool = False
 
@@ -81,6 +82,7 @@ class Checkpointer:
         self.plateaus = PlateauSchedulers()
         self._copies = HostCopies()
         self._planners: dict[bool, save_plan.Planner] = {}
+        self._convert: Callable[[State, Run], None] | None = None  # what is left to do of the optimizer's state
 
     def begin_fit(self) -> None:
         """Discard what an earlier run has loaded or left to do."""
@@ -145,8 +147,8 @@ class Checkpointer:
 
     def _write_one_file(self, state: State, path: Path, run: Run) -> None:
         full, position = "optimizer_states" in state, loop_progress.position(run.trainer)
-        loop_progress.correct_counts(state["loops"], position)
-        ours: State = {"layout": asdict(run.layout)}
+        # The loops' counts stay Lightning's, for whom else reads the file; a load of ours corrects them.
+        ours: State = {"layout": asdict(run.layout), "position": asdict(position)}
         if full:
             ours["rank"] = self._own_record(state, position, run)
             ours["plateaus"] = self.plateaus.record(run.trainer)
@@ -157,7 +159,7 @@ class Checkpointer:
     def _content(self, state: State, run: Run) -> writing.SaveContent:
         """Collect what to write; an error on one rank is raised on all."""
         full = "optimizer_states" in state
-        optimizer = run.optimizer if full else None
+        optimizer = run.optimizer if full and isinstance(run.optimizer, ShardedOptimizer) else None
         planner = self._planners.setdefault(full, save_plan.Planner())
         known, problem = planner.knows(_tensors(state, optimizer)), ""
         if optimizer is not None and state["optimizer_states"]:
@@ -209,6 +211,7 @@ class Checkpointer:
             CheckpointError: It is incomplete or damaged, or the architectures differ.
         """
         self.wait()
+        self._convert = None
         trust = self.allow_pickle if weights_only is None else not weights_only
         if run.is_plain and reading.is_one_file(path):
             return self._load_one_file(path, run, trust)
@@ -227,8 +230,9 @@ class Checkpointer:
         others = {n: v for n, v in run.module.state_dict().items() if not isinstance(v, torch.Tensor)}
         state["state_dict"] = {**others, **state["state_dict"], **tensors}
         if optimizer is not None:
-            optimizer_groups.regroup(state, optimizer.group_weight_names)
-            state["optimizer_states"] = [{"hyper": state["optimizer_states"][0], "finish": finish}]
+            _put_into_form(state, optimizer, finish)
+        else:
+            self._convert = partial(self._read_optimizer, path)
         if resumes:
             self._read_rank_state(path, about, run, state)
             self.plateaus.load(state.get("plateaus", []))
@@ -240,14 +244,42 @@ class Checkpointer:
         ours: State = state.pop(lightning_file.OURS, {})
         if not state.get("optimizer_states") or run.trainer.state.fn != TrainerFn.FITTING:
             return state
-        if (optimizer := run.optimizer) is not None:
-            saved = ours.get("optimizer")
-            reading.on_each_rank(path, True, lambda: lightning_file.take_optimizer(state, run.module, optimizer, saved))
+        self._convert = partial(self._convert_file, path, ours.get("optimizer", {}))
         if "rank" in ours:
+            if "position" in ours:
+                loop_progress.correct_counts(state["loops"], loop_progress.Position(**ours["position"]))
             before = ParallelLayout(**ours["layout"])
             self._take_record(path, ours["rank"], before, run, state)
         self.plateaus.load(ours.get("plateaus", []))
         return state
+
+    def convert_optimizer_states(self, state: State, run: Run) -> None:
+        """Have the ``optimizer_states`` of what ``load`` gave be as the run's optimizer takes them.
+
+        A plain module on one rank is loaded before its optimizer is made, so that this comes later.
+
+        Args:
+            state: What ``load`` gave, which changes where that has not been done.
+            run: With its optimizer.
+
+        Raises:
+            CheckpointError: The optimizer has other parameters.
+        """
+        convert, self._convert = self._convert, None
+        if convert is not None and state["optimizer_states"]:
+            convert(state, run)
+
+    def _convert_file(self, path: Path, ours: State, state: State, run: Run) -> None:
+        optimizer = run.optimizer
+        if isinstance(optimizer, WholeOptimizer):
+            lightning_file.take_whole_optimizer(state, optimizer, ours)
+        elif optimizer is not None:
+            reading.on_each_rank(path, True, lambda: lightning_file.take_optimizer(state, run.module, optimizer, ours))
+
+    def _read_optimizer(self, path: Path, state: State, run: Run) -> None:
+        if (optimizer := run.optimizer) is not None:
+            _, finish = reading.on_each_rank(path, self.verify, lambda: reading.read(path, run.module, optimizer))
+            _put_into_form(state, optimizer, finish)
 
     def _read_rank_state(self, path: Path, about: dict[str, Any], run: Run, state: State) -> None:
         """Load this rank's random states and loaders; under another layout, those of a rank that read the same data."""
@@ -271,6 +303,12 @@ class Checkpointer:
         if loaders:
             state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = loaders
         self.resumption.load(record, before == run.layout)
+
+
+def _put_into_form(state: State, optimizer: ShardedOptimizer | WholeOptimizer, finish: Any) -> None:
+    """Have ``optimizer_states`` be what the optimizer takes: its groups' settings, and what hands it the tensors."""
+    optimizer_groups.regroup(state, optimizer.group_weight_names)
+    state["optimizer_states"] = [{"hyper": state["optimizer_states"][0], "finish": finish}]
 
 
 def _tensors(state: State, optimizer: ShardedOptimizer | None) -> list[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning_megatron.checkpoint import trainer_state
 from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.training.optimizer import ParameterSlice, ShardedOptimizer
+from lightning_megatron.training.whole_optimizer import WholeOptimizer
 
 State = dict[str, Any]
 
@@ -59,7 +60,7 @@ def read(path: Path, trust: bool) -> State:
     return state
 
 
-def put_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer) -> State:
+def put_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer | WholeOptimizer) -> State:
     """Put the optimizer's state into ``state`` as torch stores it, and fp32 main weights in place of rounded ones.
 
     Args:
@@ -70,6 +71,8 @@ def put_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOp
     Returns:
         The part of the optimizer's state that torch's format does not hold.
     """
+    if isinstance(optimizer, WholeOptimizer):  # `state` has it as torch gives it
+        return optimizer.state_dict()
     numbers = _numbers(optimizer)
     tensors: dict[int, State] = {}
     for part in optimizer.parameter_slices():
@@ -89,21 +92,35 @@ def put_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOp
     return ours
 
 
-def take_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer, ours: State | None) -> None:
+def take_whole_optimizer(state: State, optimizer: WholeOptimizer, ours: State) -> None:
+    """Do what ``take_optimizer`` does, for an optimizer that takes its state in torch's form.
+
+    Args:
+        state: The state as it was read, which is changed.
+        optimizer: The optimizer that takes the state.
+        ours: What ``put_optimizer`` returned; empty if another strategy wrote the file.
+    """
+    saved = state["optimizer_states"][0]
+    # The groups are torch's own, so that what is changed in them is what torch loads.
+    hyper = {"name": optimizer.kind, "skipped_steps": 0, **ours, "groups": saved["param_groups"]}
+    state["optimizer_states"] = [{"hyper": hyper, "finish": lambda: optimizer.inner.load_state_dict(saved)}]
+
+
+def take_optimizer(state: State, module: pl.LightningModule, optimizer: ShardedOptimizer, ours: State) -> None:
     """Convert the optimizer's state in ``state`` to this package's format, with a function that loads its tensors.
 
     Args:
         state: The state as it was read, which is changed.
         module: The module that takes the weights.
         optimizer: The optimizer that takes the state, sharded over the replicas or not.
-        ours: What ``put_optimizer`` returned; None if another strategy wrote the file.
+        ours: What ``put_optimizer`` returned; empty if another strategy wrote the file.
 
     Raises:
         CheckpointError: The optimizer has other parameters.
     """
     saved = state["optimizer_states"][0]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
-    hyper = ours or {"name": type(optimizer).__name__, "groups": groups, "skipped_steps": 0}
+    hyper = ours or {"name": optimizer.kind, "groups": groups, "skipped_steps": 0}
     known = [number for group in saved["param_groups"] for number in group["params"]]
     numbers = dict(zip((id(p) for group in optimizer.group_parameters for p in group), known, strict=False))
     if [len(group["params"]) for group in saved["param_groups"]] != [

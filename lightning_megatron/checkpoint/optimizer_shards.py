@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.tensor_shards import ShardSpec
 from lightning_megatron.training.optimizer import ParameterSlice, ShardedOptimizer
+from lightning_megatron.training.whole_optimizer import WholeOptimizer
 
 MAIN_WEIGHT = "main_weight"
 # Suffixes of the keys of state that has not its weight's shape: a number, or state of an undivided weight.
@@ -58,7 +59,10 @@ class Loading:
     """
 
     def __init__(
-        self, optimizer: ShardedOptimizer, where: dict[int, ShardSpec], stored: dict[str, TensorStorageMetadata]
+        self,
+        optimizer: ShardedOptimizer | WholeOptimizer,
+        where: dict[int, ShardSpec],
+        stored: dict[str, TensorStorageMetadata],
     ) -> None:
         self._optimizer = optimizer
         self.shards: list[ShardedTensor] = []

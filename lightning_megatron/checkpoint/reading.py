@@ -19,6 +19,7 @@ from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.tensor_shards import ShardSpec, shard_specs, specs_by_parameter
 from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.training.optimizer import ShardedOptimizer
+from lightning_megatron.training.whole_optimizer import WholeOptimizer
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def trainer_state_of(path: Path, about: dict[str, Any], trust: bool) -> dict[str
 
 
 def read(
-    path: Path, module: pl.LightningModule, optimizer: ShardedOptimizer | None
+    path: Path, module: pl.LightningModule, optimizer: ShardedOptimizer | WholeOptimizer | None
 ) -> tuple[dict[str, torch.Tensor], Callable[[], None] | None]:
     """Read this rank's tensors into buffers, so that nothing has changed if a file turns out to be unreadable.
 

@@ -29,7 +29,7 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, ModelSummary, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.fetchers import _DataFetcher
@@ -296,11 +296,6 @@ def layer_of(row: LayerSummary) -> torch.nn.Module:
 def last_saved_step(callback: ModelCheckpoint) -> int:
     """The optimizer step at which a ModelCheckpoint last saved."""
     return callback._last_global_step_saved
-
-
-def restarts(callback: BaseFinetuning) -> bool:
-    """Whether a finetuning callback is still to give the optimizers the groups of a checkpoint."""
-    return callback._restarting
 
 
 def bar_is_due(bar: TQDMProgressBar, current: int, total: Any) -> bool:

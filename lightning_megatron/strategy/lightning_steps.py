@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from typing_extensions import override
 
+from lightning_megatron.strategy.logging.step_values import stop_on_bad_loss
 from lightning_megatron.strategy.plain_steps import PlainSteps
 
 
@@ -16,4 +19,8 @@ class LightningSteps(PlainSteps):
     def train(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """``training_step`` forward. Lightning runs the backward pass after it, or the module does so itself."""
         with self.precision.train_step_context(), self.precision.step_context(self.engine.device):
-            return self.module.training_step(batch, *args, **kwargs)
+            output = self.module.training_step(batch, *args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if self.stops_on_bad_loss and self.module.automatic_optimization and isinstance(loss, torch.Tensor):
+            stop_on_bad_loss(loss, loss, self.module.trainer.global_step)
+        return output

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
@@ -126,6 +127,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._patches = trainer_patches.TrainerPatches()
+        self._ranks_have_met = False
         self._timers = timers.Timers()
         self.launch = launch
         launchers.check(launch)
@@ -134,6 +136,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
     def __getstate__(self) -> dict[str, Any]:
         """What a pickled Trainer takes along: no process groups, and nothing that lives in their buffers."""
         state = {**super().__getstate__(), "_engine": None, "_timers": timers.Timers()}
+        state.update(_whole_optimizer=None, _ranks_have_met=False)
         state["_patches"] = trainer_patches.TrainerPatches()
         for name in ("_steps", "_preemption"):
             state.pop(name, None)
@@ -165,7 +168,8 @@ class MegatronStrategy(ModuleSetup, Collectives):
     @property
     @override
     def restore_checkpoint_after_setup(self) -> bool:
-        return True
+        """A plain module on one rank is loaded before, as without this strategy; others have no weights before."""
+        return not self._is_plain_alone
 
     @property
     @override
@@ -200,6 +204,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         self._precision.plain_module = not isinstance(model, MegatronModule)
+        self._precision.check_double(model, self._is_plain_alone)
         if isinstance(model, MegatronModule):
             model.connect_data(model.trainer.datamodule)  # type: ignore[attr-defined]
             self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))
@@ -213,11 +218,13 @@ class MegatronStrategy(ModuleSetup, Collectives):
         super().setup_environment()
         process_groups.destroy_if_made_for_build()
         process_group_backends.destroy_unsuitable(self.root_device)
-        reset_seed()
+        if not self._is_plain_alone:
+            reset_seed()
         self.set_world_ranks()
         use_device(self.root_device)
         launchers.meet(self, self._process_group_backend, self._timeout)
         self._heartbeat.start()
+        self._begin_run()
         rank_consistency.share_random_state()
         process_groups.seed(torch.initial_seed())
         self._set_build_settings()
@@ -231,12 +238,12 @@ class MegatronStrategy(ModuleSetup, Collectives):
         self.model_to_device()
         self._timers = timers.Timers()  # who listened to an earlier run that failed may be in the old one
         if trainer.state.fn == TrainerFn.FITTING:
-            self.checkpointer.begin_fit()
             self.setup_optimizers(trainer)
             self._set_up_training(trainer)
         else:
             self.checkpointer.begin_evaluation(trainer)
             self._set_up_evaluation()
+        self._precision.check_norm = self.on_nonfinite == "raise"
         self.setup_precision_plugin()
         self._preemption = preemption.Preemption(trainer)
         after_backward = self._after_backward if self._sharded is not None else None
@@ -266,7 +273,8 @@ class MegatronStrategy(ModuleSetup, Collectives):
             dataloader = evaluation_sampler.each_once(dataloader)
         elif trainer.predicting:
             dataloader = evaluation_sampler.without_repeats(dataloader)
-        checks.check_loader(self.layout, dataloader, self.micro_batching)
+        if not self._is_plain_alone or sized_len(dataloader) != 0:  # Lightning warns of an empty one, and goes on
+            checks.check_loader(self.layout, dataloader, self.micro_batching)
         if trainer.training:
             dataloader = self.checkpointer.resumption.track(dataloader, self._patches.replace)
         if trainer.predicting:
@@ -344,7 +352,8 @@ class MegatronStrategy(ModuleSetup, Collectives):
 
     @override
     def on_train_end(self) -> None:
-        checks.check_some_batch(self.lightning_module.trainer)  # type: ignore[union-attr]
+        if not self._is_plain_alone:  # else Lightning warns of it, and goes on
+            checks.check_some_batch(self.lightning_module.trainer)  # type: ignore[union-attr]
         self.engine.finish_param_gather()
         self.checkpointer.wait()
 
@@ -375,6 +384,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
         first_error.record(exception)
         heartbeat.explain_timeout(exception, self.layout)
         self.checkpointer.saves.wait_after_error()
@@ -395,7 +405,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        if self._is_not_set_up:
+        if self._is_not_set_up and not self._ranks_have_met:
             return super().load_checkpoint(local_path(checkpoint_path), weights_only)
         return self.checkpointer.load(local_path(self.broadcast(checkpoint_path)), self._run, weights_only)
 
@@ -407,14 +417,15 @@ class MegatronStrategy(ModuleSetup, Collectives):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        if self._sharded is None:
-            single_rank.restore_finetuning_groups(self.lightning_module.trainer)  # type: ignore[union-attr]
+        optimizer: Any = self._sharded or self._whole_optimizer
+        if optimizer is None:
             super().load_optimizer_state_dict(checkpoint)
         elif checkpoint["optimizer_states"]:
+            self.checkpointer.convert_optimizer_states(checkpoint, self._run)  # type: ignore[arg-type]
             schedulers = [config.scheduler for config in self.lr_scheduler_configs]
-            self._resumed_settings.choose(self._sharded, schedulers, checkpoint)  # type: ignore[arg-type]
+            self._resumed_settings.choose(optimizer, schedulers, checkpoint)  # type: ignore[arg-type]
             (state,) = checkpoint["optimizer_states"]
-            self._sharded.load_state_dict(state["hyper"])
+            optimizer.load_state_dict(state["hyper"])
             state["finish"]()
 
     @override
@@ -422,6 +433,13 @@ class MegatronStrategy(ModuleSetup, Collectives):
         self.checkpointer.saves.remove(local_path(filepath))
 
     # Steps of the hooks above
+
+    def _begin_run(self) -> None:
+        """Forget what an earlier fit has loaded before this one loads; an evaluation keeps it, for a later save."""
+        self._ranks_have_met = True
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:  # type: ignore[union-attr]
+            self.checkpointer.begin_fit()
+            self.optimizers, self._whole_optimizer = [], None
 
     @property
     def _is_not_set_up(self) -> bool:
@@ -434,4 +452,4 @@ class MegatronStrategy(ModuleSetup, Collectives):
         trainer = self.lightning_module.trainer
         is_plain = not isinstance(self.lightning_module, MegatronModule)
         in_one_file = single_rank.is_single_rank(trainer) and not self.checkpointer.asynchronous
-        return Run(trainer, self.layout, self._sharded, is_plain, in_one_file)
+        return Run(trainer, self.layout, self._sharded or self._whole_optimizer, is_plain, in_one_file)

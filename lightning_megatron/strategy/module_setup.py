@@ -26,6 +26,7 @@ from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.microbatches import MicroBatching
 from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer
 from lightning_megatron.training.optimizer_factory import shard_optimizer
+from lightning_megatron.training.whole_optimizer import WholeOptimizer
 
 
 class ModuleSetup(ParallelRanks):
@@ -38,6 +39,12 @@ class ModuleSetup(ParallelRanks):
     on_nonfinite: OnNonfinite
     _steps: StepRunner
     _engine: Engine | None = None
+    _whole_optimizer: WholeOptimizer | None = None  # in place of a sharded one, where Lightning's own loop trains
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning gives samplers and ``sync_dist`` only to strategies that say so."""
+        return not self._is_plain_alone
 
     @property
     def engine(self) -> Engine:
@@ -58,8 +65,9 @@ class ModuleSetup(ParallelRanks):
 
     def _set_up_training(self, trainer: pl.Trainer) -> None:
         """Choose what trains the module: a schedule and a sharded optimizer, or Lightning's own loop."""
-        if single_rank.is_single_rank(trainer) and single_rank.needs_lightnings_loop(trainer, self.optimizers):
+        if single_rank.lightning_trains(trainer, self.optimizers):
             self._steps = self._make_steps(LightningSteps, None)
+            self._whole_optimizer = single_rank.whole_optimizer(trainer, self.optimizers)
             lightning_private.optimizers_to_device(self.optimizers, self.root_device)
             return
         checks.check_optimizers(trainer.lightning_module, self.optimizers)
@@ -71,9 +79,15 @@ class ModuleSetup(ParallelRanks):
     def _set_up_evaluation(self) -> None:
         """Keep the optimizer of a fit of this module, for a later save, and forget that of another one."""
         assert self.lightning_module is not None
-        if self._sharded is None or not self._sharded.trains(self.lightning_module):
-            self.optimizers, self.lr_scheduler_configs = [], []
+        if not single_rank.belong_to(self.optimizers, self.lightning_module):
+            self.optimizers, self.lr_scheduler_configs, self._whole_optimizer = [], [], None
         self._steps = self._make_steps(self._kind_of_steps, None)
+
+    @property
+    def _is_plain_alone(self) -> bool:
+        """Whether a plain module is on the only rank, so that its data and its loads are as without this strategy."""
+        module = self.lightning_module
+        return self._ranks == 1 and module is not None and not isinstance(module, MegatronModule)
 
     @property
     def _kind_of_steps(self) -> type[StepRunner]:

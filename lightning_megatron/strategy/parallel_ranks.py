@@ -84,11 +84,6 @@ class ParallelRanks(ParallelStrategy):
         return self.pipeline_parallel_rank == self.layout.pp - 1
 
     @property
-    def is_distributed(self) -> bool:
-        """Lightning gives samplers and ``sync_dist`` only to strategies that say so."""
-        return True
-
-    @property
     @override
     def world_size(self) -> int:
         """Ranks of the run, or what somebody has set it to."""

@@ -7,13 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.training.engine import NonFiniteLossError
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
 # type of weights, and whether gradients are kept and reduced in fp32
@@ -23,6 +25,7 @@ _KINDS: dict[str, tuple[torch.dtype, bool]] = {
     "bf16-true": (torch.bfloat16, False),
     "16-mixed": (torch.float16, True),
 }
+_DOUBLE = "64-true"  # for plain modules on one rank, which Lightning's own loop trains
 _INITIAL_LOSS_SCALE = 65536.0  # as of torch's GradScaler
 
 
@@ -33,12 +36,13 @@ class MegatronPrecision(Precision):
     LightningModule trains as it does elsewhere in Lightning: fp32 weights under autocast for the mixed ones.
 
     Args:
-        precision: "32-true", "bf16-mixed", "bf16-true" or "16-mixed" (with a dynamic loss scale).
+        precision: "32-true", "bf16-mixed", "bf16-true", "16-mixed" (with a dynamic loss scale), or "64-true", which is
+            for plain modules on one rank only.
         initial_loss_scale: The loss scale that "16-mixed" starts from; None is 65536. The others have none.
     """
 
     def __init__(self, precision: str = "32-true", initial_loss_scale: float | None = None) -> None:
-        if precision not in _KINDS:
+        if precision not in (*_KINDS, _DOUBLE):
             raise MisconfigurationException(
                 f"MegatronStrategy does not train with precision={precision!r}. Use one of {', '.join(_KINDS)}."
             )
@@ -51,8 +55,9 @@ class MegatronPrecision(Precision):
             )
         self.initial_loss_scale = initial_loss_scale or _INITIAL_LOSS_SCALE if precision == "16-mixed" else None
         self.precision = precision  # type: ignore[assignment]
-        self.compute_dtype, self.grads_in_fp32 = _KINDS[precision]
+        self.compute_dtype, self.grads_in_fp32 = _KINDS.get(precision, (torch.float64, False))
         self.after_backward: Callable[[], None] | None = None  # set for runs in which a schedule runs backward
+        self.check_norm = False  # set by the strategy: whether gradients that are not finite end the run
         self.plain_module = False  # set by the strategy: layers of plain torch do not cast their inputs by themselves
 
     @property
@@ -65,6 +70,19 @@ class MegatronPrecision(Precision):
         """Whether there is a dynamic loss scale."""
         return self.compute_dtype == torch.float16
 
+    def check_double(self, module: torch.nn.Module, single_rank: bool) -> None:
+        """Refuse "64-true" for all but plain modules on a single rank.
+
+        Raises:
+            MisconfigurationException: Names the precisions that the module can have.
+        """
+        if self.compute_dtype == torch.float64 and not single_rank:
+            raise MisconfigurationException(
+                f"MegatronStrategy does not train {type(module).__name__} with precision='64-true': megatron-core has"
+                " no such weights, and only a plain LightningModule on one rank is trained without it. Use one of"
+                f" {', '.join(_KINDS)}."
+            )
+
     @property
     def _autocasts(self) -> bool:
         return self.plain_module and str(self.precision).endswith("-mixed")
@@ -74,7 +92,7 @@ class MegatronPrecision(Precision):
         """Take over what ``Trainer(precision=)`` made; its autocast and gradient scaler are Megatron's own here."""
         if isinstance(plugin, cls):
             return plugin
-        if type(plugin) in (Precision, MixedPrecision, HalfPrecision):
+        if type(plugin) in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
             return cls(str(plugin.precision))
         raise MisconfigurationException(
             f"MegatronStrategy does not train with precision={plugin.precision!r} ({type(plugin).__name__})."
@@ -107,6 +125,16 @@ class MegatronPrecision(Precision):
             super().backward(tensor, model, optimizer, *args, **kwargs)
         else:
             self.after_backward()
+
+    @override
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Clip like Lightning, for a module that its own loop trains, and look at the norm."""
+        norm = torch.nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
+        if self.check_norm and not bool(torch.isfinite(norm)):
+            raise NonFiniteLossError(
+                f"The gradients' norm is {norm.item()}; the weights are as the last step left them. Lower the learning"
+                " rate, look at the batch, or leave such steps out: MegatronStrategy(on_nonfinite='skip')."
+            )
 
     @override
     def clip_gradients(

@@ -1,4 +1,4 @@
-"""When Lightning's own loop trains a plain module: on one rank, where it needs what no schedule can do."""
+"""When Lightning's own loop trains a plain module: on one rank, where nothing asks for Megatron's schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.training.optimizer import ShardedOptimizer
 from lightning_megatron.training.optimizer_factory import is_shardable
+from lightning_megatron.training.whole_optimizer import WholeOptimizer
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -29,13 +31,33 @@ def is_single_rank(trainer: pl.Trainer) -> bool:
     return bool(strategy.layout.world_size == 1)
 
 
-def needs_lightnings_loop(trainer: pl.Trainer, optimizers: list[Optimizer]) -> bool:
-    """Whether the module, its optimizers or a callback need something else than one optimizer step for each batch.
+def lightning_trains(trainer: pl.Trainer, optimizers: list[Optimizer]) -> bool:
+    """Whether Lightning's own loop trains the module: nothing asks for a schedule, or no schedule can do what is asked.
 
     Args:
-        trainer: A Trainer for which ``is_single_rank`` holds.
+        trainer: The Trainer of the run.
         optimizers: The ones that ``configure_optimizers`` returned.
     """
+    if not is_single_rank(trainer):
+        return False
+    return _needs_lightnings_loop(trainer, optimizers) or not _asks_for_schedule(trainer)
+
+
+def _asks_for_schedule(trainer: pl.Trainer) -> bool:
+    """Whether the strategy or a callback was given something that only Megatron's steps have."""
+    strategy = cast("Any", trainer.strategy)
+    return (
+        strategy.micro_batching.is_chosen
+        or strategy.on_nonfinite == "skip"
+        or strategy.ddp is not None
+        or strategy.checkpointer.asynchronous
+        or strategy.precision_plugin.params_dtype == torch.bfloat16  # which has main weights in fp32 beside it
+        or any(getattr(callback, "watches_megatron", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    )
+
+
+def _needs_lightnings_loop(trainer: pl.Trainer, optimizers: list[Optimizer]) -> bool:
+    """Whether the module, its optimizers or a callback need something else than one optimizer step for each batch."""
     module, strategy = trainer.lightning_module, cast("Any", trainer.strategy)
     return (
         not module.automatic_optimization
@@ -51,14 +73,29 @@ def needs_lightnings_loop(trainer: pl.Trainer, optimizers: list[Optimizer]) -> b
     )
 
 
-def restore_finetuning_groups(trainer: pl.Trainer) -> None:
-    """Have finetuning callbacks give the optimizers a checkpoint's groups before the optimizers load its state.
+def whole_optimizer(trainer: pl.Trainer, optimizers: list[Optimizer]) -> WholeOptimizer | None:
+    """The one optimizer, as checkpoints and resumed settings see it; None where torch alone saves and loads its state.
 
-    These callbacks do so in ``on_fit_start``, but the strategy reads the checkpoint only after that hook.
+    Args:
+        trainer: A Trainer whose module Lightning's own loop trains.
+        optimizers: The ones that ``configure_optimizers`` returned.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, BaseFinetuning) and lightning_private.restarts(callback):
-            callback.on_fit_start(trainer, trainer.lightning_module)
+    strategy = cast("Any", trainer.strategy)
+    changes = any(isinstance(callback, CHANGES_GROUPS) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if len(optimizers) != 1 or not optimizers[0].param_groups or changes or strategy.checkpointer.asynchronous:
+        return None
+    return WholeOptimizer(optimizers[0], trainer.lightning_module)
+
+
+def belong_to(optimizers: list[Optimizer], module: torch.nn.Module) -> bool:
+    """Whether all weights that ``optimizers`` update belong to ``module``."""
+    own = {id(parameter) for parameter in module.parameters()}
+    return all(
+        optimizer.trains(module)
+        if isinstance(optimizer, ShardedOptimizer)
+        else all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+        for optimizer in optimizers
+    )
 
 
 def _leaves_out(module: torch.nn.Module, optimizer: Optimizer) -> bool:

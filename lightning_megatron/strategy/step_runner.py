@@ -74,7 +74,7 @@ class StepRunner(ABC):
         if outcome is None:
             return None
         if self.stops_on_bad_loss:
-            stop_on_bad_loss(outcome, self.engine.local_loss, self.module.trainer.global_step)
+            stop_on_bad_loss(outcome.loss, self.engine.local_loss, self.module.trainer.global_step)
         self._log(outcome, recorder, "train")
         return outcome.hook_outputs
 

@@ -89,6 +89,11 @@ class ShardedOptimizer(Optimizer):
         return id(self)
 
     @property
+    def kind(self) -> str:
+        """The name of the wrapped optimizer's class."""
+        return type(self).__name__
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The groups of the wrapped torch optimizer; their ``params`` are this rank's slices."""
         return self.inner.optimizer.param_groups
@@ -196,7 +201,7 @@ class ShardedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the settings of the groups and the loss scale; checkpoints read tensors from ``parameter_slices``."""
         state: dict[str, Any] = {
-            "name": type(self).__name__,
+            "name": self.kind,
             "groups": group_settings(self),
             "given": self.initial_settings,
         }
@@ -212,8 +217,7 @@ class ShardedOptimizer(Optimizer):
             ValueError: It is the state of another kind of optimizer, or has another number of groups.
         """
         self.check_kind(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
-            set_values(group, {key: value for key, value in saved.items() if key not in IMPLEMENTATION_FLAGS})
+        take_settings(self.param_groups, state_dict)
         self.initial_settings = state_dict.get("given", self.initial_settings)
         self.skipped_steps = state_dict["skipped_steps"]
         if "grad_scaler" in state_dict and getattr(self.inner, "grad_scaler", None) is not None:
@@ -225,12 +229,7 @@ class ShardedOptimizer(Optimizer):
         Raises:
             ValueError: The kinds or the numbers of groups differ; the text has both.
         """
-        if state_dict["name"] != type(self).__name__ or len(state_dict["groups"]) != len(self.param_groups):
-            raise ValueError(
-                f"The checkpoint has the state of {state_dict['name']} with {len(state_dict['groups'])} groups, and"
-                f" this run's optimizer is {type(self).__name__} with {len(self.param_groups)}. Use the same optimizer,"
-                " or start from the weights alone (GPTModule.load_from_checkpoint, then fit without ckpt_path)."
-            )
+        check_kind(self.kind, len(self.param_groups), state_dict)
 
     def trains(self, module: torch.nn.Module) -> bool:
         """Whether all weights that it updates belong to ``module``."""
@@ -261,6 +260,31 @@ def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
         {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups
     ]
+
+
+def check_kind(kind: str, groups: int, state: dict[str, Any]) -> None:
+    """Refuse the state of another kind of optimizer, or with another number of groups.
+
+    Args:
+        kind: The name of this run's optimizer class.
+        groups: The number of its groups.
+        state: What the ``state_dict`` of the saved optimizer returned.
+
+    Raises:
+        ValueError: The kinds or the numbers of groups differ; the text has both.
+    """
+    if state["name"] != kind or len(state["groups"]) != groups:
+        raise ValueError(
+            f"The checkpoint has the state of {state['name']} with {len(state['groups'])} groups, and this run's"
+            f" optimizer is {kind} with {groups}. Use the same optimizer, or start from the weights alone"
+            " (GPTModule.load_from_checkpoint, then fit without ckpt_path)."
+        )
+
+
+def take_settings(groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """Give ``groups`` the settings of a saved ``state``, but for the flags of how a step is computed."""
+    for group, saved in zip(groups, state["groups"], strict=True):
+        set_values(group, {key: value for key, value in saved.items() if key not in IMPLEMENTATION_FLAGS | {"params"}})
 
 
 def set_values(group: dict[str, Any], values: dict[str, Any]) -> None:

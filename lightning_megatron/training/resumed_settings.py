@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, Lamb
 
 from lightning_megatron.training.lr_scheduler import MegatronLRScheduler
 from lightning_megatron.training.optimizer import IMPLEMENTATION_FLAGS, ShardedOptimizer, set_values
+from lightning_megatron.training.whole_optimizer import WholeOptimizer
 
 Side = Literal["checkpoint", "program"]
 State = dict[str, Any]
@@ -43,7 +44,7 @@ class ResumedSettings:
         self._side = side
         self._to_set: list[Any] = []
 
-    def choose(self, optimizer: ShardedOptimizer, schedulers: list[Any], checkpoint: State) -> None:
+    def choose(self, optimizer: ShardedOptimizer | WholeOptimizer, schedulers: list[Any], checkpoint: State) -> None:
         """Change the state to be loaded so that the settings of the chosen side apply, and warn of differences.
 
         Args:

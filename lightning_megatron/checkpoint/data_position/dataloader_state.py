@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
-from torch.utils.data import DataLoader, IterableDataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_megatron.checkpoint import rng_state
+from lightning_megatron.checkpoint.data_position import epoch_order
 
 Record = dict[str, Any]
 Replace = Callable[[Any, str, Any], None]  # has an attribute of an object be another one until the run ends
@@ -69,11 +71,13 @@ class LoaderPosition:
         at_iter: The random states when its iterator was created; None keeps the present ones.
         at_first: The random states when its first batch was requested; None if none was.
         skip: Batches to skip by their numbers.
+        order: The order that another kind of sampler has begun the epoch in, as ``epoch_order`` describes it.
     """
 
     at_iter: Record | None = None
     at_first: Record | None = None
     skip: int = 0
+    order: Record | None = None
 
 
 _START = LoaderPosition()
@@ -93,6 +97,7 @@ class TrackedSampler:
         self._seed_taken: int | None = None
         self._at_iter: Record | None = None
         self._at_first: Record | None = None
+        self._followed: Record | None = None  # the order of the running epoch, where another sampler has begun it
 
     def __getattr__(self, name: str) -> Any:
         if "inner" not in self.__dict__:  # while this object is copied
@@ -127,12 +132,38 @@ class TrackedSampler:
         return {
             "rows": self.rows,
             "seed": self.seed,
+            "sampler": type(self._sampler).__name__,
+            "order": self._followed or epoch_order.describe(self._sampler, self._at_first),
             # Whether the sampler gives the same global batches on any number of replicas.
             "global_batches": bool(getattr(self.inner, "global_batches", False)),
             "at_iter": self._at_iter,
             "at_first": self._at_first,
             "generators": [g.get_state() for g in self._generators],
         }
+
+    def order_to_follow(self, record: Record, epoch: int) -> Record | None:
+        """The order in which another kind of sampler has begun an epoch; None where this one goes on by itself.
+
+        Args:
+            record: What the other one's ``record`` returned.
+            epoch: The number of the epoch.
+        """
+        own, saved = epoch_order.describe(self._sampler, None), record.get("order")
+        if "order" not in record and record["seed"] is not None:  # an earlier version shared samples out on one rank
+            shuffles = own is not None and own["kind"] == "random"
+            saved = {"kind": "shared", "shuffle": shuffles, "seed": record["seed"], "epoch": epoch}
+        if own is not None and saved is not None and own["kind"] == saved["kind"]:
+            return saved if own["kind"] == "shared" and record["seed"] is None else None
+        if saved is not None and epoch_order.can_follow(self.inner):
+            return saved
+        name = type(self._sampler).__name__
+        if record.get("sampler", name) != name:
+            rank_zero_warn(
+                f"The checkpoint is from the middle of an epoch that a {record['sampler']} has begun, and here a {name}"
+                " gives the samples: this epoch may have some of them twice, and others not at all. To have each once,"
+                " resume on as many ranks, or from a checkpoint at an epoch's end."
+            )
+        return None
 
     def set_generators(self, states: list[Any]) -> None:
         """Restore the states of the loader's own generators."""
@@ -149,16 +180,20 @@ class TrackedSampler:
 
     def _from(self, place: LoaderPosition) -> Iterator[Any]:
         """Yield the batches in their original order, without those that are skipped."""
-        self.resume, self._untouched = _START, False
+        self.resume, self._untouched, self._followed = _START, False, place.order
         now = self._states()
         self._at_first = place.at_first or now
         self._set(self._at_first)
-        batches = iter(self.inner)
+        batches = iter(self.inner if place.order is None else self._batches_in(place.order))
         for _ in range(place.skip):
             next(batches, None)
         if place.at_first is not None and self.is_indexed:
             rng_state.set_data_states(now["rng"])  # the loader's own generators continue from here
         yield from batches
+
+    def _batches_in(self, order: Record) -> BatchSampler:
+        numbers = epoch_order.share(epoch_order.indices(order, len(self._loader.dataset)), self._sampler)  # type: ignore[arg-type]
+        return BatchSampler(numbers, self.inner.batch_size, self.inner.drop_last)
 
     def _states(self) -> Record:
         return {"rng": rng_state.data_states(), "generators": [g.get_state() for g in self._generators]}

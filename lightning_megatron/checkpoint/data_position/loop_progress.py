@@ -57,6 +57,9 @@ def correct_counts(loops: dict[str, Any], where: Position) -> None:
     """Correct the saved counts of Lightning's fit loop, in place."""
     epochs, batches = loops["fit_loop"]["epoch_progress"], loops["fit_loop"]["epoch_loop.batch_progress"]
     inside = where.batches > 0 or where.redo > 0
+    if where.epoch == epochs["current"]["started"] > epochs["current"]["processed"]:
+        # Saved by a hook behind the epoch's last batch, before Lightning counts it on the loggers' x-axis.
+        loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
     for counts in (epochs["total"], epochs["current"]):
         if inside and counts["processed"] == counts["started"]:  # closed, although batches are left
             counts["completed"] = min(counts["completed"], counts["processed"] - 1)

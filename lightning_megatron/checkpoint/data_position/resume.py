@@ -162,7 +162,8 @@ class Resumption:
             by_number = batches is not None and batches.is_indexed
             if batches is not None:
                 at_iter, at_first = (record["at_iter"], record["at_first"]) if record else (None, None)
-                batches.resume = LoaderPosition(at_iter, at_first, given + more if by_number else 0)
+                order = batches.order_to_follow(record, saved["epoch"]) if record and by_number else None
+                batches.resume = LoaderPosition(at_iter, at_first, given + more if by_number else 0, order)
                 if record is not None:
                     batches.restart_workers()
             to_read.append(0 if by_number else given + more)

@@ -99,11 +99,12 @@ def read_evenly(loader: Any, device: torch.device, fills: bool) -> Any:
         device: For the ranks' votes.
         fills: As of ``EvenLoader``.
     """
-    if not dist.is_initialized():  # outside of a run, to count batches; a run sets its loaders up anew
+    # Without groups it is outside of a run, to count batches; a run sets its loaders up anew.
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return loader
     if sized_len(loader) is None:
         return EvenLoader(loader, device, fills)
-    return loader if dist.get_world_size() == 1 or _keeps_its_length(loader) else SizedEvenLoader(loader, device, fills)
+    return loader if _keeps_its_length(loader) else SizedEvenLoader(loader, device, fills)
 
 
 def _keeps_its_length(loader: Any) -> bool:

@@ -33,7 +33,7 @@ def check(launch: str | None) -> None:
 
 
 def choose(strategy: Any, launch: Launch | None) -> Any:
-    """The launcher for ``strategy``; None where the processes are there already, or one in a notebook is enough.
+    """The launcher for ``strategy``; None where the processes are there already, or one is enough.
 
     Args:
         strategy: With its cluster environment and devices.
@@ -55,7 +55,7 @@ def choose(strategy: Any, launch: Launch | None) -> Any:
             "MegatronStrategy(launch='subprocess') runs the script again for each rank, and an interactive session or"
             " notebook has none. Use launch='forkserver', or leave launch out."
         )
-    if launch is None and lightning_private.is_interactive() and strategy.num_processes * strategy.num_nodes == 1:
+    if launch != "forkserver" and strategy.num_processes * strategy.num_nodes == 1:
         return None
     if launch == "forkserver" or (launch is None and lightning_private.is_interactive()):
         from lightning_megatron.strategy.launchers.forkserver import ForkserverLauncher  # a script never needs it

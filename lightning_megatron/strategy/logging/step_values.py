@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron.distributed import lightning_private
-from lightning_megatron.training.engine import NonFiniteLossError, Outcome
+from lightning_megatron.training.engine import NonFiniteLossError
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
 
@@ -37,27 +37,27 @@ def log_step(
         module.log_dict(values, batch_size=1)
 
 
-def stop_on_bad_loss(outcome: Outcome, local_loss: torch.Tensor, step: int) -> None:
+def stop_on_bad_loss(loss: torch.Tensor, local_loss: torch.Tensor, step: int) -> None:
     """Stop every rank when the loss of the global batch is NaN or infinite.
 
     Args:
-        outcome: What the engine returned for the batch; its loss is the same on every rank.
+        loss: The loss of the global batch, the same on every rank.
         local_loss: This rank's part of the loss.
         step: The number of the optimizer step.
 
     Raises:
         NonFiniteLossError: Names the step, the ranks that computed it and the last good step.
     """
-    if bool(torch.isfinite(outcome.loss)):
+    if bool(torch.isfinite(loss).all()):
         return
     # Every rank is here: the loss went through all of them. Say where it came from.
     finite: list[bool] = [True] * dist.get_world_size()
-    dist.all_gather_object(finite, bool(torch.isfinite(local_loss)))
+    dist.all_gather_object(finite, bool(torch.isfinite(local_loss).all()))
     seen = ", ".join(str(rank) for rank, is_finite in enumerate(finite) if not is_finite)
     where = f"computed on rank {seen}" if seen else "on no rank alone: only their sum is"
     last_good = f"the last good step was {step - 1}" if step else "there was no good step before it"
     raise NonFiniteLossError(
-        f"The loss of step {step} is {outcome.loss.item()} ({where}); {last_good}."
+        f"The loss of step {step} is {loss.item()} ({where}); {last_good}."
         " Lower the learning rate, clip gradients (gradient_clip_val=1.0), look at the batch with"
         " Trainer(detect_anomaly=True), or go on regardless with MegatronStrategy(on_nonfinite='ignore')."
     )

@@ -44,8 +44,11 @@ def test_misspelt_names():
 
 
 def test_precision_that_megatron_does_not_have():
-    with pytest.raises(Exception, match="64-true"):
-        Trainer(accelerator="cpu", devices=1, strategy=MegatronStrategy(), precision="64-true", logger=False)
+    with pytest.raises(Exception, match="16-true"):
+        Trainer(accelerator="cpu", devices=1, strategy=MegatronStrategy(), precision="16-true", logger=False)
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=MegatronStrategy(), precision="64-true", logger=False)
+    with pytest.raises(Exception, match="does not train LoadedGPT with precision='64-true'"):
+        trainer.fit(LoadedGPT(plain_gpt.GPT2))
 
 
 def _fit(layout: Layout, change: str) -> None:

@@ -85,20 +85,17 @@ def test_a_run_resumes_from_its_file_to_the_bit(precision, sharded, sgd, tmp_pat
 
 
 def _between(folder):
-    """To and from vanilla Lightning, which reads a batch of its own file twice (2.6), and so do we."""
+    """To and from vanilla Lightning, which reads a batch of any such file twice (2.6), and so do we of its own."""
     found = {}
     for sgd in (False, True):
         vanilla, here = f"{folder}/vanilla{sgd}.ckpt", f"{folder}/here{sgd}.ckpt"
         _fit("auto", EPOCH, sgd=sgd, save=vanilla)
         _fit(MegatronStrategy(), EPOCH, sgd=sgd, save=here)
-        truth = _fit("auto", STEPS, sgd=sgd)
+        truth, vanillas = _fit("auto", STEPS, sgd=sgd), _fit("auto", STEPS, sgd=sgd, resume=vanilla)
         found[sgd] = {
-            "vanilla goes on with ours": (_fit("auto", STEPS, sgd=sgd, resume=here), truth),
+            "vanilla goes on with ours": (_fit("auto", STEPS, sgd=sgd, resume=here), vanillas),
             "we go on with ours": (_fit(MegatronStrategy(), STEPS, sgd=sgd, resume=here), truth),
-            "we go on with vanilla's": (
-                _fit(MegatronStrategy(), STEPS, sgd=sgd, resume=vanilla),
-                _fit("auto", STEPS, sgd=sgd, resume=vanilla),
-            ),
+            "we go on with vanilla's": (_fit(MegatronStrategy(), STEPS, sgd=sgd, resume=vanilla), vanillas),
         }
     return found
 
@@ -163,3 +160,38 @@ def test_what_is_no_such_file_is_refused_in_words(tmp_path):
     assert "allow_pickle=True" in messages["objects"]
     assert "checkpoints of MegatronStrategy are directories" in messages["a GPT"]
     assert "was not saved" in messages["not to be written"]
+
+
+class _Seen(Plain):
+    """Keeps the numbers of the samples that it trains on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[int]] = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[:, 0].int().tolist())
+        return super().training_step(batch * 0.01, batch_idx)
+
+
+def _numbers_seen(dp, steps, path, resume, shuffle):
+    seed_everything(3, verbose=False)
+    module = _Seen()
+    rows = torch.arange(40.0)[:, None].expand(40, 4)
+    run = Trainer(accelerator="cpu", devices=dp, strategy=MegatronStrategy(), max_steps=steps, **QUIET)
+    run.fit(module, DataLoader(rows, batch_size=4 // dp, shuffle=shuffle), ckpt_path=resume)
+    run.save_checkpoint(path)
+    return module.seen
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_that_one_rank_began_ends_on_two_and_the_other_way_round(shuffle, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    [alone] = run_ranks(1, _numbers_seen, 1, 10, tmp_path / "whole", None, shuffle)
+    [begun] = run_ranks(1, _numbers_seen, 1, 3, one, None, shuffle)
+    on_two = run_ranks(2, _numbers_seen, 2, 7, two, one, shuffle)
+    [ended] = run_ranks(1, _numbers_seen, 1, 10, tmp_path / "end", two, shuffle)
+    together = [sorted(a + b) for a, b in zip(*on_two, strict=True)]
+    assert [sorted(batch) for batch in begun] + together + [sorted(batch) for batch in ended] == [
+        sorted(batch) for batch in alone
+    ]

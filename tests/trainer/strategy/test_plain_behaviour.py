@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, SumMetric
 
@@ -15,6 +16,8 @@ from lightning_megatron import MegatronStrategy
 from tests.reference.parallel_gpt import Rows
 from tests.support.ranks import RankError, run_ranks
 from tests.support.trainer import QUIET
+
+DDP = DistributedDataParallelConfig()  # which asks for a schedule
 
 
 class Base(pl.LightningModule):
@@ -158,9 +161,13 @@ def vanilla(kind: type, precision: str = "32-true", devices: int = 1) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "replicated"])
-def test_as_vanilla_lightning(kind, sharded):
-    options = {"distributed_optimizer": sharded, "on_nonfinite": "ignore"}
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ddp": DDP}, {"ddp": DDP, "distributed_optimizer": False}],
+    ids=["Lightning's loop", "sharded", "replicated"],
+)
+def test_as_vanilla_lightning(kind, options):
+    options = {**options, "on_nonfinite": "ignore"}
     ((state, notes, metrics),) = run_ranks(1, fit, kind, options)
     ((expected, reference, values),) = vanilla(kind)
     torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-6)
@@ -249,7 +256,7 @@ class Double(Base):
 )
 def test_refused_rather_than_trained_otherwise(kind, message):
     with pytest.raises(RankError, match=message):
-        run_ranks(1, fit, kind, {})
+        run_ranks(1, fit, kind, {"ddp": DDP})
 
 
 class Broken(Base):

@@ -15,7 +15,6 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
     LambdaCallback,
     ModelCheckpoint,
     ModelSummary,
@@ -328,7 +327,6 @@ def test_callbacks():
     keep = ModelCheckpoint()
     assert callable(getattr(keep, lightning_private.LINK_CHECKPOINT))
     assert lightning_private.last_saved_step(keep) == 0
-    assert lightning_private.restarts(BackboneFinetuning()) is False
     assert lightning_private.bar_is_due(TQDMProgressBar(refresh_rate=2), 4, 9)
     assert list(inspect.signature(RichProgressBar._update).parameters)[1:3] == ["progress_bar_id", "current"]
     assert list(inspect.signature(RichProgressBar._update_metrics).parameters)[1:] == ["trainer", "pl_module"]
