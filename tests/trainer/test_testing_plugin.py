@@ -33,7 +33,7 @@ def test_first(tmp_path):
 
 def test_second(tmp_path):
     assert "LEFT_BEHIND" not in os.environ
-    assert fit(tmp_path).strategy.launcher is not None
+    assert not fit(tmp_path).strategy.cluster_environment.creates_processes_externally
 
 def test_another_strategy(tmp_path):
     assert isinstance(fit(tmp_path, strategy="auto").strategy, SingleDeviceStrategy)
