@@ -21,6 +21,8 @@ class LightningSteps(PlainSteps):
         with self.precision.train_step_context(), self.precision.step_context(self.engine.device):
             output = self.module.training_step(batch, *args, **kwargs)
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        if self.stops_on_bad_loss and self.module.automatic_optimization and isinstance(loss, torch.Tensor):
+        # With detect_anomaly=True, torch says in the backward pass which operation gave the NaN.
+        checks = self.stops_on_bad_loss and self.module.automatic_optimization and not torch.is_anomaly_enabled()
+        if checks and isinstance(loss, torch.Tensor):
             stop_on_bad_loss(loss, loss, self.module.trainer.global_step)
         return output
