@@ -76,14 +76,15 @@ def test_the_first_page(tmp_path):
 
 
 def test_the_readmes_first_run(tmp_path):
-    """Its code, as a script; its commands for set-up and tests are what CI runs."""
+    """Its code, as a script; its command that sets up and tests is what CI runs first."""
     train, pretrained = blocks("../README.md")
     shorter = train.replace("max_steps=60", "max_steps=2, limit_val_batches=1")
     assert shorter != train
     script(tmp_path, shorter)
     compile(pretrained, "README.md", "exec")
-    assert "pip install --quiet torch==2.13.0 -e '.[dev]'" in (ROOT / "README.md").read_text()
-    assert "pip install --quiet torch==2.13.0 -e '.[dev]'" in (ROOT / ".ci/run").read_text()
+    tests = "python3 -m venv .venv && .venv/bin/pip install --quiet torch==2.13.0 -e '.[dev]' && .venv/bin/python -m pytest\n"
+    assert f"```bash\n{tests}```" in (ROOT / "README.md").read_text()
+    assert tests in (ROOT / ".ci/run").read_text()
 
 
 # Guides
