@@ -82,7 +82,8 @@ def test_the_readmes_first_run(tmp_path):
     assert shorter != train
     script(tmp_path, shorter)
     compile(pretrained, "README.md", "exec")
-    tests = "python3 -m venv .venv && .venv/bin/pip install --quiet torch==2.13.0 -e '.[dev]' && .venv/bin/python -m pytest\n"
+    setup = "python3 -m venv .venv && .venv/bin/pip install --quiet torch==2.13.0 -e '.[dev]'"
+    tests = f"{setup} && .venv/bin/python -m pytest\n"
     assert f"```bash\n{tests}```" in (ROOT / "README.md").read_text()
     assert tests in (ROOT / ".ci/run").read_text()
 
