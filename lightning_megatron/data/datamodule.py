@@ -94,7 +94,7 @@ class TokenizedDataModule(LightningDataModule):
         return replicas or {"num_replicas": 1, "rank": 0}
 
 
-class OfPacked:
+class CollatePacked:
     """A collate function that takes ``input_ids``, given packed samples.
 
     Args:

@@ -115,7 +115,8 @@ def _check_ddp(ddp: DistributedDataParallelConfig, distributed_optimizer: bool) 
     for name, usual in (("num_distributed_optimizer_instances", 1), ("use_megatron_fsdp", False)):
         if getattr(ddp, name, usual) != usual:
             raise MisconfigurationException(
-                f"{told}{name}={getattr(ddp, name)!r})): its process groups are not built here. Leave it out."
+                f"{told}{name}={getattr(ddp, name)!r})): MegatronStrategy does not build the groups that it needs."
+                " Leave it out."
             )
 
 
@@ -123,20 +124,20 @@ def check_checkpoint_io(given: CheckpointIO | None) -> None:
     """Refuse a checkpoint IO among ``Trainer(plugins=)``: it would take one rank's shard for the checkpoint.
 
     Args:
-        given: The user's; None without one.
+        given: The checkpoint IO that the user gave to the Trainer, or None.
 
     Raises:
-        MisconfigurationException: There is one.
+        MisconfigurationException: The user gave one.
     """
     if given is not None:
         raise MisconfigurationException(
             f"MegatronStrategy writes its checkpoints itself, each rank its shard into one directory;"
-            f" plugins=[{type(given).__name__}()] would see a shard for the whole. Leave it out."
+            f" plugins=[{type(given).__name__}()] would write one rank's shard as if it were the whole. Leave it out."
         )
 
 
 def check_some_batch(trainer: pl.Trainer) -> None:
-    """Refuse a training run that has seen no batch; a loader of unknown length is known to be empty only then."""
+    """Refuse a training run that has seen no batch: only at its end is a loader of unknown length known to be empty."""
     loop = trainer.fit_loop
     if loop.epoch_loop.batch_progress.total.ready == 0 and loop.epoch_progress.total.ready > 0 and loop.max_batches:
         raise MisconfigurationException(
@@ -149,7 +150,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
     """Refuse arguments of the Trainer and hooks of the module that do not work here, before process groups are built.
 
     Raises:
-        MisconfigurationException: There is one; the message names it.
+        MisconfigurationException: An argument or a hook does not work here; the message names it.
     """
     _check_callbacks(trainer)
     check_folders(trainer)
@@ -169,7 +170,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
 
 
 def _check_callbacks(trainer: pl.Trainer) -> None:
-    """Refuse callbacks that copy models in shards, or change what the optimizer holds while it trains."""
+    """Refuse callbacks that copy a model of which a rank has a shard, and those that change the optimizer in a fit."""
     ddp = trainer.strategy.ddp  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
@@ -187,7 +188,7 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
         if isinstance(callback, _AVERAGING) and ddp is not None and ddp.overlap_param_gather:
             raise MisconfigurationException(
                 f"MegatronStrategy(ddp=DistributedDataParallelConfig(overlap_param_gather=True)) with {name}: it would"
-                " average weights that are still on their way. Use overlap_param_gather=False."
+                " average weights that the ranks are still sending. Use overlap_param_gather=False."
             )
 
 
@@ -234,7 +235,7 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) ->
 
 def check_loader(layout: ParallelLayout, loader: Any, micro_batching: MicroBatching) -> None:
     """Refuse a loader without batches, and one whose ``batch_size`` cannot be cut into the chosen micro-batches."""
-    if isinstance(loader, list) and not loader:  # a data module's way to say that there is none: Lightning goes on
+    if isinstance(loader, list) and not loader:  # a data module's answer where it has none; Lightning skips it
         return
     if sized_len(loader) == 0:
         rows = sized_len(getattr(loader, "dataset", None))

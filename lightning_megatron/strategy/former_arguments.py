@@ -1,4 +1,4 @@
-"""Arguments that ``MegatronStrategy`` had once, refused with what says the same today."""
+"""Refuses former arguments of ``MegatronStrategy``; the error says what to use in their place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 _Self = TypeVar("_Self")
 _Arguments = ParamSpec("_Arguments")
 
-# Each former name, and the field of ``Checkpointing`` that it is today.
+# Former arguments that are fields of ``Checkpointing`` now, with the name of the field.
 _OF_CHECKPOINTING = {
     "async_save": "async_save",
     "on_save_error": "on_save_error",
@@ -19,7 +19,7 @@ _OF_CHECKPOINTING = {
     "skip_batches": "skip_batches",
 }
 _MONITOR = "use Trainer(callbacks=lightning_megatron.callbacks.TrainingMonitor()), which logs it"
-# What to do about the others, by their value.
+# What to use in place of the other former arguments; it depends on their value.
 _ELSEWHERE: dict[str, Callable[[Any], str]] = {
     "log_grad_norm": lambda value: _MONITOR if value else "leave it out",
     "log_data_position": lambda value: _MONITOR if value else "leave it out",

@@ -1,4 +1,4 @@
-"""Steps of a plain module that Lightning's own loop trains, on one rank; ``single_rank.py`` says when."""
+"""Steps of a plain module that Lightning's own loop trains on one rank; ``single_rank.py`` says when it does."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_megatron.strategy.plain_steps import PlainSteps
 
 
 class LightningSteps(PlainSteps):
-    """Runs the hooks of such a module. The engine only evaluates and predicts."""
+    """Runs the hooks of a plain module that Lightning trains; the engine only evaluates and predicts."""
 
     @override
     def train(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """``training_step`` forward. Lightning runs the backward pass after it, or the module does so itself."""
+        """Run ``training_step`` forward. Lightning runs the backward pass afterwards, or the module does so itself."""
         with self.precision.train_step_context(), self.precision.step_context(self.engine.device):
             output = self.module.training_step(batch, *args, **kwargs)
         loss = output.get("loss") if isinstance(output, Mapping) else output

@@ -87,7 +87,7 @@ class MegatronSteps(StepRunner):
             self._has_reported_cut = True
             rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
         if self.engine.layout.pp == 1:
-            return chosen, 1  # no hidden states travel
+            return chosen, 1  # without pipeline stages, no hidden states are sent
         first = take_rows(batch, 0, chosen.sizes[0], sum(chosen.sizes))
         return chosen, self.module.sequence_length(first)
 

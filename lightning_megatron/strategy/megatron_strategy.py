@@ -42,7 +42,7 @@ from lightning_megatron.strategy.former_arguments import refuse_former_arguments
 from lightning_megatron.strategy.logging import step_values
 from lightning_megatron.strategy.module_setup import ModuleSetup
 from lightning_megatron.strategy.precision import MegatronPrecision
-from lightning_megatron.strategy.rank_communication import Collectives
+from lightning_megatron.strategy.rank_communication import RankCommunication
 from lightning_megatron.training import resumed_settings, timers
 from lightning_megatron.training.microbatches import MicroBatching
 from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer
@@ -51,7 +51,7 @@ _DEFAULT_CHECKPOINTING = Checkpointing()
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
-class MegatronStrategy(ModuleSetup, Collectives):
+class MegatronStrategy(ModuleSetup, RankCommunication):
     """Trains with megatron-core's process groups, pipeline schedules and distributed optimizer.
 
     A batch of the loader is one data-parallel rank's data of one optimizer step; it is cut into micro-batches here.
@@ -134,7 +134,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickled Trainer takes along: no process groups, and nothing that lives in their buffers."""
+        """Leave process groups, and what holds their buffers, out of a pickled Trainer."""
         state = {**super().__getstate__(), "_engine": None, "_timers": timers.Timers()}
         state.update(_whole_optimizer=None, _ranks_have_met=False)
         state["_patches"] = trainer_patches.TrainerPatches()
@@ -144,15 +144,15 @@ class MegatronStrategy(ModuleSetup, Collectives):
             state.update(_optimizers=[], lr_scheduler_configs=[])
         return state
 
-    # What is known of the run, and who watches it
+    # Listeners of the run's timing
 
     def listen(self, listener: timers.Listener) -> None:
-        """Tell ``listener`` what this rank does, and when, from now on."""
+        """Call ``listener`` from now on with each part of a step that this rank runs, and its times."""
         self._timers.listeners.append(listener)
         self.engine.set_timers(self._timers)
 
     def stop_listening(self, listener: timers.Listener) -> None:
-        """Tell it nothing more."""
+        """Call ``listener`` no more."""
         self._timers.listeners.remove(listener)
         if not self._timers.listeners:
             self.engine.set_timers(None)
@@ -182,7 +182,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
         self._precision_plugin = None if precision_plugin is None else MegatronPrecision.from_plugin(precision_plugin)
 
     def set_world_ranks(self) -> None:
-        """Number the ranks, and check the layout against their number: the first moment it is known."""
+        """Number the ranks, and check the layout against their number, which is known here for the first time."""
         if self.cluster_environment is not None:
             self.cluster_environment = launchers.environment_of(self)
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
@@ -236,7 +236,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
-        self._timers = timers.Timers()  # who listened to an earlier run that failed may be in the old one
+        self._timers = timers.Timers()  # an earlier run that failed may have left its listeners
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             self._set_up_training(trainer)
@@ -251,7 +251,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Ask ``configure_optimizers``; before gradient buffers are laid out, so that it may freeze weights."""
+        """Call ``configure_optimizers`` before gradient buffers are laid out, so that it may freeze weights."""
         self.optimizers = []
         shared_weights.freeze_all_copies(self._named_weights())
         super().setup_optimizers(trainer)
@@ -263,7 +263,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
 
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Refuse an empty or indivisible loader; seed its workers by replica, so that model-parallel peers agree."""
+        """Check a loader, and seed its workers by replica, so that the ranks of a replica read the same batches."""
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         counts = trainer.evaluating and isinstance(self.lightning_module, MegatronModule)
         if getattr(dataloader, "worker_init_fn", self) is None:
@@ -288,7 +288,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
         module = self.lightning_module
         if not isinstance(module, MegatronModule):
             return super().batch_to_device(batch, device, dataloader_idx)
-        module.check_batch(batch)  # here the tensors are still on the host
+        module.check_batch(batch)  # the tensors are still on the host here
         return module.complete_batch(super().batch_to_device(batch, device, dataloader_idx))
 
     @override
@@ -360,9 +360,9 @@ class MegatronStrategy(ModuleSetup, Collectives):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if launchers.kept_checkpoint(self):
-            return {}  # the ranks that had it are gone; `save_checkpoint` copies what they left
+            return {}  # the ranks have ended; `save_checkpoint` copies the checkpoint that they left
         first_error.wait_for_all_ranks_in_handler()
-        if self._engine is not None:  # else no run has been set up yet
+        if self._engine is not None:  # otherwise no run has been set up yet
             self._engine.finish_param_gather()
             self._engine.share_buffers()
         return super().lightning_module_state_dict()
@@ -432,7 +432,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
     def remove_checkpoint(self, filepath: Any) -> None:
         self.checkpointer.saves.remove(local_path(filepath))
 
-    # Steps of the hooks above
+    # What the hooks above share
 
     def _begin_run(self) -> None:
         """Forget what an earlier fit has loaded before this one loads; an evaluation keeps it, for a later save."""
@@ -443,7 +443,7 @@ class MegatronStrategy(ModuleSetup, Collectives):
 
     @property
     def _is_not_set_up(self) -> bool:
-        """Whether a plain module on one rank, or none, is saved or loaded outside of any run: as Lightning does."""
+        """Whether there is no run, and no module or a plain one on one rank: Lightning then saves and loads."""
         return self._engine is None and self._ranks == 1 and not isinstance(self.lightning_module, MegatronModule)
 
     @property

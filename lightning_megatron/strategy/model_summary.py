@@ -1,4 +1,4 @@
-"""ModelSummary under model parallelism: the whole model's parameters, of which a rank holds a shard."""
+"""Makes ModelSummary show the whole model's parameters, of which a rank holds a shard."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_megatron.models.megatron_module import MegatronModule
 
 
 def callbacks_to_replace(trainer: pl.Trainer) -> list[ModelSummary]:
-    """The summary callbacks that would count one rank's part for the whole model."""
+    """The summary callbacks that would show one rank's parameters as the whole model's."""
     if not isinstance(trainer.lightning_module, MegatronModule):
         return []
     return [callback for callback in trainer.callbacks if isinstance(callback, ModelSummary)]  # type: ignore[attr-defined]
 
 
 def count_parameters(module: torch.nn.Module, *, trainable_only: bool = False) -> int:
-    """Parameters that this pipeline stage adds to the whole model: shards count ``tp`` times, copies on one stage."""
+    """Count the parameters that this stage adds to the model: shards ``tp`` times, copies on one stage only."""
     tp = process_groups.tensor_parallel().size()
     return sum(
         p.numel() * (tp if getattr(p, "tensor_model_parallel", False) else 1)
@@ -33,13 +33,13 @@ def count_parameters(module: torch.nn.Module, *, trainable_only: bool = False) -
 
 
 def summarize(max_depth: int, _: pl.Trainer, module: pl.LightningModule) -> Summary:
-    """In place of how ModelSummary makes its summary: of the whole model."""
+    """Summarise the whole model; it stands in for ModelSummary's own method."""
     return _WholeSummary(module, max_depth=max_depth)
 
 
 @dataclass
 class _Row:
-    """What a summary shows of one layer: as much of Lightning's ``LayerSummary`` as is sent between stages."""
+    """One row of a summary: the fields of Lightning's ``LayerSummary`` that are sent between stages."""
 
     num_parameters: int
     layer_type: str
@@ -50,7 +50,7 @@ class _Row:
 
 
 class _WholeSummary(Summary):
-    """Rows of every pipeline stage, with the parameters of all tensor-parallel ranks."""
+    """A summary with the rows of every pipeline stage and the parameters of all tensor-parallel ranks."""
 
     @override
     def summarize(self) -> dict[str, Any]:

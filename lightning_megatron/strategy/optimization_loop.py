@@ -15,7 +15,7 @@ from lightning_megatron.training.optimizer import ShardedOptimizer
 
 
 def update_lr_schedulers(trainer: pl.Trainer, interval: str, update_plateau_schedulers: bool) -> None:
-    """In place of the epoch loop's: schedulers do not move behind a step that was skipped."""
+    """Update the schedulers, except after a skipped step; it stands in for the epoch loop's method."""
     epoch_loop = trainer.fit_loop.epoch_loop
     if not (interval == "step" and (_was_skipped(trainer) or not lightning_private.ends_accumulation(trainer))):
         trainer.strategy.checkpointer.plateaus.note_update(interval, update_plateau_schedulers)  # type: ignore[attr-defined]
@@ -23,7 +23,7 @@ def update_lr_schedulers(trainer: pl.Trainer, interval: str, update_plateau_sche
 
 
 class _ScheduleClosure(Closure):
-    """Megatron's schedule runs forward and backward inside ``training_step``, so zeroing comes before it."""
+    """Zeroes the gradients before ``training_step``, in which Megatron's schedule runs forward and backward."""
 
     def __init__(self, step: Callable[[], ClosureResult], backward: Any, zero_grad: Any) -> None:
         super().__init__(step, backward, zero_grad)
@@ -43,7 +43,7 @@ class _ScheduleClosure(Closure):
 
 
 class ScheduleOptimization(lightning_private.AutomaticOptimization):
-    """In place of the epoch loop's automatic optimization, in whose progress it counts on."""
+    """Stands in for the epoch loop's automatic optimization, and counts on in its progress."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         super().__init__(trainer)
@@ -55,11 +55,11 @@ class ScheduleOptimization(lightning_private.AutomaticOptimization):
 
     @override
     def after_step(self) -> None:
-        if _was_skipped(self.trainer):  # it is no step: neither `global_step` nor the schedules move
+        if _was_skipped(self.trainer):  # a skipped step moves neither `global_step` nor the schedulers
             for count in (self.optim_progress.optimizer.step.total, self.optim_progress.optimizer.step.current):
                 count.ready -= 1
                 count.completed -= 1
-            lightning_private.uncount_logged_step(self.trainer)  # it is raised again behind this
+            lightning_private.uncount_logged_step(self.trainer)  # Lightning counts it again after this
 
 
 def _was_skipped(trainer: pl.Trainer) -> bool:

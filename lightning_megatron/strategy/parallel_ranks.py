@@ -18,7 +18,7 @@ class ParallelRanks(ParallelStrategy):
     _told_world_size: int | None = None
 
     def __repr__(self) -> str:
-        """Also what ``lightning.Fabric(strategy=)`` shows when it refuses the strategy, its one place to answer."""
+        """Show the sizes. ``lightning.Fabric(strategy=)`` shows this text when it refuses the strategy."""
         sizes = ", ".join(
             f"{name}={size}"
             for name, size in self.sizes.items()
@@ -35,12 +35,12 @@ class ParallelRanks(ParallelStrategy):
 
     @property
     def tensor_parallel_rank(self) -> int:
-        """This rank's place in its tensor-parallel group."""
+        """This rank's number in its tensor-parallel group."""
         return self.layout.coordinates(self.global_rank).tp
 
     @property
     def tensor_parallel_size(self) -> int:
-        """Ranks that share each layer."""
+        """Number of ranks that share each layer."""
         return self.layout.tp
 
     @property
@@ -55,7 +55,7 @@ class ParallelRanks(ParallelStrategy):
 
     @property
     def data_parallel_rank(self) -> int:
-        """This rank's replica."""
+        """The number of the replica that this rank belongs to."""
         return self.layout.coordinates(self.global_rank).dp
 
     @property
@@ -65,28 +65,28 @@ class ParallelRanks(ParallelStrategy):
 
     @property
     def context_parallel_rank(self) -> int:
-        """This rank's part of the sequence."""
+        """The number of the part of each sequence that this rank holds."""
         return self.layout.coordinates(self.global_rank).cp
 
     @property
     def context_parallel_size(self) -> int:
-        """Ranks that share each sequence."""
+        """Number of ranks that share each sequence."""
         return self.layout.cp
 
     @property
     def is_pipeline_first_stage(self) -> bool:
-        """Whether the embedding is here."""
+        """Whether this rank is on the first pipeline stage, which holds the embedding."""
         return self.pipeline_parallel_rank == 0
 
     @property
     def is_pipeline_last_stage(self) -> bool:
-        """Whether the loss is computed here."""
+        """Whether this rank is on the last pipeline stage, which computes the loss."""
         return self.pipeline_parallel_rank == self.layout.pp - 1
 
     @property
     @override
     def world_size(self) -> int:
-        """Ranks of the run, or what somebody has set it to."""
+        """Number of ranks of the run; it can be set."""
         return self._ranks if self._told_world_size is None else self._told_world_size
 
     @world_size.setter
@@ -95,7 +95,7 @@ class ParallelRanks(ParallelStrategy):
 
     @property
     def num_processes(self) -> int:
-        """Processes of this node."""
+        """Number of processes on this node."""
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
     @property

@@ -1,4 +1,4 @@
-"""A LightningModule with no Megatron in it, as a model chunk."""
+"""Makes a plain LightningModule the model chunk that the engine runs, and checks what its ``training_step`` returns."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ class PlainModel(torch.nn.Module):
         self.model_type = ModelType.encoder_or_decoder
 
     def set_input_tensor(self, _: Any) -> None:
-        """Nothing comes from an earlier stage."""
+        """Do nothing: there is no earlier stage."""
 
 
 def check_output(output: Any) -> None:
-    """Refuse what Lightning refuses of a ``training_step``; None is refused elsewhere, with its reason.
+    """Refuse an output of ``training_step`` that Lightning refuses too; None is refused by the caller.
 
     Raises:
-        MisconfigurationException: It is no loss that can be differentiated.
+        MisconfigurationException: It is not a loss of one number.
+        RuntimeError: The loss does not require a gradient.
     """
     try:
         ClosureResult.from_training_step_output(output)

@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.strategy.logging.recorder import AtOnce, LogRecorder
+from lightning_megatron.strategy.logging.recorder import LogRecorder, NullRecorder
 from lightning_megatron.strategy.plain_module import PlainModel, check_output
 from lightning_megatron.strategy.step_runner import Recorder, StepRunner
 from lightning_megatron.training.batch_rows import count_rows
@@ -87,10 +87,10 @@ class PlainSteps(StepRunner):
     @override
     def _cut(self, batch: Any) -> tuple[MicroBatchSizes, int]:
         if not self.micro_batching.is_chosen:
-            return MicroBatchSizes((1,)), 1  # one micro-batch, whatever the batch is made of
+            return MicroBatchSizes((1,)), 1  # a batch of any type is one micro-batch
         return self.micro_batching.cut(self.engine.layout, count_rows(batch)), 1
 
     @override
     def _recorder(self, batch: Any) -> Recorder:
         several = self.module.trainer.training and self.micro_batching.is_chosen
-        return LogRecorder(self.module, 1) if several else AtOnce()
+        return LogRecorder(self.module, 1) if several else NullRecorder()

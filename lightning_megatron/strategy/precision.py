@@ -1,4 +1,4 @@
-"""``Trainer(precision=...)`` in Megatron's terms."""
+"""``MegatronPrecision``: what ``Trainer(precision=)`` means for weights, gradients and the loss scale."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.engine import NonFiniteLossError
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
-# type of weights, and whether gradients are kept and reduced in fp32
+# The type of the weights, and whether gradients are kept and reduced in fp32.
 _KINDS: dict[str, tuple[torch.dtype, bool]] = {
     "32-true": (torch.float32, True),
     "bf16-mixed": (torch.bfloat16, True),
@@ -26,7 +26,7 @@ _KINDS: dict[str, tuple[torch.dtype, bool]] = {
     "16-mixed": (torch.float16, True),
 }
 _DOUBLE = "64-true"  # for plain modules on one rank, which Lightning's own loop trains
-_INITIAL_LOSS_SCALE = 65536.0  # as of torch's GradScaler
+_INITIAL_LOSS_SCALE = 65536.0  # the same as torch's GradScaler
 
 
 class MegatronPrecision(Precision):
@@ -38,7 +38,7 @@ class MegatronPrecision(Precision):
     Args:
         precision: "32-true", "bf16-mixed", "bf16-true", "16-mixed" (with a dynamic loss scale), or "64-true", which is
             for plain modules on one rank only.
-        initial_loss_scale: The loss scale that "16-mixed" starts from; None is 65536. The others have none.
+        initial_loss_scale: The loss scale that "16-mixed" starts from; None is 65536. Other precisions refuse it.
     """
 
     def __init__(self, precision: str = "32-true", initial_loss_scale: float | None = None) -> None:
@@ -89,7 +89,7 @@ class MegatronPrecision(Precision):
 
     @classmethod
     def from_plugin(cls, plugin: Precision) -> MegatronPrecision:
-        """Take over what ``Trainer(precision=)`` made; its autocast and gradient scaler are Megatron's own here."""
+        """Replace the plugin that ``Trainer(precision=)`` made; Megatron has its own autocast and loss scale."""
         if isinstance(plugin, cls):
             return plugin
         if type(plugin) in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
@@ -115,12 +115,12 @@ class MegatronPrecision(Precision):
         if self._autocasts:
             return torch.autocast(device.type, self.compute_dtype)
         if self.plain_module and self.params_dtype != torch.float32:
-            return lightning_private.DefaultDtype(self.params_dtype)  # what the step makes is of the weights' type
+            return lightning_private.DefaultDtype(self.params_dtype)  # also for tensors that the step makes
         return nullcontext()
 
     @override
     def backward(self, tensor: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Run the backward pass, unless a schedule has run it: then only what comes after it, between the hooks."""
+        """Run the backward pass; where a schedule has run it already, call only ``after_backward``."""
         if self.after_backward is None:
             super().backward(tensor, model, optimizer, *args, **kwargs)
         else:
@@ -144,12 +144,12 @@ class MegatronPrecision(Precision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         """Leave the norm to the optimizer's step, which takes it over all model-parallel ranks."""
-        if not isinstance(optimizer, ShardedOptimizer):  # of a module that Lightning's own loop trains
+        if not isinstance(optimizer, ShardedOptimizer):  # Lightning's own loop trains the module
             super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
             return
         if clip_val and gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             raise MisconfigurationException(
                 f"MegatronStrategy clips by norm only; gradient_clip_algorithm='value' (gradient_clip_val={clip_val})"
-                " would clip each rank's shards while their sums are still to come. Use 'norm'."
+                " would clip each rank's gradients before they are summed over the replicas. Use 'norm'."
             )
         optimizer.clip_norm = float(clip_val or 0.0)

@@ -1,7 +1,7 @@
-"""A signal that ends the run (SIGTERM, or SLURM's before a requeue): end the step, save, stop, on all ranks together.
+"""Answers a signal that ends the run (SIGTERM, or SLURM's before a requeue): all ranks end the step, save and stop.
 
-Lightning 2.6's own handlers start collectives from wherever the signal finds a rank, in the middle of a pipeline
-schedule too, which then waits for ever. Here the handler only notes the signal.
+Lightning 2.6's own handlers start collectives wherever the signal interrupts a rank. In the middle of a pipeline
+schedule, the ranks then wait for ever. Here the handler only notes the signal.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_megatron.distributed import lightning_private
 
-_EXIT_CODE = 128 + signal.SIGTERM  # what a process that SIGTERM ended reports; torchrun then restarts the ranks
+_EXIT_CODE = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended; torchrun restarts the ranks on it
 
 
 class Preemption:
     """Listens for signals during one fit, and acts after each batch.
 
     Args:
-        trainer: Whose signals and checkpoints.
+        trainer: The Trainer that is stopped, and whose checkpoints are saved.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -38,16 +38,16 @@ class Preemption:
             self._requeue = int(environment.requeue_signal or signal.SIGUSR1)
 
     def listen(self) -> None:
-        """Take the place of Lightning's handlers, which it puts back itself when the fit ends."""
+        """Replace Lightning's signal handlers; Lightning restores the original ones when the fit ends."""
         if threading.current_thread() is threading.main_thread():
             for number in {signal.SIGTERM, *([self._requeue] if self._requeue else [])}:
                 signal.signal(number, self._note)
 
     def act(self) -> None:
-        """After a batch, where all ranks are: save and stop if any of them has been told to.
+        """Save and stop if any rank has had a signal; all ranks call this after each batch.
 
         Raises:
-            SIGTERMException: On every rank, once the checkpoint is whole.
+            SIGTERMException: A rank has had a signal. Every rank raises it once the checkpoint is complete.
         """
         trainer = self._trainer
         if not lightning_private.ends_accumulation(trainer):
@@ -61,15 +61,15 @@ class Preemption:
             if requeue:
                 lightning_private.save_and_requeue(trainer, self._requeue)  # type: ignore[arg-type]
             elif (path := last_path(trainer)) is not None:
-                rank_zero_info(f"Told to end: saving {path}.")
+                rank_zero_info(f"A signal ends the run: saving {path}.")
                 trainer.save_checkpoint(path)
             else:
-                rank_zero_warn("Told to end. Nothing is saved: there is no ModelCheckpoint to say where.")
+                rank_zero_warn("A signal ends the run, and nothing is saved: there is no ModelCheckpoint to save to.")
         lightning_private.note_sigterm(trainer)
         raise SIGTERMException(_EXIT_CODE)
 
     def end_advance(self, data_fetcher: Any) -> None:
-        """In place of the epoch loop's ``on_advance_end``: save and stop before it where a signal says so."""
+        """Stand in for the epoch loop's ``on_advance_end``: first save and stop if there was a signal."""
         self.act()
         loop = self._trainer.fit_loop.epoch_loop
         type(loop).on_advance_end(loop, data_fetcher)
@@ -78,7 +78,7 @@ class Preemption:
         if not self._signal:
             launcher = self._trainer.strategy.launcher
             if launcher is not None and hasattr(launcher, "kill"):
-                launcher.kill(signal.Signals(number))  # hands it on to the ranks that this process started
+                launcher.kill(signal.Signals(number))  # passes it on to the ranks that this process started
         self._signal = number
         before = lightning_private.handler_before(self._trainer, number)
         if callable(before) and before is not signal.default_int_handler:
@@ -86,7 +86,7 @@ class Preemption:
 
 
 def last_path(trainer: pl.Trainer) -> Path | None:
-    """Where ``ckpt_path="last"`` looks; nowhere without a ModelCheckpoint."""
+    """The path that ``ckpt_path="last"`` loads; None without a ModelCheckpoint."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             path = Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"

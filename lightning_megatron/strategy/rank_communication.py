@@ -1,4 +1,4 @@
-"""What Lightning asks a strategy to do on several ranks at once."""
+"""The strategy's barrier, broadcast, reduce and gather, which Lightning calls on all ranks together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing_extensions import override
 from lightning_megatron.distributed import collectives, lightning_private, process_groups
 
 
-class Collectives(ParallelStrategy):
-    """A strategy whose values are reduced over replicas, and whose decisions are made by all ranks."""
+class RankCommunication(ParallelStrategy):
+    """The part of the strategy that reduces values over replicas, and makes decisions on all ranks."""
 
     @override
     def barrier(self, name: str | None = None) -> None:
@@ -30,14 +30,14 @@ class Collectives(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
+        """Reduce over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
         if not isinstance(tensor, torch.Tensor) or group == process_groups.REDUCED or not dist.is_initialized():
             return tensor
         return lightning_private.reduce(tensor, group or process_groups.data_parallel(), reduce_op=reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Over the world: every rank must decide the same."""
+        """Decide over all ranks, so that every rank decides the same."""
         if not dist.is_initialized():
             return decision
         votes = torch.tensor(int(decision), device=self.root_device)
@@ -46,7 +46,7 @@ class Collectives(ParallelStrategy):
 
     @override
     def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
-        """Over the data-parallel replicas, as ``reduce``, also where ``LightningModule.all_gather`` says the world."""
+        """Gather over the data-parallel replicas, also where ``LightningModule.all_gather`` asks for the world."""
         if group in (None, dist.group.WORLD):
             group = process_groups.data_parallel()
         if sync_grads:

@@ -12,13 +12,13 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.strategy.dataloading import rank_consistency
-from lightning_megatron.strategy.logging.recorder import AtOnce, LogRecorder
+from lightning_megatron.strategy.logging.recorder import LogRecorder, NullRecorder
 from lightning_megatron.strategy.logging.step_values import stop_on_bad_loss
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.training.engine import Engine, Outcome, Step
 from lightning_megatron.training.microbatches import MicroBatching, MicroBatchSizes
 
-Recorder = LogRecorder | AtOnce
+Recorder = LogRecorder | NullRecorder
 
 
 class StepRunner(ABC):

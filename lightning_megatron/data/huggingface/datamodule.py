@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_megatron.data.collators.padding import PaddingCollator
-from lightning_megatron.data.datamodule import PARTS, USED, Collator, Loader, OfPacked, TokenizedDataModule
+from lightning_megatron.data.datamodule import PARTS, USED, CollatePacked, Collator, Loader, TokenizedDataModule
 from lightning_megatron.data.huggingface import dataset_source
 from lightning_megatron.data.huggingface.documents import Encoder, PackedDocuments, labels_in, tokenise
 from lightning_megatron.data.huggingface.streams import DocumentStream, PackedStream, StreamLoader
@@ -191,7 +191,7 @@ class HFDataModule(TokenizedDataModule):
     @property
     def _collator(self) -> Collator | None:
         if self.packing:
-            return None if self.collate_fn is None else OfPacked(self.collate_fn)
+            return None if self.collate_fn is None else CollatePacked(self.collate_fn)
         return self.collate_fn or PaddingCollator(self.tokenizer.eod_id)
 
     def _rows(self) -> dict[str, Rows]:

@@ -148,7 +148,7 @@ class MegatronDataModule(TokenizedDataModule):
             ValueError: There are fewer samples than one batch takes.
         """
         dataset, rows = self._dataset("train"), self._rows
-        order: type[DistributedSampler[Any]] = DistributedSampler if self._train_samples is None else _InTurn
+        order: type[DistributedSampler[Any]] = DistributedSampler if self._train_samples is None else _StridedSampler
         sampler = order(dataset, shuffle=self._train_samples is None, seed=self.seed, drop_last=True, **self._replicas)
         if len(sampler) < rows:
             raise ValueError(
@@ -308,7 +308,7 @@ class _Samples(Dataset[Sample]):
         return self.samples.convert(sample)
 
 
-class _InTurn(DistributedSampler[int]):
+class _StridedSampler(DistributedSampler[int]):
     """Every ``num_replicas``-th sample, without a list of them all: there may be billions."""
 
     @override

@@ -26,7 +26,7 @@ from megatron.core.datasets.t5_dataset import T5MaskedWordPieceDataset, T5Masked
 PAD = -1
 
 
-class _OnceWithoutSize(MaskedWordPieceDataset):
+class _OneEpochWithoutSize(MaskedWordPieceDataset):
     """Each sample once where no size is given: megatron-core 0.16's own way to do so hands None to C++, and fails."""
 
     num_samples: int | None
@@ -54,11 +54,11 @@ class _OnceWithoutSize(MaskedWordPieceDataset):
         return len(mapping)
 
 
-class BertDataset(_OnceWithoutSize, BERTMaskedWordPieceDataset):
+class BertDataset(_OneEpochWithoutSize, BERTMaskedWordPieceDataset):
     """megatron-core's, with or without a size."""
 
 
-class T5Dataset(_OnceWithoutSize, T5MaskedWordPieceDataset):
+class T5Dataset(_OneEpochWithoutSize, T5MaskedWordPieceDataset):
     """megatron-core's, with or without a size."""
 
 

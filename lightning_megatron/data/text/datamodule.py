@@ -10,9 +10,9 @@ from typing_extensions import override
 from lightning_megatron.data.datamodule import (
     PARTS,
     USED,
+    CollatePacked,
     Collator,
     Loader,
-    OfPacked,
     TokenizedDataModule,
     default_cache_dir,
 )
@@ -143,7 +143,7 @@ class TextDataModule(TokenizedDataModule):
         return self._loader(dataset) if len(dataset) else []
 
     def _loader(self, dataset: PackedTextDataset, **options: Any) -> Loader:
-        collate = None if self.collate_fn is None else OfPacked(self.collate_fn)
+        collate = None if self.collate_fn is None else CollatePacked(self.collate_fn)
         # `batch_size` by name: Lightning makes the loader of a prediction again, with one of its own.
         return DataLoader(
             dataset, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, **options

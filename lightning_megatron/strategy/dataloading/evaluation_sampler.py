@@ -1,8 +1,8 @@
-"""Each sample of an evaluation counts once, however the loader makes its batches.
+"""Shares the samples of an evaluation over the replicas, so that each sample counts once.
 
-torch's ``DistributedSampler`` repeats samples so that every replica has as many as the others. Here a replica reads its
-own share only. One that has fewer batches than the others would leave them waiting, so it computes its last batch
-again, and that is not counted.
+torch's ``DistributedSampler`` repeats samples until every replica has equally many. Here a replica reads only its own
+share. A replica with fewer batches than the others would leave them waiting in a collective, so it runs its last batch
+again, and the result is not counted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from lightning_megatron.distributed import collectives, lightning_private, proce
 from lightning_megatron.models.megatron_module import MegatronModule
 
 
-class Share(DistributedSampler):  # type: ignore[type-arg]
-    """This replica's samples, none of them repeated.
+class EvaluationSampler(DistributedSampler):  # type: ignore[type-arg]
+    """Gives this replica its share of the samples, none of them repeated.
 
     Attributes:
-        is_repeated: Whether there were too few samples for this replica, so that it has another's, not to be counted.
+        is_repeated: Whether there are too few samples to give this replica one. It then reads a sample of another
+            replica, which is not counted.
     """
 
     def __init__(self, source: Any, **settings: Any) -> None:
@@ -38,7 +39,7 @@ class Share(DistributedSampler):  # type: ignore[type-arg]
             self.num_samples, self.total_size = own, len(source)
 
     def __iter__(self) -> Iterator[Any]:
-        """Numbers of samples; of a wrapped sampler, what it gives in their places."""
+        """Yield the indices of the samples, or what a wrapped sampler gives at these indices."""
         if not isinstance(self.dataset, lightning_private.DatasetSamplerWrapper):
             return super().__iter__()
         self.dataset.reset()
@@ -48,22 +49,23 @@ class Share(DistributedSampler):  # type: ignore[type-arg]
 def resolve_sampler(
     trainer: pl.Trainer, loader: DataLoader[Any], shuffle: bool, mode: RunningStage | None = None
 ) -> Any:
-    """In place of Lightning's: samples of evaluations and predictions are shared out by ``Share``.
+    """Choose a loader's sampler, in place of the Trainer's own method.
 
-    A plain module's evaluation is reduced by Lightning, which wants as many samples on every replica.
+    Samples of evaluations and predictions are shared out by ``EvaluationSampler``. A plain module's evaluation keeps
+    Lightning's sampler, because Lightning reduces its results and expects equally many samples on every replica.
 
     Args:
-        trainer: Whose loader it is.
-        loader: Whatever its batches are made by.
-        shuffle: Whether the replicas draw their samples in a random order.
-        mode: The stage that reads it.
+        trainer: The Trainer that reads the loader.
+        loader: The loader.
+        shuffle: Whether the samples are read in a random order.
+        mode: The stage in which the loader is read.
     """
     predicts = mode == RunningStage.PREDICTING
     evaluates = mode is not None and mode.evaluating and isinstance(trainer.lightning_module, MegatronModule)
     if not (predicts or evaluates) or not lightning_private.requires_distributed_sampler(trainer, loader):
         return lightning_private.resolve_sampler(trainer, loader, shuffle, mode)
     plain = isinstance(loader.sampler, RandomSampler | SequentialSampler) and not predicts
-    return Share(
+    return EvaluationSampler(
         loader.dataset if plain else lightning_private.DatasetSamplerWrapper(loader.sampler),
         shuffle=shuffle and not trainer.overfit_batches,  # type: ignore[attr-defined]
         seed=int(os.getenv("PL_GLOBAL_SEED", 0)),
@@ -72,10 +74,10 @@ def resolve_sampler(
 
 
 def each_once(loader: Any) -> Any:
-    """A loader of which every replica reads as many batches as the others, and counts each sample once.
+    """Make a loader of which every replica reads equally many batches, and counts each sample once.
 
-    With ``drop_last`` each replica drops of its own share what fills no batch. A loader of unknown length stays as it
-    is: see ``peers.EvenLoader``. Called on all ranks.
+    All ranks call this together. With ``drop_last`` each replica drops the last samples of its share that fill no
+    batch. A loader of unknown length is returned as it is: ``rank_consistency.EvenLoader`` handles it.
     """
     if not dist.is_initialized() or process_groups.data_parallel().size() == 1:
         return loader
@@ -90,16 +92,16 @@ def each_once(loader: Any) -> Any:
     batches = max(every)
     if all(length == batches for length in every) and not any(is_repeated for _, is_repeated in told):
         return loader
-    return _AsLongAsTheOthers(loader, batches, 0 if repeated else own)
+    return _PaddedLoader(loader, batches, 0 if repeated else own)
 
 
-class _AsLongAsTheOthers:
-    """A loader that goes on with its last batch, which is not counted, until the other replicas' loaders end.
+class _PaddedLoader:
+    """Repeats the last batch of a loader, uncounted, until the other replicas' loaders end.
 
     Args:
-        loader: This replica's; everything but iteration and length is its own.
-        batches: As many as it gives.
-        own: As many of them are counted.
+        loader: This replica's loader, which answers everything but iteration and length.
+        batches: The number of batches that are read, repeated ones included.
+        own: The number of batches that are counted.
     """
 
     def __init__(self, loader: Any, batches: int, own: int) -> None:
@@ -125,7 +127,7 @@ class _AsLongAsTheOthers:
 
 
 def is_repeated_batch(trainer: pl.Trainer, batch_idx: int, dataloader_idx: int = 0) -> bool:
-    """Whether this batch of the running evaluation is one that is computed, but not counted."""
+    """Whether this batch of the running evaluation repeats another one, so that it is computed but not counted."""
     combined = lightning_private.combined_loader(lightning_private.evaluation_loop(trainer))
     assert combined is not None
     one_by_one = lightning_private.combining_mode(combined) == "sequential"
@@ -135,7 +137,7 @@ def is_repeated_batch(trainer: pl.Trainer, batch_idx: int, dataloader_idx: int =
 
 
 def sampler_of(loader: Any) -> Any:
-    """The ``DistributedSampler`` that a loader's numbers of samples come from, if there is one."""
+    """The ``DistributedSampler`` that chooses a loader's samples, or None."""
     holder, name = _sampler_place(loader)
     return getattr(holder, name) if name else None
 
@@ -149,24 +151,24 @@ def _sampler_place(loader: Any) -> tuple[Any, str]:
 
 
 def without_repeats(loader: Any) -> Any:
-    """The loader, or a copy of it whose ``DistributedSampler``, which the user made, repeats nothing."""
+    """Return the loader, or a copy of it whose ``DistributedSampler`` (one that the user made) repeats no sample."""
     holder, name = _sampler_place(loader)
     sampler = getattr(holder, name) if name else None
-    known = (DistributedSampler.__iter__, DistributedSamplerWrapper.__iter__)  # other ones may rely on their numbers
+    known = (DistributedSampler.__iter__, DistributedSamplerWrapper.__iter__)  # others may rely on their numbers
     if sampler is None or sampler.drop_last or type(sampler).__iter__ not in known:
         return loader
     total = len(sampler.dataset)
     own = len(range(sampler.rank, total, sampler.num_replicas))
-    sampler, made = copy(sampler), copy(loader)  # the user's stay as they are
+    sampler, made = copy(sampler), copy(loader)  # the user's own objects stay unchanged
     if own:
         sampler.num_samples, sampler.total_size = own, total
     sampler.is_repeated = not own
     if holder is loader:
-        made.__dict__[name] = sampler  # DataLoader refuses to have it assigned
+        made.__dict__[name] = sampler  # DataLoader refuses an assignment
         return made
     made.__dict__["batch_sampler"] = holder = copy(holder)
     setattr(holder, name, sampler)
-    if isinstance(holder, lightning_private.IndexBatchSamplerWrapper):  # it holds the one that is read
+    if isinstance(holder, lightning_private.IndexBatchSamplerWrapper):  # the sampler that is read is the one inside it
         setattr(lightning_private.copy_inner_batch_sampler(holder, copy), name, sampler)
     if isinstance(made.__dict__.get("sampler"), DistributedSampler):
         made.__dict__["sampler"] = sampler

@@ -7,15 +7,15 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_megatron.distributed import collectives, lightning_private, process_groups
-from lightning_megatron.strategy.dataloading.evaluation_sampler import Share, sampler_of
+from lightning_megatron.strategy.dataloading.evaluation_sampler import EvaluationSampler, sampler_of
 from lightning_megatron.training.batch_rows import form_of_rows, join_rows, one_row
 
 
 def join_replicas(trainer: pl.Trainer) -> None:
     """Give every rank the predictions of all replicas, batch by batch as one process would have made them.
 
-    Predictions of a loader whose samples are not known by number (an iterable set), or which do not have one row per
-    sample, stay as each replica made them.
+    Predictions stay as each replica made them where samples have no index (an iterable dataset), and where a prediction
+    does not have one row for each sample.
     """
     loop = trainer.predict_loop
     if not loop.return_predictions or process_groups.data_parallel().size() == 1:
@@ -24,9 +24,9 @@ def join_replicas(trainer: pl.Trainer) -> None:
     assert combined is not None
     for loader, made in zip(combined.flattened, lightning_private.predictions(trainer), strict=True):
         sampler = sampler_of(loader)
-        if getattr(sampler, "is_repeated", False):  # another replica has predicted the sample too
+        if getattr(sampler, "is_repeated", False):  # another replica has predicted this sample
             made.clear()
-        if isinstance(sampler, Share) and loader.batch_sampler is None:  # the samples are batches already
+        if isinstance(sampler, EvaluationSampler) and loader.batch_sampler is None:  # each sample is a batch
             places = range(sampler.rank, sampler.total_size, sampler.num_replicas)
             every: Any = collectives.gather_from_replicas(list(zip(places, made, strict=False)))
             ordered = sorted((pair for replica in every for pair in replica), key=lambda pair: pair[0])
@@ -43,13 +43,13 @@ def _join_rows_of_replicas(loader: Any, made: list[Any]) -> None:
     batches = [batch for replica, _ in every for batch in replica or []]
     form = set().union(*(found for _, found in every))
     read = [[numbers for numbers, _ in replica or []] for replica, _ in every]
-    shares = len(read[0]) == 0 or any(numbers != read[0] for numbers in read)  # else each has read the whole set
+    shares = len(read[0]) == 0 or any(numbers != read[0] for numbers in read)  # or each has read the whole dataset
     if batches and shares and len(form) == 1 and None not in form and all(r is not None for r, _ in every):
         made[:] = _in_order(batches)
 
 
 def _in_order(batches: list[tuple[list[int], Any]]) -> list[Any]:
-    """Rows sorted by their samples' numbers, in batches of the first batch's size."""
+    """Sort rows by the indices of their samples, and cut them into batches of the first batch's size."""
     size = len(batches[0][0])
     rows = sorted(
         ((number, batch, row) for batch, (numbers, _) in enumerate(batches) for row, number in enumerate(numbers)),

@@ -1,4 +1,4 @@
-"""What ranks must agree on about the data: model-parallel peers read the same batches, all ranks equally many."""
+"""Checks that the ranks of a replica read the same batches, and that all ranks read equally many."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_megatron.distributed import collectives, lightning_private, process_groups
 
 _ADVICE = (
-    " A loader that shuffles needs the same seed on these ranks (seed_everything), one that is sharded by hand takes"
-    " strategy.data_parallel_rank and data_parallel_size, and random augmentation draws from torch's generator, or from"
-    " one that you seed by the sample's number."
+    " If the loader shuffles, give these ranks the same seed (seed_everything). If you shard it by hand, shard it by"
+    " strategy.data_parallel_rank and data_parallel_size. For random augmentation, use torch's default generator, or"
+    " one that you seed with the sample's index."
 )
 _EQUALLY_MANY = (
-    " Every rank has to read equally many: cut the longer ones, repeat the shorter ones, or set limit_train_batches (or"
-    " limit_val_batches) to what all of them have."
+    " Every rank must read equally many batches: cut the longer loaders, repeat batches of the shorter ones, or set"
+    " limit_train_batches (or limit_val_batches) to the number that all of them have."
 )
 
 
 class DataError(RuntimeError):
-    """Ranks that have to agree on their data do not."""
+    """Raised when ranks that must read the same data, or equally much, do not."""
 
 
 def share_random_state() -> None:
-    """Give the ranks of a replica the random state of its first one, so that they shuffle and augment alike.
+    """Give the ranks of a replica the random state of its first rank, so that they shuffle and augment alike.
 
-    The model's own random numbers are kept apart: see ``backend.model_rng`` and megatron-core's tracker.
+    The model draws its random numbers from other generators: see ``device.model_rng`` and megatron-core's tracker.
     """
     group = process_groups.model_parallel()
     if group.size() == 1:
@@ -52,8 +52,8 @@ def check_same_batch(batch: Any) -> None:
     """Compare a batch over the ranks of a replica.
 
     Raises:
-        DataError: On each of them, when they have read different ones: the model would train on inputs and labels that
-            do not belong together.
+        DataError: They have read different batches, so that the model would train on inputs and labels that do not
+            belong together. Every rank of the replica raises it.
     """
     group = process_groups.model_parallel()
     if group.size() == 1:
@@ -64,18 +64,19 @@ def check_same_batch(batch: Any) -> None:
         same = [rank for rank, seen in zip(ranks, sums, strict=True) if seen == sums[0]]
         others = [rank for rank in ranks if rank not in same]
         raise DataError(
-            f"Ranks {ranks} hold one model together, and have read different batches: {same} one, {others} another."
-            + _ADVICE
+            f"Ranks {ranks} hold one model together and must read the same batch. Ranks {same} have read one batch, and"
+            f" ranks {others} another." + _ADVICE
         )
 
 
 def check_numbers_of_batches(trainer: pl.Trainer) -> None:
-    """Compare how many batches of each loader are to be read: by all ranks, or in a prediction by those of a replica.
+    """Compare how many batches of each loader the ranks will read: all ranks, or in a prediction those of a replica.
 
-    What ``max_steps`` leaves out does not count, and loaders of unknown length are compared as they are read.
+    Batches behind ``max_steps`` do not count. Loaders of unknown length are compared while they are read.
 
     Raises:
-        DataError: On each of them, when they differ: those with more would wait for the others.
+        DataError: The numbers differ, so that ranks with more batches would wait for the others for ever. Every rank
+            raises it.
     """
     group = process_groups.model_parallel() if trainer.predicting else dist.group.WORLD
     if trainer.training:
@@ -92,14 +93,19 @@ def check_numbers_of_batches(trainer: pl.Trainer) -> None:
 
 
 def read_evenly(loader: Any, device: torch.device, fills: bool) -> Any:
-    """Watch a loader that may end earlier on one rank than on another: of unknown length, or one that it may not keep.
+    """Watch a loader that may end earlier on one rank than on another.
+
+    Such a loader has no length, or a length that it may not keep, because its samplers are the user's own.
 
     Args:
-        loader: The user's.
-        device: For the ranks' votes.
-        fills: As of ``EvenLoader``.
+        loader: The user's loader.
+        device: The device of the tensors by which the ranks vote.
+        fills: See ``EvenLoader``.
+
+    Returns:
+        The loader, or an ``EvenLoader`` around it.
     """
-    # Without groups it is outside of a run, to count batches; a run sets its loaders up anew.
+    # Lightning counts batches outside of a run, without groups; a run sets its loaders up again.
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return loader
     if sized_len(loader) is None:
@@ -108,7 +114,7 @@ def read_evenly(loader: Any, device: torch.device, fills: bool) -> Any:
 
 
 def _keeps_its_length(loader: Any) -> bool:
-    """Whether it reads a data set with samplers of torch's, Lightning's or this package's; or is filled up already."""
+    """Whether its samplers are torch's, Lightning's or this package's, or ``each_once`` has already made it even."""
     if getattr(loader, "own_batches", None) is not None:
         return True
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -120,15 +126,17 @@ def _keeps_its_length(loader: Any) -> bool:
 
 
 class EvenLoader:
-    """A loader of which every rank must read as many batches as the others.
+    """A loader of which every rank must read equally many batches.
+
+    Before each batch the ranks vote on whether they all have one.
 
     Args:
-        loader: The user's; everything but iteration is its own.
-        device: For the vote.
-        fills: Whether a replica that has fewer batches than the others goes on with its last one, not to be counted.
+        loader: The user's loader, which answers everything but iteration.
+        device: The device of the tensors by which the ranks vote.
+        fills: Whether a replica with fewer batches than the others repeats its last one, uncounted.
 
     Attributes:
-        own_batches: As many batches are counted; None for all.
+        own_batches: The number of batches that are counted; None while all are.
     """
 
     def __init__(self, loader: Any, device: torch.device, fills: bool = False) -> None:
@@ -143,10 +151,11 @@ class EvenLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate.
+        """Yield batches as long as all ranks have one.
 
         Raises:
-            DataError: On every rank, when one has no batch and another has, and it cannot be filled.
+            DataError: A rank has a batch and another has none, and repeating its last batch is not allowed or not
+                possible. Every rank raises it.
         """
         batches, batch, read = iter(self._loader), None, 0
         self.own_batches = None
@@ -168,7 +177,7 @@ class EvenLoader:
             yield batch
 
     def _may_fill(self, here: bool, read: int) -> bool:
-        """Whether whole replicas have ended, none of them without a batch."""
+        """Whether the ranks of each replica have ended together, and each rank has read a batch that it can repeat."""
         peers = collectives.gather(here, process_groups.model_parallel())
         fine = torch.tensor(int(len(set(peers)) == 1 and read > 0), device=self._device)
         dist.all_reduce(fine, op=dist.ReduceOp.MIN)
@@ -179,12 +188,12 @@ class EvenLoader:
         dist.all_gather_object(every, here)
         without = [rank for rank, has in enumerate(every) if not has]
         raise DataError(
-            f"The loader of ranks {without} ended after {read} batches, that of the others goes on.{_EQUALLY_MANY}"
+            f"The loader of ranks {without} ended after {read} batches, and the other ranks' goes on.{_EQUALLY_MANY}"
         )
 
 
 class SizedEvenLoader(EvenLoader):
-    """As ``EvenLoader``, of a loader that says how long it is."""
+    """An ``EvenLoader`` around a loader that has a length."""
 
     def __len__(self) -> int:
         return len(self._loader)

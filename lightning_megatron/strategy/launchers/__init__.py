@@ -1,4 +1,4 @@
-"""How the ranks of a run start: as copies of a script, from a preloaded server, or not here at all."""
+"""Starts the ranks of a run: as copies of a script, or from a preloaded server; torchrun and SLURM start them too."""
 
 from __future__ import annotations
 
@@ -20,27 +20,30 @@ __all__ = ["Launch", "check", "choose", "environment_of", "kept_checkpoint", "me
 
 
 def check(launch: str | None) -> None:
-    """Refuse a way of launching that there is not.
+    """Refuse an unknown value of ``MegatronStrategy(launch=)``.
 
     Raises:
-        MisconfigurationException: With the value seen.
+        MisconfigurationException: ``launch`` is unknown.
     """
     if launch is not None and launch not in get_args(Launch):
         raise MisconfigurationException(
             f"MegatronStrategy(launch={launch!r}): use 'subprocess' (a script), 'forkserver' (a notebook), or leave it"
-            " out to have the one that fits."
+            " out, which chooses the one that fits."
         )
 
 
 def choose(strategy: Any, launch: Launch | None) -> Any:
-    """The launcher for ``strategy``; None where the processes are there already, or one is enough.
+    """Choose the launcher of ``strategy``.
 
     Args:
-        strategy: With its cluster environment and devices.
-        launch: What the user asked for; None for what fits: a server in an interactive session, else the script again.
+        strategy: The strategy; its cluster environment and number of devices are set.
+        launch: The user's choice. None is the forkserver in an interactive session, and otherwise the script.
+
+    Returns:
+        The launcher; None where the processes run already, and where one process is enough.
 
     Raises:
-        MisconfigurationException: The way asked for does not work here.
+        MisconfigurationException: The user's choice does not work here.
     """
     environment = strategy.cluster_environment
     if environment.creates_processes_externally:
@@ -53,7 +56,7 @@ def choose(strategy: Any, launch: Launch | None) -> Any:
     if launch == "subprocess" and lightning_private.is_interactive():
         raise MisconfigurationException(
             "MegatronStrategy(launch='subprocess') runs the script again for each rank, and an interactive session or"
-            " notebook has none. Use launch='forkserver', or leave launch out."
+            " notebook has no script. Use launch='forkserver', or leave launch out."
         )
     if launch != "forkserver" and strategy.num_processes * strategy.num_nodes == 1:
         return None
@@ -65,10 +68,10 @@ def choose(strategy: Any, launch: Launch | None) -> Any:
 
 
 def kept_checkpoint(strategy: Any) -> KeptCheckpoint | None:
-    """What the ranks of the last ``fit`` left, in the process that launched them; None in a rank.
+    """The checkpoint that the ranks of the last ``fit`` left for the process that launched them; None in a rank.
 
     Raises:
-        RuntimeError: They have not fitted yet.
+        RuntimeError: There was no ``fit`` yet.
     """
     launcher = strategy.launcher
     if not hasattr(launcher, "kept"):

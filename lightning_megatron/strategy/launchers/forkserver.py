@@ -1,4 +1,4 @@
-"""Lightning's launcher of processes that are not copies of a script, over a preloaded server."""
+"""Launches the ranks from a preloaded server, for notebooks, which have no script to run again."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from typing_extensions import override
 
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.strategy.launchers import worker_pool
-from lightning_megatron.strategy.launchers.returned_state import Baseline, HandedBack, KeptCheckpoint
+from lightning_megatron.strategy.launchers.returned_state import Baseline, KeptCheckpoint, RunResult
 
 
 class ForkserverLauncher(lightning_private.MultiProcessingLauncher):
-    """Starts the ranks of a run from a preloaded server, and hands back what they made.
+    """Starts the ranks of a run from a preloaded server, and brings their results back.
 
-    What the caller holds is sent to every rank; of a rank's memory nothing is left after a run. So a fit leaves a
-    checkpoint, each rank its shard, in a temporary folder: a later run puts the weights back from it, and
+    The Trainer, the module and the data are sent to every rank. A rank's memory is gone after a run, so each rank of a
+    fit writes its shard of a checkpoint into a temporary folder. A later run restores the weights from it, and
     ``trainer.save_checkpoint`` copies it.
 
     Args:
-        strategy: Whose ranks these are.
+        strategy: The strategy whose ranks are started.
     """
 
     def __init__(self, strategy: pl.strategies.ParallelStrategy) -> None:
         super().__init__(strategy, start_method="forkserver")
         if getattr(strategy, "num_nodes", 1) > 1:
             raise MisconfigurationException(
-                f"MegatronStrategy(launch='forkserver') starts the ranks of one machine, and num_nodes="
-                f"{strategy.num_nodes}. Start a script by torchrun or SLURM on each."  # type: ignore[attr-defined]
+                f"MegatronStrategy(launch='forkserver') starts the ranks of one machine, and num_nodes is"
+                f" {strategy.num_nodes}. Start a script with torchrun or SLURM on each machine."  # type: ignore[attr-defined]
             )
         self.kept: KeptCheckpoint | None = None
 
@@ -46,13 +46,16 @@ class ForkserverLauncher(lightning_private.MultiProcessingLauncher):
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
-        """Call ``function`` on every rank; what it returned on rank 0.
+        """Call ``function`` on every rank.
 
         Args:
-            function: A Trainer's method, or with no ``trainer`` any function.
-            *args: Its arguments.
-            trainer: Takes over rank 0's state.
-            **kwargs: Its keyword arguments.
+            function: A method of the Trainer, or any function if there is no ``trainer``.
+            *args: Positional arguments of the call.
+            trainer: The caller's Trainer, which takes over the state of rank 0's.
+            **kwargs: Keyword arguments of the call.
+
+        Returns:
+            What the call returned on rank 0.
         """
         lightning_private.check_missing_main_guard()
         fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
@@ -68,7 +71,7 @@ class ForkserverLauncher(lightning_private.MultiProcessingLauncher):
             return outcome
         if kept is not None:
             self.kept = kept
-        assert isinstance(outcome, HandedBack)
+        assert isinstance(outcome, RunResult)
         outcome.give_to(trainer, kept)
         return outcome.results
 
@@ -87,8 +90,8 @@ def _on_rank(
 ) -> Any:
     states.restore()
     lightning_private.set_num_threads(num_processes=strategy.num_processes)
-    lightning_private.set_launcher(strategy, None)  # the processes are there
-    strategy.set_world_ranks()  # so that what is for rank 0 is said once, from the start
+    lightning_private.set_launcher(strategy, None)  # the processes run already
+    strategy.set_world_ranks()  # so that only rank 0 logs and warns, from the start
     if trainer is None:
         return function()
     baseline = Baseline.of(trainer)

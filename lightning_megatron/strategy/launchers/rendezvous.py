@@ -1,4 +1,4 @@
-"""How the ranks of a run, once they are started, meet: through a store, in a process group."""
+"""Connects the started ranks of a run: they meet in a store, and make the process groups."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def meet(strategy: Any, backend: str | None, timeout: timedelta) -> None:
     """Meet the other ranks, and make the process groups of the layout.
 
     Args:
-        strategy: With its cluster environment, device and layout.
-        backend: What the user asks for; None takes what fits the device.
-        timeout: Of collectives.
+        strategy: The strategy; its cluster environment, device and layout are set.
+        backend: The back end that the user asked for; None is the one for the device.
+        timeout: How long ranks wait in a collective.
     """
     environment = strategy.cluster_environment
     os.environ["MASTER_ADDR"] = environment.main_address

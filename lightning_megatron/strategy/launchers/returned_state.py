@@ -1,4 +1,4 @@
-"""What the process that launched the ranks gets back of a run: metrics, callbacks, progress, weights."""
+"""Brings the results of a run back to the process that launched it: metrics, callbacks, progress and weights."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ _KEPT = "_kept_checkpoint"
 
 
 class KeptCheckpoint:
-    """The checkpoint that a fit left in a temporary folder, deleted with the last reference where it was launched."""
+    """The checkpoint of a fit in a temporary folder, which is deleted when the launching process drops this object."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="lightning_megatron_")
         self.path = Path(self._folder.name) / "checkpoint"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}  # a rank reads it, and leaves it
+        return {"path": self.path}  # a rank only reads the folder, and never deletes it
 
     def copy_to(self, path: Path, asked_for: dict[str, Any]) -> None:
-        """What ``trainer.save_checkpoint`` does in the launching process.
+        """Copy the checkpoint, as ``trainer.save_checkpoint`` asks in the launching process.
 
         Args:
-            path: Of the copy; what is there is replaced.
-            asked_for: What Lightning has collected here, of which only the kinds matter.
+            path: The path of the copy; a checkpoint that is there is replaced.
+            asked_for: The checkpoint that Lightning has collected in this process. Only its keys are looked at.
 
         Raises:
-            ValueError: Asked for the weights alone.
+            ValueError: Only the weights were asked for.
         """
         if "optimizer_states" not in asked_for:
             raise ValueError(
-                "trainer.save_checkpoint(weights_only=True) after a run with launch='forkserver': the ranks left their"
-                " checkpoint whole. Leave weights_only out."
+                "trainer.save_checkpoint(weights_only=True) after a run with launch='forkserver': the ranks left a"
+                " checkpoint with optimizer state. Leave weights_only out."
             )
         unfinished = path.with_name(path.name + ".unfinished")
         manifest.remove(unfinished)
@@ -57,8 +57,8 @@ class KeptCheckpoint:
         unfinished.rename(path)
 
 
-class PutBack(pl.Callback):
-    """Gives each rank its weights of an earlier run, once the model is built."""
+class RestoreWeights(pl.Callback):
+    """Restores the weights of an earlier run on each rank, once the model is built."""
 
     def __init__(self, kept: KeptCheckpoint) -> None:
         self._kept = kept
@@ -69,7 +69,7 @@ class PutBack(pl.Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:  # in a fit it has been done
+        if trainer.state.fn == TrainerFn.VALIDATING:  # in a fit, on_fit_start has loaded them
             self._load(trainer)
 
     @override
@@ -81,24 +81,24 @@ class PutBack(pl.Callback):
         self._load(trainer)
 
     def _load(self, trainer: pl.Trainer) -> None:
-        if trainer.ckpt_path is None:  # else the user names the weights
+        if trainer.ckpt_path is None:  # otherwise the user names the checkpoint to load
             checkpoint = trainer.strategy.load_checkpoint(self._kept.path, weights_only=False)
             trainer.strategy.load_model_state_dict(checkpoint, strict=True)
             trainer.strategy.checkpointer.resumption.reset()  # type: ignore[attr-defined]
 
 
 @dataclass
-class HandedBack:
-    """Of a run, made on rank 0.
+class RunResult:
+    """The results of a run, collected on rank 0.
 
     Args:
         results: What the Trainer's method returned.
-        state: The Trainer's.
-        metrics: Its three dictionaries, by name.
-        progress: Of the fit loop.
-        objects: Its callbacks and loggers, in order, each pickled, or a callback's state, or nothing.
-        weights: Those of the parameters and buffers that the caller's module has, too.
-        is_whole: Whether those are all there are.
+        state: The Trainer's state.
+        metrics: The Trainer's three dictionaries of metrics, by attribute name.
+        progress: The state of the fit loop.
+        objects: The callbacks and loggers, in order: each pickled, or its state dict, or None if neither works.
+        weights: The parameters and buffers that the caller's module has too, by name.
+        is_whole: Whether ``weights`` are all parameters and buffers of the model.
     """
 
     results: Any
@@ -110,11 +110,11 @@ class HandedBack:
     is_whole: bool
 
     def give_to(self, trainer: pl.Trainer, kept: KeptCheckpoint | None) -> None:
-        """Bring the caller's Trainer, and what hangs on it, to where rank 0's stands.
+        """Give the caller's Trainer, callbacks, loggers and module the state that rank 0's have.
 
         Args:
-            trainer: The caller's.
-            kept: What a fit left, if this was one.
+            trainer: The caller's Trainer.
+            kept: The checkpoint that the run left, if it was a fit.
         """
         trainer.state = self.state
         for name, values in self.metrics.items():
@@ -134,11 +134,11 @@ class HandedBack:
 
 @dataclass
 class Baseline:
-    """What a rank has before the run: the same that the caller has.
+    """What a rank received from the caller, noted before the run, which may add to it.
 
     Args:
-        names: Of the module's parameters and buffers.
-        objects: The Trainer's callbacks and loggers; a run may add to them.
+        names: The names of the module's parameters and buffers.
+        objects: The Trainer's callbacks and loggers.
     """
 
     names: list[str]
@@ -146,18 +146,18 @@ class Baseline:
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> Baseline:
-        """Before the run; puts back the weights of an earlier one."""
+        """Note what ``trainer`` has before the run, and have the weights of an earlier run restored."""
         baseline = cls(list(trainer.lightning_module.state_dict()), _objects(trainer))
         kept = trainer.lightning_module.__dict__.get(_KEPT)
         if kept is not None:
-            trainer.callbacks.insert(0, PutBack(kept))  # type: ignore[attr-defined]
+            trainer.callbacks.insert(0, RestoreWeights(kept))  # type: ignore[attr-defined]
         return baseline
 
-    def collect(self, trainer: pl.Trainer, results: Any) -> HandedBack:
-        """After the run, on rank 0."""
+    def collect(self, trainer: pl.Trainer, results: Any) -> RunResult:
+        """Collect the results after the run, on rank 0."""
         state = _on_host(trainer.lightning_module.state_dict())
         weights = {name: state[name] for name in self.names if name in state}
-        return HandedBack(
+        return RunResult(
             results=_on_host(results),
             state=trainer.state,
             metrics={name: _on_host(dict(getattr(trainer, name))) for name in _METRICS},
@@ -177,7 +177,7 @@ def _on_host(data: Any) -> Any:
 
 
 def _set_progress(loop: Any, state: dict[str, Any]) -> None:
-    """Put a loop where ``state`` says, as one that ran there: not as one that resumes."""
+    """Set a loop's progress to ``state``, as if it had run that far, and not as if it were to resume there."""
     loop.load_state_dict(state)
     lightning_private.forget_restart(loop)
 
@@ -186,13 +186,13 @@ def _pickled(item: Any, trainer: pl.Trainer) -> bytes | dict[str, Any] | None:
     buffer = io.BytesIO()
     try:
         _Pickler(buffer, trainer).dump(item)
-    except Exception:  # a progress bar's terminal, a logger's connection
+    except Exception:  # it may hold a terminal (a progress bar) or a connection (a logger)
         return item.state_dict() if isinstance(item, pl.Callback) else None
     return buffer.getvalue()
 
 
 def _known(trainer: pl.Trainer) -> dict[str, Any]:
-    """What the caller has of its own, and callbacks may point at."""
+    """Objects that callbacks may refer to and that the caller has too: references to them are sent by name."""
     return {
         "trainer": trainer,
         "module": trainer.lightning_module,

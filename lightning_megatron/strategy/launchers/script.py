@@ -1,4 +1,4 @@
-"""Ranks that are copies of the user's script."""
+"""Launches the ranks as copies of the user's script."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing_extensions import override
 
 from lightning_megatron.distributed import lightning_private
 
-_PATIENCE = 15.0  # seconds in which a rank whose peer has failed fails, too, and says why
+_PATIENCE = 15.0  # seconds in which the other ranks may fail by themselves, and say why, before they are killed
 
 
 class ScriptLauncher(lightning_private.SubprocessScriptLauncher):
-    """Lightning's launcher, which after an error of this process leaves no rank behind.
+    """Lightning's launcher, which also ends the other ranks when this process fails.
 
-    Lightning ends this process with SIGKILL where another fails. The other way round, ranks fail on broken connections;
-    one that is in no collective would never do so.
+    When another rank fails, Lightning ends this process. When this process fails, the others notice the broken
+    connection only in a collective; a rank that is in none would run for ever.
     """
 
     @override

@@ -1,4 +1,4 @@
-"""One process in a SLURM allocation that ``srun`` has not started: nobody tells it its rank."""
+"""Runs one process in a SLURM allocation without ``srun``, which would have told it its rank."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from typing_extensions import override
 
 
-class OneProcess(SLURMEnvironment):
-    """SLURM's job and its signals, with the only process as rank 0."""
+class SingleProcessEnvironment(SLURMEnvironment):
+    """SLURM's environment for a run of one process, which is rank 0."""
 
     @override
     def world_size(self) -> int:
@@ -30,9 +30,9 @@ class OneProcess(SLURMEnvironment):
 
 
 def environment_of(strategy: Any) -> Any:
-    """The strategy's cluster environment, or one that knows the rank which SLURM has not told the only process."""
+    """The strategy's cluster environment; ``SingleProcessEnvironment`` for one process that ``srun`` did not start."""
     environment = strategy.cluster_environment
     alone = strategy.num_processes * strategy.num_nodes == 1
     if type(environment) is not SLURMEnvironment or not alone or "SLURM_PROCID" in os.environ:
         return environment
-    return OneProcess(environment.auto_requeue, environment.requeue_signal)
+    return SingleProcessEnvironment(environment.auto_requeue, environment.requeue_signal)

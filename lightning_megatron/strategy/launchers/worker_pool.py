@@ -1,4 +1,4 @@
-"""Processes started from a preloaded server: each makes one call, and they end together. Knows nothing of training."""
+"""Runs one call in each of several processes, which start from a preloaded server and end together."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ import cloudpickle
 
 from lightning_megatron.distributed import first_error
 
-_PRELOADED = ["lightning_megatron"]  # with it come torch, lightning.pytorch and megatron.core
-_GRACE = 5.0  # seconds that ranks have to end by themselves when one has failed, before they are killed
-_UNTIL_DOOM = 15.0  # the same after Ctrl-C, when callbacks may save something
+_PRELOADED = ["lightning_megatron"]  # it imports torch, lightning.pytorch and megatron.core
+_GRACE = 5.0  # seconds in which ranks may end by themselves after one has failed, before they are killed
+_GRACE_AFTER_INTERRUPT = 15.0  # seconds after Ctrl-C, in which callbacks may save something
 
 
 class RankTraceback(Exception):
-    """The traceback of an error on a rank: the cause of the error that the caller sees."""
+    """Shows the traceback of an error on a rank, as the cause of the error that the caller sees."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 class RankDiedError(RuntimeError):
-    """A rank that ended without a word: killed, or crashed outside of Python."""
+    """Raised when a rank ended without a Python error: it was killed, or crashed outside of Python."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error on a rank, as it leaves the process."""
+    """An error on a rank, in the form in which it is sent to the caller."""
 
     rank: int
     when: float
@@ -53,7 +53,7 @@ class _Failure:
             error = pickle.loads(self.pickled) if self.pickled else None
         except Exception:
             error = None
-        if not isinstance(error, Exception):  # SystemExit and its like would end the caller's session
+        if not isinstance(error, Exception):  # SystemExit and KeyboardInterrupt would end the caller's session
             error = RuntimeError(f"rank {self.rank} raised {self.short}")
         error.add_note(f"Raised on rank {self.rank}; its traceback is above.")
         error.__cause__ = RankTraceback(f"rank {self.rank}: {self.text}")
@@ -61,17 +61,20 @@ class _Failure:
 
 
 def run(call: Callable[[], Any], environments: list[Mapping[str, str]]) -> list[Any]:
-    """Make ``call`` in one process per environment, numbered in order; their results.
+    """Run ``call`` in one process for each environment.
 
-    When one fails the others are ended, and so they are by Ctrl-C here, or when this process is killed.
+    When one process fails, the others are ended; so they are after Ctrl-C, and when this process is killed.
 
     Args:
-        call: Sent by cloudpickle, so that what is defined in a notebook or in ``__main__`` goes with it.
-        environments: The whole environment of each process.
+        call: The function, which cloudpickle sends, so that it may be defined in a notebook or in ``__main__``.
+        environments: The environment variables of each process, which has no others.
+
+    Returns:
+        What each process returned, in the order of ``environments``.
 
     Raises:
-        RankDiedError: Names a rank that was killed.
-        Exception: The first error of any rank, with its traceback.
+        RankDiedError: A process ended without a Python error; the message names it.
+        Exception: The first error of any process, with its traceback.
     """
     context = multiprocessing.get_context("forkserver")
     if _is_untouched(forkserver._forkserver):
@@ -87,9 +90,9 @@ def run(call: Callable[[], Any], environments: list[Mapping[str, str]]) -> list[
             for process in processes:
                 process.start()
             died = _wait(processes)
-        except BaseException:  # Ctrl-C above all: a terminal sends it to every process, a notebook to the kernel only
+        except BaseException:  # above all Ctrl-C, which a notebook sends to its kernel only
             _signal(processes, signal.SIGINT)
-            _join(processes, _UNTIL_DOOM)
+            _join(processes, _GRACE_AFTER_INTERRUPT)
             raise
         finally:
             _signal(processes, signal.SIGKILL)
@@ -100,7 +103,7 @@ def run(call: Callable[[], Any], environments: list[Mapping[str, str]]) -> list[
 
 
 def _is_untouched(server: Any) -> bool:
-    """Whether nobody has said yet what the server is to preload (private in CPython 3.11 to 3.14)."""
+    """Whether the server still has its default list of modules to preload (private in CPython 3.11 to 3.14)."""
     return bool(server._preload_modules == ["__main__"])
 
 
@@ -115,7 +118,7 @@ def _pickle(call: Any) -> bytes:
 
 
 def _wait(processes: list[Any]) -> dict[int, int]:
-    """Until all have ended; soon after one has failed. Exit codes of those that failed by themselves."""
+    """Wait for all to end, or ``_GRACE`` seconds after one has failed; return the exit codes of those that failed."""
     failed: dict[int, int] = {}
     running = dict(enumerate(processes))
     deadline: float | None = None
@@ -135,7 +138,7 @@ def _raise_first(outcomes: list[Any], died: Mapping[int, int]) -> None:
     failures = [outcome for outcome in outcomes if isinstance(outcome, _Failure)]
     silent = {rank: code for rank, code in died.items() if not isinstance(outcomes[rank], _Failure)}
     killed = {rank: code for rank, code in silent.items() if -code != signal.SIGABRT}
-    # Gloo aborts when a peer is gone, so an abort is taken for the cause only when nobody has said anything.
+    # Gloo aborts when a peer is gone, so an abort counts as the cause only when no rank has raised an error.
     if killed or (silent and not failures):
         rank, code = next(iter((killed or silent).items()))
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -164,12 +167,12 @@ def _read(path: Path) -> Any:
     return pickle.loads(path.read_bytes()) if path.exists() else None
 
 
-# In the processes
+# Runs in the processes
 
 
 def _rank(rank: int, folder: Path, environment: dict[str, str]) -> None:
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
-    os.environ.clear()  # the server's is as old as the server
+    os.environ.clear()  # a forked process has the variables that the server had when it started
     os.environ.update(environment)
     failure = None
     try:

@@ -1,11 +1,11 @@
-"""``self.log`` in the hooks between the steps: what some stages or replicas log is logged on every rank.
+"""Logs on every rank what a hook between the steps logs (``self.log``) on some pipeline stages or replicas only.
 
 A MegatronModule's outputs are on the last pipeline stage, so a hook that logs what it has collected has nothing to log
 on the other stages. A value that a hook logs waits for the end of the hook; there the ranks exchange what they have,
 and all of them log the same. Only hooks that a user wrote cost this exchange; where no rank has logged, it is one flag.
 
-Leans on the names of the actions that Lightning tells its profiler; ``test_lightning_private.py`` fails when they
-change.
+It recognises hooks by the names under which Lightning profiles them; ``test_lightning_private.py`` fails when these
+names change.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from lightning_megatron.strategy.logging.user_state import taken_back
 
 _SIGNATURE = inspect.signature(pl.LightningModule.log)
 _STEPS = ("training_step", "validation_step", "test_step")
-_AROUND_STEPS = ".optimizer_step"  # calls training_step, in which stages have states of their own
+_AROUND_STEPS = ".optimizer_step"  # it calls training_step, in which each stage has its own states of metrics
 _ENDS_OF_BATCHES = ("on_validation_batch_end", "on_test_batch_end")
 
 
 @dataclass
 class _Entry:
-    """What one name was given in a hook on one rank.
+    """The values that a hook has logged under one name on one rank.
 
     Args:
-        options: Of ``self.log``.
-        metric: The attribute that holds the logged metric, if it is one.
-        values: Numbers; of a metric, its values on the last batch.
-        weights: Of each value: ``batch_size``, or as Lightning finds it.
+        options: The other arguments of ``self.log``.
+        metric: The name of the module's attribute that holds the logged metric; None for numbers.
+        values: The numbers, or the metric's values on the last batch.
+        weights: The weight of each value: ``batch_size``, or the batch size that Lightning finds.
     """
 
     options: dict[str, Any]
@@ -55,20 +55,20 @@ class HookLogs:
     """Listens to the hooks of a module and of callbacks, while ``log`` and ``profile`` stand in for Lightning's own.
 
     Args:
-        module: Whose ``log`` is replaced.
-        counts: Whether the batch that was run last counts on this rank; in an evaluation some do not.
+        module: The module whose ``log`` is replaced.
+        counts: Tells whether the batch that was run last counts on this rank; in an evaluation some do not.
     """
 
     def __init__(self, module: pl.LightningModule, counts: Callable[[], bool]) -> None:
         self._module = module
         self._counts = counts
         self._profiler = module.trainer.profiler  # type: ignore[attr-defined]
-        self._running: list[tuple[str, dict[str, _Entry]]] = []  # actions that Lightning is in, and what each logged
+        self._running: list[tuple[str, dict[str, _Entry]]] = []  # running actions, and what each has logged
         self._listens: dict[str, bool] = {}
         self._counts_of_metrics: list[int] = []
 
     def profile(self, action: str) -> AbstractContextManager[Any]:
-        """In place of the profiler's ``profile``, which Lightning surrounds each hook with."""
+        """Stand in for the profiler's ``profile``, with which Lightning surrounds each hook."""
         return self._surround(action)
 
     @contextmanager
@@ -89,7 +89,7 @@ class HookLogs:
 
     @contextmanager
     def _counted(self, action: str) -> Iterator[None]:
-        """Surrounds a hook; what one behind a batch that does not count has noted down is taken back."""
+        """Surround a hook; where the hook's batch does not count, undo what it changes in the module's state."""
         if not (action.endswith(_ENDS_OF_BATCHES) and self._is_listened_to(action)) or self._counts():
             yield
             return
@@ -97,7 +97,7 @@ class HookLogs:
             yield
 
     def log(self, *args: Any, **options: Any) -> None:
-        """In place of ``module.log``."""
+        """Stand in for ``module.log``."""
         trainer = self._module.trainer
         action, pending = self._running[-1] if self._running else ("", {})
         if not self._is_listened_to(action) or lightning_private.results(trainer) is None:
@@ -117,7 +117,7 @@ class HookLogs:
         entry.weights.append(float(given.get("batch_size") or self._rows()))
 
     def _is_listened_to(self, action: str) -> bool:
-        """Whether it is a hook that may log, and that somebody wrote who is not Lightning or this package."""
+        """Whether ``action`` is a hook that may log, and that neither Lightning nor this package has written."""
         if action not in self._listens:
             self._listens[action] = self._is_written_by_a_user(action)
         return self._listens[action]
@@ -131,7 +131,7 @@ class HookLogs:
         return any(not name.startswith(("lightning.", "lightning_megatron.")) for name in written_in)
 
     def _owners(self, action: str) -> list[Any]:
-        """Whose hook it is: the module, or callbacks of one name."""
+        """The objects whose hook is running: the module, or the callbacks with one state key."""
         place, _, _ = action.rpartition(".")
         if place.startswith("[LightningModule]"):
             return [self._module]
@@ -139,12 +139,12 @@ class HookLogs:
         return [callback for callback in callbacks if place == f"[Callback]{callback.state_key}"]
 
     def _rows(self) -> int:
-        """By which Lightning would weigh a value that is logged now."""
+        """The batch size by which Lightning would weigh a value that is logged now."""
         batch = lightning_private.results(self._module.trainer).batch
         return 1 if batch is None else extract_batch_size(batch)
 
     def _share(self, pending: dict[str, _Entry]) -> None:
-        """Log on all ranks what any has logged in this hook."""
+        """Log on all ranks what any of them has logged in this hook."""
         device = self._module.trainer.strategy.root_device
         noted = torch.tensor(len(pending), device=device)
         dist.all_reduce(noted, op=dist.ReduceOp.MAX)
@@ -177,10 +177,10 @@ class HookLogs:
 
 
 def _chosen(name: str, every: list[tuple[RankCoordinates, dict[str, _Entry]]]) -> list[_Entry]:
-    """The entries that count, one of each replica: those of the latest stage that has logged the name.
+    """The entries to log, one for each replica: those of the last pipeline stage that has logged the name.
 
-    An earlier stage, without outputs, may have logged what stands for nothing. A sum that is not to be reduced over
-    replicas, and what only rank 0 shall log, is that of the first replica.
+    An earlier stage has no outputs, so its value means nothing. A sum that is not reduced over replicas, and a value
+    that only rank 0 logs, are the first replica's.
     """
     found = {place: entries[name] for place, entries in every if name in entries}
     stage = max(place.pp for place in found)

@@ -1,4 +1,4 @@
-"""``self.log`` inside a micro-batch: recorded, reduced over micro-batches and replicas, then logged on every rank."""
+"""Records what micro-batches log (``self.log``), reduces it over them and the replicas, and logs it on every rank."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SIGNATURE = inspect.signature(pl.LightningModule.log)
 
 @dataclass
 class _Entry:
-    """What one name was given, micro-batch by micro-batch.
+    """The values that the micro-batches of a batch have logged under one name.
 
     Args:
-        chunk: The virtual stage that logged it.
-        options: Of ``self.log``.
-        metric: The attribute that holds the logged metric, if it is one.
-        values: Numbers; of a metric, its values on each micro-batch.
-        weights: Of each value: ``batch_size`` where it was given, else rows.
+        chunk: The virtual stage that logged them.
+        options: The other arguments of ``self.log``.
+        metric: The name of the module's attribute that holds the logged metric; None for numbers.
+        values: The number, or the metric's value, of each micro-batch.
+        weights: The weight of each value: ``batch_size`` where it was given, otherwise the micro-batch's rows.
     """
 
     chunk: int
@@ -39,30 +39,30 @@ class _Entry:
     weights: list[float] = field(default_factory=list)
 
 
-class AtOnce:
-    """In place of a recorder where a batch is one micro-batch of a plain module: ``self.log`` is Lightning's own."""
+class NullRecorder:
+    """Records nothing: where a batch is one micro-batch of a plain module, ``self.log`` logs by itself."""
 
     def listening(self, share: float, chunk: int) -> AbstractContextManager[None]:
-        """Nothing is recorded."""
+        """Do nothing."""
         return nullcontext()
 
     def has_entries(self) -> bool:
-        """Nothing is."""
+        """Return False: nothing is recorded."""
         return False
 
     def replay(self, gather: bool = True) -> None:
-        """Nothing is left to log."""
+        """Do nothing: everything has been logged."""
 
     def end_prediction(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
 
 class LogRecorder:
     """Stands in for ``module.log`` while one batch runs.
 
     Args:
-        module: Whose ``log`` it is.
-        rows: Of the batch on this rank.
+        module: The module whose ``log`` is replaced.
+        rows: The number of rows of the batch on this rank.
     """
 
     def __init__(self, module: pl.LightningModule, rows: int) -> None:
@@ -73,10 +73,10 @@ class LogRecorder:
 
     @contextmanager
     def listening(self, share: float, chunk: int) -> Iterator[None]:
-        """Record instead of logging.
+        """Record what is logged inside, in place of logging it.
 
         Args:
-            share: Of the batch's rows that the micro-batch holds; 0 for a padding micro-batch, which leaves no trace.
+            share: The micro-batch's share of the batch's rows; 0 for a padding micro-batch, whose values are dropped.
             chunk: The virtual stage that runs it.
         """
 
@@ -103,13 +103,13 @@ class LogRecorder:
         return bool(self._seen)
 
     def replay(self, gather: bool = True) -> None:
-        """Log each name once, the same names in the same order on every rank, as the latest stage gave it.
+        """Log each name once: the same names in the same order on every rank, with the last stage's values.
 
         A MegatronModule's values are those of the global batch. A plain module's are this replica's, as in Lightning,
         and ``sync_dist`` decides whether replicas are reduced.
 
         Args:
-            gather: Whether any rank has recorded something; the same on all of them.
+            gather: Whether any rank has recorded something; all ranks give the same answer.
         """
         module = self._module
         whole = isinstance(module, MegatronModule)
@@ -133,7 +133,7 @@ class LogRecorder:
         self._states.finish_all()
 
     def end_prediction(self) -> None:
-        """Log nothing, as in Lightning, which says so; no collectives: replicas may have unequally many batches."""
+        """Have Lightning refuse what ``predict_step`` logged; no collectives, as replicas may have unequal batches."""
         for name, entry in self._seen.items():
             self._module.log(name, entry.values[-1])
         self._states.finish_all()
@@ -151,7 +151,7 @@ class LogRecorder:
 
 
 def _over_replicas(seen: dict[str, _Entry]) -> dict[str, _Entry]:
-    """What all replicas recorded on this stage, values and weights joined; also names that only some have logged."""
+    """Join the values and weights that all replicas recorded on this stage, also under names that only some logged."""
     joined: dict[str, _Entry] = {}
     for replica in collectives.gather_from_replicas({name: _on_the_host(entry) for name, entry in seen.items()}):
         for name, entry in replica.items():
@@ -169,7 +169,7 @@ def _on_the_host(entry: _Entry) -> _Entry:
 
 
 def _latest(stages: list[dict[str, _Entry]]) -> dict[str, _Entry]:
-    """Of entries that several stages made under one name, that nearest the model's end."""
+    """For each name, the entry of the last stage that has logged it."""
     found: dict[str, _Entry] = {}
     for seen in stages:
         for name, entry in seen.items():
@@ -179,9 +179,9 @@ def _latest(stages: list[dict[str, _Entry]]) -> dict[str, _Entry]:
 
 
 def reduce_values(values: list[Any], weights: list[float], reduce_fx: Any) -> Any:
-    """One value of the micro-batches' values, as ``self.log(reduce_fx=)`` asks; a mean is weighted."""
+    """Reduce the values of micro-batches to one, as ``self.log(reduce_fx=)`` asks; a mean is weighted."""
     if len(values) == 1 or not all(isinstance(value, int | float | torch.Tensor) for value in values):
-        return values[-1]  # Lightning says what it thinks of other types
+        return values[-1]  # Lightning refuses values of other types with a message of its own
     device = next((value.device for value in values if isinstance(value, torch.Tensor)), torch.device("cpu"))
     several = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).squeeze() for value in values])
     if reduce_fx in ("mean", "avg", torch.mean):

@@ -1,4 +1,4 @@
-"""What the strategy itself says after a step: its loss scale and the skipped steps, or that its loss was not finite."""
+"""Logs the strategy's own values after a step (loss scale, skipped steps), and stops at a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def stop_on_bad_loss(loss: torch.Tensor, local_loss: torch.Tensor, step: int) ->
         step: The number of the optimizer step.
 
     Raises:
-        NonFiniteLossError: Names the step, the ranks that computed it and the last good step.
+        NonFiniteLossError: The loss is not finite. The message names the step, the ranks and the last good step.
     """
     if bool(torch.isfinite(loss).all()):
         return
-    # Every rank is here: the loss went through all of them. Say where it came from.
+    # The global loss is NaN on every rank, so all ranks come here; find out which of them computed it.
     finite: list[bool] = [True] * dist.get_world_size()
     dist.all_gather_object(finite, bool(torch.isfinite(local_loss).all()))
     seen = ", ".join(str(rank) for rank, is_finite in enumerate(finite) if not is_finite)
-    where = f"computed on rank {seen}" if seen else "on no rank alone: only their sum is"
+    where = f"computed on rank {seen}" if seen else "finite on each rank; only the sum over them is not"
     last_good = f"the last good step was {step - 1}" if step else "there was no good step before it"
     raise NonFiniteLossError(
         f"The loss of step {step} is {loss.item()} ({where}); {last_good}."

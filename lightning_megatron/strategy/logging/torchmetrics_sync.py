@@ -1,4 +1,4 @@
-"""torchmetrics objects of a module: states summed over the data-parallel replicas, and known on every stage."""
+"""Synchronises torchmetrics objects of a module over the data-parallel replicas, and gives every stage their states."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from lightning_megatron.distributed import collectives, process_groups
 
 
 def metrics_to_sync(module: pl.LightningModule) -> list[Metric]:
-    """The metrics that are to ``gather`` over data-parallel ranks: model-parallel ranks see the same samples.
+    """The module's metrics that are reduced over data-parallel ranks; model-parallel ranks see the same samples.
 
-    A metric that has a ``process_group`` or ``dist_sync_fn`` of its own keeps it.
+    Metrics with a ``process_group`` or ``dist_sync_fn`` of their own keep it, and are not among them.
     """
     return [metric for metric in _metrics(module) if metric.process_group is None and metric.dist_sync_fn is None]
 
 
 def gather(tensor: torch.Tensor, group: Any | None = None) -> list[torch.Tensor]:
-    """A metric's state on each replica, as the last pipeline stage has it: a ``dist_sync_fn`` of torchmetrics.
+    """Gather a metric's state from the last pipeline stage of each replica: a ``dist_sync_fn`` of torchmetrics.
 
-    A module-level function that looks its groups up when called, so that metrics can be copied and pickled.
+    It looks its process groups up when it is called, so that metrics can be copied and pickled.
     """
     states = gather_all_tensors(tensor, group or process_groups.data_parallel())
     return states if group or _stages_agree else collectives.broadcast_object_from_last_stage(states)
 
 
-_stages_agree = False  # whether every stage has the last one's states, so that a stage may compute alone
+_stages_agree = False  # whether every stage has the last stage's states, so that a stage may compute alone
 
 
 @contextmanager
 def same_on_all_stages(module: pl.LightningModule, counts: list[int]) -> Iterator[None]:
-    """Give every pipeline stage the last one's states; inside, a stage may compute a metric that the others do not.
+    """Give every pipeline stage the last stage's states; inside, a stage may compute a metric that the others do not.
 
     Args:
-        module: Whose metrics they are.
-        counts: Updates of the metrics when this was last left, kept up to date here: states that no stage has changed
-            are not sent again.
+        module: The module that holds the metrics.
+        counts: The number of updates of each metric when this context was last left; updated here. States that no stage
+            has changed since are not sent again.
     """
     global _stages_agree
     found = _metrics(module) if process_groups.pipeline().size() > 1 else []
@@ -72,7 +72,7 @@ def attribute_of(module: pl.LightningModule, metric: torch.nn.Module) -> str:
     """The name by which ``module`` holds ``metric``.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The metric is no attribute of the module.
     """
     for name, child in module.named_modules():
         if child is metric:
@@ -84,14 +84,14 @@ def attribute_of(module: pl.LightningModule, metric: torch.nn.Module) -> str:
 
 
 class BatchStates:
-    """The states of a module's metrics over one batch, apart from what they held before.
+    """Keeps the states of a module's metrics over one batch apart from what they held before.
 
-    While micro-batches run, metrics whose states can be merged hold the batch's own; ``finish`` takes their value on
-    the whole batch, and merges. Other metrics, which see everything at once (``full_state_update``) or belong to a
-    collection that shares states, go on as they were.
+    While micro-batches run, metrics whose states can be merged hold the states of this batch only; ``finish`` takes
+    their value on the batch, and merges the earlier states in. Other metrics are left alone: those with
+    ``full_state_update``, and those in a collection that shares states.
 
     Args:
-        module: Whose metrics they are.
+        module: The module that holds the metrics.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
@@ -103,12 +103,12 @@ class BatchStates:
                 metric.reset()
 
     def finish(self, metric: Metric, fallback: Any, *, shown: bool) -> None:
-        """Merge what ``metric`` held before the batch with the batch's, and set its value on the batch.
+        """Merge the states that ``metric`` held before the batch with the batch's, and set its value on the batch.
 
         Args:
-            metric: Perhaps updated on the last pipeline stage only.
-            fallback: The value on the batch of a metric that cannot be merged.
-            shown: Whether its value on the batch is looked at; called alike on every rank, as replicas are synced.
+            metric: The metric, which may have been updated on the last pipeline stage only.
+            fallback: The value on the batch, for a metric whose states cannot be merged.
+            shown: Whether the value on the batch is logged; all ranks give the same answer, since replicas are synced.
         """
         value = fallback
         if shown and id(metric) in self._before:
@@ -139,7 +139,7 @@ def _is_mergeable(metric: Metric) -> bool:
 
 @contextmanager
 def untouched(module: pl.LightningModule) -> Iterator[None]:
-    """Undo what is done to the module's metrics inside."""
+    """Undo, at the end, all changes of the module's metrics inside the context."""
     before = [(metric, _snapshot(metric)) for metric in _metrics(module)]
     try:
         yield

@@ -1,7 +1,7 @@
-"""What a module or a callback keeps beside its weights: lists that a step adds to, counters, running sums.
+"""Undoes what hooks change in the attributes of a module or callback: lists, counters, running sums.
 
-A micro-batch that fills up a schedule, and a batch of an evaluation that another replica has counted, go through the
-user's hooks like all others. What these note down meanwhile is taken back, so that nothing is counted twice.
+A padding micro-batch, and a batch of an evaluation that another replica counts, go through the user's hooks like all
+others. What the hooks note down meanwhile is undone, so that nothing is counted twice.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import torch
 
 _PLAIN = (Number, str, tuple, frozenset, type(None))
 _CONTAINERS = (list, dict, set, deque)
-_LARGE = 1 << 20  # elements: a bigger array is data, or weights, and no tally
+_LARGE = 1 << 20  # elements; larger arrays are data or weights, and are not copied
 _LIGHTNINGS = frozenset(vars(pl.LightningModule()))
 
 
 @contextmanager
 def taken_back(owners: Iterable[Any]) -> Iterator[None]:
-    """Undo what is done inside to attributes of ``owners``: numbers, texts, small arrays and containers of them.
+    """Undo, at the end, changes of the attributes of ``owners``: numbers, texts, small arrays and containers of them.
 
-    Containers and tensors keep their identity. Submodules and other objects stay as they are left.
+    Containers and tensors keep their identity. Changes of submodules and of other objects stay.
 
     Args:
-        owners: Modules or callbacks.
+        owners: The modules or callbacks whose attributes are restored.
     """
     undo: list[Callable[[], Any]] = []
     seen: set[int] = set()
@@ -49,7 +49,7 @@ def taken_back(owners: Iterable[Any]) -> Iterator[None]:
 
 
 def _attributes(held: dict[str, Any], seen: set[int]) -> Callable[[], None]:
-    """Gives names what they had; one that is new, with a value that is looked at here, goes."""
+    """Return what restores attributes to their present values, and removes those that are new."""
     before = {name: value for name, value in held.items() if name not in _LIGHTNINGS and _is_kept(value)}
     names = set(held)
 
@@ -67,7 +67,7 @@ def _is_kept(value: Any) -> bool:
 
 
 def _contents(value: Any, seen: set[int]) -> Iterator[Callable[[], Any]]:
-    """What gives a container or an array, and those in it, the contents of now."""
+    """Yield the functions that restore a container or array, and those in it, to the present contents."""
     if id(value) in seen or not _is_kept(value):
         return
     seen.add(id(value))
@@ -75,7 +75,7 @@ def _contents(value: Any, seen: set[int]) -> Iterator[Callable[[], Any]]:
         is_fixed = value.requires_grad or value.is_inference()
         if value.numel() <= _LARGE and value.layout is torch.strided and not is_fixed:
             before, version = value.clone(), value._version
-            # One that was only looked at may be needed by a backward pass, which refuses what was written to.
+            # A backward pass may need a tensor that was only read, and fails if it has been written to.
             yield lambda: value.copy_(before) if value._version != version else None
     elif isinstance(value, np.ndarray):
         if value.size <= _LARGE and value.flags.writeable:

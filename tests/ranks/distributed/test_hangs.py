@@ -76,7 +76,7 @@ def _uneven() -> dict[str, str]:
 
 def test_ranks_with_different_numbers_of_batches_are_told_at_once() -> None:
     different = "Ranks have different numbers of batches, by rank: {0: 4, 1: 6}."
-    early = "The loader of ranks [1] ended after 2 batches, that of the others goes on."
+    early = "The loader of ranks [1] ended after 2 batches, and the other ranks' goes on."
     for told in run_ranks(2, _uneven, timeout=200):
         assert told["train"].startswith(different)
         assert told["validation"].startswith(different)

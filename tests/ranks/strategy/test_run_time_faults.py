@@ -69,7 +69,7 @@ def test_sigterm_saves_stops_and_resumes(tmp_path, accumulate, asynchronous):
 
 
 def _preempted_without_a_place():
-    with pytest.warns(UserWarning, match="Told to end. Nothing is saved: there is no ModelCheckpoint"):  # noqa: SIM117
+    with pytest.warns(UserWarning, match="A signal ends the run, and nothing is saved: there is no ModelCheckpoint"):  # noqa: SIM117
         with pytest.raises(SystemExit):
             fit(Layout(), 8, [Signal()])
 
