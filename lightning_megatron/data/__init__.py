@@ -1,6 +1,6 @@
 """Datasets, tokenizers, collators and data modules.
 
-Imports ``distributed``, for the words of its errors only.
+Imports ``distributed``, but only what words the errors.
 """
 
 from lightning_megatron.data.collators.masked_lm import MaskedLMCollator

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` which takes its place when the block ends without an error.
+    """Give a temporary path beside ``path``; the file there replaces ``path`` when the block ends without an error.
 
     Several processes may write the same file at once: each has its own temporary name, and the last one to finish
     wins. A killed process leaves at most a hidden ``.tmp`` file that nobody reads.

@@ -1,4 +1,4 @@
-"""What the data modules of this package share: three parts of the data, a tokenizer, and evaluation in order."""
+"""The base of this package's data modules: three parts of the data, a tokenizer, and evaluation in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_megatron.data.tokenizers import Tokenizer, load_tokenizer
 
 PARTS = ("train", "val", "test")
 
-# The parts that each stage of the Trainer uses; it cannot do without the first. None is a call of `setup()` by hand.
+# The parts that each stage of the Trainer uses, the indispensable one first. The key None is `setup()` called by hand.
 USED = {None: PARTS, "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 Loader = DataLoader[Any]
@@ -38,12 +38,12 @@ class TokenizedDataModule(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded on first use: only then may a name on the hub be reached for."""
+        """The tokenizer, which is loaded, and if necessary downloaded, at its first use."""
         return load_tokenizer(self._tokenizer_source)
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id in a batch: the model's ``vocab_size``."""
+        """The model's ``vocab_size``: one more than the largest id in a batch."""
         return self.tokenizer.vocab_size
 
     @override
@@ -63,15 +63,15 @@ class TokenizedDataModule(LightningDataModule):
 
     @abstractmethod
     def _ordered(self, part: str) -> Loader | list[Loader]:
-        """The batches of a part in order, which Lightning spreads over the data-parallel ranks."""
+        """The batches of a part in order; Lightning shares them out over the data-parallel ranks."""
 
     def _sampler(
         self, samples: Dataset[Any], batch_size: int, shuffle: bool, seed: int, drop_last: bool
     ) -> DistributedSampler[Any]:
-        """This data-parallel rank's training samples.
+        """Make the sampler of this data-parallel rank's training samples.
 
-        Ours rather than the one that Lightning would inject: that one needs a distributed strategy, and takes its seed
-        from ``seed_everything``. Lightning leaves a ``DistributedSampler`` alone, and sets its epoch.
+        Lightning would inject one only under a distributed strategy, with the seed of ``seed_everything``. It keeps a
+        ``DistributedSampler`` that a loader already has, and sets its epoch.
 
         Raises:
             ValueError: ``drop_last`` leaves no batch.
@@ -89,27 +89,27 @@ class TokenizedDataModule(LightningDataModule):
 
     @property
     def _replicas(self) -> dict[str, int]:
-        """Number of data-parallel ranks, and which of them this is, as a ``DistributedSampler`` takes them."""
+        """The number of data-parallel ranks and this rank's number, as arguments of a ``DistributedSampler``."""
         replicas = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return replicas or {"num_replicas": 1, "rank": 0}
 
 
 class CollatePacked:
-    """A collate function that takes ``input_ids``, given packed samples.
+    """Hands packed samples to a collate function that expects ``input_ids``.
 
     Args:
-        collate_fn: Makes a batch of samples with ``input_ids`` ``[seq_length]``.
+        collate_fn: The function, which makes a batch from samples with ``input_ids`` ``[seq_length]``.
     """
 
     def __init__(self, collate_fn: Collator) -> None:
         self.collate_fn = collate_fn
 
     def __call__(self, samples: list[dict[str, torch.Tensor]]) -> Any:
-        """The batch without the last token of each sample, which only GPT's labels need."""
+        """Make a batch, without the last token of each sample, which only GPT's labels need."""
         tokens = [sample["tokens"] if "tokens" in sample else sample["text"][:-1] for sample in samples]
         return self.collate_fn([{"input_ids": each} for each in tokens])
 
 
 def default_cache_dir(name: str) -> Path:
-    """``lightning_megatron/NAME`` in the user's cache folder."""
+    """The folder ``lightning_megatron/NAME`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_megatron" / name

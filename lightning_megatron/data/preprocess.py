@@ -1,4 +1,4 @@
-"""Indexed data from text files and JSONL, tokenised by several processes: ``lightning-megatron preprocess``."""
+"""Makes indexed data from text files and JSONL with several processes: ``lightning-megatron preprocess``."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from lightning_megatron.data.indexed.sentences import pieces, split_sentences
 from lightning_megatron.data.text_files import find_text_files, lone_surrogate, read_text
 from lightning_megatron.data.tokenizers import Tokenizer, load_tokenizer, train_bpe_on
 
-# What BERT's and T5's samples need of a tokenizer that is trained here.
+# The special tokens that BERT's and T5's samples need in a tokenizer that is trained here.
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", *(f"<extra_id_{number}>" for number in range(100)))
 
 _DOCUMENTS_AT_ONCE = 16
-_NAMED = 5  # empty documents that the summary names
+_NAMED = 5  # the number of empty documents that the summary names
 
 
 class Document(NamedTuple):
-    """One document of the input: its place, its texts by their keys, and the bytes read for it."""
+    """One document of the input: its file and line, its texts by their keys, and the bytes read for it."""
 
     place: str
     texts: dict[str, Any]
     size: int
 
 
-# Its place, the bytes read for it, and its items by their keys.
+# An encoded document: its file and line, the bytes read for it, and its items by their keys.
 _Encoded = tuple[str, int, dict[str, list[list[int]]]]
 
 
 @dataclass
 class Summary:
-    """What was written for one key.
+    """A summary of the files written for one key.
 
     Args:
         prefix: Path of the written files, without their ending.
         documents: Number of documents.
         tokens: Number of tokens.
-        empty: Places of empty documents, which were left out.
+        empty: Files and lines of empty documents, which were left out.
     """
 
     prefix: Path
@@ -76,30 +76,30 @@ def preprocess(
     suffixes: Sequence[str] = (".txt", ".md", ".py", ".jsonl"),
     progress: bool = True,
 ) -> list[Summary]:
-    """Writes ``.bin`` and ``.idx`` files with megatron-core's builder, which appear when they are complete.
+    """Write ``.bin`` and ``.idx`` files with megatron-core's builder; they appear when they are complete.
 
-    A line of a ``.jsonl`` or ``.json`` file is a document, and so is any other file. Documents keep their order; empty
-    ones are left out, and named.
+    Each line of a ``.jsonl`` or ``.json`` file is a document; any other file is one document. Documents keep their
+    order. Empty ones are left out, and named in the summary.
 
     Args:
         inputs: Files and folders.
-        out: Prefix of the files to write. With several ``json_keys``, ``_KEY`` follows on it.
+        out: Prefix of the files to write. With several ``json_keys``, ``_KEY`` is added to it.
         tokenizer: ``"bytes"``, the path of a ``tokenizer.json``, a transformers folder or hub name, or a tokenizer.
-        json_keys: Keys of the lines' objects; each is written to files of its own. A value is a text, or a list of
-            texts, which are taken for its sentences.
-        append_eod: End each document with the tokenizer's end of document; GPT's data need it.
-        sentences: An item for each sentence, as BERT's and T5's samples take them; longer ones than 512 tokens, which
-            megatron-core would leave out with all of their document, are cut.
-        workers: Processes that tokenise.
+        json_keys: Keys of the objects in the lines; each key has its own files. A value is a text, or a list of the
+            text's sentences.
+        append_eod: Whether each document ends with the tokenizer's end-of-document id, which GPT's data need.
+        sentences: Whether each sentence is an item, which BERT's and T5's samples need. Sentences of more than 512
+            tokens are cut, because megatron-core would leave out their whole document.
+        workers: Number of processes that tokenise.
         suffixes: The endings of the files to take from folders.
-        progress: Show a bar, of the bytes read.
+        progress: Whether a bar shows the bytes that have been read.
 
     Returns:
         One summary for each key.
 
     Raises:
         FileNotFoundError: An input does not exist.
-        ValueError: A line that is no such object, or all documents are empty.
+        ValueError: A line is no such object, or all documents are empty.
     """
     files = find_text_files(list(inputs), suffixes)
     prefixes = {key: Path(f"{out}_{key}" if len(json_keys) > 1 else out) for key in json_keys}
@@ -127,13 +127,13 @@ def train_tokenizer(
     json_keys: Sequence[str] = ("text",),
     suffixes: Sequence[str] = (".txt", ".md", ".py", ".jsonl"),
 ) -> Path:
-    """Trains a byte-level BPE on the inputs of :func:`preprocess`, with the special tokens of BERT and T5.
+    """Train a byte-level BPE on the inputs of :func:`preprocess`, with the special tokens of BERT and T5.
 
     Args:
         inputs: Files and folders.
-        vocab_size: The largest number of ids, 361 or more.
+        vocab_size: The largest number of ids; 361 or more.
         path: The ``tokenizer.json`` to write.
-        json_keys: Keys of the lines' objects.
+        json_keys: Keys of the objects in the lines.
         suffixes: The endings of the files to take from folders.
 
     Returns:
@@ -156,7 +156,7 @@ class _Encoder:
     def __call__(self, document: Document) -> _Encoded:
         try:
             items = {key: self._items(value) for key, value in document.texts.items()}
-        except (ValueError, TypeError) as error:  # of whatever tokenizer
+        except (ValueError, TypeError) as error:  # the tokenizer may be the user's own
             raise ValueError(f"{document.place} cannot be tokenised: {error}") from error
         return document.place, document.size, items
 
@@ -190,7 +190,7 @@ def _documents(file: Path, json_keys: Sequence[str]) -> Iterator[Document]:
 def _from_json(line: bytes, place: str, keys: Sequence[str]) -> dict[str, Any]:
     try:
         row = json.loads(line.strip())
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or brackets without end
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise ValueError(f"{place} is no JSON: {error}. Each line of a .jsonl or .json file is an object.") from None
     for key in keys:
         value = row.get(key) if isinstance(row, dict) else None
@@ -218,7 +218,7 @@ def _add(writer: IndexedWriter, summary: Summary, place: str, items: list[list[i
 
 
 def _encode(documents: Iterator[Document], encoder: _Encoder, workers: int) -> Iterator[_Encoded]:
-    """The encoded documents in their order."""
+    """Yield the encoded documents in their order."""
     if workers == 1:
         yield from map(encoder, documents)
         return
@@ -227,7 +227,7 @@ def _encode(documents: Iterator[Document], encoder: _Encoder, workers: int) -> I
         try:
             while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
                 waiting.append(pool.submit(_encode_all, batch))
-                if len(waiting) > 4 * workers:  # not all of the input is held in memory
+                if len(waiting) > 4 * workers:  # so that the whole input is never in memory
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
@@ -243,7 +243,7 @@ _worker: _Encoder | None = None
 def _take(encoder: _Encoder) -> None:
     global _worker
     _worker = encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process each; its threads do not survive a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process uses one thread, since threads do not survive a fork
 
 
 def _encode_all(documents: list[Document]) -> list[_Encoded]:

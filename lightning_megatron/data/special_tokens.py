@@ -1,4 +1,4 @@
-"""The tokens that BERT's and T5's data need beside the text's own."""
+"""Finds the ids of the special tokens that BERT's and T5's data need."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from typing import Any
 
 from lightning_megatron.data.tokenizers import Tokenizer
 
-# How well-known vocabularies call them, where the tokenizer itself does not say; the first one present is taken.
+# The names of special tokens in well-known vocabularies, for tokenizers that do not name them; the first one present
+# is taken.
 _NAMES = {
     "cls": ("[CLS]", "<s>", "<cls>"),
     "sep": ("[SEP]", "</s>", "<sep>"),
     "mask": ("[MASK]", "<mask>"),
-    "bos": ("[BOS]", "<s>", "<bos>", "[PAD]", "<pad>"),  # T5's decoder starts with the padding
+    "bos": ("[BOS]", "<s>", "<bos>", "[PAD]", "<pad>"),  # T5's decoder starts with the padding token
     "eos": ("[EOS]", "</s>", "<eos>", "<|endoftext|>"),
 }
 
 
 def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids by their tokens.
+    """The vocabulary of a tokenizer: the ids by their tokens.
 
     Raises:
         ValueError: The tokenizer has no named tokens.
@@ -32,10 +33,10 @@ def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def special_ids(tokenizer: Tokenizer, *roles: str) -> dict[str, int]:
-    """The ids of ``roles``: "cls", "sep", "mask", "bos", "eos".
+    """The ids of the special tokens for ``roles``, which are among "cls", "sep", "mask", "bos" and "eos".
 
     Raises:
-        ValueError: The tokenizer lacks one.
+        ValueError: The tokenizer lacks one of them.
     """
     tokens = vocabulary(tokenizer)
     own: dict[str, Any] = getattr(tokenizer, "special_ids", {})

@@ -1,14 +1,14 @@
-"""Which text files make up a corpus, always in the same order."""
+"""Finds the text files of a corpus, always in the same order, and reads them."""
 
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# Test suites, applications and grammar tables: large, repetitive, or not installed everywhere.
+# Test suites, applications and grammar tables are large, repetitive, or not installed everywhere.
 _EXCLUDED = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests"}
 
-# How files begin whose bytes are not text, and what made them.
+# The first bytes of files that are not text, and the kind of file.
 _NOT_TEXT = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -21,10 +21,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def find_text_files(paths: str | Path | Sequence[str | Path], suffixes: Sequence[str]) -> list[Path]:
-    """Lists the files that ``paths`` stand for.
+    """List the text files that ``paths`` name.
 
     Args:
-        paths: A file or folder, or several. A file is taken whatever its suffix; a folder is searched through.
+        paths: A file or folder, or several. A file is taken whatever its suffix; a folder is searched with its
+            subfolders.
         suffixes: Endings of the files to take from folders, such as ``(".py", ".txt")``.
 
     Returns:
@@ -47,9 +48,9 @@ def find_text_files(paths: str | Path | Sequence[str | Path], suffixes: Sequence
 
 
 def standard_library_sources() -> list[Path]:
-    """Lists the source files of the running Python's standard library: a corpus that needs no download.
+    """List the source files of the running Python's standard library, a corpus that needs no download.
 
-    Takes the top-level modules and packages; leaves out installed packages, test suites, ``idlelib`` and ``lib2to3``.
+    They are the top-level modules and packages, without installed packages, test suites, ``idlelib`` and ``lib2to3``.
 
     Returns:
         Absolute paths, sorted.
@@ -69,12 +70,12 @@ def standard_library_sources() -> list[Path]:
 
 
 def read_text(path: Path) -> str:
-    """Reads one document. Bytes that are not UTF-8 become U+FFFD: one odd file should not stop a corpus."""
+    """Read one document. Bytes that are not UTF-8 become U+FFFD, so that one odd file does not stop a corpus."""
     return path.read_text(encoding="utf-8", errors="replace")
 
 
 def lone_surrogate(text: str) -> str | None:
-    """The first half of a surrogate pair that stands alone, which no UTF-8 and so no tokenizer can hold; or None."""
+    """Find the first half of a surrogate pair that stands alone, which UTF-8 cannot encode; None if there is none."""
     found = _SURROGATE.search(text)
     return None if found is None else f"\\u{ord(found[0]):04x}"
 
@@ -84,7 +85,7 @@ def _check_text(file: Path) -> None:
         start = content.read(8)
     kind = next((kind for begin, kind in _NOT_TEXT.items() if start.startswith(begin)), None)
     if kind is not None:
-        raise ValueError(f"{file} is a {kind} file and no text. Unpack it first, into .jsonl or .txt files.")
+        raise ValueError(f"{file} is a {kind} file and not text. Unpack it first, into .jsonl or .txt files.")
 
 
 def _files_below(path: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:

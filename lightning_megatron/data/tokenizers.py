@@ -1,4 +1,4 @@
-"""Tokenizers of three kinds (bytes, the tokenizers library, transformers) behind one small interface."""
+"""Loads tokenizers of three kinds (bytes, the tokenizers library, transformers) behind one small interface."""
 
 import hashlib
 import json
@@ -11,15 +11,15 @@ from lightning_megatron.data.text_files import read_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
-# What well-known `tokenizer.json` files call the token between documents; the first one present is taken.
+# The names of the end-of-document token in well-known `tokenizer.json` files; the first one present is taken.
 _END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "<eod>", "<eos>", "</s>", "[EOS]", "[SEP]")
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What packing text needs to know of a tokenizer. Any object with these five members will do.
+    """The five members of a tokenizer that this package uses; any object that has them will do.
 
-    One that has ``prefix_ids``, too, has them put before each text, as its own call puts a BOS.
+    If a tokenizer also has ``prefix_ids``, they are put before each text, as its own call puts a BOS.
     """
 
     @property
@@ -28,21 +28,21 @@ class Tokenizer(Protocol):
 
     @property
     def eod_id(self) -> int:
-        """The id that ends a document."""
+        """The end-of-document id."""
 
     @property
     def identity(self) -> str:
-        """Equal for two tokenizers exactly when they encode alike: packed text is reused by it."""
+        """A text that two tokenizers share exactly when they encode alike; it names caches of tokens."""
 
     def encode(self, text: str) -> list[int]:
-        """Turns text into ids, without adding special ones."""
+        """Turn text into ids, without adding special ones."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turns ids back into text, leaving special ones out."""
+        """Turn ids back into text, leaving special ones out."""
 
 
 def begun(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """The ids of a text behind what the tokenizer's own call puts before it (Llama's ``<s>``), which is there once.
+    """Put before a text's ids what the tokenizer's own call puts there (Llama's ``<s>``), unless they begin with it.
 
     Args:
         tokenizer: The tokenizer; its ``prefix_ids``, if it has any, begin each text.
@@ -53,32 +53,32 @@ def begun(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 def _prefix(called: list[int], ids: list[int]) -> list[int]:
-    """What stands before the ids of a text in what a tokenizer's call gives for it."""
+    """The ids that a tokenizer's call has put before the ids of a text."""
     starts = range(len(called) - len(ids) + 1)
     return called[: next((start for start in starts if called[start : start + len(ids)] == ids), 0)]
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, and one id that ends a document. Needs no file and knows every language."""
+    """Takes the 256 bytes of UTF-8 as ids, and one id for the end of a document. It needs no file."""
 
     vocab_size = 257
     eod_id = 256
     identity = "bytes"
 
     def encode(self, text: str) -> list[int]:
-        """Turns text into its UTF-8 bytes."""
+        """Turn text into its UTF-8 bytes."""
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turns bytes back into text; broken UTF-8, as at the ends of a sample, becomes U+FFFD."""
+        """Turn bytes back into text; broken UTF-8, as at the ends of a sample, becomes U+FFFD."""
         return bytes(i for i in ids if i != self.eod_id).decode("utf-8", errors="replace")
 
 
 class _TokenizersTokenizer:
-    """A ``tokenizers.Tokenizer``."""
+    """Wraps a ``tokenizers.Tokenizer``."""
 
     def __init__(self, tokenizer: Any) -> None:
-        # A copy, because a `tokenizer.json` may ask for truncation and padding, which would cut documents.
+        # It works on a copy without the truncation and padding of `tokenizer.json`, which would cut documents.
         self._tokenizer = type(tokenizer).from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -103,11 +103,11 @@ class _TokenizersTokenizer:
 
 
 class _TransformersTokenizer:
-    """A ``transformers`` tokenizer, fast or slow."""
+    """Wraps a ``transformers`` tokenizer, fast or slow."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        # BERT's family has no end of text, but a separator.
+        # BERT's tokenizers have no end of text, but a separator.
         eod_id = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         if eod_id is None:
             raise ValueError(
@@ -115,13 +115,13 @@ class _TransformersTokenizer:
                 f"Set one: `tokenizer.add_special_tokens({{'eos_token': '{END_OF_DOCUMENT}'}})`."
             )
         vocab: dict[str, int] = tokenizer.get_vocab()
-        backend = getattr(tokenizer, "backend_tokenizer", None)  # fast tokenizers only
+        backend = getattr(tokenizer, "backend_tokenizer", None)  # only fast tokenizers have one
         rules = json.dumps(sorted(vocab.items())) if backend is None else backend.to_str()
         self.eod_id: int = eod_id
         self.vocabulary = vocab
         roles = ("cls", "sep", "mask", "bos", "eos")
         self.special_ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in roles}
-        # Not `len(tokenizer)`: ids may have gaps.
+        # `len(tokenizer)` would be wrong, since ids may have gaps.
         self.vocab_size = max(vocab.values()) + 1
         self.prefix_ids = _prefix(tokenizer.encode("a"), self.encode("a"))
         template = getattr(tokenizer, "chat_template", None)
@@ -129,11 +129,11 @@ class _TransformersTokenizer:
         self.identity = f"transformers:{type(tokenizer).__name__}:{eod_id}:{_digest(rules)}{_begins(self.prefix_ids)}"
 
     def encode(self, text: str) -> list[int]:
-        # `verbose=False`: a document longer than the model's context is no mistake here.
+        # `verbose=False` silences a warning: documents may be longer than the model's context.
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def chat(self, messages: list[Any], answers: bool) -> list[int]:
-        """The ids of a conversation by the tokenizer's template; ``answers`` asks for the beginning of the answer."""
+        """The ids of a chat by the tokenizer's template; with ``answers``, an answer's beginning is added."""
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError(
                 f"{type(self._tokenizer).__name__} has no chat_template, by which messages become text. Set one, or"
@@ -147,7 +147,7 @@ class _TransformersTokenizer:
 
 
 def load_tokenizer(source: str | Path | object) -> Tokenizer:
-    """Loads or wraps a tokenizer.
+    """Load or wrap a tokenizer.
 
     Args:
         source: ``"bytes"``, the path of a ``tokenizer.json``, a folder saved by transformers, the name of a model on
@@ -156,7 +156,7 @@ def load_tokenizer(source: str | Path | object) -> Tokenizer:
     Raises:
         FileNotFoundError: ``source`` is a path and nothing is there.
         ValueError: transformers cannot load ``source``, or the tokenizer has no end-of-document token.
-        TypeError: ``source`` is no tokenizer.
+        TypeError: ``source`` is not a tokenizer.
     """
     if source == "bytes":
         return ByteTokenizer()
@@ -175,11 +175,11 @@ def load_tokenizer(source: str | Path | object) -> Tokenizer:
 
 
 def train_bpe(files: Sequence[str | Path], vocab_size: int, path: str | Path) -> Path:
-    """Trains a byte-level BPE tokenizer, whose every text survives a round trip, and writes its ``tokenizer.json``.
+    """Train a byte-level BPE tokenizer, which can encode every text, and write its ``tokenizer.json``.
 
     Args:
-        files: The text to learn from.
-        vocab_size: The largest number of ids: 256 bytes, the end of document, and the merges. Small corpora give fewer.
+        files: The text files to train on.
+        vocab_size: The largest number of ids: 256 bytes, the end of document and the merges. Small corpora have fewer.
         path: The ``tokenizer.json`` to write.
 
     Returns:
@@ -192,19 +192,19 @@ def train_bpe(files: Sequence[str | Path], vocab_size: int, path: str | Path) ->
 
 
 def train_bpe_on(texts: Iterable[str], vocab_size: int, path: str | Path, special: Sequence[str] = ()) -> Path:
-    """As :func:`train_bpe`, on texts that are no files.
+    """Train a tokenizer as :func:`train_bpe` does, on texts that are not in files.
 
     Args:
-        texts: To learn from.
-        vocab_size: The largest number of ids, as for :func:`train_bpe`, the ``special`` ones among them.
+        texts: The texts to train on.
+        vocab_size: The largest number of ids, as for :func:`train_bpe`, including ``special``.
         path: The ``tokenizer.json`` to write.
-        special: Further tokens that no text gives, such as BERT's.
+        special: Further special tokens, such as BERT's.
 
     Returns:
         ``path``.
 
     Raises:
-        ValueError: As :func:`train_bpe`.
+        ValueError: ``vocab_size`` is too small, or ``path`` does not end in ``.json``.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -218,7 +218,7 @@ def train_bpe_on(texts: Iterable[str], vocab_size: int, path: str | Path, specia
         )
     if path.suffix != ".json":
         raise ValueError(
-            f"train_bpe(path='{path}'): the name must end in .json, or `load_tokenizer` takes it for a model."
+            f"train_bpe(path='{path}'): the name must end in .json; `load_tokenizer` takes other names for a model."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -226,7 +226,7 @@ def train_bpe_on(texts: Iterable[str], vocab_size: int, path: str | Path, specia
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_DOCUMENT, *special],
-        # Every byte, seen or not, so that no text is unknown.
+        # It has every byte, also those that the texts lack, so that it can encode every text.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -243,7 +243,7 @@ def _load_from_files(source: str | Path) -> Tokenizer:
         from tokenizers import Tokenizer
 
         return _TokenizersTokenizer(Tokenizer.from_file(str(path)))
-    # A hub name is "name" or "owner/name"; all else can only have been meant as a path.
+    # A hub name is "name" or "owner/name"; anything else must be meant as a path.
     looks_like_path = isinstance(source, Path) or path.suffix == ".json" or source.startswith((".", "/", "~"))
     if looks_like_path and not path.is_dir():
         raise FileNotFoundError(
@@ -254,7 +254,7 @@ def _load_from_files(source: str | Path) -> Tokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if looks_like_path else source)
-    except (OSError, ValueError) as error:  # transformers' words for not there, out of reach, and no tokenizer
+    except (OSError, ValueError) as error:  # transformers raises these for all three reasons below
         raise ValueError(
             f"transformers cannot load a tokenizer from '{source}': there is no such folder, or no such name on the "
             "hub, or the hub is out of reach. Give a folder that holds tokenizer files, or 'bytes'."
@@ -263,7 +263,7 @@ def _load_from_files(source: str | Path) -> Tokenizer:
 
 
 def _begins(prefix: list[int]) -> str:
-    """For an ``identity``; nothing where there is no prefix, as in caches that older versions made."""
+    """The prefix as a part of ``identity``; empty without a prefix, so that caches of older versions stay valid."""
     return f":begins with {prefix}" if prefix else ""
 
 

@@ -1,4 +1,4 @@
-"""Masked language modelling's collator: pads samples, and masks tokens or whole words."""
+"""The collator of masked language modelling: it pads samples, and masks tokens or whole words."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ IGNORED_LABEL = -100
 
 
 class MaskedLMCollator:
-    """Makes batches for ``BertModule`` of tokenised samples, masked anew each time (Devlin et al., 2018, section 3.1).
+    """Makes batches for ``BertModule`` from tokenised samples, with new masks each time (Devlin et al., 2018, 3.1).
 
-    Of the chosen tokens 80 % become the mask, 10 % a random id and 10 % stay; ``labels`` are −100 but at them. Draws
-    are ``Draws``': alike on model-parallel ranks, anew in each batch.
+    By default 80 % of the chosen tokens become the mask, 10 % a random id, and 10 % stay. ``labels`` are −100 except
+    at chosen tokens. Model-parallel ranks draw the same masks, and each batch has new ones (see ``Draws``).
 
     Args:
-        vocab_size: Random ids are drawn below it.
-        mask_id: Id of the mask.
-        pad_id: Id behind the end of short samples.
-        special_ids: Ids that are never masked nor drawn.
+        vocab_size: Number of ids; random ids are drawn below it.
+        mask_id: Id of the mask token.
+        pad_id: Id that fills short samples.
+        special_ids: Ids that are neither masked nor drawn.
         probability: Share of the other tokens that is chosen.
-        mask_share: Share of the chosen that becomes the mask.
-        random_share: Share of the chosen that becomes a random id.
-        continuation_ids: Ids of tokens that go on with the word before them ("##ing"); with them, words are chosen
-            whole. None: tokens are chosen one by one.
+        mask_share: Share of the chosen tokens that becomes the mask.
+        random_share: Share of the chosen tokens that becomes a random id.
+        continuation_ids: Ids of tokens that continue the word before them ("##ing"). With them, whole words are chosen;
+            with None, single tokens.
         seed: Seed of the random draws.
-        pad_to_multiple_of: The length is rounded up to a multiple of it.
+        pad_to_multiple_of: The length of a batch is rounded up to a multiple of this.
 
     Raises:
-        ValueError: A share that is none, or ids that leave nothing to draw.
+        ValueError: A share is not between 0 and 1, or the special ids leave no id to draw.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class MaskedLMCollator:
             raise ValueError(f"MaskedLMCollator(probability={probability}): use a share above 0, up to 1.")
         if min(mask_share, random_share) < 0 or mask_share + random_share > 1:
             raise ValueError(
-                f"MaskedLMCollator(mask_share={mask_share}, random_share={random_share}): use shares of 1; what they"
-                " leave stays as it is."
+                f"MaskedLMCollator(mask_share={mask_share}, random_share={random_share}): use shares that sum to 1 or"
+                " less; the other chosen tokens stay as they are."
             )
         if not 0 <= mask_id < vocab_size:
             raise ValueError(f"MaskedLMCollator(mask_id={mask_id}) is outside of vocab_size={vocab_size}.")
@@ -78,15 +78,15 @@ class MaskedLMCollator:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, whole_words: bool = False, **options: Any) -> MaskedLMCollator:
-        """With the ids of a transformers tokenizer.
+        """Make a collator with the ids of a transformers tokenizer.
 
         Args:
-            tokenizer: Has a mask and a padding token.
-            whole_words: Choose whole words, by WordPiece's "##".
-            **options: Further arguments.
+            tokenizer: The tokenizer, which has a mask token and a padding token.
+            whole_words: Whether whole words are chosen, which WordPiece's "##" tells.
+            **options: Further arguments of ``MaskedLMCollator``.
 
         Raises:
-            ValueError: The tokenizer lacks one of the two, or for ``whole_words`` has no "##" pieces.
+            ValueError: The tokenizer lacks one of the two tokens, or has no "##" pieces for ``whole_words``.
         """
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError(
@@ -110,11 +110,11 @@ class MaskedLMCollator:
         )
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad and mask.
+        """Pad and mask samples.
 
         Args:
             samples: Mappings with ``input_ids`` ``[s]``, optional ``token_type_ids`` ``[s]``, and numbers such as
-                ``next_sentence_label``; other sequences in them are left out.
+                ``next_sentence_label``. Other sequences in them are left out.
 
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` and ``token_type_ids`` ``[b, s]``, and the numbers ``[b]``.
@@ -149,10 +149,10 @@ class MaskedLMCollator:
         return np.where(randomised, random_ids, inputs), np.where(chosen, ids, IGNORED_LABEL)
 
     def _choose(self, ids: np.ndarray, draws: np.random.Generator) -> np.ndarray:
-        """``[b, s]``, True at the tokens to predict."""
+        """Choose the tokens to predict: ``[b, s]``, True at these tokens."""
         special = np.isin(ids, self.special_ids)
         lots = draws.random(ids.shape)
-        if self.continuation_ids is not None:  # a word's tokens share its first one's lot
+        if self.continuation_ids is not None:  # all tokens of a word are chosen with its first one
             after_special = np.pad(special[:, :-1], ((0, 0), (1, 0)), constant_values=True)
             starts = ~np.isin(ids, self.continuation_ids) | after_special
             first = np.maximum.accumulate(np.where(starts, np.arange(ids.shape[1]), 0), axis=1)

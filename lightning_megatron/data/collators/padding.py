@@ -1,4 +1,4 @@
-"""Samples of unequal length made into one batch."""
+"""Pads samples of unequal length into one batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ IGNORED_LABEL = -100
 
 
 class PaddingCollator:
-    """Makes batches for ``GPTModule`` of tokenized samples, padded on the right to the longest sample of the batch.
+    """Makes batches for ``GPTModule`` from tokenized samples, padded on the right to the longest sample of the batch.
 
-    transformers' ``DataCollatorForSeq2Seq`` is not used: it needs a tokenizer of transformers' (here only a token id is
-    known), and gives samples without labels none.
+    transformers' ``DataCollatorForSeq2Seq`` is not used: it needs a transformers tokenizer, where here only a token id
+    is known, and it gives no labels to samples without any.
 
     Args:
         pad_id: Token id that follows short samples. It is masked and has no label, so any id of the vocabulary will do.

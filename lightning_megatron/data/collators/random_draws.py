@@ -1,4 +1,4 @@
-"""Random generators of collators: equal on the ranks that read the same samples, another one for each batch."""
+"""Random generators for collators: new for each batch, and equal on the ranks that read the same samples."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils.data import get_worker_info
 
 
 class Draws:
-    """Makes a generator for each batch.
+    """Makes a random generator for each batch.
 
-    It follows from ``seed`` and the samples, so that model-parallel ranks, which read the same samples, draw alike. In
-    the training process how many batches this object was asked for comes to it. In a loader's workers it is the
-    loader's own seed, which is another one in each epoch, follows from ``seed_everything``, and is put back by a
-    resume: a resumed run draws what it would have drawn.
+    A generator is seeded with ``seed`` and the samples of the batch, so that model-parallel ranks, which read the same
+    samples, draw alike. A third part of its seed makes it differ from epoch to epoch. In the training process this is
+    the number of batches so far; in a loader's workers it is the loader's own seed, which ``seed_everything``
+    determines and a resume restores, so that a resumed run draws what it would have drawn.
 
     Args:
         seed: Seed of all random draws.
@@ -27,14 +27,14 @@ class Draws:
         self._batches = 0
 
     def generator(self, rows: Sequence[np.ndarray]) -> np.random.Generator:
-        """The next batch's generator.
+        """Make the next batch's generator.
 
         Args:
-            rows: Token ids of the batch's samples.
+            rows: The token ids of each sample of the batch.
         """
         worker = get_worker_info()
         self._batches += 1
-        # Nothing of the worker itself: after a resume others make the same batches.
+        # The worker's number does not count: after a resume, other workers make the same batches.
         turn = [0, self._batches] if worker is None else [1, worker.seed - worker.id]
         checksum = 0
         for row in rows:
@@ -43,15 +43,15 @@ class Draws:
 
 
 def padded(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
-    """``[b, length]``: the rows, with ``value`` behind their ends."""
+    """Stack the rows to ``[b, length]``, with ``value`` behind their ends."""
     return np.stack([np.pad(row, (0, length - len(row)), constant_values=value) for row in rows])
 
 
 def ids_of(collator: str, samples: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-    """The ``input_ids`` of the samples, int64.
+    """The ``input_ids`` of the samples as int64.
 
     Raises:
-        ValueError: One of them is empty.
+        ValueError: A sample is empty.
     """
     rows = [np.asarray(sample["input_ids"], dtype=np.int64) for sample in samples]
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Sentence pairs for BERT: two segments of text, and whether the second one follows the first."""
+"""The collator of sentence pairs for BERT: two segments of text, and whether the second one follows the first."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from lightning_megatron.data.collators.masked_lm import MaskedLMCollator
 from lightning_megatron.data.collators.random_draws import Draws
 from lightning_megatron.distributed.arguments import Arguments
 
-# A segment, or one of its ends: token ids.
+# The token ids of a sentence or segment.
 Ids = np.ndarray
 
 
 class SentencePairCollator:
-    """Makes batches for ``BertConfig(task="pretraining")`` of documents that are lists of sentences.
+    """Makes batches for ``BertConfig(task="pretraining")`` from documents that are lists of sentences.
 
-    From a random sentence on, as many sentences as fit are cut into two segments at a random place. In half of the
-    samples the second one is not what follows: with ``negatives="random"`` it is from another document of the batch
-    (next sentence prediction: Devlin et al., 2018, appendix A.2), with ``"swapped"`` the two have changed places
-    (sentence order prediction: Lan et al., 2020, section 3.1; so do Megatron's datasets). ``next_sentence_label`` is 1
-    there. What is too long loses tokens at its front or its back, at random. Then ``masking`` masks and pads.
+    It takes as many sentences as fit, from a random one on, and cuts them into two segments between two random
+    sentences. In half of the samples the second segment does not follow the first, and ``next_sentence_label`` is 1:
+    with ``negatives="random"`` it is from another document of the batch (next sentence prediction: Devlin et al., 2018,
+    appendix A.2); with ``"swapped"`` the two segments change places (sentence order prediction: Lan et al., 2020,
+    section 3.1; Megatron's datasets do the same). Segments that are too long lose tokens at the front or the back, at
+    random. Then ``masking`` masks and pads.
 
     Args:
-        masking: Makes the batch of the pairs.
-        cls_id: Stands before the first segment.
-        sep_id: Stands behind each segment.
-        seq_length: Tokens of a sample, the three special ones among them.
+        masking: The collator that makes a batch from the pairs.
+        cls_id: Id of the token before the first segment.
+        sep_id: Id of the token behind each segment.
+        seq_length: Tokens of a sample, including the three special ones.
         negatives: "random" or "swapped".
         seed: Seed of the random draws.
 
     Raises:
-        ValueError: No room for a token of each segment, or unknown ``negatives``.
+        ValueError: ``seq_length`` has no room for a token of each segment, or ``negatives`` is unknown.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class SentencePairCollator:
         for name, id_ in (("cls_id", cls_id), ("sep_id", sep_id)):
             if id_ not in masking.special_ids:
                 raise ValueError(
-                    f"SentencePairCollator({name}={id_}): the masking has it not among its special_ids, and would mask"
-                    " it. Add it there."
+                    f"SentencePairCollator({name}={id_}): it is not among the masking's special_ids, so it would be"
+                    " masked. Add it there."
                 )
         self.masking = masking
         self.cls_id = cls_id
@@ -70,16 +71,16 @@ class SentencePairCollator:
     def from_tokenizer(
         cls, tokenizer: Any, seq_length: int, masking: MaskedLMCollator | None = None, **options: Any
     ) -> SentencePairCollator:
-        """With the ids of a transformers tokenizer.
+        """Make a collator with the ids of a transformers tokenizer.
 
         Args:
-            tokenizer: Has BERT's special tokens.
-            seq_length: Tokens of a sample.
-            masking: Masks and pads; by default ``MaskedLMCollator.from_tokenizer(tokenizer)``.
-            **options: Further arguments.
+            tokenizer: The tokenizer, which has BERT's special tokens.
+            seq_length: Tokens of a sample, including the three special ones.
+            masking: The collator that masks and pads; by default ``MaskedLMCollator.from_tokenizer(tokenizer)``.
+            **options: Further arguments of ``SentencePairCollator``.
 
         Raises:
-            ValueError: The tokenizer lacks one of its tokens.
+            ValueError: The tokenizer lacks one of the special tokens.
         """
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
             raise ValueError(
@@ -90,10 +91,10 @@ class SentencePairCollator:
         return cls(masking, tokenizer.cls_token_id, tokenizer.sep_token_id, seq_length, **options)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pair, mask and pad.
+        """Make pairs from documents, mask and pad them.
 
         Args:
-            samples: Documents: mappings with ``sentences``, a list of two or more lists of ids.
+            samples: The documents: mappings with ``sentences``, a list of two or more lists of ids.
 
         Returns:
             The batch of ``masking`` with ``token_type_ids`` ``[b, s]`` and ``next_sentence_label`` ``[b]``.
@@ -144,7 +145,7 @@ def _sentences(sample: Mapping[str, Any], number: int) -> list[Ids]:
 
 
 def _chunk(sentences: list[Ids], room: int, draws: np.random.Generator) -> list[Ids]:
-    """Sentences in a row, two at least, from a random one on until ``room`` is full."""
+    """Take two or more successive sentences, from a random one on, until they fill ``room`` tokens."""
     start = int(draws.integers(len(sentences) - 1))
     stop, tokens = start, 0
     while stop < len(sentences) and (tokens < room or stop < start + 2):
@@ -154,7 +155,7 @@ def _chunk(sentences: list[Ids], room: int, draws: np.random.Generator) -> list[
 
 
 def _trimmed(first: Ids, second: Ids, room: int, draws: np.random.Generator) -> tuple[Ids, Ids]:
-    """Both, without tokens at either end of the longer one until they fit."""
+    """Take tokens from either end of the longer segment until both fit into ``room``."""
     cuts = [[0, len(first)], [0, len(second)]]
     for _ in range(len(first) + len(second) - room):
         longer = max(cuts, key=lambda cut: cut[1] - cut[0])

@@ -1,4 +1,4 @@
-"""Span corruption for T5: sentinels replace spans of the text in the inputs, and the labels are the spans."""
+"""The collator of span corruption for T5: sentinels replace spans of the inputs, and the labels are the spans."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
 class SpanCorruptionCollator:
-    """Makes batches for ``T5Module`` of samples, corrupted anew each time (Raffel et al., 2020, section 3.1.4).
+    """Makes batches for ``T5Module`` from samples, with new spans each time (Raffel et al., 2020, section 3.1.4).
 
-    ``noise_density`` of the tokens stand in spans of ``mean_span_length`` on average, whose places are random as in
-    T5's own ``random_spans_noise_mask``: a text begins with what is kept and ends with a span. The inputs have a
-    sentinel for each span; the labels each sentinel and what it stands for. Both end with ``eos_id``. Draws are
-    ``Draws``': alike on model-parallel ranks, anew in each batch.
+    A share ``noise_density`` of the tokens is taken out, in spans of ``mean_span_length`` tokens on average. Spans lie
+    as in T5's own ``random_spans_noise_mask``: a sample begins with kept tokens and ends with a span. The inputs have a
+    sentinel in place of each span; the labels have each sentinel and the tokens of its span. Both end with ``eos_id``.
+    Model-parallel ranks draw the same spans, and each batch has new ones (see ``Draws``).
 
     Args:
-        sentinel_ids: One id for each span, in the order of their use: T5's ``<extra_id_0>``, ``<extra_id_1>``, ...
-        seq_length: Tokens of a sample that are used, before the corruption; the rest is cut.
-        eos_id: Ends inputs and labels; at the end of a sample it is taken off before the corruption.
-        pad_id: Id behind the end of short inputs.
+        sentinel_ids: Ids of the sentinels, in the order of their use: T5's ``<extra_id_0>``, ``<extra_id_1>``, ...
+        seq_length: Tokens of a sample before the corruption; longer samples are cut.
+        eos_id: Id at the end of inputs and labels. If a sample ends with it, it is taken off before the corruption.
+        pad_id: Id that fills short inputs.
         noise_density: Share of the tokens that is taken out.
-        mean_span_length: Tokens that a span has on average.
+        mean_span_length: Mean number of tokens in a span.
         seed: Seed of the random draws.
-        pad_to_multiple_of: The lengths of inputs and of labels are rounded up to a multiple of it.
+        pad_to_multiple_of: The lengths of inputs and of labels are rounded up to a multiple of this.
 
     Raises:
-        ValueError: A share or a length that is none, or fewer sentinels than a sample of ``seq_length`` has spans.
+        ValueError: A share or a length is out of range, or there are fewer sentinels than spans in a sample.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ class SpanCorruptionCollator:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, seq_length: int, **options: Any) -> SpanCorruptionCollator:
-        """With the ids of a transformers tokenizer: its ``<extra_id_N>``, its end and its padding.
+        """Make a collator with the ids of a transformers tokenizer: its ``<extra_id_N>``, end and padding tokens.
 
         Args:
-            tokenizer: T5's, or one with such tokens.
-            seq_length: Tokens of a sample that are used, before the corruption.
-            **options: Further arguments.
+            tokenizer: T5's tokenizer, or one with the same special tokens.
+            seq_length: Tokens of a sample before the corruption.
+            **options: Further arguments of ``SpanCorruptionCollator``.
 
         Raises:
-            ValueError: The tokenizer lacks one of them, or has too few sentinels.
+            ValueError: The tokenizer lacks an end or padding token, or has too few sentinels.
         """
         if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError(
@@ -96,7 +96,7 @@ class SpanCorruptionCollator:
         )
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Corrupt and pad.
+        """Corrupt and pad samples.
 
         Args:
             samples: Mappings with ``input_ids`` ``[s]``.
@@ -105,7 +105,7 @@ class SpanCorruptionCollator:
             ``input_ids`` and ``attention_mask`` ``[b, se]``, and ``labels`` ``[b, sd]``, −100 behind their ends.
 
         Raises:
-            ValueError: A sample has fewer than two tokens: one has to stay.
+            ValueError: A sample has fewer than two tokens, of which one has to stay.
         """
         rows = ids_of("SpanCorruptionCollator", samples)
         draws = self._draws.generator(rows)
@@ -123,7 +123,7 @@ class SpanCorruptionCollator:
         return longest + -longest % self.pad_to_multiple_of
 
     def _amounts(self, length: int) -> tuple[int, int]:
-        """Tokens taken out of ``length``, and the spans that they stand in."""
+        """How many tokens are taken out of ``length``, and in how many spans."""
         noise = min(max(round(length * self.noise_density), 1), length - 1)
         spans = min(max(round(noise / self.mean_span_length), 1), noise, length - noise)
         return noise, spans
@@ -155,6 +155,6 @@ def sentinels(vocabulary: Mapping[str, int]) -> list[int]:
 
 
 def _parts(total: int, parts: int, draws: np.random.Generator) -> np.ndarray:
-    """Positive numbers that sum to ``total``, every such choice equally likely."""
+    """Draw ``parts`` positive numbers that sum to ``total``, every such choice equally likely."""
     cuts = np.sort(draws.choice(np.arange(1, total), parts - 1, replace=False))
     return np.diff(np.concatenate([[0], cuts, [total]]))

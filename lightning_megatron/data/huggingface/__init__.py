@@ -1,1 +1,1 @@
-"""Data sets of Hugging Face's ``datasets`` library: opened, tokenized, packed, and streamed from a place."""
+"""Data sets of Hugging Face's ``datasets`` library, which are opened, tokenized, packed and streamed here."""

@@ -1,4 +1,4 @@
-"""A data module over Hugging Face's datasets: by name, path or object, mapped or streamed, packed or padded."""
+"""A data module over Hugging Face's datasets, which may be mapped or streamed, packed or padded."""
 
 from __future__ import annotations
 
@@ -27,53 +27,53 @@ if TYPE_CHECKING:
 class HFDataModule(TokenizedDataModule):
     """Samples of a Hugging Face dataset, tokenised.
 
-    With ``packing``, rows stand one after another and batches are ``{"text": int64 [batch_size, seq_length + 1]}``.
-    Without, a sample is a row, cut at ``seq_length``, and batches are ``input_ids``, ``attention_mask`` and ``labels``
-    ``[batch_size, s]``, padded to their longest; labels are −100 on padding and prompts. Prediction runs over the test
-    split.
+    With ``packing``, rows follow one another and batches are ``{"text": int64 [batch_size, seq_length + 1]}``. Without
+    it, a sample is a row, cut at ``seq_length``, and batches are ``input_ids``, ``attention_mask`` and ``labels``
+    ``[batch_size, s]``, padded to their longest sample; labels are −100 on padding and prompts. Prediction runs over
+    the test split.
 
-    Texts and prompts begin as the tokenizer's own call begins them (with Llama's BOS), and messages of a chat become
-    what its chat template makes of them. Where rows of ids have a column ``labels``, that is what is learnt, packed,
-    padded or streamed, and nothing is added; packed batches then are ``tokens`` and ``labels``
-    ``[batch_size, seq_length]``.
+    Texts and prompts begin as the tokenizer's own call begins them (for example with Llama's BOS), and messages of a
+    chat become text by the tokenizer's chat template. Where rows of ids have a column ``labels``, these are the labels,
+    and nothing is added to the ids; packed batches then are ``tokens`` and ``labels`` ``[batch_size, seq_length]``.
 
-    Datasets are tokenised once into datasets' cache and shared out by sample. Streams are tokenised as they are read,
-    and shared out by shard where their shards divide by the replicas, by row otherwise; an epoch ends where the first
-    replica has no batch left, so up to a few of the others' samples are not seen in it. A resumed run goes on at the
-    next sample of either.
+    Datasets are tokenised once, into the cache of ``datasets``, and shared out by sample. Streams are tokenised while
+    they are read. They are shared out by shard where the number of shards divides by the replicas, and otherwise by
+    row. An epoch of a stream ends when the first replica has no batch left, so a few samples of the others may not be
+    seen in it. A resumed run continues at the next sample of either.
 
     Args:
-        dataset: A name on the hub or of a reader ("json", "csv", "parquet", "text"), the path of a file, of a folder of
-            them or of one that ``save_to_disk`` wrote; or a ``Dataset`` or ``IterableDataset``, or a mapping of them by
-            split.
+        dataset: A name on the hub, the name of a reader ("json", "csv", "parquet", "text"), the path of a file, of a
+            folder of files or of a folder that ``save_to_disk`` wrote; or a ``Dataset`` or ``IterableDataset``, or a
+            mapping from splits to them.
         config_name: Configuration of a named dataset that has several.
-        data_files: Files that a reader reads, or a part of the files of a named dataset.
+        data_files: The files that a reader reads, or some of the files of a named dataset.
         load_options: Further arguments of ``datasets.load_dataset``, such as ``revision``, ``field`` or ``sample_by``.
         streaming: Whether rows are read as they are needed. An ``IterableDataset`` is streamed anyway.
-        split: Training, validation and test: a split's name, or a slice or sum as in ``"train[:98%]"``, or None for
-            none; or three shares of the one split, contiguous in this order, such as ``(0.98, 0.01, 0.01)``. Streams
-            take names only.
-        text_column: Holds the text, or messages with ``role`` and ``content``; or lists of ids that are taken as they
-            are, but for those that a column ``attention_mask`` hides.
-        prompt_column: Holds what comes first in a sample and is not learnt, for supervised fine-tuning.
-        keep_columns: Columns that ``collate_fn`` needs, too.
+        split: The splits for training, validation and test. Each is a name, a slice or sum such as ``"train[:98%]"``,
+            or None. Or give three shares of the only split, contiguous in this order, such as ``(0.98, 0.01, 0.01)``.
+            Streams take only names.
+        text_column: The column with the text, with messages that have ``role`` and ``content``, or with lists of ids.
+            Ids are taken as they are, without those that a column ``attention_mask`` hides.
+        prompt_column: The column with the beginning of a sample, which has no labels, for supervised fine-tuning.
+        keep_columns: Further columns that ``collate_fn`` needs.
         tokenizer: ``"bytes"``, the path of a ``tokenizer.json``, a transformers folder or hub name, or a tokenizer.
-        append_eod: Whether the end-of-document id follows each text, where it is not there already.
+        append_eod: Whether the end-of-document id is added to texts that do not end with it.
         seq_length: Tokens that the model sees at once.
         batch_size: Samples of one optimizer step on one data-parallel rank; the strategy cuts them into micro-batches.
-        packing: Whether rows share samples.
-        collate_fn: Makes a batch of samples that have ``input_ids``, for BERT and T5; ``[seq_length]`` with packing.
-        shuffle: Whether training takes the samples in a random order. Of a stream, shards are shuffled, and rows within
-            blocks of ``shuffle_block``.
-        shuffle_block: Rows of a stream that are shuffled with each other.
+        packing: Whether rows are packed one after another into samples of equal length.
+        collate_fn: A function, for BERT and T5, that makes a batch from samples with ``input_ids``, ``[seq_length]`` if
+            packed.
+        shuffle: Whether training takes the samples in a random order. Streams are shuffled by shard, and by row within
+            blocks of ``shuffle_block`` rows.
+        shuffle_block: Number of rows of a stream that are shuffled with each other.
         seed: Seed of the training order. The same seed gives the same order; each epoch has its own.
-        drop_last: Whether training leaves out what does not fill a last batch.
-        num_proc: Processes that load and tokenise a dataset.
-        num_workers: Processes that load samples; 0, which streams need, loads them in the training process.
-        cache_dir: Cache folder in place of datasets' own.
+        drop_last: Whether training leaves out the last samples if they do not fill a batch.
+        num_proc: Number of processes that load and tokenise a dataset.
+        num_workers: Number of processes that load samples. 0, which streams need, loads them in the training process.
+        cache_dir: A folder in place of the own cache of ``datasets``.
 
     Raises:
-        ValueError: A number is not positive, ``split`` is none, or arguments that do not go together.
+        ValueError: A number is not positive, ``split`` has another form, or arguments do not go together.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class HFDataModule(TokenizedDataModule):
         self.streaming = streaming
         if isinstance(split, str):
             raise ValueError(
-                f"{type(self).__name__}(split={split!r}) must name three: training, validation and test, None for none,"
-                f" such as ({split!r}, None, None)."
+                f"{type(self).__name__}(split={split!r}) must name three splits (training, validation, test), or"
+                f" None for a split, such as ({split!r}, None, None)."
             )
         self.split = tuple(split)
         self.text_column = text_column
@@ -139,12 +139,12 @@ class HFDataModule(TokenizedDataModule):
         self.num_workers = num_workers
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self._opened: dict[str, Any] = {}
-        self._labelled: dict[str, bool] = {}  # whether a split's rows say what is learnt of their ids
+        self._labelled: dict[str, bool] = {}  # whether the rows of a split have labels of their own
         self._refuse_odd_arguments()
 
     @override
     def prepare_data(self) -> None:
-        """Loads and tokenises what is not a stream. Lightning calls this on one process of each machine."""
+        """Load and tokenise datasets that are no streams. Lightning calls this on one process of each machine."""
         for name, rows in self._rows().items():
             self._check(name, rows)
             if not dataset_source.is_stream(rows):
@@ -152,10 +152,10 @@ class HFDataModule(TokenizedDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Opens what ``prepare_data`` has tokenised.
+        """Open the datasets that ``prepare_data`` has tokenised.
 
         Raises:
-            ValueError: A split that ``stage`` needs is not named, empty, or too short for ``seq_length``.
+            ValueError: A split that ``stage`` needs is not named, is empty, or is too short for ``seq_length``.
         """
         splits, needed = self._rows(), USED[stage][0]
         if needed not in splits:
@@ -169,7 +169,7 @@ class HFDataModule(TokenizedDataModule):
 
     @override
     def train_dataloader(self) -> Loader:
-        """Returns the training batches of this data-parallel rank.
+        """Return the training batches of this data-parallel rank.
 
         The order depends on ``seed`` and the epoch alone, so model-parallel peers, who share a data-parallel rank, see
         the same batches. The Trainer sets a dataset's epoch; without one, call ``loader.sampler.set_epoch(epoch)``.
@@ -197,26 +197,26 @@ class HFDataModule(TokenizedDataModule):
     def _rows(self) -> dict[str, Rows]:
         """The rows of each split that has a name."""
         options = dict(self.options) if self.cache_dir is None else {**self.options, "cache_dir": str(self.cache_dir)}
-        with torch.device("cpu"):  # a stream of datasets' shares tensors of its own with workers
+        with torch.device("cpu"):  # a stream makes tensors that it shares with workers
             splits = dataset_source.open_splits(self.dataset, self.streaming, **options)
             chosen = zip(PARTS, dataset_source.choose(splits, self.split), strict=True)
         return {name: rows for name, rows in chosen if rows is not None}
 
     def _check(self, name: str, rows: Any) -> None:
-        """Refuse a split without rows, or without the columns."""
+        """Refuse a split without rows, or without a column that is asked for."""
         with torch.device("cpu"):
             first = next(iter(rows.take(1)), None)
         if first is None:
             raise ValueError(
-                f"{type(self).__name__}: the {name} split is empty, with split={self.split}. Name another, or enlarge"
-                " its part."
+                f"{type(self).__name__}: the {name} split is empty, with split={self.split}. Name another split, or"
+                " enlarge its part."
             )
         dataset_source.check_column(self.text_column, list(first), "text_column")
         self._labelled[name] = self._leaves_labels(first) and labels_in(first, self.text_column)
         self._encoder(name).check(list(first))
 
     def _leaves_labels(self, row: Mapping[str, Any]) -> bool:
-        """Whether a column "labels" is ours: a collate function makes its own of text, or asks for the column."""
+        """Whether a column "labels" holds the labels; a collate function makes its own, or asks for the column."""
         if self.collate_fn is None:
             return True
         return not (self.packing or "labels" in self.keep_columns or isinstance(row[self.text_column], str))
@@ -226,12 +226,12 @@ class HFDataModule(TokenizedDataModule):
         return tokenise(rows, self._encoder(name), cache_dir / "lightning_megatron", self.num_proc)
 
     def _open(self, name: str, rows: Any) -> Any:
-        """A stream, or the samples of a dataset."""
+        """Open a split: as a stream, or as the samples of a dataset."""
         if dataset_source.is_stream(rows):
             if self.num_workers:
                 raise ValueError(
-                    f"{type(self).__name__}(num_workers={self.num_workers}): a stream is read in the training process,"
-                    " which alone knows its place in it when a checkpoint is saved. Use num_workers=0, or a dataset."
+                    f"{type(self).__name__}(num_workers={self.num_workers}): only the training process can read a"
+                    " stream, because a checkpoint saves its position. Use num_workers=0, or a dataset."
                 )
             return rows
         documents = self._tokenise(name, rows)
@@ -257,11 +257,11 @@ class HFDataModule(TokenizedDataModule):
         if self._opened and name not in self._opened:
             return []
         samples = self._samples(name)
-        # Lightning spreads a dataset over the data-parallel ranks.
+        # Lightning shares a dataset out over the data-parallel ranks.
         return self._stream(name, samples, None, False) if dataset_source.is_stream(samples) else self._loader(samples)
 
     def _loader(self, samples: Any, **options: Any) -> Loader:
-        # `batch_size` by name: Lightning makes the loader of a prediction again, with one of its own.
+        # `batch_size` is a keyword because Lightning makes a prediction's loader again with another batch size.
         return DataLoader(
             samples, batch_size=self.batch_size, collate_fn=self._collator, num_workers=self.num_workers, **options
         )
@@ -291,17 +291,18 @@ class HFDataModule(TokenizedDataModule):
             numbers and (len(numbers) < len(PARTS) or min(numbers) < 0 or abs(sum(numbers) - 1) > 1e-6)
         ):
             raise ValueError(
-                f"{name}(split={self.split}) must be three names (train, val, test), None for none, such as"
+                f"{name}(split={self.split}) must be three names (train, val, test), or None for one, such as"
                 " ('train', 'validation', None); or three parts, none negative, that sum to 1."
             )
         if self.packing and (self.prompt_column is not None or self.keep_columns):
             raise ValueError(
-                f"{name}(prompt_column={self.prompt_column!r}, keep_columns={self.keep_columns}): packed rows share"
-                " samples, which have no prompt and no column of their own. Use packing=False."
+                f"{name}(prompt_column={self.prompt_column!r}, keep_columns={self.keep_columns}): packed"
+                " samples hold several rows, so they have no prompt and no columns of a row. Use packing=False."
             )
         if self.keep_columns and self.collate_fn is None:
-            raise ValueError(f"{name}(keep_columns={self.keep_columns}) needs a collate_fn, which makes use of them.")
+            raise ValueError(f"{name}(keep_columns={self.keep_columns}) needs a collate_fn that uses them.")
         if self.streaming and self.num_proc is not None:
             raise ValueError(
-                f"{name}(streaming=True, num_proc={self.num_proc}): a stream is tokenised as it is read. Leave out one."
+                f"{name}(streaming=True, num_proc={self.num_proc}): a stream is tokenised while it is read. Leave one"
+                " out."
             )

@@ -1,4 +1,4 @@
-"""Hugging Face datasets opened by name, path or object, and the rows of them that a split names."""
+"""Opens Hugging Face datasets by name, path or object, and chooses the rows that a split names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Rows: TypeAlias = Dataset | IterableDataset
 
-# A file by its own path; `load_dataset` wants the name of what reads it.
+# The reader of a file, by the file's suffix; `load_dataset` takes the reader's name.
 _READERS = {
     ".json": "json",
     ".jsonl": "json",
@@ -28,7 +28,7 @@ _READERS = {
 
 
 def library() -> Any:
-    """The ``datasets`` package.
+    """Import the ``datasets`` package.
 
     Raises:
         ModuleNotFoundError: It is not installed.
@@ -40,23 +40,26 @@ def library() -> Any:
 
 
 def is_stream(rows: Any) -> bool:
-    """Whether rows come one after the other, and cannot be told by their number."""
+    """Whether rows can only be read one after another, and have no index."""
     return isinstance(rows, library().IterableDataset)
 
 
 def open_splits(dataset: Any, streaming: bool, **options: Any) -> dict[str, Rows]:
-    """All splits of a dataset, by name.
+    """Open all splits of a dataset.
 
     Args:
-        dataset: A name on the hub or of a reader ("json", "csv", "parquet", "text"), the path of a file, of a folder of
-            them or of one that ``save_to_disk`` wrote; or a dataset, or a mapping of several. One without a name is
-            "train".
+        dataset: A name on the hub, the name of a reader ("json", "csv", "parquet", "text"), the path of a file, of a
+            folder of files or of a folder that ``save_to_disk`` wrote; or a dataset, or a mapping of several. A single
+            dataset is the split "train".
         streaming: Whether rows are read as they are needed.
-        **options: For ``datasets.load_dataset``.
+        **options: Further arguments of ``datasets.load_dataset``.
+
+    Returns:
+        The rows of each split, by its name.
 
     Raises:
-        ValueError: There is nothing of that name, or it cannot be read.
-        TypeError: ``dataset`` is none.
+        ValueError: There is no such dataset, or it cannot be read.
+        TypeError: ``dataset`` has another type.
     """
     datasets = library()
     kinds = (datasets.Dataset, datasets.IterableDataset)
@@ -75,10 +78,10 @@ def open_splits(dataset: Any, streaming: bool, **options: Any) -> dict[str, Rows
 
 
 def choose(splits: Mapping[str, Rows], wanted: Sequence[str | float | None]) -> list[Rows | None]:
-    """The rows of each of ``wanted``: splits' names and slices ("train[:98%]+test"), or shares of the first split.
+    """Choose the rows of each of ``wanted``: names and slices of splits ("train[:98%]+test"), or shares of one split.
 
     Raises:
-        ValueError: A split that is not there, or a slice of a stream.
+        ValueError: There is no such split, or a slice of a stream is asked for.
     """
     if all(isinstance(part, (int, float)) for part in wanted):
         return _shares(splits, [float(part) for part in wanted])  # type: ignore[arg-type]
@@ -86,14 +89,14 @@ def choose(splits: Mapping[str, Rows], wanted: Sequence[str | float | None]) -> 
 
 
 def check_column(column: str, columns: Collection[str], argument: str) -> None:
-    """Refuse a column that is not there.
+    """Refuse a column that the dataset does not have.
 
     Raises:
-        ValueError: With the columns, and the one that may have been meant.
+        ValueError: There is no such column. The message lists the columns, and suggests one.
     """
     if column not in columns:
         raise ValueError(
-            f"HFDataModule({argument}={column!r}): the dataset has no such column, but {list(columns)}."
+            f"HFDataModule({argument}={column!r}): the dataset has no such column; it has {list(columns)}."
             f"{did_you_mean(column, columns)}"
         )
 
@@ -109,7 +112,7 @@ def _load(name: str, streaming: bool, options: dict[str, Any]) -> Any:
             options["data_files"] = str(path)
             name = _READERS[path.suffix]
         return datasets.load_dataset(name if not path.is_dir() else str(path), streaming=streaming, **options)
-    except Exception as error:  # of many libraries: of the network, file systems, and each format's reader
+    except Exception as error:  # the network, file systems and readers raise errors of many types
         raise ValueError(
             f"HFDataModule(dataset={name!r}): datasets cannot load it with {options} ({type(error).__name__}: {error})."
             " Give a name on the hub where it can be reached, 'json', 'csv', 'parquet' or 'text' with data_files, a"
@@ -122,8 +125,8 @@ def _shares(splits: Mapping[str, Rows], shares: list[float]) -> list[Rows | None
     rows: Any = splits[name]
     if is_stream(rows):
         raise ValueError(
-            f"HFDataModule(split={tuple(shares)}): a stream's length is not known, so it has no shares. Name splits,"
-            f" such as ('{name}', None, None); this one has {list(splits)}."
+            f"HFDataModule(split={tuple(shares)}): a stream has no known length, so it has no shares. Name splits,"
+            f" such as ('{name}', None, None); this stream has {list(splits)}."
         )
     stops = [round(len(rows) * part) for part in accumulate(shares)]
     return [
@@ -133,7 +136,7 @@ def _shares(splits: Mapping[str, Rows], shares: list[float]) -> list[Rows | None
 
 
 def _named(splits: Mapping[str, Rows], name: str) -> Rows:
-    """One split, or slices and sums of them as ``load_dataset(split=)`` takes them."""
+    """The rows of a split, or of slices and sums of splits in the notation of ``load_dataset(split=)``."""
     datasets = library()
     if name in splits:
         return splits[name]
@@ -147,11 +150,11 @@ def _named(splits: Mapping[str, Rows], name: str) -> Rows:
         ) from error
     if any(is_stream(splits[part.splitname]) for part in slices):
         raise ValueError(
-            f"HFDataModule(split={name!r}): a stream is read whole. Name one of {list(splits)}, or give the stream's"
+            f"HFDataModule(split={name!r}): a stream has no slices. Name one of {list(splits)}, or give the stream's"
             " take() and skip() as dataset={'train': ..., 'validation': ...}."
         )
     return datasets.concatenate_datasets([_rows_between(splits[p.splitname], p.from_, p.to) for p in slices])
 
 
 def _rows_between(rows: Any, start: int, stop: int) -> Any:
-    return rows.select(range(start, stop) if start < stop else [])  # `select` has no empty range at the end
+    return rows.select(range(start, stop) if start < stop else [])  # `select` refuses an empty range at the end

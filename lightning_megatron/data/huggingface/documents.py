@@ -1,4 +1,4 @@
-"""Rows of a Hugging Face dataset made into tokens, and samples of a fixed length cut from them."""
+"""Tokenises the rows of a Hugging Face dataset, and cuts samples of a fixed length from them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Raise it when the same rows would become other tokens than before.
+# To be raised when the same rows give other tokens than before.
 _FORMAT = 3
 
-# Columns that say of each id whether it is learnt, as transformers' chat templates, TRL and Megatron call them.
+# Columns that mark the ids that have labels, by the names in transformers' chat templates, TRL and Megatron.
 _LEARNT = ("completion_mask", "assistant_masks", "loss_mask")
 
 
@@ -36,13 +36,13 @@ class Encoder:
     """Makes a row's tokens.
 
     Args:
-        tokenizer: Turns text into ids.
-        text_column: Holds the text, ids already, or messages of a chat.
-        prompt_column: Holds what comes before it and is read, but not learnt.
-        keep_columns: Handed on as they are.
-        append_eod: Whether the end-of-document id follows text, and ids without labels that do not end so.
-        max_length: Tokens behind it are cut off; None cuts nothing.
-        has_labels: Whether columns such as "labels" say what is learnt of ids.
+        tokenizer: The tokenizer that turns text into ids.
+        text_column: The column with the text, with ids, or with messages of a chat.
+        prompt_column: The column with the beginning of a sample, which the model reads but does not learn.
+        keep_columns: Columns that are kept as they are.
+        append_eod: Whether the end-of-document id is added to texts, and to ids without labels, that lack it.
+        max_length: Number of tokens at which a row is cut off; None cuts nothing.
+        has_labels: Whether columns such as "labels" hold the labels of ids.
     """
 
     tokenizer: Tokenizer
@@ -54,7 +54,7 @@ class Encoder:
     has_labels: bool = False
 
     def check(self, columns: Sequence[str]) -> None:
-        """Refuse columns that are not there."""
+        """Refuse columns that the dataset does not have."""
         check_column(self.text_column, columns, "text_column")
         if self.prompt_column is not None:
             check_column(self.prompt_column, columns, "prompt_column")
@@ -62,7 +62,7 @@ class Encoder:
             check_column(column, columns, "keep_columns")
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """``input_ids``, ``labels`` where there are any or prompts, and what is kept; None where nothing is learnt."""
+        """Make ``input_ids``, ``labels`` (with labels or a prompt) and kept columns; None if nothing is learnt."""
         prompt, ids = self._prompt_and_text(row)
         if not ids:
             return None
@@ -76,19 +76,19 @@ class Encoder:
         return {**sample, "labels": labels} if self._is_labelled else sample
 
     def encode_columns(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """The same for many rows, as ``Dataset.map`` hands them over."""
+        """Encode many rows at once, in the form in which ``Dataset.map`` gives them."""
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         samples = [sample for row in rows if (sample := self(row)) is not None]
         return {name: [sample[name] for sample in samples] for name in self._names}
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Equal for two encoders exactly when they encode alike."""
+        """A value that two encoders share exactly when they encode alike."""
         columns = (self.text_column, self.prompt_column, self.keep_columns)
         return (_FORMAT, self.tokenizer.identity, *columns, self.append_eod, self.max_length, self.has_labels)
 
     def features(self, given: Mapping[str, Any]) -> Any:
-        """The types of the columns, for those of the dataset."""
+        """The types of the encoded columns, given those of the dataset."""
         datasets = library()
         tokens = datasets.List(datasets.Value("int32"))
         return datasets.Features({name: given[name] if name in self.keep_columns else tokens for name in self._names})
@@ -102,7 +102,7 @@ class Encoder:
         return ["input_ids", *(["labels"] if self._is_labelled else []), *self.keep_columns]
 
     def _labels(self, row: Mapping[str, Any], ids: list[int]) -> list[int]:
-        """Which of the ids have a label: those that the row names, or all."""
+        """The labels of the ids: the row's own, or the ids themselves."""
         if not self.has_labels:
             return ids
         labels = self._of_each(row, "labels", ids) if "labels" in row else ids
@@ -113,7 +113,7 @@ class Encoder:
         return labels
 
     def _of_each(self, row: Mapping[str, Any], name: str, ids: list[int]) -> list[int]:
-        """What a column says of each id that is shown."""
+        """The values that a column has for each id, without those that the attention mask hides."""
         values = row[name]
         if not _is_list(values):
             raise ValueError(
@@ -130,24 +130,24 @@ class Encoder:
         return values
 
     def _refuse_documents(self, row: Mapping[str, Any]) -> None:
-        """Refuse ids whose positions begin anew, which nobody would keep apart."""
+        """Refuse a row that packs several documents, which would attend to each other."""
         positions = row.get("position_ids")
         if "position_ids" in self.keep_columns or not _is_list(positions):
             return
         if any(step != 1 for step in np.diff(_shown(row, positions))):
             raise ValueError(
-                "HFDataModule: the 'position_ids' of a row do not go on by one, so it holds several documents, which"
-                " would look at each other. Make a row of each, keep_columns=['position_ids'] with a collate_fn that"
-                " hands them on, or remove_columns('position_ids')."
+                "HFDataModule: the 'position_ids' of a row do not increase by one, so it holds several documents,"
+                " which would attend to each other. Make a row of each, use keep_columns=['position_ids'] with a"
+                " collate_fn that hands them on, or remove_columns('position_ids')."
             )
 
     def _lacks_end(self, row: Mapping[str, Any], ids: list[int]) -> bool:
-        """Whether the end-of-document id is to follow; labels and a chat template say themselves how a row ends."""
+        """Whether the end-of-document id is to be added; rows with labels and chats have their own ends."""
         complete = self.has_labels or is_chat(row[self.text_column]) or ids[-1] == self.tokenizer.eod_id
         return self.append_eod and not complete
 
     def _prompt_and_text(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """What is read and what follows, as the tokenizer's own call begins the two; ids are taken as they are."""
+        """The ids of prompt and text, begun as the tokenizer's own call begins them; given ids stay as they are."""
         value, before = row[self.text_column], None if self.prompt_column is None else row[self.prompt_column]
         if is_chat(value):
             return self._chat(value, before)
@@ -161,19 +161,19 @@ class Encoder:
         return begun(self.tokenizer, prompt) if is_text else prompt, ids
 
     def _chat(self, messages: Any, before: Any) -> tuple[list[int], list[int]]:
-        """The ids of messages, and of those before them."""
+        """The ids of the prompt's messages, and of the messages that follow."""
         if before is None:
             return [], self._chat_ids(messages, answers=False)
         if not is_chat(before):
             raise ValueError(
                 f"HFDataModule: column {self.text_column!r} holds messages and {self.prompt_column!r} {before!r}. Make"
-                " both messages, or both text."
+                " both columns messages, or both text."
             )
         prompt, whole = self._chat_ids(before, answers=True), self._chat_ids([*before, *messages], answers=False)
         if whole[: len(prompt)] != prompt:
             raise ValueError(
-                f"HFDataModule: by the tokenizer's chat_template the messages of {self.prompt_column!r} do not come out"
-                " alike alone and with an answer, so an answer has no beginning. Make columns of text."
+                f"HFDataModule: by the tokenizer's chat_template the messages of {self.prompt_column!r} become other"
+                " text alone than with an answer, so the answer's beginning is unknown. Make columns of text."
             )
         return prompt, whole[len(prompt) :]
 
@@ -199,13 +199,13 @@ class Encoder:
             self._refuse_documents(row)
             return _shown(row, value) if column == self.text_column else [int(id_) for id_ in value]
         raise ValueError(
-            f"HFDataModule: column {column!r} holds {value!r}, which is neither text nor a list of token ids or of"
-            f" messages with 'role' and 'content'. Name another of {list(row)}."
+            f"HFDataModule: column {column!r} holds {value!r}, which is neither text, nor a list of token ids, nor a"
+            f" list of messages with 'role' and 'content'. Name another of {list(row)}."
         )
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a column's value is messages, each with a role and what it says."""
+    """Whether a column's value is a list of messages, each with a role and content."""
     return (
         isinstance(value, (list, tuple))
         and len(value) > 0
@@ -214,10 +214,10 @@ def is_chat(value: Any) -> bool:
 
 
 def labels_in(row: Mapping[str, Any], text_column: str) -> bool:
-    """Whether a row says of each id what is learnt; classes, of which a text has one, are none of these.
+    """Whether a row has a label for each id. A class label, of which a text has one, does not count.
 
     Raises:
-        ValueError: It says so of text, whose ids nobody has counted.
+        ValueError: The row has such labels beside a text, whose ids they cannot match.
     """
     of_ids = np.ndim(row[text_column]) == 1 and not is_chat(row[text_column])
     for name in ("labels", *_LEARNT):
@@ -226,7 +226,7 @@ def labels_in(row: Mapping[str, Any], text_column: str) -> bool:
         if not of_ids and _is_list(row.get(name)):
             raise ValueError(
                 f"HFDataModule(text_column={text_column!r}): the column {name!r} has a value for each id, and"
-                f" {text_column!r} holds {type(row[text_column]).__name__}, no ids. Name the column of ids, such as"
+                f" {text_column!r} holds {type(row[text_column]).__name__} and no ids. Name the column of ids, such as"
                 f" 'input_ids', or remove_columns({name!r})."
             )
     return False
@@ -237,7 +237,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _shown(row: Mapping[str, Any], values: Any) -> list[int]:
-    """The ids or labels of a row, without those of padding, where a column "attention_mask" of their length tells."""
+    """The ids or labels of a row, without the padding that a column "attention_mask" of the same length marks."""
     mask = row.get("attention_mask")
     if mask is None or np.ndim(mask) != 1 or len(mask) != len(values):
         return [int(value) for value in values]
@@ -245,15 +245,16 @@ def _shown(row: Mapping[str, Any], values: Any) -> list[int]:
 
 
 def tokenise(rows: Dataset, encoder: Encoder, cache_dir: Path, num_proc: int | None) -> Dataset:
-    """Tokenises a dataset into a file of datasets' own, or opens the file that holds it.
+    """Tokenise a dataset into a file in the format of ``datasets``, or open the file of an earlier call.
 
-    The file's name follows from the rows and the encoder. It is complete or absent, whoever writes it.
+    The file's name follows from the rows and the encoder. The file is complete or absent, even if several processes
+    write it.
 
     Args:
-        rows: Not empty.
-        encoder: Makes the tokens; rows without any are left out.
-        cache_dir: The folder, made if it does not exist.
-        num_proc: Processes that tokenise.
+        rows: The dataset, which is not empty.
+        encoder: The encoder that makes the tokens; rows without tokens are left out.
+        cache_dir: The folder of the file, made if it does not exist.
+        num_proc: Number of processes that tokenise.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(rows, encoder)
@@ -269,18 +270,18 @@ def tokenise(rows: Dataset, encoder: Encoder, cache_dir: Path, num_proc: int | N
         desc="Tokenising",
     )
     if len(tokenised) < len(rows):
-        log.info("Left out %d of %d rows, in which nothing is to be learnt.", len(rows) - len(tokenised), len(rows))
+        log.info("Left out %d of %d rows, which have no label.", len(rows) - len(tokenised), len(rows))
     return tokenised
 
 
 class PackedDocuments(TorchDataset[dict[str, Tensor]]):
-    """Fixed-length samples of tokenised rows that stand one after another, without padding; with their labels, if any.
+    """Fixed-length samples cut from tokenised rows that follow one another, with labels if the rows have any.
 
-    Sample ``i`` holds the tokens from ``i * seq_length`` up to and including ``(i + 1) * seq_length``, as those of
+    Sample ``i`` holds the tokens from ``i * seq_length`` up to and including ``(i + 1) * seq_length``, as in
     ``PackedTextDataset``. The tokens stay in their file, which is mapped into memory.
 
     Args:
-        documents: Has ``input_ids``, as :func:`tokenise` gives them.
+        documents: The dataset with ``input_ids`` that :func:`tokenise` returns.
         seq_length: Tokens that the model sees at once.
     """
 
@@ -294,10 +295,10 @@ class PackedDocuments(TorchDataset[dict[str, Tensor]]):
         return max(self.num_tokens - 1, 0) // self.seq_length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Reads one sample.
+        """Read one sample.
 
         Returns:
-            As ``packed_sample`` makes it.
+            The sample, in the form of ``packed_sample``.
         """
         first, past = index * self.seq_length, (index + 1) * self.seq_length + 1
         if not 0 <= first < past <= self.num_tokens:
@@ -313,7 +314,7 @@ class PackedDocuments(TorchDataset[dict[str, Tensor]]):
 
     @cached_property
     def _chunks(self) -> list[list[np.ndarray]]:
-        """Arrow's batches of rows, each the tokens of some hundreds of documents: views, no copies."""
+        """The tokens and labels of Arrow's batches of some hundreds of rows each, as views."""
         table = self._documents[:]
         return [[chunk.flatten().to_numpy() for chunk in table[name].chunks] for name in self._columns]
 
@@ -322,20 +323,20 @@ class PackedDocuments(TorchDataset[dict[str, Tensor]]):
         return np.cumsum([0, *map(len, self._chunks[0])])
 
     def __getstate__(self) -> dict[str, Any]:
-        # The views pickle as copies of the whole file; the dataset pickles as its path.
+        # A pickled view would be a copy of the whole file; a pickled dataset is its path.
         return {name: value for name, value in vars(self).items() if name not in ("_chunks", "_stops")}
 
 
 def packed_sample(tokens: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Tensor]:
-    """A sample of ``seq_length + 1`` tokens that stand one after another.
+    """Make a sample from ``s + 1`` successive tokens.
 
     Args:
-        tokens: ``[s + 1]``.
-        labels: ``[s + 1]``, the label of each token.
+        tokens: The tokens, ``[s + 1]``.
+        labels: The label of each token, ``[s + 1]``, or None.
 
     Returns:
-        int64: ``text`` ``[s + 1]``; or, of labels that are given, ``tokens`` and what is next to each, ``labels``
-        ``[s]``.
+        ``text`` ``[s + 1]``, or with labels ``tokens`` ``[s]`` and ``labels`` ``[s]``, the label of the next token; all
+        int64.
     """
     text = torch.from_numpy(tokens.astype(np.int64))
     if labels is None:

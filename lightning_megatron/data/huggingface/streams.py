@@ -1,4 +1,4 @@
-"""Streams of rows made into samples, by a loader that knows its place in them."""
+"""Makes samples from streams of rows, with a loader that can save and restore its position in the stream."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ State: TypeAlias = dict[str, Any]
 class DocumentStream(TorchIterableDataset[dict[str, Any]]):
     """The tokenised rows of a stream, shuffled within blocks of them.
 
-    datasets' own shuffle buffer is lost when a run is resumed. A block is read again instead: its order follows from
-    ``seed``, the epoch and its number, so all there is to remember is where it began.
+    The shuffle buffer of ``datasets`` is lost when a run is resumed. Here a resumed run reads the block again: its
+    order follows from ``seed``, the epoch and the block's number, so a checkpoint needs only the block's start.
 
     Args:
-        rows: This replica's share.
-        encoder: Makes the tokens.
-        block: Rows that are shuffled with each other; 1 keeps the order.
+        rows: This replica's share of the rows.
+        encoder: The encoder that makes the tokens.
+        block: Number of rows that are shuffled with each other; 1 keeps the order.
         seed: Seed of the order of shards and of rows within blocks; None keeps the order of both.
     """
 
@@ -44,7 +44,7 @@ class DocumentStream(TorchIterableDataset[dict[str, Any]]):
         self._resumed = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rest of the epoch that a state was loaded of, or the next epoch."""
+        """Yield the rest of the epoch whose state was loaded, or the next epoch."""
         if not self._resumed:
             self._place = {"epoch": self._place["epoch"] + 1, "block": 0, "given": 0, "rows": {}}
         self._resumed = False
@@ -59,11 +59,11 @@ class DocumentStream(TorchIterableDataset[dict[str, Any]]):
             place.update(block=place["block"] + 1, given=0, rows=self._rows.state_dict())
 
     def state_dict(self) -> State:
-        """Where the next sample comes from."""
+        """The position of the next sample."""
         return dict(self._place)
 
     def load_state_dict(self, state: State) -> None:
-        """Continue at the place that the state names."""
+        """Continue at the position in ``state``."""
         self._place, self._resumed = dict(state), True
 
     def _order(self, count: int) -> np.ndarray:
@@ -73,21 +73,21 @@ class DocumentStream(TorchIterableDataset[dict[str, Any]]):
 
 
 class PackedStream(TorchIterableDataset[dict[str, Tensor]]):
-    """Fixed-length samples of documents that stand one after another, as ``PackedTextDataset`` has them.
+    """Fixed-length samples cut from documents that follow one another, as in ``PackedTextDataset``.
 
     Args:
-        documents: Tokenised.
-        seq_length: Tokens that the model sees at once. What is left of an epoch at its end is dropped.
+        documents: The stream of tokenised documents.
+        seq_length: Tokens that the model sees at once. Tokens at the end of an epoch that fill no sample are dropped.
     """
 
     def __init__(self, documents: DocumentStream, seq_length: int) -> None:
         self._documents = documents
         self._seq_length = seq_length
-        self._left = np.empty((1, 0), np.int64)  # tokens, and where there are any, their labels
+        self._left = np.empty((1, 0), np.int64)  # the tokens, and their labels if there are any
         self._resumed = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Samples as ``packed_sample`` makes them."""
+        """Yield samples in the form of ``packed_sample``."""
         if not self._resumed:
             self._left = self._left[:, :0]
         self._resumed = False
@@ -102,32 +102,32 @@ class PackedStream(TorchIterableDataset[dict[str, Tensor]]):
             self._left = np.concatenate([self._left if self._left.size else more[:, :0], more], axis=1)
 
     def state_dict(self) -> State:
-        """Where the next document comes from, and the tokens before it."""
+        """The position of the next document, and the tokens that are left from earlier ones."""
         return {"documents": self._documents.state_dict(), "left": torch.from_numpy(self._left.copy())}
 
     def load_state_dict(self, state: State) -> None:
-        """Continue at the place that the state names."""
+        """Continue at the position in ``state``."""
         self._documents.load_state_dict(state["documents"])
         left = state["left"].numpy()
         self._left, self._resumed = left if left.ndim == 2 else left[None], True  # older checkpoints have tokens only
 
 
 class StreamLoader(DataLoader[Any]):
-    """Batches of a stream, in this process, with a ``state_dict``: a resumed run goes on at the next sample.
+    """Makes the batches of a stream in this process; its ``state_dict`` lets a resumed run continue at the next sample.
 
     An epoch ends on all replicas when one of them has no batch left. Each iteration is the next epoch.
 
     Args:
         dataset: This replica's stream.
         replicas: Number of data-parallel replicas.
-        device: Device of the tensors by which replicas agree on the end.
+        device: The device of the tensors by which replicas agree on the end of an epoch.
         **options: Further arguments of ``DataLoader``.
     """
 
     def __init__(
         self, dataset: DocumentStream | PackedStream, replicas: int, device: torch.device, **options: Any
     ) -> None:
-        # A generator of its own: an iterator draws a number, and the run's shall stay as they are.
+        # An iterator draws a number; with a generator of its own it leaves the run's random numbers alone.
         super().__init__(dataset, **{"generator": torch.Generator(), **options})
         self.replicas = replicas
         self.device = device
@@ -139,15 +139,15 @@ class StreamLoader(DataLoader[Any]):
         for batch in self._epoch():
             given += 1
             yield batch
-        if resumed and not given:  # the state was of an epoch's end
+        if resumed and not given:  # the state was saved at the end of an epoch
             yield from self._epoch()
 
     def state_dict(self) -> State:
-        """Where the next batch comes from."""
+        """The position of the next batch."""
         return self.dataset.state_dict()  # type: ignore[attr-defined]
 
     def load_state_dict(self, state: State) -> None:
-        """Continue at the place that the state names."""
+        """Continue at the position in ``state``."""
         self.dataset.load_state_dict(state)  # type: ignore[attr-defined]
         self._resumed = True
 

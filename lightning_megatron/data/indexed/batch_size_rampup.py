@@ -1,4 +1,4 @@
-"""Batches that grow in the first part of a training, by Megatron's rule."""
+"""Makes batches grow in the first part of a training, by Megatron's rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 
 class BatchSizes(ABC):
-    """How a global batch grows: ``RampUp``, or ``BatchSizeSteps``."""
+    """A rule by which the global batch grows: ``RampUp`` or ``BatchSizeSteps``."""
 
     @abstractmethod
     def check(self, full: int, replicas: int) -> None:
@@ -35,15 +35,15 @@ class BatchSizes(ABC):
 
 @dataclass(frozen=True)
 class RampUp(BatchSizes):
-    """How a global batch grows; Megatron's ``--rampup-batch-size START INCREMENT SAMPLES``.
+    """Grows the global batch in equal steps, as Megatron's ``--rampup-batch-size START INCREMENT SAMPLES`` does.
 
     Args:
-        start: Samples of the first global batches.
-        increment: By how many they grow at a time.
-        samples: Over how many samples of training they grow, in steps of equal length.
+        start: Number of samples of the first global batches.
+        increment: Number of samples by which the global batch grows at a time.
+        samples: Number of training samples over which it grows, in steps of equal length.
 
     Raises:
-        ValueError: A number below 1.
+        ValueError: A number is below 1.
     """
 
     start: int
@@ -71,8 +71,8 @@ class RampUp(BatchSizes):
         for name in ("start", "increment"):
             if getattr(self, name) % replicas:
                 raise ValueError(
-                    f"RampUp({name}={getattr(self, name)}) does not divide by the {replicas} data-parallel ranks, which"
-                    " share each batch out."
+                    f"RampUp({name}={getattr(self, name)}) does not divide by the {replicas} data-parallel ranks that"
+                    " share each batch."
                 )
 
     def size(self, consumed: int, full: int) -> int:
@@ -88,13 +88,13 @@ class RampUp(BatchSizes):
 
 @dataclass(frozen=True)
 class BatchSizeSteps(BatchSizes):
-    """A global batch with a size for each part of training; Megatron's ``--step-batch-size-schedule``.
+    """Gives the global batch a size for each part of training, as Megatron's ``--step-batch-size-schedule`` does.
 
     Args:
-        sizes: Samples of a global batch, by the samples of training from which on they hold: ``{0: 16, 8000: 32}``.
+        sizes: Maps a number of training samples to the size of the global batch from there on: ``{0: 16, 8000: 32}``.
 
     Raises:
-        ValueError: No size from the start, or a number that is out of range.
+        ValueError: There is no size for 0 samples, or a number is out of range.
     """
 
     sizes: dict[int, int]
@@ -116,8 +116,8 @@ class BatchSizeSteps(BatchSizes):
         for size in self.sizes.values():
             if size % replicas:
                 raise ValueError(
-                    f"BatchSizeSteps(sizes={self.sizes}): {size} does not divide by the {replicas} data-parallel ranks,"
-                    " which share each batch out."
+                    f"BatchSizeSteps(sizes={self.sizes}): {size} does not divide by the {replicas} data-parallel ranks"
+                    " that share each batch."
                 )
 
     def size(self, consumed: int, full: int) -> int:
@@ -133,15 +133,15 @@ class RampUpBatches(Sampler[list[int]]):
     """A loader's ``batch_sampler`` whose batches grow; each is one optimizer step, so all counters stay right.
 
     Args:
-        sampler: The samples of this data-parallel rank, in order.
-        batch_size: Samples of a batch of this rank in the end.
-        ramp_up: The rule.
+        sampler: The sampler that gives the samples of this data-parallel rank, in order.
+        batch_size: Number of samples that a batch of this rank has in the end.
+        ramp_up: The rule by which the global batch grows.
 
     Raises:
         ValueError: The rule does not lead to ``batch_size``, or its numbers do not divide by the ranks.
     """
 
-    global_batches = True  # a resumed run may have other replicas: as many batches are the same samples
+    global_batches = True  # equally many batches are the same samples, whatever the number of replicas
 
     def __init__(self, sampler: DistributedSampler[Any], batch_size: int, ramp_up: BatchSizes) -> None:
         ramp_up.check(batch_size * sampler.num_replicas, sampler.num_replicas)
@@ -174,6 +174,6 @@ class RampUpBatches(Sampler[list[int]]):
 def ramp_up_loader(dataset: Dataset[Any], batches: RampUpBatches, **options: Any) -> DataLoader[Any]:
     """A loader of growing batches, to which Lightning gives no sampler of its own."""
     loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=batches, **options)
-    # Where there is a batch sampler, torch sets a sampler that nobody reads but Lightning; it cannot be assigned.
+    # Beside a batch sampler, torch sets a sampler that only Lightning reads, and refuses an assignment to it.
     loader.__dict__["sampler"] = batches.sampler
     return loader

@@ -1,4 +1,4 @@
-"""A data module over Megatron's indexed data: blends, splits and sample maps, read by megatron-core's own classes."""
+"""A data module over Megatron's indexed data, whose blends, splits and samples are made by megatron-core."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from lightning_megatron.distributed.arguments import Arguments
 class MegatronDataModule(TokenizedDataModule):
     """Samples of ``.bin`` and ``.idx`` files, as ``lightning-megatron preprocess`` and Megatron's tools write them.
 
-    Training reads ``train_samples`` samples in Megatron's order: it is shuffled once, over as many passes through the
-    data as it takes, and consumed in turn. That is one epoch for Lightning. Global batch ``k`` holds the same samples
-    whatever the data-parallel size, so a run goes on at the next sample on other sizes, too. Evaluation reads its part
-    of the data once. Prediction runs over the test part.
+    Training reads ``train_samples`` samples in Megatron's order, which is shuffled once over all passes through the
+    data. For Lightning, all of them are one epoch. Global batch ``k`` holds the same samples whatever the data-parallel
+    size, so a run may be resumed on another size at the next sample. Evaluation reads its part of the data once.
+    Prediction runs over the test part.
 
     Args:
-        paths: Prefixes of the files, without their ending: one, or several to blend.
+        paths: The prefix of the files (their path without the ending), or several prefixes to blend.
         samples: ``GPTSamples``, ``BertSamples`` or ``T5Samples``.
-        weights: How often each of several ``paths`` is drawn from, relative to the others. Without them each sample is
-            read as often as any other.
+        weights: How often samples are drawn from each of several ``paths``, relative to the others. By default each
+            sample is read as often as any other.
         tokenizer: The tokenizer that made the data: ``"bytes"``, a ``tokenizer.json``, a transformers folder or
             hub name, or a tokenizer.
         batch_size: Samples of one optimizer step on one data-parallel rank; the strategy cuts them into micro-batches.
-        global_batch_size: In place of ``batch_size``: samples of one optimizer step on all data-parallel ranks.
-        split: Weights of training, validation and test; the data is cut in this order. With 0, Lightning skips one.
-        train_samples: Training samples. By default what ``Trainer(max_steps=)`` will take, and without it each sample
-            once in an epoch, in another order in each.
-        seed: Seed of the order, masks and spans; 1 or more.
+        global_batch_size: Samples of one optimizer step on all data-parallel ranks, in place of ``batch_size``.
+        split: Weights of training, validation and test, in whose order the data is cut. Lightning skips a part of 0.
+        train_samples: Number of training samples. By default the number that ``Trainer(max_steps=)`` needs; without
+            ``max_steps``, each epoch reads each sample once, in its own order.
+        seed: Seed of the order, the masks and the spans; 1 or more.
         cache_dir: Folder of the indices. By default ``lightning_megatron/indices`` in the user's cache folder.
-        num_workers: Processes that load samples; 0 loads them in the training process.
-        ramp_up: How training's batches grow to the size above; needs a run whose samples are counted (``max_steps`` or
-            ``train_samples``).
+        num_workers: Number of processes that load samples; 0 loads them in the training process.
+        ramp_up: The rule by which training's batches grow to the size above. It needs ``max_steps`` or
+            ``train_samples``.
 
     Raises:
-        ValueError: A number that is out of range, weights that do not fit the paths, or a split that is none.
+        ValueError: A number is out of range, the weights do not fit the paths, or ``split`` has another form.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MegatronDataModule(TokenizedDataModule):
         if (batch_size is None) == (global_batch_size is None):
             raise ValueError(
                 f"{type(self).__name__}(batch_size={batch_size}, global_batch_size={global_batch_size}): give one of"
-                " the two, samples of a data-parallel rank or of all of them."
+                " the two: the samples of one data-parallel rank, or of all."
             )
         if not isinstance(samples, IndexedSamples):
             raise TypeError(
@@ -103,15 +103,15 @@ class MegatronDataModule(TokenizedDataModule):
 
     @property
     def seq_length(self) -> int:
-        """Tokens of a sample: the model's ``seq_length``."""
+        """The number of tokens of a sample, which is the model's ``seq_length``."""
         return self.samples.seq_length
 
     @override
     def prepare_data(self) -> None:
-        """Checks the data and builds indices that are not there. Lightning calls this on one process of each machine.
+        """Check the data, and build missing indices. Lightning calls this on one process of each machine.
 
         Raises:
-            IndexedDataError: Files are missing, corrupt, or have an empty document.
+            IndexedDataError: Files are missing or corrupt, or have an empty document.
             ValueError: A part of the data has no sample.
         """
         stage = None if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
@@ -128,7 +128,7 @@ class MegatronDataModule(TokenizedDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Opens the data and their indices, on every rank.
+        """Open the data and their indices, on every rank.
 
         Raises:
             RuntimeError: ``prepare_data`` was not called.
@@ -142,7 +142,7 @@ class MegatronDataModule(TokenizedDataModule):
 
     @override
     def train_dataloader(self) -> Loader:
-        """Returns the training batches of this data-parallel rank; what does not fill a batch is left out.
+        """Return the training batches of this data-parallel rank; the last samples are left out if they fill no batch.
 
         Raises:
             ValueError: There are fewer samples than one batch takes.
@@ -153,14 +153,14 @@ class MegatronDataModule(TokenizedDataModule):
         if len(sampler) < rows:
             raise ValueError(
                 f"{type(self).__name__}: {len(dataset)} training samples give each of {sampler.num_replicas}"
-                f" data-parallel ranks {len(sampler)}, too few for one batch of {rows}. Use a smaller batch, more data,"
-                " or set train_samples, which reads the data as often as it takes."
+                f" data-parallel ranks {len(sampler)}, too few for one batch of {rows}. Use a smaller batch or more"
+                " data, or set train_samples, for which the data is read several times."
             )
         if self.ramp_up is not None:
             if self._train_samples is None:
                 raise ValueError(
-                    f"{type(self).__name__}(ramp_up={self.ramp_up}) grows batches over a counted run. Set"
-                    " Trainer(max_steps=) or train_samples."
+                    f"{type(self).__name__}(ramp_up={self.ramp_up}) needs a number of samples over which batches"
+                    " grow. Set Trainer(max_steps=) or train_samples."
                 )
             batches = RampUpBatches(sampler, rows, self.ramp_up)
             return ramp_up_loader(dataset, batches, num_workers=self.num_workers)
@@ -179,13 +179,13 @@ class MegatronDataModule(TokenizedDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compares: with another order, a resumed run would see some samples twice and others never.
+        """Refuse a checkpoint of another order: a resumed run would see some samples twice and others never.
 
         Raises:
-            MisconfigurationException: Something is another than when the checkpoint was saved.
+            MisconfigurationException: A number that determines the order has changed since the save.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return  # nothing is resumed
+            return  # no training is resumed
         now = self.state_dict()
         changed = [
             f"{name}={value!r}, and now {now[name]!r}" for name, value in state_dict.items() if value != now[name]
@@ -195,17 +195,17 @@ class MegatronDataModule(TokenizedDataModule):
         advice = "Set it as it was."
         if now["train_samples"] != state_dict["train_samples"] and self.train_samples is None:
             advice = (
-                f"It follows from Trainer(max_steps=): give train_samples={state_dict['train_samples']}, or for a"
-                " longer run give the first run train_samples enough for both."
+                f"train_samples follows from Trainer(max_steps=). Give train_samples={state_dict['train_samples']}, or"
+                " for a longer run start the first run with train_samples for both."
             )
         raise MisconfigurationException(
-            f"{type(self).__name__}: the order of the samples follows from numbers that the checkpoint has otherwise:"
+            f"{type(self).__name__}: the order of the samples depends on numbers that differ from the checkpoint's:"
             f" {'; '.join(changed)}. {advice}"
         )
 
     @property
     def _rows(self) -> int:
-        """Samples of a batch of one data-parallel rank."""
+        """The number of samples of a batch of one data-parallel rank."""
         if self.batch_size is not None:
             return self.batch_size
         assert self.global_batch_size is not None
@@ -219,7 +219,7 @@ class MegatronDataModule(TokenizedDataModule):
 
     @property
     def _train_samples(self) -> int | None:
-        """Training samples of the run; None: the data once in each epoch."""
+        """The number of training samples of the run; None where each epoch reads the data once."""
         if self.train_samples is not None or self.trainer is None or self.trainer.max_steps < 0:
             return self.train_samples
         batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
@@ -230,13 +230,13 @@ class MegatronDataModule(TokenizedDataModule):
         if part == "train":
             if self._train_samples is None and self.weights is not None:
                 raise ValueError(
-                    f"{type(self).__name__}(weights={self.weights}): with weights some data is read more often than"
-                    " other, so an epoch has no natural length. Set Trainer(max_steps=) or train_samples."
+                    f"{type(self).__name__}(weights={self.weights}): with weights, some data is read more often than"
+                    " other data, so an epoch has no natural length. Set Trainer(max_steps=) or train_samples."
                 )
             return self._train_samples
         limit = None if self.trainer is None else getattr(self.trainer, f"limit_{part}_batches")
         if self.weights is None or not isinstance(limit, int):
-            return None  # the part once; Lightning applies the limit
+            return None  # the part is read once; Lightning applies its limit
         return limit * self._rows * self._replicas["num_replicas"]
 
     def _description(self, part: str) -> index_cache.Description:
@@ -255,7 +255,7 @@ class MegatronDataModule(TokenizedDataModule):
         }
 
     def _used(self, stage: str | None) -> list[str]:
-        """The parts that a stage needs, of those that the split has."""
+        """The parts of the split that a stage needs."""
         parts = USED[stage]
         if stage is not None and self._bounds[parts[0]] is None:
             raise ValueError(
@@ -278,15 +278,15 @@ class MegatronDataModule(TokenizedDataModule):
         return self._datasets[part]
 
     def _ordered(self, part: str) -> Loader | list[Loader]:
-        # Lightning spreads these over the data-parallel ranks.
+        # Lightning shares these out over the data-parallel ranks.
         if not self._is_read(part):
             return []
-        # Named: for a prediction Lightning makes the loader anew, with a batch_size of its own.
+        # `batch_size` is a keyword because Lightning makes a prediction's loader again with another batch size.
         return DataLoader(self._dataset(part), batch_size=self._rows, num_workers=self.num_workers)
 
 
 class _Samples(Dataset[Sample]):
-    """The first ``length`` samples of megatron-core's dataset, as the modules take them."""
+    """The first ``length`` samples of megatron-core's dataset, in the form that the modules take."""
 
     def __init__(self, dataset: Any, length: int | None, samples: IndexedSamples) -> None:
         self.dataset = dataset
@@ -300,7 +300,7 @@ class _Samples(Dataset[Sample]):
         try:
             with torch.device("cpu"):
                 sample = self.dataset[index]
-        except (AssertionError, IndexError, KeyError) as error:  # megatron-core checks with these, without a word
+        except (AssertionError, IndexError, KeyError) as error:  # megatron-core's own checks, whose errors have no text
             raise ValueError(
                 f"Sample {index} of {getattr(self.dataset, 'dataset_path', 'the blend')} cannot be made ({error!r}). An"
                 " id may be outside of the tokenizer's vocabulary, if the data was made with another one."
@@ -309,7 +309,7 @@ class _Samples(Dataset[Sample]):
 
 
 class _StridedSampler(DistributedSampler[int]):
-    """Every ``num_replicas``-th sample, without a list of them all: there may be billions."""
+    """Gives this rank every ``num_replicas``-th sample without a list of all, of which there may be billions."""
 
     @override
     def __iter__(self) -> Iterator[int]:
@@ -320,7 +320,9 @@ def _weights(paths: list[str], weights: Sequence[float] | None) -> list[float] |
     if not paths:
         raise ValueError("MegatronDataModule(paths=[]): give the prefix of the data, or several.")
     if len(set(paths)) < len(paths):
-        raise ValueError(f"MegatronDataModule(paths={paths}) names a path twice. Name it once, with twice the weight.")
+        raise ValueError(
+            f"MegatronDataModule(paths={paths}) names a path twice. Name it once, with the sum of its weights."
+        )
     if weights is None:
         return None
     if len(weights) != len(paths) or min(weights) <= 0:
@@ -332,10 +334,10 @@ def _weights(paths: list[str], weights: Sequence[float] | None) -> list[float] |
 
 
 def _bounds(split: str) -> list[tuple[float, float] | None]:
-    """Where in the data each of the three parts begins and ends, as shares; None: it has nothing."""
+    """The shares of the data at which each of the three parts begins and ends; None for an empty part."""
     try:
         parts = [float(part) for part in split.split(",")]
-    except (AttributeError, ValueError):  # no text, as of TextDataModule's split, or no numbers in it
+    except (AttributeError, ValueError):  # not a text (TextDataModule takes numbers), or a text without numbers
         parts = []
     if not 1 <= len(parts) <= 3 or min(parts) < 0 or sum(parts) == 0:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Megatron's indexed data on disk: written whole or not at all, and checked before a step relies on them.
+"""Writes Megatron's indexed data, whole or not at all, and checks it before it is read.
 
-A prefix names two files: ``PREFIX.bin``, the token ids of all items in a row, and ``PREFIX.idx``, the items' lengths
-and which of them make up each document. An item is a document, or for BERT and T5 a sentence.
+A prefix names two files: ``PREFIX.bin`` has the token ids of all items, and ``PREFIX.idx`` has the items' lengths and
+the documents that they make up. An item is a document, or for BERT and T5 a sentence.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from lightning_megatron.data.atomic_write import atomic_path
 
-# What stands at the front of an index: magic, version, code of the dtype, items, documents + 1.
+# The header of an index: magic, version, code of the dtype, number of items, number of documents + 1.
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-_BYTES_OF_AN_ITEM = 4 + 8  # its length and its place
+_BYTES_OF_AN_ITEM = 4 + 8  # its length and its offset
 _BYTES_OF_A_DOCUMENT = 8
 
 
 class IndexedDataError(ValueError):
-    """Indexed data that are missing, cut short, or not what their index says."""
+    """Raised when indexed data are missing, cut short, or differ from what their index says."""
 
 
 class IndexedWriter:
-    """Adds documents to what :func:`writing` writes.
+    """Adds documents to the files that :func:`writing` writes.
 
     Args:
-        builder: megatron-core's.
-        vocab_size: Ids are below it.
+        builder: megatron-core's builder of the files.
+        vocab_size: Number of ids; ids outside of it are refused.
     """
 
     def __init__(self, builder: IndexedDatasetBuilder, vocab_size: int) -> None:
@@ -47,7 +47,7 @@ class IndexedWriter:
 
         Args:
             items: Token ids of the document's items: one item, or one for each sentence.
-            name: Name of the document in errors; by default its number.
+            name: The document's name in errors; by default its number.
 
         Raises:
             ValueError: The document is empty, or an id is outside of the vocabulary and would be written as another id.
@@ -69,7 +69,7 @@ class IndexedWriter:
 
 @contextmanager
 def writing(prefix: str | Path, vocab_size: int) -> Iterator[IndexedWriter]:
-    """Writes indexed data with megatron-core's builder; they take the place of ``prefix`` when the block ends well.
+    """Write indexed data with megatron-core's builder; the files appear when the block ends without an error.
 
     Args:
         prefix: Path of the ``.bin`` and ``.idx`` files without the ending. The folder is made if it does not exist.
@@ -98,31 +98,31 @@ def writing(prefix: str | Path, vocab_size: int) -> Iterator[IndexedWriter]:
 
 
 def files(prefix: str | Path) -> tuple[Path, Path]:
-    """The data and the index of a prefix."""
+    """The paths of a prefix's data and index."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 def open_indexed(prefix: str | Path) -> IndexedDataset:
-    """Opens indexed data whose sizes are right.
+    """Open indexed data, after checking the sizes of its files.
 
     Raises:
-        IndexedDataError: A file is missing, is no index, or has not as many bytes as the index says.
+        IndexedDataError: A file is missing or is no index, or its size is not what the index says.
     """
     bin_path, idx_path = files(prefix)
     for path in (bin_path, idx_path):
         if not path.is_file():
             hint = " Leave the ending out of the path." if Path(prefix).suffix in (".bin", ".idx") else ""
             raise IndexedDataError(
-                f"There is no {path} (seen from {Path.cwd()}). Indexed data are a .bin and an .idx file, and are named"
-                f" by what stands before.{hint} `lightning-megatron preprocess` makes them."
+                f"There is no {path} (seen from {Path.cwd()}). Indexed data are a .bin and an .idx file; give"
+                f" their common path without the ending.{hint} `lightning-megatron preprocess` makes them."
             )
     itemsize = _check_index(idx_path)
     data = IndexedDataset(str(prefix))
     expected = int(data.sequence_lengths.sum(dtype=np.int64)) * itemsize
     if (found := bin_path.stat().st_size) != expected:
         raise IndexedDataError(
-            f"{bin_path} has {found} bytes, and {idx_path.name} tells of {expected}: one of them is cut short, or they"
-            " belong to different data. Make them again."
+            f"{bin_path} has {found} bytes, and by {idx_path.name} it should have {expected}: one of them is cut short,"
+            " or they belong to different data. Make them again."
         )
     return data
 
@@ -131,7 +131,7 @@ def check_contents(prefix: str | Path, data: IndexedDataset) -> None:
     """Refuse an index whose numbers contradict each other, and empty documents.
 
     Raises:
-        IndexedDataError: With the first of them.
+        IndexedDataError: There is one; the message names the first.
     """
     _, idx_path = files(prefix)
     lengths, documents, places = data.sequence_lengths, data.document_indices, data.index.sequence_pointers
@@ -155,7 +155,7 @@ def check_contents(prefix: str | Path, data: IndexedDataset) -> None:
 
 
 def _check_index(idx_path: Path) -> int:
-    """Bytes of a token, if the index is whole."""
+    """Check that an index is complete, and return the number of bytes of a token."""
     size = idx_path.stat().st_size
     with idx_path.open("rb") as file:
         front = file.read(_HEADER.size)

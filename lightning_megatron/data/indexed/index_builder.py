@@ -1,9 +1,9 @@
-"""megatron-core's datasets from a plain description, and the process of their own in which their indices are built.
+"""Makes megatron-core's datasets from a plain description; run as a script, it builds their indices.
 
-megatron-core builds indices on rank 0 of a process group only, while the other ranks wait at a barrier: a second
-machine without a shared folder finds none, and a script without a process group cannot build them at all. So they are
-built by this file, run as a script: a world of one rank, on each machine. It imports neither Lightning nor this
-package, which would take longer than most indices do.
+megatron-core builds indices only on rank 0 of a process group, while the other ranks wait at a barrier: a second
+machine without a shared folder finds none, and a script without a process group cannot build them at all. So this file
+runs as a script on each machine, in a world of one rank. It imports neither Lightning nor this package, because that
+would take longer than building most indices.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.masked_dataset import MaskedWordPieceDataset
 from megatron.core.datasets.t5_dataset import T5MaskedWordPieceDataset, T5MaskedWordPieceDatasetConfig
 
-# Pads what is shorter than a sample. No token has this id, so that padding is never taken for a token, nor a token for
-# padding, as it is where a tokenizer ends documents with its padding.
+# The id that pads short samples. No token has it: a tokenizer's own padding id may also be its end of document, which
+# would then be taken for padding.
 PAD = -1
 
 
 class _OneEpochWithoutSize(MaskedWordPieceDataset):
-    """Each sample once where no size is given: megatron-core 0.16's own way to do so hands None to C++, and fails."""
+    """Has each sample once if no size is given. megatron-core 0.16 hands None to its C++ helper then, which fails."""
 
     num_samples: int | None
 
@@ -38,12 +38,14 @@ class _OneEpochWithoutSize(MaskedWordPieceDataset):
         return super()._build_sample_index(sequence_length, min_sentences_per_sample)
 
     def _count(self, sequence_length: int, min_sentences_per_sample: int) -> int:
-        from megatron.core.datasets import helpers  # compiled, and only here: without it all else works
+        from megatron.core.datasets import (
+            helpers,
+        )  # the compiled helper is imported only here, so that everything else works without it
 
         mapping = helpers.build_mapping(
             self.dataset.document_indices[np.append(self.indices, self.indices[-1] + 1)],
             self.dataset.sequence_lengths,
-            1,  # pass through the data
+            1,  # number of passes through the data
             np.iinfo(np.int64).max,
             sequence_length,
             self.config.short_sequence_probability,
@@ -55,14 +57,14 @@ class _OneEpochWithoutSize(MaskedWordPieceDataset):
 
 
 class BertDataset(_OneEpochWithoutSize, BERTMaskedWordPieceDataset):
-    """megatron-core's, with or without a size."""
+    """megatron-core's dataset for BERT, with or without a size."""
 
 
 class T5Dataset(_OneEpochWithoutSize, T5MaskedWordPieceDataset):
-    """megatron-core's, with or without a size."""
+    """megatron-core's dataset for T5, with or without a size."""
 
 
-# What a description may ask for.
+# The classes of dataset and configuration for each kind in a description.
 DATASETS: dict[str, tuple[Any, Any]] = {
     "gpt": (GPTDataset, GPTDatasetConfig),
     "bert": (BertDataset, BERTMaskedWordPieceDatasetConfig),
@@ -71,15 +73,15 @@ DATASETS: dict[str, tuple[Any, Any]] = {
 
 
 def dataset(description: dict[str, Any], cache: str) -> Any:
-    """One split's dataset.
+    """Make the dataset of one part of a split.
 
     Args:
-        description: ``kind``, ``paths``, ``weights``, ``split``, ``part`` (which of the three), ``samples``, ``seed``,
-            ``seq_length``, ``tokenizer`` and ``options``; plain data.
-        cache: A folder for the indices. Where they are there, they are read.
+        description: Plain data: ``kind``, ``paths``, ``weights``, ``split``, ``part`` (0 to 2), ``samples``,
+            ``seed``, ``seq_length``, ``tokenizer`` and ``options``.
+        cache: The folder of the indices. Indices that are there are read, others are built.
 
     Returns:
-        megatron-core's dataset, which has ``samples`` samples or more; or all of its data once.
+        megatron-core's dataset, with at least ``samples`` samples; without ``samples``, each sample of the data once.
     """
     cls, config_class = DATASETS[description["kind"]]
     part, samples = description["part"], description["samples"]
@@ -98,7 +100,7 @@ def dataset(description: dict[str, Any], cache: str) -> Any:
 
 
 def _tokenizer(fields: dict[str, Any]) -> SimpleNamespace:
-    """What megatron-core's datasets ask of a tokenizer; ``identity`` stands for all of it in a cache's name."""
+    """The attributes of a tokenizer that megatron-core's datasets read; the cache's name contains ``identity`` only."""
     fields = dict(fields)
     if "tokens" in fields:
         fields["inv_vocab"] = dict(fields.pop("tokens"))
@@ -106,7 +108,7 @@ def _tokenizer(fields: dict[str, Any]) -> SimpleNamespace:
 
 
 def _build() -> None:
-    """Build the indices that standard input asks for: pairs of a description and a folder."""
+    """Build indices for the pairs of a description and a folder that come on standard input."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

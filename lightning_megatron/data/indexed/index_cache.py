@@ -1,4 +1,4 @@
-"""Indices of Megatron's datasets, built once on each machine: a folder that is whole or not there."""
+"""Builds the indices of Megatron's datasets once on each machine, in a folder that is complete or absent."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from lightning_megatron.data.indexed.files import files
 
 log = logging.getLogger(__name__)
 
-# Raise it when the same description would give other samples than before.
+# To be raised when the same description gives other samples than before.
 _FORMAT = 1
 
 Description = dict[str, Any]
 
 
 def build(descriptions: Sequence[Description], cache_dir: Path) -> None:
-    """Builds the indices of each description, unless they are there.
+    """Build the indices of each description, unless they exist.
 
-    They are built beside their place and renamed: of several processes that build the same ones at once, the first one
-    to finish wins, and the others read its. The folder's name is made from the description and from the data's sizes
-    and times, so other data have other indices (megatron-core's own names do not tell).
+    They are built in a temporary folder, which is then renamed: if several processes build the same indices at once,
+    the first one to finish wins, and the others read its indices. The folder's name is made from the description and
+    from the data's sizes and times, so that changed data get new indices (megatron-core's own names do not change).
 
     Args:
         descriptions: Descriptions of datasets, as ``index_builder.dataset`` takes them.
-        cache_dir: Where indices are kept. Made if it does not exist.
+        cache_dir: The folder of all indices, made if it does not exist.
 
     Raises:
-        RuntimeError: megatron-core could not build them, or has come without its compiled helper.
+        RuntimeError: megatron-core could not build them, or is installed without its compiled helper.
     """
     missing = [about for about in descriptions if not folder(about, cache_dir).is_dir()]
     if not missing:
@@ -59,7 +59,7 @@ def build(descriptions: Sequence[Description], cache_dir: Path) -> None:
 
 
 def open_dataset(description: Description, cache_dir: Path) -> Any:
-    """The dataset of a description. Where there is a process group, all of its ranks call this together.
+    """Open the dataset of a description. If there is a process group, all of its ranks call this together.
 
     Raises:
         RuntimeError: :func:`build` was not called on this machine, or its files were changed.
@@ -79,7 +79,7 @@ def open_dataset(description: Description, cache_dir: Path) -> Any:
 
 
 def folder(description: Description, cache_dir: Path) -> Path:
-    """Where the indices of a description are, or would be."""
+    """The folder of a description's indices, which need not exist."""
     stats = [path.stat() for prefix in description["paths"] for path in files(prefix)]
     tokenizer = {name: value for name, value in description["tokenizer"].items() if name != "tokens"}
     about = {
@@ -102,7 +102,7 @@ def _move(temporary: Path, place: Path) -> None:
 
 def _run_builder(asked: list[tuple[Description, str]]) -> None:
     done = subprocess.run(
-        # -P: the script's own folder stays off the path of imports.
+        # -P keeps the script's own folder out of sys.path.
         [sys.executable, "-P", index_builder.__file__],
         input=json.dumps(asked),
         capture_output=True,
@@ -121,7 +121,7 @@ def _run_builder(asked: list[tuple[Description, str]]) -> None:
 def _require_helper() -> None:
     if find_spec("megatron.core.datasets.helpers_cpp") is None:
         raise RuntimeError(
-            "megatron-core has come without its compiled helper (megatron/core/datasets/helpers_cpp), which builds the"
-            " indices. Its wheels have it; an installation from source needs a C++ compiler and pybind11. Install a"
+            "megatron-core is installed without its compiled helper (megatron/core/datasets/helpers_cpp), which builds"
+            " the indices. Its wheels have it; an installation from source needs a C++ compiler and pybind11. Install a"
             " wheel: pip install --force-reinstall --no-deps --only-binary :all: megatron-core"
         )

@@ -1,4 +1,4 @@
-"""What a sample of indexed data is: GPT's, BERT's or T5's, each megatron-core's own dataset."""
+"""The kinds of samples of indexed data, for GPT, BERT and T5; megatron-core's datasets make each of them."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from lightning_megatron.distributed.arguments import Arguments
 
 Sample = dict[str, Any]
 
-# megatron-core's build_mapping leaves out documents with a longer sentence (helpers.cpp, LONG_SENTENCE_LEN).
+# megatron-core's build_mapping leaves out documents that have a longer sentence (helpers.cpp, LONG_SENTENCE_LEN).
 LONGEST_SENTENCE = 512
 
 
 class IndexedSamples(ABC):
-    """How samples are made of indexed data. Use one of its subclasses."""
+    """The base class of the kinds of samples: ``GPTSamples``, ``BertSamples`` and ``T5Samples``."""
 
     kind: ClassVar[Literal["gpt", "bert", "t5"]]
     seq_length: int
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """Arguments of megatron-core's config class."""
+        """The arguments of megatron-core's config class."""
 
     @abstractmethod
     def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """What megatron-core's dataset asks of the tokenizer, as plain data.
+        """The attributes of the tokenizer that megatron-core's dataset reads, as plain data.
 
         Raises:
-            ValueError: The tokenizer lacks it.
+            ValueError: The tokenizer lacks one of them.
         """
 
     @abstractmethod
     def convert(self, sample: Sample) -> Sample:
-        """The dataset's sample as the modules take it."""
+        """Convert a sample of the dataset to the form that the modules take."""
 
     @abstractmethod
     def too_little(self, data: IndexedDataset, begin: float, end: float) -> str | None:
@@ -51,15 +51,15 @@ class IndexedSamples(ABC):
 
 
 class GPTSamples(IndexedSamples):
-    """Runs of ``seq_length`` tokens, shuffled, over the ends of documents.
+    """Samples of ``seq_length`` successive tokens, which may span several documents, in a shuffled order.
 
-    Batches have ``tokens``, ``labels``, ``loss_mask`` and ``position_ids`` ``[b, s]``, shifted already.
+    Batches have ``tokens``, ``labels`` (the next tokens), ``loss_mask`` and ``position_ids`` ``[b, s]``.
 
     Args:
         seq_length: Tokens that the model sees at once.
         reset_position_ids: Whether positions start at 0 in each document.
-        reset_attention_mask: Whether a token attends only to tokens of its own document. With either, batches have
-            ``attention_mask`` ``[b, 1, s, s]``, True where a query may not look.
+        reset_attention_mask: Whether a token attends only to tokens of its own document. With either argument, batches
+            have ``attention_mask`` ``[b, 1, s, s]``, True where a query may not attend.
         eod_mask_loss: Whether the token after the end of a document is left out of the loss.
 
     Raises:
@@ -85,25 +85,25 @@ class GPTSamples(IndexedSamples):
         self.eod_mask_loss = eod_mask_loss
 
     def options(self) -> dict[str, Any]:
-        """Arguments of ``GPTDatasetConfig``."""
+        """The arguments of ``GPTDatasetConfig``."""
         return {
             "reset_position_ids": self.reset_position_ids,
             "reset_attention_mask": self.reset_attention_mask,
             "eod_mask_loss": self.eod_mask_loss,
-            # Positions alone that begin anew would be read as documents apart.
+            # Without a mask, positions that begin anew would be taken for separate documents.
             "create_attention_mask": self.reset_attention_mask or self.reset_position_ids,
         }
 
     def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """The end of documents."""
+        """The id that ends a document."""
         return {"identity": tokenizer.identity, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod_id}
 
     def convert(self, sample: Sample) -> Sample:
-        """Return the value unchanged."""
+        """Return the sample unchanged."""
         return {name: value for name, value in sample.items() if name != "dataset_id"}
 
     def too_little(self, data: IndexedDataset, begin: float, end: float) -> str | None:
-        """A sample takes a token more than the model sees."""
+        """Say why there is no sample; a sample takes one token more than the model sees."""
         start, stop = (round(share * len(data.sequence_lengths)) for share in (begin, end))
         tokens = int(data.sequence_lengths[start:stop].sum(dtype=np.int64))
         if tokens > self.seq_length:
@@ -115,7 +115,7 @@ class GPTSamples(IndexedSamples):
 
 
 class _Masked(IndexedSamples):
-    """What BERT's and T5's samples share: whole sentences of one document, up to a length."""
+    """The base of BERT's and T5's samples, which are whole sentences of one document, up to a length."""
 
     minimum_sentences: int
 
@@ -135,7 +135,7 @@ class _Masked(IndexedSamples):
         self.whole_words = whole_words
 
     def options(self) -> dict[str, Any]:
-        """Arguments that both datasets' configurations have."""
+        """The arguments that the configurations of both datasets have."""
         return {
             "masking_probability": self.masking_probability,
             "short_sequence_probability": self.short_sequence_probability,
@@ -146,7 +146,7 @@ class _Masked(IndexedSamples):
         }
 
     def convert(self, sample: Sample) -> Sample:
-        """Padding that no model sees; labels that are not learned from are −100."""
+        """Keep the named arrays as tensors, and set labels that are not learnt to −100."""
         names = self.names
         found = {names[name]: torch.as_tensor(value, device="cpu") for name, value in sample.items() if name in names}
         found["labels"] = found["labels"].masked_fill(found["loss_mask"] == 0, IGNORED_LABEL)
@@ -155,10 +155,10 @@ class _Masked(IndexedSamples):
     @property
     @abstractmethod
     def names(self) -> dict[str, str]:
-        """The keys that are kept, and their names in the batch."""
+        """The keys that are kept, with their names in the batch."""
 
     def too_little(self, data: IndexedDataset, begin: float, end: float) -> str | None:
-        """megatron-core would look for a sample forever."""
+        """Say why there is no sample; megatron-core would look for one for ever."""
         bounds = data.document_indices
         start, stop = (round(share * (len(bounds) - 1)) for share in (begin, end))
         sizes = np.diff(bounds[start : stop + 1])
@@ -178,22 +178,23 @@ class _Masked(IndexedSamples):
 
 
 class BertSamples(_Masked):
-    """Two segments of whole sentences, swapped in half of the samples, and masked n-grams of words.
+    """Samples for BERT: two segments of whole sentences, swapped in half of the samples, with masked n-grams of words.
 
     Batches have ``text``, ``types``, ``padding_mask``, ``labels`` and ``loss_mask`` ``[b, s]``, and ``is_random``
-    ``[b]``: the segments were swapped. Masks are drawn by the number of the sample.
+    ``[b]``, which tells whether the segments were swapped. The sample's index seeds its masks.
 
     Args:
-        seq_length: Tokens of a sample, [CLS] and two [SEP] among them.
-        binary_head: Whether samples are pairs. Then documents need two sentences, and without it ``is_random`` is left
-            out.
-        masking_probability: Share of the tokens to predict; 80 % become [MASK], 10 % a random id.
-        short_sequence_probability: Share of the samples that are cut shorter, to a random length.
-        max_ngram: The most words that are masked together; n of them 1/n as often as one.
-        whole_words: Words are masked whole, by WordPiece's "##". Other tokenizers' tokens are words each.
+        seq_length: Tokens of a sample, including [CLS] and two [SEP].
+        binary_head: Whether samples are pairs of segments. Documents then need two sentences. Without it, batches have
+            no ``is_random``.
+        masking_probability: Share of the tokens to predict; 80 % of them become [MASK], 10 % a random id.
+        short_sequence_probability: Share of the samples that are cut to a shorter, random length.
+        max_ngram: The largest number of words that are masked together; n words are chosen 1/n as often as one.
+        whole_words: Whether whole words are masked, which WordPiece's "##" tells. For other tokenizers, each token is
+            a word.
 
     Raises:
-        ValueError: A number that is out of range.
+        ValueError: A number is out of range.
     """
 
     kind = "bert"
@@ -214,21 +215,21 @@ class BertSamples(_Masked):
 
     @property
     def names(self) -> dict[str, str]:
-        """The keys that are kept."""
+        """The keys that are kept, under their own names."""
         kept = ["text", "types", "labels", "padding_mask", "loss_mask", *["is_random"] * self.binary_head]
         return {name: name for name in kept}
 
     def options(self) -> dict[str, Any]:
-        """Arguments of ``BERTMaskedWordPieceDatasetConfig``."""
+        """The arguments of ``BERTMaskedWordPieceDatasetConfig``."""
         ours = {"masking_use_geometric_distribution": False, "classification_head": self.binary_head}
         return {**super().options(), **ours}
 
     def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """BERT's special tokens, and all tokens by their ids."""
+        """The ids of BERT's special tokens, and all tokens by their ids."""
         return {**_named(tokenizer), **special_ids(tokenizer, "cls", "sep", "mask")}
 
     def convert(self, sample: Sample) -> Sample:
-        """megatron-core pads types and mask with the padding's id."""
+        """Also set types and mask to 0 on padding, where megatron-core has written the padding's id."""
         found = super().convert(sample)
         found["padding_mask"] = (found["padding_mask"] != PAD).long()
         found["types"] = found["types"].clamp(min=0)
@@ -236,23 +237,24 @@ class BertSamples(_Masked):
 
 
 class T5Samples(_Masked):
-    """Sentences of which spans give way to sentinels, and those spans for the decoder.
+    """Samples for T5: sentences in which sentinels replace spans, and these spans for the decoder.
 
     Batches have ``text_enc`` and ``attention_mask`` ``[b, se]``, and ``text_dec``, ``labels``, ``loss_mask`` and
-    ``decoder_attention_mask`` ``[b, sd]``. Spans are drawn by the number of the sample, with geometric lengths as
-    SpanBERT's (Joshi et al., 2020, section 3.1): about four words on average where up to 10 are allowed.
+    ``decoder_attention_mask`` ``[b, sd]``. The sample's index seeds its spans. Their lengths are geometric as in
+    SpanBERT (Joshi et al., 2020, section 3.1): about four words on average where up to 10 are allowed.
 
     Args:
-        seq_length: Tokens of the encoder.
-        decoder_seq_length: Tokens of the decoder. By default as many as a sample can need, up to a multiple of 8:
-            0.31 of ``seq_length``.
+        seq_length: Number of tokens of the encoder.
+        decoder_seq_length: Number of tokens of the decoder. By default the most that a sample can need, rounded up to a
+            multiple of 8: about 0.31 of ``seq_length``.
         masking_probability: Share of the tokens that is taken out.
-        short_sequence_probability: Share of the samples that are cut shorter, to a random length.
-        max_ngram: The most words in a span.
-        whole_words: Words are taken out whole, by WordPiece's "##". Other tokenizers' tokens are words each.
+        short_sequence_probability: Share of the samples that are cut to a shorter, random length.
+        max_ngram: The largest number of words in a span.
+        whole_words: Whether whole words are taken out, which WordPiece's "##" tells. For other tokenizers, each token
+            is a word.
 
     Raises:
-        ValueError: A number that is out of range.
+        ValueError: A number is out of range.
     """
 
     kind = "t5"
@@ -272,31 +274,31 @@ class T5Samples(_Masked):
         self.decoder_seq_length = decoder_seq_length or math.ceil((2 * most + 1) / 8) * 8
         if self.decoder_seq_length <= most + self.most_spans:
             raise ValueError(
-                f"T5Samples(decoder_seq_length={decoder_seq_length}): of seq_length={seq_length}, {most} tokens are"
-                f" taken out, in up to {self.most_spans} spans with a sentinel each. Use {most + self.most_spans + 1}"
-                " or more."
+                f"T5Samples(decoder_seq_length={decoder_seq_length}): up to {most} of seq_length={seq_length}"
+                f" tokens are taken out, in up to {self.most_spans} spans with a sentinel each. Use"
+                f" {most + self.most_spans + 1} or more."
             )
 
     @property
     def most_spans(self) -> int:
-        """Spans in a sample: six standard deviations above their mean, or one for each token that is taken out."""
+        """An upper bound of the spans in a sample: six standard deviations above their mean, or one for each token."""
         most = max(math.ceil(self.masking_probability * self.seq_length), 1)
         mean = most * 0.2 / (1 - 0.8**self.max_ngram)  # lengths are min(geometric(0.2), max_ngram)
         return min(most, math.ceil(mean + 6 * mean**0.5))
 
     @property
     def names(self) -> dict[str, str]:
-        """The keys that are kept; the masks under transformers' names, as they are of tokens and not of pairs."""
+        """The keys that are kept; masks have transformers' names, since they are ``[b, s]`` and not pairs of tokens."""
         kept = {name: name for name in ("text_enc", "text_dec", "labels", "loss_mask")}
         return {**kept, "enc_mask": "attention_mask", "dec_mask": "decoder_attention_mask"}
 
     def options(self) -> dict[str, Any]:
-        """Arguments of ``T5MaskedWordPieceDatasetConfig``."""
+        """The arguments of ``T5MaskedWordPieceDatasetConfig``."""
         ours = {"masking_use_geometric_distribution": True, "sequence_length_decoder": self.decoder_seq_length}
         return {**super().options(), **ours}
 
     def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """The sentinels, the ends, and all tokens by their ids.
+        """The ids of sentinels, beginning and end, and all tokens by their ids.
 
         Raises:
             ValueError: There are fewer sentinels than a sample can have spans.
@@ -308,7 +310,7 @@ class T5Samples(_Masked):
                 f" have {self.most_spans} spans. Add the tokens <extra_id_0> to <extra_id_{self.most_spans - 1}>, or"
                 " use a smaller seq_length."
             )
-        # T5 has no [CLS], [SEP] or [MASK]; the dataset compares with the first two and hides the third.
+        # T5 has no [CLS], [SEP] or [MASK], but the dataset reads all three.
         none = {"cls": PAD, "sep": PAD, "mask": PAD}
         return {
             **_named(tokenizer),

@@ -1,19 +1,19 @@
-"""Text split into sentences, and items no longer than megatron-core's datasets take."""
+"""Splits text into sentences, and cuts items that are too long for megatron-core's datasets."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-# Behind a full stop and the like, with what closes around it, also without a space, as in Chinese; between paragraphs.
+# The end of a sentence: after a full stop and the like, perhaps with a closing quote or bracket (Chinese has no space
+# there), and between paragraphs.
 _END = re.compile(r"""(?<=[.!?…])\s+|(?<=[.!?…]["'”’)\]])\s+|(?<=[。！？])\s*|\n\s*\n\s*""")
 
 
 def split_sentences(text: str) -> list[str]:
-    """Splits a text at the ends of sentences and paragraphs.
+    """Split a text at the ends of sentences and paragraphs.
 
-    By punctuation alone: it takes "Dr. Who" for the end of one. Who knows better gives sentences of their own, as lists
-    of strings in JSONL.
+    It goes by punctuation only, so it splits "Dr. Who". For better sentences, give lists of strings in JSONL.
 
     Returns:
         The sentences, without the space around them; none is empty.
@@ -22,6 +22,6 @@ def split_sentences(text: str) -> list[str]:
 
 
 def pieces(ids: list[int], longest: int) -> Iterator[list[int]]:
-    """The ids in runs of up to ``longest``."""
+    """Yield the ids in pieces of up to ``longest``."""
     for start in range(0, len(ids), longest):
         yield ids[start : start + longest]

@@ -34,19 +34,19 @@ class TextDataModule(TokenizedDataModule):
         seq_length: Tokens that the model sees at once.
         batch_size: Samples of one optimizer step on one data-parallel rank; the strategy cuts them into micro-batches.
         tokenizer: ``"bytes"``, the path of a ``tokenizer.json``, a transformers folder or hub name, or a tokenizer.
-        split: The parts of the samples for training, validation and test, contiguous in this order. They sum to 1.
-            With 0 for validation, Lightning skips it.
+        split: The shares of the samples for training, validation and test, contiguous in this order. They sum to 1.
+            Lightning skips a validation of 0.
         suffixes: The endings of the files to take from folders.
-        cache_dir: Where the tokens are kept. By default ``lightning_megatron/text`` in the user's cache folder.
-        num_workers: Processes that load samples; 0 loads them in the training process.
+        cache_dir: The folder of the tokens. By default ``lightning_megatron/text`` in the user's cache folder.
+        num_workers: Number of processes that load samples; 0 loads them in the training process.
         seed: Seed of the training order. The same seed gives the same order; each epoch has its own.
         shuffle: Whether training takes the samples in a random order.
-        drop_last: Whether training leaves out what does not fill a last batch. Otherwise the last batch is shorter,
-            and where the samples do not divide by the data-parallel size, a few are seen twice.
-        collate_fn: Makes a batch of samples that have ``input_ids`` ``[seq_length]``, for BERT and T5.
+        drop_last: Whether training leaves out the last samples if they do not fill a batch. Otherwise the last batch is
+            shorter, and a few samples are seen twice if their number does not divide by the data-parallel size.
+        collate_fn: A function, for BERT and T5, that makes a batch from samples with ``input_ids`` ``[seq_length]``.
 
     Raises:
-        ValueError: A size is not positive, or ``split`` is not three parts of 1.
+        ValueError: A size is not positive, or ``split`` is not three shares that sum to 1.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class TextDataModule(TokenizedDataModule):
 
     @override
     def prepare_data(self) -> None:
-        """Tokenises the text, unless the cache has it. Lightning calls this on one process of each machine."""
+        """Tokenise the text, unless the cache has it. Lightning calls this on one process of each machine."""
         pack(self._files(), self.tokenizer, self.cache_dir)
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Opens the packed text and splits its samples.
+        """Open the packed text and split its samples.
 
         Raises:
             RuntimeError: ``prepare_data`` was not called.
@@ -117,7 +117,7 @@ class TextDataModule(TokenizedDataModule):
 
     @override
     def train_dataloader(self) -> Loader:
-        """Returns the training batches of this data-parallel rank.
+        """Return the training batches of this data-parallel rank.
 
         The order depends on ``seed`` and the epoch alone, so model-parallel peers, who share a data-parallel rank, see
         the same batches. The Trainer sets the epoch; without one, call ``loader.sampler.set_epoch(epoch)``.
@@ -138,13 +138,13 @@ class TextDataModule(TokenizedDataModule):
         return self._datasets[name]
 
     def _ordered(self, name: str) -> Loader | list[Loader]:
-        # Lightning spreads these over the data-parallel ranks.
+        # Lightning shares these out over the data-parallel ranks.
         dataset = self._dataset(name)
         return self._loader(dataset) if len(dataset) else []
 
     def _loader(self, dataset: PackedTextDataset, **options: Any) -> Loader:
         collate = None if self.collate_fn is None else CollatePacked(self.collate_fn)
-        # `batch_size` by name: Lightning makes the loader of a prediction again, with one of its own.
+        # `batch_size` is a keyword because Lightning makes a prediction's loader again with another batch size.
         return DataLoader(
             dataset, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, **options
         )

@@ -1,4 +1,4 @@
-"""Text packed into one memory-mapped file of tokens, and the dataset that reads it."""
+"""Packs text into one memory-mapped file of tokens, and reads samples from it."""
 
 import hashlib
 import json
@@ -19,22 +19,21 @@ from lightning_megatron.data.tokenizers import Tokenizer, begun
 
 log = logging.getLogger(__name__)
 
-# Raise it when the same files would pack to other tokens than before.
+# To be raised when the same files give other tokens than before.
 _FORMAT = 1
 
 
 def pack(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> Path:
-    """Tokenises documents into one file, or finds that this was done before.
+    """Tokenise documents into one file, unless an earlier call has done so.
 
-    The documents stand one after another, each begun as the tokenizer begins texts and ended by the end-of-document id;
-    empty ones are left out. The name of
-    the packed file is made from the files' names, sizes and times and from the tokenizer, so a finished file never
-    changes: whoever has it open keeps reading what it opened.
+    The documents follow one another. Each begins as the tokenizer begins texts, and ends with the end-of-document id;
+    empty ones are left out. The name of the packed file is made from the files' names, sizes and times and from the
+    tokenizer, so a finished file never changes while somebody reads it.
 
     Args:
-        files: One document each.
-        tokenizer: Turns them into ids.
-        cache_dir: Where the packed file is kept. Made if it does not exist.
+        files: The files, each of which is one document.
+        tokenizer: The tokenizer that turns text into ids.
+        cache_dir: The folder of the packed file, made if it does not exist.
 
     Returns:
         The ``.bin`` file: ids as uint16, or as uint32 where the vocabulary has more than 65,536. A ``.json`` beside it
@@ -53,7 +52,7 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> Path:
         num_tokens = _write_tokens(stream, files, tokenizer, dtype)
         if num_tokens == 0:
             raise ValueError(f"All {len(files)} text files are empty, the first is {files[0]}. Name others.")
-    # The description comes last: where it stands, the tokens are complete.
+    # The description is written last, so that the tokens are complete if it exists.
     with atomic_path(bin_path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps({"dtype": dtype.name, "num_tokens": num_tokens, **fingerprint}, indent=1))
     log.info("Packed %d files into %d tokens: %s", len(files), num_tokens, bin_path)
@@ -61,30 +60,30 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> Path:
 
 
 def find_packed(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> Path | None:
-    """Finds what :func:`pack` wrote for the same files and tokenizer.
+    """Find the file that :func:`pack` wrote for the same files and tokenizer.
 
     Returns:
-        The ``.bin`` file, or None where it is missing, incomplete, or of files that have changed since.
+        The ``.bin`` file; None where it is missing or incomplete, or the files have changed since.
     """
     bin_path = _bin_path(_fingerprint(files, tokenizer), cache_dir)
     try:
         dtype, num_tokens = _describe(bin_path)
         complete = bin_path.stat().st_size == num_tokens * dtype.itemsize
-    except (FileNotFoundError, ValueError, KeyError):  # absent, no JSON, other JSON
+    except (FileNotFoundError, ValueError, KeyError):  # the description is absent, is no JSON, or lacks a field
         return None
     return bin_path if complete else None
 
 
 class PackedTextDataset(Dataset[dict[str, Tensor]]):
-    """Fixed-length samples of a packed file, without padding.
+    """Fixed-length samples cut from a packed file, without padding.
 
-    Sample ``i`` holds the tokens from ``i * seq_length`` up to and including ``(i + 1) * seq_length``: as in Megatron,
-    neighbours overlap by one token, which is the last label of one and the first input of the next.
+    Sample ``i`` holds the tokens from ``i * seq_length`` up to and including ``(i + 1) * seq_length``. As in Megatron,
+    neighbouring samples share one token, which is the last label of one and the first input of the next.
 
     Args:
         bin_path: A file written by :func:`pack`.
         seq_length: Tokens that the model sees at once.
-        samples: The samples to offer, as a range over all that the file holds. All of them by default.
+        samples: The range of the file's samples that the dataset has. By default it has all of them.
 
     Raises:
         ValueError: ``seq_length`` is not positive, the file is shorter than one sample, or ``samples`` goes beyond it.
@@ -110,7 +109,7 @@ class PackedTextDataset(Dataset[dict[str, Tensor]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Reads one sample.
+        """Read one sample.
 
         Returns:
             ``{"text": ...}``, int64, ``[seq_length + 1]``.
@@ -121,11 +120,11 @@ class PackedTextDataset(Dataset[dict[str, Tensor]]):
 
     @cached_property
     def _tokens(self) -> np.ndarray:
-        # Opened on first use, in the process that reads: a data loader's workers each map the file themselves.
+        # The file is mapped on first use, so that each worker of a data loader maps it itself.
         return np.memmap(self.bin_path, dtype=self._dtype, mode="r", shape=(self.num_tokens,))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory map pickles as a copy of the whole file.
+        # A pickled memory map would be a copy of the whole file.
         return {name: value for name, value in self.__dict__.items() if name != "_tokens"}
 
 

@@ -140,7 +140,9 @@ def _fit_by_rank(layout: Layout, even: bool) -> None:
 
 
 def test_peers_that_read_different_data_are_told():
-    with pytest.raises(RankError, match=r"Ranks \[0, 1\] hold one model together.*\[0\] have read one batch, and ranks \[1\] another") as error:
+    with pytest.raises(
+        RankError, match=r"Ranks \[0, 1\] hold one model together.*\[0\] have read one batch, and ranks \[1\] another"
+    ) as error:
         run_ranks(2, _fit_by_rank, Layout(pp=2), True, timeout=40)
     assert "gave no result" not in str(error.value)
 

@@ -132,7 +132,7 @@ def test_batches_that_grow_are_counted_and_resumed(folder):
 def test_another_order_is_refused_at_a_resume(folder):
     begun = run_in_pool(1, _fit, folder, Layout(), 8, 3)
     path = begun[0]["path"]
-    with pytest.raises(RankError, match=r"train_samples=64, and now 80.*give train_samples=64"):
+    with pytest.raises(RankError, match=r"train_samples=64, and now 80.*Give train_samples=64"):
         run_ranks(1, _fit, folder, Layout(), 10, None, path)
     with pytest.raises(RankError, match=r"seed=1234, and now 5\. Set it as it was"):
         run_ranks(1, functools.partial(_fit, seed=5), folder, Layout(), 8, None, path)

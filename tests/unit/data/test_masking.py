@@ -116,7 +116,7 @@ def test_a_tokenizer_gives_the_ids():
 def test_refusals():
     with pytest.raises(ValueError, match="probability=0"):
         collator(probability=0)
-    with pytest.raises(ValueError, match="shares of 1"):
+    with pytest.raises(ValueError, match="shares that sum to 1"):
         collator(mask_share=0.8, random_share=0.3)
     with pytest.raises(ValueError, match="mask_id=211"):
         MaskedLMCollator(VOCAB, VOCAB)

@@ -174,7 +174,9 @@ def test_columns_that_say_what_is_learnt_are_heard_in_every_row(streaming):
         with pytest.raises(ValueError, match="a row has 'labels' None beside ids in 'input_ids', and other rows"):
             batch_of(mixed, streaming, **options)
     apart = [{"input_ids": ids, "position_ids": [0, 1, 0, 1]}]
-    with pytest.raises(ValueError, match="'position_ids' of a row do not go on by one, so it holds several documents"):
+    with pytest.raises(
+        ValueError, match="'position_ids' of a row do not increase by one, so it holds several documents"
+    ):
         batch_of(apart, streaming, **options)
     assert len(batch_of([{"input_ids": ids, "position_ids": [0, 1, 2, 3]}], streaming, **options)["input_ids"]) == 1
 
