@@ -1,4 +1,4 @@
-"""Decides whether Lightning's own loop trains a plain module: on one rank, where nothing asks for Megatron's schedule."""
+"""Decides whether Lightning's own loop trains a plain module: on one rank, if nothing asks for Megatron's schedule."""
 
 from __future__ import annotations
 
