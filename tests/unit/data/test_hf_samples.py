@@ -234,9 +234,9 @@ SOME = datasets.Dataset.from_list(ROWS[:2])
         ({"split": "train"}, "split='train') must name three"),
         ({"split": (0.5, 0.6, 0.1)}, "split=(0.5, 0.6, 0.1)"),
         ({"split": (0.5, "test", None)}, "must be three names"),
-        ({"prompt_column": "label"}, "packed rows share samples"),
+        ({"prompt_column": "label"}, "packed samples hold several rows"),
         ({"packing": False, "keep_columns": ["label"]}, "needs a collate_fn"),
-        ({"streaming": True, "num_proc": 2}, "tokenised as it is read"),
+        ({"streaming": True, "num_proc": 2}, "tokenised while it is read"),
     ],
 )
 def test_arguments_that_make_no_sense(options: Any, words: str) -> None:
@@ -252,7 +252,7 @@ def test_arguments_that_make_no_sense(options: Any, words: str) -> None:
         ({"dataset": "json", "data_files": "none.jsonl"}, r"cannot load it with .*none.jsonl"),
         ({"dataset": SOME, "text_column": "txt"}, r"text_column='txt'.*\['text', 'label'\]. Did you mean 'text'\?"),
         ({"dataset": SOME, "prompt_column": "labels", "packing": False}, r"prompt_column='labels'.*mean 'label'\?"),
-        ({"dataset": SOME, "text_column": "label"}, r"column 'label' holds 0, which is neither text nor"),
+        ({"dataset": SOME, "text_column": "label"}, r"column 'label' holds 0, which is neither text, nor"),
         ({"dataset": SOME, "split": ("trian", None, None)}, r"split='trian'.*\['train'\]. Did you mean 'train'\?"),
         ({"dataset": SOME.select([])}, r"the train split is empty, with split=\('train', None, None\)"),
         ({"dataset": SOME, "split": (0.9, 0.1, 0.0)}, "the val split is empty"),
@@ -280,10 +280,10 @@ def test_half_a_surrogate_pair_is_named() -> None:
 def test_mistakes_with_streams() -> None:
     stream = SOME.to_iterable_dataset()
     for options, words in (
-        ({"split": (0.5, 0.5, 0.0)}, "stream's length is not known"),
-        ({"split": ("train[:50%]", None, None)}, "a stream is read whole"),
+        ({"split": (0.5, 0.5, 0.0)}, "a stream has no known length"),
+        ({"split": ("train[:50%]", None, None)}, "a stream has no slices"),
         ({"text_column": "txt"}, r"Did you mean 'text'\?"),
-        ({"num_workers": 2}, r"num_workers=2\): a stream is read in the training process"),
+        ({"num_workers": 2}, r"num_workers=2\): only the training process can read a stream"),
     ):
         with pytest.raises(ValueError, match=words):
             made(dataset=stream, **options)

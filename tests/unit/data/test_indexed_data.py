@@ -336,7 +336,7 @@ MISTAKES = {
     "short index": r"data.idx has \d+ bytes, and 30 items in 30 documents take \d+: it is cut short",
     "very short index": r"data.idx is no index of Megatron's: it begins with b'MMIDIDX",
     "other index": r"data.idx is no index of Megatron's: it begins with b'GARBAGE",
-    "short data": r"data.bin has \d+ bytes, and data.idx tells of \d+",
+    "short data": r"data.bin has \d+ bytes, and by data.idx it should have \d+",
     "empty document": r"data.idx: item 7 has 0 tokens: document 7 is empty",
     "places": r"data.idx: its items do not stand one behind another",
     "documents": r"data.idx: document 8 is empty",
@@ -624,7 +624,7 @@ from tests.support.pages import ROOT
 make("gpt", {str(tmp_path)!r}).prepare_data()
 """
     done = subprocess.run([executable(), "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert "RuntimeError: megatron-core has come without its compiled helper" in done.stderr
+    assert "RuntimeError: megatron-core is installed without its compiled helper" in done.stderr
     assert "pip install --force-reinstall" in done.stderr
 
 
