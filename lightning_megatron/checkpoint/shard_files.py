@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from lightning_megatron.checkpoint import torch_private
 
 METADATA = ".metadata"
 
@@ -84,7 +85,7 @@ def write(items: list[tuple[Any, torch.Tensor]], folder: Path, rank: int) -> Wri
                 if file.error is None:
                     raise
                 raise file.error from None
-            where[index] = _StorageInfo(name, start, file.size - start)
+            where[index] = torch_private.place_in_file(name, start, file.size - start)
         return Written(name, file.size, file.crc32, where, os.fstat(raw.fileno()).st_ino)
 
 

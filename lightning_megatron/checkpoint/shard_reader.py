@@ -14,12 +14,11 @@ from megatron.core.dist_checkpointing.exchange_utils import (
     ShardDistribution,
     determine_main_replica_uniform_distribution,
 )
-from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
-from megatron.core.dist_checkpointing.utils import _sharded_tensor_shard_id
+from megatron.core.dist_checkpointing.strategies.torch import mcore_to_pyt_state_dict
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from lightning_megatron.checkpoint import torch_private
 from lightning_megatron.checkpoint.shard_files import METADATA
 from lightning_megatron.distributed import process_groups
 
@@ -56,12 +55,12 @@ def read(shards: list[ShardedTensor], folder: Path) -> None:
     from_others = set()
     if distribution is not None:
         mine = dist.get_rank(group)
-        from_others = {id(s) for s in shared if distribution.main_rank_for_shard[_sharded_tensor_shard_id(s)] != mine}
+        from_others = {id(s) for s in shared if distribution.main_rank_for_shard[torch_private.shard_id(s)] != mine}
     by_key: dict[str, list[ShardedTensor]] = {}
     for shard in shards:
         if id(shard) not in from_others:
             by_key.setdefault(shard.key, []).append(shard)
-    _load_state_dict(mcore_to_pyt_state_dict(by_key, is_loading=True), _Reader(folder), planner=MCoreLoadPlanner())
+    torch_private.load_into(mcore_to_pyt_state_dict(by_key, is_loading=True), _Reader(folder))
     if distribution is not None:
         _broadcast(shared, distribution, group, device)
 
@@ -73,7 +72,7 @@ def _broadcast(shards: list[ShardedTensor], distribution: ShardDistribution, gro
     """
     tensors_of: dict[Any, list[torch.Tensor]] = defaultdict(list)
     for shard in shards:
-        tensors_of[_sharded_tensor_shard_id(shard)].append(shard.data)
+        tensors_of[torch_private.shard_id(shard)].append(shard.data)
     for name, source in distribution.main_rank_for_shard.items():
         if len(distribution.all_ranks_for_shard[name]) == 1:
             continue
@@ -101,7 +100,7 @@ class WholeTensorReader:
         """Read the whole tensor ``key``."""
         about = self.stored[key]
         tensor = torch.empty(about.size, dtype=about.properties.dtype, device="cpu")
-        _load_state_dict({key: tensor}, self._reader, no_dist=True, planner=MCoreLoadPlanner())
+        torch_private.load_into({key: tensor}, self._reader, alone=True)
         return tensor
 
 

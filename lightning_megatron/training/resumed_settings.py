@@ -91,7 +91,7 @@ class ResumedSettings:
             for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=False):
                 set_values(group, {"lr": rate})
             if rates:
-                scheduler._last_lr = rates
+                _set_last_rates(scheduler, rates)
         self._to_set = []
 
     def _tell(self, found: list[Difference], others: str) -> None:
@@ -196,8 +196,13 @@ def _rates(scheduler: Any) -> list[Any]:
     if isinstance(scheduler, LambdaLR):
         pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         return [base * factor(scheduler.last_epoch) for base, factor in pairs]
-    closed_form = getattr(scheduler, "_get_closed_form_lr", None)  # private (torch 2.13)
+    closed_form = getattr(scheduler, "_get_closed_form_lr", None)  # private in torch (2.13)
     return [] if closed_form is None else list(closed_form())
+
+
+def _set_last_rates(scheduler: Any, rates: list[Any]) -> None:
+    """Have ``scheduler.get_last_lr()`` return ``rates``; private in torch (2.13)."""
+    scheduler._last_lr = rates
 
 
 def _guessed(groups: list[State], scheduled: bool) -> list[State]:

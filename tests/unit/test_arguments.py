@@ -89,7 +89,10 @@ STRATEGY: list[tuple[dict[str, Any], str]] = [
         {"ddp": DistributedDataParallelConfig(use_distributed_optimizer=True), "distributed_optimizer": False},
         "contradict each other",
     ),
-    ({"ddp": DistributedDataParallelConfig(num_distributed_optimizer_instances=2)}, "does not build the groups that it needs"),
+    (
+        {"ddp": DistributedDataParallelConfig(num_distributed_optimizer_instances=2)},
+        "does not build the groups that it needs",
+    ),
     ({"on_nonfinite": "skp"}, "on_nonfinite='skp'): use 'raise' or 'skip' or 'ignore'."),
     ({"checkpointing": {"async_save": True}}, "use lightning_megatron.Checkpointing(...)."),
     ({"process_group_backend": "mpi"}, "process_group_backend='mpi'): use 'gloo', 'nccl'"),

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_megatron.checkpoint import rng_state
+from lightning_megatron.checkpoint import rng_state, torch_private
 from lightning_megatron.checkpoint.data_position import epoch_order
 
 Record = dict[str, Any]
@@ -172,7 +172,7 @@ class TrackedSampler:
 
     def restart_workers(self) -> None:
         """Make persistent workers start again with the next iterator, and its seed."""
-        self._loader._iterator = None  # private (torch 2.13)
+        torch_private.stop_persistent_workers(self._loader)
 
     @property
     def _sampler(self) -> Any:
