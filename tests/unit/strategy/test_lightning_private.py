@@ -367,6 +367,7 @@ RESULTS = {
     "checkpoint/model_checkpoint.py": {
         "best_model_path", "best_model_score", "kth_best_model_path", "kth_value", "last_model_path",
     },
+    "checkpoint/torch_private.py": {"_iterator"},  # the workers of a copy of the loader
     "strategy/launchers/returned_state.py": {"state"},
     "strategy/logging/torchmetrics_sync.py": {"_update_count", "_computed", "_forward_cache"},
     "strategy/preemption.py": {"last_model_path"},
