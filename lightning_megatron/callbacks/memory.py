@@ -45,7 +45,7 @@ def estimate(engine: Engine, optimizer: ShardedOptimizer) -> Estimate:
     """What a rank's parts take by their sizes, known before the first step.
 
     Args:
-        engine: Holds the chunks and their gradient buffers.
+        engine: The engine, which has the chunks and their gradient buffers.
         optimizer: The optimizer of their weights.
     """
     weights = sum(p.numel() * p.element_size() for chunk in engine.chunks for p in chunk.parameters())

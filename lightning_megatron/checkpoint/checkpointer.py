@@ -205,7 +205,7 @@ class Checkpointer:
         Args:
             path: The checkpoint's path.
             run: The run to load it into.
-            weights_only: As in ``torch.load``: False trusts this checkpoint, True does not, None asks ``allow_pickle``.
+            weights_only: Whether pickles are refused, as in ``torch.load``; None asks ``allow_pickle``.
 
         Raises:
             CheckpointError: It is incomplete or damaged, or the architectures differ.
@@ -260,7 +260,7 @@ class Checkpointer:
 
         Args:
             state: What ``load`` gave, which changes where that has not been done.
-            run: With its optimizer.
+            run: The run, with its optimizer.
 
         Raises:
             CheckpointError: The optimizer has other parameters.

@@ -41,7 +41,7 @@ class Checkpointing:
         """Refuse a wrong value.
 
         Raises:
-            MisconfigurationException: With the argument and the value seen.
+            MisconfigurationException: An argument is wrong; the message has its name and value.
         """
         arguments = Arguments("Checkpointing", MisconfigurationException)
         arguments.flag(

@@ -58,7 +58,7 @@ class Written:
         name: Name of the file.
         size: Size in bytes.
         crc32: CRC-32 of the content.
-        where: Where in the file each shard is, by the shard's index.
+        where: The offset and length of each shard in the file, by the shard's index.
         inode: Inode of the file, by which it is recognised.
     """
 

@@ -46,7 +46,7 @@ def check_model(
         uneven_stages: Whether the stages of the pipeline may differ in their number of layers.
 
     Raises:
-        LayoutError: With one line for each rule that is broken.
+        LayoutError: A rule is broken; the message has a line for each such rule.
     """
     sizes = {
         "num_layers": num_layers,

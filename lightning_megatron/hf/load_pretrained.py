@@ -32,7 +32,7 @@ class Pretrained:
     """A model of transformers whose configuration is read, and whose weights are read once our model is built.
 
     Args:
-        source: Where its tensors are.
+        source: The source of its tensors.
         fields: transformers' configuration of the model.
         family: The model's architecture.
         changes: Arguments of our configuration that differ.
@@ -54,7 +54,7 @@ class Pretrained:
         """Read the architecture.
 
         Args:
-            source: Where the model is.
+            source: The source of the model.
             kind: Kind of module that it must become, such as "GPT".
             changes: Arguments of our configuration that are to differ.
             ignore: Fields of theirs that change nothing; "architectures" leaves a head out.

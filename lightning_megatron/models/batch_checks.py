@@ -41,7 +41,7 @@ def refuse(module: str, batch: Mapping[str, Any], reasons: Mapping[str, str]) ->
         reasons: What to do instead, for each key.
 
     Raises:
-        ValueError: With the first of them.
+        ValueError: There is one; the message names the first.
     """
     for name, instead in reasons.items():
         if batch.get(name) is not None:
@@ -74,7 +74,7 @@ def check_alike(module: str, batch: Mapping[str, torch.Tensor], name: str, other
     """Refuse one key whose shape is not another's.
 
     Raises:
-        ValueError: With both shapes.
+        ValueError: The shapes differ; the message has both.
     """
     if name in batch and batch[name].shape != batch[other].shape:
         raise ValueError(
@@ -94,7 +94,7 @@ def check_range(module: str, name: str, ids: torch.Tensor, size: int, setting: s
         setting: Name of the setting that says the size.
 
     Raises:
-        ValueError: With the first of them.
+        ValueError: There is one; the message names the first.
     """
     wrong = ids[(ids < 0) | (ids >= size)]
     if wrong.numel():

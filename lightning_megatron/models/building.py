@@ -70,7 +70,7 @@ class ChunkedModule(pl.LightningModule):
         """Refuse sizes that ``layout`` cannot divide; called before a process group exists.
 
         Raises:
-            LayoutError: With the nearest sizes that work.
+            LayoutError: The sizes do not fit; the message has the nearest ones that do.
         """
 
     # Building

@@ -144,7 +144,7 @@ class ConfiguredModule(MegatronModule):
         Call it before ``fit``; the sizes are the adapter's, and so are the parts that are trained whole.
 
         Args:
-            directory: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+            directory: The directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
         Returns:
             The module.
@@ -317,7 +317,7 @@ class ConfiguredModule(MegatronModule):
         """What ``predict_step`` gives, where the model is whole on the rank.
 
         Raises:
-            RuntimeError: With pipeline stages; ``trainer.predict`` gives it under every layout.
+            RuntimeError: The model has pipeline stages; ``trainer.predict`` gives it under every layout.
         """
         if not len(self.chunks) and self._trainer is None:
             self.build_alone()

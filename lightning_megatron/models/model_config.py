@@ -195,7 +195,7 @@ class ModelConfig:
         """Refuse names that are no fields.
 
         Raises:
-            ValueError: With the nearest that there is.
+            ValueError: A name is not a field; the message has the nearest field.
         """
         known = [each.name for each in fields(cls)]
         for name in names:

@@ -94,7 +94,7 @@ class ParameterGroups:
         Its groups carry a ``name``, which LearningRateMonitor shows, and Megatron's ``wd_mult`` and ``lr_mult``.
 
         Args:
-            parameters: As in ``split``.
+            parameters: The parameters, in the form that ``split`` takes.
         """
         groups: list[dict[str, Any]] = [
             {"params": list(members.values()), "name": name} for name, members in self.split(parameters).items()

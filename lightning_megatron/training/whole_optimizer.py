@@ -16,12 +16,12 @@ class WholeOptimizer:
 
     Args:
         inner: The optimizer, before its first step.
-        module: Whose weights it updates.
+        module: The module whose weights it updates.
 
     Attributes:
         initial_settings: The groups' settings at the start of the run, before any schedule has moved them.
         group_weight_names: The names of the weights in each group.
-        group_parameters: Of each group, frozen ones included.
+        group_parameters: The parameters of each group, frozen ones included.
     """
 
     def __init__(self, inner: Optimizer, module: torch.nn.Module) -> None:
@@ -76,6 +76,6 @@ class WholeOptimizer:
         """Refuse the state of another kind of optimizer, or of other groups.
 
         Raises:
-            ValueError: With both.
+            ValueError: The kind or the groups differ; the message has both.
         """
         check_kind(self.kind, len(self.param_groups), state)

@@ -61,7 +61,7 @@ class Resumption:
         """Track the position of a training loader; a loader with ``state_dict`` tracks its own.
 
         Args:
-            loader: Of this epoch, or of all.
+            loader: The training loader of this epoch, or of all epochs.
             replace: Sets an attribute of the loader's sampler until the run ends.
         """
         loader = tracked(loader)

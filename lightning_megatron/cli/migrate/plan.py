@@ -24,10 +24,10 @@ class Line:
 
     Args:
         setting: Name of the setting in the other tool.
-        value: Its value there; None if it was not given and its default matters.
+        value: The setting's value in that tool; None if it was not given and its default matters.
         fate: What became of it, in a word or two.
-        says: Where it is now, or why it has no place.
-        place: Its dotted place in the run, if it has exactly one.
+        says: The text about the setting: its place in the run, or why it has none.
+        place: The setting's dotted place in the run, if it has exactly one.
     """
 
     setting: str

@@ -23,10 +23,10 @@ class Destination:
     """Where a setting lives.
 
     Args:
-        place: Its dotted place in the run; None if it has none, or shares one with other settings.
+        place: The setting's dotted place in the run; None if it has none, or shares one with other settings.
         read: Reads its value from the text that was written.
         fate: What becomes of it.
-        says: Where it is now, or why it is nowhere.
+        says: The text about the setting: its place in the run, or why it has none.
         make: Makes what stands at ``place`` from the value; None puts the value itself.
         takes: What it takes on the command line: no value ("flag"), one, several ("list"), or an optional true or false
             ("switch"). None: as ``read`` says.

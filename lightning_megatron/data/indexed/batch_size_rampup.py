@@ -18,7 +18,7 @@ class BatchSizes(ABC):
         """Refuse a global batch of ``full`` samples on ``replicas`` that the rule does not lead to.
 
         Raises:
-            ValueError: With the numbers seen.
+            ValueError: The rule does not lead to ``full``, or does not divide by ``replicas``.
         """
 
     @abstractmethod
@@ -59,7 +59,7 @@ class RampUp(BatchSizes):
         """Refuse a global batch of ``full`` samples on ``replicas`` that the rule does not lead to.
 
         Raises:
-            ValueError: With the numbers seen.
+            ValueError: The rule does not lead to ``full``, or does not divide by ``replicas``.
         """
         if full < self.start or (full - self.start) % self.increment:
             steps = max((full - self.start) // self.increment, 0)
@@ -108,7 +108,7 @@ class BatchSizeSteps(BatchSizes):
         """Refuse another size at the end, and sizes that ``replicas`` cannot share.
 
         Raises:
-            ValueError: With the numbers seen.
+            ValueError: The rule does not lead to ``full``, or does not divide by ``replicas``.
         """
         last = self.sizes[max(self.sizes)]
         if last != full:

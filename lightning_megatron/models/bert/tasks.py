@@ -43,7 +43,7 @@ class BertTask:
         """Refuse labels that the task cannot learn from; ``batch`` has transformers' keys.
 
         Raises:
-            ValueError: With the values seen.
+            ValueError: A value is wrong; the message has it.
         """
         raise NotImplementedError
 

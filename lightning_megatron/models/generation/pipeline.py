@@ -17,7 +17,7 @@ class Stages:
     Args:
         chunks: This rank's, in their order.
         dtype: Type of the hidden states.
-        device: Where the chunks are.
+        device: The device of the chunks.
     """
 
     def __init__(self, chunks: Sequence[Any], dtype: torch.dtype, device: torch.device) -> None:

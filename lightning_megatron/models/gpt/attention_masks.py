@@ -58,7 +58,7 @@ def check(config: GPTConfig, batch: Batch, name: str, length: int) -> None:
         length: Number of tokens of a row.
 
     Raises:
-        ValueError: With the values seen.
+        ValueError: A value is wrong; the message has it.
     """
     mask, rows = batch.get("attention_mask"), batch[name].size(0)
     shapes = [(rows, 1, length, length)] + [(rows, length)] * (name == "input_ids")
