@@ -24,7 +24,7 @@ from torchmetrics import Metric
 
 from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.distributed.layout import RankCoordinates
-from lightning_megatron.strategy.logging import torchmetrics_sync
+from lightning_megatron.strategy.logging import torchmetrics_private, torchmetrics_sync
 from lightning_megatron.strategy.logging.recorder import reduce_values
 from lightning_megatron.strategy.logging.user_state import taken_back
 
@@ -111,7 +111,7 @@ class HookLogs:
         entry = pending.setdefault(name, _Entry(given))
         if isinstance(value, Metric):
             entry.metric = given.get("metric_attribute") or torchmetrics_sync.attribute_of(self._module, value)
-            value = value._forward_cache
+            value = torchmetrics_private.value_on_batch(value)
         one = isinstance(value, torch.Tensor) and value.numel() == 1
         entry.values.append(value.item() if one else value.detach().cpu() if isinstance(value, torch.Tensor) else value)
         entry.weights.append(float(given.get("batch_size") or self._rows()))
@@ -165,10 +165,11 @@ class HookLogs:
         value: Any
         if first.metric is not None:
             value = self._module.get_submodule(first.metric)
-            value._update_count = max(value._update_count, 1)  # the last stage's states are known when it is computed
+            # The last stage's states are known when it is computed.
+            torchmetrics_private.set_update_count(value, max(value.update_count, 1))
             known = [v for v in values if v is not None]
-            value._forward_cache = reduce_values(known, [1.0] * len(known), "mean") if known else None
-            value._forward_cache = _tensor(value._forward_cache, value.device)
+            on_batch = reduce_values(known, [1.0] * len(known), "mean") if known else None
+            torchmetrics_private.set_value_on_batch(value, _tensor(on_batch, value.device))
             options["metric_attribute"] = first.metric
         else:
             value = reduce_values(values, weights, first.options.get("reduce_fx", "mean"))

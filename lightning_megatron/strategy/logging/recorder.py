@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.models.megatron_module import MegatronModule
-from lightning_megatron.strategy.logging import torchmetrics_sync
+from lightning_megatron.strategy.logging import torchmetrics_private, torchmetrics_sync
 from lightning_megatron.strategy.logging.user_state import taken_back
 
 _SIGNATURE = inspect.signature(pl.LightningModule.log)
@@ -144,7 +144,7 @@ class LogRecorder:
             entry = self._seen[name] = _Entry(chunk, options)
         if isinstance(value, Metric):
             entry.metric = torchmetrics_sync.attribute_of(self._module, value)
-            value = value._forward_cache
+            value = torchmetrics_private.value_on_batch(value)
         weight = options.get("batch_size")
         entry.values.append(value.detach() if isinstance(value, torch.Tensor) else value)
         entry.weights.append(float(rows if weight is None else weight))

@@ -15,6 +15,7 @@ from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_megatron.distributed import collectives, process_groups
+from lightning_megatron.strategy.logging import torchmetrics_private
 
 
 def metrics_to_sync(module: pl.LightningModule) -> list[Metric]:
@@ -49,23 +50,24 @@ def same_on_all_stages(module: pl.LightningModule, counts: list[int]) -> Iterato
     global _stages_agree
     found = _metrics(module) if process_groups.pipeline().size() > 1 else []
     if found:
-        now = [metric._update_count for metric in found]
+        now = [metric.update_count for metric in found]
         changed = torch.tensor(int(counts != now), device=found[0].device)
         dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=process_groups.pipeline())
         if changed:
             for metric, states in zip(found, collectives.broadcast_object_from_last_stage(_states(found)), strict=True):
-                for name, value in apply_to_collection(states, torch.Tensor, torch.Tensor.to, metric.device).items():
-                    setattr(metric, name, value)
+                here = apply_to_collection(states, torch.Tensor, torch.Tensor.to, metric.device)
+                torchmetrics_private.restore(metric, here)
     _stages_agree = bool(found)
     try:
         yield
     finally:
         _stages_agree = False
-        counts[:] = [metric._update_count for metric in found]
+        counts[:] = [metric.update_count for metric in found]
 
 
 def _states(found: list[Metric]) -> list[dict[str, Any]]:
-    return [apply_to_collection(_snapshot(metric), torch.Tensor, torch.Tensor.cpu) for metric in found]
+    taken = [torchmetrics_private.snapshot(metric) for metric in found]
+    return apply_to_collection(taken, torch.Tensor, torch.Tensor.cpu)
 
 
 def attribute_of(module: pl.LightningModule, metric: torch.nn.Module) -> str:
@@ -99,7 +101,8 @@ class BatchStates:
         shared = {id(m) for c in module.modules() if isinstance(c, MetricCollection) for m in c.modules()}
         for metric in _metrics(module):
             if id(metric) not in shared and _is_mergeable(metric):
-                self._before[id(metric)] = (metric, metric._copy_state_dict(), metric._update_count)
+                states = torchmetrics_private.copy_of_states(metric)
+                self._before[id(metric)] = (metric, states, metric.update_count)
                 metric.reset()
 
     def finish(self, metric: Metric, fallback: Any, *, shown: bool) -> None:
@@ -112,12 +115,12 @@ class BatchStates:
         """
         value = fallback
         if shown and id(metric) in self._before:
-            metric._update_count = max(metric._update_count, 1)
+            torchmetrics_private.set_update_count(metric, max(metric.update_count, 1))
             value = metric.compute()
         self._merge(metric)
-        metric._update_count = max(metric._update_count, 1)
-        metric._computed = None
-        metric._forward_cache = value
+        torchmetrics_private.set_update_count(metric, max(metric.update_count, 1))
+        torchmetrics_private.forget_computed(metric)
+        torchmetrics_private.set_value_on_batch(metric, value)
 
     def finish_all(self) -> None:
         """Merge the metrics that were updated but not logged."""
@@ -127,39 +130,26 @@ class BatchStates:
     def _merge(self, metric: Metric) -> None:
         _, states, updates = self._before.pop(id(metric), (None, None, 0))
         if states is not None:
-            metric._update_count += updates
+            torchmetrics_private.set_update_count(metric, metric.update_count + updates)
             metric.merge_state(states)
 
 
 def _is_mergeable(metric: Metric) -> bool:
     """Whether states are sums, extremes or lists, which do not depend on the number of updates."""
     simple = (dim_zero_sum, dim_zero_max, dim_zero_min, dim_zero_cat)
-    return metric.full_state_update is False and all(r in simple for r in metric._reductions.values())
+    return metric.full_state_update is False and all(r in simple for r in torchmetrics_private.reductions(metric))
 
 
 @contextmanager
 def untouched(module: pl.LightningModule) -> Iterator[None]:
     """Undo, at the end, all changes of the module's metrics inside the context."""
-    before = [(metric, _snapshot(metric)) for metric in _metrics(module)]
+    before = [(metric, torchmetrics_private.snapshot(metric)) for metric in _metrics(module)]
     try:
         yield
     finally:
-        for metric, attributes in before:
-            for name, value in attributes.items():
-                setattr(metric, name, value)
+        for metric, taken in before:
+            torchmetrics_private.restore(metric, taken)
 
 
 def _metrics(module: pl.LightningModule) -> list[Metric]:
     return [child for child in module.modules() if isinstance(child, Metric)]
-
-
-def _snapshot(metric: Metric) -> dict[str, Any]:
-    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
-    values = {name: getattr(metric, name) for name in names}
-    return {name: _copy(value) for name, value in values.items()}
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, list):
-        return list(value)
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
