@@ -1,8 +1,11 @@
-"""``MegatronStrategy``: Lightning's hooks, in the order in which the Trainer calls them."""
+"""``MegatronStrategy``: Lightning's hooks, in the order in which the Trainer calls them.
+
+Those for checkpoints are in ``checkpoint_hooks.py``, and barrier, broadcast, reduce and gather in
+``rank_communication.py``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
-from lightning_megatron.checkpoint import Checkpointer, Checkpointing, Run, local_path
+from lightning_megatron.checkpoint import Checkpointer, Checkpointing
 from lightning_megatron.distributed import (
     first_error,
     heartbeat,
@@ -34,13 +37,12 @@ from lightning_megatron.strategy import (
     checks,
     launchers,
     preemption,
-    single_rank,
     trainer_patches,
 )
+from lightning_megatron.strategy.checkpoint_hooks import CheckpointHooks
 from lightning_megatron.strategy.dataloading import evaluation_sampler, prediction_gather, rank_consistency
 from lightning_megatron.strategy.former_arguments import refuse_former_arguments
 from lightning_megatron.strategy.logging import step_values
-from lightning_megatron.strategy.module_setup import ModuleSetup
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.strategy.rank_communication import RankCommunication
 from lightning_megatron.training import resumed_settings, timers
@@ -51,7 +53,7 @@ _DEFAULT_CHECKPOINTING = Checkpointing()
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
-class MegatronStrategy(ModuleSetup, RankCommunication):
+class MegatronStrategy(CheckpointHooks, RankCommunication):
     """Trains with megatron-core's process groups, pipeline schedules and distributed optimizer.
 
     A batch of the loader is one data-parallel rank's data of one optimizer step; it is cut into micro-batches here.
@@ -167,12 +169,6 @@ class MegatronStrategy(ModuleSetup, RankCommunication):
 
     @property
     @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        """A plain module on one rank is loaded before, as without this strategy; others have no weights before."""
-        return not self._is_plain_alone
-
-    @property
-    @override
     def precision_plugin(self) -> Precision:
         return self._precision_plugin if self._precision_plugin is not None else MegatronPrecision()
 
@@ -284,6 +280,17 @@ class MegatronStrategy(ModuleSetup, RankCommunication):
     # What the loops call
 
     @override
+    def on_train_start(self) -> None:
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        if self._sharded is not None:
+            self._sharded.copy_changed_weights()
+        rank_consistency.check_numbers_of_batches(trainer)
+        self._resumed_settings.set_rates()
+        self.checkpointer.plateaus.begin(trainer)
+        self._preemption.listen()
+        self.checkpointer.resumption.begin(trainer)
+
+    @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
         if not isinstance(module, MegatronModule):
@@ -318,39 +325,6 @@ class MegatronStrategy(ModuleSetup, RankCommunication):
         return self._steps.evaluate("validation_step", batch, *args, **kwargs)
 
     @override
-    def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._steps.evaluate("test_step", batch, *args, **kwargs)
-
-    @override
-    def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._steps.predict(batch, *args, **kwargs)
-
-    @override
-    def on_test_start(self) -> None:
-        rank_consistency.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
-
-    @override
-    def on_predict_start(self) -> None:
-        rank_consistency.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
-
-    # The end, and checkpoints
-
-    @override
-    def on_predict_end(self) -> None:
-        prediction_gather.join_replicas(self.lightning_module.trainer)  # type: ignore[union-attr]
-
-    @override
-    def on_train_start(self) -> None:
-        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        if self._sharded is not None:
-            self._sharded.copy_changed_weights()
-        rank_consistency.check_numbers_of_batches(trainer)
-        self._resumed_settings.set_rates()
-        self.checkpointer.plateaus.begin(trainer)
-        self._preemption.listen()
-        self.checkpointer.resumption.begin(trainer)
-
-    @override
     def on_train_end(self) -> None:
         if not self._is_plain_alone:  # else Lightning warns of it, and goes on
             checks.check_some_batch(self.lightning_module.trainer)  # type: ignore[union-attr]
@@ -358,14 +332,33 @@ class MegatronStrategy(ModuleSetup, RankCommunication):
         self.checkpointer.wait()
 
     @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        if launchers.kept_checkpoint(self):
-            return {}  # the ranks have ended; `save_checkpoint` copies the checkpoint that they left
-        first_error.wait_for_all_ranks_in_handler()
-        if self._engine is not None:  # otherwise no run has been set up yet
-            self._engine.finish_param_gather()
-            self._engine.share_buffers()
-        return super().lightning_module_state_dict()
+    def on_test_start(self) -> None:
+        rank_consistency.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
+
+    @override
+    def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._steps.evaluate("test_step", batch, *args, **kwargs)
+
+    @override
+    def on_predict_start(self) -> None:
+        rank_consistency.check_numbers_of_batches(self.lightning_module.trainer)  # type: ignore[union-attr]
+
+    @override
+    def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._steps.predict(batch, *args, **kwargs)
+
+    @override
+    def on_predict_end(self) -> None:
+        prediction_gather.join_replicas(self.lightning_module.trainer)  # type: ignore[union-attr]
+
+    # The end of a run
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        first_error.record(exception)
+        heartbeat.explain_timeout(exception, self.layout)
+        self.checkpointer.saves.wait_after_error()
 
     @override
     def teardown(self) -> None:
@@ -381,75 +374,3 @@ class MegatronStrategy(ModuleSetup, RankCommunication):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        first_error.record(exception)
-        heartbeat.explain_timeout(exception, self.layout)
-        self.checkpointer.saves.wait_after_error()
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if storage_options is not None:
-            raise TypeError(f"{type(self).__name__} writes to local paths and takes no storage_options.")
-        if kept := launchers.kept_checkpoint(self):
-            kept.copy_to(local_path(filepath), checkpoint)
-            return
-        if self._is_not_set_up:
-            super().save_checkpoint(checkpoint, local_path(filepath))
-            return
-        first_error.wait_for_all_ranks_in_handler()
-        with timers.timed(self.engine.timers, timers.SAVE):
-            self.checkpointer.save(checkpoint, local_path(self.broadcast(filepath)), self._run)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        if self._is_not_set_up and not self._ranks_have_met:
-            return super().load_checkpoint(local_path(checkpoint_path), weights_only)
-        return self.checkpointer.load(local_path(self.broadcast(checkpoint_path)), self._run, weights_only)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        super().load_model_state_dict(checkpoint, strict)
-        if self._sharded is not None:
-            self._sharded.inner.reload_model_params()
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        optimizer: Any = self._sharded or self._whole_optimizer
-        if optimizer is None:
-            super().load_optimizer_state_dict(checkpoint)
-        elif checkpoint["optimizer_states"]:
-            self.checkpointer.convert_optimizer_states(checkpoint, self._run)  # type: ignore[arg-type]
-            schedulers = [config.scheduler for config in self.lr_scheduler_configs]
-            self._resumed_settings.choose(optimizer, schedulers, checkpoint)  # type: ignore[arg-type]
-            (state,) = checkpoint["optimizer_states"]
-            optimizer.load_state_dict(state["hyper"])
-            state["finish"]()
-
-    @override
-    def remove_checkpoint(self, filepath: Any) -> None:
-        self.checkpointer.saves.remove(local_path(filepath))
-
-    # What the hooks above share
-
-    def _begin_run(self) -> None:
-        """Forget what an earlier fit has loaded before this one loads; an evaluation keeps it, for a later save."""
-        self._ranks_have_met = True
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:  # type: ignore[union-attr]
-            self.checkpointer.begin_fit()
-            self.optimizers, self._whole_optimizer = [], None
-
-    @property
-    def _is_not_set_up(self) -> bool:
-        """Whether there is no run, and no module or a plain one on one rank: Lightning then saves and loads."""
-        return self._engine is None and self._ranks == 1 and not isinstance(self.lightning_module, MegatronModule)
-
-    @property
-    def _run(self) -> Run:
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        is_plain = not isinstance(self.lightning_module, MegatronModule)
-        in_one_file = single_rank.is_single_rank(trainer) and not self.checkpointer.asynchronous
-        return Run(trainer, self.layout, self._sharded or self._whole_optimizer, is_plain, in_one_file)

@@ -287,10 +287,7 @@ class Engine:
         extra = _joined([r[3] for r in records[: len(cut.sizes)]], list(cut.sizes))
         flags = (self.has_logged_values(), any(r[2] for r in records), extra is not None)
         summed = torch.stack([total, weight, *(torch.full_like(total, flag) for flag in flags)])
-        for group in (
-            process_groups.data_parallel(),
-            process_groups.pipeline(),
-        ):  # stages before the last have no records: zeros
+        for group in (process_groups.data_parallel(), process_groups.pipeline()):  # stages before the last add zeros
             if group.size() > 1:
                 dist.all_reduce(summed, group=group)
         total, weight, notes, losses, extras = summed.tolist()
