@@ -335,6 +335,6 @@ def test_samples_that_make_no_whole_batches_are_refused(tmp_path):
     path = str(tmp_path / "part.ckpt")
     run_in_pool(2, _see, Layout(dp=2), 4, 1, None, path)
     with pytest.raises(
-        RankError, match="has consumed 8 samples.*no whole number of batches of 5 on 1 replicas.*batch_size=8"
+        RankError, match="consumed 8 samples.*not a whole number of batches of 5 on 1 replicas.*batch_size=8"
     ):
         run_in_pool(1, _see, Layout(), 5, -1, path)

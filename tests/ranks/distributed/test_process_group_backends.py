@@ -78,7 +78,7 @@ def _somebody_elses() -> list[bool]:
     process_group_backends.destroy_unsuitable(torch.device("cpu"))
     with pytest.raises(MisconfigurationException, match="'cpu:gloo,cuda:gloo', and a model on 'cuda' needs 'nccl'"):
         process_group_backends.destroy_unsuitable(CUDA)
-    with pytest.raises(MisconfigurationException, match="Something else in this program has made it"):
+    with pytest.raises(MisconfigurationException, match="Something else in this program has created the group"):
         process_group_backends.init_for_build(CUDA)
     return [dist.is_initialized()]
 

@@ -54,7 +54,7 @@ def _gpt(layout: Layout) -> None:
 
 
 def test_a_split_of_a_gpt_is_refused_by_name():
-    with pytest.raises(RankError, match="pipeline_split_rank=1.*encoder-decoder models, and LoadedGPT is none"):
+    with pytest.raises(RankError, match="pipeline_split_rank=1.*encoder-decoder models, and LoadedGPT is not one"):
         run_ranks(2, _gpt, Layout(pp=2, split=1), timeout=40)
 
 

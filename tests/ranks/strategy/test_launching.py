@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, LSFEnvir
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from torch.utils.data import DataLoader
 
 from lightning_megatron import MegatronPrecision, MegatronStrategy
@@ -151,8 +151,14 @@ def test_an_environment_of_the_users():
 def test_precision_objects():
     trainer = Trainer(accelerator="cpu", strategy="megatron", plugins=[MixedPrecision("bf16-mixed", "cpu")], **QUIET)
     assert isinstance(trainer.strategy.precision_plugin, MegatronPrecision)
-    with pytest.raises(Exception, match="DoublePrecision"):
-        Trainer(accelerator="cpu", strategy="megatron", plugins=[DoublePrecision()], **QUIET)
+    double = Trainer(accelerator="cpu", strategy="megatron", plugins=[DoublePrecision()], **QUIET)
+    assert double.strategy.precision_plugin.compute_dtype == torch.float64
+
+    class OwnPrecision(Precision):
+        precision = "8-true"
+
+    with pytest.raises(Exception, match="precision='8-true' .OwnPrecision."):
+        Trainer(accelerator="cpu", strategy="megatron", plugins=[OwnPrecision()], **QUIET)
 
 
 def test_a_checkpoint_io_is_refused():
