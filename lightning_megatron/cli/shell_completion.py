@@ -15,12 +15,13 @@ from jsonargparse import ArgumentParser
 from typing_extensions import override
 
 import lightning_megatron.callbacks
-from lightning_megatron import AutoModule, BertModule, GPTModule, MegatronStrategy, T5Module
+from lightning_megatron import AutoModule, MegatronStrategy
 from lightning_megatron.cli.training import MegatronCLI
 from lightning_megatron.data import HFDataModule, MegatronDataModule, TextDataModule
 from lightning_megatron.distributed import extras
+from lightning_megatron.models.configured_module import known_modules
 
-_MODULES = (GPTModule, BertModule, T5Module)
+_MODULES = tuple(known_modules().values())
 _DATA = (TextDataModule, MegatronDataModule, HFDataModule)
 _NAMES = {
     "--trainer.strategy": [MegatronStrategy.__name__],

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
 from lightning_megatron.hf.weight_mapping import WeightMapping
-
-Kind = Literal["GPT", "Bert", "T5"]
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -17,7 +15,8 @@ class Family:
 
     Attributes:
         model_type: transformers' name of the architecture.
-        kind: Kind of module that it becomes, such as "GPT" for a ``GPTModule`` with a ``GPTConfig``.
+        kind: The ``kind`` of the configuration of the module that it becomes, such as "GPT", which ``GPTConfig`` has,
+            for a ``GPTModule``.
         prefix: Beginning of the names of all tensors that belong to no head; files of a model without a head leave it
             out.
         buffers: Regular expressions of tensors that are no weights, such as masks that old files hold, beyond those
@@ -28,7 +27,7 @@ class Family:
     """
 
     model_type: ClassVar[str] = ""
-    kind: ClassVar[Kind] = "GPT"
+    kind: ClassVar[str] = "GPT"
     prefix: ClassVar[str] = ""
     buffers: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[tuple[str, ...]] = ()

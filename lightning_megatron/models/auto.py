@@ -9,20 +9,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lightning_megatron import hf
-from lightning_megatron.models.bert.module import BertModule
-from lightning_megatron.models.configured_module import ConfiguredModule
-from lightning_megatron.models.gpt.module import GPTModule
+from lightning_megatron.models.configured_module import ConfiguredModule, module_for
 from lightning_megatron.models.lora import LoRA, lora_module
 from lightning_megatron.models.megatron_module import LossReduction, SchedulerCallable
-from lightning_megatron.models.t5.module import T5Module
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
-_MODULES: dict[str, type[ConfiguredModule]] = {"GPT": GPTModule, "Bert": BertModule, "T5": T5Module}
-
 
 class AutoModule:
-    """Makes a ``GPTModule``, ``BertModule`` or ``T5Module``, by what a model's configuration says it is."""
+    """Makes the module of a model's family, such as a ``GPTModule``, by what the model's configuration says it is."""
 
     @classmethod
     def from_pretrained(
@@ -61,7 +56,7 @@ class AutoModule:
         if own_adapter is not None and adapter is not None:
             raise ValueError(f"{own_adapter} is an adapter, and adapter={str(adapter)!r} another. Give one of them.")
         found = hf.open_source(base, revision)
-        kind = _MODULES[hf.family_of(found.config.model_type).kind]
+        module_class = module_for(hf.family_of(found.config.model_type))
         named = {"optimizer": optimizer, "lr_schedule": lr_schedule, "loss_reduction": loss_reduction, "lora": lora}
         chosen = own_adapter if adapter is None else Path(adapter)
-        return kind._from_source(found, config, ignore, {**named, **arguments}, chosen)
+        return module_class._from_source(found, config, ignore, {**named, **arguments}, chosen)

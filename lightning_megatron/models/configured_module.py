@@ -24,9 +24,11 @@ from lightning_megatron.models.model_config import ModelConfig
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
+_BY_KIND: dict[str, type[ConfiguredModule]] = {}
+
 
 class ConfiguredModule(MegatronModule):
-    """The base of a family's module.
+    """The base of a family's module. A subclass that declares its ``config_type`` is found by that type's ``kind``.
 
     Args:
         config: The shape of the model; its class is ``config_type``.
@@ -41,6 +43,14 @@ class ConfiguredModule(MegatronModule):
 
     config_type: ClassVar[type[ModelConfig]]
     _get_batch_of_family: ClassVar[Any] = MegatronModule.get_batch
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make a family's module known by its kind; a later class with the same kind does not take its place."""
+        super().__init_subclass__(**options)
+        if "config_type" in vars(cls):
+            first = _BY_KIND.setdefault(cls.config_type.kind, cls)
+            if (first.__module__, first.__qualname__) == (cls.__module__, cls.__qualname__):
+                _BY_KIND[cls.config_type.kind] = cls  # defined again, as when a notebook's cell runs twice
 
     def __init__(
         self,
@@ -326,3 +336,23 @@ class ConfiguredModule(MegatronModule):
                 f"{type(self).__name__}.forward needs pp=1: here are pipeline stages. Use trainer.predict."
             )
         return self.predict_step(batch, 0)
+
+
+def known_modules() -> dict[str, type[ConfiguredModule]]:
+    """The modules of all families, also the user's own, by the ``kind`` of their configurations."""
+    return dict(sorted(_BY_KIND.items()))
+
+
+def module_for(family: hf.Family) -> type[ConfiguredModule]:
+    """The module that the models of a family of transformers' become.
+
+    Raises:
+        UnsupportedConfigError: No module has the family's kind; names the kinds that there are.
+    """
+    known = known_modules()
+    if family.kind not in known:
+        raise hf.UnsupportedConfigError(
+            f"{type(family).__name__}.kind is {family.kind!r}, and no module's configuration has that kind; there are"
+            f" {', '.join(known)}. Correct it, or import the file that defines the module."
+        )
+    return known[family.kind]

@@ -66,7 +66,7 @@ class ModelConfig:
         ValueError: An unknown activation, kind of layers, or key of ``extra``; a probability that is none.
     """
 
-    kind: ClassVar[str] = ""
+    kind: ClassVar[str] = ""  # a name, by which a family is found; each has its own
 
     num_layers: int
     hidden_size: int
@@ -108,6 +108,11 @@ class ModelConfig:
                     f"{type(self).__name__}({name}={getattr(self, name)}): use a probability, from 0 to below 1."
                 )
         self.check(ParallelLayout(world_size=1))
+
+    @property
+    def peft_task(self) -> str:
+        """peft's ``task_type`` of an adapter of the model."""
+        return "FEATURE_EXTRACTION"
 
     def depths(self) -> dict[str, Any]:
         """How many layers there are, by the arguments' names."""

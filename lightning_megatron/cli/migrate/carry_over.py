@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 
+from lightning_megatron import models
 from lightning_megatron.cli.migrate.batch_settings import growth
 from lightning_megatron.cli.migrate.combined_settings import carry_over_combined
 from lightning_megatron.cli.migrate.plan import MigrationError, Plan, nearest
@@ -25,10 +26,8 @@ from lightning_megatron.cli.migrate.settings_table import (
 )
 from lightning_megatron.cli.migrate.values import anything, truth
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.models import AutoModule, BertConfig, GPTConfig, T5Config
 
 _EXTRA = {field.name: field.type for field in fields(TransformerConfig)}
-_CONFIGS = {"gpt": GPTConfig, "bert": BertConfig, "t5": T5Config}
 # What each BERT and T5 is, whatever is said.
 _BERT = {"position_embedding": "learned", "normalization": "LayerNorm", "bias": True, "tie_embeddings": True}
 _FIXED: dict[str, dict[str, Any]] = {
@@ -133,7 +132,7 @@ def carry_over(given: Mapping[str, Any], plan: Plan, model: str | None = None, w
 
 def _fit_the_family(plan: Plan, model: str) -> None:
     """Take back what the model's configuration does not have, and say what else it will refuse."""
-    family = _CONFIGS[model]
+    family = getattr(models, MODELS[model][0]).config_type
     config: dict[str, Any] = plan.get(CONFIG, {})
     known = {field.name for field in fields(family)}
     for name in [name for name in config if name not in known]:
@@ -163,7 +162,7 @@ def _fit_the_family(plan: Plan, model: str) -> None:
 
 def _move_module_arguments(plan: Plan) -> None:
     """``from_pretrained`` hands them on; the command line reads what a signature does not name from ``dict_kwargs``."""
-    named = signature(AutoModule.from_pretrained).parameters
+    named = signature(models.AutoModule.from_pretrained).parameters
     arguments = plan.get(MODULE, {})
     for name in [name for name in arguments if name not in named]:
         plan.put(f"model.dict_kwargs.{name}", arguments.pop(name))

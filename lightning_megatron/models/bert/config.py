@@ -14,6 +14,7 @@ BertTaskName = Literal["masked_lm", "pretraining", "sequence_classification", "t
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 _TASKS = ("masked_lm", "pretraining", "sequence_classification", "token_classification")
+_PEFT_TASKS = {"sequence_classification": "SEQ_CLS", "token_classification": "TOKEN_CLS"}
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -88,6 +89,11 @@ class BertConfig(ModelConfig):
                 " Use 'gelu'."
             )
         super().__post_init__()
+
+    @property
+    def peft_task(self) -> str:
+        """peft's ``task_type`` of an adapter of the model."""
+        return _PEFT_TASKS.get(self.task, super().peft_task)
 
     def problem(self, labels_are_floating: bool) -> ProblemType:
         """The loss of sequence classification, by transformers' rule where none was asked for."""

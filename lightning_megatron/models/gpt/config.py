@@ -95,6 +95,11 @@ class GPTConfig(ModelConfig):
                 if getattr(self, name) != usual:
                     raise ValueError(f"GPTConfig({name}={getattr(self, name)!r}) needs layers='torch'.")
 
+    @property
+    def peft_task(self) -> str:
+        """peft's ``task_type`` of an adapter of the model."""
+        return "CAUSAL_LM"
+
     def sizes(self) -> dict[str, Any]:
         """What a layout has to divide."""
         groups = self.num_query_groups or self.num_attention_heads

@@ -21,12 +21,6 @@ from lightning_megatron.models.lora.layer import Adapter
 from lightning_megatron.models.lora.merge import Updates
 from lightning_megatron.models.lora.peft_files import Saved, base_of, write
 
-_TASKS = {
-    "GPT": "CAUSAL_LM",
-    "T5": "SEQ_2_SEQ_LM",
-    "sequence_classification": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",
-}
 # What peft trains whole, and saves, for some tasks without being asked.
 _HEADS = {"SEQ_CLS": {"classifier"}, "TOKEN_CLS": {"classifier"}}
 
@@ -165,7 +159,7 @@ def save(module: Any, folder: Path) -> Path:
         why = "has no LoRA(...)" if module.lora is None else "is of no family of transformers'"
         raise ValueError(f"{type(module).__name__}.save_adapter: the module {why}. Use save_pretrained.")
     mapping = family.weight_mapping(module.config)
-    task = _TASKS.get(getattr(module.config, "task", family.kind), "FEATURE_EXTRACTION")
+    task = module.config.peft_task
     trained = _trained_whole(module)
     whole_keys = _in_whole_modules(trained, mapping, family.tied(module.config), module.lora, _HEADS.get(task, set()))
     updates, heads = Updates(module.lora, mapping, module.config), Heads.of(module.config)

@@ -104,6 +104,11 @@ class T5Config(ModelConfig):
             )
         super().__post_init__()
 
+    @property
+    def peft_task(self) -> str:
+        """peft's ``task_type`` of an adapter of the model."""
+        return "SEQ_2_SEQ_LM"
+
     def depths(self) -> dict[str, Any]:
         """How many layers there are, by the arguments' names; both sides' own need no common number."""
         sides = (self.encoder_num_layers, self.decoder_num_layers)
