@@ -7,9 +7,7 @@ needs half of its scores. Norms, activations, softmax and embeddings are left ou
 
 from __future__ import annotations
 
-from lightning_megatron.models.gpt.config import GPTConfig
-from lightning_megatron.models.model_config import ModelConfig
-from lightning_megatron.models.t5.config import T5Config
+from lightning_megatron.models.model_config import LayerStack, ModelConfig
 
 _FORWARD_AND_BACKWARD = 3
 
@@ -18,33 +16,29 @@ def training_flops(config: ModelConfig, lengths: tuple[int, ...]) -> float:
     """The floating-point operations of one sequence, forward and backward.
 
     Args:
-        config: Configuration of a GPT, BERT or T5.
+        config: Configuration of a module, such as a ``GPTConfig``.
         lengths: Tokens of the sequence; a T5 has two numbers: encoder and decoder.
 
     Returns:
         Floating-point operations.
     """
-    if isinstance(config, T5Config):
-        encoder, decoder = lengths
-        forward = config.encoder_layers * (_attention(config, encoder, encoder) + _feed_forward(config, encoder))
-        each = _attention(config, decoder, decoder, causal=True) + _attention(config, decoder, encoder)
-        forward += config.decoder_layers * (each + _feed_forward(config, decoder))
-        return _FORWARD_AND_BACKWARD * (forward + _vocabulary(config, decoder))
-    (length,) = lengths
-    each = _attention(config, length, length, causal=isinstance(config, GPTConfig)) + _feed_forward(config, length)
-    return _FORWARD_AND_BACKWARD * (config.num_layers * each + _vocabulary(config, length))
+    stacks = config.stacks(lengths)
+    forward = sum(stack.layers * _layer(config, stack) for stack in stacks)
+    return _FORWARD_AND_BACKWARD * (forward + _vocabulary(config, stacks[-1].tokens))
 
 
-def _attention(config: ModelConfig, queries: int, keys: int, causal: bool = False) -> float:
+def _layer(config: ModelConfig, stack: LayerStack) -> float:
+    attention = sum(_attention(config, stack.tokens, keys, seen) for keys, seen in stack.attention)
+    return attention + _feed_forward(config, stack.tokens)
+
+
+def _attention(config: ModelConfig, queries: int, keys: int, seen: float) -> float:
     """Projections of queries, keys, values and outputs; scores and their products with the values."""
     sizes = config.sizes()
     head = config.kv_channels or config.hidden_size // config.num_attention_heads
     heads, groups = config.num_attention_heads * head, sizes["num_query_groups"] * head
     projections = 2 * config.hidden_size * (2 * heads * queries + 2 * groups * keys)
-    seen = keys
-    if isinstance(config, GPTConfig) and config.sliding_window and config.sliding_window_layers is None:
-        seen = min(keys, 2 * config.sliding_window)  # halved below, as the triangle is
-    return projections + 2 * 2 * queries * seen * heads * (0.5 if causal else 1)
+    return projections + 2 * 2 * queries * seen * heads
 
 
 def _feed_forward(config: ModelConfig, tokens: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
@@ -37,6 +37,20 @@ _PLAIN_KERNELS = dict.fromkeys(
      "gradient_accumulation_fusion", "apply_rope_fusion"),
     False,
 )  # fmt: skip
+
+
+class LayerStack(NamedTuple):
+    """What the layers of a stack do with one sequence.
+
+    Attributes:
+        layers: The number of layers.
+        tokens: The tokens that go through each of them.
+        attention: For each attention of a layer, the keys that there are and those that a query sees on average.
+    """
+
+    layers: int
+    tokens: int
+    attention: list[tuple[int, float]]
 
 
 @dataclass(kw_only=True)
@@ -108,6 +122,15 @@ class ModelConfig:
                     f"{type(self).__name__}({name}={getattr(self, name)}): use a probability, from 0 to below 1."
                 )
         self.check(ParallelLayout(world_size=1))
+
+    def stacks(self, lengths: tuple[int, ...]) -> list[LayerStack]:
+        """The stacks of layers that a sequence goes through, from the input to the logits; one, which sees all of it.
+
+        Args:
+            lengths: Tokens of the sequence; a T5 has two numbers: encoder and decoder.
+        """
+        (length,) = lengths
+        return [LayerStack(self.num_layers, length, [(length, length)])]
 
     @property
     def peft_task(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from lightning_megatron.checkpoint import formerly_in, plain_class
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.models.layers.rope_scaling import ROPE_TYPES
-from lightning_megatron.models.model_config import ModelConfig
+from lightning_megatron.models.model_config import LayerStack, ModelConfig
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
 
@@ -94,6 +94,14 @@ class GPTConfig(ModelConfig):
             for name, usual in (("rope_scaling", None), ("parallel_residual", False), ("embedding_multiplier", 1.0)):
                 if getattr(self, name) != usual:
                     raise ValueError(f"GPTConfig({name}={getattr(self, name)!r}) needs layers='torch'.")
+
+    def stacks(self, lengths: tuple[int, ...]) -> list[LayerStack]:
+        """One stack, whose queries look back: at half of the sequence, or at a window that all layers have."""
+        (length,) = lengths
+        seen = length
+        if self.sliding_window is not None and self.sliding_window_layers is None:
+            seen = min(length, 2 * self.sliding_window)  # halved below, as the triangle is
+        return [LayerStack(self.num_layers, length, [(length, seen / 2)])]
 
     @property
     def peft_task(self) -> str:

@@ -12,7 +12,7 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.models.build_settings import BuildSettings
-from lightning_megatron.models.model_config import Activation, ModelConfig
+from lightning_megatron.models.model_config import Activation, LayerStack, ModelConfig
 from lightning_megatron.models.t5 import pipeline_split
 from lightning_megatron.models.t5.model import PositionEmbedding
 
@@ -103,6 +103,14 @@ class T5Config(ModelConfig):
                 " MegatronStrategy(pipeline_split_rank=). Leave it out."
             )
         super().__post_init__()
+
+    def stacks(self, lengths: tuple[int, ...]) -> list[LayerStack]:
+        """The encoder, and the decoder, whose queries look back and at the encoder's whole output."""
+        encoder, decoder = lengths
+        return [
+            LayerStack(self.encoder_layers, encoder, [(encoder, encoder)]),
+            LayerStack(self.decoder_layers, decoder, [(decoder, decoder / 2), (encoder, encoder)]),
+        ]
 
     @property
     def peft_task(self) -> str:

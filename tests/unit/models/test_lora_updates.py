@@ -131,3 +131,17 @@ def test_a_new_head_goes_to_peft_and_comes_back(tmp_path):
         other = AutoModule.from_pretrained(pretrained.new_model("bert-masked"), config={"task": "token_classification"})
     other = other.load_adapter(tmp_path).build()
     assert torch.equal(weight, other.state_dict()["chunks.0.classification_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("llama", "CAUSAL_LM"),
+        ("t5", "SEQ_2_SEQ_LM"),
+        ("bert-masked", "FEATURE_EXTRACTION"),
+        ("bert-sequences", "SEQ_CLS"),
+        ("bert-tokens", "TOKEN_CLS"),
+    ],
+)
+def test_an_adapter_says_its_task(name, task):
+    assert AutoModule.from_pretrained(pretrained.new_model(name)).config.peft_task == task
