@@ -1,4 +1,4 @@
-"""matplotlib, where it is installed, without a screen."""
+"""Imports matplotlib so that it draws without a screen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run ends before its last step, and that its end is saved."""
+"""``ExitInterval`` and ``SaveAtEnd``: end a run before its last step, and save its end."""
 
 from __future__ import annotations
 

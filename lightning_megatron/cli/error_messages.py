@@ -1,4 +1,4 @@
-"""jsonargparse's message about a wrong argument in one line: the argument, what is wrong, and what to use instead."""
+"""Makes one line of jsonargparse's message: the argument, what is wrong, and what to use instead."""
 
 from __future__ import annotations
 

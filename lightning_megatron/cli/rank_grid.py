@@ -1,4 +1,4 @@
-"""The ranks of a layout as a grid: who holds which pipeline stage, tensor-parallel shard and replica, on which node."""
+"""Draws the ranks of a layout as a grid: who holds which stage, shard and replica, and on which node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completion of the ``lightning-megatron`` command in a shell: a script that shtab writes, with every option in it.
+"""Completes the ``lightning-megatron`` command in a shell, by a script that shtab writes.
 
 jsonargparse's own script for shells (4.53) does not end: it follows classes that take classes of their own kind.
 """

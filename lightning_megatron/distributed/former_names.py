@@ -1,4 +1,4 @@
-"""Modules under the names that they had before the package was laid out in nine folders.
+"""Imports modules by the names that they had before the package was laid out in nine folders.
 
 An import by a former name gives the module and a DeprecationWarning. The names go with release 0.2.
 """

@@ -1,4 +1,4 @@
-"""Whether a transformer's sizes can be divided over a parallel layout, and what to change if they cannot."""
+"""Checks whether a parallel layout can divide a transformer's sizes, and says what to change if it cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an error text suggests: the sizes nearest to a wrong one that work, and the name that was probably meant."""
+"""Finds what an error text suggests: the nearest sizes that work, or the name that was probably meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' configuration, read field by field, so that what nobody reads can be named."""
+"""Reads transformers' configuration field by field, and names the fields that nothing has read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model becomes when it is saved for transformers, and the two places that its weights come from."""
+"""Exports a module or a checkpoint to a directory that transformers loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``Family``: what there is to know of one of transformers' architectures, and where all of them are found."""
+"""``Family``: the base class of one architecture of transformers', and the registry of all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole model's tensors, one after the other, from the shards of all ranks."""
+"""Gathers the whole model's tensors from the shards of all ranks, one tensor after the other."""
 
 from __future__ import annotations
 

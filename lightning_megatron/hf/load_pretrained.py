@@ -1,4 +1,4 @@
-"""Weights of transformers' into the shards of a rank, whatever the layout."""
+"""Loads transformers' weights into the shards of a rank, under any layout."""
 
 from __future__ import annotations
 

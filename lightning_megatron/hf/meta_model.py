@@ -1,4 +1,4 @@
-"""transformers' own model of a configuration, without weights: which fields it reads, and how files name its tensors.
+"""Asks transformers' own model, built without weights, which fields it reads and how files name its tensors.
 
 Lists of fields and names would be out of date with the next version; what is derived here is the installed version's.
 """

@@ -1,4 +1,4 @@
-"""What a model of transformers came with beside its numbers, which goes out again with them."""
+"""Keeps what a model of transformers came with beside its weights, so that an export writes it again."""
 
 from __future__ import annotations
 

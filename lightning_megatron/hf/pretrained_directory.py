@@ -1,4 +1,4 @@
-"""A directory that transformers loads, written tensor by tensor."""
+"""Writes a directory that transformers loads, tensor by tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of transformers' tensors make one of megatron-core's, in which order.
+"""Says which rows of transformers' tensors make up a tensor of megatron-core's, and in which order.
 
 Nothing is computed on the way, so that a tensor that came in goes out again byte by byte. Rows are those of our tensor;
 where theirs is stored transposed, they are its columns.

@@ -1,4 +1,4 @@
-"""Where transformers' tensors are read from: files, or a model in memory; a rectangle at a time."""
+"""Reads parts of transformers' tensors, from files or from a model in memory."""
 
 from __future__ import annotations
 

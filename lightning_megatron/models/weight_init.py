@@ -1,4 +1,4 @@
-"""First weights that are the same under every layout: drawn by the seed and the whole model's name of each weight.
+"""Draws first weights that are the same under every layout, by the seed and each weight's name.
 
 megatron-core draws each rank's shard from the rank's own random numbers, so that another layout starts another model.
 Here a model is built without drawing, then each weight is drawn as a part of the whole one: in tiles, each from a seed

@@ -1,4 +1,4 @@
-"""What ``MegatronStrategy`` does not do is refused here by name, before anything is built."""
+"""Refuses by name what ``MegatronStrategy`` does not do, before anything is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a module is set up for a run: its step runner, its engine, and its sharded optimizer."""
+"""Sets a module up for a run: its step runner, its engine and its sharded optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step as a picture: a row for each stage, a box for each micro-batch's pass, idle time in a colour of its own."""
+"""Draws a step: a row for each stage, a box for each micro-batch's pass, and idle time in its own colour."""
 
 from __future__ import annotations
 

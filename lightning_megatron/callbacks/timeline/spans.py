@@ -1,4 +1,4 @@
-"""What each rank did in a step: megatron-core's times, given the micro-batch and the chunk that they were for."""
+"""Assigns megatron-core's times in a step to the micro-batch and the chunk that they were for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step as a trace of Chrome's format, which https://ui.perfetto.dev opens: a process for each rank."""
+"""Writes a step as a trace that https://ui.perfetto.dev opens, with a process for each rank."""
 
 from __future__ import annotations
 

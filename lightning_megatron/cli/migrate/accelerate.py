@@ -1,4 +1,4 @@
-"""Accelerate's configuration of its Megatron-LM plugin, from YAML, the environment, or the plugin itself."""
+"""Reads Accelerate's configuration of its Megatron-LM plugin, from YAML, the environment or the plugin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lightning-megatron migrate``."""
+"""The subcommand ``lightning-megatron migrate``."""
 
 from __future__ import annotations
 

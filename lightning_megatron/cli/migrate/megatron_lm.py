@@ -1,4 +1,4 @@
-"""Megatron-LM's command line."""
+"""Reads Megatron-LM's command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each of Megatron-LM's settings lives here: one table, for its command line and for ``other_megatron_args``.
+"""The table of Megatron-LM's settings: where each of them lives here.
 
 Those that have a place in the run stand below, room by room. The others are rows of ``elsewhere.tsv``: what they take
 on the command line, Megatron-LM's default where it asks for nothing, what becomes of them, and why.

@@ -1,4 +1,4 @@
-"""Values as people write them in YAML, in variables of the environment and on command lines."""
+"""Reads values as people write them in YAML, in environment variables and on command lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BERT, with every head that ``BertModule`` has."""
+"""BERT, with each head that ``BertModule`` has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-NeoX, and Pythia with it."""
+"""GPT-NeoX and Pythia: rotary positions, and layers whose feed-forward part is beside attention."""
 
 from __future__ import annotations
 

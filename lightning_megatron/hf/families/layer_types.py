@@ -1,4 +1,4 @@
-"""Layers with and without a window of attention, as Qwen's configurations describe them."""
+"""Translates a configuration's list of layers with and without an attention window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary positions, which several families' configurations describe alike."""
+"""Translates a configuration's rotary positions, which several families describe alike."""
 
 from __future__ import annotations
 

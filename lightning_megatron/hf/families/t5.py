@@ -1,4 +1,4 @@
-"""T5, and its version 1.1."""
+"""T5, of version 1.0 and of version 1.1."""
 
 from __future__ import annotations
 

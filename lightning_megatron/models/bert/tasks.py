@@ -1,4 +1,4 @@
-"""What a BERT can be trained for: the labels of a batch, the loss, and the predictions of each task."""
+"""The tasks of a BERT: the labels of a batch, the loss and the predictions of each."""
 
 from __future__ import annotations
 

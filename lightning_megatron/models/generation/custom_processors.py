@@ -1,4 +1,4 @@
-"""A user's own processors, criteria and streamers: what they raise and decide is the same on every rank of a replica.
+"""Runs a user's processors, criteria and streamers so that all ranks of a replica decide and fail together.
 
 A rank that stopped, or raised, alone would leave the others in their next pass.
 """

@@ -1,4 +1,4 @@
-"""A model that is in training, in evaluation mode for a while, and then as it was before."""
+"""Puts a model that is in training into evaluation mode for a while, and restores it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' generation loop around a ``Decoder``, on every rank alike.
+"""Runs transformers' generation loop around a ``Decoder``, in the same way on every rank.
 
 Each rank is given the same scores, so each runs the same loop and comes to the same tokens; nobody has to be told what
 was chosen. The loop sees a model without a cache that is given whole texts: that interface is public and has not

@@ -1,4 +1,4 @@
-"""The cached keys and values of the tokens so far, and which texts they belong to."""
+"""The cached keys and values of the tokens so far, and the texts that they belong to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chunks of all pipeline stages, called one behind the other as one model."""
+"""Calls the chunks of all pipeline stages one after the other, as one model."""
 
 from __future__ import annotations
 

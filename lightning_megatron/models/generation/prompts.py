@@ -1,4 +1,4 @@
-"""Prompts, padded on the left, the same on every rank that holds a part of the model."""
+"""Pads prompts on the left, and makes them equal on all ranks that hold a part of the model."""
 
 from __future__ import annotations
 

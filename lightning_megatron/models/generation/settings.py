@@ -1,4 +1,4 @@
-"""How tokens are chosen: transformers' arguments and defaults; what has no effect or is not supported is refused."""
+"""``GenerationSettings``: how tokens are chosen, by transformers' arguments and defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which earlier tokens a GPT's queries look at, by the masks and positions of a batch."""
+"""Decides which earlier tokens a GPT's queries look at, by the masks and positions of a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-core's GPT, whose rotary positions are the batch's."""
+"""megatron-core's GPT, with rotary positions that are taken from the batch."""
 
 from __future__ import annotations
 

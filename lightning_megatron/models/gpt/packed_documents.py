@@ -1,4 +1,4 @@
-"""Documents that share a row of tokens, kept apart: positions, attention and loss."""
+"""Keeps documents that share a row of tokens apart in positions, attention and loss."""
 
 from __future__ import annotations
 

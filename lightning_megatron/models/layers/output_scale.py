@@ -1,4 +1,4 @@
-"""A constant factor on a module's output."""
+"""Multiplies a module's output by a constant."""
 
 from __future__ import annotations
 

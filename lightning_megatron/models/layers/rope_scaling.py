@@ -1,4 +1,4 @@
-"""Rotary frequencies: stretched for long sequences, by transformers' formulas, and moved with the model."""
+"""Scales rotary frequencies for long sequences by transformers' formulas, and moves them with the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vocabulary shared out over tensor-parallel ranks: its padding kept out of the softmax, and the loss over shards."""
+"""Keeps the padding of a vocabulary out of the softmax, and computes the loss over the vocabulary's shards."""
 
 from __future__ import annotations
 

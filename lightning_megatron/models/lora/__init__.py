@@ -1,4 +1,4 @@
-"""Low-rank updates of a model's linear layers."""
+"""Low-rank updates of a model's linear layers (LoRA)."""
 
 from lightning_megatron.models.lora.config import LoRA
 

@@ -1,4 +1,4 @@
-"""One linear layer's updates, shared out over tensor-parallel ranks as the layer is."""
+"""The low-rank update of one linear layer, sharded over tensor-parallel ranks as the layer is."""
 
 from __future__ import annotations
 

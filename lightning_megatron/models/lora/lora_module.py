@@ -1,4 +1,4 @@
-"""Low-rank updates of a module's model, by the names of its family: injected, loaded and saved."""
+"""Adds low-rank updates to a module's model by its family's names, and loads and saves them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's updates, whole, by transformers' names: added to the weights that they update, or to be written."""
+"""Gathers a model's low-rank updates under transformers' names, to write them or to add them to the weights."""
 
 from __future__ import annotations
 

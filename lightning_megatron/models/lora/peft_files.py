@@ -1,4 +1,4 @@
-"""An adapter's directory, as ``peft`` writes and reads it."""
+"""Reads and writes an adapter's directory as ``peft`` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers of a T5 are on which pipeline stage: the split of the stages, and even shares on each side."""
+"""Splits the layers of a T5 over pipeline stages, with even shares on the encoder's and the decoder's side."""
 
 from __future__ import annotations
 

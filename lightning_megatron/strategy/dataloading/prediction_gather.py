@@ -1,4 +1,4 @@
-"""Predictions of several replicas, joined into the data's order."""
+"""Joins the predictions of several replicas in the order of the data."""
 
 from __future__ import annotations
 
