@@ -24,7 +24,7 @@ _MEASURED_WITH = 1024  # rows and columns of the product that measures an unknow
 
 
 class _Work(NamedTuple):
-    """What one optimizer step took and did, over all replicas."""
+    """The time, tokens, samples and operations of one optimizer step over all replicas."""
 
     seconds: float
     samples: float

@@ -153,7 +153,7 @@ def forget_restart(loop: Any) -> None:
 
 
 def predictions(trainer: pl.Trainer) -> list[list[Any]]:
-    """What the predict loop has collected, loader by loader."""
+    """Return the predictions that the predict loop has collected, loader by loader."""
     loop: Any = trainer.predict_loop
     return loop._predictions
 
@@ -210,7 +210,7 @@ def load_loader_states(trainer: pl.Trainer, states: list[Any]) -> None:
 
 
 def data_fetcher(trainer: pl.Trainer) -> Any:
-    """What the fit loop takes its batches from."""
+    """Return the object that the fit loop takes its batches from."""
     return trainer.fit_loop._data_fetcher
 
 
@@ -243,7 +243,7 @@ def copy_inner_batch_sampler(wrapper: _IndexBatchSamplerWrapper, copy: Callable[
 
 
 def results(trainer: pl.Trainer) -> Any:
-    """What the running loop has been logged; None outside of loops."""
+    """Return the results that have been logged in the running loop; None outside of loops."""
     return trainer._results
 
 
@@ -279,7 +279,7 @@ LINK_CHECKPOINT = "_link_checkpoint"  # the method by which ModelCheckpoint make
 
 
 def summary_depth(callback: ModelSummary) -> int:
-    """Of a ModelSummary callback, ``max_depth``."""
+    """Return the ``max_depth`` of a ModelSummary callback."""
     return callback._max_depth
 
 

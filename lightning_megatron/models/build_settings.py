@@ -20,7 +20,7 @@ class BuildSettings:
         layout: The parallel sizes.
         params_dtype: Type of the weights and of what travels between pipeline stages.
         recompute: Which activations are computed again in the backward pass.
-        device: On which the model is built, whatever device context stands; models move, so it is not compared.
+        device: The device that the model is built on in any device context; models move, so it is not compared.
     """
 
     layout: ParallelLayout

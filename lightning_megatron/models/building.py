@@ -104,7 +104,7 @@ class ChunkedModule(pl.LightningModule):
         Args:
             tp: Tensor-parallel size.
             pp: Pipeline-parallel size.
-            device: By default this rank's GPU, or the CPU where there is none.
+            device: The device to build on; None takes this rank's GPU, or the CPU where there is none.
             dtype: Type of the weights.
 
         Returns:

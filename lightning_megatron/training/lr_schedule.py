@@ -39,7 +39,7 @@ class LRSchedule:
             decay) stays at the peak until ``wsd_decay_steps`` before the end; "constant" stays at the peak.
         warmup_steps: Length of the warm-up.
         warmup_fraction: Length of the warm-up as a fraction of ``decay_steps``, in place of ``warmup_steps``.
-        decay_steps: Where the decay ends, warm-up included; ``min_lr`` holds from there on. None takes the
+        decay_steps: The end of the decay, warm-up included; ``min_lr`` holds from there on. None takes the
             length of the run, which is the Trainer's ``max_steps``, or without it ``estimated_stepping_batches``.
         min_lr: Learning rate at the end of the decay.
         init_lr: Learning rate at the start of the warm-up, for every parameter group alike, as in Megatron.
@@ -49,7 +49,7 @@ class LRSchedule:
             (and equal). "linear" and "cosine" raise it from start to end; groups without weight decay stay without.
         start_weight_decay: First weight decay.
         end_weight_decay: Last weight decay, not below the first.
-        weight_decay_steps: Where the last weight decay is reached; None takes ``decay_steps``.
+        weight_decay_steps: The point at which the last weight decay is reached; None takes ``decay_steps``.
         wsd_decay_steps: Length of WSD's decay.
         wsd_decay_style: Shape of WSD's decay; None takes "exponential".
 
@@ -116,7 +116,7 @@ class LRSchedule:
 
         Args:
             max_lr: Learning rate at the peak.
-            decay_steps: Where the decay ends.
+            decay_steps: The end of the decay.
         """
         fraction = self.warmup_fraction
         return OptimizerParamScheduler(

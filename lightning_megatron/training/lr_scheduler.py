@@ -156,7 +156,7 @@ class MegatronLRScheduler(LRScheduler):
         return max(length, least)
 
     def _after(self, count: int, steps: int) -> int:
-        """Where the schedule is after ``steps`` more optimizer steps, in its unit; batches may grow."""
+        """Return the place of the schedule after ``steps`` more optimizer steps, in its unit; batches may grow."""
         if self.schedule.unit == "steps":
             return count + steps
         if self._samples_per_step:

@@ -32,7 +32,7 @@ class ParameterSlice:
         parameter: The model's parameter on this rank.
         main_param: The tensor that the torch optimizer updates: the parameter itself, its fp32 copy, or a flat slice of
             either.
-        start: Where the slice starts in the flattened parameter; None if it is the whole parameter.
+        start: The offset of the slice in the flattened parameter; None if it is the whole parameter.
     """
 
     parameter: torch.nn.Parameter

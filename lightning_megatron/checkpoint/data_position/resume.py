@@ -127,7 +127,7 @@ class Resumption:
             lightning_private.set_combined_loader(trainer.fit_loop, self._ended[0])
 
     def advance(self, trainer: pl.Trainer, replace: Replace, fetcher: Any) -> None:
-        """In place of the epoch loop's ``advance``: before the first batch of a resumed run, go on where it was."""
+        """Stand in for the epoch loop's ``advance``: before a resumed run's first batch, go on where the run was."""
         self._before_batch(trainer, replace)
         loop = trainer.fit_loop.epoch_loop
         type(loop).advance(loop, fetcher)

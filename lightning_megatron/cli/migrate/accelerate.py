@@ -255,7 +255,7 @@ def _parameters(block: Mapping[str, Any], environment: Mapping[str, str]) -> dic
 
 
 def _asked(plugin: Any, plan: Plan) -> dict[str, Any]:
-    """Of a plugin that fills in what it was not given, what differs from that."""
+    """Return the settings of a plugin that differ from those that it fills in by itself."""
     asked = {name: value for name, value in vars(plugin).items() if name in PARAMETERS and value is not None}
     for name, (usual, why) in _FILLED_IN.items():
         if asked.get(name) == usual:
@@ -288,7 +288,7 @@ def _plugin(asked: Mapping[str, Any], plan: Plan, model: str | None, world_size:
 
 
 def _usual(asked: Mapping[str, Any], given: Mapping[str, Any], plan: Plan, model: str | None) -> None:
-    """What accelerate does where nothing is said, and we do otherwise."""
+    """Fill in accelerate's defaults where this project's differ."""
     micro_batches = plan.get(f"{STRATEGY}.num_microbatches", 1)
     plan.say(
         "DataLoader(batch_size=b)", None, "yours to do",

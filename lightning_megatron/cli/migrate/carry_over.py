@@ -42,7 +42,7 @@ _WAITING = {"cp": "context parallelism", "ep": "expert parallelism", "etp": "exp
 
 
 def destination_of(name: str) -> Destination | None:
-    """Where a setting lives; None where Megatron has none of this name that this command knows.
+    """Return the place of a setting; None if this command knows no setting of Megatron of this name.
 
     Args:
         name: Megatron's.

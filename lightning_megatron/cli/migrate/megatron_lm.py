@@ -45,7 +45,7 @@ def from_command_line(
     """The run that does what these arguments make Megatron-LM do.
 
     Args:
-        arguments: As on the command line, ``--tensor-model-parallel-size 4 --bf16``: words, or a text as a shell reads
+        arguments: Megatron-LM's, such as ``--tensor-model-parallel-size 4 --bf16``: words, or a text as a shell reads
             it, with quotes, comments and lines that go on behind a backslash.
         model: Which of its scripts they are for: "gpt", "bert" or "t5".
         devices: GPUs of each machine.
@@ -89,7 +89,7 @@ def _words(arguments: str | Sequence[str]) -> list[str]:
 
 
 def _fill_in(given: dict[str, Any], world_size: int) -> None:
-    """What Megatron-LM makes of other settings where it is not given."""
+    """Fill in what Megatron-LM derives from other settings when a setting is not given."""
     tp, pp, cp = (given.get(f"{name}_parallel_size", 1) for name in ("tensor_model", "pipeline_model", "context"))
     if tp * pp * cp > world_size:
         raise MigrationError(

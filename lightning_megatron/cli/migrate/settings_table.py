@@ -20,7 +20,7 @@ Takes = Literal["flag", "value", "list", "switch"]
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a setting lives.
+    """The place of a setting in the run.
 
     Args:
         place: The setting's dotted place in the run; None if it has none, or shares one with other settings.
@@ -100,7 +100,7 @@ def _together(read: Reader = text) -> Destination:
 
 
 def _settings_of(side: str) -> Destination:
-    """Whose settings of optimizer and schedules hold at a resume; the checkpoint's where neither option is given."""
+    """Decide whether the checkpoint's settings hold at a resume (also without either option), or the program's."""
     return Destination(
         f"{CHECKPOINTING}.optimizer_settings",
         truth,

@@ -214,7 +214,7 @@ def _said(config: GenerationConfig | None) -> dict[str, Any]:
 
 
 def _unpadded(input_ids: Any, says: Mapping[str, Any]) -> torch.Tensor | None:
-    """Where there is no padding, as transformers finds out where nobody says."""
+    """Return the mask of padding that transformers derives when it is given none."""
     padding, ends = says.get("pad_token_id"), says.get("eos_token_id")
     if padding is None or padding in (ends if isinstance(ends, list | tuple) else [ends]):
         return None

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents end, and what must not cross their ends; Megatron's options of the same names.
+    """Megatron's options of documents in a row: what ends one, and what does not cross its end.
 
     Args:
         eod_id: The token that ends a document, and belongs to it.

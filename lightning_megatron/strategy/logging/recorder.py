@@ -169,7 +169,7 @@ def _on_the_host(entry: _Entry) -> _Entry:
 
 
 def _latest(stages: list[dict[str, _Entry]]) -> dict[str, _Entry]:
-    """For each name, the entry of the last stage that has logged it."""
+    """Return for each name the entry of the last stage that has logged it."""
     found: dict[str, _Entry] = {}
     for seen in stages:
         for name, entry in seen.items():
