@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from lightning_megatron.checkpoint import Checkpointer, Run, local_path
 from lightning_megatron.distributed import first_error
-from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy import launchers, single_rank
 from lightning_megatron.strategy.module_setup import ModuleSetup
 from lightning_megatron.training import timers
@@ -93,12 +92,13 @@ class CheckpointHooks(ModuleSetup):
     @property
     def _is_not_set_up(self) -> bool:
         """Whether there is no run, and no module or a plain one on one rank: Lightning then saves and loads."""
-        return self._engine is None and self._ranks == 1 and not isinstance(self.lightning_module, MegatronModule)
+        return self._engine is None and self._ranks == 1 and not self._has_megatron_module
 
     @property
     def _run(self) -> Run:
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        is_plain = not isinstance(self.lightning_module, MegatronModule)
         in_one_file = single_rank.is_single_rank(trainer) and not self.checkpointer.asynchronous
-        return Run(trainer, self.layout, self._sharded or self._whole_optimizer, is_plain, in_one_file)
+        return Run(
+            trainer, self.layout, self._sharded or self._whole_optimizer, not self._has_megatron_module, in_one_file
+        )

@@ -86,12 +86,15 @@ class ModuleSetup(ParallelRanks):
     @property
     def _is_plain_alone(self) -> bool:
         """Whether a plain module is on the only rank, so that its data and its loads are as without this strategy."""
-        module = self.lightning_module
-        return self._ranks == 1 and module is not None and not isinstance(module, MegatronModule)
+        return self._ranks == 1 and self.lightning_module is not None and not self._has_megatron_module
+
+    @property
+    def _has_megatron_module(self) -> bool:
+        return isinstance(self.lightning_module, MegatronModule)
 
     @property
     def _kind_of_steps(self) -> type[StepRunner]:
-        return MegatronSteps if isinstance(self.lightning_module, MegatronModule) else PlainSteps
+        return MegatronSteps if self._has_megatron_module else PlainSteps
 
     def _make_steps(self, kind: type[StepRunner], ddp: DistributedDataParallelConfig | None) -> StepRunner:
         module, stops = self.lightning_module, self.on_nonfinite == "raise"

@@ -63,7 +63,7 @@ def _needs_lightnings_loop(trainer: pl.Trainer, optimizers: list[Optimizer]) -> 
         not module.automatic_optimization
         or is_overridden("backward", module)
         or is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
-        or any(isinstance(callback, CHANGES_GROUPS) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        or _changes_groups(trainer)
         or trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
         or len(optimizers) != 1
         or lightning_private.is_no_optimizer(optimizers[0])  # configure_optimizers returned None
@@ -81,8 +81,8 @@ def whole_optimizer(trainer: pl.Trainer, optimizers: list[Optimizer]) -> WholeOp
         optimizers: The ones that ``configure_optimizers`` returned.
     """
     strategy = cast("Any", trainer.strategy)
-    changes = any(isinstance(callback, CHANGES_GROUPS) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    if len(optimizers) != 1 or not optimizers[0].param_groups or changes or strategy.checkpointer.asynchronous:
+    has_one = len(optimizers) == 1 and bool(optimizers[0].param_groups)
+    if not has_one or _changes_groups(trainer) or strategy.checkpointer.asynchronous:
         return None
     return WholeOptimizer(optimizers[0], trainer.lightning_module)
 
@@ -96,6 +96,11 @@ def belong_to(optimizers: list[Optimizer], module: torch.nn.Module) -> bool:
         else all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
         for optimizer in optimizers
     )
+
+
+def _changes_groups(trainer: pl.Trainer) -> bool:
+    """Whether a callback changes what the optimizer holds while it trains."""
+    return any(isinstance(callback, CHANGES_GROUPS) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _leaves_out(module: torch.nn.Module, optimizer: Optimizer) -> bool:
