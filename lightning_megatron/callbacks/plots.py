@@ -11,7 +11,7 @@ def check(feature: str) -> None:
     """Refuse to draw without matplotlib.
 
     Args:
-        feature: What draws, as the user knows it.
+        feature: The name by which the user knows the part that draws.
 
     Raises:
         ModuleNotFoundError: Says how to install it.

@@ -14,7 +14,7 @@ def require(package: str, extra: str, feature: str) -> None:
     Args:
         package: The package's name in Python.
         extra: The extra of this project that installs it.
-        feature: What needs it, as the user knows it.
+        feature: The name by which the user knows the part that needs it.
 
     Raises:
         ModuleNotFoundError: Says which command installs the extra.

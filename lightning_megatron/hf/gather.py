@@ -52,8 +52,8 @@ class WholeTensors:
 
     Args:
         module: A built module.
-        first: Which come before all others, by their names.
-        only: Which there are; None takes all.
+        first: Names of the tensors that come before all others.
+        only: Names of the tensors to gather; None takes all.
 
     Attributes:
         kinds: Shape and type of each whole tensor, by its name in the model; the same on every rank.

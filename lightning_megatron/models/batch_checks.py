@@ -38,7 +38,7 @@ def refuse(module: str, batch: Mapping[str, Any], reasons: Mapping[str, str]) ->
     Args:
         module: Name of the module class, for the error.
         batch: The batch of the loader.
-        reasons: What to do instead, for each key.
+        reasons: The advice for each refused key.
 
     Raises:
         ValueError: There is one; the message names the first.

@@ -64,7 +64,7 @@ def join_rows(parts: list[Any], sizes: list[int]) -> Any:
     a list of the parts' values.
 
     Args:
-        parts: What the step returned for each part.
+        parts: The values that the step returned, one for each part.
         sizes: The number of rows of each part.
     """
     if len(parts) == 1:

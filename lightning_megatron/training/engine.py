@@ -51,7 +51,7 @@ class Outcome:
         weight: The sum of the weights: tokens over all data-parallel replicas, or for means the number of replicas.
         has_logged_values: Whether any rank has logged a value in this batch, so that all ranks gather what was logged.
         has_loss: Whether the steps returned losses.
-        returned: What the steps returned beside losses, joined over micro-batches by rows; None if nothing.
+        returned: The values that the steps returned beside losses, joined over micro-batches by rows; None if nothing.
     """
 
     loss: torch.Tensor
@@ -369,7 +369,7 @@ def _loss_of(output: Any, may_be_rows: bool) -> tuple[Any, Any]:
     """Separate the result of a step on the last stage into its loss and the rest, each None if there is none.
 
     Args:
-        output: What the step returned.
+        output: The value that the step returned.
         may_be_rows: Whether a tensor of shape [1] may be the only row of a micro-batch, so that only scalars are
             losses.
     """

@@ -268,7 +268,7 @@ def check_kind(kind: str, groups: int, state: dict[str, Any]) -> None:
     Args:
         kind: The name of this run's optimizer class.
         groups: The number of its groups.
-        state: What the ``state_dict`` of the saved optimizer returned.
+        state: The value that ``state_dict`` of the saved optimizer returned.
 
     Raises:
         ValueError: The kinds or the numbers of groups differ; the text has both.

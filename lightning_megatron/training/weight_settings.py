@@ -30,7 +30,7 @@ def check(parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Optim
 
     Args:
         parameters: This rank's parameters, under the whole model's names.
-        optimizer: What ``configure_optimizers`` returned.
+        optimizer: The optimizer that ``configure_optimizers`` returned.
 
     Raises:
         MisconfigurationException: Ranks train a weight differently; the text has the ranks and their settings.

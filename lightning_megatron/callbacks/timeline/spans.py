@@ -40,7 +40,7 @@ class RankTimeline:
     Args:
         rank: The global rank.
         place: The rank's coordinates in the layout.
-        spans: What the rank did, in order of time.
+        spans: The passes of the rank, in order of time.
     """
 
     rank: int

@@ -25,7 +25,7 @@ class Line:
     Args:
         setting: Name of the setting in the other tool.
         value: The setting's value in that tool; None if it was not given and its default matters.
-        fate: What became of it, in a word or two.
+        fate: The outcome for the setting, in a word or two.
         says: The text about the setting: its place in the run, or why it has none.
         place: The setting's dotted place in the run, if it has exactly one.
     """

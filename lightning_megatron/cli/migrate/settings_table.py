@@ -25,7 +25,7 @@ class Destination:
     Args:
         place: The setting's dotted place in the run; None if it has none, or shares one with other settings.
         read: Reads its value from the text that was written.
-        fate: What becomes of it.
+        fate: The outcome for the setting.
         says: The text about the setting: its place in the run, or why it has none.
         make: Makes what stands at ``place`` from the value; None puts the value itself.
         takes: What it takes on the command line: no value ("flag"), one, several ("list"), or an optional true or false

@@ -38,7 +38,7 @@ class Saved:
         updates: ``A`` and ``B``, by transformers' name of the weight.
         whole: Further weights, by transformers' name: those that were trained as they are, ``peft``'s
             ``modules_to_save``, and embeddings that it saves beside them.
-        frozen: Which of these were not trained.
+        frozen: Those of them that were not trained.
         ties: Whether weights that are tied were trained as one.
     """
 

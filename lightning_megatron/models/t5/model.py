@@ -64,7 +64,7 @@ class T5Model(WholeModelNames, LanguageModule):
     Args:
         encoder_config: Megatron's transformer configuration of the encoder.
         config: Megatron's transformer configuration of the decoder.
-        stage: Which layers the chunk has.
+        stage: The layers that the chunk has.
         vocab_size: Token ids that occur.
         padded_vocab_size: Rows of the embedding.
         tie_embeddings: Whether the output layer's weight is the embedding's; the decoder's output is then scaled by one
