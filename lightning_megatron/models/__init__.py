@@ -8,6 +8,7 @@ from lightning_megatron.models.bert.config import BertConfig
 from lightning_megatron.models.bert.module import BertModule
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.module import GPTModule
+from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule, on_all_stages
 from lightning_megatron.models.t5.config import T5Config
 from lightning_megatron.models.t5.module import T5Module
@@ -18,6 +19,7 @@ __all__ = [
     "BertModule",
     "GPTConfig",
     "GPTModule",
+    "Kernels",
     "MegatronModule",
     "T5Config",
     "T5Module",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.kernels import Kernels
 
 Recompute = Literal["selective", "full"]
 
@@ -20,12 +21,14 @@ class BuildSettings:
         layout: The parallel sizes.
         params_dtype: Type of the weights and of what travels between pipeline stages.
         recompute: Which activations are computed again in the backward pass.
+        kernels: Which implementations compute the layers and the loss, as ``Kernels.on`` the device gives them.
         device: The device that the model is built on in any device context; models move, so it is not compared.
     """
 
     layout: ParallelLayout
     params_dtype: torch.dtype = torch.float32
     recompute: Recompute | None = None
+    kernels: Kernels = field(default_factory=lambda: Kernels().on(torch.device("cpu")))
     device: torch.device = field(default=torch.device("cpu"), compare=False)
 
     def transformer_config_arguments(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lightning_megatron.distributed import parameter_names, process_group_backen
 from lightning_megatron.distributed.device import model_rng, use_device
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.rope_scaling import move_rotary
 
 
@@ -126,7 +127,7 @@ class ChunkedModule(pl.LightningModule):
         self.check_layout(layout)
         process_groups.build(layout)
         process_groups.seed(torch.initial_seed())
-        self.settings = BuildSettings(layout=layout, params_dtype=dtype, device=place)
+        self.settings = BuildSettings(layout=layout, params_dtype=dtype, kernels=Kernels().on(place), device=place)
         self.configure_model()
         return self.to(place, dtype).eval()
 

@@ -20,6 +20,7 @@ from lightning_megatron.checkpoint import Checkpointing, check_folders
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy import single_rank
 from lightning_megatron.training.microbatches import MicroBatching
@@ -32,13 +33,14 @@ _STRATEGY = Arguments("MegatronStrategy", MisconfigurationException)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
-def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute: str | None) -> None:
+def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute: str | None, kernels: object) -> None:
     """Refuse sizes that are wrong for any number of ranks, and sizes that contradict each other.
 
     Args:
         sizes: The arguments of ``ParallelLayout``, without ``world_size``.
         micro_batching: How batches are cut into micro-batches.
         recompute: Which activations are computed again.
+        kernels: Which implementations compute the layers and the loss.
 
     Raises:
         LayoutError: ``sizes`` are wrong.
@@ -55,6 +57,7 @@ def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute:
     if count is not None:
         layout.check_num_microbatches(count)
     _STRATEGY.one_of((None, "selective", "full"), recompute=recompute)
+    _STRATEGY.kind(Kernels, "lightning_megatron.Kernels(...)", kernels=kernels)
 
 
 def check_settings(

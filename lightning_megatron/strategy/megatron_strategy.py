@@ -32,6 +32,7 @@ from lightning_megatron.distributed import (
 )
 from lightning_megatron.distributed.device import use_device
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy import (
     checks,
@@ -50,6 +51,7 @@ from lightning_megatron.training.microbatches import MicroBatching
 from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer
 
 _DEFAULT_CHECKPOINTING = Checkpointing()
+_DEFAULT_KERNELS = Kernels()
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
@@ -71,6 +73,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         num_microbatches: Micro-batches per batch.
         distributed_optimizer: Shard optimizer state and main weights over the data-parallel ranks.
         recompute: Compute activations again in the backward pass: "selective" (those of attention) or "full".
+        kernels: Which implementations compute the layers and the loss; see ``Kernels``.
         pipeline_split_rank: The first pipeline stage of an encoder-decoder model's decoder; with ``vp``, its first
             virtual stage, counted through the ranks. None splits so that the slowest stage is fastest. Other models
             refuse it.
@@ -103,6 +106,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         num_microbatches: int | None = None,
         distributed_optimizer: bool = True,
         recompute: Literal["selective", "full"] | None = None,
+        kernels: Kernels = _DEFAULT_KERNELS,
         pipeline_split_rank: int | None = None,
         ddp: DistributedDataParallelConfig | None = None,
         on_nonfinite: OnNonfinite = "raise",
@@ -116,10 +120,11 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         self.sizes["sequence_parallel"] = sequence_parallel
         self.sizes["pipeline_split_rank"] = pipeline_split_rank
         self.micro_batching = MicroBatching(micro_batch_size, num_microbatches)
-        checks.check_sizes(self.sizes, self.micro_batching, recompute)
+        checks.check_sizes(self.sizes, self.micro_batching, recompute, kernels)
         checks.check_settings(ddp, process_group_backend, timeout, on_nonfinite, checkpointing, distributed_optimizer)
         self.distributed_optimizer = distributed_optimizer
         self.recompute = recompute
+        self.kernels = kernels
         self.ddp = ddp
         self.on_nonfinite = on_nonfinite
         self._heartbeat = heartbeat.Heartbeat()

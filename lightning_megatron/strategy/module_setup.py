@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_megatron.distributed import lightning_private, shared_weights
 from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy import checks, single_rank
 from lightning_megatron.strategy.lightning_steps import LightningSteps
@@ -33,6 +34,7 @@ class ModuleSetup(ParallelRanks):
     """The part of the strategy that knows, from ``setup`` on, how its module is trained and evaluated."""
 
     recompute: Literal["selective", "full"] | None
+    kernels: Kernels
     micro_batching: MicroBatching
     distributed_optimizer: bool
     ddp: DistributedDataParallelConfig | None
@@ -60,6 +62,7 @@ class ModuleSetup(ParallelRanks):
                 layout=self.layout,
                 params_dtype=self._precision.params_dtype,
                 recompute=self.recompute,
+                kernels=self.kernels.on(self.root_device),
                 device=self.root_device,
             )
 

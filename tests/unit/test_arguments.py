@@ -83,6 +83,7 @@ STRATEGY: list[tuple[dict[str, Any], str]] = [
     ({"num_microbatches": 3, "pp": 2, "vp": 2}, "num_microbatches=3 is not a multiple of pp=2"),
     ({"distributed_optimizer": "no"}, "distributed_optimizer='no'): use True or False."),
     ({"recompute": "ful"}, "recompute='ful'): use None or 'selective' or 'full'."),
+    ({"kernels": {"fused_layers": True}}, "use lightning_megatron.Kernels(...)."),
     ({"ddp": {"overlap_grad_reduce": True}}, "use megatron.core.distributed.DistributedDataParallelConfig(...)"),
     ({"ddp": DistributedDataParallelConfig(overlap_param_gather=True)}, "only with overlap_grad_reduce=True"),
     (

@@ -1,0 +1,62 @@
+"""``Kernels``: which implementations compute the layers and the loss; none of them changes what is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
+
+import torch
+
+from lightning_megatron.distributed.arguments import Arguments
+
+AttentionKernel = Literal["flash", "cudnn", "efficient", "math", "flex"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Which implementations compute the layers and the loss. All give the same results, up to rounding.
+
+    None chooses what was measured to be fastest on the device of the run.
+
+    Args:
+        fused_layers: Whether ``torch.compile`` joins the operations between the matrix products of a layer: bias,
+            activation, dropout, residual, norm and rotary positions.
+        chunked_loss: Whether the output layer and the cross-entropy are computed in chunks of tokens, so that the
+            logits of all tokens never exist at once.
+        fused_weight_gradients: Whether the product that computes a weight's gradient adds it to the gradient buffer.
+        attention: The kernel of the core attention, by the name of torch's back end ("flash", "cudnn", "efficient" or
+            "math"), or "flex" for torch's FlexAttention.
+
+    Raises:
+        ValueError: A value that is none of these.
+    """
+
+    fused_layers: bool | None = None
+    chunked_loss: bool | None = None
+    fused_weight_gradients: bool | None = None
+    attention: AttentionKernel | None = None
+
+    def __post_init__(self) -> None:
+        arguments = Arguments(type(self).__name__)
+        flags = {name: getattr(self, name) for name in ("fused_layers", "chunked_loss", "fused_weight_gradients")}
+        arguments.flag(optional=True, **flags)
+        arguments.one_of((None, "flash", "cudnn", "efficient", "math", "flex"), attention=self.attention)
+
+    def on(self, device: torch.device) -> Self:
+        """The kernels of a run on ``device``: where a flag is None, the one that is faster there."""
+        chosen: dict[str, Any] = _FASTER_ON_CUDA if device.type == "cuda" else _FASTER_ON_CPU
+        return replace(self, **{f.name: chosen[f.name] for f in fields(self) if getattr(self, f.name) is None})
+
+
+_FASTER_ON_CPU: dict[str, Any] = {
+    "fused_layers": False,
+    "chunked_loss": False,
+    "fused_weight_gradients": False,
+    "attention": None,  # torch's own choice
+}
+_FASTER_ON_CUDA: dict[str, Any] = {
+    "fused_layers": False,
+    "chunked_loss": False,
+    "fused_weight_gradients": False,
+    "attention": None,
+}
