@@ -9,18 +9,16 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_megatron.callbacks.logging_schedule import log, logs_now
+from lightning_megatron.callbacks.peak_flops import peak_flops
 from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.models.flops import training_flops
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.training.batch_rows import count_rows
-
-_MEASURED_WITH = 1024  # rows and columns of the product that measures an unknown device
 
 
 class _Work(NamedTuple):
@@ -44,8 +42,8 @@ class Throughput(pl.Callback):
 
     Args:
         window: Number of optimizer steps over which a value is averaged.
-        peak_tflops: Peak TFLOP/s of one device. None: the number that Lightning knows, or for an unknown device (a CPU)
-            the rate that a matrix product reaches when training starts.
+        peak_tflops: Peak TFLOP/s of one device. None: that of the data sheet, without sparsity; for an unknown device
+            (a CPU), the rate that a matrix product reaches when training starts.
     """
 
     def __init__(self, window: int = 20, peak_tflops: float | None = None) -> None:
@@ -116,26 +114,6 @@ class Throughput(pl.Callback):
             if self.peak_tflops:
                 values["mfu"] = each / self.peak_tflops
         return values
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second that a device has, or where nobody has written that down, that it reaches."""
-    if device.type == "cuda":
-        known = get_available_flops(device, dtype)
-        if known:
-            return float(known)
-    size = _MEASURED_WITH
-    matrix = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = time.monotonic()
-        matrix @ matrix
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.monotonic() - start)
-    ours = torch.tensor([2 * size**3 / best], dtype=torch.float64, device=device)
-    dist.all_reduce(ours, op=dist.ReduceOp.MAX)  # ranks that measure at once take turns on a shared CPU
-    return float(ours)
 
 
 def _work_of(module: pl.LightningModule, batch: Any) -> list[float]:
