@@ -17,6 +17,7 @@ from lightning_megatron.distributed.device import model_rng, use_device
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.kernels import Kernels
+from lightning_megatron.models.layers.attention import use_kernel
 from lightning_megatron.models.layers.rope_scaling import move_rotary
 
 
@@ -89,6 +90,8 @@ class ChunkedModule(pl.LightningModule):
             last = stage == layout.pp - 1 and virtual == (layout.vp or 1) - 1
             with model_rng(), self.build_settings.device:
                 self.chunks.append(self.build_model(first, last, virtual if layout.vp else None))
+        settings = self.build_settings
+        use_kernel(self.chunks, settings.kernels.attention, settings.params_dtype, settings.device)
         with self.build_settings.device:
             self.adapt_model()
         with torch.device("cpu"):  # files are read there

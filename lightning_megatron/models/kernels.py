@@ -25,7 +25,9 @@ class Kernels:
             logits of all tokens never exist at once.
         fused_weight_gradients: Whether the product that computes a weight's gradient adds it to the gradient buffer.
         attention: The kernel of the core attention, by the name of torch's back end ("flash", "cudnn", "efficient" or
-            "math"), or "flex" for torch's FlexAttention.
+            "math"), or "flex" for torch's FlexAttention. None chooses by the shape: on CUDA, cuDNN's on Hopper and
+            torch's own order elsewhere, and FlexAttention for documents, windows and padding, which the others
+            compute with a mask of queries and keys; on the CPU, torch's own, in pieces for documents and windows.
 
     Raises:
         ValueError: A value that is none of these.
@@ -43,7 +45,16 @@ class Kernels:
         arguments.one_of((None, "flash", "cudnn", "efficient", "math", "flex"), attention=self.attention)
 
     def on(self, device: torch.device) -> Self:
-        """The kernels of a run on ``device``: where a flag is None, the one that is faster there."""
+        """The kernels of a run on ``device``: where a flag is None, the one that is faster there.
+
+        Raises:
+            ValueError: A kernel that the device does not have.
+        """
+        if device.type != "cuda" and self.attention in ("cudnn", "efficient", "flex"):
+            raise ValueError(
+                f"Kernels(attention={self.attention!r}) trains on CUDA only, and this run is on {device.type!r}. Leave"
+                " it out there, or use 'flash' or 'math'."
+            )
         chosen: dict[str, Any] = _FASTER_ON_CUDA if device.type == "cuda" else _FASTER_ON_CPU
         return replace(self, **{f.name: chosen[f.name] for f in fields(self) if getattr(self, f.name) is None})
 
@@ -52,7 +63,7 @@ _FASTER_ON_CPU: dict[str, Any] = {
     "fused_layers": False,
     "chunked_loss": False,
     "fused_weight_gradients": False,
-    "attention": None,  # torch's own choice
+    "attention": None,  # by the shape
 }
 _FASTER_ON_CUDA: dict[str, Any] = {
     "fused_layers": False,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-
 import torch
 
 from lightning_megatron.models.gpt.config import GPTConfig
-from lightning_megatron.models.gpt.packed_documents import apart_by_positions
+from lightning_megatron.models.gpt.packed_documents import numbers_by_positions
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern
 from lightning_megatron.models.megatron_module import Batch
 
 # Added to a score, this leaves nothing of it in any precision.
@@ -21,31 +19,43 @@ def is_whole(batch: Batch) -> bool:
     return mask is not None and "input_ids" in batch and mask.dim() == 4
 
 
-def unseen(mask: torch.Tensor) -> torch.Tensor | None:
-    """transformers' ``attention_mask``, turned over: True where a key is not looked at; None where all are."""
-    if mask.dim() == 4:
-        return mask != 0 if mask.is_floating_point() else ~mask
-    return None if bool(mask.all()) else ~mask.bool()[:, None, None, :]
-
-
-def joined(masks: Sequence[torch.Tensor | None], whole: bool) -> torch.Tensor | None:
-    """``[b, 1, s, s]``, True where a query may not look.
+def mask_or_pattern(
+    batch: Batch, tokens: torch.Tensor, documents: torch.Tensor | None
+) -> AttentionPattern | torch.Tensor | None:
+    """Who looks at whom; None where nothing but what lies ahead is unseen, which attention has its fastest way for.
 
     A query that may look nowhere, of padding in front, gets zeros from attention, as in transformers.
 
     Args:
-        masks: True where one says so, ``[b, 1, s or 1, s]``.
-        whole: Whether they say all; otherwise nobody looks ahead, either.
+        batch: The batch of the loader; its ``attention_mask`` counts.
+        tokens: ``[b, s]``.
+        documents: ``[b, s]``, the number of each token's document in its row; None where each row is one.
 
     Returns:
-        None where nothing but what lies ahead is unseen, which attention has a faster way for.
+        A pattern, or a mask ``[b, 1, s, s]``, True where a query may not look, where the batch has one of that shape.
     """
-    found = [mask for mask in masks if mask is not None]
-    if not found:
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 4:
+        return _joined(_unseen(mask, "input_ids" in batch), documents, whole=is_whole(batch))
+    keep = None if mask is None or bool(mask.all()) else mask.bool()
+    if keep is None and documents is None:
         return None
-    blocked = functools.reduce(torch.logical_or, found)
-    length = blocked.size(-1)
-    return blocked if whole else blocked | torch.ones(length, length, dtype=torch.bool, device=blocked.device).triu(1)
+    return AttentionPattern(length=tokens.size(1), documents=documents, keep=keep)
+
+
+def _unseen(mask: torch.Tensor, of_transformers: bool) -> torch.Tensor:
+    """A batch's mask of queries and keys, True where a query may not look; transformers' is turned over."""
+    if not of_transformers:
+        return mask.bool()
+    return mask != 0 if mask.is_floating_point() else ~mask
+
+
+def _joined(unseen: torch.Tensor, documents: torch.Tensor | None, *, whole: bool) -> torch.Tensor:
+    """``unseen`` with the documents apart, and, where it does not say all, with all that lies ahead."""
+    if documents is not None:
+        unseen = unseen | (documents[:, None, :, None] != documents[:, None, None, :])
+    length = unseen.size(-1)
+    return unseen if whole else unseen | torch.ones(length, length, dtype=torch.bool, device=unseen.device).triu(1)
 
 
 def check(config: GPTConfig, batch: Batch, name: str, length: int) -> None:
@@ -80,7 +90,7 @@ def _beyond_causal(batch: Batch) -> str:
     """Name what in the batch hides earlier tokens from a token that has a label."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is None:
-        apart = positions is not None and apart_by_positions(positions) is not None
+        apart = positions is not None and numbers_by_positions(positions) is not None
         return "'position_ids' that begin documents" if apart else ""
     only_ends = mask.dim() == 2 and bool((mask.bool().long().diff(dim=1) <= 0).all())
     return "" if only_ends else "this 'attention_mask'"

@@ -1,4 +1,4 @@
-"""megatron-core's GPT, with rotary positions that are taken from the batch."""
+"""megatron-core's GPT, with rotary positions and patterns of attention that are taken from the batch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from lightning_megatron.distributed.parameter_names import WholeModelNames
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
 
 
 class PositionedGPT(WholeModelNames, GPTModel):
     """megatron-core's model, which rotates by a token's place in its row, whatever its ``position_ids`` say.
 
     Here ``position_ids`` ``[b, s]`` count for rotary positions as for learned ones, and None is the place in the row,
-    for which all rows share one table.
+    for which all rows share one table. An ``attention_mask`` is a tensor or an ``AttentionPattern``.
     """
+
+    def forward(
+        self,
+        input_ids: Any,
+        position_ids: torch.Tensor | None,
+        attention_mask: AttentionPattern | torch.Tensor | None,
+        **rest: Any,
+    ) -> Any:
+        """Run the chunk, as megatron-core's ``GPTModel`` does."""
+        return super().forward(input_ids, position_ids, **block_arguments(attention_mask), **rest)
 
     def _preprocess(self, input_ids: Any, position_ids: torch.Tensor | None, **rest: Any) -> Any:
         prepared = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **rest)

@@ -17,7 +17,7 @@ from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.decoder import GPTDecoder
 from lightning_megatron.models.gpt.layer_spec import gpt_block_spec
 from lightning_megatron.models.gpt.model import PositionedGPT
-from lightning_megatron.models.gpt.packed_documents import Documents, apart_by_positions
+from lightning_megatron.models.gpt.packed_documents import Documents, numbers_by_positions
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.output_scale import scale_output
 from lightning_megatron.models.layers.rope_scaling import stretch_rotary
@@ -163,13 +163,14 @@ class GPTModule(GeneratingModule):
         inputs = _from_megatron(batch) if _token_key(batch) != "input_ids" else _from_transformers(batch)
         tokens, positions = inputs["input_ids"], batch.get("position_ids")
         positions = None if positions is None else positions.long().expand_as(tokens)
-        unseen = [inputs.pop("unseen", None), self.documents.apart(tokens)]
+        documents = self.documents.numbers(tokens)
         if positions is not None and "attention_mask" not in batch:
-            unseen.append(apart_by_positions(positions))
+            found = numbers_by_positions(positions)
+            documents = found if documents is None or found is None else documents + found
         inputs["loss_mask"] = self.documents.kept(tokens, inputs["loss_mask"])
         inputs["position_ids"] = self._positions(tokens, positions)
-        whole = attention_masks.is_whole(batch)
-        inputs["attention_mask"] = attention_masks.joined(unseen, whole)  # type: ignore[assignment]
+        mask = attention_masks.mask_or_pattern(batch, tokens, documents)
+        inputs["attention_mask"] = mask if self.config.layers == "torch" else None  # type: ignore[assignment]
         return inputs
 
     _get_batch_of_family = get_batch
@@ -269,10 +270,7 @@ def _from_megatron(batch: Batch) -> Batch:
     mask = (labels != IGNORED_LABEL).float()
     if "loss_mask" in batch:
         mask = mask * batch["loss_mask"].float()
-    inputs = {"input_ids": tokens, "labels": labels.clamp(min=0), "loss_mask": mask}
-    if "attention_mask" in batch:
-        inputs["unseen"] = batch["attention_mask"].bool()
-    return inputs
+    return {"input_ids": tokens, "labels": labels.clamp(min=0), "loss_mask": mask}
 
 
 def _from_transformers(batch: Batch) -> Batch:
@@ -289,7 +287,4 @@ def _from_transformers(batch: Batch) -> Batch:
     mask = (shifted != IGNORED_LABEL).float()
     if "loss_mask" in batch:  # aligned with the labels, so it shifts with them
         mask = mask * F.pad(batch["loss_mask"][:, 1:].float(), (0, 1))
-    inputs = {"input_ids": tokens, "labels": shifted.clamp(min=0).long(), "loss_mask": mask}
-    if attention is not None:
-        inputs["unseen"] = attention_masks.unseen(attention)  # type: ignore[assignment]
-    return inputs
+    return {"input_ids": tokens, "labels": shifted.clamp(min=0).long(), "loss_mask": mask}

@@ -42,9 +42,9 @@ class Documents:
         starts = torch.where(self._starts(tokens), index, 0)
         return index - starts.cummax(dim=1).values
 
-    def apart(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """``[b, 1, s, s]``, True where query and key are of different documents; None where that does not matter."""
-        return _apart(self._starts(tokens)) if self.reset_attention_mask else None
+    def numbers(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """``[b, s]``, the number of each token's document in its row; None where that does not matter to attention."""
+        return self._starts(tokens).cumsum(dim=1) if self.reset_attention_mask else None
 
     def kept(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The loss mask ``[b, s]``, without the predictions made at documents' ends."""
@@ -56,8 +56,8 @@ class Documents:
         return torch.nn.functional.pad(ends, (1, 0))
 
 
-def apart_by_positions(positions: torch.Tensor) -> torch.Tensor | None:
-    """``[b, 1, s, s]``, True where query and key are of different documents, which is what transformers reads there.
+def numbers_by_positions(positions: torch.Tensor) -> torch.Tensor | None:
+    """``[b, s]``, the number of each token's document in its row, which is what transformers reads there.
 
     Args:
         positions: ``[b, s]``; where one is not one more than the one before it, a document begins.
@@ -66,9 +66,4 @@ def apart_by_positions(positions: torch.Tensor) -> torch.Tensor | None:
         None where each row is one document.
     """
     starts = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
-    return _apart(starts) if bool(starts.any()) else None
-
-
-def _apart(starts: torch.Tensor) -> torch.Tensor:
-    number = starts.cumsum(dim=1)
-    return (number[:, :, None] != number[:, None, :]).unsqueeze(1)
+    return starts.cumsum(dim=1) if bool(starts.any()) else None

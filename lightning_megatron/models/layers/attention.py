@@ -1,7 +1,9 @@
-"""Core attention by ``torch.nn.functional.scaled_dot_product_attention``."""
+"""Core attention: the fastest of torch's kernels that computes what the layer, the batch and the device ask for."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +13,10 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
+
+from lightning_megatron.models.layers import flex_attention, sdpa
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams, causal_pattern
+from lightning_megatron.models.layers.attention_pieces import JOINED, Kernel, attend_in_pieces
 
 
 class TorchAttention(torch.nn.Module):
@@ -25,6 +31,8 @@ class TorchAttention(torch.nn.Module):
         softmax_scale: Factor on the scores; None is one over the root of the head's size.
         **_: Arguments that only other implementations read (context parallelism, process groups).
     """
+
+    kernel: str | None = None  # set by ``use_kernel``
 
     def __init__(
         self,
@@ -66,55 +74,119 @@ class TorchAttention(torch.nn.Module):
                 causal part. None is plain causal attention, or none masked.
             attn_mask_type: Overrides the kind that the layer was built with.
             attention_bias: ``[1, heads/tp, s, s]``, added to the scores; the mask then has to hold the causal part.
-            packed_seq_params: Must be None.
+            packed_seq_params: ``PatternParams``, which say who looks at whom in place of a mask; or None.
 
         Returns:
             ``[s, b, heads/tp · head]``.
         """
-        if packed_seq_params is not None:
-            raise ValueError("TorchAttention takes no packed sequences.")
-        length, batch = query.shape[:2]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, head]
         causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
-        if self.window is not None and k.size(2) > self.window:
-            attention_mask = _beyond_window(attention_mask, q.size(2), k.size(2), self.window, q.device)
+        pattern = _pattern(packed_seq_params)
+        window = self.window if self.window is not None and self.window < key.size(0) else None
+        if attention_mask is None and attention_bias is None and pattern is None:
+            if window is not None or (self.kernel == "flex" and causal):
+                pattern = causal_pattern(key.size(0), query.size(0))
+        elif pattern is None and window is not None:
+            unseen = causal_pattern(key.size(0), query.size(0)).dense(window, query.device)
+            attention_mask = unseen if attention_mask is None else attention_mask | unseen
         dropout = self.dropout if self.training else 0.0
         forked = get_cuda_rng_tracker().fork() if dropout and not self.in_parallel_rng else nullcontext()
         with forked:
-            context = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=_added_to_scores(attention_mask, attention_bias),
-                is_causal=causal and attention_mask is None and attention_bias is None,
-                dropout_p=dropout,
-                scale=self.softmax_scale,
-                enable_gqa=q.size(1) != k.size(1),
-            )
-        return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+            if pattern is None:
+                found = self._masked(query, key, value, attention_mask, attention_bias, causal, dropout)
+            else:
+                found = self._patterned(query, key, value, pattern, window, dropout)
+        return found.flatten(2)
+
+    def _patterned(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pattern: AttentionPattern,
+        window: int | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """As ``forward``, ``[s, b, heads/tp, head]``: in blocks, in pieces, or with a mask of queries and keys."""
+        if self.kernel in (None, "flex"):
+            hindered = flex_attention.why_not(query, dropout)
+            if not hindered:
+                scale = self.softmax_scale
+                found = flex_attention.attend_by_blocks(query, key, value, pattern, window, scale)
+                if found is not None:
+                    return found
+            elif self.kernel == "flex":
+                raise ValueError(f"Kernels(attention='flex'): {hindered}. Leave attention out.")
+        if query.device.type == "cpu" and pattern.length > JOINED:
+            return attend_in_pieces(query, key, value, pattern, window, self._sdpa(dropout))
+        mask = pattern.dense(window, query.device)
+        return self._masked(query, key, value, mask, None, False, dropout)
+
+    def _masked(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        causal: bool,
+        dropout: float,
+    ) -> torch.Tensor:
+        """As ``forward``, ``[s, b, heads/tp, head]``."""
+        causal = causal and mask is None and bias is None
+        kernel = self._sdpa(dropout)
+        if bias is not None or (mask is not None and mask.size(0) > 1):
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, head]
+            return kernel(q, k, v, _added_to_scores(mask, bias), causal).permute(2, 0, 1, 3)
+        # Rows that are further heads have their output laid out as the next layer takes it.
+        q, k, v = (x.flatten(1, 2).transpose(0, 1)[None] for x in (query, key, value))  # [1, b · n, s, head]
+        return kernel(q, k, v, _added_to_scores(mask, bias), causal)[0].transpose(0, 1).reshape(query.shape)
+
+    def _sdpa(self, dropout: float) -> Kernel:
+        backend = None if self.kernel == "flex" else self.kernel
+        return functools.partial(sdpa.attend, dropout=dropout, scale=self.softmax_scale, backend=backend)
 
 
-def pad_mask(mask: torch.Tensor | None, queries: int, keys: int) -> torch.Tensor | None:
+def use_kernel(chunks: Iterable[torch.nn.Module], kernel: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Have the attention of all layers computed by ``kernel``, a name of ``Kernels.attention``.
+
+    Raises:
+        ValueError: It cannot compute in ``dtype``.
+    """
+    if device.type == "cuda" and kernel in ("flash", "cudnn") and dtype == torch.float32:
+        raise ValueError(
+            f"Kernels(attention={kernel!r}) computes in bf16 and fp16, and this model in fp32. Use"
+            " Trainer(precision='bf16-mixed'), or attention='efficient', or leave attention out."
+        )
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, TorchAttention):
+                module.kernel = kernel
+
+
+def pad_mask(
+    mask: AttentionPattern | torch.Tensor | None, queries: int, keys: int
+) -> AttentionPattern | torch.Tensor | None:
     """A mask for ``queries`` and ``keys`` more tokens at the end: no query looks at the new keys but new queries.
 
     Args:
-        mask: ``[b, 1, s or 1, s]``, True where a query may not look; None stays None.
+        mask: ``[b, 1, s or 1, s]``, True where a query may not look; or a pattern; None stays None.
         queries: Tokens to add to the dimension of the queries, unless that is 1.
         keys: Tokens to add to the dimension of the keys.
     """
     if mask is None:
         return None
+    if isinstance(mask, AttentionPattern):
+        return mask.padded(keys)
     mask = F.pad(mask, (0, keys), value=True)
     return F.pad(mask, (0, 0, 0, queries), value=False) if mask.size(-2) > 1 else mask  # a softmax needs a key
 
 
-def _beyond_window(
-    mask: torch.Tensor | None, queries: int, keys: int, window: int, device: torch.device
-) -> torch.Tensor:
-    """``mask``, or the causal one, True as well where a key lies too far behind; the last query meets the last key."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    unseen = distance >= window
-    return unseen | (distance < 0) if mask is None else mask | unseen
+def _pattern(params: Any) -> AttentionPattern | None:
+    if params is None:
+        return None
+    if not isinstance(params, PatternParams):
+        raise ValueError("TorchAttention takes no packed sequences of megatron-core's; give an AttentionPattern.")
+    return params.pattern
 
 
 def _added_to_scores(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,193 @@
+"""Attention piece by piece, where torch has no kernel for documents and windows: on the CPU.
+
+A row is cut at its documents, and a window into blocks of queries, so that each piece is an attention that torch's
+kernels take, to the keys that its queries look at and no others. Memory grows with the sum of the pieces: no tensor is
+as large as the square of a row's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern, looks
+
+# Takes [1, heads, s, head] queries, keys, values, and a mask of numbers or whether it is causal.
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], torch.Tensor]
+
+JOINED = 64  # tokens up to which short documents are one piece with a mask, which is faster than a call for each
+_BLOCK = 256  # queries of a piece with a mask
+
+
+class Piece(NamedTuple):
+    """One call of the kernel.
+
+    Args:
+        queries: Places of the queries in the row.
+        keys: Places of the keys; none where the queries look nowhere.
+        mask: ``[queries, keys]``, added to the scores.
+        causal: Whether the first query is the first key, and none looks ahead.
+    """
+
+    queries: range
+    keys: range
+    mask: torch.Tensor | None = None
+    causal: bool = False
+
+
+def attend_in_pieces(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: AttentionPattern,
+    window: int | None,
+    kernel: Kernel,
+) -> torch.Tensor:
+    """Attention of ``query`` ``[s, b, heads, head]`` to ``key`` and ``value`` ``[s, b, groups, head]``.
+
+    Returns:
+        ``[s, b, heads, head]``.
+    """
+    rows = pattern.made(("pieces", window, query.dtype), lambda: _plan(pattern, window, query.dtype))
+    if pattern.same_rows:  # then the rows are further heads
+        q, k, v = (x.flatten(1, 2) for x in (query, key, value))
+        return _attend_row(q, k, v, rows[0], kernel).view(query.shape)
+    found = [
+        _attend_row(q, k, v, pieces, kernel)
+        for q, k, v, pieces in zip(query.unbind(1), key.unbind(1), value.unbind(1), rows, strict=True)
+    ]
+    return found[0].unsqueeze(1) if len(found) == 1 else torch.stack(found, dim=1)
+
+
+def _attend_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pieces: list[Piece], kernel: Kernel
+) -> torch.Tensor:
+    """``[s, heads, head]``; each tensor is split once, so that its gradient is joined once."""
+    cuts = sorted({0, key.size(0)} | {place for piece in pieces for place in (piece.keys.start, piece.keys.stop)})
+    sizes = [stop - start for start, stop in pairwise(cuts)]
+    numbers = {place: number for number, place in enumerate(cuts)}
+    keys, values = key.split(sizes), value.split(sizes)
+    found = []
+    for piece, queries in zip(pieces, query.split([len(piece.queries) for piece in pieces]), strict=True):
+        if not piece.keys:
+            found.append(queries * 0.0)
+            continue
+        part = slice(numbers[piece.keys.start], numbers[piece.keys.stop])
+        q, k, v = (x.transpose(0, 1)[None] for x in (queries, _join(keys[part]), _join(values[part])))
+        found.append(kernel(q, k, v, piece.mask, piece.causal)[0].transpose(0, 1))
+    return _join(tuple(found))
+
+
+def _join(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _plan(pattern: AttentionPattern, window: int | None, dtype: torch.dtype) -> list[list[Piece]]:
+    """The pieces of each row in the order of their queries; of one row where all are alike."""
+    given = pattern.documents if pattern.keep is None else pattern.keep
+    masks: dict[tuple[int, int, int], torch.Tensor] = {}
+    return [
+        list(_Row(pattern, row, window, dtype, masks).pieces()) for row in range(1 if given is None else len(given))
+    ]
+
+
+class _Row(NamedTuple):
+    """One row of a pattern; ``masks`` are those of blocks in which only distances count, which all rows share."""
+
+    pattern: AttentionPattern
+    number: int
+    window: int | None
+    dtype: torch.dtype
+    masks: dict[tuple[int, int, int], torch.Tensor]
+
+    def pieces(self) -> Iterator[Piece]:
+        first, last = self.pattern.queries.start, self.pattern.queries.stop
+        for documents in _joined(self._documents()):
+            start, stop = max(documents[0].start, first), min(documents[-1].stop, last)
+            if start >= stop:
+                continue
+            if len(documents) > 1:
+                yield self._masked(range(start, stop), range(documents[0].start, stop))
+            else:
+                yield from self._of_document(documents[0].start, range(start, stop))
+
+    def _documents(self) -> Iterator[range]:
+        numbers = self.pattern.documents
+        if numbers is None:
+            yield range(self.pattern.length)
+            return
+        _, counts = torch.unique_consecutive(numbers[self.number], return_counts=True)
+        yield from (range(start, stop) for start, stop in pairwise(accumulate(counts.tolist(), initial=0)))
+
+    def _of_document(self, start: int, queries: range) -> Iterator[Piece]:
+        """The pieces of ``queries`` of the document that begins at ``start``."""
+        kept = range(start, queries.stop)
+        if self.pattern.keep is not None:
+            places = self.pattern.keep[self.number, start : queries.stop].nonzero().flatten().tolist()
+            if not places:
+                yield Piece(queries, range(start, start))
+                return
+            kept = range(start + places[0], start + places[-1] + 1)
+            if len(kept) != len(places):
+                yield from self._blocks(queries, kept, alike=False)
+                return
+        before, inside, behind = _parted(queries, kept)
+        if before:
+            yield Piece(before, range(start, start))
+        if inside:
+            yield from self._causal(inside, kept)
+        if behind:
+            yield from [Piece(behind, kept)] if self.window is None else self._blocks(behind, kept, alike=True)
+
+    def _causal(self, queries: range, keys: range) -> Iterator[Piece]:
+        """Queries within ``keys``: without a mask where torch's causal kernels take them."""
+        if queries.start == keys.start:
+            unmasked = queries[: self.window]
+            yield Piece(unmasked, unmasked, causal=True)
+            queries = queries[len(unmasked) :]
+        yield from self._blocks(queries, keys, alike=True)
+
+    def _blocks(self, queries: range, keys: range, *, alike: bool) -> Iterator[Piece]:
+        """Pieces with masks; ``alike`` where the mask says nothing but how far a query looks back."""
+        size = _BLOCK if self.window is None else max(_BLOCK // 2, self.window // 2)
+        for first in range(0, len(queries), size):
+            block = queries[first : first + size]
+            start = keys.start if self.window is None else max(keys.start, block.start - self.window + 1)
+            seen = range(start, max(start, min(keys.stop, block.stop)))
+            if not seen or not alike:
+                yield self._masked(block, seen) if seen else Piece(block, seen)
+                continue
+            distance = (block.start - seen.start, len(block), len(seen))
+            if distance not in self.masks:
+                self.masks[distance] = self._mask(block, seen, alike=True)
+            yield Piece(block, seen, self.masks[distance])
+
+    def _masked(self, queries: range, keys: range) -> Piece:
+        return Piece(queries, keys, self._mask(queries, keys, alike=False))
+
+    def _mask(self, queries: range, keys: range, *, alike: bool) -> torch.Tensor:
+        given = (None, None) if alike else (self.pattern.documents, self.pattern.keep)
+        query, key = (torch.arange(places.start, places.stop) for places in (queries, keys))
+        seen = looks(self.window, *given, self.number, query[:, None], key)
+        return torch.zeros(seen.shape, dtype=self.dtype).masked_fill(~seen, float("-inf"))
+
+
+def _joined(documents: Iterator[range]) -> Iterator[list[range]]:
+    """Consecutive documents of ``JOINED`` tokens together, and longer ones alone."""
+    group: list[range] = []
+    for document in documents:
+        if group and document.stop - group[0].start > JOINED:
+            yield group
+            group = []
+        group.append(document)
+    yield group
+
+
+def _parted(places: range, inner: range) -> tuple[range, range, range]:
+    """``places`` before, inside and behind ``inner``."""
+    first = min(max(inner.start, places.start), places.stop)
+    last = min(max(inner.stop, first), places.stop)
+    return range(places.start, first), range(first, last), range(last, places.stop)
