@@ -1,4 +1,4 @@
-"""Rows that are long enough for attention in pieces, against transformers in one process, under layouts and recomputation.
+"""Rows long enough for attention in pieces, against transformers in one process, under layouts and recomputation.
 
 Tolerances as in ``test_position_ids``.
 """
