@@ -19,6 +19,7 @@ from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.attention import use_kernel
 from lightning_megatron.models.layers.rope_scaling import move_rotary
+from lightning_megatron.training import weight_gradients
 
 
 class ChunkedModule(pl.LightningModule):
@@ -94,6 +95,8 @@ class ChunkedModule(pl.LightningModule):
         use_kernel(self.chunks, settings.kernels.attention, settings.params_dtype, settings.device)
         with self.build_settings.device:
             self.adapt_model()
+        if self.build_settings.kernels.fused_weight_gradients:
+            weight_gradients.fuse(self.chunks)
         with torch.device("cpu"):  # files are read there
             self.fill_model()
 

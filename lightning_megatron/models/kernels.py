@@ -23,7 +23,10 @@ class Kernels:
             activation, dropout, residual, norm and rotary positions.
         chunked_loss: Whether the output layer and the cross-entropy are computed in chunks of tokens, so that the
             logits of all tokens never exist at once.
-        fused_weight_gradients: Whether the product that computes a weight's gradient adds it to the gradient buffer.
+        fused_weight_gradients: Whether the matrix product that is a weight's gradient adds it to the gradient buffer
+            itself, in fp32. Where that is not possible or not faster, the gradient is computed first and added then:
+            under ``overlap_grad_reduce``, for a weight with a gradient hook, and on the CPU for bf16 weights with an
+            fp32 buffer.
         attention: The kernel of the core attention, by the name of torch's back end ("flash", "cudnn", "efficient" or
             "math"), or "flex" for torch's FlexAttention. None chooses by the shape: on CUDA, cuDNN's on Hopper and
             torch's own order elsewhere, and FlexAttention for documents, windows and padding, which the others
@@ -62,12 +65,12 @@ class Kernels:
 _FASTER_ON_CPU: dict[str, Any] = {
     "fused_layers": False,
     "chunked_loss": False,
-    "fused_weight_gradients": False,
+    "fused_weight_gradients": True,
     "attention": None,  # by the shape
 }
 _FASTER_ON_CUDA: dict[str, Any] = {
     "fused_layers": False,
     "chunked_loss": False,
-    "fused_weight_gradients": False,
+    "fused_weight_gradients": True,
     "attention": None,
 }

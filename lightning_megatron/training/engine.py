@@ -24,6 +24,7 @@ from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.training.batch_rows import join_rows
 from lightning_megatron.training.microbatches import MicroBatchSizes, slices
 from lightning_megatron.training.timers import Timers
+from lightning_megatron.training.weight_gradients import accept_products, refuse_products
 
 # A function of (micro-batch, its share of the batch's rows, chunk number). On the last stage it returns a loss, which
 # is a mean or a sum with its weight, or a dict with a "loss"; in an evaluation it may return anything. Before
@@ -135,6 +136,7 @@ class Engine:
             if chunk.remove_forward_pre_hook_handles:
                 chunk.disable_forward_pre_hook(param_sync=False)
             chunk.param_to_bucket_group = {}
+            refuse_products(chunk.params_with_grad)
             for node in chunk.grad_accs:
                 _take_hooks_off(node)
             chunk.grad_accs.clear()
@@ -310,6 +312,8 @@ def _wrap(
 ) -> DistributedDataParallel:
     """Wrap the chunk with gradient buffers and their hooks, which ``Engine.remove_hooks`` removes."""
     wrapped = DistributedDataParallel(config, replace(ddp), chunk, disable_bucketing=number > 0)
+    if not ddp.overlap_grad_reduce:  # its hooks wait for every weight's gradient
+        accept_products(wrapped.params_with_grad)
     wrapped.broadcast_params()
     _equalise_replicated(chunk)
     return wrapped
