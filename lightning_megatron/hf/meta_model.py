@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 # Read where weights are loaded, not where the model is built or run.
 _READ_AT_LOADING = frozenset({"quantization_config", "compression_config"})
@@ -36,7 +36,7 @@ class MetaModel:
         self._without_numbers = FakeTensorMode()
 
     @cached_property
-    def model(self) -> PreTrainedModel | None:
+    def model(self) -> transformers.PreTrainedModel | None:
         """None where transformers has no such class, or cannot make it of the configuration."""
         if self._class is None:
             return None
@@ -102,10 +102,10 @@ class MetaModel:
         return everything - left.unexpected_keys
 
 
-def class_named(architecture: str) -> type[PreTrainedModel] | None:
+def class_named(architecture: str) -> type[transformers.PreTrainedModel] | None:
     """transformers' class of that name, if there is one."""
     found = getattr(transformers, architecture, None) if re.fullmatch(r"[A-Za-z]\w*", architecture) else None
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _watched(config: PreTrainedConfig) -> tuple[PreTrainedConfig, set[str]]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from lightning_megatron.hf.weight_mapping import Shape
 
@@ -69,7 +70,7 @@ class InMemory(Source):
         model: The model.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]  # which transformers writes only when it saves
         super().__init__(type(model).__name__, config)
@@ -162,7 +163,7 @@ class SafetensorsFiles(Source):
         return self._open[file]
 
 
-def open_source(source: str | Path | PreTrainedModel, revision: str | None = None) -> Source:
+def open_source(source: str | Path | transformers.PreTrainedModel, revision: str | None = None) -> Source:
     """A source from what a user names it by.
 
     Args:
@@ -172,7 +173,7 @@ def open_source(source: str | Path | PreTrainedModel, revision: str | None = Non
     Raises:
         FileNotFoundError: There is no such directory, or none of its files holds weights.
     """
-    if isinstance(source, PreTrainedModel):
+    if isinstance(source, transformers.PreTrainedModel):
         return InMemory(source)
     folder = Path(source)
     if not folder.is_dir():

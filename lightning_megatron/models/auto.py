@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
 
 from lightning_megatron import hf
 from lightning_megatron.models.configured_module import ConfiguredModule, module_for
@@ -22,7 +22,7 @@ class AutoModule:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path | PreTrainedModel,
+        source: str | Path | transformers.PreTrainedModel,
         *,
         config: dict[str, Any] | None = None,
         ignore: Sequence[str] = (),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from lightning_megatron import hf
 from lightning_megatron.checkpoint import without_trainer
@@ -96,7 +96,7 @@ class ConfiguredModule(MegatronModule):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path | PreTrainedModel,
+        source: str | Path | transformers.PreTrainedModel,
         *,
         config: dict[str, Any] | None = None,
         ignore: Sequence[str] = (),

@@ -3,7 +3,6 @@
 from lightning_megatron.models.generation.custom_processors import Hooks, PrefixAllowedTokens
 from lightning_megatron.models.generation.decoder import Decoder
 from lightning_megatron.models.generation.eval_mode import prepared_to_generate
-from lightning_megatron.models.generation.hf_loop import write
 from lightning_megatron.models.generation.pipeline import Stages
 from lightning_megatron.models.generation.prompts import Prompts, agree
 from lightning_megatron.models.generation.settings import EarlyStopping, GenerationSettings
@@ -18,5 +17,4 @@ __all__ = [
     "Stages",
     "agree",
     "prepared_to_generate",
-    "write",
 ]

@@ -23,7 +23,6 @@ from lightning_megatron.models.generation import (
     Stages,
     agree,
     prepared_to_generate,
-    write,
 )
 
 
@@ -109,6 +108,8 @@ class GeneratingModule(ConfiguredModule):
                 processor, criterion or streamer has failed, which is raised on all ranks.
         """
         self._prepare_to_generate()
+        from lightning_megatron.models.generation.hf_loop import write  # here, since it imports half of transformers
+
         named = {
             "max_new_tokens": max_new_tokens,
             "do_sample": do_sample,
