@@ -22,6 +22,7 @@ class BuildSettings:
         params_dtype: Type of the weights and of what travels between pipeline stages.
         recompute: Which activations are computed again in the backward pass.
         kernels: Which implementations compute the layers and the loss, as ``Kernels.on`` the device gives them.
+        fp8: megatron-core's fields of fp8; none where nothing is multiplied in fp8.
         device: The device that the model is built on in any device context; models move, so it is not compared.
     """
 
@@ -29,6 +30,7 @@ class BuildSettings:
     params_dtype: torch.dtype = torch.float32
     recompute: Recompute | None = None
     kernels: Kernels = field(default_factory=lambda: Kernels().on(torch.device("cpu")))
+    fp8: dict[str, Any] = field(default_factory=dict)
     device: torch.device = field(default=torch.device("cpu"), compare=False)
 
     def transformer_config_arguments(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class BuildSettings:
             "overlap_p2p_comm": interleaved,
             "batch_p2p_comm": not interleaved,
             **_RECOMPUTE[self.recompute],
+            **self.fp8,
         }
 
 

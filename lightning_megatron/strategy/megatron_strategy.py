@@ -205,7 +205,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         self._precision.plain_module = not isinstance(model, MegatronModule)
-        self._precision.check_double(model, self._is_plain_alone)
+        self._precision.check_module(model, self._is_plain_alone)
         if isinstance(model, MegatronModule):
             model.connect_data(model.trainer.datamodule)  # type: ignore[attr-defined]
             self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))

@@ -63,6 +63,7 @@ class ModuleSetup(ParallelRanks):
                 params_dtype=self._precision.params_dtype,
                 recompute=self.recompute,
                 kernels=self.kernels.on(self.root_device),
+                fp8=self._precision.fp8,
                 device=self.root_device,
             )
 

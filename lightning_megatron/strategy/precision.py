@@ -7,7 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import (
+    DoublePrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
@@ -15,6 +21,8 @@ from typing_extensions import override
 
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.strategy.fp8 import fp8_fields
 from lightning_megatron.training.engine import NonFiniteLossError
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
@@ -24,6 +32,8 @@ _KINDS: dict[str, tuple[torch.dtype, bool]] = {
     "bf16-mixed": (torch.bfloat16, True),
     "bf16-true": (torch.bfloat16, False),
     "16-mixed": (torch.float16, True),
+    "transformer-engine": (torch.bfloat16, True),
+    "transformer-engine-float16": (torch.float16, True),
 }
 _DOUBLE = "64-true"  # for plain modules on one rank, which Lightning's own loop trains
 _INITIAL_LOSS_SCALE = 65536.0  # the same as torch's GradScaler
@@ -32,30 +42,40 @@ _INITIAL_LOSS_SCALE = 65536.0  # the same as torch's GradScaler
 class MegatronPrecision(Precision):
     """Megatron's mixed precision: low-precision weights, and fp32 main weights in the optimizer.
 
-    "bf16-mixed" and "16-mixed" keep gradients in fp32; "bf16-true" keeps and reduces them in bf16 too. A plain
-    LightningModule trains as it does elsewhere in Lightning: fp32 weights under autocast for the mixed ones.
+    "bf16-mixed" and "16-mixed" keep gradients in fp32; "bf16-true" keeps and reduces them in bf16 too.
+    "transformer-engine" is "bf16-mixed" whose layers multiply in fp8. A plain LightningModule trains as it does
+    elsewhere in Lightning: fp32 weights under autocast for the mixed ones.
 
     Args:
-        precision: "32-true", "bf16-mixed", "bf16-true", "16-mixed" (with a dynamic loss scale), or "64-true", which is
-            for plain modules on one rank only.
-        initial_loss_scale: The loss scale that "16-mixed" starts from; None is 65536. Other precisions refuse it.
+        precision: "32-true", "bf16-mixed", "bf16-true", "16-mixed" (with a dynamic loss scale), "transformer-engine",
+            "transformer-engine-float16" (as "16-mixed" in fp8), or "64-true", which is for plain modules on one rank
+            only.
+        initial_loss_scale: The loss scale that the fp16 ones start from; None is 65536. Other precisions refuse it.
+        recipe: How fp8 is scaled: an object of ``transformer_engine.common.recipe``. None is ``DelayedScaling()``.
     """
 
-    def __init__(self, precision: str = "32-true", initial_loss_scale: float | None = None) -> None:
+    def __init__(self, precision: str = "32-true", initial_loss_scale: float | None = None, recipe: Any = None) -> None:
         if precision not in (*_KINDS, _DOUBLE):
             raise MisconfigurationException(
                 f"MegatronStrategy does not train with precision={precision!r}. Use one of {', '.join(_KINDS)}."
             )
         arguments = Arguments("MegatronPrecision", MisconfigurationException)
         arguments.number(above=0, optional=True, initial_loss_scale=initial_loss_scale)
-        if initial_loss_scale is not None and precision != "16-mixed":
-            raise MisconfigurationException(
-                f"MegatronPrecision({precision!r}, initial_loss_scale={initial_loss_scale}): only '16-mixed' scales the"
-                " loss. Leave initial_loss_scale out."
-            )
-        self.initial_loss_scale = initial_loss_scale or _INITIAL_LOSS_SCALE if precision == "16-mixed" else None
         self.precision = precision  # type: ignore[assignment]
         self.compute_dtype, self.grads_in_fp32 = _KINDS.get(precision, (torch.float64, False))
+        if initial_loss_scale is not None and not self.scales_loss:
+            raise MisconfigurationException(
+                f"MegatronPrecision({precision!r}, initial_loss_scale={initial_loss_scale}): only '16-mixed' and"
+                " 'transformer-engine-float16' scale the loss. Leave initial_loss_scale out."
+            )
+        self.initial_loss_scale = initial_loss_scale or _INITIAL_LOSS_SCALE if self.scales_loss else None
+        in_fp8 = precision.startswith("transformer-engine")
+        if recipe is not None and not in_fp8:
+            raise MisconfigurationException(
+                f"MegatronPrecision({precision!r}, recipe={type(recipe).__name__}): only 'transformer-engine'"
+                " multiplies in fp8. Use it, or leave recipe out."
+            )
+        self.fp8 = fp8_fields(recipe) if in_fp8 else {}  # fields of megatron-core's TransformerConfig
         self.after_backward: Callable[[], None] | None = None  # set for runs in which a schedule runs backward
         self.check_norm = False  # set by the strategy: whether gradients that are not finite end the run
         self.plain_module = False  # set by the strategy: layers of plain torch do not cast their inputs by themselves
@@ -70,12 +90,19 @@ class MegatronPrecision(Precision):
         """Whether there is a dynamic loss scale."""
         return self.compute_dtype == torch.float16
 
-    def check_double(self, module: torch.nn.Module, single_rank: bool) -> None:
-        """Refuse "64-true" for all but plain modules on a single rank.
+    def check_module(self, module: torch.nn.Module, single_rank: bool) -> None:
+        """Refuse "64-true" for all but plain modules on a single rank, and fp8 for layers that ignore it.
 
         Raises:
-            MisconfigurationException: Names the precisions that the module can have.
+            MisconfigurationException: Says what the module can have.
         """
+        layers = getattr(getattr(module, "config", None), "layers", None)
+        if self.fp8 and (layers == "torch" or not isinstance(module, MegatronModule)):
+            raise MisconfigurationException(
+                f"Trainer(precision={self.precision!r}) multiplies in fp8, which only Transformer Engine's layers do;"
+                f" {type(module).__name__} has none here. Use a GPTModule with GPTConfig(layers='transformer_engine'),"
+                " or precision='bf16-mixed'."
+            )
         if self.compute_dtype == torch.float64 and not single_rank:
             raise MisconfigurationException(
                 f"MegatronStrategy does not train {type(module).__name__} with precision='64-true': megatron-core has"
@@ -94,10 +121,23 @@ class MegatronPrecision(Precision):
             return plugin
         if type(plugin) in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
             return cls(str(plugin.precision))
+        if isinstance(plugin, TransformerEnginePrecision):
+            return cls._from_transformer_engine(plugin)
         raise MisconfigurationException(
             f"MegatronStrategy does not train with precision={plugin.precision!r} ({type(plugin).__name__})."
             f" Use Trainer(precision=) with one of {', '.join(_KINDS)}."
         )
+
+    @classmethod
+    def _from_transformer_engine(cls, plugin: TransformerEnginePrecision) -> MegatronPrecision:
+        if plugin.replace_layers or plugin.fallback_compute_dtype != plugin.weights_dtype:
+            raise MisconfigurationException(
+                f"MegatronStrategy: TransformerEnginePrecision(replace_layers={plugin.replace_layers},"
+                f" fallback_compute_dtype={plugin.fallback_compute_dtype}) changes layers that megatron-core builds."
+                " Leave both out, and use GPTConfig(layers='transformer_engine')."
+            )
+        of_fp16 = "-float16" if plugin.weights_dtype == torch.float16 else ""
+        return cls(f"transformer-engine{of_fp16}", recipe=plugin.recipe)
 
     @override
     def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
