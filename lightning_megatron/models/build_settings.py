@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.kernels import Kernels
-
-Recompute = Literal["selective", "full"]
+from lightning_megatron.models.recompute import Recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +51,5 @@ class BuildSettings:
             # Interleaved with batched messages, pp=2 pairs them in the wrong order and trains on wrong gradients.
             "overlap_p2p_comm": interleaved,
             "batch_p2p_comm": not interleaved,
-            **_RECOMPUTE[self.recompute],
             **self.fp8,
         }
-
-
-_RECOMPUTE: dict[Recompute | None, dict[str, Any]] = {
-    None: {},
-    "selective": {"recompute_granularity": "selective"},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}

@@ -18,6 +18,7 @@ from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.attention import use_kernel
+from lightning_megatron.models.layers.recomputation import recompute_norms
 from lightning_megatron.models.layers.rope_scaling import move_rotary
 from lightning_megatron.training import weight_gradients
 
@@ -91,6 +92,7 @@ class ChunkedModule(pl.LightningModule):
             last = stage == layout.pp - 1 and virtual == (layout.vp or 1) - 1
             with model_rng(), self.build_settings.device:
                 self.chunks.append(self.build_model(first, last, virtual if layout.vp else None))
+            recompute_norms(self.chunks[-1])
         settings = self.build_settings
         use_kernel(self.chunks, settings.kernels.attention, settings.params_dtype, settings.device)
         with self.build_settings.device:

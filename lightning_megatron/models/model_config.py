@@ -15,6 +15,7 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.distributed.suggestions import closest_name, did_you_mean
+from lightning_megatron.models import recompute
 from lightning_megatron.models.build_settings import BuildSettings
 
 LayerBackend = Literal["torch", "transformer_engine"]
@@ -37,6 +38,8 @@ _PLAIN_KERNELS = dict.fromkeys(
      "gradient_accumulation_fusion", "apply_rope_fusion"),
     False,
 )  # fmt: skip
+# What megatron-core cannot recompute without Transformer Engine, and its names in models/layers/recomputation.py.
+_RECOMPUTED_HERE = {"layernorm": "norm_output", "mlp_act": "mlp_act", "mlp": "whole_mlp"}
 
 
 class LayerStack(NamedTuple):
@@ -207,7 +210,46 @@ class ModelConfig:
             **_PLAIN_KERNELS,
             **settings.transformer_config_arguments(),
         }
-        return TransformerConfig(**{**arguments, **self.extra, **stack})
+        modules = self.recomputed_modules(settings)
+        arguments.update(recompute.transformer_config_arguments(settings.recompute, modules))
+        arguments.update(self.extra, **stack)
+        modules = arguments.pop("recompute_modules", None)
+        ours = [name for name in modules or () if name in _RECOMPUTED_HERE and self.layers == "torch"]
+        theirs = None if modules is None else [name for name in modules if name not in ours]
+        config = TransformerConfig(**arguments, recompute_modules=theirs)
+        config.recompute_modules = [*(config.recompute_modules or ()), *(_RECOMPUTED_HERE[name] for name in ours)]
+        return config
+
+    def recomputed_modules(self, settings: BuildSettings) -> list[str]:
+        """The modules of each layer whose activations are computed again: those of a list, or what "selective" means.
+
+        "selective" takes what is cheap and large: norms, and the activation where it saves more than its output. It
+        takes the core attention where that keeps its scores.
+
+        Raises:
+            ValueError: A module that only ``layers="torch"`` recomputes.
+        """
+        if isinstance(settings.recompute, list | tuple):
+            if self.layers != "torch" and "mlp_act" in settings.recompute:
+                raise ValueError(
+                    f"MegatronStrategy(recompute={settings.recompute}): only {type(self).__name__}(layers='torch')"
+                    " recomputes 'mlp_act'. Use 'mlp', or leave it out."
+                )
+            return list(settings.recompute)
+        if settings.recompute != "selective":
+            return []
+        if self.layers != "torch":
+            return ["core_attn"]
+        activation = [] if self.activation == "relu" else ["mlp_act"]  # which saves its output alone
+        return ["layernorm", *activation, *(["core_attn"] if self.keeps_scores(settings) else [])]
+
+    def keeps_scores(self, settings: BuildSettings) -> bool:
+        """Whether the core attention keeps the scores ``[b, heads, s, s]`` for the backward pass.
+
+        torch's plain kernel ("math") does, which is all that a CPU has for dropout of attention weights.
+        """
+        dropout_on_cpu = settings.device.type == "cpu" and self.attention_dropout > 0
+        return settings.kernels.attention == "math" or dropout_on_cpu
 
     @property
     def is_gated(self) -> bool:

@@ -22,6 +22,7 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.models.recompute import check as check_recompute
 from lightning_megatron.strategy import single_rank
 from lightning_megatron.training.microbatches import MicroBatching
 from lightning_megatron.training.optimizer import OnNonfinite
@@ -33,7 +34,7 @@ _STRATEGY = Arguments("MegatronStrategy", MisconfigurationException)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
-def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute: str | None, kernels: object) -> None:
+def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute: object, kernels: object) -> None:
     """Refuse sizes that are wrong for any number of ranks, and sizes that contradict each other.
 
     Args:
@@ -56,7 +57,7 @@ def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute:
     _STRATEGY.whole(optional=True, micro_batch_size=size, num_microbatches=count)
     if count is not None:
         layout.check_num_microbatches(count)
-    _STRATEGY.one_of((None, "selective", "full"), recompute=recompute)
+    check_recompute(recompute, MisconfigurationException)
     _STRATEGY.kind(Kernels, "lightning_megatron.Kernels(...)", kernels=kernels)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -34,6 +34,7 @@ from lightning_megatron.distributed.device import use_device
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.strategy import (
     checks,
     launchers,
@@ -72,7 +73,10 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
             micro-batch where pp = 1, and otherwise the largest legal number of them up to 4 · pp.
         num_microbatches: Micro-batches per batch.
         distributed_optimizer: Shard optimizer state and main weights over the data-parallel ranks.
-        recompute: Compute activations again in the backward pass: "selective" (those of attention) or "full".
+        recompute: Activations that the backward pass computes again, to save memory. "selective": those that are cheap
+            for their size, which are norms, activations, and attention scores where they are kept. A list of modules:
+            "layernorm", "mlp_act", "core_attn", "mlp". A number: that many whole layers of each model chunk (of an
+            encoder-decoder, of each stack). "full": all layers.
         kernels: Which implementations compute the layers and the loss; see ``Kernels``.
         pipeline_split_rank: The first pipeline stage of an encoder-decoder model's decoder; with ``vp``, its first
             virtual stage, counted through the ranks. None splits so that the slowest stage is fastest. Other models
@@ -105,7 +109,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         micro_batch_size: int | None = None,
         num_microbatches: int | None = None,
         distributed_optimizer: bool = True,
-        recompute: Literal["selective", "full"] | None = None,
+        recompute: Recompute | None = None,
         kernels: Kernels = _DEFAULT_KERNELS,
         pipeline_split_rank: int | None = None,
         ddp: DistributedDataParallelConfig | None = None,

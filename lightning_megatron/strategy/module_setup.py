@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +13,7 @@ from lightning_megatron.distributed import lightning_private, shared_weights
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.strategy import checks, single_rank
 from lightning_megatron.strategy.lightning_steps import LightningSteps
 from lightning_megatron.strategy.logging import hook_values
@@ -33,7 +33,7 @@ from lightning_megatron.training.whole_optimizer import WholeOptimizer
 class ModuleSetup(ParallelRanks):
     """The part of the strategy that knows, from ``setup`` on, how its module is trained and evaluated."""
 
-    recompute: Literal["selective", "full"] | None
+    recompute: Recompute | None
     kernels: Kernels
     micro_batching: MicroBatching
     distributed_optimizer: bool

@@ -82,7 +82,8 @@ STRATEGY: list[tuple[dict[str, Any], str]] = [
     ({"num_microbatches": False}, "num_microbatches=False): use a whole number from 1"),
     ({"num_microbatches": 3, "pp": 2, "vp": 2}, "num_microbatches=3 is not a multiple of pp=2"),
     ({"distributed_optimizer": "no"}, "distributed_optimizer='no'): use True or False."),
-    ({"recompute": "ful"}, "recompute='ful'): use None or 'selective' or 'full'."),
+    ({"recompute": "ful"}, "recompute='ful'): use None or 'selective' or 'full', a number of layers"),
+    ({"recompute": ["moe"]}, "'moe' belongs to experts, which no model here has"),
     ({"kernels": {"fused_layers": True}}, "use lightning_megatron.Kernels(...)."),
     ({"ddp": {"overlap_grad_reduce": True}}, "use megatron.core.distributed.DistributedDataParallelConfig(...)"),
     ({"ddp": DistributedDataParallelConfig(overlap_param_gather=True)}, "only with overlap_grad_reduce=True"),
@@ -116,6 +117,8 @@ def test_what_is_right_is_taken():
     MegatronStrategy(tp=2, pp=2, vp=2, num_microbatches=4, ddp=ddp, on_nonfinite="skip")
     assert MegatronPrecision("16-mixed", 2**16).initial_loss_scale == MegatronPrecision("16-mixed").initial_loss_scale
     MegatronStrategy(pp=4, pipeline_split_rank=3, recompute="full", timeout=timedelta(seconds=5))
+    MegatronStrategy(recompute=2)
+    MegatronStrategy(recompute=["layernorm", "mlp_act", "core_attn", "mlp"])
     T5Config(**{**SIZES, "num_layers": None}, encoder_num_layers=2, decoder_num_layers=1)
     LoRA(targets="layers.*", also_train=["head"])
     LoRA(targets=("q_proj", "v_proj"))

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.norm import TorchNorm
+from lightning_megatron.models.layers.recomputation import use_recomputed_mlp
 
 NormPlacement = Literal["post", "pre"]
 
@@ -62,6 +63,7 @@ def bert_block_spec(
     layer = deepcopy(bert_layer_local_spec)
     parts = layer.submodules
     parts.self_attention.submodules.core_attention = TorchAttention
+    use_recomputed_mlp(layer, config)
     parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does
     if placement == "post":
         parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp

@@ -14,6 +14,7 @@ from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLaye
 from lightning_megatron.models.gpt.self_attention import RotatesOnce
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.norm import TorchNorm
+from lightning_megatron.models.layers.recomputation import use_recomputed_mlp
 from lightning_megatron.models.model_config import LayerBackend
 
 
@@ -35,6 +36,7 @@ def _torch_block(config: TransformerConfig, vp_stage: int | None) -> Transformer
     parts.self_attention.module = RotatesOnce
     attention = parts.self_attention.submodules
     attention.core_attention = TorchAttention
+    use_recomputed_mlp(layer, config)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = TorchNorm
     parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does

@@ -162,6 +162,10 @@ class T5Config(ModelConfig):
             "softmax_scale": {"relative": 1.0, "learned": None}[self.position_embedding],
         }
 
+    def keeps_scores(self, settings: BuildSettings) -> bool:
+        """Whether the core attention keeps the scores: as elsewhere, and where the position bias has a gradient."""
+        return self.position_embedding == "relative" or super().keeps_scores(settings)
+
     def layer_costs(self) -> tuple[int, int]:
         """Multiplications of one sequence in a layer of the encoder, and in one of the decoder."""
         heads = (self.kv_channels or self.hidden_size // self.num_attention_heads) * self.num_attention_heads

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import (
 
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.norm import TorchNorm
+from lightning_megatron.models.layers.recomputation import use_recomputed_mlp
 
 
 class RelativeAttention(TorchAttention):
@@ -120,6 +121,7 @@ def _block(
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
     parts.self_attention.submodules.core_attention = attention
+    use_recomputed_mlp(layer, config)
     parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=TorchNorm

@@ -151,7 +151,9 @@ def test_an_accelerate_configuration(number, parser):
     assert strategy.sequence_parallel == _true(block.get("sequence_parallelism", False))
     assert strategy.distributed_optimizer == _true(block.get("use_distributed_optimizer", True))
     selective = "selective" if block.get("recompute_activations") else None
-    assert strategy.recompute == block.get("recompute_granularity", selective)
+    granularity, layers = block.get("recompute_granularity", selective), block.get("recompute_num_layers")
+    some = granularity == "full" and block.get("recompute_method") == "block" and layers
+    assert strategy.recompute == (some or granularity)
     model = run.model.init_args
     given = model.get("config") or {}
     for name in ("hidden_dropout", "attention_dropout"):
@@ -161,8 +163,9 @@ def test_an_accelerate_configuration(number, parser):
     assert model.loss_reduction == ("token" if block.get("calculate_per_token_loss", True) else "micro_batch")
     extra = given.get("extra", {})
     assert extra.get("num_layers_in_last_pipeline_stage") == block.get("decoder_last_pipeline_num_layers")
-    for name in ("attention_softmax_in_fp32", "recompute_method", "recompute_num_layers"):
-        assert extra.get(name) == block.get(name)
+    assert extra.get("attention_softmax_in_fp32") == block.get("attention_softmax_in_fp32")
+    if granularity == "full" and not some and (layers or 1) > 1:
+        assert (extra["recompute_method"], extra["recompute_num_layers"]) == ("uniform", layers)
     GPTConfig(num_layers=8, hidden_size=64, num_attention_heads=4, extra=extra)  # it knows each of them
 
     said = {line.setting for line in plan.lines}
@@ -811,6 +814,24 @@ def test_all_mistakes_of_a_configuration_are_named_at_once():
     )
     both = from_plugin({"recompute_activations": True, "recompute_granularity": "full"})
     assert "recompute_activations" in {line.setting for line in both.lines}
+
+
+@pytest.mark.parametrize(
+    ("words", "recompute"),
+    [
+        ("--recompute-activations", "selective"),
+        ("--recompute-granularity selective --recompute-modules core_attn mlp", ["core_attn", "mlp"]),
+        ("--recompute-granularity selective --recompute-modules moe_act", "selective"),
+        ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "full"),
+        ("--recompute-granularity full --recompute-method block --recompute-num-layers 3", 3),
+        ("--recompute-method block --recompute-num-layers 3", None),
+    ],
+)
+def test_recomputation(words, recompute):
+    plan = from_command_line(words.split(), "gpt")
+    assert plan.run["trainer"]["strategy"]["init_args"].get("recompute") == recompute
+    assert {line.setting for line in plan.lines} >= {word for word in words.split() if word.startswith("--")}
+    assert len(plan.missing) == ("moe_act" in words)
 
 
 def test_plugin_mistakes():
