@@ -15,6 +15,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from lightning_megatron.models.layers.attention import TorchAttention
+from lightning_megatron.models.layers.fused.layer import recomputes_norms
+from lightning_megatron.models.layers.fused.layer_spec import fuse
+from lightning_megatron.models.layers.fused.residual import AddingNorm, FusedNorm
 from lightning_megatron.models.layers.norm import TorchNorm
 from lightning_megatron.models.layers.recomputation import use_recomputed_mlp
 
@@ -26,14 +29,17 @@ class NormedBiasDropoutAdd(torch.nn.Module):
 
     Args:
         config: Megatron's transformer configuration.
+        norm: Makes the norm.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, norm: type[TorchNorm] = TorchNorm) -> None:
         super().__init__()
-        self.layer_norm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.layer_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
         """The function that a transformer layer calls with (output and bias, residual, probability)."""
+        if isinstance(self.layer_norm, AddingNorm):
+            return lambda added, residual, p: self.layer_norm(residual, added, p)[1]
         add = get_bias_dropout_add(training, fused)
         return lambda *args: self.layer_norm(add(*args))  # [s/tp, b, h]
 
@@ -57,19 +63,31 @@ def bert_embedding(placement: NormPlacement) -> type[LanguageModelEmbedding]:
 
 
 def bert_block_spec(
-    config: TransformerConfig, placement: NormPlacement, vp_stage: int | None
+    config: TransformerConfig, placement: NormPlacement, vp_stage: int | None, fused_layers: bool = False
 ) -> TransformerBlockSubmodules:
-    """The block for the layers of this pipeline stage (and virtual stage)."""
+    """The block for the layers of this pipeline stage (and virtual stage).
+
+    Args:
+        config: Megatron's transformer configuration.
+        placement: "post" or "pre".
+        vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
+        fused_layers: Whether operations between matrix products are joined.
+    """
     layer = deepcopy(bert_layer_local_spec)
     parts = layer.submodules
     parts.self_attention.submodules.core_attention = TorchAttention
     use_recomputed_mlp(layer, config)
     parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does
+    norm = FusedNorm if fused_layers and not recomputes_norms(config) else TorchNorm
     if placement == "post":
         parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-        parts.self_attn_bda = parts.mlp_bda = ModuleSpec(module=NormedBiasDropoutAdd, params={"config": config})
+        parts.self_attn_bda = parts.mlp_bda = ModuleSpec(
+            module=NormedBiasDropoutAdd, params={"config": config, "norm": norm}
+        )
     else:
         parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
+    if fused_layers:
+        fuse(layer)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
         layer_norm=TorchNorm if placement == "pre" else None,

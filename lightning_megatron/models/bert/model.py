@@ -50,6 +50,7 @@ class BertModel(WholeModelNames, LanguageModule):
         pre_process: Whether the chunk holds the embedding.
         post_process: Whether it holds the head.
         vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
+        fused_layers: Whether operations between matrix products are joined.
     """
 
     share_embeddings_and_output_weights = False
@@ -68,6 +69,7 @@ class BertModel(WholeModelNames, LanguageModule):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
+        fused_layers: bool = False,
     ) -> None:
         super().__init__(config)
         self.vocab_size = vocab_size
@@ -83,7 +85,7 @@ class BertModel(WholeModelNames, LanguageModule):
             )
         self.encoder = TransformerBlock(
             config,
-            bert_block_spec(config, norm_placement, vp_stage),
+            bert_block_spec(config, norm_placement, vp_stage, fused_layers),
             post_layer_norm=norm_placement == "pre",
             pre_process=pre_process,
             post_process=post_process,

@@ -80,6 +80,7 @@ class BertModule(ConfiguredModule):
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
+            fused_layers=self.build_settings.kernels.fused_layers is True,
         )
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         return model

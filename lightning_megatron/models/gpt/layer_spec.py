@@ -13,16 +13,34 @@ from megatron.core.utils import is_te_min_version
 from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLayer
 from lightning_megatron.models.gpt.self_attention import RotatesOnce
 from lightning_megatron.models.layers.attention import TorchAttention
+from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.norm import TorchNorm
 from lightning_megatron.models.layers.recomputation import use_recomputed_mlp
 from lightning_megatron.models.model_config import LayerBackend
 
 
 def gpt_block_spec(
-    config: TransformerConfig, layers: LayerBackend, parallel_residual: bool, vp_stage: int | None
+    config: TransformerConfig,
+    layers: LayerBackend,
+    parallel_residual: bool,
+    vp_stage: int | None,
+    fused_layers: bool = False,
+    rotates: bool = False,
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """The block of the layers on this pipeline stage (and virtual stage)."""
+    """The block of the layers on this pipeline stage (and virtual stage).
+
+    Args:
+        config: Megatron's transformer configuration.
+        layers: Whose layers they are.
+        parallel_residual: Whether the feed-forward layer is beside attention.
+        vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
+        fused_layers: Whether operations between matrix products are joined, of ``layers="torch"``.
+        rotates: Whether that includes rotary positions.
+    """
     spec = _BLOCKS[layers](config, vp_stage)
+    if fused_layers and layers == "torch":
+        for layer in {id(layer): layer for layer in spec.layer_specs}.values():  # most layers share one
+            fuse(layer, rotates)
     if parallel_residual:
         for layer in spec.layer_specs:
             layer.module = ParallelResidualLayer

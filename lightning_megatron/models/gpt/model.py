@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 
 from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
+from lightning_megatron.models.layers.fused.rotary import cosines_and_sines
 
 
 class PositionedGPT(WholeModelNames, GPTModel):
@@ -16,7 +17,11 @@ class PositionedGPT(WholeModelNames, GPTModel):
 
     Here ``position_ids`` ``[b, s]`` count for rotary positions as for learned ones, and None is the place in the row,
     for which all rows share one table. An ``attention_mask`` is a tensor or an ``AttentionPattern``.
+
+    With ``rotates_by_table``, the layers' ``rotary_pos_emb`` is a table of cosines and sines; see ``FusedRotation``.
     """
+
+    rotates_by_table = False
 
     def forward(
         self,
@@ -30,9 +35,14 @@ class PositionedGPT(WholeModelNames, GPTModel):
 
     def _preprocess(self, input_ids: Any, position_ids: torch.Tensor | None, **rest: Any) -> Any:
         prepared = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **rest)
-        if position_ids is None or prepared[1] is None or rest.get("inference_context") is not None:
+        angles = prepared[1]
+        if angles is None or rest.get("inference_context") is not None:
             return prepared  # a text that is written counts its own tokens, and the cache its places
-        return (prepared[0], self._angles(position_ids), *prepared[2:])
+        if position_ids is not None:
+            angles = self._angles(position_ids)
+        if self.rotates_by_table:
+            angles = cosines_and_sines(angles, self.config.rotary_interleaved, self.config.params_dtype)
+        return (prepared[0], angles, *prepared[2:])
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
         """``[s, b, 1, rotated channels]``, where megatron-core's table of places is ``[s, 1, 1, rotated channels]``."""

@@ -19,6 +19,7 @@ from lightning_megatron.models.gpt.layer_spec import gpt_block_spec
 from lightning_megatron.models.gpt.model import PositionedGPT
 from lightning_megatron.models.gpt.packed_documents import Documents, numbers_by_positions
 from lightning_megatron.models.layers.attention import pad_mask
+from lightning_megatron.models.layers.fused.rotary import can_rotate
 from lightning_megatron.models.layers.output_scale import scale_output
 from lightning_megatron.models.layers.rope_scaling import stretch_rotary
 from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
@@ -83,9 +84,13 @@ class GPTModule(GeneratingModule):
         config, settings = self.config, self.build_settings
         core = config.transformer_config(settings)
         first_weights = FirstWeights(core, draws_too=config.layers != "torch")
+        fused = settings.kernels.fused_layers is True and config.layers == "torch"
+        rotates = fused and config.position_embedding == "rope" and can_rotate(core)
         model = PositionedGPT(
             config=core,
-            transformer_layer_spec=gpt_block_spec(core, config.layers, config.parallel_residual, vp_stage),
+            transformer_layer_spec=gpt_block_spec(
+                core, config.layers, config.parallel_residual, vp_stage, fused, rotates
+            ),
             vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
             max_sequence_length=config.seq_length,
             pre_process=pre_process,
@@ -96,6 +101,7 @@ class GPTModule(GeneratingModule):
             rotary_percent=config.rotary_percent,
             vp_stage=vp_stage,
         )
+        model.rotates_by_table = rotates
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         if config.rope_scaling is not None:
             stretch_rotary(model, config.rotary_base, config.rotary_percent, config.seq_length, config.rope_scaling)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -48,9 +48,11 @@ class TorchNorm:
     megatron-core sums over the tensor-parallel group what carries the mark ``sequence_parallel``.
     """
 
+    norms: ClassVar[dict[tuple[str, bool], type[torch.nn.Module]]] = _NORMS
+
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
         """Make the norm; megatron-core builds its layers by calling the class of the spec."""
-        norm = _NORMS[config.normalization, config.layernorm_zero_centered_gamma](hidden_size, eps=eps)
+        norm = cls.norms[config.normalization, config.layernorm_zero_centered_gamma](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

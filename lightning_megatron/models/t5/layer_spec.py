@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from lightning_megatron.models.layers.attention import TorchAttention
+from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.norm import TorchNorm
 from lightning_megatron.models.layers.recomputation import use_recomputed_mlp
 
@@ -76,21 +77,21 @@ class CachingCrossAttention(CrossAttention):
 
 
 def t5_encoder_spec(
-    config: TransformerConfig, attention: type[TorchAttention], vp_stage: int | None
+    config: TransformerConfig, attention: type[TorchAttention], vp_stage: int | None, fused_layers: bool = False
 ) -> TransformerBlockSubmodules:
     """Self-attention in both directions, on this pipeline stage (and virtual stage)."""
-    return _block(encoder_model_with_local_spec(), config, attention, vp_stage)
+    return _block(encoder_model_with_local_spec(), config, attention, vp_stage, fused_layers)
 
 
 def t5_decoder_spec(
-    config: TransformerConfig, attention: type[TorchAttention], vp_stage: int | None
+    config: TransformerConfig, attention: type[TorchAttention], vp_stage: int | None, fused_layers: bool = False
 ) -> TransformerBlockSubmodules:
     """Self-attention, and attention to the encoder's output."""
     layer = decoder_model_with_local_spec()
     layer.submodules.pre_cross_attn_layernorm = TorchNorm
     layer.submodules.cross_attention.module = CachingCrossAttention
     layer.submodules.cross_attention.submodules.core_attention = TorchAttention
-    return _block(layer, config, attention, vp_stage)
+    return _block(layer, config, attention, vp_stage, fused_layers)
 
 
 def share_position_bias(block: TransformerBlock, bias: RelativePositionEmbedding) -> None:
@@ -116,13 +117,19 @@ def start_queries_small(block: TransformerBlock) -> None:
 
 
 def _block(
-    layer: ModuleSpec, config: TransformerConfig, attention: type[TorchAttention], vp_stage: int | None
+    layer: ModuleSpec,
+    config: TransformerConfig,
+    attention: type[TorchAttention],
+    vp_stage: int | None,
+    fused_layers: bool,
 ) -> TransformerBlockSubmodules:
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
     parts.self_attention.submodules.core_attention = attention
     use_recomputed_mlp(layer, config)
     parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does
+    if fused_layers:
+        fuse(layer)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=TorchNorm
     )

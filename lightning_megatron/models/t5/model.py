@@ -76,6 +76,7 @@ class T5Model(WholeModelNames, LanguageModule):
         pre_process: Whether the chunk holds the embedding.
         post_process: Whether it holds the output layer.
         vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
+        fused_layers: Whether operations between matrix products are joined.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class T5Model(WholeModelNames, LanguageModule):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
+        fused_layers: bool = False,
     ) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
@@ -110,10 +112,10 @@ class T5Model(WholeModelNames, LanguageModule):
         if pre_process:
             self.embedding = LanguageModelEmbedding(config, padded_vocab_size, max_length, position_embedding_type=kind)
         if stage.encoder:
-            spec = t5_encoder_spec(encoder_config, attention, vp_stage)
+            spec = t5_encoder_spec(encoder_config, attention, vp_stage, fused_layers)
             self.encoder = TransformerBlock(encoder_config, spec, post_process=stage.ends_stack, vp_stage=vp_stage)
         if stage.decoder:
-            spec = t5_decoder_spec(config, attention, vp_stage)
+            spec = t5_decoder_spec(config, attention, vp_stage, fused_layers)
             self.decoder = TransformerBlock(config, spec, post_process=stage.ends_stack, vp_stage=vp_stage)
         if positions == "relative":
             self._build_position_bias(buckets, max_distance)

@@ -1,0 +1,1 @@
+"""Operations between the matrix products of a layer, joined into one kernel each by ``torch.compile``."""

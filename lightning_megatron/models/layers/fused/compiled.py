@@ -1,0 +1,71 @@
+"""Compiles small functions of tensors when they are first called; where torch cannot, they run as they are.
+
+Each function is pure: it draws no random numbers, changes no argument and runs without autograd, so that forward,
+recomputed forward and evaluation run the same kernel. torch keeps the kernels on disk, in the folder
+``TORCHINDUCTOR_CACHE_DIR``, and the next run finds them there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_told: set[str] = set()
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, compiled for each type and width of its arguments, but not for each number of tokens.
+
+    The first half of a tensor's dimensions may change from call to call: of ``[tokens, width]`` the tokens, of
+    ``[s, b, head, channel]`` the first two, of a weight ``[width]`` none. A first dimension of 1 (one token) is not
+    compiled for, since torch would compile for that size apart.
+    """
+    fast: Callable[..., Any] | None = None
+    cannot = False
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        nonlocal fast, cannot
+        tensors = [x for x in args if isinstance(x, torch.Tensor) and x.dim() > 1]
+        if cannot or tensors[0].size(0) == 1:
+            return function(*args)
+        from torch._dynamo import maybe_mark_dynamic  # loads the compiler, which a run without it does not wait for
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        fast = fast or torch.compile(function, fullgraph=True, **_options())
+        for tensor in tensors:
+            maybe_mark_dynamic(tensor, list(range(tensor.dim() // 2)))
+        try:
+            return fast(*args)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            cannot = True
+            _tell(error)
+            return function(*args)
+
+    return call
+
+
+def _options() -> dict[str, Any]:
+    """Room for many models in one process: torch stops at eight types and widths of a function if not told otherwise."""
+    known = inspect.signature(torch.compile).parameters  # torch 2.8 has no such argument
+    return {"recompile_limit": 64} if "recompile_limit" in known else {}
+
+
+def _tell(error: Exception) -> None:
+    """Warn, once in a process, that layers run unfused."""
+    if _told:
+        return
+    _told.add(str(error))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    warnings.warn(
+        "Kernels(fused_layers=True): torch.compile cannot compile here, so the operations of a layer run one by one,"
+        f" with the same results, but slower ({type(error).__name__}: {' '.join(lines[:2])})."
+        " Install what it names (a C++ compiler on a CPU, Triton on a GPU), or give"
+        " MegatronStrategy(kernels=Kernels(fused_layers=False)), which also ends this warning.",
+        stacklevel=2,
+    )
