@@ -17,6 +17,7 @@ from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.distributed.suggestions import closest_name, did_you_mean
 from lightning_megatron.models import recompute
 from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.refused_fields import refuse_fields
 
 LayerBackend = Literal["torch", "transformer_engine"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "geglu_tanh"]
@@ -80,7 +81,8 @@ class ModelConfig:
 
     Raises:
         LayoutError: Sizes that fit no layout, such as heads that do not divide ``hidden_size``.
-        ValueError: An unknown activation, kind of layers, or key of ``extra``; a probability that is none.
+        ValueError: An unknown activation, kind of layers, or key of ``extra``; a probability that is none; a field of
+            ``extra`` that needs Apex or Transformer Engine, with what to use instead.
     """
 
     kind: ClassVar[str] = ""  # a name, by which a family is found; each has its own
@@ -118,6 +120,9 @@ class ModelConfig:
         known = [f.name for f in fields(TransformerConfig) if f.init]
         for key in self.extra:
             self._one_of("extra key", key, known)
+        if self.layers == "torch":
+            has_bias = self.family_arguments().get("add_bias_linear", True)
+            refuse_fields(type(self).__name__, self.extra, self.activation, has_bias)
         for name in ("hidden_dropout", "attention_dropout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:

@@ -327,7 +327,6 @@ _PLACED: dict[str, Destination] = {
     "wandb_exp_name": _together(),
     "wandb_save_dir": _together(),
     # what megatron-core takes by its own names
-    "tp_comm_overlap": extra("tp_comm_overlap", truth),
     "distribute_saved_activations": extra("distribute_saved_activations", truth),
     "account_for_embedding_in_pipeline_split": extra("account_for_embedding_in_pipeline_split", truth),
     "account_for_loss_in_pipeline_split": extra("account_for_loss_in_pipeline_split", truth),

@@ -51,7 +51,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _options() -> dict[str, Any]:
-    """Room for many models in one process: torch stops at eight types and widths of a function if not told otherwise."""
+    """Room for many models in one process: of one function, torch compiles for eight types and widths by default."""
     known = inspect.signature(torch.compile).parameters  # torch 2.8 has no such argument
     return {"recompile_limit": 64} if "recompile_limit" in known else {}
 

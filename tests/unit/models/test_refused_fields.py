@@ -1,0 +1,45 @@
+"""Fusions of libraries that the torch layers do not use are refused, in words that say what to use instead."""
+
+import pytest
+
+from lightning_megatron import BertConfig, GPTConfig, T5Config
+
+SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 32, "seq_length": 8}
+
+
+@pytest.mark.parametrize(
+    ("extra", "instead"),
+    [
+        ({"gradient_accumulation_fusion": True}, r"Apex.*Kernels\(fused_weight_gradients=True\)"),
+        ({"apply_rope_fusion": True}, r"Transformer Engine.*Kernels\(fused_layers=True\)"),
+        ({"persist_layer_norm": True}, r"Apex.*Kernels\(fused_layers=True\)"),
+        ({"masked_softmax_fusion": True}, "leave it out"),
+        ({"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}, r"Kernels\(chunked_loss=True\)"),
+        ({"tp_comm_overlap": True}, "layers='transformer_engine'"),
+        ({"fp8": "hybrid"}, "would ignore it"),
+        ({"cpu_offloading": True}, "recompute='selective'"),
+        ({"moe_permute_fusion": True}, "leave it out"),
+        ({"cuda_graph_impl": "transformer_engine"}, "use 'local'"),
+        ({"bias_activation_fusion": True}, r"no kernel of activation='gelu_tanh'.*Kernels\(fused_layers=True\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("config", [GPTConfig, BertConfig, T5Config])
+def test_refused_with_what_to_use_instead(config, extra, instead):
+    with pytest.raises(ValueError, match=rf"{config.__name__}\(extra=.*{instead}"):
+        config(**SIZES, activation="gelu_tanh", extra=extra)
+
+
+def test_a_fused_gelu_needs_biases():
+    GPTConfig(**SIZES, extra={"bias_activation_fusion": True})
+    with pytest.raises(ValueError, match="with biases only"):
+        GPTConfig(**SIZES, bias=False, extra={"bias_activation_fusion": True})
+
+
+@pytest.mark.parametrize("extra", [{"fp8": None}, {"apply_rope_fusion": False}, {"bias_dropout_fusion": True}], ids=str)
+def test_what_does_not_ask_for_them_is_not_refused(extra):
+    assert GPTConfig(**SIZES, extra=extra).extra == extra
+
+
+def test_transformer_engine_layers_take_its_fields():
+    assert GPTConfig(**SIZES, layers="transformer_engine", extra={"fp8": "hybrid"}).extra
