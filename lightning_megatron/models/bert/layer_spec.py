@@ -15,9 +15,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from lightning_megatron.models.layers.attention import TorchAttention
-from lightning_megatron.models.layers.fused.layer import recomputes_norms
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.fused.residual import AddingNorm, FusedNorm
+from lightning_megatron.models.layers.fused.transformer_layer import recomputes_norms
 from lightning_megatron.models.layers.norm import TorchNorm
 from lightning_megatron.models.layers.recomputation import use_recomputed_mlp
 

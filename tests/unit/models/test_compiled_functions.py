@@ -10,7 +10,6 @@ from lightning_megatron.models.layers.fused.compiled import compiled
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
     monkeypatch.setattr(compiled_functions, "_told", set())
     torch._dynamo.reset()
     counters.clear()

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.transformer.mlp import MLP
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
 from lightning_megatron.models.layers.fused.compiled import compiled
 
@@ -15,7 +17,17 @@ Function = Callable[..., Any]
 
 
 class FusedMLP(MLP):
-    """megatron-core's feed-forward layer, with bias and activation in one kernel."""
+    """megatron-core's feed-forward layer, with bias and activation in one kernel.
+
+    Args:
+        config: Megatron's transformer configuration.
+        submodules: The two linear layers.
+        **_: Arguments that megatron-core gives to layers of other kinds.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, **_: Any) -> None:
+        group = parallel_state.get_tensor_model_parallel_group()
+        super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=group)
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **rest: Any) -> Any:
         """``[s/tp, b, h]`` to the same shape, and the bias that is still to be added."""

@@ -10,9 +10,9 @@ from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.mlp import MLP
 
 from lightning_megatron.models.layers.fused.activation import FusedMLP
-from lightning_megatron.models.layers.fused.layer import FusedLayer
 from lightning_megatron.models.layers.fused.residual import FusedNorm, fused_bias_dropout_add
 from lightning_megatron.models.layers.fused.rotary import FusedRotation
+from lightning_megatron.models.layers.fused.transformer_layer import FusedLayer
 from lightning_megatron.models.layers.norm import TorchNorm
 
 
