@@ -12,11 +12,10 @@ What is replaced, and why:
                                                        ``synchronize``, ``empty_cache``, streams and the RNG are
                                                        called without asking whether there is a GPU
 ``torch.zeros/ones/tensor/empty`` in ``_MODULES``      the literal ``device="cuda"`` (token counter of the schedules,
-                                                       ``found_inf`` and scales of the optimizers, norm clipping)
+                                                       ``found_inf`` and scales of the optimizers)
 ``tensor_parallel.random._get/_set_cuda_rng_state``    they reach into ``torch.cuda.default_generators``
 ``DistributedOptimizer.__init__``,                     compare ``param.type()`` with "torch.cuda.FloatTensor" and its
-``Float16OptimizerWithFloat16Params.__init__``,        kin: the comparison is answered as on a GPU while they run
-``clip_grad_by_total_norm_fp32``
+``Float16OptimizerWithFloat16Params.__init__``         kin: the comparison is answered as on a GPU while they run
 ``LanguageModule.setup_embeddings_and_output_layer``   calls ``weight.data.cuda()`` for tied embeddings
 ``DynamicGradScaler/ConstantGradScaler.load_state_dict``  calls ``.cuda()`` on the loaded scale
 ``schedules.deallocate_output_tensor``,                a stage's output is freed when it is sent, while Gloo still
@@ -79,7 +78,7 @@ def bend() -> None:
     """Make megatron-core run on the CPU, over Gloo."""
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, grad_scaler, optimizer
+    from megatron.core.optimizer import distrib_optimizer, grad_scaler, optimizer
     from megatron.core.pipeline_parallel import p2p_communication, schedules
     from megatron.core.tensor_parallel import random
 
@@ -93,8 +92,6 @@ def bend() -> None:
 
     _replace(distrib_optimizer.DistributedOptimizer, "__init__", _answering_as_cuda)
     _replace(optimizer.Float16OptimizerWithFloat16Params, "__init__", _answering_as_cuda)
-    for module in (clip_grads, optimizer):
-        _replace(module, "clip_grad_by_total_norm_fp32", _answering_as_cuda)
 
     _replace(schedules, "deallocate_output_tensor", _nothing)
     _replace(schedules, "custom_backward", _backward)

@@ -171,13 +171,14 @@ class MegatronModule(ChunkedModule):
         """Run one micro-batch through the active chunk, without gradients."""
         return self._chunk_step(batch)
 
-    def log_loss(self, stage: str, loss: torch.Tensor, weight: float) -> None:
+    def log_loss(self, stage: str, loss: torch.Tensor, weight: torch.Tensor) -> None:
         """Log ``{stage}_loss``, called on every rank with the loss of the whole global batch.
 
         Args:
             stage: "train", "val" or "test".
             loss: The same scalar on every rank.
-            weight: Number of its tokens over all replicas, by which Lightning weighs the batches of an evaluation.
+            weight: Number of its tokens over all replicas, by which Lightning weighs the batches of an evaluation; a
+                scalar, which is on the device as the loss is.
         """
         training = stage == "train"
         self.log(

@@ -25,7 +25,7 @@ from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.models.recompute import check as check_recompute
 from lightning_megatron.strategy import single_rank
 from lightning_megatron.training.microbatches import MicroBatching
-from lightning_megatron.training.optimizer import OnNonfinite
+from lightning_megatron.training.nonfinite import OnNonfinite
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from lightning_megatron.strategy.logging.step_values import stop_on_bad_loss
 from lightning_megatron.strategy.plain_steps import PlainSteps
+from lightning_megatron.training.nonfinite import stop_on_bad_loss
 
 
 class LightningSteps(PlainSteps):

@@ -49,7 +49,8 @@ from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.strategy.rank_communication import RankCommunication
 from lightning_megatron.training import resumed_settings, timers
 from lightning_megatron.training.microbatches import MicroBatching
-from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer
+from lightning_megatron.training.nonfinite import OnNonfinite
+from lightning_megatron.training.optimizer import ShardedOptimizer
 
 _DEFAULT_CHECKPOINTING = Checkpointing()
 _DEFAULT_KERNELS = Kernels()
@@ -84,7 +85,9 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         ddp: Settings of megatron-core's data parallelism. ``use_distributed_optimizer`` and ``grad_reduce_in_fp32``
             follow from ``distributed_optimizer`` and ``Trainer(precision=)``.
         on_nonfinite: What happens when a loss, or a gradient norm that is computed, is NaN or infinite: "raise" ends
-            the run, "skip" leaves the step out, counts it and logs ``skipped_steps``, and "ignore" does not look.
+            the run, "skip" leaves the step out, counts it and logs ``skipped_steps``, and "ignore" does not look. The
+            first two wait for the device once a step, behind its backward pass; with "ignore" nothing is read from the
+            device but what is logged, and in fp16 whether the gradients overflowed.
         checkpointing: How checkpoints are saved, loaded and resumed from; see ``Checkpointing``.
         process_group_backend: "gloo" or "nccl". None is the one for the device; one that cannot carry the device's
             tensors is refused.
@@ -313,8 +316,10 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if (sharded := self._sharded) is not None:
+            sharded.step_number = self.lightning_module.trainer.global_step  # type: ignore[union-attr]
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if sharded is not None:
             scaled = self._precision.scales_loss
             step_values.log_step(
                 self.lightning_module,  # type: ignore[arg-type]

@@ -25,7 +25,8 @@ from lightning_megatron.strategy.step_runner import StepRunner
 from lightning_megatron.training import gradients, weight_settings
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.microbatches import MicroBatching
-from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer
+from lightning_megatron.training.nonfinite import OnNonfinite
+from lightning_megatron.training.optimizer import ShardedOptimizer
 from lightning_megatron.training.optimizer_factory import shard_optimizer
 from lightning_megatron.training.whole_optimizer import WholeOptimizer
 

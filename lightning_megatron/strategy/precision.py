@@ -23,7 +23,7 @@ from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy.fp8 import fp8_fields
-from lightning_megatron.training.engine import NonFiniteLossError
+from lightning_megatron.training.nonfinite import NonFiniteLossError
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
 # The type of the weights, and whether gradients are kept and reduced in fp32.

@@ -13,7 +13,6 @@ from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.strategy.dataloading import rank_consistency
 from lightning_megatron.strategy.logging.recorder import LogRecorder, NullRecorder
-from lightning_megatron.strategy.logging.step_values import stop_on_bad_loss
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.training.engine import Engine, Outcome, Step
 from lightning_megatron.training.microbatches import MicroBatching, MicroBatchSizes
@@ -29,7 +28,8 @@ class StepRunner(ABC):
         engine: The engine that runs the schedules.
         precision: The plugin whose context surrounds each micro-batch.
         micro_batching: How batches are cut into micro-batches.
-        stops_on_bad_loss: Whether the training ends with an error where a loss is NaN or infinite.
+        stops_on_bad_loss: Whether a training that Lightning's own loop runs ends with an error where a loss is NaN or
+            infinite; where a schedule runs it, the optimizer looks.
 
     Attributes:
         counts: Whether the batch that was evaluated last counts on this replica.
@@ -64,17 +64,12 @@ class StepRunner(ABC):
 
         Returns:
             The outputs for ``on_train_batch_end``; None where the batch was skipped.
-
-        Raises:
-            NonFiniteLossError: The loss is NaN or infinite.
         """
         recorder = self._record(batch)
         self.ends_window = lightning_private.ends_accumulation(self.module.trainer)
         outcome = self._run_schedule(batch, recorder, args, kwargs)
         if outcome is None:
             return None
-        if self.stops_on_bad_loss:
-            stop_on_bad_loss(outcome.loss, self.engine.local_loss, self.module.trainer.global_step)
         self._log(outcome, recorder, "train")
         return outcome.hook_outputs
 

@@ -5,8 +5,8 @@ It knows neither Lightning nor any task: a ``step`` function runs one micro-batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.training.batch_rows import join_rows
 from lightning_megatron.training.microbatches import MicroBatchSizes, slices
+from lightning_megatron.training.step_outputs import joined, loss_of, outputs_of, passed_on
 from lightning_megatron.training.timers import Timers
 from lightning_megatron.training.weight_gradients import accept_products, refuse_products
 
@@ -39,24 +40,21 @@ _NO_LOSS = (
 _TINY = torch.finfo(torch.float64).tiny  # in place of a weight of zero
 
 
-class NonFiniteLossError(RuntimeError):
-    """A loss that is NaN or infinite, raised on every rank."""
-
-
 @dataclass(frozen=True)
 class Outcome:
     """The result of one batch, the same on every rank.
 
     Args:
         loss: Mean loss of the global batch, a float32 scalar.
-        weight: The sum of the weights: tokens over all data-parallel replicas, or for means the number of replicas.
+        weight: The sum of the weights, a float32 scalar: tokens over all data-parallel replicas, or for means the
+            number of replicas.
         has_logged_values: Whether any rank has logged a value in this batch, so that all ranks gather what was logged.
         has_loss: Whether the steps returned losses.
         returned: The values that the steps returned beside losses, joined over micro-batches by rows; None if nothing.
     """
 
     loss: torch.Tensor
-    weight: float
+    weight: torch.Tensor
     has_logged_values: bool
     has_loss: bool = True
     returned: Any = None
@@ -110,16 +108,18 @@ class Engine:
         )
         self._buffer_views = [(p, p.data, p.requires_grad) for chunk in self.chunks for p in chunk.parameters()]
         self.has_logged_values: Callable[[], bool] = lambda: False  # called after each batch
-        self._window_weight = 0.0
+        self._window_weight = torch.zeros((), dtype=torch.float64, device=device)
+        self.window_losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each batch: the global, and this rank's
         self.has_gradients = False  # whether a batch was run since the last optimizer step
         self._buffers = [pair for chunk in chunks for pair in _kept_buffers(chunk)] if layout.dp > 1 else []
         self.share_buffers()
         self.timers: Timers | None = None
-        self.local_loss = torch.zeros((), device=device)  # the last batch's sum on this rank; 0 before the last stage
+        self._local_loss = torch.zeros((), device=device)  # the last batch's sum on this rank; 0 before the last stage
 
     def zero_grad(self) -> None:
-        """Zero the gradients, and the weight of the accumulation window."""
-        self._window_weight = 0.0
+        """Zero the gradients, the weight of the accumulation window and the losses of its batches."""
+        self._window_weight.zero_()
+        self.window_losses = []
         self.has_gradients = False
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -202,7 +202,9 @@ class Engine:
                 for chunk in self.chunks:
                     stack.enter_context(chunk.no_sync())
             records = self._run(batch, cut, length, step, forward_only=False)
-        return self._outcome(records, cut)
+        outcome = self._outcome(records, cut)
+        self.window_losses.append((outcome.loss, self._local_loss))
+        return outcome
 
     def finish_window(self, window: int) -> None:
         """Finalise the gradients of a window whose last batch was skipped."""
@@ -215,8 +217,8 @@ class Engine:
     def predict(self, batch: Any, cut: MicroBatchSizes, length: int, step: Step) -> Any:
         """Return the outputs of the last stage, joined by rows in order, on every stage."""
         outputs = self._run(batch, cut, length, step, forward_only=True, collect=True)
-        joined = join_rows(outputs[: len(cut.sizes)], list(cut.sizes)) if outputs else None
-        return self._from_last_stage(joined)
+        whole = join_rows(outputs[: len(cut.sizes)], list(cut.sizes)) if outputs else None
+        return self._from_last_stage(whole)
 
     def _run(
         self, batch: Any, cut: MicroBatchSizes, length: int, step: Step, *, forward_only: bool, collect: bool = False
@@ -227,22 +229,23 @@ class Engine:
         def forward_step(micro_batches: Iterator[tuple[Any, float]], model: torch.nn.Module) -> tuple[Any, Any]:
             micro_batch, share = next(micro_batches)
             number = model.__dict__["chunk_number"]
-            with _outputs_of(model) as given:
+            with outputs_of(model) as given:
                 output = step(micro_batch, share, number)
-            return _passed_on(output, given, self.device), partial(finish, output, share)
+            return passed_on(output, given, self.device), partial(finish, output, share)
 
         def finish(output: Any, share: float, _: torch.Tensor, non_loss_data: bool = False) -> Any:
             if non_loss_data:
                 records.append(output)
                 return output
-            loss, extra = _loss_of(output, may_be_rows=forward_only and 1 in cut.sizes)
+            loss, extra = loss_of(output, may_be_rows=forward_only and 1 in cut.sizes)
             if loss is None and not forward_only:
                 raise TypeError(_NO_LOSS.format("None" if output is None else f"no loss but {output!r:.200}"))
             total, weight = self._weigh(loss, share)
             extra = apply_to_collection(extra, torch.Tensor, torch.Tensor.detach, allow_frozen=True)
+            weight = weight.detach().reshape(()) if isinstance(weight, torch.Tensor) else weight
             records.append((total.detach(), weight, loss is not None, extra))
             if not forward_only:
-                self._window_weight += float(weight)
+                self._window_weight += weight
             return total, torch.zeros((), dtype=torch.int, device=total.device), {}
 
         iterators = [slices(batch, cut) for _ in self.chunks]
@@ -275,26 +278,47 @@ class Engine:
         """Reduce the gradients over all replicas and divide them by the weight of the whole window.
 
         The weight is the number of tokens, or for means the number of batches in the window, as in Lightning.
+        megatron-core would divide, too, but not before the host has seen the weight.
         """
-        weight = self._window_weight if self.by_token else float(window)
-        finalize_model_grads(model, torch.tensor(weight, device=self.device), pg_collection=pg_collection)
+        finalize_model_grads(model, None, pg_collection=pg_collection)
+        weight = self._window_weight.float() if self.by_token else self._number(window)
+        pipeline = process_groups.pipeline()
+        if pipeline.size() > 1:  # the last stage knows it
+            dist.broadcast(weight, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
+        if self.layout.dp > 1:
+            dist.all_reduce(weight, group=process_groups.data_parallel())
+        share = torch.where(weight > 0, 1.0 / weight, 1.0)
+        for chunk in model:
+            chunk.scale_gradients(share)
         shared_weights.all_reduce_gradients(model)
 
     def _outcome(self, records: list[Any], cut: MicroBatchSizes) -> Outcome:
         """Compute the mean loss of the global batch on every rank, and join what else this replica's steps returned."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        total = sum((r[0].double() for r in records), zero)
-        weight = sum((torch.as_tensor(r[1], device=self.device).double() for r in records), zero)
-        self.local_loss = total
-        extra = _joined([r[3] for r in records[: len(cut.sizes)]], list(cut.sizes))
-        flags = (self.has_logged_values(), any(r[2] for r in records), extra is not None)
-        summed = torch.stack([total, weight, *(torch.full_like(total, flag) for flag in flags)])
+        local = sum((record[0].double() for record in records), zero)
+        summed = torch.stack([local, sum((record[1] for record in records), zero)])
         for group in (process_groups.data_parallel(), process_groups.pipeline()):  # stages before the last add zeros
             if group.size() > 1:
                 dist.all_reduce(summed, group=group)
-        total, weight, notes, losses, extras = summed.tolist()
-        loss = torch.tensor(total / max(weight, _TINY), dtype=torch.float32, device=self.device)
-        return Outcome(loss, weight, notes > 0, losses > 0, self._from_last_stage(extra) if extras else None)
+        loss = (summed[0] / summed[1].clamp(min=_TINY)).float()
+        self._local_loss = local
+        extra = joined([r[3] for r in records[: len(cut.sizes)]], list(cut.sizes))
+        flags = self._on_any_rank(self.has_logged_values(), any(r[2] for r in records), extra is not None)
+        has_logged_values, has_loss, has_extra = flags
+        returned = self._from_last_stage(extra) if has_extra else None
+        return Outcome(loss, summed[1].float(), has_logged_values, has_loss, returned)
+
+    def _number(self, value: float) -> torch.Tensor:
+        """A scalar on the device; filling it there does not wait for the device, as copying it from the host would."""
+        return torch.full((), value, dtype=torch.float32, device=self.device)
+
+    def _on_any_rank(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any rank; the hosts ask one another, and none waits for its device."""
+        if self.layout.dp * self.layout.pp == 1:  # tensor-parallel ranks run the same
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=process_groups.gloo_world())
+        return [bool(vote) for vote in votes.tolist()]
 
     def _from_last_stage(self, value: Any) -> Any:
         """Broadcast the last stage's value to every stage, onto its device."""
@@ -344,59 +368,3 @@ def _equalise_replicated(chunk: torch.nn.Module) -> None:
     for parameter in chunk.parameters():
         if not getattr(parameter, "tensor_model_parallel", False):
             dist.broadcast(parameter.data, src=dist.get_global_rank(group, 0), group=group)
-
-
-@contextmanager
-def _outputs_of(model: torch.nn.Module) -> Iterator[list[Any]]:
-    """Collect the outputs of a chunk while the step runs it; of the last chunk, nothing is collected."""
-    chunk: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    given: list[Any] = []
-    if getattr(chunk, "post_process", True):
-        yield given
-        return
-    handle = chunk.register_forward_hook(lambda _, __, output: given.append(output))
-    try:
-        yield given
-    finally:
-        handle.remove()
-
-
-def _passed_on(output: Any, given: list[Any], device: torch.device) -> torch.Tensor:
-    """The tensor that the schedule sends to the next stage: hidden states; on the last stage, an unused one."""
-    tensor = output[0] if isinstance(output, tuple) and output else output
-    if isinstance(tensor, torch.Tensor) and (not given or tensor.shape == given[-1].shape):
-        return tensor
-    return given[-1] if given else torch.zeros((), device=device)
-
-
-def _loss_of(output: Any, may_be_rows: bool) -> tuple[Any, Any]:
-    """Separate the result of a step on the last stage into its loss and the rest, each None if there is none.
-
-    Args:
-        output: The value that the step returned.
-        may_be_rows: Whether a tensor of shape [1] may be the only row of a micro-batch, so that only scalars are
-            losses.
-    """
-    if isinstance(output, Mapping) and "loss" in output:
-        loss, rest = output["loss"], {name: value for name, value in output.items() if name != "loss"}
-        return loss, rest or None
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and value.numel() == 1 and not (may_be_rows and value.dim())
-
-    if is_number(output):
-        return output, None
-    is_sum = isinstance(output, tuple) and len(output) == 2 and not hasattr(output, "_fields")
-    if is_sum and is_number(output[0]) and (isinstance(output[1], int | float) or is_number(output[1])):
-        return output, None
-    return None, output
-
-
-def _joined(extras: list[Any], sizes: list[int]) -> Any:
-    """Join what the steps of all micro-batches returned beside losses."""
-    if all(extra is None for extra in extras):
-        return None
-    if all(isinstance(extra, dict) for extra in extras):  # a key that some dicts lack is None there
-        names = dict.fromkeys(name for extra in extras for name in extra)
-        extras = [{name: extra.get(name) for name in names} for extra in extras]
-    return join_rows(extras, sizes)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,11 +13,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.optim import Optimizer
 
-from lightning_megatron.training.engine import Engine, NonFiniteLossError
+from lightning_megatron.training.engine import Engine
+from lightning_megatron.training.gradient_norm import clip_gradients, gradient_norm
 from lightning_megatron.training.gradients import ExposedGradients
+from lightning_megatron.training.nonfinite import OnNonfinite, are_finite, stop_on_bad_loss, stop_on_bad_norm
 from lightning_megatron.training.timers import OPTIMIZER, timed
-
-OnNonfinite = Literal["raise", "skip", "ignore"]
 
 # These flags say how a step is computed, not its result: they are the program's, never the checkpoint's.
 IMPLEMENTATION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
@@ -49,7 +48,9 @@ class ShardedOptimizer(Optimizer):
     Args:
         inner: megatron-core's optimizer around the user's.
         engine: The engine whose gradients it applies.
-        on_nonfinite: What happens when the gradient norm is NaN or infinite: "raise", "skip" the step, or "ignore".
+        on_nonfinite: What happens when a loss, or the gradient norm where it is computed, is NaN or infinite: "raise",
+            "skip" the step for its norm, or "ignore". The first two read from the device once a step, after the
+            backward pass; "ignore" never does.
         initial_settings: The settings of each group at the start of the run, before any schedule changes them.
         group_weight_names: The names, in the whole model, of the weights of each group.
         group_parameters: The parameters of each group as ``configure_optimizers`` gave them, frozen ones included.
@@ -74,7 +75,8 @@ class ShardedOptimizer(Optimizer):
         self.always_compute_norm = False  # set by callbacks that log the norm; clipping computes it in any case
         self.defaults = inner.optimizer.defaults
         self.clip_norm = 0.0
-        self.grad_norm: float | None = None
+        self._grad_norm: torch.Tensor | None = None
+        self.step_number = 0  # of the run, for messages; set by the strategy
         self.skipped_steps = 0
         self.last_step_was_skipped = False
         self._shown: ExposedGradients | None = None
@@ -104,9 +106,15 @@ class ShardedOptimizer(Optimizer):
         return self.inner.optimizer.state
 
     @property
+    def grad_norm(self) -> float | None:
+        """The gradients' norm in the last step, before clipping; None if it was not computed. Waits for the device."""
+        return None if self._grad_norm is None else float(self._grad_norm)
+
+    @property
     def loss_scale(self) -> float:
-        """The factor on the loss; 1 except in fp16."""
-        return float(self.inner.get_loss_scale().item())
+        """The factor on the loss; 1 except in fp16, where asking for it waits for the device."""
+        scales = getattr(self.inner, "grad_scaler", None) is not None
+        return float(self.inner.get_loss_scale()) if scales else 1.0
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure (zero, forward, backward), then clip and update, unless fp16 gradients overflowed."""
@@ -119,6 +127,8 @@ class ShardedOptimizer(Optimizer):
         if self.engine.has_gradients:
             with timed(self.engine.timers, OPTIMIZER):
                 self._update()
+        else:
+            self._stop_on_nonfinite(None)
         return result
 
     def _update(self) -> None:
@@ -126,25 +136,35 @@ class ShardedOptimizer(Optimizer):
         self.last_step_was_skipped = self.inner.prepare_grads()
         if self.last_step_was_skipped:
             self.skipped_steps += 1
+            self._stop_on_nonfinite(None)  # an fp16 overflow is skipped, and a loss that is NaN is not
             return
-        self.grad_norm = None
-        with self.engine.device:  # megatron-core creates the norms of single tensors on the default device
-            if self.clip_norm > 0:
-                self.grad_norm = self.inner.clip_grad_norm(self.clip_norm)
-            elif self.always_compute_norm or self.on_nonfinite == "skip":
-                self.grad_norm = self.inner.get_grad_norm()
-        if self.grad_norm is not None and not math.isfinite(self.grad_norm):  # the norm is the same on every rank
-            if self.on_nonfinite == "raise":
-                raise NonFiniteLossError(
-                    f"The gradient norm is {self.grad_norm}. The weights are as the last step left them. Lower the"
-                    " learning rate, inspect the batch, or skip such steps with MegatronStrategy(on_nonfinite='skip')."
-                )
-            if self.on_nonfinite == "skip":
-                self.last_step_was_skipped = True
-                self.skipped_steps += 1
-                return
+        norm = None
+        if self.clip_norm > 0 or self.always_compute_norm or self.on_nonfinite == "skip":
+            norm = gradient_norm(self.inner, self.engine.device)
+        self._grad_norm = norm
+        if norm is not None and self.clip_norm > 0:
+            clip_gradients(self.inner, self.clip_norm, norm)
+        self._stop_on_nonfinite(norm)
+        if self.on_nonfinite == "skip" and norm is not None and not are_finite([norm]):
+            self.last_step_was_skipped = True
+            self.skipped_steps += 1
+            return
         self.inner.step_with_ready_grads()
         self.engine.has_gradients = False
+
+    def _stop_on_nonfinite(self, norm: torch.Tensor | None) -> None:
+        """Stop if ``on_nonfinite`` asks for it, and a loss of the window or the norm is NaN or infinite.
+
+        The host sees all of them at once, as late as it can: until then, it goes ahead of the device.
+        """
+        losses = self.engine.window_losses
+        found = [loss for loss, _ in losses] + ([] if norm is None else [norm])
+        if self.on_nonfinite != "raise" or are_finite(found):
+            return
+        for loss, local_loss in losses:
+            stop_on_bad_loss(loss, local_loss, self.step_number)
+        if norm is not None:
+            stop_on_bad_norm(norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: gradient buffers are laid out at the start of a run."""

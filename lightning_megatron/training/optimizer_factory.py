@@ -17,7 +17,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_megatron.distributed.parameter_names import named_shards
 from lightning_megatron.training.engine import Engine
-from lightning_megatron.training.optimizer import OnNonfinite, ShardedOptimizer, group_settings
+from lightning_megatron.training.nonfinite import OnNonfinite
+from lightning_megatron.training.optimizer import ShardedOptimizer, group_settings
 
 _SHARDABLE = (AdamW, Adam, SGD)
 

@@ -10,7 +10,7 @@ from lightning_megatron.distributed.device import model_rng, use_device
 
 def test_bend_and_unbend():
     use_device(torch.device("cuda"))  # an earlier test may have left it bent
-    before = (schedules.torch, clip_grads.clip_grad_by_total_norm_fp32, distrib_optimizer.DistributedOptimizer.__init__)
+    before = (schedules.torch, clip_grads.torch, distrib_optimizer.DistributedOptimizer.__init__)
     public = (torch.cuda.current_device, torch.zeros, torch.Tensor.type)
     use_device(torch.device("cpu"))
     try:
@@ -23,7 +23,7 @@ def test_bend_and_unbend():
         assert len(cpu_patches._undo) == replaced
     finally:
         use_device(torch.device("cuda"))
-    after = (schedules.torch, clip_grads.clip_grad_by_total_norm_fp32, distrib_optimizer.DistributedOptimizer.__init__)
+    after = (schedules.torch, clip_grads.torch, distrib_optimizer.DistributedOptimizer.__init__)
     assert after == before
     assert schedules.torch is torch
 
