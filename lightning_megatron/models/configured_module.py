@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 import transformers
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_megatron import hf
 from lightning_megatron.checkpoint import without_trainer
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.batch_checks import UNMET, given, refuse
+from lightning_megatron.models.host_answers import Question, with_answers
 from lightning_megatron.models.lora import LoRA, lora_module
 from lightning_megatron.models.lora.merge import Updates
 from lightning_megatron.models.lora.peft_files import Saved
@@ -24,6 +26,7 @@ from lightning_megatron.models.model_config import ModelConfig
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
+_TRANSFER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")
 _BY_KIND: dict[str, type[ConfiguredModule]] = {}
 
 
@@ -244,6 +247,27 @@ class ConfiguredModule(MegatronModule):
         """
         if not self.has_own_get_batch:
             self._check_loaded(self._named_tensors(batch))
+
+    def answer_on_host(self, batch: Any) -> Any:
+        """The batch, with answers to what ``get_batch`` would ask the device; an overridden one asks the device.
+
+        So does ``get_batch`` where a hook may change the batch on its way to the device.
+        """
+        if self.has_own_get_batch or self._has_transfer_hooks:
+            return batch
+        return with_answers(batch, self._questions(given(batch)))
+
+    @property
+    def _has_transfer_hooks(self) -> bool:
+        """Whether the module or its data module changes batches on their way to the device."""
+        return any(is_overridden(hook, self) for hook in _TRANSFER_HOOKS) or (
+            (data := self.trainer.datamodule) is not None  # type: ignore[attr-defined]
+            and any(is_overridden(hook, data) for hook in _TRANSFER_HOOKS)
+        )
+
+    def _questions(self, batch: Batch) -> Iterable[Question]:
+        """What ``get_batch`` asks about a batch of the loader's; ``batch`` has only keys that have a value."""
+        return ()
 
     def lengths(self, batch: Any) -> tuple[int, ...]:
         """Tokens of one sequence, padding included; a T5 has two numbers: encoder and decoder.

@@ -132,6 +132,10 @@ class MegatronModule(ChunkedModule):
         """
         return (self.sequence_length(batch),)
 
+    def answer_on_host(self, batch: Any) -> Any:
+        """Add to a batch, which is still on the host, what its values decide, so that no step asks the device."""
+        return batch
+
     def complete_batch(self, batch: Any) -> Any:
         """Add to this replica's batch, which is on the device, what only the whole global batch says."""
         return batch

@@ -32,6 +32,7 @@ from lightning_megatron.distributed import (
 )
 from lightning_megatron.distributed.device import use_device
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.host_answers import sealed
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.models.recompute import Recompute
@@ -308,7 +309,8 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         if not isinstance(module, MegatronModule):
             return super().batch_to_device(batch, device, dataloader_idx)
         module.check_batch(batch)  # the tensors are still on the host here
-        return module.complete_batch(super().batch_to_device(batch, device, dataloader_idx))
+        batch = module.answer_on_host(batch)
+        return sealed(module.complete_batch(super().batch_to_device(batch, device, dataloader_idx)))
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning_megatron.models.batch_checks import check_alike, check_range, che
 from lightning_megatron.models.bert.config import BertConfig
 from lightning_megatron.models.bert.tasks import TASKS, BertTask
 from lightning_megatron.models.configured_module import ConfiguredModule
+from lightning_megatron.models.host_answers import Question, answers, trusted
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
@@ -124,20 +126,34 @@ class BertModule(ConfiguredModule):
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens, types and positions ``[b, s]``, a mask ``[b, 1, 1, s]`` and the task's labels, from either form."""
-        batch = _renamed(given(batch))
+        batch = _renamed(trusted(given(batch)))
         tokens = batch["input_ids"].long()
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        keep = batch.get("attention_mask", torch.ones_like(tokens)) > 0.5
-        keep = keep | ~keep.any(dim=1, keepdim=True)  # a row of padding only looks everywhere, rather than at nothing
         inputs = {
             "input_ids": tokens,
             "token_type_ids": batch.get("token_type_ids", torch.zeros_like(tokens)).long(),
             "position_ids": batch.get("position_ids", positions).long(),
         }
-        mask: Any = None if bool(keep.all()) else ~keep[:, None, None, :]
-        return {**inputs, "attention_mask": mask, **self.task.labels(batch)}
+        sees_all = "attention_mask" not in batch or all(answers(batch, _sees_all))
+        mask: Any = None if sees_all else ~_kept(batch)[:, None, None, :]
+        inputs |= {"attention_mask": mask, **self.task.labels(batch)}
+        if self._counts_labels and "labels" in batch:
+            inputs["num_labels"] = sum(answers(batch, _number_of_labels))
+        return inputs
 
     _get_batch_of_family = get_batch
+
+    @property
+    def _counts_labels(self) -> bool:
+        """Whether the loss is given the number of labels, which no method of the user's may have changed."""
+        own = self.has_own_get_batch or type(self).loss is not BertModule.loss
+        return self.task.asks_number_of_labels and not own
+
+    def _questions(self, batch: Batch) -> Iterator[Question]:
+        if "attention_mask" in _renamed(batch):
+            yield _sees_all
+        if self._counts_labels and "labels" in batch:
+            yield _number_of_labels
 
     def pad_inputs(self, inputs: Batch, multiple: int) -> Batch:
         """Pad behind the text; no token looks at the padding, and it has no label."""
@@ -173,8 +189,24 @@ class BertModule(ConfiguredModule):
             total.detach() / count.clamp(min=1),
             on_step=training,
             on_epoch=not training,
-            batch_size=max(float(count), 1e-6),  # type: ignore[arg-type]
+            batch_size=count.float().clamp(min=1e-6),  # type: ignore[arg-type]
         )
+
+
+def _kept(batch: Batch) -> torch.Tensor:
+    """The tokens that are looked at; a row of padding only looks everywhere, rather than at nothing."""
+    keep = _renamed(batch)["attention_mask"] > 0.5
+    return keep | ~keep.any(dim=1, keepdim=True)
+
+
+def _sees_all(batch: Batch) -> torch.Tensor:
+    """``[b]``, whether all tokens of each row are looked at."""
+    return _kept(batch).all(dim=1)
+
+
+def _number_of_labels(batch: Batch) -> torch.Tensor:
+    """``[b]``, how many labels of each row are not ignored."""
+    return (_renamed(batch)["labels"] != IGNORED_LABEL).sum(dim=1)
 
 
 def _renamed(batch: Batch) -> Batch:

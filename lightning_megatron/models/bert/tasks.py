@@ -35,6 +35,7 @@ class BertTask:
     """
 
     model: type[BertModel]
+    asks_number_of_labels = False  # whether the loss uses ``num_labels``, which the host then counts in a batch
 
     def __init__(self, config: BertConfig) -> None:
         self.config = config
@@ -108,6 +109,7 @@ class MaskedLM(TokenLabels):
     """Predict the tokens that were masked."""
 
     model = BertForMaskedLM
+    asks_number_of_labels = True
 
     def check(self, batch: Batch) -> None:
         """Refuse labels that are no token ids."""
@@ -115,7 +117,8 @@ class MaskedLM(TokenLabels):
 
     def parts(self, output: Any, batch: Batch) -> Parts:
         """Cross-entropy of the tokens that have a label."""
-        return {"mlm_loss": cross_entropy_over_shards(output, batch["labels"], IGNORED_LABEL)}
+        number: Any = batch.get("num_labels")
+        return {"mlm_loss": cross_entropy_over_shards(output, batch["labels"], IGNORED_LABEL, number)}
 
     def predictions(self, output: Any, length: int) -> Any:
         """``[b, s, vocab]`` over the whole vocabulary."""
@@ -224,7 +227,7 @@ class SequenceClassification(BertTask):
             return {"loss": _cross_entropy(logits, labels.view(-1).long())}
         targets = labels.float().view_as(logits)
         loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
-        return {"loss": (loss(logits, targets, reduction="sum"), torch.tensor(logits.numel(), device=logits.device))}
+        return {"loss": (loss(logits, targets, reduction="sum"), logits.new_full((), logits.numel()))}
 
     def _problem(self, labels: torch.Tensor) -> str:
         return self.config.problem(labels.is_floating_point())

@@ -6,6 +6,7 @@ import torch
 
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.packed_documents import numbers_by_positions
+from lightning_megatron.models.host_answers import answers
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern
 from lightning_megatron.models.megatron_module import Batch
 
@@ -17,6 +18,11 @@ def is_whole(batch: Batch) -> bool:
     """Whether the batch has transformers' mask of queries and keys, which says everything, looking ahead included."""
     mask = batch.get("attention_mask")
     return mask is not None and "input_ids" in batch and mask.dim() == 4
+
+
+def sees_all(batch: Batch) -> torch.Tensor:
+    """``[b]``, whether the ``attention_mask`` ``[b, s]`` of each row keeps all tokens."""
+    return batch["attention_mask"].bool().all(dim=1)
 
 
 def mask_or_pattern(
@@ -37,7 +43,7 @@ def mask_or_pattern(
     mask = batch.get("attention_mask")
     if mask is not None and mask.dim() == 4:
         return _joined(_unseen(mask, "input_ids" in batch), documents, whole=is_whole(batch))
-    keep = None if mask is None or bool(mask.all()) else mask.bool()
+    keep = None if mask is None or all(answers(batch, sees_all)) else mask.bool()
     if keep is None and documents is None:
         return None
     return AttentionPattern(length=tokens.size(1), documents=documents, keep=keep)
@@ -90,7 +96,7 @@ def _beyond_causal(batch: Batch) -> str:
     """Name what in the batch hides earlier tokens from a token that has a label."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is None:
-        apart = positions is not None and numbers_by_positions(positions) is not None
+        apart = positions is not None and numbers_by_positions(batch) is not None
         return "'position_ids' that begin documents" if apart else ""
     only_ends = mask.dim() == 2 and bool((mask.bool().long().diff(dim=1) <= 0).all())
     return "" if only_ends else "this 'attention_mask'"

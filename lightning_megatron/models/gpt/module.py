@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.decoder import GPTDecoder
 from lightning_megatron.models.gpt.layer_spec import gpt_block_spec
 from lightning_megatron.models.gpt.model import PositionedGPT
-from lightning_megatron.models.gpt.packed_documents import Documents, numbers_by_positions
+from lightning_megatron.models.gpt.packed_documents import Documents, is_one_document, numbers_by_positions
+from lightning_megatron.models.host_answers import Question, answers, trusted
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.fused.rotary import can_rotate
 from lightning_megatron.models.layers.output_scale import scale_output
@@ -165,16 +167,16 @@ class GPTModule(GeneratingModule):
 
         Rotary positions are None where they are the places in the row.
         """
-        batch = given(batch)
+        batch = trusted(given(batch))
         inputs = _from_megatron(batch) if _token_key(batch) != "input_ids" else _from_transformers(batch)
         tokens, positions = inputs["input_ids"], batch.get("position_ids")
         positions = None if positions is None else positions.long().expand_as(tokens)
         documents = self.documents.numbers(tokens)
         if positions is not None and "attention_mask" not in batch:
-            found = numbers_by_positions(positions)
+            found = numbers_by_positions(batch)
             documents = found if documents is None or found is None else documents + found
         inputs["loss_mask"] = self.documents.kept(tokens, inputs["loss_mask"])
-        inputs["position_ids"] = self._positions(tokens, positions)
+        inputs["position_ids"] = self._positions(batch, tokens, positions)
         mask = attention_masks.mask_or_pattern(batch, tokens, documents)
         inputs["attention_mask"] = mask if self.config.layers == "torch" else None  # type: ignore[assignment]
         return inputs
@@ -225,14 +227,31 @@ class GPTModule(GeneratingModule):
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> GPTDecoder:
         return GPTDecoder(stages, prompts, self.config.vocab_size, settings.max_new_tokens, settings.copies)
 
-    def _positions(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> Any:
+    def _positions(self, batch: Batch, tokens: torch.Tensor, positions: torch.Tensor | None) -> Any:
         """As the documents have them, or the batch; None where rotary positions are the places in the row."""
-        places = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         of_documents = self.documents.positions(tokens)
         chosen = positions if of_documents is None else of_documents
-        if self.config.position_embedding != "learned" and (chosen is None or bool((chosen == places).all())):
+        rotary = self.config.position_embedding != "learned"
+        if rotary and (chosen is None or all(answers(batch, self._has_positions_in_order))):
             return None
-        return places if chosen is None else chosen
+        return torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens) if chosen is None else chosen
+
+    def _has_positions_in_order(self, batch: Batch) -> torch.Tensor:
+        """``[b]``, whether each row's positions, as ``_positions`` chooses them, are the places in the row."""
+        name = _token_key(batch)
+        tokens = batch[name][:, :-1] if name == "text" else batch[name]
+        of_documents = self.documents.positions(tokens)
+        chosen = batch["position_ids"].expand_as(tokens) if of_documents is None else of_documents
+        return (chosen == torch.arange(tokens.size(1), device=tokens.device)).all(dim=1)
+
+    def _questions(self, batch: Batch) -> Iterator[Question]:
+        has_positions, mask = "position_ids" in batch, batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            yield attention_masks.sees_all
+        if has_positions and mask is None:
+            yield is_one_document
+        if self.config.position_embedding != "learned" and (has_positions or self.documents.reset_position_ids):
+            yield self._has_positions_in_order
 
     def _check_positions(self, batch: Batch, shape: tuple[int, int]) -> None:
         """Refuse positions that are not one for each token, or that the model has no embedding of."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+from lightning_megatron.models.host_answers import answers
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,26 @@ class Documents:
 
     def _starts(self, tokens: torch.Tensor) -> torch.Tensor:
         """True at the first token behind each end of a document."""
-        ends = tokens.new_tensor(self.eod_id).eq(tokens[:, :-1])
+        ends = torch.eq(tokens[:, :-1], self.eod_id)  # type: ignore[arg-type]
         return torch.nn.functional.pad(ends, (1, 0))
 
 
-def numbers_by_positions(positions: torch.Tensor) -> torch.Tensor | None:
+def is_one_document(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """``[b]``, whether the ``position_ids`` of each row go on by one; where they do not, a document begins."""
+    return (batch["position_ids"].diff(dim=1) == 1).all(dim=1)
+
+
+def numbers_by_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """``[b, s]``, the number of each token's document in its row, which is what transformers reads there.
 
     Args:
-        positions: ``[b, s]``; where one is not one more than the one before it, a document begins.
+        batch: A batch with ``position_ids`` ``[b, s]``; where one is not one more than the one before it, a document
+            begins.
 
     Returns:
         None where each row is one document.
     """
-    starts = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
-    return starts.cumsum(dim=1) if bool(starts.any()) else None
+    if all(answers(batch, is_one_document)):
+        return None
+    starts = torch.nn.functional.pad(batch["position_ids"].diff(dim=1) != 1, (1, 0))
+    return starts.cumsum(dim=1)

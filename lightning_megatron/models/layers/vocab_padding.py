@@ -30,7 +30,7 @@ def mask_padded_vocabulary(output_layer: ColumnParallelLinear, vocab_size: int) 
 
 
 def cross_entropy_over_shards(
-    logits: torch.Tensor, labels: torch.Tensor, ignored: int
+    logits: torch.Tensor, labels: torch.Tensor, ignored: int, number: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the cross-entropy of the tokens that have a label, and their number.
 
@@ -38,9 +38,12 @@ def cross_entropy_over_shards(
         logits: ``[b, s, vocab/tp]``; kept: megatron-core writes over what it is given, here a copy of the counted rows.
         labels: ``[b, s]``.
         ignored: The label of tokens that are not counted.
+        number: How many are counted, where the host knows it; None waits for the device, which counts them.
     """
     counted = labels != ignored
-    losses = vocab_parallel_cross_entropy(logits[counted], labels[counted])  # [n]
+    places = counted.nonzero() if number is None else torch.nonzero_static(counted, size=number)  # [n, 2]
+    rows, tokens = places.unbind(1)
+    losses = vocab_parallel_cross_entropy(logits[rows, tokens], labels[rows, tokens])  # [n]
     return losses.float().sum(), counted.sum()
 
 

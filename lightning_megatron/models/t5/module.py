@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule
+from lightning_megatron.models.host_answers import Question, answers, trusted
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.vocab_padding import cross_entropy_over_shards
 from lightning_megatron.models.lora import LoRA
@@ -163,18 +165,34 @@ class T5Module(GeneratingModule):
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens of both sides, masks (True where a query may not look), and labels, from either form."""
-        batch = _renamed(given(batch))
+        batch = _renamed(trusted(given(batch)))
         tokens, targets = batch["input_ids"].long(), self._decoder_inputs(batch)
         inputs = {
             "input_ids": tokens,
             "decoder_input_ids": targets,
-            "encoder_mask": _mask(batch, "enc_mask", "attention_mask", tokens),
+            "encoder_mask": _mask(batch, "enc_mask", _keeps_all_tokens),
             "decoder_mask": _decoder_mask(batch, targets),
-            "cross_mask": _mask(batch, "enc_dec_mask", "attention_mask", tokens),
+            "cross_mask": _mask(batch, "enc_dec_mask", _keeps_all_tokens),
         }
-        return {**inputs, **({"labels": batch["labels"].long()} if "labels" in batch else {})}
+        if "labels" in batch:
+            inputs["labels"] = batch["labels"].long()
+            if self._counts_labels:
+                inputs["num_labels"] = sum(answers(batch, _number_of_labels))
+        return inputs
 
     _get_batch_of_family = get_batch
+
+    @property
+    def _counts_labels(self) -> bool:
+        """Whether the loss is given the number of labels, which no method of the user's may have changed."""
+        return not self.has_own_get_batch and type(self).loss is T5Module.loss
+
+    def _questions(self, batch: Batch) -> Iterator[Question]:
+        for question, keep in _KEEP.items():
+            if keep in batch:
+                yield question
+        if self._counts_labels and "labels" in batch:
+            yield _number_of_labels
 
     def pad_inputs(self, inputs: Batch, multiple: int) -> Batch:
         """Pad behind each side's text; no token looks at the padding, and it has no label."""
@@ -197,7 +215,8 @@ class T5Module(GeneratingModule):
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Sum and count over the labels that are not ignored; ``output`` are the logits ``[b, sd, vocab/tp]``."""
-        return cross_entropy_over_shards(output, batch["labels"], IGNORED_LABEL)
+        number: Any = batch.get("num_labels")
+        return cross_entropy_over_shards(output, batch["labels"], IGNORED_LABEL, number)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
         """Hidden states, or on the last stage the logits ``[b, sd, vocab]`` over the whole vocabulary."""
@@ -257,12 +276,33 @@ def _renamed(batch: Batch) -> Batch:
     return found
 
 
-def _mask(batch: Batch, key: str, keep_key: str, tokens: torch.Tensor) -> Any:
+def _number_of_labels(batch: Batch) -> torch.Tensor:
+    """``[b]``, how many labels of each row are not ignored."""
+    return (_renamed(batch)["labels"] != IGNORED_LABEL).sum(dim=1)
+
+
+def _mask(batch: Batch, key: str, keeps_all: Question) -> Any:
     """Megatron's mask where the batch has one, else one made from the tokens to keep; None where all are kept."""
     if key in batch:
         return ~_looks_somewhere(batch[key] > 0.5)[:, None]
-    keep = _looks_somewhere(batch.get(keep_key, torch.ones_like(tokens)) > 0.5)
-    return None if bool(keep.all()) else ~keep[:, None, None, :]
+    keep = batch.get(_KEEP[keeps_all])
+    if keep is None or all(answers(batch, keeps_all)):
+        return None
+    return ~_looks_somewhere(keep > 0.5)[:, None, None, :]
+
+
+def _keeps_all_tokens(batch: Batch) -> torch.Tensor:
+    """``[b]``, whether all of the encoder's tokens in each row are looked at."""
+    return _looks_somewhere(batch["attention_mask"] > 0.5).all(dim=1)
+
+
+def _keeps_all_targets(batch: Batch) -> torch.Tensor:
+    """``[b]``, whether all of the decoder's tokens in each row are looked at."""
+    return _looks_somewhere(batch["decoder_attention_mask"] > 0.5).all(dim=1)
+
+
+# Each question is about the mask [b, s] of this name.
+_KEEP: dict[Question, str] = {_keeps_all_tokens: "attention_mask", _keeps_all_targets: "decoder_attention_mask"}
 
 
 def _decoder_mask(batch: Batch, targets: torch.Tensor) -> torch.Tensor:
@@ -270,7 +310,7 @@ def _decoder_mask(batch: Batch, targets: torch.Tensor) -> torch.Tensor:
     length = targets.size(1)
     ahead = torch.ones(length, length, dtype=torch.bool, device=targets.device).triu(1)
     itself = torch.eye(length, dtype=torch.bool, device=targets.device)
-    mask = _mask(batch, "dec_mask", "decoder_attention_mask", targets)
+    mask = _mask(batch, "dec_mask", _keeps_all_targets)
     if mask is None:
         return ahead[None, None]
     mask = ahead | mask

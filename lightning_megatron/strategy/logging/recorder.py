@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,7 +36,7 @@ class _Entry:
     options: dict[str, Any]
     metric: str | None = None
     values: list[Any] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    weights: list[float | torch.Tensor] = field(default_factory=list)
 
 
 class NullRecorder:
@@ -115,7 +115,7 @@ class LogRecorder:
         whole = isinstance(module, MegatronModule)
         stages: list[dict[str, _Entry]] = []
         if gather:
-            stages = collectives.gather_from_stages(_over_replicas(self._seen) if whole else self._seen)
+            stages = _over_ranks(self._seen) if whole else collectives.gather_from_stages(self._seen)
         for name, entry in _latest(stages).items():
             options = dict(entry.options)
             if entry.metric is not None:
@@ -129,7 +129,8 @@ class LogRecorder:
                 options.update(batch_size=sum(entry.weights), sync_dist=True, sync_dist_group=process_groups.REDUCED)
             elif options.get("batch_size") is not None:
                 options["batch_size"] = sum(entry.weights)
-            module.log(name, reduce_values(entry.values, entry.weights, options.get("reduce_fx", "mean")), **options)
+            value = reduce_values(entry.values, entry.weights, options.get("reduce_fx", "mean"))
+            module.log(name, value.float() if whole and isinstance(value, torch.Tensor) else value, **options)
         self._states.finish_all()
 
     def end_prediction(self) -> None:
@@ -147,7 +148,15 @@ class LogRecorder:
             value = torchmetrics_private.value_on_batch(value)
         weight = options.get("batch_size")
         entry.values.append(value.detach() if isinstance(value, torch.Tensor) else value)
-        entry.weights.append(float(rows if weight is None else weight))
+        weight = rows if weight is None else weight
+        entry.weights.append(weight.detach() if isinstance(weight, torch.Tensor) else float(weight))
+
+
+def _over_ranks(seen: dict[str, _Entry]) -> list[dict[str, _Entry]]:
+    """What each stage recorded, over all replicas; where this rank is all of them, its values stay on the device."""
+    if process_groups.data_parallel().size() * process_groups.pipeline().size() == 1:
+        return [seen]
+    return collectives.gather_from_stages(_over_replicas(seen))
 
 
 def _over_replicas(seen: dict[str, _Entry]) -> dict[str, _Entry]:
@@ -165,7 +174,7 @@ def _over_replicas(seen: dict[str, _Entry]) -> dict[str, _Entry]:
 
 def _on_the_host(entry: _Entry) -> _Entry:
     values = [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in entry.values]
-    return replace(entry, values=values, weights=list(entry.weights))
+    return replace(entry, values=values, weights=[float(weight) for weight in entry.weights])
 
 
 def _latest(stages: list[dict[str, _Entry]]) -> dict[str, _Entry]:
@@ -178,13 +187,24 @@ def _latest(stages: list[dict[str, _Entry]]) -> dict[str, _Entry]:
     return found
 
 
-def reduce_values(values: list[Any], weights: list[float], reduce_fx: Any) -> Any:
+def reduce_values(values: list[Any], weights: Sequence[float | torch.Tensor], reduce_fx: Any) -> Any:
     """Reduce the values of micro-batches to one, as ``self.log(reduce_fx=)`` asks; a mean is weighted."""
     if len(values) == 1 or not all(isinstance(value, int | float | torch.Tensor) for value in values):
         return values[-1]  # Lightning refuses values of other types with a message of its own
     device = next((value.device for value in values if isinstance(value, torch.Tensor)), torch.device("cpu"))
-    several = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).squeeze() for value in values])
+    several = _stacked(values, device)
     if reduce_fx in ("mean", "avg", torch.mean):
-        shares = torch.tensor(weights, dtype=several.dtype, device=several.device)
+        shares = _stacked(weights, device)
         return ((several * shares).sum() / shares.sum()).float()
     return (getattr(torch, reduce_fx)(several) if isinstance(reduce_fx, str) else reduce_fx(several)).float()
+
+
+def _stacked(values: Sequence[float | torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Scalars as a vector on the device; numbers are filled in there, as a copy from the host would wait for it."""
+
+    def scalar(value: float | torch.Tensor) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, torch.float64).squeeze()
+        return torch.full((), value, dtype=torch.float64, device=device)
+
+    return torch.stack([scalar(value) for value in values])
