@@ -288,7 +288,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
             dataloader = self.checkpointer.resumption.track(dataloader, self._patches.replace)
         if trainer.predicting:
             return dataloader
-        return rank_consistency.read_evenly(dataloader, self.root_device, fills=counts)
+        return rank_consistency.read_evenly(dataloader, fills=counts)
 
     # What the loops call
 

@@ -40,9 +40,7 @@ class RankCommunication(ParallelStrategy):
         """Decide over all ranks, so that every rank decides the same."""
         if not dist.is_initialized():
             return decision
-        votes = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(votes.item())
+        return not collectives.on_any_rank(not decision)[0] if all else collectives.on_any_rank(decision)[0]
 
     @override
     def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:

@@ -303,7 +303,9 @@ class Engine:
         loss = (summed[0] / summed[1].clamp(min=_TINY)).float()
         self._local_loss = local
         extra = joined([r[3] for r in records[: len(cut.sizes)]], list(cut.sizes))
-        flags = self._on_any_rank(self.has_logged_values(), any(r[2] for r in records), extra is not None)
+        flags: tuple[bool, ...] = (self.has_logged_values(), any(r[2] for r in records), extra is not None)
+        if self.layout.dp * self.layout.pp > 1:  # tensor-parallel ranks run the same
+            flags = collectives.on_any_rank(*flags)
         has_logged_values, has_loss, has_extra = flags
         returned = self._from_last_stage(extra) if has_extra else None
         return Outcome(loss, summed[1].float(), has_logged_values, has_loss, returned)
@@ -311,14 +313,6 @@ class Engine:
     def _number(self, value: float) -> torch.Tensor:
         """A scalar on the device; filling it there does not wait for the device, as copying it from the host would."""
         return torch.full((), value, dtype=torch.float32, device=self.device)
-
-    def _on_any_rank(self, *flags: bool) -> list[bool]:
-        """Whether each flag is set on any rank; the hosts ask one another, and none waits for its device."""
-        if self.layout.dp * self.layout.pp == 1:  # tensor-parallel ranks run the same
-            return list(flags)
-        votes = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=process_groups.gloo_world())
-        return [bool(vote) for vote in votes.tolist()]
 
     def _from_last_stage(self, value: Any) -> Any:
         """Broadcast the last stage's value to every stage, onto its device."""

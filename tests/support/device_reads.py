@@ -65,5 +65,6 @@ class DeviceReads(Callback):
 
     def on_train_batch_end(self, run: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.batch:
+            run.strategy.reduce_boolean_decision(False)  # as after each batch, for whether a signal ends the run
             for mode in reversed(self._modes):
                 mode.__exit__(None, None, None)

@@ -92,14 +92,13 @@ def check_numbers_of_batches(trainer: pl.Trainer) -> None:
         raise DataError(f"Ranks have different numbers of batches, by rank: {shown}.{_EQUALLY_MANY}")
 
 
-def read_evenly(loader: Any, device: torch.device, fills: bool) -> Any:
+def read_evenly(loader: Any, fills: bool) -> Any:
     """Watch a loader that may end earlier on one rank than on another.
 
     Such a loader has no length, or a length that it may not keep, because its samplers are the user's own.
 
     Args:
         loader: The user's loader.
-        device: The device of the tensors by which the ranks vote.
         fills: See ``EvenLoader``.
 
     Returns:
@@ -109,8 +108,8 @@ def read_evenly(loader: Any, device: torch.device, fills: bool) -> Any:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return loader
     if sized_len(loader) is None:
-        return EvenLoader(loader, device, fills)
-    return loader if _keeps_its_length(loader) else SizedEvenLoader(loader, device, fills)
+        return EvenLoader(loader, fills)
+    return loader if _keeps_its_length(loader) else SizedEvenLoader(loader, fills)
 
 
 def _keeps_its_length(loader: Any) -> bool:
@@ -132,21 +131,19 @@ class EvenLoader:
 
     Args:
         loader: The user's loader, which answers everything but iteration.
-        device: The device of the tensors by which the ranks vote.
         fills: Whether a replica with fewer batches than the others repeats its last one, uncounted.
 
     Attributes:
         own_batches: The number of batches that are counted; None while all are.
     """
 
-    def __init__(self, loader: Any, device: torch.device, fills: bool = False) -> None:
+    def __init__(self, loader: Any, fills: bool = False) -> None:
         self._loader = loader
-        self._device = device
         self._fills = fills
         self.own_batches: int | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_loader", "_device"):  # while this object is copied
+        if name == "_loader":  # while this object is copied
             raise AttributeError(name)
         return getattr(self._loader, name)
 
@@ -164,12 +161,10 @@ class EvenLoader:
                 batch, here = next(batches), True
             except StopIteration:
                 here = False
-            votes = torch.tensor([int(here), -int(here)], device=self._device)
-            dist.all_reduce(votes, op=dist.ReduceOp.MIN)
-            least, most = int(votes[0]), -int(votes[1])
-            if least != most and not (self._fills and self._may_fill(here, read)):
+            some_have, some_lack = collectives.on_any_rank(here, not here)
+            if some_have and some_lack and not (self._fills and self._may_fill(here, read)):
                 self._complain(here, read)
-            if not most:
+            if not some_have:
                 return
             if not here and self.own_batches is None:
                 self.own_batches = read
@@ -179,9 +174,8 @@ class EvenLoader:
     def _may_fill(self, here: bool, read: int) -> bool:
         """Whether the ranks of each replica have ended together, and each rank has read a batch that it can repeat."""
         peers = collectives.gather(here, process_groups.model_parallel())
-        fine = torch.tensor(int(len(set(peers)) == 1 and read > 0), device=self._device)
-        dist.all_reduce(fine, op=dist.ReduceOp.MIN)
-        return bool(fine)
+        (unfit,) = collectives.on_any_rank(len(set(peers)) > 1 or not read)
+        return not unfit
 
     def _complain(self, here: bool, read: int) -> None:
         every: list[bool] = [here] * dist.get_world_size()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.data import extract_batch_size
 from torchmetrics import Metric
 
-from lightning_megatron.distributed import lightning_private, process_groups
+from lightning_megatron.distributed import collectives, lightning_private, process_groups
 from lightning_megatron.distributed.layout import RankCoordinates
 from lightning_megatron.strategy.logging import torchmetrics_private, torchmetrics_sync
 from lightning_megatron.strategy.logging.recorder import reduce_values
@@ -145,9 +145,7 @@ class HookLogs:
 
     def _share(self, pending: dict[str, _Entry]) -> None:
         """Log on all ranks what any of them has logged in this hook."""
-        device = self._module.trainer.strategy.root_device
-        noted = torch.tensor(len(pending), device=device)
-        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+        (noted,) = collectives.on_any_rank(bool(pending))
         if not noted:
             return
         here = process_groups.coordinates(), pending
