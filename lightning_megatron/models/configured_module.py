@@ -10,13 +10,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 import transformers
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_megatron import hf
 from lightning_megatron.checkpoint import without_trainer
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.batch_checks import UNMET, given, refuse
-from lightning_megatron.models.host_answers import Question, with_answers
+from lightning_megatron.models.host_answers import Question, has_transfer_hooks, with_answers
 from lightning_megatron.models.lora import LoRA, lora_module
 from lightning_megatron.models.lora.merge import Updates
 from lightning_megatron.models.lora.peft_files import Saved
@@ -26,7 +25,6 @@ from lightning_megatron.models.model_config import ModelConfig
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
-_TRANSFER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")
 _BY_KIND: dict[str, type[ConfiguredModule]] = {}
 
 
@@ -253,17 +251,9 @@ class ConfiguredModule(MegatronModule):
 
         So does ``get_batch`` where a hook may change the batch on its way to the device.
         """
-        if self.has_own_get_batch or self._has_transfer_hooks:
+        if self.has_own_get_batch or has_transfer_hooks(self):
             return batch
         return with_answers(batch, self._questions(given(batch)))
-
-    @property
-    def _has_transfer_hooks(self) -> bool:
-        """Whether the module or its data module changes batches on their way to the device."""
-        return any(is_overridden(hook, self) for hook in _TRANSFER_HOOKS) or (
-            (data := self.trainer.datamodule) is not None  # type: ignore[attr-defined]
-            and any(is_overridden(hook, data) for hook in _TRANSFER_HOOKS)
-        )
 
     def _questions(self, batch: Batch) -> Iterable[Question]:
         """What ``get_batch`` asks about a batch of the loader's; ``batch`` has only keys that have a value."""

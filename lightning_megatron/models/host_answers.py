@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from copy import copy
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # Of one value for each row, as a tensor [b]; known by its name.
 Question = Callable[[Any], torch.Tensor]
@@ -34,6 +36,13 @@ class _Tensors:
             _address(x) == _address(self.seen[name][0]) and _version(x) == self.seen[name][1]
             for name, x in tensors.items()
         )
+
+
+def has_transfer_hooks(module: pl.LightningModule) -> bool:
+    """Whether the module or its data module may change batches on their way to the device."""
+    owners = [module, module.trainer.datamodule]  # type: ignore[attr-defined]
+    hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
+    return any(owner is not None and is_overridden(hook, owner) for owner in owners for hook in hooks)
 
 
 def with_answers(batch: Mapping[str, Any], questions: Iterable[Question]) -> Mapping[str, Any]:

@@ -32,7 +32,7 @@ from lightning_megatron.distributed import (
 )
 from lightning_megatron.distributed.device import use_device
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.models.host_answers import sealed
+from lightning_megatron.models.host_answers import has_transfer_hooks, sealed
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.models.recompute import Recompute
@@ -42,6 +42,7 @@ from lightning_megatron.strategy import (
     preemption,
     trainer_patches,
 )
+from lightning_megatron.strategy.batch_transfer import move_beside_computation
 from lightning_megatron.strategy.checkpoint_hooks import CheckpointHooks
 from lightning_megatron.strategy.dataloading import evaluation_sampler, prediction_gather, rank_consistency
 from lightning_megatron.strategy.former_arguments import refuse_former_arguments
@@ -306,11 +307,13 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
-        if not isinstance(module, MegatronModule):
-            return super().batch_to_device(batch, device, dataloader_idx)
-        module.check_batch(batch)  # the tensors are still on the host here
-        batch = module.answer_on_host(batch)
-        return sealed(module.complete_batch(super().batch_to_device(batch, device, dataloader_idx)))
+        assert module is not None
+        if isinstance(module, MegatronModule):
+            module.check_batch(batch)  # the tensors are still on the host here
+            batch = module.answer_on_host(batch)
+        move = partial(super().batch_to_device, device=device, dataloader_idx=dataloader_idx)
+        batch = move_beside_computation(batch, device or self.root_device, move, has_transfer_hooks(module))
+        return sealed(module.complete_batch(batch)) if isinstance(module, MegatronModule) else batch
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
