@@ -88,7 +88,7 @@ class Throughput(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        done = _replicas_sum(_work_of(pl_module, batch), trainer.strategy.root_device)
+        done = _replicas_sum(_work_of(pl_module, batch))
         self._since_the_step = [before + now for before, now in zip(self._since_the_step, done, strict=True)]
         self.consumed_samples += int(done[0])
         self.consumed_tokens += int(done[1])
@@ -127,10 +127,11 @@ def _work_of(module: pl.LightningModule, batch: Any) -> list[float]:
     return [float(rows), float(rows * sum(lengths)), rows * flops]
 
 
-def _replicas_sum(values: list[float], device: torch.device) -> list[float]:
-    group = process_groups.data_parallel()
-    if group.size() == 1:
+def _replicas_sum(values: list[float]) -> list[float]:
+    """Sum over the replicas, host to host: no rank waits for its device."""
+    replicas = process_groups.data_parallel().size()
+    if replicas == 1:
         return values
-    summed = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(summed, group=group)
-    return [float(value) for value in summed.tolist()]
+    summed = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(summed, group=process_groups.gloo_world())
+    return [value / (dist.get_world_size() // replicas) for value in summed.tolist()]
