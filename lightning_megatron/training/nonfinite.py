@@ -1,8 +1,9 @@
-"""Looks whether losses and the gradient norm are finite, in one read from the device, and words what is not."""
+"""Looks whether losses and the gradient norm are finite, in one read, withholds steps, and words what is not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -16,9 +17,49 @@ class NonFiniteLossError(RuntimeError):
     """A loss or a gradient norm that is NaN or infinite, raised on every rank."""
 
 
-def are_finite(values: Sequence[torch.Tensor]) -> bool:
-    """Whether all ``values``, scalars of one device, are finite. The host waits once, for the last of them."""
-    return not values or bool(torch.isfinite(torch.stack([value.double().reshape(()) for value in values])).all())
+class Unfit:
+    """Whether any of several scalars of one device is NaN or infinite; it is on its way to the host.
+
+    Asked for its truth value, it waits for the scalars, but not for what the device does afterwards.
+
+    Args:
+        values: The scalars; of none, none is unfit.
+    """
+
+    def __init__(self, values: Sequence[torch.Tensor]) -> None:
+        self.number: torch.Tensor | None = None  # 1.0 or 0.0, on the device
+        self._ready: torch.cuda.Event | None = None
+        if not values:
+            return
+        together = torch.stack([value.double().reshape(()) for value in values])
+        self._here = self.number = (~torch.isfinite(together).all()).float()
+        if self.number.is_cuda:
+            self._here = torch.empty((), pin_memory=True).copy_(self.number, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def __bool__(self) -> bool:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self.number is not None and bool(self._here)
+
+
+def can_withhold(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step can leave everything as it is by what the device knows, as torch's fused optimizers can."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+@contextmanager
+def withheld(optimizer: torch.optim.Optimizer, unfit: Unfit) -> Iterator[None]:
+    """Have a step inside change nothing where ``unfit`` is true; by the two attributes that torch's GradScaler sets."""
+    if unfit.number is None or not can_withhold(optimizer):
+        yield
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, unfit.number  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def stop_on_bad_loss(loss: torch.Tensor, local_loss: torch.Tensor, step: int) -> None:

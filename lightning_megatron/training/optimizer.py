@@ -16,7 +16,14 @@ from torch.optim import Optimizer
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.gradient_norm import clip_gradients, gradient_norm
 from lightning_megatron.training.gradients import ExposedGradients
-from lightning_megatron.training.nonfinite import OnNonfinite, are_finite, stop_on_bad_loss, stop_on_bad_norm
+from lightning_megatron.training.nonfinite import (
+    OnNonfinite,
+    Unfit,
+    can_withhold,
+    stop_on_bad_loss,
+    stop_on_bad_norm,
+    withheld,
+)
 from lightning_megatron.training.timers import OPTIMIZER, timed
 
 # These flags say how a step is computed, not its result: they are the program's, never the checkpoint's.
@@ -128,7 +135,7 @@ class ShardedOptimizer(Optimizer):
             with timed(self.engine.timers, OPTIMIZER):
                 self._update()
         else:
-            self._stop_on_nonfinite(None)
+            self._stop_on_losses()
         return result
 
     def _update(self) -> None:
@@ -136,7 +143,7 @@ class ShardedOptimizer(Optimizer):
         self.last_step_was_skipped = self.inner.prepare_grads()
         if self.last_step_was_skipped:
             self.skipped_steps += 1
-            self._stop_on_nonfinite(None)  # an fp16 overflow is skipped, and a loss that is NaN is not
+            self._stop_on_losses()  # an fp16 overflow is skipped, and a loss that is NaN is not
             return
         norm = None
         if self.clip_norm > 0 or self.always_compute_norm or self.on_nonfinite == "skip":
@@ -144,27 +151,44 @@ class ShardedOptimizer(Optimizer):
         self._grad_norm = norm
         if norm is not None and self.clip_norm > 0:
             clip_gradients(self.inner, self.clip_norm, norm)
-        self._stop_on_nonfinite(norm)
-        if self.on_nonfinite == "skip" and norm is not None and not are_finite([norm]):
-            self.last_step_was_skipped = True
-            self.skipped_steps += 1
+        unfit = self._unfit(norm)
+        # A fused step is started before the host has heard: the device does not wait for it, and leaves the step out.
+        looks_later = can_withhold(self.inner.optimizer)
+        if not looks_later and self._refuses(unfit, norm):
             return
-        self.inner.step_with_ready_grads()
+        with withheld(self.inner.optimizer, unfit):
+            self.inner.step_with_ready_grads()
+        if looks_later and self._refuses(unfit, norm):
+            return
         self.engine.has_gradients = False
 
-    def _stop_on_nonfinite(self, norm: torch.Tensor | None) -> None:
-        """Stop if ``on_nonfinite`` asks for it, and a loss of the window or the norm is NaN or infinite.
+    def _stop_on_losses(self) -> None:
+        """Stop on a bad loss in a step that is left out in any case."""
+        if self.on_nonfinite == "raise":
+            self._refuses(self._unfit(None), None)
 
-        The host sees all of them at once, as late as it can: until then, it goes ahead of the device.
+    def _unfit(self, norm: torch.Tensor | None) -> Unfit:
+        """Whether a value that ``on_nonfinite`` looks at is NaN or infinite: the norm, or also the window's losses."""
+        norms = [] if norm is None else [norm]
+        losses = [loss for loss, _ in self.engine.window_losses]
+        return Unfit({"raise": [*losses, *norms], "skip": norms, "ignore": []}[self.on_nonfinite])
+
+    def _refuses(self, unfit: Unfit, norm: torch.Tensor | None) -> bool:
+        """Whether the step is left out.
+
+        Raises:
+            NonFiniteLossError: It is to end the run.
         """
-        losses = self.engine.window_losses
-        found = [loss for loss, _ in losses] + ([] if norm is None else [norm])
-        if self.on_nonfinite != "raise" or are_finite(found):
-            return
-        for loss, local_loss in losses:
-            stop_on_bad_loss(loss, local_loss, self.step_number)
-        if norm is not None:
-            stop_on_bad_norm(norm)
+        if not unfit:
+            return False
+        if self.on_nonfinite == "raise":
+            for loss, local_loss in self.engine.window_losses:
+                stop_on_bad_loss(loss, local_loss, self.step_number)
+            if norm is not None:
+                stop_on_bad_norm(norm)
+        self.last_step_was_skipped = True
+        self.skipped_steps += 1
+        return True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: gradient buffers are laid out at the start of a run."""
