@@ -92,8 +92,11 @@ def measure(row: Row, tiny: bool, warm_up: int, profile: bool) -> dict[str, Any]
     meter = gpu_sides.Meter(model.tiny() if tiny else model, device, warm_up, profile)
     if row.side.startswith("transformers"):
         return gpu_sides.with_transformers(meter.model, meter, compiles="compiled" in row.side)
+    kernels = dict(row.kernels)
+    if device.type == "cpu" and kernels.get("attention") == "cudnn":
+        kernels["attention"] = "math"  # the CPU has no cuDNN
     run = gpu_sides.by_hand if row.side == "by hand" else gpu_sides.with_strategy
-    return run(meter.model, meter, Kernels(**dict(row.kernels)), row.recompute)
+    return run(meter.model, meter, Kernels(**kernels), row.recompute)
 
 
 def describe(tiny: bool) -> dict[str, Any]:
