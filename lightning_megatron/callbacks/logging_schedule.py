@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 
 from lightning_megatron.distributed import lightning_private
+from lightning_megatron.strategy.logging.step_values import on_host
 
 
 def logs_now(trainer: pl.Trainer) -> bool:
@@ -18,4 +19,4 @@ def logs_now(trainer: pl.Trainer) -> bool:
 
 def log(module: pl.LightningModule, values: Mapping[str, float]) -> None:
     """Log values that are equal on every rank already."""
-    module.log_dict(dict(values), on_step=True, on_epoch=False, batch_size=1)
+    module.log_dict(on_host(values), on_step=True, on_epoch=False, batch_size=1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
+import torch
 
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.training.optimizer import ShardedOptimizer
@@ -31,4 +34,9 @@ def log_step(
     if not values:
         return
     with lightning_private.logging_in(module, "training_step"):
-        module.log_dict(values, batch_size=1)
+        module.log_dict(on_host(values), batch_size=1)
+
+
+def on_host(values: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Numbers as tensors that stay on the host: Lightning would copy numbers to the device, and wait for it."""
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
