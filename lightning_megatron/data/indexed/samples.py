@@ -58,8 +58,9 @@ class GPTSamples(IndexedSamples):
     Args:
         seq_length: Tokens that the model sees at once.
         reset_position_ids: Whether positions start at 0 in each document.
-        reset_attention_mask: Whether a token attends only to tokens of its own document. With either argument, batches
-            have ``attention_mask`` ``[b, 1, s, s]``, True where a query may not attend.
+        reset_attention_mask: Whether a token attends only to tokens of its own document. With both arguments,
+            ``position_ids`` say where a document begins. With one of them, batches have ``attention_mask``
+            ``[b, 1, s, s]`` beside them, True where a query may not attend; memory then grows with s².
         eod_mask_loss: Whether the token after the end of a document is left out of the loss.
 
     Raises:
@@ -90,8 +91,8 @@ class GPTSamples(IndexedSamples):
             "reset_position_ids": self.reset_position_ids,
             "reset_attention_mask": self.reset_attention_mask,
             "eod_mask_loss": self.eod_mask_loss,
-            # Without a mask, positions that begin anew would be taken for separate documents.
-            "create_attention_mask": self.reset_attention_mask or self.reset_position_ids,
+            # Positions that begin anew are separate documents to ``GPTModule``, unless there is a mask.
+            "create_attention_mask": self.reset_attention_mask != self.reset_position_ids,
         }
 
     def tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def attend_by_blocks(
 
 @functools.cache
 def _compiled():  # type: ignore[no-untyped-def]
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True)  # uncompiled, it makes scores of s²
 
 
 def block_mask(pattern: AttentionPattern, window: int | None, device: torch.device) -> BlockMask:

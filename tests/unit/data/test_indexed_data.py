@@ -26,6 +26,8 @@ from lightning_megatron.data.indexed.sentences import split_sentences
 from lightning_megatron.data.preprocess import preprocess, train_tokenizer
 from lightning_megatron.data.text_files import standard_library_sources
 from lightning_megatron.data.tokenizers import load_tokenizer
+from lightning_megatron.models.gpt.packed_documents import numbers_by_positions
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern
 from tests.support.indexed import FIRST, Numbers, make, write
 from tests.support.pages import ROOT
 from tests.support.preloaded_python import executable
@@ -449,6 +451,9 @@ def test_the_samples_are_megatrons(tmp_path):
     samples = GPTSamples(SEQ, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
     ours = ready(gpt(path, samples=samples, split="8,1,1", train_samples=50, batch_size=1)).train_dataloader()
     for batch, sample in zip(ours, (theirs[i] for i in range(50)), strict=True):
+        mask = sample.pop("attention_mask")
+        documents = numbers_by_positions(batch["position_ids"])
+        assert torch.equal(AttentionPattern(length=SEQ, documents=documents).dense(None, mask.device)[0], mask)
         assert batch.keys() == sample.keys()
         for name, value in sample.items():
             assert torch.equal(batch[name][0], value), name
