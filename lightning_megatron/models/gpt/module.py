@@ -171,10 +171,11 @@ class GPTModule(GeneratingModule):
         inputs = _from_megatron(batch) if _token_key(batch) != "input_ids" else _from_transformers(batch)
         tokens, positions = inputs["input_ids"], batch.get("position_ids")
         positions = None if positions is None else positions.long().expand_as(tokens)
-        documents = self.documents.numbers(tokens)
+        numbers = [self.documents.numbers(tokens)]
         if positions is not None and "attention_mask" not in batch:
-            found = numbers_by_positions(batch)
-            documents = found if documents is None or found is None else documents + found
+            numbers.append(numbers_by_positions(batch))
+        found = [each.expand_as(tokens) for each in numbers if each is not None]
+        documents = torch.stack(found).sum(dim=0) if found else None  # a document begins where either says so
         inputs["loss_mask"] = self.documents.kept(tokens, inputs["loss_mask"])
         inputs["position_ids"] = self._positions(batch, tokens, positions)
         mask = attention_masks.mask_or_pattern(batch, tokens, documents)

@@ -452,7 +452,7 @@ def test_the_samples_are_megatrons(tmp_path):
     ours = ready(gpt(path, samples=samples, split="8,1,1", train_samples=50, batch_size=1)).train_dataloader()
     for batch, sample in zip(ours, (theirs[i] for i in range(50)), strict=True):
         mask = sample.pop("attention_mask")
-        documents = numbers_by_positions(batch["position_ids"])
+        documents = numbers_by_positions(batch)
         assert torch.equal(AttentionPattern(length=SEQ, documents=documents).dense(None, mask.device)[0], mask)
         assert batch.keys() == sample.keys()
         for name, value in sample.items():
