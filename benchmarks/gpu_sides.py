@@ -19,6 +19,7 @@ from lightning_megatron.distributed import process_group_backends, process_group
 from lightning_megatron.distributed.device import use_device
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.flops import training_flops
+from lightning_megatron.training.gradient_norm import clip_gradients, gradient_norm
 from lightning_megatron.training.optimizer_factory import shard_optimizer
 
 CLIP, SEED = 1.0, 1
@@ -206,7 +207,9 @@ def by_hand(model: Model, meter: Meter, kernels: Kernels, recompute: str | None)
             forward_step_func=forward, data_iterator=iter(parts), model=ddp, num_microbatches=len(parts),
             seq_length=model.seq_length, micro_batch_size=model.micro_batch, forward_only=False,
         )  # fmt: skip
-        optimizer.step()
+        optimizer.prepare_grads()
+        clip_gradients(optimizer, CLIP, gradient_norm(optimizer, device))
+        optimizer.step_with_ready_grads()
     meter.ends()
     total, count = torch.stack([one["loss"] for one in seen]).sum(0)
     return meter.result(total / count)
@@ -233,7 +236,6 @@ def _built_by_hand(model: Model, device: torch.device, kernels: Kernels, recompu
         SimpleNamespace(chunks=[ddp], config=config), params_dtype=torch.bfloat16,
         distributed=True, initial_loss_scale=None, on_nonfinite="ignore",
     ).inner  # fmt: skip
-    optimizer.config.clip_grad = CLIP
     config.finalize_model_grads_func = finalize_model_grads
     return module, ddp, optimizer
 

@@ -27,6 +27,7 @@ from lightning_megatron import GPTModule, MegatronStrategy, ParallelLayout
 from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.process_groups import data_parallel
 from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.training.gradient_norm import clip_gradients, gradient_norm
 from lightning_megatron.training.optimizer_factory import shard_optimizer
 
 LAYOUTS = {"one process": {}, "dp=2": {}, "tp=2": {"tp": 2}, "pp=2": {"pp": 2}}
@@ -68,7 +69,6 @@ def by_hand(sizes: dict, steps: int) -> float:
         adamw(model.parameters()), SimpleNamespace(chunks=[ddp], config=config), params_dtype=torch.float32,
         distributed=True, initial_loss_scale=1.0, on_nonfinite="ignore",
     ).inner  # fmt: skip
-    optimizer.config.clip_grad = CLIP
     config.finalize_model_grads_func = finalize_model_grads
 
     def loss(mask, output):
@@ -97,7 +97,9 @@ def by_hand(sizes: dict, steps: int) -> float:
             forward_step_func=forward, data_iterator=iter(parts), model=ddp, num_microbatches=len(parts),
             seq_length=CONFIG.seq_length, micro_batch_size=MICRO_BATCH, forward_only=False,
         )  # fmt: skip
-        optimizer.step()
+        optimizer.prepare_grads()
+        clip_gradients(optimizer, CLIP, gradient_norm(optimizer, torch.device("cpu")))
+        optimizer.step_with_ready_grads()
         if seen:
             summed = torch.stack([one["loss"] for one in seen]).sum(0)
             dist.all_reduce(summed, group=data_parallel())
