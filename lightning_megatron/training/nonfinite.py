@@ -34,7 +34,7 @@ class Unfit:
         together = torch.stack([value.double().reshape(()) for value in values])
         self._here = self.number = (~torch.isfinite(together).all()).float()
         if self.number.is_cuda:
-            self._here = torch.empty((), pin_memory=True).copy_(self.number, non_blocking=True)
+            self._here = torch.empty((), device="cpu", pin_memory=True).copy_(self.number, non_blocking=True)
             self._ready = torch.cuda.Event()
             self._ready.record()
 

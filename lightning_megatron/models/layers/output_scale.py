@@ -14,4 +14,4 @@ def scale_output(module: torch.nn.Module, factor: float) -> None:
 
 
 def _scale(factor: float, _: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-    return output * torch.tensor(factor, dtype=output.dtype, device=output.device)
+    return output * output.new_full((), factor)
