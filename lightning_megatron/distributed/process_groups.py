@@ -118,9 +118,9 @@ def rebind(model: torch.nn.Module) -> None:
     for layer in model.modules():
         for name, value in list(vars(layer).items()):
             if isinstance(value, ProcessGroupCollection):
-                setattr(layer, name, collection)
+                vars(layer)[name] = collection  # setattr of a module is slow
             elif isinstance(value, dist.ProcessGroup):  # tp_group, pp_group, ...
-                setattr(layer, name, getattr(collection, name.removesuffix("_group"), value))
+                vars(layer)[name] = getattr(collection, name.removesuffix("_group"), value)
 
 
 def _current() -> _State:

@@ -8,6 +8,7 @@ changed over transformers 5, while those of its caches have.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ def write(decoder: Decoder, settings: GenerationSettings, seed: int, hooks: Hook
     """
     streamer = None if hooks.stream is None and hooks.streamer is None else _Streamer(hooks.stream, hooks.streamer)
     device = decoder.stages.device
-    # transformers' loop makes tensors wherever the device context says.
-    with device, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # transformers' loop makes tensors wherever the device context says; the default one's look at each call costs time.
+    here = nullcontext() if torch.get_default_device() == device else device
+    with here, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         texts = _Scorer(decoder).generate(
             decoder.start.ids,
@@ -74,7 +76,8 @@ class _Scorer(PreTrainedModel, GenerationMixin):
         return torch.float32
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> CausalLMOutput:
-        return CausalLMOutput(logits=self.decoder.scores(input_ids)[:, None])
+        with torch._C.DisableTorchFunction():  # the device context would look at each operation of the layers
+            return CausalLMOutput(logits=self.decoder.scores(input_ids)[:, None])
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
         return {"input_ids": input_ids}

@@ -19,6 +19,7 @@ class KeyValueCache(StaticInferenceContext):
         super().__init__(max_batch_size=rows, max_sequence_length=max_length)
         self.prompt_of_row = torch.arange(rows, device="cpu") // beams
         self.texts: torch.Tensor | None = None
+        self._rotation: tuple[int, Rotation] | None = None  # of the tokens from a place on
         self._spare: dict[int, tuple[torch.Tensor, ...]] = {}  # of a layer: what its memories are moved to
 
     def take(self, texts: torch.Tensor) -> torch.Tensor:
@@ -51,6 +52,58 @@ class KeyValueCache(StaticInferenceContext):
                 torch.index_select(memory[filled], 1, rows, out=other[filled])
             self.key_value_memory_dict[layer], self._spare[layer] = spare, memories
 
+    def add(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep a layer's keys and values ``[new, rows, groups, head]``; all of them so far are returned."""
+        if layer not in self.key_value_memory_dict:
+            self.key_value_memory_dict[layer] = tuple(
+                new.new_empty(self.max_sequence_length, *new.shape[1:]) for new in (key, value)
+            )
+        keys, values = self.key_value_memory_dict[layer]
+        first, end = self.sequence_len_offset, self.sequence_len_offset + key.size(0)
+        keys[first:end] = key
+        values[first:end] = value
+        return keys[:end], values[:end]
+
+    def rotation(self, angles: torch.Tensor, new: torch.Tensor, interleaved: bool) -> Rotation:
+        """The rotation of the new tokens, whose cosines and sines are computed once for all layers.
+
+        Args:
+            angles: ``[s, 1, 1, channels]``, of all places.
+            new: Keys ``[new, rows, groups, head]`` of the new tokens.
+            interleaved: Whether the two channels of a pair lie side by side, as in ``Rotation``.
+        """
+        first = self.sequence_len_offset
+        if self._rotation is None or self._rotation[0] != first:
+            self._rotation = first, Rotation(angles[first : first + new.size(0)], new.dtype, interleaved)
+        return self._rotation[1]
+
     def advance(self, tokens: int) -> None:
         """Count tokens whose keys and values are in the cache."""
         self.increment_sequence_len_offset(tokens)
+
+
+class Rotation:
+    """Rotates queries and keys as megatron-core's ``apply_rotary_pos_emb`` does, to the bit.
+
+    Args:
+        angles: ``[new, 1, 1, channels]``.
+        dtype: Type of queries and keys.
+        interleaved: Whether the two channels of a pair lie side by side, instead of half of the channels apart.
+    """
+
+    def __init__(self, angles: torch.Tensor, dtype: torch.dtype, interleaved: bool) -> None:
+        self.channels = angles.size(-1)
+        self.interleaved = interleaved
+        self.cosine, self.sine = angles.cos().to(dtype), angles.sin().to(dtype)
+        # A pair (x, y) becomes (x cos - y sin, y cos + x sin).
+        self.sine[..., slice(None, None, 2) if interleaved else slice(self.channels // 2)].neg_()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate ``[new, rows, heads, head]``, whose last channels may be left as they are."""
+        part = x if self.channels == x.size(-1) else x[..., : self.channels]
+        if self.interleaved:
+            partners = part.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        else:
+            partners = part.roll(self.channels // 2, -1)
+        rotated = (part * self.cosine).add_(partners.mul_(self.sine))
+        return rotated if part is x else torch.cat((rotated, x[..., self.channels :]), dim=-1)

@@ -10,8 +10,8 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import is_te_min_version
 
+from lightning_megatron.models.generation.cached_layers import generate_quickly
 from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLayer
-from lightning_megatron.models.gpt.self_attention import RotatesOnce
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.norm import TorchNorm
@@ -49,9 +49,9 @@ def gpt_block_spec(
 
 def _torch_block(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    generate_quickly(layer)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
-    parts.self_attention.module = RotatesOnce
     attention = parts.self_attention.submodules
     attention.core_attention = TorchAttention
     use_recomputed_mlp(layer, config)

@@ -17,6 +17,11 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
+from lightning_megatron.models.generation.cached_layers import (
+    CachedColumnParallelLinear,
+    CachedRowParallelLinear,
+    generate_quickly,
+)
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.norm import TorchNorm
@@ -28,17 +33,28 @@ class RelativeAttention(TorchAttention):
 
     position_bias: RelativePositionEmbedding
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As ``TorchAttention``, with this rank's heads of the bias.
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *args: Any,
+        attention_bias: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As ``TorchAttention``, with this rank's heads of the bias; in generation all layers are given one."""
+        if attention_bias is None:
+            attention_bias = heads_of_bias(self.position_bias, query.size(0), key.size(0))
+        return super().forward(query, key, *args, **{**kwargs, "attention_bias": attention_bias.to(query.dtype)})
 
-        A query without the keys before it, in generation, is the last of as many as there are keys.
-        """
-        if query.size(0) == key.size(0):
-            bias = self.position_bias(query.size(0), key.size(0))  # [1, heads, s, s]
-        else:  # the bias depends on the distance alone: the first key's column, from the last query's side
-            bias = self.position_bias(key.size(0), 1).flip(2).transpose(2, 3)  # [1, heads, 1, s]
-        bias = scatter_to_tensor_model_parallel_region(bias.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # heads/tp
-        return super().forward(query, key, *args, **{**kwargs, "attention_bias": bias.to(query.dtype)})
+
+def heads_of_bias(position_bias: RelativePositionEmbedding, queries: int, keys: int) -> torch.Tensor:
+    """This rank's heads of a stack's position bias, ``[1, heads/tp, queries, keys]``.
+
+    A query without the keys before it, in generation, is the last of as many as there are keys.
+    """
+    # It depends on the distance alone, so that a last query's is the first key's column, from the other side.
+    bias = position_bias(queries, keys) if queries == keys else position_bias(keys, 1).flip(2).transpose(2, 3)
+    return scatter_to_tensor_model_parallel_region(bias.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 @dataclass
@@ -60,20 +76,20 @@ class CachingCrossAttention(CrossAttention):
     megatron-core's cache has one place for a layer, which is the self-attention's.
     """
 
-    def forward(self, *args: Any, inference_context: Any = None, **kwargs: Any) -> Any:
-        """Run megatron-core's cross-attention without megatron-core's cache."""
-        return super().forward(*args, **kwargs)
-
-    def get_query_key_value_tensors(self, hidden_states: torch.Tensor, key_value_states: Any, **kwargs: Any) -> Any:
-        """Query from ``hidden_states``, key and value from the encoder's output, as it is or as ``EncoderStates``."""
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: Any, key_value_states: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend to the encoder's output, as it is or as ``EncoderStates``."""
         states = key_value_states
         if not isinstance(states, EncoderStates):
-            return super().get_query_key_value_tensors(hidden_states, states, **kwargs)
-        known = states.projected.get(self.layer_number)
-        source = states.hidden if known is None else states.hidden[:0]
-        query, *new = super().get_query_key_value_tensors(hidden_states, source, **kwargs)
-        key, value = states.projected.setdefault(self.layer_number, tuple(new)) if known is None else known
-        return query, key, value
+            return super().forward(hidden_states, attention_mask, states, **kwargs)
+        if self.layer_number not in states.projected:
+            _, *new = self.get_query_key_value_tensors(hidden_states, states.hidden)
+            states.projected[self.layer_number] = tuple(new)
+        key, value = states.projected[self.layer_number]
+        query = self.linear_q(hidden_states)[0].unflatten(-1, (-1, key.size(-1)))
+        attended = self.core_attention(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
+        return self.linear_proj(attended)
 
 
 def t5_encoder_spec(
@@ -90,7 +106,9 @@ def t5_decoder_spec(
     layer = decoder_model_with_local_spec()
     layer.submodules.pre_cross_attn_layernorm = TorchNorm
     layer.submodules.cross_attention.module = CachingCrossAttention
-    layer.submodules.cross_attention.submodules.core_attention = TorchAttention
+    cross = layer.submodules.cross_attention.submodules
+    cross.core_attention = TorchAttention
+    cross.linear_q, cross.linear_proj = CachedColumnParallelLinear, CachedRowParallelLinear
     return _block(layer, config, attention, vp_stage, fused_layers)
 
 
@@ -123,6 +141,7 @@ def _block(
     vp_stage: int | None,
     fused_layers: bool,
 ) -> TransformerBlockSubmodules:
+    generate_quickly(layer)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
     parts.self_attention.submodules.core_attention = attention

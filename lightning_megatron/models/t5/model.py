@@ -32,6 +32,7 @@ from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabular
 from lightning_megatron.models.t5.layer_spec import (
     EncoderStates,
     RelativeAttention,
+    heads_of_bias,
     share_position_bias,
     start_queries_small,
     t5_decoder_spec,
@@ -204,9 +205,14 @@ class T5Model(WholeModelNames, LanguageModule):
         hidden = self._embed(tokens, cache.sequence_len_offset) if self.pre_process else self._input
         assert hidden is not None
         if self.stage.decoder:
+            bias = None
+            if self.positions == "relative":
+                new = tokens.size(1)
+                bias = heads_of_bias(self.decoder_relative_pos_emb, new, cache.sequence_len_offset + new)
             hidden = self.decoder(
                 hidden_states=hidden,
                 attention_mask=None,
+                attention_bias=bias,
                 context=encoded,
                 context_mask=mask,
                 inference_context=cache,

@@ -1,0 +1,73 @@
+"""A layer with a cache computes what megatron-core's own layer computes, to the bit."""
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from lightning_megatron import GPTConfig, GPTModule
+from lightning_megatron.models.generation.eval_mode import prepared_to_generate
+from lightning_megatron.models.generation.kv_cache import KeyValueCache, Rotation
+
+ROWS, PROMPT = 3, 5
+SHAPE: dict[str, Any] = {
+    "num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64, "seq_length": 16
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "rope": {"position_embedding": "rope", "num_query_groups": 2, "bias": False, "activation": "swiglu"},
+}
+
+
+def passes(layer: Any, cache: Any, angles: Any, forward: Any) -> list[torch.Tensor]:
+    """The outputs for a prompt and two tokens behind it."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for new in (PROMPT, 1, 1):
+        hidden = torch.randn(new, ROWS, 32, generator=generator)
+        found.append(forward(layer, hidden, attention_mask=None, inference_context=cache, rotary_pos_emb=angles)[0])
+        cache.increment_sequence_len_offset(new)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_with_a_cache_is_megatron_cores(kind: str) -> None:
+    module = GPTModule(GPTConfig(**SHAPE, **KINDS[kind])).build()
+    model = module.chunks[0]
+    layer = model.decoder.layers[0]
+    with prepared_to_generate([model]):
+        angles = model.rotary_pos_emb(16) if kind == "rope" else None
+        for part, megatron in ((layer.self_attention, SelfAttention), (layer, TransformerLayer)):
+            ours = passes(part, KeyValueCache(ROWS, 1, 16), angles, type(part).__call__)
+            cache = StaticInferenceContext(ROWS, 16)
+            if part is layer:  # its attention reads the cache in this way
+                cache = KeyValueCache(ROWS, 1, 16)
+            theirs = passes(part, cache, angles, megatron.forward)
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+        for linear, megatron in (
+            (layer.self_attention.linear_qkv, ColumnParallelLinear),
+            (layer.mlp.linear_fc1, ColumnParallelLinear),
+            (layer.mlp.linear_fc2, RowParallelLinear),
+        ):
+            x = torch.randn(1, ROWS, linear.weight.size(1))
+            for one, other in zip(linear(x), megatron.forward(linear, x), strict=True):
+                assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("channels", [8, 4])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_is_megatron_cores(interleaved: bool, channels: int) -> None:
+    config = GPTModule(GPTConfig(**SHAPE)).build().chunks[0].config
+    config.rotary_interleaved = interleaved
+    angles = torch.randn(1, 1, 1, channels // 2).repeat_interleave(2, dim=-1) if interleaved else (
+        torch.randn(1, 1, 1, channels // 2).repeat(1, 1, 1, 2)
+    )  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(1, ROWS, 4, 8, dtype=dtype)
+        rotated = Rotation(angles, dtype, interleaved)(x)
+        assert torch.equal(rotated, apply_rotary_pos_emb(x, angles, config=config))
