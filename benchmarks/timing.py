@@ -17,11 +17,20 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 
 
 class Clock(pl.Callback):
-    """Measures the seconds from the end of the warm-up to the end of training."""
+    """Measures the seconds from the end of the warm-up to the end of training, and the processor time of each step."""
+
+    def on_train_start(self, trainer, module):
+        self.processor = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx == WARM_UP:
             self.start = time.perf_counter()
+        if batch_idx >= WARM_UP:
+            self.processor.append(-time.process_time())
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx >= WARM_UP:
+            self.processor[-1] += time.process_time()
 
     def on_train_end(self, trainer, module):
         self.seconds = time.perf_counter() - self.start
