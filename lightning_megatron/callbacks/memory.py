@@ -17,6 +17,7 @@ from lightning_megatron.callbacks.logging_schedule import log, logs_now
 from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.optimizer import ShardedOptimizer
+from lightning_megatron.training.saved_bytes import SavedBytes
 
 _GIB = 2**30
 
@@ -62,9 +63,9 @@ class MemoryMonitor(pl.Callback):
     """Logs ``memory_gib``, the most that any rank has taken, and ``memory_estimate_gib``, what that rank's estimate is.
 
     On GPUs it is what torch has allocated at most; on a CPU the process's largest resident set, the interpreter and
-    its libraries included. The first time, a line names the rank and what its estimate is made of. Megatron's
-    estimates of activations ask for sizes that not every model here has, and are left out: what is above the
-    estimate is theirs, and buffers'.
+    its libraries included. The first time, a line names the rank and what its estimate is made of; on a CPU also the
+    activations that the first step kept for its backward passes, which torch counts there. What is above the estimate
+    is theirs, and buffers': ``ParallelLayout.memory`` estimates them.
     """
 
     watches_megatron = True  # so that a plain module on one rank is trained by Megatron's steps, too
@@ -77,24 +78,46 @@ class MemoryMonitor(pl.Callback):
             estimate(strategy.engine, strategy.optimizers[0]), process_groups.gloo_world()
         )
         self._told = False
+        self._saved: SavedBytes | None = None
+        self._activations = 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
     @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._device.type == "cpu" and not self._activations:
+            self._saved = SavedBytes(pl_module.parameters())
+            self._saved.__enter__()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
+        """End the count of the first step's activations."""
+        saved, self._saved = getattr(self, "_saved", None), None
+        if saved is not None:
+            saved.__exit__()
+            self._activations = saved.peak
+
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._stop_counting()
         if not logs_now(trainer):
             return
         taken = collectives.gather(_taken(self._device), process_groups.gloo_world())
         most = max(range(len(taken)), key=lambda rank: taken[rank])
         expected = self._estimates[most]
         log(pl_module, {"memory_gib": taken[most] / _GIB, "memory_estimate_gib": expected.total / _GIB})
+        activations = collectives.gather(self._activations, process_groups.gloo_world()) if not self._told else []
         if not self._told:
             self._told = True
+            kept = f" The first step kept {activations[most] / _GIB:.3g} of activations." if activations[most] else ""
             name = trainer.strategy.layout.rank_name(most)  # type: ignore[attr-defined]
             rank_zero_info(
                 f"Memory: {name} takes the most, {taken[most] / _GIB:.2f} GiB. By its sizes:"
                 f" weights {expected.weights / _GIB:.2f}, gradients {expected.gradients / _GIB:.2f}, optimizer"
-                f" {expected.optimizer / _GIB:.2f}; the rest is activations and what the process itself takes."
+                f" {expected.optimizer / _GIB:.2f}; the rest is activations and what the process itself takes.{kept}"
             )
 
 

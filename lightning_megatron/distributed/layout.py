@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from lightning_megatron.distributed.memory_table import MemoryTable
 from lightning_megatron.distributed.suggestions import (
     choices,
     divisors,
@@ -20,6 +21,14 @@ from lightning_megatron.distributed.suggestions import (
     not_positive,
     use,
 )
+
+
+class SizedModel(Protocol):
+    """A model's configuration that can estimate its memory."""
+
+    def memory(self, layout: ParallelLayout, **training: Any) -> MemoryTable:
+        """Estimate the memory of a rank of each pipeline stage."""
+
 
 # Dimensions that no layer of this package supports yet. Deleting a line here switches its dimension on.
 _UNBUILT = {"cp": "context parallelism", "ep": "expert parallelism", "etp": "expert tensor parallelism"}
@@ -147,6 +156,24 @@ class ParallelLayout:
         self._check_positive(vocab_size=vocab_size, divisible_by=divisible_by)
         multiple = divisible_by * self.tp
         return -(-vocab_size // multiple) * multiple
+
+    def memory(self, config: SizedModel, **training: Any) -> MemoryTable:
+        """Estimate the memory that training takes on a rank of each pipeline stage, before anything is built.
+
+        ``str`` of it is a table in GB. Bytes of the states follow ZeRO (arXiv 1910.02054), those of the activations
+        Korthikanti and others (arXiv 2205.05198); ``lightning_megatron/models/memory.py`` has the formulas.
+
+        Args:
+            config: The configuration of a module, such as a ``GPTConfig``.
+            **training: ``micro_batch_size`` (1), ``num_microbatches`` (enough to fill the pipeline), ``precision``
+                ("bf16-mixed"), ``recompute``, ``distributed_optimizer`` (True), ``kernels``, ``lengths`` (the longest),
+                ``optimizer_states`` (2, those of Adam), ``device`` ("cuda").
+
+        Raises:
+            LayoutError: The layout cannot divide the model.
+            ValueError: A value of ``training`` is wrong.
+        """
+        return config.memory(self, **training)
 
     def check_num_microbatches(self, num_microbatches: int) -> None:
         """Check that the pipeline schedule can run ``num_microbatches``."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer import TransformerConfig
 
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.memory_table import MemoryTable
 from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.distributed.suggestions import closest_name, did_you_mean
-from lightning_megatron.models import recompute
+from lightning_megatron.models import parameter_counts, recompute
 from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.kernels import Kernels
+from lightning_megatron.models.memory import Part, Training, estimate
 from lightning_megatron.models.refused_fields import refuse_fields
 
 LayerBackend = Literal["torch", "transformer_engine"]
@@ -139,6 +143,73 @@ class ModelConfig:
         """
         (length,) = lengths
         return [LayerStack(self.num_layers, length, [(length, length)])]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The longest sequence, in tokens; of a T5, of both sides."""
+        return (self.seq_length,)
+
+    def memory(self, layout: ParallelLayout, **training: Any) -> MemoryTable:
+        """The memory that training takes under ``layout``; the same as ``layout.memory(config, ...)``.
+
+        Args:
+            layout: The parallel sizes.
+            **training: As ``lightning_megatron.models.memory.Training`` has them.
+
+        Raises:
+            LayoutError: ``layout`` cannot divide the sizes.
+            ValueError: A value of ``training`` is wrong.
+        """
+        self.check(layout)
+        run = Training(**training)
+        device = torch.device(run.device)
+        kernels = (run.kernels or Kernels()).on(device)
+        settings = BuildSettings(layout=layout, recompute=run.recompute, kernels=kernels, device=device)
+        scores = self.keeps_scores(settings), ModelConfig.keeps_scores(self, settings)
+        return estimate(self, layout, replace(run, kernels=kernels), self.recomputed_modules(settings), scores)
+
+    # What the estimate of the memory asks; a family says where it differs
+
+    final_norms: ClassVar[int] = 1  # behind a stack
+    outputs_are_sharded: ClassVar[bool] = True  # over the tensor-parallel ranks
+    share_of_counted_tokens: ClassVar[float] = 1.0  # in the loss
+
+    def chunks(self, layout: ParallelLayout) -> list[list[Part]]:
+        """The layers of each model chunk, in the order of the virtual stages."""
+        return parameter_counts.even_chunks(self.num_layers, layout, self.final_norms > 0)
+
+    def parameters(self, layout: ParallelLayout, chunk: list[Part]) -> int:
+        """The weights of a chunk on a tensor-parallel rank."""
+        total = 0
+        for part in chunk:
+            attentions = len(self.stacks(self.lengths)[part.stack].attention)
+            total += part.layers * parameter_counts.layer(self, layout, attentions)
+            total += part.ends_stack * parameter_counts.norm(self)
+        embeds = any(part.embeds for part in chunk)
+        total += self.embedding_parameters(layout) if embeds else 0
+        return total + (self.head_parameters(layout, embeds) if any(part.ends_model for part in chunk) else 0)
+
+    def embedding_parameters(self, layout: ParallelLayout) -> int:
+        """The weights of what comes before the layers, on a tensor-parallel rank."""
+        return parameter_counts.vocabulary(self, layout)
+
+    def head_parameters(self, layout: ParallelLayout, embeds: bool) -> int:
+        """The weights of what comes behind the last norm, on a tensor-parallel rank.
+
+        Args:
+            layout: The parallel sizes.
+            embeds: Whether the embedding is on the same stage, so that an output layer that is tied to it has no copy.
+        """
+        tied = getattr(self, "tie_embeddings", True)
+        return 0 if tied and embeds else parameter_counts.vocabulary(self, layout)
+
+    def head_activations(self, hidden: float) -> float:
+        """Bytes that a head keeps before its output layer, where a hidden state takes ``hidden``."""
+        return 0.0
+
+    def outputs(self, padded_vocab_size: int) -> int:
+        """The width of the output layer."""
+        return padded_vocab_size
 
     @property
     def peft_task(self) -> str:

@@ -377,6 +377,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         super().on_exception(exception)
         first_error.record(exception)
         heartbeat.explain_timeout(exception, self.layout)
+        self._explain_out_of_memory(exception)
         self.checkpointer.saves.wait_after_error()
 
     @override

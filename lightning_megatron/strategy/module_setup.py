@@ -14,7 +14,7 @@ from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.models.recompute import Recompute
-from lightning_megatron.strategy import checks, single_rank
+from lightning_megatron.strategy import checks, out_of_memory, single_rank
 from lightning_megatron.strategy.lightning_steps import LightningSteps
 from lightning_megatron.strategy.logging import hook_values
 from lightning_megatron.strategy.megatron_steps import MegatronSteps
@@ -67,6 +67,21 @@ class ModuleSetup(ParallelRanks):
                 fp8=self._precision.fp8,
                 device=self.root_device,
             )
+
+    def _explain_out_of_memory(self, error: BaseException) -> None:
+        """Add to an out-of-memory error what the training takes, and what would take less."""
+        steps: StepRunner | None = getattr(self, "_steps", None)
+        out_of_memory.explain(
+            error,
+            getattr(self.lightning_module, "config", None),
+            self.layout,
+            micro_batch_size=(steps.micro_batch_size if steps else None) or self.micro_batching.size or 1,
+            precision=str(self._precision.precision),
+            recompute=self.recompute,
+            distributed_optimizer=self.distributed_optimizer,
+            kernels=self.kernels.on(self.root_device),
+            device=self.root_device.type,
+        )
 
     def _set_up_training(self, trainer: pl.Trainer) -> None:
         """Choose what trains the module: a schedule and a sharded optimizer, or Lightning's own loop."""

@@ -34,6 +34,7 @@ class StepRunner(ABC):
     Attributes:
         counts: Whether the batch that was evaluated last counts on this replica.
         ends_window: Whether the optimizer steps after the batch that was trained last.
+        micro_batch_size: Rows of the first micro-batch of the last batch; None before the first one.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class StepRunner(ABC):
         self.stops_on_bad_loss = stops_on_bad_loss
         self.counts = True
         self.ends_window = False
+        self.micro_batch_size: int | None = None
 
     @staticmethod
     @abstractmethod
@@ -104,7 +106,9 @@ class StepRunner(ABC):
     def _cut_checked(self, batch: Any, args: Any) -> tuple[MicroBatchSizes, int]:
         if self._batch_idx(args) == 0:
             rank_consistency.check_same_batch(batch)
-        return self._cut(batch)
+        cut, length = self._cut(batch)
+        self.micro_batch_size = cut.sizes[0]
+        return cut, length
 
     def _batch_idx(self, args: Any) -> int:
         """The number of the batch; the loop knows it where the hook does not take it."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning_megatron.checkpoint import formerly_in, plain_class
 from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.bert.layer_spec import NormPlacement
 from lightning_megatron.models.model_config import ModelConfig
 
@@ -89,6 +90,46 @@ class BertConfig(ModelConfig):
                 " Use 'gelu'."
             )
         super().__post_init__()
+
+    @property
+    def final_norms(self) -> int:  # type: ignore[override]
+        """None behind post-LayerNorm layers."""
+        return int(self.norm_placement == "pre")
+
+    @property
+    def outputs_are_sharded(self) -> bool:  # type: ignore[override]
+        """Whether there are logits of the vocabulary."""
+        return self.task in ("masked_lm", "pretraining")
+
+    @property
+    def share_of_counted_tokens(self) -> float:  # type: ignore[override]
+        """About one token in seven is masked; of a sequence's class, one token counts."""
+        if self.task == "sequence_classification":
+            return 1 / self.seq_length
+        return 0.15 if self.outputs_are_sharded else 1.0
+
+    def outputs(self, padded_vocab_size: int) -> int:
+        """The width of the output layer: the vocabulary, or the labels."""
+        return padded_vocab_size if self.outputs_are_sharded else self.num_labels
+
+    def embedding_parameters(self, layout: ParallelLayout) -> int:
+        """The embeddings of tokens, positions and token types, and a norm behind them in post-LayerNorm models."""
+        tables = (self.seq_length + self.num_token_types) * self.hidden_size
+        return super().embedding_parameters(layout) + tables + (2 * self.hidden_size if not self.final_norms else 0)
+
+    def head_parameters(self, layout: ParallelLayout, embeds: bool) -> int:
+        """The transform and the output layer's biases; a pooler; labels."""
+        dense = self.hidden_size * (self.hidden_size + 1)
+        if not self.outputs_are_sharded:
+            pooler = dense if self.task == "sequence_classification" else 0
+            return pooler + self.num_labels * (self.hidden_size + 1)
+        biases = layout.padded_vocab_size(self.vocab_size, self.make_vocab_size_divisible_by) // layout.tp
+        binary = dense + 2 * (self.hidden_size + 1) if self.task == "pretraining" else 0
+        return super().head_parameters(layout, embeds) + dense + 2 * self.hidden_size + biases + binary
+
+    def head_activations(self, hidden: float) -> float:
+        """The inputs of the transform's activation and norm, and of the output layer."""
+        return 3 * hidden if self.outputs_are_sharded else 0.0
 
     @property
     def peft_task(self) -> str:

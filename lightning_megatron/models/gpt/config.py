@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning_megatron.checkpoint import formerly_in, plain_class
 from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.layers.rope_scaling import ROPE_TYPES
 from lightning_megatron.models.model_config import LayerStack, ModelConfig
 
@@ -102,6 +103,11 @@ class GPTConfig(ModelConfig):
         if self.sliding_window is not None and self.sliding_window_layers is None:
             seen = min(length, 2 * self.sliding_window)  # halved below, as the triangle is
         return [LayerStack(self.num_layers, length, [(length, seen / 2)])]
+
+    def embedding_parameters(self, layout: ParallelLayout) -> int:
+        """The embedding of tokens and, where they are learned, of positions."""
+        positions = self.seq_length * self.hidden_size if self.position_embedding == "learned" else 0
+        return super().embedding_parameters(layout) + positions
 
     @property
     def peft_task(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from megatron.core.transformer import TransformerConfig
@@ -12,6 +12,7 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.memory import Part
 from lightning_megatron.models.model_config import Activation, LayerStack, ModelConfig
 from lightning_megatron.models.t5 import pipeline_split
 from lightning_megatron.models.t5.model import PositionEmbedding
@@ -111,6 +112,35 @@ class T5Config(ModelConfig):
             LayerStack(self.encoder_layers, encoder, [(encoder, encoder)]),
             LayerStack(self.decoder_layers, decoder, [(decoder, decoder / 2), (encoder, encoder)]),
         ]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The longest sequences of the encoder and the decoder, in tokens."""
+        return self.seq_length, self.decoder_seq_length or self.seq_length
+
+    def chunks(self, layout: ParallelLayout) -> list[list[Part]]:
+        """The layers of each chunk: both stacks' without a pipeline, else the encoder's and then the decoder's."""
+        encoder, decoder = self.encoder_layers, self.decoder_layers
+        if layout.pp == 1:
+            return [[Part(0, encoder, embeds=True, ends_stack=True), Part(1, decoder, False, True, ends_model=True)]]
+        split = pipeline_split.with_split(layout, encoder, decoder, self.layer_costs()).pipeline_split_rank or 1
+        shares = pipeline_split.shares(encoder, split), pipeline_split.shares(decoder, layout.num_stages - split)
+        found = [
+            Part(stack, layers, ends_stack=number == len(shares[stack]) - 1)
+            for stack in (0, 1)
+            for number, layers in enumerate(shares[stack])
+        ]
+        return [[replace(part, embeds=part is found[0], ends_model=part is found[-1])] for part in found]
+
+    def parameters(self, layout: ParallelLayout, chunk: list[Part]) -> int:
+        """As elsewhere, and a table of position biases for each stack that has layers in the chunk."""
+        biases = self.relative_attention_num_buckets * self.num_attention_heads
+        return super().parameters(layout, chunk) + (len(chunk) * biases if self.position_embedding == "relative" else 0)
+
+    def embedding_parameters(self, layout: ParallelLayout) -> int:
+        """The embedding of tokens and, where they are learned, of positions."""
+        positions = self.longest * self.hidden_size if self.position_embedding == "learned" else 0
+        return super().embedding_parameters(layout) + positions
 
     @property
     def peft_task(self) -> str:

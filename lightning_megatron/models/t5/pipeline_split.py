@@ -38,9 +38,7 @@ def with_split(layout: ParallelLayout, encoder: int, decoder: int, costs: tuple[
             f" {stages - split} of the decoder, but T5Config has {sides}, and each stage needs a layer. Use"
             f" pipeline_split_rank={some}, or None to have it chosen."
         )
-    split = split or min(
-        legal, key=lambda at: _slowest_stage(_shares(encoder, at), _shares(decoder, stages - at), costs)
-    )
+    split = split or min(legal, key=lambda at: _slowest_stage(shares(encoder, at), shares(decoder, stages - at), costs))
     return replace(layout, pipeline_split_rank=split)
 
 
@@ -58,13 +56,13 @@ def stage(layout: ParallelLayout, number: int) -> T5Stage:
 def encoder_stages(layout: ParallelLayout, num_layers: int) -> list[list[str]] | None:
     """megatron-core's ``pipeline_model_parallel_layout`` of the encoder alone."""
     split = layout.pipeline_split_rank
-    return None if split is None else _layout(_shares(num_layers, split) + [0] * (layout.num_stages - split))
+    return None if split is None else _layout(shares(num_layers, split) + [0] * (layout.num_stages - split))
 
 
 def decoder_stages(layout: ParallelLayout, num_layers: int) -> list[list[str]] | None:
     """megatron-core's ``pipeline_model_parallel_layout`` of the decoder alone."""
     split = layout.pipeline_split_rank
-    return None if split is None else _layout([0] * split + _shares(num_layers, layout.num_stages - split))
+    return None if split is None else _layout([0] * split + shares(num_layers, layout.num_stages - split))
 
 
 def _layout(layers: list[int]) -> list[list[str]]:
@@ -73,7 +71,8 @@ def _layout(layers: list[int]) -> list[list[str]]:
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
-def _shares(num_layers: int, stages: int) -> list[int]:
+def shares(num_layers: int, stages: int) -> list[int]:
+    """The layers of each stage of a stack; the first ones have one more."""
     return [num_layers // stages + (number < num_layers % stages) for number in range(stages)]
 
 

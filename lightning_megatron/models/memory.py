@@ -1,0 +1,308 @@
+"""Estimates the memory of a training from a model's sizes and a layout, before anything is built.
+
+States: per weight as in ZeRO (arXiv 1910.02054, section 3.1), what the distributed optimizer divides by the replicas.
+Activations: tensor by tensor, as Korthikanti and others count them (arXiv 2205.05198, section 4), for layers whose
+attention keeps no scores, which that paper does not know; with megatron-core's ``theoretical_memory_usage`` it shares
+the number of micro-batches in flight. Where the layers here keep other tensors than the paper's (the input of an
+activation and its output, but no copy of attention's output), the formulas follow the layers; tests hold them against
+the tensors that torch saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.memory_table import MemoryTable, StageMemory
+from lightning_megatron.models.kernels import Kernels
+from lightning_megatron.models.recompute import Recompute
+from lightning_megatron.models.recompute import check as check_recompute
+
+# Bytes of a weight, of its gradient, and of its main weight where that is a copy.
+_PRECISIONS = {"32-true": (4, 4, 0), "bf16-mixed": (2, 4, 4), "16-mixed": (2, 4, 4), "bf16-true": (2, 2, 4)}
+Device = Literal["cuda", "cpu"]
+_MASKED = 0.15  # the share of tokens that masked language modelling predicts
+
+
+@dataclass(frozen=True)
+class Part:
+    """The layers that one model chunk has of a stack.
+
+    Args:
+        stack: Index of the stack among the configuration's ``stacks``.
+        layers: The number of layers.
+        embeds: Whether the chunk begins with the embedding.
+        ends_stack: Whether the stack's final norm is behind the layers.
+        ends_model: Whether the output layer is behind that.
+    """
+
+    stack: int
+    layers: int
+    embeds: bool = False
+    ends_stack: bool = False
+    ends_model: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the estimate has to know of a run, beside its layout.
+
+    Args:
+        micro_batch_size: Rows of a micro-batch.
+        num_microbatches: Micro-batches of a batch; None is enough of them to fill the pipeline.
+        precision: As ``Trainer(precision=)`` has it.
+        recompute: As ``MegatronStrategy(recompute=)`` has it.
+        distributed_optimizer: Whether optimizer state and main weights are divided among the replicas.
+        kernels: Which implementations compute the layers and the loss.
+        lengths: Tokens of a sequence; of a T5, of both sides. None are the longest that the configuration allows.
+        optimizer_states: Numbers that the optimizer keeps for each weight: 2 of Adam, 1 of SGD with momentum.
+        device: "cuda" or "cpu", whose kernels keep different tensors.
+
+    Raises:
+        ValueError: A value is none of these.
+    """
+
+    micro_batch_size: int = 1
+    num_microbatches: int | None = None
+    precision: str = "bf16-mixed"
+    recompute: Recompute | None = None
+    distributed_optimizer: bool = True
+    kernels: Kernels | None = None
+    lengths: tuple[int, ...] | None = None
+    optimizer_states: int = 2
+    device: Device = "cuda"
+
+    def __post_init__(self) -> None:
+        arguments = Arguments("ParallelLayout.memory")
+        arguments.whole(micro_batch_size=self.micro_batch_size)
+        arguments.whole(optional=True, num_microbatches=self.num_microbatches)
+        arguments.one_of(tuple(_PRECISIONS), precision=self.precision)
+        arguments.one_of(("cuda", "cpu"), device=self.device)
+        arguments.flag(distributed_optimizer=self.distributed_optimizer)
+        check_recompute(self.recompute, of="ParallelLayout.memory")
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in the weights' type."""
+        return _PRECISIONS[self.precision][0]
+
+
+def estimate(
+    config: Any, layout: ParallelLayout, training: Training, modules: list[str], scores: tuple[bool, bool]
+) -> MemoryTable:
+    """The memory of a rank of each pipeline stage.
+
+    Args:
+        config: The configuration of a module, such as a ``GPTConfig``.
+        layout: The parallel sizes.
+        training: Further settings of the run.
+        modules: The modules that are recomputed where it is neither "full" nor a number of layers.
+        scores: Whether the core attention keeps its scores: self-attention, and cross-attention.
+    """
+    layers = _Layers(config, layout, training, modules, scores)
+    chunks = config.chunks(layout)
+    stages = []
+    for stage in range(layout.pp):
+        mine = chunks[stage :: layout.pp]
+        stages.append(_stage(config, layout, training, layers, stage, mine))
+    return MemoryTable(tuple(stages))
+
+
+def _stage(
+    config: Any, layout: ParallelLayout, training: Training, layers: _Layers, stage: int, chunks: list[list[Part]]
+) -> StageMemory:
+    numbers = sum(config.parameters(layout, chunk) for chunk in chunks)
+    weight, gradient, main = _PRECISIONS[training.precision]
+    share = layout.dp if training.distributed_optimizer else 1
+    kept = [sum(layers.kept(part) for part in chunk) for chunk in chunks]  # of each chunk
+    flying = chunks_in_flight(layout, stage, training.num_microbatches)
+    last = any(part.ends_model for chunk in chunks for part in chunk)
+    logits, copy = layers.logits() if last else (0.0, 0.0)
+    again = max(0.0, *(layers.recomputed_at_once(chunk[-1], logits) for chunk in chunks))
+    return StageMemory(
+        weights=numbers * weight,
+        gradients=numbers * gradient,
+        optimizer=numbers * (main + 4 * training.optimizer_states) / share,
+        activations=flying * sum(kept) / len(kept) + again,
+        logits=logits,
+        buffers=copy + (2 * layers.hidden() if layout.pp > 1 else 0.0),
+    )
+
+
+def chunks_in_flight(layout: ParallelLayout, stage: int, num_microbatches: int | None) -> int:
+    """The micro-batches, times the chunks of a stage, whose activations it holds at most.
+
+    Of the 1F1B schedule a stage holds one for itself and each stage behind it (arXiv 2104.04473, section 2.2); of the
+    interleaved one, as many as ``get_pp_rank_microbatches`` of megatron-core's schedules warms up with, and one.
+    """
+    virtual = layout.vp or 1
+    if layout.pp == 1:
+        return 1
+    behind = layout.pp - stage - 1
+    warm_up = behind if layout.vp is None else 2 * behind + (virtual - 1) * layout.pp
+    everything = warm_up + 1 if num_microbatches is None else num_microbatches * virtual
+    return min(warm_up + 1, everything)
+
+
+class _Layers:
+    """Bytes that the backward pass needs of a layer and one micro-batch; n, g, d: heads, groups and a head's size."""
+
+    def __init__(
+        self, config: Any, layout: ParallelLayout, training: Training, modules: list[str], scores: tuple[bool, bool]
+    ) -> None:
+        self.config, self.training, self.modules, self.scores = config, training, modules, scores
+        self.element, self.tp = training.element, layout.tp
+        self.shared = layout.tp if layout.uses_sequence_parallel else 1  # ranks that share the tokens between blocks
+        self.padded_vocab = layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by)
+        self.stacks = config.stacks(training.lengths or config.lengths)
+        self.settings = config.family_arguments()
+        self.kernels = training.kernels or Kernels()
+        self.fused = self.kernels.fused_layers is True
+        self.heads = config.num_attention_heads / layout.tp
+        self.groups = config.sizes()["num_query_groups"] / layout.tp
+        self.size = config.kv_channels or config.hidden_size // config.num_attention_heads
+
+    def hidden(self, stack: int | None = None) -> float:
+        """One hidden state ``[s/tp, b, h]`` of a stack; of all of them, what travels between stages."""
+        tokens = sum(each.tokens for each in self.stacks) if stack is None else self.stacks[stack].tokens
+        return self._tokens(tokens) * self.config.hidden_size * self.element
+
+    def kept(self, part: Part) -> float:
+        """All that a chunk keeps of one micro-batch, but for the logits."""
+        whole = self._whole_layers(part)
+        total = whole * self.hidden(part.stack) + (part.layers - whole) * self.layer(part.stack)
+        total += self._behind(part)
+        if part.embeds:
+            total += self._mask(part.stack) if self.config.hidden_dropout else 0.0
+            total += 0.0 if self.config.final_norms else self._norm(part.stack, recomputed=False)
+        return total
+
+    def _behind(self, part: Part) -> float:
+        """What is kept behind the layers: of the final norm, and of a head before its output layer."""
+        total = self.config.final_norms * self._norm(part.stack, recomputed=False) if part.ends_stack else 0.0
+        if part.ends_model:
+            total += self.config.head_activations(self.hidden(part.stack))
+            if not self.config.final_norms and "layernorm" in self.modules:
+                total += self.hidden(part.stack)  # the output of the last layer's norm, which leaves the stack
+        return total
+
+    def recomputed_at_once(self, part: Part, logits: float) -> float:
+        """What the backward pass of a recomputed layer holds beyond what the layers behind it and the loss have freed.
+
+        Args:
+            part: The layers of a chunk.
+            logits: Bytes of the loss, which are free by then.
+        """
+        recompute, whole = self.training.recompute, self._whole_layers(part)
+        if not part.layers:
+            return 0.0
+        stack = self.stacks[part.stack]
+        freed = self._behind(part) + (logits if part.ends_model else 0.0)
+        if whole:
+            again = self.layer(part.stack) - self.hidden(part.stack)
+            return again - (part.layers - whole) * self.layer(part.stack) - freed
+        again = 0.0
+        if recompute is not None and "mlp" in self.modules:
+            again = self._feed_forward(stack.tokens, recomputed=False)
+        if recompute is not None and "core_attn" in self.modules:
+            kept = (self._attention(number, stack.tokens, keys) for number, (keys, _) in enumerate(stack.attention))
+            plain = (
+                self._attention(number, stack.tokens, keys, recomputed=False)
+                for number, (keys, _) in enumerate(stack.attention)
+            )
+            most = max(every - least for every, least in zip(plain, kept, strict=True))
+            again = max(again, most - self._feed_forward(stack.tokens) - self._norm(part.stack, recomputed=True))
+        return again - freed
+
+    def _whole_layers(self, part: Part) -> int:
+        """The layers of a chunk that are recomputed whole."""
+        recompute = self.training.recompute
+        if recompute == "full":
+            return part.layers
+        return min(recompute, part.layers) if isinstance(recompute, int) else 0
+
+    def layer(self, index: int) -> float:
+        """One layer of a stack: attention, feed-forward layer, and a norm before (or behind) each."""
+        stack = self.stacks[index]
+        total = 0.0
+        for number, (keys, _) in enumerate(stack.attention):
+            total += self._norm(index, "layernorm" in self.modules) + self._attention(number, stack.tokens, keys)
+            total += self._mask(index) if self.config.hidden_dropout else 0.0
+        total += self._norm(index, "layernorm" in self.modules) + self._feed_forward(stack.tokens)
+        return total + (self._mask(index) if self.config.hidden_dropout else 0.0)
+
+    def logits(self) -> tuple[float, float]:
+        """The softmax in fp32, which the loss keeps ``[s, b, vocab/tp]``, and the logits in the weights' type."""
+        tokens = self.stacks[-1].tokens * self.training.micro_batch_size
+        width = self.config.outputs(self.padded_vocab) / (self.tp if self.config.outputs_are_sharded else 1)
+        counted = tokens * self.config.share_of_counted_tokens
+        if self.kernels.chunked_loss is True and self.config.outputs_are_sharded:
+            return self.hidden(len(self.stacks) - 1), 0.0  # the gradient of the hidden states, computed beside the loss
+        copy = tokens * width * self.element if self.element < 4 or counted < tokens else 0.0
+        return counted * width * 4, copy
+
+    def _norm(self, stack: int, recomputed: bool) -> float:
+        """Its input and its output, which the linear layer behind it keeps; fp32 statistics of each token.
+
+        torch has no RMSNorm of one piece on a CPU: it keeps the normalised input, too, in fp32.
+        """
+        hidden, tokens = self.hidden(stack), self._tokens(self.stacks[stack].tokens)
+        if self.settings.get("normalization", "LayerNorm") == "LayerNorm":
+            kept = hidden + 8 * tokens
+        elif self.training.device == "cuda" or self.fused:
+            kept = hidden + 4 * tokens
+        else:
+            wide = tokens * self.config.hidden_size * 4
+            kept = 2 * wide + 4 * tokens
+        return kept if recomputed else kept + hidden
+
+    def _attention(self, number: int, tokens: int, keys: int, recomputed: bool = True) -> float:
+        """Queries, keys and values, the output, and the sums of the softmax.
+
+        Rotated queries and keys are kept beside the projection's output, of which the values are a part. Where scores
+        are kept, so are scaled queries and keys; all of that in fp32, and the values too.
+        """
+        rows, element = self.training.micro_batch_size, self.element
+        query, key = tokens * rows * self.heads * self.size, keys * rows * self.groups * self.size
+        total = (query + 2 * key) + query  # with the output
+        if getattr(self.config, "position_embedding", None) == "rope" and not self.fused:
+            total += query + key
+        if recomputed and "core_attn" in self.modules:
+            return total * element
+        if not self.scores[number]:
+            return total * element + 4 * tokens * rows * self.heads
+        matrices = (3 if self.config.attention_dropout else 1) * tokens * keys * rows * self.heads
+        repeated = keys * rows * self.heads * self.size
+        return total * element + 4 * (query + repeated + matrices + (repeated if element < 4 else 0))
+
+    def _feed_forward(self, tokens: int, recomputed: bool = True) -> float:
+        """The activation's input, which is twice as wide where it is gated, and its output ``[s, b, ffn/tp]``.
+
+        A gate also keeps the activated half, and the other one as a copy, to which megatron-core adds an offset of 0.
+        ReLU keeps its output alone.
+        """
+        one = tokens * self.training.micro_batch_size * self.element * self._width / self.tp
+        inputs = 2 if self.config.is_gated else 1
+        if recomputed and "mlp" in self.modules:
+            return 0.0
+        if recomputed and "mlp_act" in self.modules:
+            return inputs * one
+        if self.fused:
+            return (inputs + 1) * one
+        if self.config.activation == "relu":
+            return one
+        return (inputs + (2 if self.config.is_gated else 0) + 1) * one
+
+    @property
+    def _width(self) -> int:
+        return self.config.ffn_hidden_size or 4 * self.config.hidden_size
+
+    def _mask(self, stack: int) -> float:
+        """What dropout drops: a byte for each number on a GPU, and a number on a CPU."""
+        return self.hidden(stack) / (1 if self.training.device == "cpu" and not self.fused else self.element)
+
+    def _tokens(self, tokens: int) -> float:
+        """Tokens of a micro-batch that a rank has between the tensor-parallel blocks."""
+        return tokens * self.training.micro_batch_size / self.shared

@@ -1,0 +1,59 @@
+"""Counts the weights of one rank's part of a model from its configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.memory import Part
+
+
+def even_chunks(layers: int, layout: ParallelLayout, final_norm: bool) -> list[list[Part]]:
+    """The model chunks of a single stack, in the order of the virtual stages; the first ones have a layer more."""
+    count = layout.num_stages
+    return [
+        [
+            Part(
+                0,
+                layers // count + (number < layers % count),
+                embeds=number == 0,
+                ends_stack=number == count - 1 and final_norm,
+                ends_model=number == count - 1,
+            )
+        ]
+        for number in range(count)
+    ]
+
+
+def layer(config: Any, layout: ParallelLayout, attentions: int) -> int:
+    """The weights of one layer on a tensor-parallel rank.
+
+    Args:
+        config: The configuration.
+        layout: The parallel sizes.
+        attentions: 1, or 2 with cross-attention.
+    """
+    settings, sizes, hidden = config.family_arguments(), config.sizes(), config.hidden_size
+    bias, qkv_bias = settings.get("add_bias_linear", True), settings.get("add_qkv_bias", True)
+    size = config.kv_channels or hidden // config.num_attention_heads
+    heads, groups = config.num_attention_heads * size // layout.tp, sizes["num_query_groups"] * size // layout.tp
+    attention = (hidden + qkv_bias) * (heads + 2 * groups) + hidden * heads + bias * hidden + norm(config)
+    if config.extra.get("qk_layernorm"):
+        attention += 2 * size * norm(config) // hidden
+    width = (config.ffn_hidden_size or 4 * hidden) // layout.tp
+    first = (2 if config.is_gated else 1) * width
+    return attentions * attention + (hidden + bias) * first + width * hidden + bias * hidden + norm(config)
+
+
+def norm(config: Any) -> int:
+    """The weights of a norm over the hidden size."""
+    return config.hidden_size * (2 if config.family_arguments().get("normalization", "LayerNorm") == "LayerNorm" else 1)
+
+
+def vocabulary(config: Any, layout: ParallelLayout) -> int:
+    """The weights of a rank's shard of the embedding, or of the output layer."""
+    return (
+        layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by)
+        // layout.tp
+        * int(config.hidden_size)
+    )

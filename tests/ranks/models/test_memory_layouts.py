@@ -1,0 +1,89 @@
+"""``ParallelLayout.memory`` against the states and the saved tensors of real runs on several ranks."""
+
+from dataclasses import astuple
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, ParallelLayout, T5Config, T5Module
+from lightning_megatron.callbacks.memory import estimate
+from lightning_megatron.training.saved_bytes import SavedBytes
+from tests.support.layout import Layout
+from tests.support.ranks import run_in_pool
+from tests.support.trainer import loader, trainer
+
+SIZES = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 256, "seq_length": 32}
+GATED = {
+    "num_query_groups": 2, "normalization": "RMSNorm", "activation": "swiglu", "bias": False,
+    "position_embedding": "rope", "tie_embeddings": False,
+}  # fmt: skip
+CONFIGS = {
+    "gpt": (GPTModule, GPTConfig(**SIZES)),
+    "llama": (GPTModule, GPTConfig(**SIZES, **GATED)),
+    "bert": (BertModule, BertConfig(**SIZES)),
+    "t5": (T5Module, T5Config(**{**SIZES, "num_layers": 2})),
+}
+ROWS, MICRO_BATCHES = 2, 4
+
+
+class _Meter(Callback):
+    """Counts in the second step, when the first one has made the optimizer's state."""
+
+    def on_train_batch_start(self, run: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.saved = SavedBytes(module.parameters())
+            self.saved.__enter__()
+
+    def on_train_batch_end(self, run: Any, module: Any, _: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.saved.__exit__()
+            self.states = astuple(estimate(run.strategy.engine, run.strategy.optimizers[0]))
+            self.stage = run.strategy.layout.coordinates(run.strategy.global_rank).pp
+
+
+def _measured(name: str, layout: Layout, precision: str, recompute: Any) -> tuple[int, tuple[int, ...], int]:
+    module, config = CONFIGS[name]
+    tokens = torch.randint(
+        5, 256, (2 * ROWS * MICRO_BATCHES * layout.dp, 32), generator=torch.Generator().manual_seed(1)
+    )
+    labels = tokens.masked_fill(torch.arange(32) % 7 != 0, -100) if name == "bert" else tokens
+    samples = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+    meter = _Meter()
+    options = {"num_microbatches": MICRO_BATCHES, "recompute": recompute}
+    run = trainer(layout, options, precision, max_steps=2, callbacks=[meter])
+    run.fit(module(config), loader(samples, layout, ROWS * MICRO_BATCHES * layout.dp, run))
+    return meter.stage, meter.states, meter.saved.peak
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "precision", "recompute"),
+    [
+        ("gpt", Layout(dp=2), "bf16-mixed", None),
+        ("gpt", Layout(tp=2, sp=True), "32-true", None),
+        ("gpt", Layout(pp=2), "bf16-mixed", None),
+        ("gpt", Layout(pp=2, vp=2), "32-true", "selective"),
+        ("llama", Layout(tp=2), "bf16-mixed", "selective"),
+        ("llama", Layout(pp=2), "32-true", "full"),
+        ("bert", Layout(tp=2, sp=True), "32-true", None),
+        ("t5", Layout(pp=2), "32-true", "selective"),
+    ],
+    ids=str,
+)
+def test_states_and_activations(name, layout, precision, recompute):
+    sizes = ParallelLayout(
+        world_size=layout.world_size, tp=layout.tp, pp=layout.pp, vp=layout.vp, sequence_parallel=layout.sp
+    )
+    table = sizes.memory(
+        CONFIGS[name][1], micro_batch_size=ROWS, num_microbatches=MICRO_BATCHES, precision=precision,
+        recompute=recompute, device="cpu",
+    )  # fmt: skip
+    for stage, (weights, gradients, optimizer), kept in run_in_pool(
+        layout.world_size, _measured, name, layout, precision, recompute
+    ):
+        told = table.stages[stage]
+        assert told.weights == pytest.approx(weights, rel=0.05)
+        assert told.gradients == pytest.approx(gradients, rel=0.05)
+        assert told.optimizer == pytest.approx(optimizer, rel=0.05)
+        assert told.activations + told.logits == pytest.approx(kept, rel=0.1)

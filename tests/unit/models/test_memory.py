@@ -1,0 +1,114 @@
+"""``ParallelLayout.memory`` against the weights that are built and the tensors that torch saves."""
+
+import pytest
+import torch
+
+from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, Kernels, ParallelLayout, T5Config, T5Module
+from lightning_megatron.models.memory import chunks_in_flight
+from lightning_megatron.training.saved_bytes import SavedBytes
+from tests.support.built import built
+
+SIZES = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 256, "seq_length": 32}
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+GATED = {
+    "num_query_groups": 2, "normalization": "RMSNorm", "activation": "swiglu", "bias": False,
+    "position_embedding": "rope", "tie_embeddings": False,
+}  # fmt: skip
+CONFIGS = {
+    "gpt": GPTConfig(**SIZES),
+    "gpt with dropout": GPTConfig(**SIZES, **DROPOUT),
+    "llama": GPTConfig(**SIZES, **GATED),
+    "llama with dropout": GPTConfig(**SIZES, **GATED, **DROPOUT),
+    "bert": BertConfig(**SIZES),
+    "bert pre": BertConfig(**SIZES, norm_placement="pre"),
+    "t5": T5Config(**SIZES),
+    "t5 with dropout": T5Config(**SIZES, **DROPOUT),
+    "t5 gated": T5Config(**SIZES, activation="geglu_tanh", position_embedding="learned", tie_embeddings=False),
+}
+MODULES = {GPTConfig: GPTModule, BertConfig: BertModule, T5Config: T5Module}
+ROWS, LENGTH = 2, 32
+ONE = ParallelLayout(world_size=1)
+
+
+def measured(config, recompute, dtype) -> tuple[int, int]:
+    """Weights, and the most bytes that autograd kept in a step."""
+    module = built(MODULES[type(config)](config), recompute=recompute, params_dtype=dtype)
+    tokens = torch.randint(5, 256, (ROWS, LENGTH), generator=torch.Generator().manual_seed(2))
+    counted = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 7 == 0  # as many as are masked
+    labels = tokens.masked_fill(~counted, -100) if isinstance(config, BertConfig) else tokens
+    inputs = module.get_batch({"input_ids": tokens, "labels": labels})
+    module._log_part = lambda *_: None  # no Trainer listens
+    with SavedBytes(module.parameters()) as saved:
+        module.loss(module.active_model(**inputs), inputs)[0].backward()
+    return sum(p.numel() for p in module.parameters()), saved.peak
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full", 1], ids=str)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_to_one_and_activations_to_ten_percent(name, precision, recompute):
+    config, size = CONFIGS[name], {"32-true": 4, "bf16-mixed": 2}[precision]
+    weights, kept = measured(config, recompute, {4: torch.float32, 2: torch.bfloat16}[size])
+    told = ONE.memory(config, micro_batch_size=ROWS, precision=precision, recompute=recompute, device="cpu").largest
+    assert told.weights == weights * size
+    assert told.activations + told.logits == pytest.approx(kept, rel=0.1)
+
+
+def test_states_by_precision():
+    config = CONFIGS["gpt"]
+    layout = ParallelLayout(world_size=4, tp=2)
+    for precision, weight, gradient, optimizer in (
+        ("32-true", 4, 4, 8),
+        ("bf16-mixed", 2, 4, 12),
+        ("16-mixed", 2, 4, 12),
+        ("bf16-true", 2, 2, 12),
+    ):
+        told = layout.memory(config, precision=precision).largest
+        numbers = told.weights / weight
+        assert (told.gradients, told.optimizer) == (numbers * gradient, numbers * optimizer / 2)
+        whole = layout.memory(config, precision=precision, distributed_optimizer=False).largest
+        assert whole.optimizer == numbers * optimizer
+    assert layout.memory(config, optimizer_states=0, precision="32-true").largest.optimizer == 0
+
+
+def test_micro_batches_in_flight():
+    """As megatron-core's schedules warm up; of few micro-batches no more than there are."""
+    deep, interleaved = ParallelLayout(world_size=4, pp=4), ParallelLayout(world_size=4, pp=4, vp=2)
+    assert [chunks_in_flight(deep, stage, None) for stage in range(4)] == [4, 3, 2, 1]
+    assert [chunks_in_flight(deep, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
+    assert [chunks_in_flight(interleaved, stage, 8) for stage in range(4)] == [11, 9, 7, 5]
+    assert chunks_in_flight(interleaved, 0, 4) == 8
+
+
+def test_a_table_for_people():
+    config = GPTConfig(
+        num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, vocab_size=128256,
+        seq_length=8192, **{**GATED, "num_query_groups": 8},
+    )  # fmt: skip
+    table = ParallelLayout(world_size=64, tp=8, pp=4, vp=2, sequence_parallel=True).memory(config)
+    assert str(table).splitlines()[0].split() == ["GB", "stage", "0", "stage", "1", "stage", "2", "stage", "3"]
+    assert [line.split()[0] for line in str(table).splitlines()[1:]] == [
+        "weights", "gradients", "optimizer", "activations", "logits", "buffers", "total",
+    ]  # fmt: skip
+    assert sum(stage.weights for stage in table.stages) * 8 / 2 == pytest.approx(70.55e9, rel=0.01)  # a 70B model
+    chunked = ParallelLayout(world_size=64, tp=8, pp=4, vp=2, sequence_parallel=True).memory(
+        config, kernels=Kernels(chunked_loss=True)
+    )
+    assert chunked.stages[3].logits < table.stages[3].logits / 2
+    assert table.largest is table.stages[0]
+
+
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        ({"precision": "fp8"}, "precision='fp8'): use '32-true'"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0): use a whole number"),
+        ({"recompute": "all"}, "recompute='all'): use None or 'selective' or 'full'"),
+        ({"device": "tpu"}, "device='tpu'): use 'cuda' or 'cpu'"),
+    ],
+    ids=str,
+)
+def test_refused(training, told):
+    with pytest.raises(ValueError, match=r"^ParallelLayout\.memory\(") as error:
+        ONE.memory(CONFIGS["gpt"], **training)
+    assert told in str(error.value)
