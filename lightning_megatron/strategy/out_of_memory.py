@@ -31,11 +31,7 @@ def explain(error: BaseException, config: object, layout: ParallelLayout, **trai
         return
     try:
         now = layout.memory(config, **training)
-        lines = [
-            f"Training takes, by the sizes of {type(config).__name__} and {layout}:",
-            str(now),
-            "It takes less with",
-        ]
+        lines = [f"Training takes, by the sizes of {type(config).__name__}:", str(now), "It takes less with"]
         for told, other, changed in advice:
             saved = now.largest.total - other.memory(config, **{**training, **changed}).largest.total
             if saved > 0:

@@ -227,6 +227,21 @@ def test_the_estimate_is_what_is_held(layout, precision):
         assert estimate.total / 2**30 < taken < 20
 
 
+def _kept(recompute: str | None) -> tuple[int, list[str]]:
+    monitor, told = MemoryMonitor(), []
+    run = trainer(Layout(), {"recompute": recompute}, callbacks=[monitor], max_steps=2, log_every_n_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_megatron.callbacks.memory.rank_zero_info", told.append)
+        run.fit(LoadedGPT(CONFIG), loader(Rows(text_samples(CONFIG, 16)), Layout(), 8, run))
+    return monitor._activations, told
+
+
+def test_recomputation_keeps_less():
+    (plain, told), (least, _), (full, _) = (run_in_pool(1, _kept, kind)[0] for kind in (None, "selective", "full"))
+    assert full < least < 0.75 * plain
+    assert told[0].endswith(f"The first step kept {plain / 2**30:.3g} of activations.")
+
+
 # Cost
 
 

@@ -45,15 +45,14 @@ class _Meter(Callback):
 
 def _measured(name: str, layout: Layout, precision: str, recompute: Any) -> tuple[int, tuple[int, ...], int]:
     module, config = CONFIGS[name]
-    tokens = torch.randint(
-        5, 256, (2 * ROWS * MICRO_BATCHES * layout.dp, 32), generator=torch.Generator().manual_seed(1)
-    )
+    rows = ROWS * MICRO_BATCHES * layout.dp  # of a step
+    tokens = torch.randint(5, 256, (2 * rows, 32), generator=torch.Generator().manual_seed(1))
     labels = tokens.masked_fill(torch.arange(32) % 7 != 0, -100) if name == "bert" else tokens
     samples = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
     meter = _Meter()
     options = {"num_microbatches": MICRO_BATCHES, "recompute": recompute}
     run = trainer(layout, options, precision, max_steps=2, callbacks=[meter])
-    run.fit(module(config), loader(samples, layout, ROWS * MICRO_BATCHES * layout.dp, run))
+    run.fit(module(config), loader(samples, layout, rows, run))
     return meter.stage, meter.states, meter.saved.peak
 
 

@@ -45,8 +45,8 @@ def _note(error: BaseException, config=CONFIG, **layout) -> str:
 
 def test_only_what_is_not_on_already_is_advised():
     note = _note(torch.OutOfMemoryError("CUDA out of memory."), world_size=4, tp=2)
-    assert "micro_batch_size=1" not in note and "chunked_loss" not in note and "recompute" not in note
-    assert "- distributed_optimizer=True: " in note and "- sequence_parallel=True: " in note
+    advised = [line.partition(":")[0] for line in note.splitlines() if line.startswith("- ")]
+    assert advised[:-1] == ["- distributed_optimizer=True", "- sequence_parallel=True"]
 
 
 def test_other_errors_and_modules_without_sizes():
