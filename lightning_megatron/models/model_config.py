@@ -20,7 +20,7 @@ from lightning_megatron.distributed.suggestions import closest_name, did_you_mea
 from lightning_megatron.models import parameter_counts, recompute
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.kernels import Kernels
-from lightning_megatron.models.memory import Part, Training, estimate
+from lightning_megatron.models.memory_estimate import Part, Training, estimate
 from lightning_megatron.models.refused_fields import refuse_fields
 
 LayerBackend = Literal["torch", "transformer_engine"]
@@ -154,7 +154,7 @@ class ModelConfig:
 
         Args:
             layout: The parallel sizes.
-            **training: As ``lightning_megatron.models.memory.Training`` has them.
+            **training: As ``lightning_megatron.models.memory_estimate.Training`` has them.
 
         Raises:
             LayoutError: ``layout`` cannot divide the sizes.

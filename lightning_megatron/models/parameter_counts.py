@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.models.memory import Part
+from lightning_megatron.models.memory_estimate import Part
 
 
 def even_chunks(layers: int, layout: ParallelLayout, final_norm: bool) -> list[list[Part]]:

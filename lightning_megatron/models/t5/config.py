@@ -12,7 +12,7 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.models.build_settings import BuildSettings
-from lightning_megatron.models.memory import Part
+from lightning_megatron.models.memory_estimate import Part
 from lightning_megatron.models.model_config import Activation, LayerStack, ModelConfig
 from lightning_megatron.models.t5 import pipeline_split
 from lightning_megatron.models.t5.model import PositionEmbedding

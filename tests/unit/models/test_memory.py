@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, Kernels, ParallelLayout, T5Config, T5Module
-from lightning_megatron.models.memory import chunks_in_flight
+from lightning_megatron.models.memory_estimate import chunks_in_flight
 from lightning_megatron.training.saved_bytes import SavedBytes
 from tests.support.built import built
 
