@@ -37,6 +37,7 @@ from lightning_megatron.models.lora import LoRA
 from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.training.lr_schedule import LRSchedule
+from lightning_megatron.training.optimizers import LeanAdamW, Muon
 from lightning_megatron.training.parameter_groups import ParameterGroups, biases_and_vectors
 
 __all__ = [
@@ -49,10 +50,12 @@ __all__ = [
     "Kernels",
     "LRSchedule",
     "LayoutError",
+    "LeanAdamW",
     "LoRA",
     "MegatronModule",
     "MegatronPrecision",
     "MegatronStrategy",
+    "Muon",
     "ParallelLayout",
     "ParameterGroups",
     "T5Config",

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lightning_megatron.checkpoint.manifest import CheckpointError
 from lightning_megatron.checkpoint.tensor_shards import ShardSpec
 from lightning_megatron.training.optimizer import ParameterSlice, ShardedOptimizer
+from lightning_megatron.training.optimizers.lean_adamw import zero_moment
 from lightning_megatron.training.whole_optimizer import WholeOptimizer
 
 MAIN_WEIGHT = "main_weight"
@@ -85,7 +86,7 @@ class Loading:
                     )
                     self.shards.append(spec.unsplit_shard(state[name], whole))
                 elif tensor in stored:
-                    state[name] = torch.zeros_like(part.main_param)
+                    state[name] = zero_moment(name, part.main_param, groups[id(part.main_param)])
                     self.shards += _like_main(state[name], part, spec, tensor)
             if state:
                 self._finish.append(lambda main=part.main_param, state=state: self._adopt(main, state))  # type: ignore[misc]

@@ -26,8 +26,10 @@ from lightning_megatron.training.nonfinite import (
 )
 from lightning_megatron.training.timers import OPTIMIZER, timed
 
-# These flags say how a step is computed, not its result: they are the program's, never the checkpoint's.
-IMPLEMENTATION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
+# These flags say how a step is computed, and where its state is: they are the program's, never the checkpoint's.
+IMPLEMENTATION_FLAGS = {
+    "foreach", "fused", "capturable", "differentiable", "exp_avg_dtype", "exp_avg_sq_dtype", "on_host"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

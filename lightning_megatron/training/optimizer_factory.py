@@ -19,8 +19,9 @@ from lightning_megatron.distributed.parameter_names import named_shards
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.nonfinite import OnNonfinite
 from lightning_megatron.training.optimizer import ShardedOptimizer, group_settings
+from lightning_megatron.training.optimizers import LeanAdamW
 
-_SHARDABLE = (AdamW, Adam, SGD)
+_SHARDABLE = (AdamW, Adam, SGD, LeanAdamW)
 
 
 def is_shardable(optimizer: Optimizer) -> bool:
@@ -52,11 +53,12 @@ def shard_optimizer(
     """
     if distributed and type(optimizer) not in _SHARDABLE:
         raise TypeError(
-            f"MegatronStrategy(distributed_optimizer=True) shards torch.optim.AdamW, Adam and SGD, not"
+            f"MegatronStrategy(distributed_optimizer=True) shards torch.optim.AdamW, Adam and SGD, and LeanAdamW, not"
             f" {type(optimizer).__name__}: an update that is not element by element is wrong on flat shards. Use"
             " one of these, or distributed_optimizer=False."
         )
     _check_types(engine, params_dtype)
+    _choose_fused(optimizer)
     parameters = [list(group["params"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:  # torch skips frozen parameters; megatron-core refuses them
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
@@ -78,6 +80,16 @@ def shard_optimizer(
     # The class has the name of the user's: LearningRateMonitor and progress bars show it.
     named = type(type(optimizer).__name__, (ShardedOptimizer,), {})
     return named(inner, engine, on_nonfinite, initial_settings, weights, parameters)
+
+
+def _choose_fused(optimizer: Optimizer) -> None:
+    """Use torch's fused kernel, the fastest on the CPU and on CUDA, where the user has chosen none."""
+    for group in optimizer.param_groups if type(optimizer) in _SHARDABLE else ():
+        is_open = group.get("fused") is None and group.get("foreach") is None
+        if is_open and not group.get("capturable") and not group.get("differentiable"):
+            group["fused"] = True
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # as torch's constructors set it
 
 
 def _wrap(optimizer: Optimizer, config: OptimizerConfig, scaler: Any, engine: Engine) -> MegatronOptimizer:

@@ -1,6 +1,6 @@
 """The truth: a GPT in plain PyTorch, one process, fp32; its weights carry megatron-core's names, unsharded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -101,18 +101,20 @@ def train(
     steps: int,
     clip: float,
     micro_batches: list[slice] | None = None,
+    make: Callable[[Weights], Any] = lambda weights: torch.optim.AdamW(weights.values(), **ADAM),
 ) -> dict[str, Any]:
     """Losses, gradient norms and final weights of AdamW on batches of ``rows``, every token counting once.
 
-    With ``micro_batches`` (rows of a batch), a loss is the mean of their means instead.
+    With ``micro_batches`` (rows of a batch), a loss is the mean of their means instead; ``make`` makes the optimizer.
     """
     w = {name: value.clone().requires_grad_() for name, value in initial_weights(c).items()}
-    optimizer = torch.optim.AdamW(w.values(), **ADAM)
+    optimizer = make(w)
     losses, norms = [], []
     for batch in batches(samples, rows, steps):
         parts = [{name: value[part] for name, value in batch.items()} for part in micro_batches or [slice(None)]]
         loss = torch.stack([mean_loss(c, w, part) for part in parts]).mean()
-        optimizer.zero_grad()
+        for weight in w.values():
+            weight.grad = None
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(w.values(), clip)))
         optimizer.step()

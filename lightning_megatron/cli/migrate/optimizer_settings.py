@@ -7,6 +7,7 @@ from typing import Any
 from lightning_megatron.cli.migrate.batch_settings import full_batch, growth
 from lightning_megatron.cli.migrate.plan import Given, MigrationError, Plan, take
 from lightning_megatron.cli.migrate.settings_table import MODULE, SCHEDULE
+from lightning_megatron.training.optimizers.lean_adamw import LARGEST_BETA_IN_BF16
 
 # Megatron-LM's defaults, where they are not ours.
 _DEFAULTS = {"weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8, "sgd_momentum": 0.9}
@@ -24,11 +25,15 @@ def optimizer(given: Given, plan: Plan) -> None:
     """Carry over the optimizer and what weights it decays."""
     kind = given.get("optimizer")
     names = ("optimizer", "lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
-    if not any(given.get(name) is not None for name in names):
+    moments = _moments(given, plan)
+    if not moments and not any(given.get(name) is not None for name in names):
         return
     take(given, plan, names[1:], "the torch optimizer in model.init_args.optimizer")
     if kind in ("adam", "sgd"):
         plan.say("optimizer", kind, "carried over", "the torch optimizer in model.init_args.optimizer")
+    elif kind == "muon":
+        says = "lightning_megatron.Muon, with distributed_optimizer=False; the run has AdamW"
+        plan.say("optimizer", kind, "yours to do", says)
     elif kind is not None:
         says = "model.init_args.optimizer takes elementwise torch optimizers; the run has AdamW"
         plan.say("optimizer", kind, "not here", says)
@@ -41,10 +46,35 @@ def optimizer(given: Given, plan: Plan) -> None:
         made = {"class_path": "torch.optim.SGD", "init_args": {**rate, **decay, "momentum": known["sgd_momentum"]}}
     else:
         betas = {"betas": [known["adam_beta1"], known["adam_beta2"]], "eps": known["adam_eps"]}
-        made = {"class_path": "torch.optim.AdamW", "init_args": {**rate, **decay, **betas}}
+        path = "lightning_megatron.LeanAdamW" if moments else "torch.optim.AdamW"
+        made = {"class_path": path, "init_args": {**rate, **decay, **betas, **moments}}
     groups = {"optimizer": made, "no_weight_decay": "lightning_megatron.biases_and_vectors"}
     plan.put(f"{MODULE}.optimizer", {"class_path": "lightning_megatron.ParameterGroups", "init_args": groups})
     plan.say("no weight decay", None, "carried over", "Megatron's rule, biases and vectors: ParameterGroups")
+
+
+def _moments(given: Given, plan: Plan) -> dict[str, Any]:
+    """The arguments of ``LeanAdamW`` that say what type Adam's moments have, and where they are; none are torch's."""
+    moments: dict[str, Any] = {}
+    if given.get("optimizer_cpu_offload"):
+        moments["on_host"] = True
+        plan.say("optimizer_cpu_offload", True, "carried over", "LeanAdamW(on_host=True)")
+    elif given.get("optimizer_cpu_offload") is not None:
+        plan.say("optimizer_cpu_offload", False, "not needed", "so it is where nothing is said")
+    known = {**_DEFAULTS, **{name: value for name, value in given.items() if value is not None}}
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        value = given.get(name)
+        if value == "bf16" and (name == "exp_avg_dtype" or known["adam_beta2"] <= LARGEST_BETA_IN_BF16):
+            moments[name] = "bfloat16"
+            plan.say(name, value, "carried over", f"LeanAdamW({name}='bfloat16')")
+        elif value == "bf16":
+            says = f"its average stands still in bf16 with adam_beta2 above {LARGEST_BETA_IN_BF16}; it is fp32"
+            plan.say(name, value, "not here", says)
+        elif value == "fp32":
+            plan.say(name, value, "not needed", "so it is where nothing is said")
+        elif value is not None:
+            plan.say(name, value, "not here", "LeanAdamW's moments are fp32 or bf16; it is fp32")
+    return moments if given.get("optimizer") != "sgd" else {}
 
 
 def schedule(given: Given, plan: Plan) -> None:
