@@ -51,9 +51,17 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _options() -> dict[str, Any]:
-    """Room for many models in one process: of one function, torch compiles for eight types and widths by default."""
-    known = inspect.signature(torch.compile).parameters  # torch 2.8 has no such argument
-    return {"recompile_limit": 64} if "recompile_limit" in known else {}
+    """What torch is told of the compilation, as far as this torch knows it (2.8 does not).
+
+    Sums are taken in an order that no measurement decides, so that a resumed run is the same to the bit. A process may
+    have many models, where torch would compile a function for eight types and widths.
+    """
+    from torch._inductor import config
+
+    options: dict[str, Any] = {"options": {"deterministic": True}} if hasattr(config, "deterministic") else {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = 64
+    return options
 
 
 def _tell(error: Exception) -> None:
