@@ -31,7 +31,8 @@ class FusedMLP(MLP):
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **rest: Any) -> Any:
         """``[s/tp, b, h]`` to the same shape, and the bias that is still to be added."""
-        if per_token_scale is not None:
+        evaluating = not (self.training or torch.is_grad_enabled())  # as for one token in generation
+        if per_token_scale is not None or evaluating:
             return super().forward(hidden_states, per_token_scale, **rest)
         return self.linear_fc2(self.activate(*self.linear_fc1(hidden_states)))
 
