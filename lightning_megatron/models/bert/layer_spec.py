@@ -17,9 +17,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.fused.residual import AddingNorm, FusedNorm
-from lightning_megatron.models.layers.fused.transformer_layer import recomputes_norms
 from lightning_megatron.models.layers.norm import TorchNorm
-from lightning_megatron.models.layers.recomputation import use_recomputed_mlp
+from lightning_megatron.models.layers.recomputation import recomputes, use_recomputed_mlp
 
 NormPlacement = Literal["post", "pre"]
 
@@ -78,7 +77,7 @@ def bert_block_spec(
     parts.self_attention.submodules.core_attention = TorchAttention
     use_recomputed_mlp(layer, config)
     parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does
-    norm = FusedNorm if fused_layers and not recomputes_norms(config) else TorchNorm
+    norm = FusedNorm if fused_layers and not recomputes(config, "norm_output") else TorchNorm
     if placement == "post":
         parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
         parts.self_attn_bda = parts.mlp_bda = ModuleSpec(

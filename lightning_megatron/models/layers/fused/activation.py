@@ -16,7 +16,19 @@ from lightning_megatron.models.layers.fused.compiled import compiled
 Function = Callable[..., Any]
 
 
-class FusedMLP(MLP):
+class FusedActivation:
+    """The bias and activation of a feed-forward layer, in one kernel."""
+
+    config: TransformerConfig
+
+    def activate(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``[s, b, ffn/tp]`` of the same, or of twice as many channels if the activation is gated."""
+        clamp, offset = self.config.activation_func_clamp_value, self.config.glu_linear_offset
+        activation = _formula(self.config.activation_func, self.config.gated_linear_unit, clamp, offset)
+        return biased_activation(inputs, bias, activation)
+
+
+class FusedMLP(FusedActivation, MLP):
     """megatron-core's feed-forward layer, with bias and activation in one kernel.
 
     Args:
@@ -35,12 +47,6 @@ class FusedMLP(MLP):
         if per_token_scale is not None or evaluating:
             return super().forward(hidden_states, per_token_scale, **rest)
         return self.linear_fc2(self.activate(*self.linear_fc1(hidden_states)))
-
-    def activate(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``[s, b, ffn/tp]`` of the same, or of twice as many channels if the activation is gated."""
-        clamp, offset = self.config.activation_func_clamp_value, self.config.glu_linear_offset
-        activation = _formula(self.config.activation_func, self.config.gated_linear_unit, clamp, offset)
-        return biased_activation(inputs, bias, activation)
 
 
 def biased_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: Function) -> torch.Tensor:

@@ -9,11 +9,12 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.mlp import MLP
 
-from lightning_megatron.models.layers.fused.activation import FusedMLP
+from lightning_megatron.models.layers.fused.activation import FusedActivation, FusedMLP
 from lightning_megatron.models.layers.fused.residual import FusedNorm, fused_bias_dropout_add
 from lightning_megatron.models.layers.fused.rotary import FusedRotation
 from lightning_megatron.models.layers.fused.transformer_layer import FusedLayer
 from lightning_megatron.models.layers.norm import TorchNorm
+from lightning_megatron.models.layers.recomputation import RecomputedMLP
 
 
 def fuse(layer: ModuleSpec, rotates: bool = False) -> None:
@@ -32,6 +33,8 @@ def fuse(layer: ModuleSpec, rotates: bool = False) -> None:
             setattr(parts, name, fused_bias_dropout_add)
     if isinstance(parts.mlp, ModuleSpec) and parts.mlp.module is MLP:
         parts.mlp = _joined(FusedMLP, submodules=parts.mlp.submodules)
+    elif parts.mlp is RecomputedMLP:
+        parts.mlp = type("RecomputedMLP", (FusedActivation, RecomputedMLP), {})
     if rotates:
         attention = parts.self_attention
         attention.module = type("FusedRotation", (FusedRotation, attention.module), {})

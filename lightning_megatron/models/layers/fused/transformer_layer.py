@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 
 from lightning_megatron.models.layers.fused.residual import AddingNorm, fused_bias_dropout_add
+from lightning_megatron.models.layers.recomputation import recomputes
 
 
 class FusedLayer(TransformerLayer):
@@ -49,11 +49,6 @@ class FusedLayer(TransformerLayer):
             self.recompute_mlp,
             self.offload_attn_norm,
             self.offload_mlp_norm,
-            recomputes_norms(self.config),
+            recomputes(self.config, "norm_output"),
         )
         return not any(apart) and all(isinstance(norm, AddingNorm) for norm in norms)
-
-
-def recomputes_norms(config: TransformerConfig) -> bool:
-    """Whether the outputs of norms are freed after the forward pass."""
-    return config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
