@@ -193,8 +193,7 @@ def by_hand(model: Model, meter: Meter, kernels: Kernels, recompute: str | None)
     batches = iter(loader(model, model.rows, meter.steps, device.type == "cuda"))
 
     def forward(parts, chunk):
-        inputs = module.get_batch(next(parts))
-        total, tokens = module.loss(chunk(**inputs), inputs)
+        total, tokens = module.training_step(next(parts), 0)  # of the chunk within
         return total, partial(_with_tokens, tokens)
 
     for step, batch in enumerate(batches):
