@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_megatron import LeanAdamW, Muon
+from lightning_megatron.callbacks import memory
 from lightning_megatron.training import optimizer_factory
 from tests.reference.rounded_adamw import Rounded
 
@@ -98,3 +99,13 @@ def test_muon_is_torchs(adjust):
     seen, _ = steps_of(marked)
     for mine, theirs in zip(sum(seen, []), sum(expected, []), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "on_cpu", "on_gpu"),
+    [({}, 2, 2), ({"exp_avg_dtype": "bfloat16"}, 1.5, 1.5), ({"on_host": True}, 2, 0)],
+)
+def test_its_moments_are_counted_where_they_are(chosen, on_cpu, on_gpu):
+    optimizer = LeanAdamW([torch.nn.Parameter(torch.zeros(2))], **chosen)
+    assert memory._states(optimizer, torch.device("cpu")) == on_cpu
+    assert memory._states(optimizer, torch.device("cuda")) == on_gpu
