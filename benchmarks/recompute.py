@@ -32,20 +32,22 @@ class Meter(pl.Callback):
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == 0:
+        self.on_cpu = trainer.strategy.root_device.type == "cpu"
+        if batch_idx == 0 and self.on_cpu:
             self.saved = SavedBytes(module.parameters())
             self.saved.__enter__()
-        if trainer.strategy.root_device.type == "cuda":
+        if not self.on_cpu:
+            torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
-        self.start = time.process_time() if trainer.strategy.root_device.type == "cpu" else time.perf_counter()
+        self.start = time.process_time() if self.on_cpu else time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, *_):
-        on_cpu = trainer.strategy.root_device.type == "cpu"
-        if not on_cpu:
+        if not self.on_cpu:
             torch.cuda.synchronize()
-        self.seconds.append((time.process_time() if on_cpu else time.perf_counter()) - self.start)
-        if len(self.seconds) == 1:
+        self.seconds.append((time.process_time() if self.on_cpu else time.perf_counter()) - self.start)
+        if len(self.seconds) == 1 and self.on_cpu:
             self.saved.__exit__()
+        self.peak = self.saved.peak if self.on_cpu else torch.cuda.max_memory_allocated()  # there, states included
 
 
 def measure(config: GPTConfig, rows: int, steps: int, precision: str, recompute) -> tuple[int, list[float]]:
@@ -56,7 +58,7 @@ def measure(config: GPTConfig, rows: int, steps: int, precision: str, recompute)
     )  # fmt: skip
     tokens = torch.randint(config.vocab_size, (rows * (steps + 1), config.seq_length))
     trainer.fit(GPTModule(config, optimizer=adamw), DataLoader([{"input_ids": row} for row in tokens], batch_size=rows))
-    return meter.saved.peak, meter.seconds[1:]
+    return meter.peak, meter.seconds[1:]
 
 
 def main() -> None:

@@ -87,7 +87,8 @@ class MemoryMonitor(pl.Callback):
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._device.type == "cpu" and not self._activations:
+        fused = trainer.strategy.kernels.on(self._device).fused_layers  # type: ignore[attr-defined]
+        if self._device.type == "cpu" and not self._activations and not fused:  # fused ones refuse torch's hooks
             self._saved = SavedBytes(pl_module.parameters())
             self._saved.__enter__()
 

@@ -44,15 +44,17 @@ class RecomputedMLP(MLP):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer on ``[s/tp, b, h]``; the output and the bias that is to be added."""
         if not (self.training and torch.is_grad_enabled()):
-            return super().forward(hidden_states, *args, **kwargs)
+            return self._run(hidden_states)
         if recomputes(self.config, "whole_mlp"):
-            whole = super().forward
-            return checkpoint(lambda hidden: whole(hidden)[0], False, hidden_states), self.linear_fc2.bias
+            return checkpoint(lambda hidden: self._run(hidden)[0], False, hidden_states), self.linear_fc2.bias
         inputs, bias = self.linear_fc1(hidden_states)  # [s, b, ffn/tp], of gated layers twice as wide
         activation = CheckpointWithoutOutput(fp8=None)  # its default, False, asks for Transformer Engine
         output, output_bias = self.linear_fc2(activation.checkpoint(self.activate, inputs, bias))
         activation.discard_output_and_register_recompute(output)
         return output, output_bias
+
+    def _run(self, hidden_states: torch.Tensor) -> Any:
+        return self.linear_fc2(self.activate(*self.linear_fc1(hidden_states)))
 
     def activate(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The bias and the activation, ``[s, b, ffn/tp]``."""
@@ -117,16 +119,12 @@ class _Refilled:
 
     def __init__(self, module: torch.nn.Module, user: torch.nn.Module) -> None:
         self.module = module
-        self.adds = False
         self.made: tuple[torch.Tensor, torch.Tensor] | None = None  # the module's input and output
         module.register_forward_hook(self._note)
         user.register_forward_hook(self._free)
 
-    def _note(self, _: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> None:
-        # A norm that adds first returns the sum, which it normalises, and the norm.
-        source, normed = output if isinstance(output, tuple) else (inputs[0], output)
-        self.adds = isinstance(output, tuple)
-        self.made = (source, normed) if normed.requires_grad else None
+    def _note(self, _: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        self.made = (inputs[0], output) if output.requires_grad else None
 
     def _free(self, _: torch.nn.Module, __: Any, output: Any) -> None:
         if self.made is None:
@@ -136,11 +134,11 @@ class _Refilled:
         if not read.requires_grad:
             return
         storage = freed.untyped_storage()
-        module, adds = self.module, self.adds
+        module = self.module
 
         def refill(_: torch.Tensor) -> None:
             with torch.no_grad():
-                again = (module.forward(source, p=0.0)[1] if adds else module.forward(source)).untyped_storage()
+                again = module.forward(source).untyped_storage()
             storage.resize_(again.nbytes())
             storage.copy_(again)
 
