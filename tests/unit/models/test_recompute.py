@@ -78,8 +78,9 @@ def test_fused_layers_recompute_too(name, recompute):
         again = step(name, recompute, fused=True)
     finally:
         torch.compiler.set_stance("default")
-    assert again[0] == loss
-    assert all(torch.equal(again[1][each], gradients[each]) for each in gradients)
+    for each, gradient in gradients.items():  # norms that are freed are not joined with the sums before them
+        torch.testing.assert_close(again[1][each], gradient, rtol=1e-4, atol=1e-5)
+    assert again[0] == pytest.approx(loss, rel=1e-6)
     assert again[2] < kept - 4
 
 
