@@ -16,6 +16,8 @@ from lightning_megatron.checkpoint import without_trainer
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.batch_checks import UNMET, given, refuse
 from lightning_megatron.models.host_answers import Question, has_transfer_hooks, with_answers
+from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
+from lightning_megatron.models.layers.output_layer import OutputLayer
 from lightning_megatron.models.lora import LoRA, lora_module
 from lightning_megatron.models.lora.merge import Updates
 from lightning_megatron.models.lora.peft_files import Saved
@@ -44,6 +46,7 @@ class ConfiguredModule(MegatronModule):
 
     config_type: ClassVar[type[ModelConfig]]
     _get_batch_of_family: ClassVar[Any] = MegatronModule.get_batch
+    _loss_of_family: ClassVar[Any] = MegatronModule.loss
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Make a family's module known by its kind; a later class with the same kind does not take its place."""
@@ -313,6 +316,23 @@ class ConfiguredModule(MegatronModule):
         if self.has_own_get_batch:
             self._lengths_of_own = self._input_lengths(inputs)
         return inputs
+
+    def _chunk_step(self, batch: Batch) -> Any:
+        inputs = self._padded_inputs(batch)
+        labels = {"labels": self._weighted_labels(inputs)} if self._sums_losses else {}
+        output = self.active_model(**{**inputs, **labels})
+        return self.loss(output, inputs) if self.on_last_stage else output
+
+    @property
+    def _sums_losses(self) -> bool:
+        """Whether the active chunk gives the sum of the losses, which is all that the family's own ``loss`` needs."""
+        layer = getattr(self.active_model, "output_layer", None)
+        gives_losses = isinstance(layer, OutputLayer) and layer.gives_losses
+        return gives_losses and type(self).loss is type(self)._loss_of_family
+
+    def _weighted_labels(self, inputs: Batch) -> WeightedLabels:
+        """The labels of a micro-batch's tokens, and what each counts in the loss."""
+        raise NotImplementedError
 
     @property
     def _predicts(self) -> bool:

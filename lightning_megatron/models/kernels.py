@@ -25,7 +25,9 @@ class Kernels:
             one by one, with a warning. In bf16 a joined operation rounds once. It is ignored by
             ``layers="transformer_engine"``, which has such kernels of its own.
         chunked_loss: Whether the output layer and the cross-entropy are computed in chunks of tokens, so that the
-            logits of all tokens never exist at once.
+            logits of all tokens never exist at once. With ``fused_layers``, ``torch.compile`` joins the operations on
+            a chunk's logits. ``predict`` and generation give logits either way, and so does a BERT's or a T5's model to
+            an own ``loss``.
         fused_weight_gradients: Whether the matrix product that is a weight's gradient adds it to the gradient buffer
             itself, in fp32. Where that is not possible or not faster, the gradient is computed first and added then:
             under ``overlap_grad_reduce``, for a weight with a gradient hook, and on the CPU for bf16 weights with an
@@ -73,7 +75,7 @@ _FASTER_ON_CPU: dict[str, Any] = {
 }
 _FASTER_ON_CUDA: dict[str, Any] = {
     "fused_layers": True,
-    "chunked_loss": False,
+    "chunked_loss": True,
     "fused_weight_gradients": True,
     "attention": None,
 }

@@ -30,7 +30,7 @@ def refuse_products(weights: Iterable[torch.nn.Parameter]) -> None:
         weight.__dict__.pop(_ACCEPTS, None)
 
 
-def takes_product(weight: torch.nn.Parameter) -> bool:
+def takes_product(weight: torch.Tensor) -> bool:
     """Whether the gradient of ``weight`` may be added to its ``main_grad`` by :func:`add_product`.
 
     Not in a run without gradient buffers, where a hook of the user waits for the gradient, and where the device has no
@@ -44,7 +44,7 @@ def takes_product(weight: torch.nn.Parameter) -> bool:
     if weight.dtype == main_grad.dtype:
         return True
     # One row of fp32 from bf16 goes another way through torch (2.13), and is not added to what is there.
-    return weight.is_cuda and weight.size(0) > 1 and _device_adds(weight.device, weight.dtype)
+    return weight.is_cuda and weight.size(0) > 1 and device_adds(weight.device, weight.dtype)
 
 
 def add_product(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -103,7 +103,7 @@ class _AddingProducts(layers.LinearWithGradAccumulationAndAsyncCommunication):
 
 
 @functools.cache
-def _device_adds(device: torch.device, dtype: torch.dtype) -> bool:
+def device_adds(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch adds a product of ``dtype`` to fp32 on ``device``; it is tried once (torch 2.8 cannot)."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     total = ones.float()

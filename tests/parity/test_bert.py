@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 
+from lightning_megatron import Kernels
 from tests.reference import parallel_bert, plain_bert
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
@@ -65,3 +66,8 @@ def test_every_task(name, layout):
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_and_micro_batches_change_nothing(recompute):
     assert_same_training("pretraining", Layout(tp=2, sp=True), recompute=recompute, micro_batch_size=3)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, dp=2, sp=True), Layout(pp=2, vp=2)], ids=str)
+def test_the_loss_in_chunks_changes_nothing(layout):
+    assert_same_training("pretraining", layout, kernels=Kernels(chunked_loss=True))

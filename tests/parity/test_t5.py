@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding, BertTokenizerFast, DataCollatorForSeq2Seq
 
-from lightning_megatron import T5Config, T5Module
+from lightning_megatron import Kernels, T5Config, T5Module
 from tests.reference import parallel_t5, plain_t5
 from tests.reference.parallel_t5 import LoadedT5
 from tests.support.layout import Layout
@@ -270,3 +270,8 @@ def test_queries_start_as_t5s(positions):
     for name, std in seen.items():
         smaller = 4 if name.endswith("q") and positions == "relative" else 1
         assert std == pytest.approx(0.125 / smaller, rel=0.1), name
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sp=True)], ids=str)
+def test_the_loss_in_chunks_changes_nothing(layout):
+    assert_same_training("t5", layout, kernels=Kernels(chunked_loss=True))

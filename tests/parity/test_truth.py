@@ -11,6 +11,7 @@ import itertools
 import pytest
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from lightning_megatron import Kernels
 from tests.reference import parallel_gpt, plain_gpt
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
@@ -127,3 +128,36 @@ def test_eight_ranks(layout):
 def test_overlapped_communication_changes_nothing(gather, accumulate):
     ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=gather, bucket_size=4096)
     assert_same_training("GPT2", Layout(dp=2), accumulate, ddp=ddp)
+
+
+CHUNKED = [
+    ("GPT2", Layout(), {}),
+    ("GPT2", Layout(tp=2, dp=2, sp=True), {"accumulate": 3}),
+    ("GPT2", Layout(tp=2, pp=2), {"recompute": "full", "micro_batch_size": 3}),
+    ("ODD", Layout(pp=2, vp=2), {"micro_batch_size": 2}),
+    ("ODD_UNTIED", Layout(tp=3, sp=True), {}),
+    ("ODD_UNTIED", Layout(dp=2), {"ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "options"), CHUNKED, ids=lambda each: str(each) if each else "")
+def test_the_loss_in_chunks_changes_nothing(name, layout, options):
+    if "ddp" in options:
+        options = {"ddp": DistributedDataParallelConfig(**options["ddp"], bucket_size=4096)}
+    assert_same_training(name, layout, kernels=Kernels(chunked_loss=True), **options)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_the_loss_in_chunks_of_low_precision_is_near_that_of_the_logits(precision):
+    """The band: both round the gradient of the logits to 16 bits, and sum its products in another order."""
+    layout = Layout(tp=2)
+    chunked, plain = [
+        run_in_pool(
+            layout.world_size,
+            functools.partial(parallel_gpt.train, precision=precision, kernels=Kernels(chunked_loss=flag)),
+            plain_gpt.ODD, layout, ROWS, STEPS, CLIP,
+        )[0]
+        for flag in (True, False)
+    ]  # fmt: skip
+    assert chunked["losses"] == pytest.approx(plain["losses"], rel=2e-3)
+    assert chunked["norms"] == pytest.approx(plain["norms"], rel=2e-2)

@@ -20,15 +20,15 @@ from megatron.core.transformer.utils import get_linear_layer
 
 from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.models.bert.layer_spec import NormPlacement, bert_block_spec, bert_embedding
+from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.norm import TorchNorm
-from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
 
 
 class BertPretrainingLogits(NamedTuple):
     """What the two heads of pre-training give.
 
     Args:
-        prediction_logits: ``[b, s, vocab]``, of each token.
+        prediction_logits: ``[b, s, vocab]``, of each token; or the sum of their losses.
         seq_relationship_logits: ``[b, 2]``, of each pair of sentences; class 1 is "random" or "swapped".
     """
 
@@ -41,7 +41,6 @@ class BertModel(WholeModelNames, LanguageModule):
 
     Args:
         config: Megatron's transformer configuration.
-        vocab_size: Token ids that occur.
         padded_vocab_size: Rows of the embedding.
         seq_length: Rows of the position embedding.
         num_token_types: Rows of the token-type embedding.
@@ -60,7 +59,6 @@ class BertModel(WholeModelNames, LanguageModule):
         self,
         config: TransformerConfig,
         *,
-        vocab_size: int,
         padded_vocab_size: int,
         seq_length: int,
         num_token_types: int,
@@ -72,7 +70,6 @@ class BertModel(WholeModelNames, LanguageModule):
         fused_layers: bool = False,
     ) -> None:
         super().__init__(config)
-        self.vocab_size = vocab_size
         self.padded_vocab_size = padded_vocab_size
         self.num_labels = num_labels
         self.pre_process = pre_process
@@ -100,8 +97,8 @@ class BertModel(WholeModelNames, LanguageModule):
         """Make the layers that ``head`` uses."""
         raise NotImplementedError
 
-    def head(self, hidden: torch.Tensor) -> Any:
-        """Logits, batch first, from the encoder's hidden states ``[s/tp, b, h]``."""
+    def head(self, hidden: torch.Tensor, **labels: WeightedLabels) -> Any:
+        """Logits, batch first, from the encoder's hidden states ``[s/tp, b, h]``; or the sum of ``labels``' losses."""
         raise NotImplementedError
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -114,6 +111,7 @@ class BertModel(WholeModelNames, LanguageModule):
         attention_mask: torch.Tensor | None,
         token_type_ids: torch.Tensor,
         position_ids: torch.Tensor,
+        labels: torch.Tensor | WeightedLabels | None = None,
         **_: torch.Tensor,
     ) -> Any:
         """Run the chunk.
@@ -123,6 +121,7 @@ class BertModel(WholeModelNames, LanguageModule):
             attention_mask: ``[b, 1, 1, s]``, True where nobody may look; None where nothing is padded.
             token_type_ids: ``[b, s]``.
             position_ids: ``[b, s]``.
+            labels: Those of tokens with weights, ``[b, s]``, ask for the weighted sum of their losses.
             **_: Inputs that only the loss reads.
 
         Returns:
@@ -130,7 +129,9 @@ class BertModel(WholeModelNames, LanguageModule):
         """
         hidden = self.embedding(input_ids, position_ids, token_type_ids) if self.pre_process else None
         hidden = self.encoder(hidden_states=hidden, attention_mask=attention_mask)
-        return self.head(hidden) if self.post_process else hidden
+        if not self.post_process:
+            return hidden
+        return self.head(hidden, labels=labels) if isinstance(labels, WeightedLabels) else self.head(hidden)
 
     def whole_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[s, b, h]`` of ``[s/tp, b, h]``, for a head that every tensor-parallel rank computes alike."""
@@ -190,12 +191,12 @@ class BertForMaskedLM(BertModel):
             gather_output=False,
             skip_weight_param_allocation=self.pre_process,
         )
-        mask_padded_vocabulary(self.output_layer, self.vocab_size)
 
-    def head(self, hidden: torch.Tensor) -> Any:
-        """Logits over this rank's shard of the vocabulary."""
+    def head(self, hidden: torch.Tensor, **labels: WeightedLabels) -> torch.Tensor:
+        """Logits ``[b, s, vocab/tp]`` over this rank's shard of the vocabulary; or the sum of ``labels``' losses."""
         weight = self.shared_embedding_or_output_weight()
-        return self.output_layer(self.lm_head(hidden), weight=weight)[0].transpose(0, 1)  # [b, s, vocab/tp]
+        output: torch.Tensor = self.output_layer(self.lm_head(hidden), weight=weight, **labels)[0]
+        return output if labels else output.transpose(0, 1)
 
 
 class BertForPretraining(BertForMaskedLM):
@@ -207,9 +208,9 @@ class BertForPretraining(BertForMaskedLM):
         self.pooler = self.pooler_layer()
         self.binary_head = self.linear(2)
 
-    def head(self, hidden: torch.Tensor) -> BertPretrainingLogits:
-        """Logits of both heads."""
-        return BertPretrainingLogits(super().head(hidden), self.binary_head(self.pooler(hidden)))
+    def head(self, hidden: torch.Tensor, **labels: WeightedLabels) -> BertPretrainingLogits:  # type: ignore[override]
+        """Logits of both heads; or the sum of ``labels``' losses, and the binary head's logits."""
+        return BertPretrainingLogits(super().head(hidden, **labels), self.binary_head(self.pooler(hidden)))
 
 
 class BertForSequenceClassification(BertModel):
@@ -221,7 +222,7 @@ class BertForSequenceClassification(BertModel):
         self.classification_dropout = torch.nn.Dropout(self.config.hidden_dropout)
         self.classification_head = self.linear(self.num_labels)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor, **_: WeightedLabels) -> torch.Tensor:
         """Logits, the same on every tensor-parallel rank."""
         return self.classification_head(self.classification_dropout(self.pooler(hidden)))
 
@@ -234,7 +235,7 @@ class BertForTokenClassification(BertModel):
         self.classification_dropout = torch.nn.Dropout(self.config.hidden_dropout)
         self.classification_head = self.linear(self.num_labels)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor, **_: WeightedLabels) -> torch.Tensor:
         """Logits, the same on every tensor-parallel rank."""
         whole = self.whole_sequence(hidden)
         return self.classification_head(self.classification_dropout(whole)).transpose(0, 1)

@@ -15,6 +15,8 @@ from lightning_megatron.models.bert.tasks import TASKS, BertTask
 from lightning_megatron.models.configured_module import ConfiguredModule
 from lightning_megatron.models.host_answers import Question, answers, trusted
 from lightning_megatron.models.layers.attention import pad_mask
+from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
+from lightning_megatron.models.layers.output_layer import OutputLayer
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.models.weight_init import FirstWeights
@@ -40,7 +42,8 @@ class BertModule(ConfiguredModule):
     classification; "pretraining" also takes ``next_sentence_label`` ``[b]``. Or as Megatron's datasets make them:
     ``text``, ``types``, ``labels``, ``loss_mask``, ``padding_mask``, ``is_random``.
 
-    ``loss`` is given the logits: those of tokens over this rank's shard of the vocabulary, the others whole. Masked
+    ``loss`` is given the logits: those of tokens over this rank's shard of the vocabulary, the others whole. Where no
+    subclass replaces it, and ``Kernels(chunked_loss=True)``, the sum of the tokens' losses is in their place. Masked
     language modelling logs ``train_mlm_loss`` and the binary head ``train_sop_loss`` (``val_``, ``test_``) beside their
     sum, ``train_loss``.
 
@@ -73,7 +76,6 @@ class BertModule(ConfiguredModule):
         first_weights = FirstWeights(core)
         model = self.task.model(
             core,
-            vocab_size=config.vocab_size,
             padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
             seq_length=config.seq_length,
             num_token_types=config.num_token_types,
@@ -84,6 +86,8 @@ class BertModule(ConfiguredModule):
             vp_stage=vp_stage,
             fused_layers=self.build_settings.kernels.fused_layers is True,
         )
+        if hasattr(model, "output_layer"):
+            OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels)
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         return model
 
@@ -175,6 +179,11 @@ class BertModule(ConfiguredModule):
             if name != "loss":
                 self._log_part(name, total, count)
         return self.task.join(parts, batch)
+
+    _loss_of_family = loss
+
+    def _weighted_labels(self, inputs: Batch) -> WeightedLabels:
+        return WeightedLabels.without(inputs["labels"], IGNORED_LABEL)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Hidden states, or on the last stage the logits, unpadded and over the whole vocabulary."""

@@ -18,7 +18,7 @@ from lightning_megatron.models.bert.model import (
     BertModel,
     BertPretrainingLogits,
 )
-from lightning_megatron.models.layers.vocab_padding import cross_entropy_over_shards
+from lightning_megatron.models.layers.output_layer import cross_entropy_over_shards
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch
 
 _NO_PAIR = -1  # Megatron's: a row that the binary head does not learn from

@@ -1,4 +1,4 @@
-"""megatron-core's GPT, with rotary positions and patterns of attention that are taken from the batch."""
+"""megatron-core's GPT: positions and patterns of attention come from the batch, and losses without the logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class PositionedGPT(WholeModelNames, GPTModel):
     """megatron-core's model, which rotates by a token's place in its row, whatever its ``position_ids`` say.
 
     Here ``position_ids`` ``[b, s]`` count for rotary positions as for learned ones, and None is the place in the row,
-    for which all rows share one table. An ``attention_mask`` is a tensor or an ``AttentionPattern``.
+    for which all rows share one table. An ``attention_mask`` is a tensor or an ``AttentionPattern``. ``labels``
+    ``[b, s]`` give the losses ``[b, s]``; those with weights give the weighted sum.
 
     With ``rotates_by_table``, the layers' ``rotary_pos_emb`` is a table of cosines and sines; see ``FusedRotation``.
     """
@@ -43,6 +44,12 @@ class PositionedGPT(WholeModelNames, GPTModel):
         if self.rotates_by_table:
             angles = cosines_and_sines(angles, self.config.rotary_interleaved, self.config.params_dtype)
         return (prepared[0], angles, *prepared[2:])
+
+    def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **rest: Any) -> torch.Tensor:
+        if labels is None or not self.post_process or not getattr(self.output_layer, "gives_losses", False):
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=weight, labels=labels)[0]
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
         """``[s, b, 1, rotated channels]``, where megatron-core's table of places is ``[s, 1, 1, rotated channels]``."""

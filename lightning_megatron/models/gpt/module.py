@@ -21,10 +21,11 @@ from lightning_megatron.models.gpt.model import PositionedGPT
 from lightning_megatron.models.gpt.packed_documents import Documents, is_one_document, numbers_by_positions
 from lightning_megatron.models.host_answers import Question, answers, trusted
 from lightning_megatron.models.layers.attention import pad_mask
+from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.fused.rotary import can_rotate
+from lightning_megatron.models.layers.output_layer import OutputLayer
 from lightning_megatron.models.layers.output_scale import scale_output
 from lightning_megatron.models.layers.rope_scaling import stretch_rotary
-from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.models.weight_init import FirstWeights
@@ -110,7 +111,7 @@ class GPTModule(GeneratingModule):
         if pre_process and config.embedding_multiplier != 1.0:
             scale_output(model.embedding, config.embedding_multiplier)
         if post_process:
-            mask_padded_vocabulary(model.output_layer, config.vocab_size)
+            OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels)
         return model
 
     def _check_loaded(self, batch: Batch) -> None:
@@ -197,9 +198,15 @@ class GPTModule(GeneratingModule):
         return padded
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
-        """Sum and count over the tokens that the loss mask keeps; ``output`` is the loss of each, ``[b, s]``."""
+        """Sum and count over the tokens that the loss mask keeps; ``output`` is that sum, or each's loss ``[b, s]``."""
         mask = batch["loss_mask"]
-        return (output.float() * mask).sum(), mask.sum()
+        total = output if output.dim() == 0 else (output.float() * mask).sum()
+        return total, mask.sum()
+
+    _loss_of_family = loss
+
+    def _weighted_labels(self, inputs: Batch) -> WeightedLabels:
+        return WeightedLabels(inputs["labels"], inputs["loss_mask"])
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Hidden states, or on the last stage the logits ``[b, s, vocab]`` over the whole vocabulary."""

@@ -28,7 +28,7 @@ from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.distributed.process_groups import Stack
 from lightning_megatron.models.layers.attention import TorchAttention
-from lightning_megatron.models.layers.vocab_padding import mask_padded_vocabulary
+from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.t5.layer_spec import (
     EncoderStates,
     RelativeAttention,
@@ -66,7 +66,6 @@ class T5Model(WholeModelNames, LanguageModule):
         encoder_config: Megatron's transformer configuration of the encoder.
         config: Megatron's transformer configuration of the decoder.
         stage: The layers that the chunk has.
-        vocab_size: Token ids that occur.
         padded_vocab_size: Rows of the embedding.
         tie_embeddings: Whether the output layer's weight is the embedding's; the decoder's output is then scaled by one
             over the root of its width.
@@ -86,7 +85,6 @@ class T5Model(WholeModelNames, LanguageModule):
         config: TransformerConfig,
         *,
         stage: T5Stage,
-        vocab_size: int,
         padded_vocab_size: int,
         tie_embeddings: bool,
         positions: PositionEmbedding,
@@ -131,7 +129,6 @@ class T5Model(WholeModelNames, LanguageModule):
                 gather_output=False,
                 skip_weight_param_allocation=tie_embeddings and pre_process,
             )
-            mask_padded_vocabulary(self.output_layer, vocab_size)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -146,6 +143,7 @@ class T5Model(WholeModelNames, LanguageModule):
         encoder_mask: torch.Tensor | None,
         decoder_mask: torch.Tensor,
         cross_mask: torch.Tensor | None,
+        labels: torch.Tensor | WeightedLabels | None = None,
         **_: torch.Tensor,
     ) -> torch.Tensor:
         """Run the chunk.
@@ -156,10 +154,11 @@ class T5Model(WholeModelNames, LanguageModule):
             encoder_mask: ``[b, 1, 1 or se, se]``, True where a query may not look; None where nothing is padded.
             decoder_mask: ``[1 or b, 1, sd, sd]``, the causal part included.
             cross_mask: ``[b, 1, 1 or sd, se]``, or None.
+            labels: ``[b, sd]``; those with weights ask for the weighted sum of their losses.
             **_: Inputs that only the loss reads.
 
         Returns:
-            Hidden states ``[se/tp + sd/tp, b, h]``, or on the last stage logits ``[b, sd, vocab/tp]``.
+            Hidden states ``[se/tp + sd/tp, b, h]``, or on the last stage logits ``[b, sd, vocab/tp]``, or the sum.
         """
         if self.pre_process:
             encoded, hidden = self._embed(input_ids), self._embed(decoder_input_ids)
@@ -173,7 +172,9 @@ class T5Model(WholeModelNames, LanguageModule):
             hidden = self.decoder(  # [sd/tp, b, h]
                 hidden_states=hidden, attention_mask=decoder_mask, context=encoded, context_mask=cross_mask
             )
-        return self._logits(hidden) if self.post_process else torch.cat([encoded, hidden])
+        if not self.post_process:
+            return torch.cat([encoded, hidden])
+        return self._output(hidden, labels=labels) if isinstance(labels, WeightedLabels) else self._logits(hidden)
 
     def encode(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """This chunk's layers of the encoder alone, for generation.
@@ -256,8 +257,11 @@ class T5Model(WholeModelNames, LanguageModule):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[b, sd, vocab/tp]`` of ``[sd/tp, b, h]``."""
+        return self._output(hidden).transpose(0, 1)
+
+    def _output(self, hidden: torch.Tensor, **labels: WeightedLabels) -> torch.Tensor:
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
             hidden = hidden * self.config.hidden_size**-0.5
-        return self.output_layer(hidden, weight=weight)[0].transpose(0, 1)
+        return self.output_layer(hidden, weight=weight, **labels)[0]

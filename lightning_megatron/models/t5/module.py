@@ -16,7 +16,8 @@ from lightning_megatron.models.generation import GenerationSettings, Prompts, St
 from lightning_megatron.models.generation.module import GeneratingModule
 from lightning_megatron.models.host_answers import Question, answers, trusted
 from lightning_megatron.models.layers.attention import pad_mask
-from lightning_megatron.models.layers.vocab_padding import cross_entropy_over_shards
+from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
+from lightning_megatron.models.layers.output_layer import OutputLayer, cross_entropy_over_shards
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.models.t5 import pipeline_split
@@ -96,7 +97,6 @@ class T5Module(GeneratingModule):
             encoder,
             decoder,
             stage=pipeline_split.stage(settings.layout, number),
-            vocab_size=config.vocab_size,
             padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
             tie_embeddings=config.tie_embeddings,
             positions=config.position_embedding,
@@ -108,6 +108,8 @@ class T5Module(GeneratingModule):
             vp_stage=vp_stage,
             fused_layers=self.build_settings.kernels.fused_layers is True,
         )
+        if post_process:
+            OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels)
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         model.start_queries_small()
         return model
@@ -214,9 +216,20 @@ class T5Module(GeneratingModule):
         return {**inputs, **padded}
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
-        """Sum and count over the labels that are not ignored; ``output`` are the logits ``[b, sd, vocab/tp]``."""
+        """Sum and count over the labels that are not ignored.
+
+        Args:
+            output: The logits ``[b, sd, vocab/tp]``; or that sum, where no subclass replaces this method and
+                ``Kernels(chunked_loss=True)`` computes the loss without them.
+            batch: The inputs of the model.
+        """
         number: Any = batch.get("num_labels")
         return cross_entropy_over_shards(output, batch["labels"], IGNORED_LABEL, number)
+
+    _loss_of_family = loss
+
+    def _weighted_labels(self, inputs: Batch) -> WeightedLabels:
+        return WeightedLabels.without(inputs["labels"], IGNORED_LABEL)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
         """Hidden states, or on the last stage the logits ``[b, sd, vocab]`` over the whole vocabulary."""
