@@ -107,7 +107,7 @@ class TorchAttention(torch.nn.Module):
         dropout: float,
     ) -> torch.Tensor:
         """As ``forward``, ``[s, b, heads/tp, head]``: in blocks, in pieces, or with a mask of queries and keys."""
-        if self.kernel in (None, "flex"):
+        if self.kernel in (None, "flex") and len(pattern.queries) > 1:  # a token that is generated has a small mask
             hindered = flex_attention.why_not(query, dropout)
             if not hindered:
                 scale = self.softmax_scale

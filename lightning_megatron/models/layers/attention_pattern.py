@@ -99,7 +99,7 @@ class AttentionPattern:
             queries = places[self.queries.start : self.queries.stop, None]
             return ~looks(window, self.documents, self.keep, rows, queries, places)
 
-        return self.made(("dense", window), make)
+        return self.made(("dense", window, device), make)
 
 
 class PatternParams(PackedSeqParams):
