@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_megatron import Kernels
+from lightning_megatron import GPTModule, Kernels
 from tests.reference import parallel_bert, parallel_gpt, parallel_t5, plain_bert, plain_gpt, plain_t5
 from tests.reference.parallel_gpt import LoadedGPT, Watch
 from tests.support import small_gpt
@@ -94,10 +94,16 @@ def test_a_fused_t5_matches_transformers(name):
 
 
 def fit(
-    kernels: Kernels, load: Any = None, steps: int = 4, precision: str = "32-true", p: float = 0.2, **options: Any
+    kernels: Kernels,
+    load: Any = None,
+    steps: int = 4,
+    precision: str = "32-true",
+    p: float = 0.2,
+    shape: Any = None,
+    **options: Any,
 ) -> Any:
     """The Trainer, losses and final weights of one rank, with dropout."""
-    config = replace(LLAMA, num_layers=2, hidden_dropout=p, attention_dropout=0.1)
+    config = replace(LLAMA, num_layers=2, hidden_dropout=p, attention_dropout=0.1, **(shape or {}))
     watch, module = Watch(), LoadedGPT(config)
     with uncompiled():
         run, _ = small_gpt.fit(
@@ -116,6 +122,19 @@ def test_dropout_draws_what_the_plain_layers_draw():
     _, fused, _ = fit(FUSED)
     _, plain, _ = fit(PLAIN)
     assert fused == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"parallel_residual": True, "rotary_percent": 0.5, "normalization": "LayerNorm", "bias": True},
+        {"extra": {"qk_layernorm": True, "layernorm_zero_centered_gamma": True}},
+    ],
+    ids=["parallel-residual", "normed-heads"],
+)
+def test_other_shapes_train_as_with_the_plain_layers(shape, monkeypatch):
+    monkeypatch.setattr(LoadedGPT, "configure_model", GPTModule.configure_model)  # with its own first weights
+    assert fit(FUSED, p=0.0, shape=shape)[1] == pytest.approx(fit(PLAIN, p=0.0, shape=shape)[1], rel=1e-5)
 
 
 def test_recomputed_layers_drop_the_same_to_the_bit():
