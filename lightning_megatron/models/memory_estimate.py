@@ -160,6 +160,7 @@ class _Layers:
         self.settings = config.family_arguments()
         self.kernels = training.kernels or Kernels()
         self.fused = self.kernels.fused_layers is True
+        self.joins_norms = self.fused and "layernorm" not in modules  # with the sums before them
         self.heads = config.num_attention_heads / layout.tp
         self.groups = config.sizes()["num_query_groups"] / layout.tp
         self.size = config.kv_channels or config.hidden_size // config.num_attention_heads
@@ -251,7 +252,7 @@ class _Layers:
         hidden, tokens = self.hidden(stack), self._tokens(self.stacks[stack].tokens)
         if self.settings.get("normalization", "LayerNorm") == "LayerNorm":
             kept = hidden + 8 * tokens
-        elif self.training.device == "cuda" or self.fused:
+        elif self.training.device == "cuda" or self.joins_norms:
             kept = hidden + 4 * tokens
         else:
             wide = tokens * self.config.hidden_size * 4
@@ -301,7 +302,8 @@ class _Layers:
 
     def _mask(self, stack: int) -> float:
         """What dropout drops: a byte for each number on a GPU, and a number on a CPU."""
-        return self.hidden(stack) / (1 if self.training.device == "cpu" and not self.fused else self.element)
+        fused = self.fused if self.config.final_norms else self.joins_norms
+        return self.hidden(stack) / (1 if self.training.device == "cpu" and not fused else self.element)
 
     def _tokens(self, tokens: int) -> float:
         """Tokens of a micro-batch that a rank has between the tensor-parallel blocks."""

@@ -19,14 +19,16 @@ class Greedy(GPTModule):
 
 
 def test_a_failed_allocation_ends_with_the_table():
-    run = trainer(Layout(), {"micro_batch_size": 2}, max_steps=1)
+    kernels = Kernels(fused_layers=False, chunked_loss=False)
+    run = trainer(Layout(), {"micro_batch_size": 2, "kernels": kernels}, max_steps=1)
     rows = [{"input_ids": torch.arange(16)} for _ in range(4)]
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as caught:
         run.fit(Greedy(CONFIG), DataLoader(rows, batch_size=4))
     (note,) = caught.value.__notes__
     lines = note.splitlines()
     assert lines[0] == "Training takes, by the sizes of GPTConfig:"
-    table = CONFIG.memory(ParallelLayout(world_size=1), micro_batch_size=2, precision="32-true", device="cpu")
+    settings = {"micro_batch_size": 2, "precision": "32-true", "kernels": kernels, "device": "cpu"}
+    table = CONFIG.memory(ParallelLayout(world_size=1), **settings)
     assert "\n".join(lines[1:9]) == str(table)
     assert [line.partition(":")[0] for line in lines[10:-1]] == [
         "- micro_batch_size=1", "- kernels=Kernels(chunked_loss=True)", '- recompute="selective"', '- recompute="full"',

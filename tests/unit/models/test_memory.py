@@ -1,5 +1,7 @@
 """``ParallelLayout.memory`` against the weights that are built and the tensors that torch saves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,18 +30,21 @@ CONFIGS = {
 MODULES = {GPTConfig: GPTModule, BertConfig: BertModule, T5Config: T5Module}
 ROWS, LENGTH = 2, 32
 ONE = ParallelLayout(world_size=1)
+PLAIN = Kernels(fused_layers=False, chunked_loss=False).on(torch.device("cpu"))
 
 
-def measured(config, recompute, dtype) -> tuple[int, int]:
+def measured(config, recompute, dtype, kernels) -> tuple[int, int]:
     """Weights, and the most bytes that autograd kept in a step."""
-    module = built(MODULES[type(config)](config), recompute=recompute, params_dtype=dtype)
+    module = built(MODULES[type(config)](config), recompute=recompute, params_dtype=dtype, kernels=kernels)
     tokens = torch.randint(5, 256, (ROWS, LENGTH), generator=torch.Generator().manual_seed(2))
     counted = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 7 == 0  # as many as are masked
     labels = tokens.masked_fill(~counted, -100) if isinstance(config, BertConfig) else tokens
     inputs = module.get_batch({"input_ids": tokens, "labels": labels})
     module._log_part = lambda *_: None  # no Trainer listens
     with SavedBytes(module.parameters()) as saved:
-        module.loss(module.active_model(**inputs), inputs)[0].backward()
+        loss = module.loss(module.active_model(**inputs), inputs)[0]
+        if not kernels.fused_layers:  # whose backward passes refuse torch's hooks
+            loss.backward()
     return sum(p.numel() for p in module.parameters()), saved.peak
 
 
@@ -47,9 +52,24 @@ def measured(config, recompute, dtype) -> tuple[int, int]:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_to_one_and_activations_to_ten_percent(name, precision, recompute):
-    config, size = CONFIGS[name], {"32-true": 4, "bf16-mixed": 2}[precision]
-    weights, kept = measured(config, recompute, {4: torch.float32, 2: torch.bfloat16}[size])
-    told = ONE.memory(config, micro_batch_size=ROWS, precision=precision, recompute=recompute, device="cpu").largest
+    assert_as_measured(CONFIGS[name], precision, recompute, PLAIN)
+
+
+@pytest.mark.parametrize("recompute", [None, "selective"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "llama with dropout", "bert", "t5"])
+def test_fused_layers(name, recompute):
+    torch.compiler.set_stance("force_eager")  # the same functions, without waiting for their compilation
+    try:
+        assert_as_measured(CONFIGS[name], "bf16-mixed", recompute, replace(PLAIN, fused_layers=True))
+    finally:
+        torch.compiler.set_stance("default")
+
+
+def assert_as_measured(config, precision, recompute, kernels) -> None:
+    size = {"32-true": 4, "bf16-mixed": 2}[precision]
+    weights, kept = measured(config, recompute, {4: torch.float32, 2: torch.bfloat16}[size], kernels)
+    settings = {"precision": precision, "recompute": recompute, "kernels": kernels, "device": "cpu"}
+    told = ONE.memory(config, micro_batch_size=ROWS, **settings).largest
     assert told.weights == weights * size
     assert told.activations + told.logits == pytest.approx(kept, rel=0.1)
 
@@ -85,15 +105,14 @@ def test_a_table_for_people():
         num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, vocab_size=128256,
         seq_length=8192, **{**GATED, "num_query_groups": 8},
     )  # fmt: skip
-    table = ParallelLayout(world_size=64, tp=8, pp=4, vp=2, sequence_parallel=True).memory(config)
+    layout = ParallelLayout(world_size=64, tp=8, pp=4, vp=2, sequence_parallel=True)
+    table = layout.memory(config, kernels=Kernels(chunked_loss=False))
     assert str(table).splitlines()[0].split() == ["GB", "stage", "0", "stage", "1", "stage", "2", "stage", "3"]
     assert [line.split()[0] for line in str(table).splitlines()[1:]] == [
         "weights", "gradients", "optimizer", "activations", "logits", "buffers", "total",
     ]  # fmt: skip
     assert sum(stage.weights for stage in table.stages) * 8 / 2 == pytest.approx(70.55e9, rel=0.01)  # a 70B model
-    chunked = ParallelLayout(world_size=64, tp=8, pp=4, vp=2, sequence_parallel=True).memory(
-        config, kernels=Kernels(chunked_loss=True)
-    )
+    chunked = layout.memory(config, kernels=Kernels(chunked_loss=True))
     assert chunked.stages[3].logits < table.stages[3].logits / 2
     assert table.largest is table.stages[0]
 
