@@ -39,6 +39,8 @@ def passes(layer: Any, cache: Any, angles: Any, forward: Any) -> list[torch.Tens
 def test_a_layer_with_a_cache_is_megatron_cores(kind: str) -> None:
     module = GPTModule(GPTConfig(**SHAPE, **KINDS[kind])).build()
     model = module.chunks[0]
+    for vector in (parameter for parameter in model.parameters() if parameter.dim() == 1):
+        torch.nn.init.normal_(vector)  # biases begin with zeros, which would not be missed
     layer = model.decoder.layers[0]
     with prepared_to_generate([model]):
         angles = model.rotary_pos_emb(16) if kind == "rope" else None
