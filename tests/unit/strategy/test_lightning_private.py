@@ -182,8 +182,9 @@ def test_loaders_get_their_samplers_by_one_method():
 # Names of other libraries, which stand in the files that lean on them, and say so there.
 OTHERS = {
     "torch": {"_C", "_apply", "_buffers", "_get_closed_form_lr", "_get_default_store", "_iterator", "_last_lr",
-              "_cdata", "_non_persistent_buffers_set", "_version", "_world", "_parameters", "_modules"},
-    "megatron-core": {"_forward_attention", "_get_model_param_range_map",
+              "_cdata", "_non_persistent_buffers_set", "_version", "_world", "_parameters", "_modules",
+              "_backward_hooks", "_forward_hooks", "_post_accumulate_grad_hooks", "_step_supports_amp_scaling"},
+    "megatron-core": {"_forward_attention", "_forward_impl", "_get_model_param_range_map",
                       "_global_process_group_list", "_preprocess", "_build_sample_index"},
     "Python": {"_actions", "_asdict", "_current_frames", "_forkserver", "_option_string_actions", "_preload_modules",
                "_replace", "_SubParsersAction"},
