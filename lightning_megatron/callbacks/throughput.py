@@ -132,6 +132,6 @@ def _replicas_sum(values: list[float]) -> list[float]:
     replicas = process_groups.data_parallel().size()
     if replicas == 1:
         return values
-    summed = torch.tensor(values, dtype=torch.float64)
+    summed = torch.tensor(values, dtype=torch.float64, device="cpu")
     dist.all_reduce(summed, group=process_groups.gloo_world())
     return [value / (dist.get_world_size() // replicas) for value in summed.tolist()]

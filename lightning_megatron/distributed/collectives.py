@@ -57,7 +57,7 @@ def on_any_rank(*flags: bool) -> tuple[bool, ...]:
     """Whether each flag is set on any rank; all ranks call this. The hosts ask one another, not waiting for devices."""
     if dist.get_world_size() == 1:
         return flags
-    votes = torch.tensor(flags, dtype=torch.uint8)
+    votes = torch.tensor(flags, dtype=torch.uint8, device="cpu")
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=process_groups.gloo_world())
     return tuple(bool(vote) for vote in votes.tolist())
 

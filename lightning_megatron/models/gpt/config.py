@@ -79,7 +79,7 @@ class GPTConfig(ModelConfig):
         self._one_of("position_embedding", self.position_embedding, _POSITIONS)
         self._one_of("normalization", self.normalization, ("LayerNorm", "RMSNorm"))
         arguments = Arguments("GPTConfig")
-        arguments.whole(optional=True, num_query_groups=self.num_query_groups)
+        arguments.whole(optional=True, num_query_groups=self.num_query_groups, sliding_window=self.sliding_window)
         arguments.number(above=0, rotary_base=self.rotary_base)
         arguments.number(above=0, at_most=1, rotary_percent=self.rotary_percent)
         arguments.number(embedding_multiplier=self.embedding_multiplier)
@@ -135,12 +135,10 @@ class GPTConfig(ModelConfig):
         return _POSITIONS[self.position_embedding]
 
     def _check_window(self) -> None:
-        window, layers = self.sliding_window, self.sliding_window_layers
-        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-            raise ValueError(f"GPTConfig(sliding_window={window}): use 1 token (itself) or more, or None.")
+        layers = self.sliding_window_layers
         if layers is None:
             return
-        if window is None:
+        if self.sliding_window is None:
             raise ValueError(f"GPTConfig(sliding_window_layers={layers}) needs sliding_window, its length.")
         wrong = [number for number in layers if not 0 <= number < self.num_layers]
         if wrong:

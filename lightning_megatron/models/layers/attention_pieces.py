@@ -170,9 +170,9 @@ class _Row(NamedTuple):
 
     def _mask(self, queries: range, keys: range, *, alike: bool) -> torch.Tensor:
         given = (None, None) if alike else (self.pattern.documents, self.pattern.keep)
-        query, key = (torch.arange(places.start, places.stop) for places in (queries, keys))
+        query, key = (torch.arange(places.start, places.stop, device="cpu") for places in (queries, keys))
         seen = looks(self.window, *given, self.number, query[:, None], key)
-        return torch.zeros(seen.shape, dtype=self.dtype).masked_fill(~seen, float("-inf"))
+        return torch.zeros(seen.shape, dtype=self.dtype, device="cpu").masked_fill(~seen, float("-inf"))
 
 
 def _joined(documents: Iterator[range]) -> Iterator[list[range]]:

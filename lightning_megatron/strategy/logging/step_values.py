@@ -39,4 +39,4 @@ def log_step(
 
 def on_host(values: Mapping[str, float]) -> dict[str, torch.Tensor]:
     """Numbers as tensors that stay on the host: Lightning would copy numbers to the device, and wait for it."""
-    return {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+    return {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}

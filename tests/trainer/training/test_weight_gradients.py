@@ -85,6 +85,6 @@ def test_after_a_fit_autograd_returns_the_gradients():
 
 
 def test_a_device_without_the_product_is_told_once():
-    weight_gradients._device_adds.cache_clear()
+    weight_gradients.device_adds.cache_clear()
     with pytest.warns(UserWarning, match="cannot add a product of torch.bfloat16 to fp32 on cpu"):
-        assert not weight_gradients._device_adds(torch.device("cpu"), torch.bfloat16)
+        assert not weight_gradients.device_adds(torch.device("cpu"), torch.bfloat16)

@@ -414,7 +414,7 @@ def test_what_the_published_lines_ask_for_arrives(published):
     assert run.data.init_args.global_batch_size == 1536
     assert run.data.init_args.split == "949,50,1"
     (precision,) = run.trainer.plugins
-    assert vars(precision.init_args) == {"precision": "16-mixed", "initial_loss_scale": 2**32}
+    assert vars(precision.init_args) == {"precision": "16-mixed", "initial_loss_scale": 2**32, "recipe": None}
     assert run.trainer.precision is None
     assert (run.trainer.val_check_interval, run.trainer.limit_val_batches, run.trainer.log_every_n_steps) == (
         1000,
