@@ -138,7 +138,11 @@ OTHERS: list[tuple[Any, dict[str, Any], str]] = [
         {"precision": "16-mixed", "initial_loss_scale": float("nan")},
         "use a number above 0, or None.",
     ),
-    (MegatronPrecision, {"precision": "bf16-mixed", "initial_loss_scale": 8}, "only '16-mixed' and 'transformer-engine-float16' scale the loss"),
+    (
+        MegatronPrecision,
+        {"precision": "bf16-mixed", "initial_loss_scale": 8},
+        "'transformer-engine-float16' scale the loss",
+    ),
     (Checkpointing, {"skip_batches": -1}, "Checkpointing(skip_batches=-1): use a whole number from 0."),
     (Checkpointing, {"skip_batches": 2.5}, "skip_batches=2.5): use a whole number from 0."),
     (Checkpointing, {"async_save": "false"}, "async_save='false'): use True or False."),
