@@ -32,6 +32,8 @@ class AutoModule:
         loss_reduction: LossReduction = "token",
         lora: LoRA | None = None,
         adapter: str | Path | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         **arguments: Any,
     ) -> ConfiguredModule:
         """Make a module as its class's own ``from_pretrained`` does; the arguments are named for the command line.
@@ -47,6 +49,8 @@ class AutoModule:
             loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
             lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
             adapter: Directory of low-rank updates to go on with, see ``load_adapter``.
+            label_smoothing: Share of each label that training spreads evenly over all token ids, see ``LossTerms``.
+            z_loss: Weight of ``(log Z)²`` in the training loss, see ``LossTerms``.
             **arguments: Further arguments of the module's ``__init__``.
 
         Raises:
@@ -57,6 +61,9 @@ class AutoModule:
             raise ValueError(f"{own_adapter} is an adapter, and adapter={str(adapter)!r} another. Give one of them.")
         found = hf.open_source(base, revision)
         module_class = module_for(hf.family_of(found.config.model_type))
-        named = {"optimizer": optimizer, "lr_schedule": lr_schedule, "loss_reduction": loss_reduction, "lora": lora}
+        named: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule}
+        named |= {"loss_reduction": loss_reduction, "lora": lora}
+        terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        named |= {name: value for name, value in terms.items() if value}  # a module of the user's may have none
         chosen = own_adapter if adapter is None else Path(adapter)
         return module_class._from_source(found, config, ignore, {**named, **arguments}, chosen)

@@ -22,6 +22,7 @@ from lightning_megatron.models.lora import LoRA, lora_module
 from lightning_megatron.models.lora.merge import Updates
 from lightning_megatron.models.lora.peft_files import Saved
 from lightning_megatron.models.lora.peft_files import read as read_adapter
+from lightning_megatron.models.loss_terms import LossTerms
 from lightning_megatron.models.megatron_module import Batch, LossReduction, MegatronModule, SchedulerCallable
 from lightning_megatron.models.model_config import ModelConfig
 from lightning_megatron.training.lr_schedule import LRSchedule
@@ -39,14 +40,18 @@ class ConfiguredModule(MegatronModule):
         lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
         lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
+        label_smoothing: Share of each label that training spreads evenly over all token ids, see ``LossTerms``.
+        z_loss: Weight of ``(log Z)²`` in the training loss, see ``LossTerms``. Neither changes ``val_loss``.
 
     Raises:
         TypeError: The configuration is another family's, or none.
+        ValueError: A weight of the loss is out of range.
     """
 
     config_type: ClassVar[type[ModelConfig]]
     _get_batch_of_family: ClassVar[Any] = MegatronModule.get_batch
     _loss_of_family: ClassVar[Any] = MegatronModule.loss
+    gives_logits_to_loss: ClassVar[bool] = True  # to an overridden one, else each token's loss
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Make a family's module known by its kind; a later class with the same kind does not take its place."""
@@ -63,6 +68,8 @@ class ConfiguredModule(MegatronModule):
         lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
         lora: LoRA | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__(optimizer, lr_schedule, loss_reduction)
         if not isinstance(config, self.config_type):
@@ -72,22 +79,26 @@ class ConfiguredModule(MegatronModule):
             )
         self.config = config
         self.lora = lora
+        self.loss_terms = LossTerms(label_smoothing, z_loss)
+        self.loss_terms.check_range(type(self).__name__)
         self.new_weights: list[str] = []  # of a head that a pretrained model does not have
         self._loaded: Saved | None = None
         self._lengths_of_own: tuple[int, ...] = (0,)  # of the micro-batch that an overridden get_batch made last
-        self.save_hyperparameters("config", "loss_reduction", "lora", logger=False)
+        self.save_hyperparameters("config", "loss_reduction", "lora", "label_smoothing", "z_loss", logger=False)
 
     def connect_data(self, data: Any) -> None:
         """Take from the data module the sizes that the configuration leaves to it."""
         self.config.take_sizes(data)
 
     def check_layout(self, layout: ParallelLayout) -> None:
-        """Refuse sizes that the layout cannot divide, and targets of updates that the model does not have."""
+        """Refuse sizes that the layout cannot divide, updates without a target, and terms of a loss that has none."""
         self.config.check(layout)
         lora_module.check(self)
+        self.loss_terms.check(self)
 
     def adapt_model(self) -> None:
         """Add low-rank updates to the layers, if the module has any."""
+        self.loss_terms.check_built(self)
         if self.lora is not None:
             lora_module.inject_updates(self)
 
@@ -240,6 +251,11 @@ class ConfiguredModule(MegatronModule):
         """Whether a class of the user's overrides ``get_batch``: then the loader's batches may have any form."""
         return type(self).get_batch is not type(self)._get_batch_of_family
 
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether a class of the user's overrides ``loss``."""
+        return type(self).loss is not type(self)._loss_of_family
+
     def check_batch(self, batch: Any) -> None:
         """Refuse a batch that the model cannot take; with an overridden ``get_batch``, its inputs are checked instead.
 
@@ -328,7 +344,7 @@ class ConfiguredModule(MegatronModule):
         """Whether the active chunk gives the sum of the losses, which is all that the family's own ``loss`` needs."""
         layer = getattr(self.active_model, "output_layer", None)
         gives_losses = isinstance(layer, OutputLayer) and layer.gives_losses
-        return gives_losses and type(self).loss is type(self)._loss_of_family
+        return gives_losses and not self.has_own_loss
 
     def _weighted_labels(self, inputs: Batch) -> WeightedLabels:
         """The labels of a micro-batch's tokens, and what each counts in the loss."""

@@ -26,11 +26,11 @@ def layouts() -> list[Layout]:
     return found
 
 
-def assert_same_training(name: str, layout: Layout, **strategy) -> None:
-    expected = plain_bert.train(name, ROWS, STEPS)
+def assert_same_training(name: str, layout: Layout, terms: dict | None = None, **strategy) -> None:
+    expected = plain_bert.train(name, ROWS, STEPS, **(terms or {}))
     assert expected["losses"][0] != pytest.approx(expected["losses"][-1], rel=1e-2), "the truth does not train"
     ranks = run_in_pool(
-        layout.world_size, functools.partial(parallel_bert.train, **strategy), name, layout, ROWS, STEPS,
+        layout.world_size, functools.partial(parallel_bert.train, terms=terms, **strategy), name, layout, ROWS, STEPS,
         expected["weights"],
     )  # fmt: skip
     for seen in ranks:
@@ -71,3 +71,7 @@ def test_recompute_and_micro_batches_change_nothing(recompute):
 @pytest.mark.parametrize("layout", [Layout(tp=2, dp=2, sp=True), Layout(pp=2, vp=2)], ids=str)
 def test_the_loss_in_chunks_changes_nothing(layout):
     assert_same_training("pretraining", layout, kernels=Kernels(chunked_loss=True))
+
+
+def test_label_smoothing_and_z_loss():
+    assert_same_training("masked_lm", Layout(tp=2, sp=True), {"label_smoothing": 0.1, "z_loss": 0.01})

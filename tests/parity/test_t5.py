@@ -33,10 +33,12 @@ def layouts() -> list[Layout]:
     return found
 
 
-def assert_same_training(name: str, layout: Layout, total: int | None = None, **options: Any) -> None:
-    expected = plain_t5.train(name, ROWS, STEPS, total)
+def assert_same_training(
+    name: str, layout: Layout, total: int | None = None, terms: dict | None = None, **options: Any
+) -> None:
+    expected = plain_t5.train(name, ROWS, STEPS, total, **(terms or {}))
     assert expected["moved"] > 3e-3, "the truth does not train"
-    train = functools.partial(parallel_t5.train, total=total, **options)
+    train = functools.partial(parallel_t5.train, total=total, terms=terms, **options)
     for seen in run_in_pool(layout.world_size, train, name, layout, ROWS, len(expected["losses"]), expected["weights"]):
         torch.testing.assert_close(seen["logits"][0], expected["logits"], rtol=0, atol=1e-5)
         steps = seen["steps"][options.get("accumulate", 1) - 1 :: options.get("accumulate", 1)]
@@ -275,3 +277,7 @@ def test_queries_start_as_t5s(positions):
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sp=True)], ids=str)
 def test_the_loss_in_chunks_changes_nothing(layout):
     assert_same_training("t5", layout, kernels=Kernels(chunked_loss=True))
+
+
+def test_label_smoothing_and_z_loss():
+    assert_same_training("t5", Layout(pp=2), terms={"label_smoothing": 0.1, "z_loss": 0.01})

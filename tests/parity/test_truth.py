@@ -161,3 +161,24 @@ def test_the_loss_in_chunks_of_low_precision_is_near_that_of_the_logits(precisio
     ]  # fmt: skip
     assert chunked["losses"] == pytest.approx(plain["losses"], rel=2e-3)
     assert chunked["norms"] == pytest.approx(plain["norms"], rel=2e-2)
+
+
+TERMS = {"label_smoothing": 0.1, "z_loss": 0.01}
+
+
+@functools.cache
+def truth_with_terms(name: str) -> dict:
+    config = getattr(plain_gpt, name)
+    return plain_gpt.train(config, parallel_gpt.text_samples(config, ROWS * STEPS), ROWS, STEPS, CLIP, **TERMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("GPT2", Layout()), ("ODD_UNTIED", Layout(tp=2, sp=True)), ("ODD", Layout(pp=2))],
+    ids=str,
+)
+def test_label_smoothing_and_z_loss(name, layout):
+    expected, config = truth_with_terms(name), getattr(plain_gpt, name)
+    assert expected["losses"] != pytest.approx(truth(name)["losses"], rel=1e-2), "the terms change nothing"
+    train = functools.partial(parallel_gpt.train, full=expected["weights"], terms=TERMS)
+    assert_equal(run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)

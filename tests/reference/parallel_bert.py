@@ -20,7 +20,15 @@ class LoadedBert(FromTruth, BertModule):
         return plain_bert.megatron_weights(plain_bert.new_model(self.truth))
 
 
-def train(name: str, layout: Layout, rows: int, steps: int, full: Weights, **strategy: Any) -> dict[str, Any]:
+def train(
+    name: str,
+    layout: Layout,
+    rows: int,
+    steps: int,
+    full: Weights,
+    terms: dict[str, float] | None = None,
+    **strategy: Any,
+) -> dict[str, Any]:
     """Predict the first batch, then train, on this rank."""
     samples = plain_bert.samples(name, rows, steps)
-    return predict_and_train(LoadedBert(name), samples, layout, rows, steps, full, **strategy)
+    return predict_and_train(LoadedBert(name, **(terms or {})), samples, layout, rows, steps, full, **strategy)

@@ -21,8 +21,15 @@ class LoadedT5(FromTruth, T5Module):
 
 
 def train(
-    name: str, layout: Layout, rows: int, steps: int, full: Weights, total: int | None = None, **options: Any
+    name: str,
+    layout: Layout,
+    rows: int,
+    steps: int,
+    full: Weights,
+    total: int | None = None,
+    terms: dict[str, float] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Predict the first batch, then train on the first ``total`` samples, on this rank."""
     samples = plain_t5.samples(name, rows, steps)[:total]
-    return predict_and_train(LoadedT5(name), samples, layout, rows, steps, full, **options)
+    return predict_and_train(LoadedT5(name, **(terms or {})), samples, layout, rows, steps, full, **options)

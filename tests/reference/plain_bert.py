@@ -17,7 +17,7 @@ from transformers import (
 from transformers import MegatronBertConfig as HFMegatronConfig
 
 from lightning_megatron import BertConfig
-from tests.reference.plain_gpt import ADAM, Weights
+from tests.reference.plain_gpt import ADAM, Weights, mean_with_terms
 
 Batch = dict[str, torch.Tensor]
 
@@ -135,15 +135,16 @@ def logits(output: Any) -> tuple[torch.Tensor, ...]:
 
 
 @functools.cache
-def train(name: str, rows: int, steps: int) -> dict[str, Any]:
-    """Logits of the first batch, then losses and final weights of AdamW."""
+def train(name: str, rows: int, steps: int, **terms: float) -> dict[str, Any]:
+    """Logits of the first batch, then losses and final weights of AdamW; ``terms`` of the masked tokens' loss."""
     model, data = new_model(name), batches(name, rows, steps)
     with torch.no_grad():
         first = logits(model(**data[0]))
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     losses = []
     for batch in data:
-        loss = model(**batch).loss
+        output = model(**batch)
+        loss = mean_with_terms(output.logits, batch["labels"], **terms) if terms else output.loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -88,10 +88,19 @@ def batches(samples: dict[str, torch.Tensor], rows: int, steps: int) -> Iterator
         yield {name: value[step * rows : (step + 1) * rows] for name, value in samples.items()}
 
 
-def mean_loss(c: GPTConfig, w: Weights, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def mean_loss(c: GPTConfig, w: Weights, batch: dict[str, torch.Tensor], **terms: float) -> torch.Tensor:
     """The loss of a batch, over the tokens that its loss mask keeps."""
-    each = F.cross_entropy(logits(c, w, batch["tokens"]).transpose(1, 2), batch["labels"], reduction="none")
-    return (each * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+    labels = batch["labels"].masked_fill(batch["loss_mask"] == 0, -100)
+    return mean_with_terms(logits(c, w, batch["tokens"]), labels, **terms)
+
+
+def mean_with_terms(
+    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> torch.Tensor:
+    """Over the labels that are not −100, of logits ``[b, s, vocab]``."""
+    kept, ids = logits[labels != -100], labels[labels != -100]
+    cross_entropy = F.cross_entropy(kept, ids, label_smoothing=label_smoothing)
+    return cross_entropy + z_loss * kept.logsumexp(-1).square().mean()
 
 
 def train(
@@ -102,17 +111,19 @@ def train(
     clip: float,
     micro_batches: list[slice] | None = None,
     make: Callable[[Weights], Any] = lambda weights: torch.optim.AdamW(weights.values(), **ADAM),
+    **terms: float,
 ) -> dict[str, Any]:
     """Losses, gradient norms and final weights of AdamW on batches of ``rows``, every token counting once.
 
     With ``micro_batches`` (rows of a batch), a loss is the mean of their means instead; ``make`` makes the optimizer.
+    ``terms`` are ``label_smoothing`` and ``z_loss``.
     """
     w = {name: value.clone().requires_grad_() for name, value in initial_weights(c).items()}
     optimizer = make(w)
     losses, norms = [], []
     for batch in batches(samples, rows, steps):
         parts = [{name: value[part] for name, value in batch.items()} for part in micro_batches or [slice(None)]]
-        loss = torch.stack([mean_loss(c, w, part) for part in parts]).mean()
+        loss = torch.stack([mean_loss(c, w, part, **terms) for part in parts]).mean()
         for weight in w.values():
             weight.grad = None
         loss.backward()

@@ -12,7 +12,7 @@ from transformers import T5Config as HFConfig
 from transformers import T5ForConditionalGeneration
 
 from lightning_megatron import T5Config
-from tests.reference.plain_gpt import ADAM, Weights
+from tests.reference.plain_gpt import ADAM, Weights, mean_with_terms
 
 Batch = dict[str, torch.Tensor]
 
@@ -130,15 +130,16 @@ def batches(name: str, rows: int, steps: int, total: int | None = None) -> list[
 
 
 @functools.cache
-def train(name: str, rows: int, steps: int, total: int | None = None) -> dict[str, Any]:
-    """Logits of the first batch, then losses, gradient norms and final weights of AdamW."""
+def train(name: str, rows: int, steps: int, total: int | None = None, **terms: float) -> dict[str, Any]:
+    """Logits of the first batch, then losses, gradient norms and final weights of AdamW; ``terms`` of the loss."""
     model, data = new_model(name), batches(name, rows, steps, total)
     with torch.no_grad():
         first = model(**data[0]).logits
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     losses, norms = [], []
     for batch in data:
-        loss = model(**batch).loss
+        output = model(**batch)
+        loss = mean_with_terms(output.logits, batch["labels"], **terms) if terms else output.loss
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))

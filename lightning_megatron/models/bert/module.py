@@ -53,6 +53,8 @@ class BertModule(ConfiguredModule):
         lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
         lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
+        label_smoothing: Share of each label that training spreads evenly over all token ids, see ``LossTerms``.
+        z_loss: Weight of ``(log Z)²`` in the training loss, see ``LossTerms``. Neither changes ``val_loss``.
     """
 
     config: BertConfig
@@ -65,8 +67,10 @@ class BertModule(ConfiguredModule):
         lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
         lora: LoRA | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> None:
-        super().__init__(config, optimizer, lr_schedule, loss_reduction, lora)
+        super().__init__(config, optimizer, lr_schedule, loss_reduction, lora, label_smoothing, z_loss)
         self.task: BertTask = TASKS[config.task](config)
 
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
@@ -87,7 +91,7 @@ class BertModule(ConfiguredModule):
             fused_layers=self.build_settings.kernels.fused_layers is True,
         )
         if hasattr(model, "output_layer"):
-            OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels)
+            OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels, self.loss_terms)
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         return model
 
@@ -183,7 +187,8 @@ class BertModule(ConfiguredModule):
     _loss_of_family = loss
 
     def _weighted_labels(self, inputs: Batch) -> WeightedLabels:
-        return WeightedLabels.without(inputs["labels"], IGNORED_LABEL)
+        number: Any = inputs.get("num_labels")
+        return WeightedLabels.without(inputs["labels"], IGNORED_LABEL, number)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Hidden states, or on the last stage the logits, unpadded and over the whole vocabulary."""

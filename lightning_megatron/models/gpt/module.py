@@ -56,10 +56,13 @@ class GPTModule(GeneratingModule):
         reset_attention_mask: Whether a token looks only at tokens of its own document.
         eod_mask_loss: Whether the token behind the end of a document is left out of the loss.
         lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
+        label_smoothing: Share of each label that training spreads evenly over all token ids, see ``LossTerms``.
+        z_loss: Weight of ``(log Z)²`` in the training loss, see ``LossTerms``. Neither changes ``val_loss``.
     """
 
     config: GPTConfig
     config_type = GPTConfig
+    gives_logits_to_loss = False
 
     def __init__(
         self,
@@ -72,8 +75,10 @@ class GPTModule(GeneratingModule):
         reset_attention_mask: bool = False,
         eod_mask_loss: bool = False,
         lora: LoRA | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> None:
-        super().__init__(config, optimizer, lr_schedule, loss_reduction, lora)
+        super().__init__(config, optimizer, lr_schedule, loss_reduction, lora, label_smoothing, z_loss)
         self.documents = Documents(eod_id, reset_position_ids, reset_attention_mask, eod_mask_loss)
         if reset_attention_mask and config.layers != "torch":
             raise ValueError(
@@ -111,7 +116,7 @@ class GPTModule(GeneratingModule):
         if pre_process and config.embedding_multiplier != 1.0:
             scale_output(model.embedding, config.embedding_multiplier)
         if post_process:
-            OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels)
+            OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels, self.loss_terms)
         return model
 
     def _check_loaded(self, batch: Batch) -> None:

@@ -27,15 +27,18 @@ class WeightedLabels(NamedTuple):
     Args:
         ids: Token ids, of any shape.
         weights: What each token's loss counts, of the same shape; 0 leaves it out, whatever its label.
+        number: How many weights are not 0, where the host knows it. None: a GPU computes the losses of all tokens, so
+            that the host need not wait until it has counted them.
     """
 
     ids: torch.Tensor
     weights: torch.Tensor
+    number: int | None = None
 
     @classmethod
-    def without(cls, ids: torch.Tensor, ignored: int) -> Self:
-        """Labels that count one each, but for those that are ``ignored``."""
-        return cls(ids, (ids != ignored).float())
+    def without(cls, ids: torch.Tensor, ignored: int, number: int | None = None) -> Self:
+        """Labels that count one each, but for those that are ``ignored``; ``number`` of them are counted."""
+        return cls(ids, (ids != ignored).float(), number)
 
 
 class OutputWeights(NamedTuple):
@@ -103,10 +106,12 @@ class ChunkedCrossEntropy:
             A scalar in fp32.
         """
         rows, ids, weights = hidden.flatten(0, -2), labels.ids.flatten(), labels.weights.flatten().float()
-        if rows.device.type == "cpu":  # how many they are is known without waiting for a device
-            counted = weights.nonzero().flatten()
-            if len(counted) < len(rows):
-                rows, ids, weights = rows[counted], ids[counted], weights[counted]
+        number = labels.number
+        if number is None and rows.device.type == "cpu":
+            number = int(weights.count_nonzero())
+        if number is not None and number < len(rows):
+            counted = torch.nonzero_static(weights, size=number).flatten()
+            rows, ids, weights = rows[counted], ids[counted], weights[counted]
         if rows.dtype == torch.float16:  # unscaled gradients would underflow, and the loss scale comes back later
             return (self.losses(rows, output, ids) * weights).sum()
         graded = torch.is_grad_enabled()

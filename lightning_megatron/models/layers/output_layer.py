@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,9 +17,7 @@ from megatron.core.tensor_parallel.utils import VocabUtility
 
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.chunked_cross_entropy import ChunkedCrossEntropy, OutputWeights, WeightedLabels
-
-# Fields of megatron-core's configuration, which `extra=` sets, that want the logits.
-_WANT_LOGITS = ("mtp_num_layers", "cross_entropy_loss_fusion", "defer_embedding_wgrad_compute")
+from lightning_megatron.models.loss_terms import WANT_LOGITS, LossTerms
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -30,26 +29,28 @@ class OutputLayer(ColumnParallelLinear):
 
     _rows: int  # those of this rank that are token ids; padding is behind them
     _loss: ChunkedCrossEntropy | None
+    _terms: LossTerms
 
     @classmethod
-    def become(cls, layer: ColumnParallelLinear, vocab_size: int, kernels: Kernels) -> None:
+    def become(cls, layer: ColumnParallelLinear, vocab_size: int, kernels: Kernels, terms: LossTerms) -> None:
         """Make megatron-core's layer one, where its model has built it.
 
         Args:
             layer: The layer.
             vocab_size: Token ids that occur.
             kernels: Whether losses are computed in chunks of tokens.
+            terms: What losses have beside the cross-entropy where gradients are computed; they need those chunks.
         """
         shard, group = layer.output_size_per_partition, layer.tp_group
         first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(shard, group.rank(), group.size())
         rows = min(max(vocab_size - first, 0), shard)
         layer.__class__ = cls
         layer._rows = rows
-        layer._loss = None
-        wanting = [name for name in _WANT_LOGITS if getattr(layer.config, name)]
+        layer._loss, layer._terms = None, terms
+        wanting = [name for name in WANT_LOGITS if getattr(layer.config, name)]
         if kernels.chunked_loss and wanting:
             rank_zero_warn(f"The loss is computed from all logits at once, which extra={{{wanting[0]!r}: ...}} wants.")
-        elif kernels.chunked_loss:
+        elif kernels.chunked_loss or terms:
             layer._loss = ChunkedCrossEntropy(
                 first=first, rows=rows, vocab_size=vocab_size, group=group, compiled=bool(kernels.fused_layers)
             )
@@ -82,6 +83,12 @@ class OutputLayer(ColumnParallelLinear):
             return self._losses(
                 input_, OutputWeights(self.weight if weight is None else weight, self.bias), labels
             ), None
+        if self._terms and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"Logits were asked for in training, and a loss of them would lack {self._terms} of the module. Leave"
+                " it out and compute it from the logits; or remove hooks on the output layer, and take the loss from"
+                " super().training_step."
+            )
         logits, bias = super().forward(input_, weight, runtime_gather_output)
         if self._rows < self.output_size_per_partition == logits.size(-1):  # gathered logits are cut off instead
             padding = torch.arange(logits.size(-1), device=logits.device) >= self._rows
@@ -92,13 +99,14 @@ class OutputLayer(ColumnParallelLinear):
         self, hidden: torch.Tensor, output: OutputWeights, labels: torch.Tensor | WeightedLabels
     ) -> torch.Tensor:
         assert self._loss is not None
+        loss = replace(self._loss, **asdict(self._terms)) if torch.is_grad_enabled() else self._loss
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         if isinstance(labels, WeightedLabels):
-            return self._loss.total(hidden, output, WeightedLabels(labels.ids.t(), labels.weights.t()))
-        return self._loss.losses(hidden, output, labels.t()).t()
+            return loss.total(hidden, output, WeightedLabels(labels.ids.t(), labels.weights.t(), labels.number))
+        return loss.losses(hidden, output, labels.t()).t()
 
 
 def cross_entropy_over_shards(

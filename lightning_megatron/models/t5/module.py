@@ -55,6 +55,8 @@ class T5Module(GeneratingModule):
         lr_schedule: ``LRSchedule``, or makes a scheduler from that optimizer; see ``MegatronModule``.
         loss_reduction: "token" or "micro_batch", see ``MegatronModule``.
         lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
+        label_smoothing: Share of each label that training spreads evenly over all token ids, see ``LossTerms``.
+        z_loss: Weight of ``(log Z)²`` in the training loss, see ``LossTerms``. Neither changes ``val_loss``.
     """
 
     config: T5Config
@@ -67,8 +69,10 @@ class T5Module(GeneratingModule):
         lr_schedule: LRSchedule | SchedulerCallable | None = None,
         loss_reduction: LossReduction = "token",
         lora: LoRA | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> None:
-        super().__init__(config, optimizer, lr_schedule, loss_reduction, lora)
+        super().__init__(config, optimizer, lr_schedule, loss_reduction, lora, label_smoothing, z_loss)
 
     def complete_layout(self, layout: ParallelLayout) -> ParallelLayout:
         """The layout with a split between encoder and decoder.
@@ -109,7 +113,7 @@ class T5Module(GeneratingModule):
             fused_layers=self.build_settings.kernels.fused_layers is True,
         )
         if post_process:
-            OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels)
+            OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels, self.loss_terms)
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         model.start_queries_small()
         return model
@@ -229,7 +233,8 @@ class T5Module(GeneratingModule):
     _loss_of_family = loss
 
     def _weighted_labels(self, inputs: Batch) -> WeightedLabels:
-        return WeightedLabels.without(inputs["labels"], IGNORED_LABEL)
+        number: Any = inputs.get("num_labels")
+        return WeightedLabels.without(inputs["labels"], IGNORED_LABEL, number)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
         """Hidden states, or on the last stage the logits ``[b, sd, vocab]`` over the whole vocabulary."""
