@@ -67,10 +67,10 @@ def test_a_hook_that_wants_logits_is_refused_when_the_model_is_built():
         Hooked(GPTConfig(**SIZES), z_loss=0.1).build()
 
 
-def run(module, stop_after=1):
+def run(module):
     config = GPTConfig(**SIZES)
     data = DataLoader(Rows(text_samples(config, 8)), batch_size=4)
-    made = trainer(Layout(), max_steps=stop_after, limit_val_batches=1)
+    made = trainer(Layout(), max_steps=1, val_check_interval=1, limit_val_batches=1)
     made.fit(module, data, data)
     return made.callback_metrics
 
