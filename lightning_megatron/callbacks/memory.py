@@ -10,14 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.optim import SGD, Adam, AdamW
 from typing_extensions import override
 
 from lightning_megatron.callbacks.logging_schedule import log, logs_now
 from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.optimizer import ShardedOptimizer
-from lightning_megatron.training.optimizers import LeanAdamW
+from lightning_megatron.training.optimizers.state_size import states_of
 from lightning_megatron.training.saved_bytes import SavedBytes
 
 _GIB = 2**30
@@ -56,7 +55,7 @@ def estimate(engine: Engine, optimizer: ShardedOptimizer) -> Estimate:
     inner, held = optimizer.inner.optimizer, 0
     for part in optimizer.parameter_slices():
         own = part.main_param.dtype != part.parameter.dtype
-        states = _states(inner, part.main_param.device)
+        states = states_of(inner, part.main_param.device.type)
         held += int(part.main_param.numel() * part.main_param.element_size() * (own + states))
     return Estimate(weights, gradients, held)
 
@@ -128,18 +127,3 @@ def _taken(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _states(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """Tensors as large as the main weight that the optimizer keeps on ``device`` for each; in bf16, a half."""
-    if isinstance(optimizer, LeanAdamW):
-        if optimizer.defaults["on_host"] and device.type != "cpu":
-            return 0
-        kinds = (optimizer.defaults["exp_avg_dtype"], optimizer.defaults["exp_avg_sq_dtype"])
-        return sum(0.5 if kind == "bfloat16" else 1 for kind in kinds)
-    if isinstance(optimizer, Adam | AdamW):
-        return 3 if optimizer.defaults.get("amsgrad") else 2
-    if isinstance(optimizer, SGD):
-        return 1 if optimizer.defaults.get("momentum") else 0
-    state: dict[str, Any] = next(iter(optimizer.state.values()), {})
-    return sum(1 for value in state.values() if isinstance(value, torch.Tensor) and value.dim() > 0)

@@ -17,8 +17,10 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.memory_table import MemoryTable, StageMemory
 from lightning_megatron.models.kernels import Kernels
+from lightning_megatron.models.layers.chunked_cross_entropy import LONGEST_CHUNK
 from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.models.recompute import check as check_recompute
+from lightning_megatron.training.optimizers.state_size import states_of
 
 # Bytes of a weight, of its gradient, and of its main weight where that is a copy.
 _PRECISIONS = {"32-true": (4, 4, 0), "bf16-mixed": (2, 4, 4), "16-mixed": (2, 4, 4), "bf16-true": (2, 2, 4)}
@@ -57,7 +59,9 @@ class Training:
         distributed_optimizer: Whether optimizer state and main weights are divided among the replicas.
         kernels: Which implementations compute the layers and the loss.
         lengths: Tokens of a sequence; of a T5, of both sides. None are the longest that the configuration allows.
-        optimizer_states: Numbers that the optimizer keeps for each weight: 2 of Adam, 1 of SGD with momentum.
+        optimizer: The optimizer, or what makes it of parameters, such as ``partial(LeanAdamW, on_host=True)``, a
+            module's ``optimizer=``. None: ``optimizer_states`` says what it keeps.
+        optimizer_states: fp32 numbers that the optimizer keeps for each weight: 2 of Adam, 1 of SGD with momentum.
         device: "cuda" or "cpu", whose kernels keep different tensors.
 
     Raises:
@@ -71,7 +75,8 @@ class Training:
     distributed_optimizer: bool = True
     kernels: Kernels | None = None
     lengths: tuple[int, ...] | None = None
-    optimizer_states: int = 2
+    optimizer: Any = None
+    optimizer_states: float = 2
     device: Device = "cuda"
 
     def __post_init__(self) -> None:
@@ -82,6 +87,11 @@ class Training:
         arguments.one_of(("cuda", "cpu"), device=self.device)
         arguments.flag(distributed_optimizer=self.distributed_optimizer)
         check_recompute(self.recompute, of="ParallelLayout.memory")
+
+    @property
+    def states(self) -> float:
+        """fp32 numbers that the optimizer keeps on the device for each weight."""
+        return self.optimizer_states if self.optimizer is None else states_of(self.optimizer, self.device)
 
     @property
     def element(self) -> int:
@@ -124,7 +134,7 @@ def _stage(
     return StageMemory(
         weights=numbers * weight,
         gradients=numbers * gradient,
-        optimizer=numbers * (main + 4 * training.optimizer_states) / share,
+        optimizer=numbers * (main + 4 * training.states) / share,
         activations=flying * sum(kept) / len(kept) + again,
         logits=logits,
         buffers=copy + (2 * layers.hidden() if layout.pp > 1 else 0.0),
@@ -235,14 +245,42 @@ class _Layers:
         return total + (self._mask(index) if self.config.hidden_dropout else 0.0)
 
     def logits(self) -> tuple[float, float]:
-        """The softmax in fp32, which the loss keeps ``[s, b, vocab/tp]``, and the logits in the weights' type."""
+        """What the loss keeps, and what it takes beside that while it is computed.
+
+        The softmax in fp32 ``[s, b, vocab/tp]``, and the logits in the weights' type; of a loss in chunks, what
+        ``_chunked_loss`` says.
+        """
         tokens = self.stacks[-1].tokens * self.training.micro_batch_size
         width = self.config.outputs(self.padded_vocab) / (self.tp if self.config.outputs_are_sharded else 1)
         counted = tokens * self.config.share_of_counted_tokens
         if self.kernels.chunked_loss is True and self.config.outputs_are_sharded:
-            return self.hidden(len(self.stacks) - 1), 0.0  # the gradient of the hidden states, computed beside the loss
+            return self._chunked_loss(tokens, counted, width)
         copy = tokens * width * self.element if self.element < 4 or counted < tokens else 0.0
         return counted * width * 4, copy
+
+    def _chunked_loss(self, tokens: float, counted: float, width: float) -> tuple[float, float]:
+        """The gradients of hidden states and output weight, computed beside the loss; and a chunk's logits.
+
+        Each chunk's gradient is in the place of its logits. Where nothing joins the operations on them, there are an
+        fp32 copy of logits in another type, and their exponentials. In fp16 the backward pass computes the gradients.
+
+        Args:
+            tokens: Tokens of a micro-batch.
+            counted: Those whose losses count, to which the CPU restricts the logits.
+            width: Columns of the logits on a rank.
+        """
+        device, element, hidden = self.training.device, self.element, self.config.hidden_size
+        rows = counted if device == "cpu" else tokens
+        number = rows / -(-rows // LONGEST_CHUNK[device])  # of tokens in a chunk
+        logits = number * width * (element if self.fused else 4 + (4 if element < 4 else 0) + element)
+        summed = width * hidden * 4
+        if self.training.precision == "16-mixed":
+            return 0.0, logits + rows * hidden * element + summed
+        in_buffer = self.kernels.fused_weight_gradients is True and (
+            device == "cuda" or self.training.precision in ("32-true", "bf16-true")
+        )
+        scaled = 0.0 if in_buffer else summed * (1 + (element / 4 if element < 4 else 0))
+        return rows * hidden * element + summed, max(logits, scaled)
 
     def _norm(self, stack: int, recomputed: bool) -> float:
         """Its input and its output, which the linear layer behind it keeps; fp32 statistics of each token.
@@ -263,7 +301,8 @@ class _Layers:
         """Queries, keys and values, the output, and the sums of the softmax.
 
         Rotated queries and keys are kept beside the projection's output, of which the values are a part. Where scores
-        are kept, so are scaled queries and keys; all of that in fp32, and the values too.
+        are kept, it is scaled queries and keys and the values, all in fp32, and the projection's output only where the
+        values are a part of it.
         """
         rows, element = self.training.micro_batch_size, self.element
         query, key = tokens * rows * self.heads * self.size, keys * rows * self.groups * self.size
@@ -276,7 +315,8 @@ class _Layers:
             return total * element + 4 * tokens * rows * self.heads
         matrices = (3 if self.config.attention_dropout else 1) * tokens * keys * rows * self.heads
         repeated = keys * rows * self.heads * self.size
-        return total * element + 4 * (query + repeated + matrices + (repeated if element < 4 else 0))
+        values = repeated if element < 4 or self.groups < self.heads else query + 2 * key  # a part of the projection's
+        return query * element + 4 * (query + repeated + values + matrices)
 
     def _feed_forward(self, tokens: int, recomputed: bool = True) -> float:
         """The activation's input, which is twice as wide where it is gated, and its output ``[s, b, ffn/tp]``.

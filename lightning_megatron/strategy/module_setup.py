@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -80,8 +81,14 @@ class ModuleSetup(ParallelRanks):
             recompute=self.recompute,
             distributed_optimizer=self.distributed_optimizer,
             kernels=self.kernels.on(self.root_device),
+            optimizer=self._torch_optimizer(),
             device=self.root_device.type,
         )
+
+    def _torch_optimizer(self) -> Any:
+        """The optimizer of the run, as torch has it; None before it is made."""
+        optimizer = next(iter(self.optimizers), None)
+        return optimizer.inner.optimizer if isinstance(optimizer, ShardedOptimizer) else optimizer
 
     def _set_up_training(self, trainer: pl.Trainer) -> None:
         """Choose what trains the module: a schedule and a sharded optimizer, or Lightning's own loop."""

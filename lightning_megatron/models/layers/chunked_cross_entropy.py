@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from lightning_megatron.models.layers import logits_gradient
 from lightning_megatron.training.weight_gradients import add_product, device_adds, takes_product
 
-# A weight's gradient is added up once for each chunk, which costs a GPU as much as the products of some 400 tokens.
-_CHUNK = {"cuda": 4096, "cpu": 512}
+# By the device. A weight's gradient is added up once for each chunk, which costs a GPU as much as some 400 tokens do.
+LONGEST_CHUNK = {"cuda": 4096, "cpu": 512}
 
 
 class WeightedLabels(NamedTuple):
@@ -122,7 +122,7 @@ class ChunkedCrossEntropy:
 
     def chunks(self, rows: torch.Tensor) -> list[slice]:
         """The fewest parts of the tokens ``[n, h]`` that are no longer than ``chunk``, and as long as each other."""
-        tokens, longest = len(rows), self.chunk or _CHUNK.get(rows.device.type, 4096)
+        tokens, longest = len(rows), self.chunk or LONGEST_CHUNK.get(rows.device.type, 4096)
         size = -(-tokens // max(-(-tokens // longest), 1))
         return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), max(size, 1))]
 

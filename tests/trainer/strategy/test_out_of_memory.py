@@ -30,8 +30,9 @@ def test_a_failed_allocation_ends_with_the_table():
     settings = {"micro_batch_size": 2, "precision": "32-true", "kernels": kernels, "device": "cpu"}
     table = CONFIG.memory(ParallelLayout(world_size=1), **settings)
     assert "\n".join(lines[1:9]) == str(table)
+    # No chunks: so few tokens have smaller logits than the weight gradient that a loss in chunks keeps.
     assert [line.partition(":")[0] for line in lines[10:-1]] == [
-        "- micro_batch_size=1", "- kernels=Kernels(chunked_loss=True)", '- recompute="selective"', '- recompute="full"',
+        "- micro_batch_size=1", '- recompute="selective"', '- recompute="full"',
     ]  # fmt: skip
     assert "a larger tp (with sequence_parallel=True) or pp" in lines[-1]
 

@@ -1,12 +1,15 @@
 """``ParallelLayout.memory`` against the weights that are built and the tensors that torch saves."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, Kernels, ParallelLayout, T5Config, T5Module
 from lightning_megatron.models.memory_estimate import chunks_in_flight
+from lightning_megatron.training.optimizers import LeanAdamW, Muon
+from lightning_megatron.training.parameter_groups import ParameterGroups
 from lightning_megatron.training.saved_bytes import SavedBytes
 from tests.support.built import built
 
@@ -22,6 +25,7 @@ CONFIGS = {
     "llama": GPTConfig(**SIZES, **GATED),
     "llama with dropout": GPTConfig(**SIZES, **GATED, **DROPOUT),
     "bert": BertConfig(**SIZES),
+    "bert with dropout": BertConfig(**SIZES, **DROPOUT),
     "bert pre": BertConfig(**SIZES, norm_placement="pre"),
     "t5": T5Config(**SIZES),
     "t5 with dropout": T5Config(**SIZES, **DROPOUT),
@@ -42,7 +46,8 @@ def measured(config, recompute, dtype, kernels) -> tuple[int, int]:
     inputs = module.get_batch({"input_ids": tokens, "labels": labels})
     module._log_part = lambda *_: None  # no Trainer listens
     with SavedBytes(module.parameters()) as saved:
-        loss = module.loss(module.active_model(**inputs), inputs)[0]
+        weighted = {"labels": module._weighted_labels(inputs)} if module._sums_losses else {}
+        loss = module.loss(module.active_model(**{**inputs, **weighted}), inputs)[0]
         if not kernels.fused_layers:  # whose backward passes refuse torch's hooks
             loss.backward()
     return sum(p.numel() for p in module.parameters()), saved.peak
@@ -53,6 +58,43 @@ def measured(config, recompute, dtype, kernels) -> tuple[int, int]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_to_one_and_activations_to_ten_percent(name, precision, recompute):
     assert_as_measured(CONFIGS[name], precision, recompute, PLAIN)
+
+
+@pytest.mark.parametrize("name", ["gpt with dropout", "bert with dropout", "llama with dropout"])
+def test_a_list_of_modules(name):
+    assert_as_measured(CONFIGS[name], "bf16-mixed", ["mlp"], PLAIN)
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert", "t5 gated"])
+def test_a_loss_in_chunks(name):
+    kernels = replace(PLAIN, chunked_loss=True)
+    assert_as_measured(replace(CONFIGS[name], vocab_size=2048), "bf16-mixed", None, kernels)
+
+
+def test_a_loss_in_chunks_has_the_logits_of_one_chunk():
+    config = GPTConfig(**{**SIZES, "vocab_size": 128000, "seq_length": 6144})
+    rows, weight = 6144 * 64, 64000 * 64
+    layout = ParallelLayout(world_size=2, tp=2)
+    chunk = 3072 * 64000 * 2  # two of at most 4096 tokens
+    for fused, logits in ((True, chunk), (False, chunk * 5)):  # beside it in fp32, logits and their exponentials
+        told = layout.memory(config, kernels=Kernels(fused_layers=fused)).largest
+        assert (told.logits, told.buffers) == (rows * 2 + weight * 4, logits)
+    apart = layout.memory(config, kernels=Kernels(fused_layers=True, fused_weight_gradients=False), lengths=(32,))
+    assert apart.largest.buffers == weight * (4 + 2)  # the gradient times the loss's, in fp32 and bf16
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_each"),
+    [
+        (torch.optim.SGD, 0), (partial(torch.optim.SGD, momentum=0.9), 4), (partial(LeanAdamW, on_host=True), 0),
+        (partial(LeanAdamW, exp_avg_dtype="bfloat16"), 6), (ParameterGroups(torch.optim.AdamW), 8),
+        (ParameterGroups(), 8), (torch.optim.Adam([torch.zeros(1)], amsgrad=True), 12), (Muon, 4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_modules_optimizer(optimizer, bytes_each):
+    told = ONE.memory(CONFIGS["gpt"], precision="32-true", optimizer=optimizer).largest
+    assert told.optimizer == told.weights / 4 * bytes_each
 
 
 @pytest.mark.parametrize("recompute", [None, "selective"])
@@ -113,7 +155,8 @@ def test_a_table_for_people():
     ]  # fmt: skip
     assert sum(stage.weights for stage in table.stages) * 8 / 2 == pytest.approx(70.55e9, rel=0.01)  # a 70B model
     chunked = layout.memory(config, kernels=Kernels(chunked_loss=True))
-    assert chunked.stages[3].logits < table.stages[3].logits / 2
+    padded = layout.padded_vocab_size(128256)
+    assert chunked.stages[3].logits == 8192 * 8192 * 2 + padded / 8 * 8192 * 4  # of hidden states and weight
     assert table.largest is table.stages[0]
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lightning_megatron import LeanAdamW, Muon
-from lightning_megatron.callbacks import memory
 from lightning_megatron.training import optimizer_factory
+from lightning_megatron.training.optimizers.state_size import states_of
 from tests.reference.rounded_adamw import Rounded
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -107,5 +107,5 @@ def test_muon_is_torchs(adjust):
 )
 def test_its_moments_are_counted_where_they_are(chosen, on_cpu, on_gpu):
     optimizer = LeanAdamW([torch.nn.Parameter(torch.zeros(2))], **chosen)
-    assert memory._states(optimizer, torch.device("cpu")) == on_cpu
-    assert memory._states(optimizer, torch.device("cuda")) == on_gpu
+    assert states_of(optimizer, "cpu") == on_cpu
+    assert states_of(optimizer, "cuda") == on_gpu
