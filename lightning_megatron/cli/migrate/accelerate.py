@@ -110,7 +110,7 @@ _TOP = {
     "distributed_type", "megatron_lm_config", "mixed_precision", "num_processes", "num_machines", "machine_rank",
     "main_process_ip", "main_process_port", "use_cpu", "gradient_accumulation_steps",
 }  # fmt: skip
-_PRECISIONS = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_PRECISIONS = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp8": "transformer-engine"}
 
 
 def from_accelerate(
@@ -146,7 +146,12 @@ def from_accelerate(
     _accumulation(
         settings.get("gradient_accumulation_steps", environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")), plan
     )
-    for name in sorted(settings.keys() & _IGNORED):
+    ignored = settings.keys() & _IGNORED
+    if settings.get("fp8_config"):
+        ignored -= {"fp8_config"}
+        says = "MegatronPrecision('transformer-engine', recipe=DelayedScaling(...)) in place of the Trainer's precision"
+        plan.say("fp8_config", _short(settings["fp8_config"]), "yours to do", says)
+    for name in sorted(ignored):
         plan.say(name, settings[name] or None, "not needed", "it does not reach the Megatron-LM plugin")
     for name in environment:
         if (
@@ -228,9 +233,12 @@ def _precision(word: Any, plan: Plan) -> None:
     if word is None or word is False:  # YAML's "no"
         word = "no"
     if word not in _PRECISIONS:
-        raise MigrationError(f"mixed_precision={word}: use one of {', '.join(_PRECISIONS)}; no fp8 yet.")
+        raise MigrationError(f"mixed_precision={word}: use one of {', '.join(_PRECISIONS)}.")
     plan.put("trainer.precision", _PRECISIONS[word])
     plan.say("mixed_precision", word, "Lightning's", f"Trainer(precision={_PRECISIONS[word]!r})")
+    if word == "fp8":
+        says = "a GPT with GPTConfig(layers='transformer_engine'), which alone is in fp8; else precision bf16-mixed"
+        plan.say("fp8", None, "yours to do", says)
 
 
 def _accumulation(steps: Any, plan: Plan) -> None:

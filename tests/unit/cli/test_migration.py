@@ -396,8 +396,10 @@ def test_a_published_line(name, published):
     plan, run = published[name]
     options = {word for word in PUBLISHED[name].split() if word.startswith("--")}
     assert {line.setting for line in plan.lines} >= options
-    missing = {"--fp8-format", "--fp8-amax-history-len", "--fp8-amax-compute-algo", "--fp8-param-gather"}
-    assert {line.setting for line in plan.missing} == (missing if name == "llama" else set())
+    assert {line.setting for line in plan.missing} == ({"--fp8-param-gather"} if name == "llama" else set())
+    by_hand = {line.setting for line in plan.lines if line.fate == "yours to do" and "transformer-engine" in line.says}
+    of_fp8 = {"--fp8-format", "--fp8-amax-history-len", "--fp8-amax-compute-algo"}
+    assert by_hand == (of_fp8 if name == "llama" else set())
     CONFIGS[name](**plan.run["model"]["init_args"]["config"])
     # Megatron-LM's own: a mean over micro-batches, unless --calculate-per-token-loss is given.
     assert run.model.init_args.loss_reduction == ("token" if name == "llama" else "micro_batch")
@@ -756,6 +758,14 @@ def _accelerate(**changed) -> dict:
     return {"distributed_type": "MEGATRON_LM", "num_processes": 4, **changed}
 
 
+def test_accelerates_fp8():
+    plan = from_accelerate(_accelerate(mixed_precision="fp8", fp8_config={"backend": "TE", "margin": 2}))
+    assert plan.run["trainer"]["precision"] == "transformer-engine"
+    by_hand = {line.setting: line.says for line in plan.lines if line.fate == "yours to do"}
+    assert "layers='transformer_engine'" in by_hand["fp8"]
+    assert "recipe=DelayedScaling" in by_hand["fp8_config"]
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -767,7 +777,7 @@ def _accelerate(**changed) -> dict:
         (_accelerate(megatron_lm_config={"tp_degree": 2}), r"tp_degree: .*Did you mean megatron_lm_tp_degree\?"),
         (_accelerate(megatron_lm_config={"megatron_lm_tp_degree": "two"}), "tp_degree='two': use a whole number"),
         (_accelerate(megatron_lm_config={"megatron_lm_tp_degree": 3}), "tp=3.* do not divide the world of 4. Use"),
-        (_accelerate(mixed_precision="fp8"), "mixed_precision=fp8: use one of no, bf16, fp16"),
+        (_accelerate(mixed_precision="fp4"), "mixed_precision=fp4: use one of no, bf16, fp16, fp8"),
         (_accelerate(num_machines=3), "num_processes=4: 3 machines do not share them evenly"),
         (_accelerate(num_procesess=8), r"num_procesess: .*Did you mean num_processes\?"),
         (_accelerate(megatron_lm_config={"megatron_lm_sequence_parallelism": "maybe"}), "'maybe': use true or false"),
