@@ -119,7 +119,7 @@ def rebind(model: torch.nn.Module) -> None:
         for name, value in list(vars(layer).items()):
             if isinstance(value, ProcessGroupCollection):
                 vars(layer)[name] = collection  # setattr of a module is slow
-            elif isinstance(value, dist.ProcessGroup):  # tp_group, pp_group, ...
+            elif dist.ProcessGroup in type(value).__mro__:  # tp_group, pp_group, ...; torch makes isinstance slow
                 vars(layer)[name] = getattr(collection, name.removesuffix("_group"), value)
 
 

@@ -11,19 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import GraphableMegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from lightning_megatron.models.generation.kv_cache import KeyValueCache
+from lightning_megatron.models.generation.kv_cache import KeyValueCache, Rotation
+from lightning_megatron.models.layers.recomputation import activated
 
 
 def generate_quickly(layer: ModuleSpec) -> None:
@@ -39,6 +38,13 @@ def generate_quickly(layer: ModuleSpec) -> None:
 
 class CachedLayer(TransformerLayer):
     """megatron-core's transformer layer."""
+
+    mlp_beside = False  # whether the feed-forward layer reads what attention reads, not what comes behind it
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.mlp) is MLP:  # megatron-core warns of specs of a feed-forward layer that it does not know
+            self.mlp.__class__ = CachedMLP
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer and its hooks; with a cache, without a look at megatron-core's CUDA graphs."""
@@ -74,11 +80,11 @@ class CachedLayer(TransformerLayer):
             attention_bias=attention_bias,
             packed_seq_params=packed_seq_params,
         )
-        hidden = _added(attended, hidden)
+        between = added(attended, hidden)
         if context is not None:
-            normed = self.pre_cross_attn_layernorm(hidden)
-            hidden = _added(self.cross_attention(normed, context_mask, key_value_states=context), hidden)
-        return _added(self.mlp(self.pre_mlp_layernorm(hidden)), hidden), context
+            normed = self.pre_cross_attn_layernorm(between)
+            between = added(self.cross_attention(normed, context_mask, key_value_states=context), between)
+        return added(self.mlp(self.pre_mlp_layernorm(hidden if self.mlp_beside else between)), between), context
 
 
 class CachedSelfAttention(SelfAttention):
@@ -91,6 +97,12 @@ class CachedSelfAttention(SelfAttention):
         super().__init__(*args, **kwargs)
         rare = ("attention_output_gate", "no_rope_freq", "flash_decode")
         self.plain = not any(getattr(self.config, name) for name in rare)
+        self.joined = (
+            self.plain
+            and self.q_layernorm is self.k_layernorm is None
+            and not self.config.test_mode
+            and self.config.num_query_groups >= self.world_size  # else ranks share a group
+        )
 
     def forward(
         self,
@@ -115,10 +127,10 @@ class CachedSelfAttention(SelfAttention):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.get_query_key_value_tensors(hidden)
+        rotation = None
         if rotary_pos_emb is not None:
-            rotation = cache.rotation(rotary_pos_emb, key, self.config.rotary_interleaved)
-            query, key = rotation(query), rotation(key)
+            rotation = cache.rotation(rotary_pos_emb, hidden, self.config.rotary_interleaved)
+        query, key, value = self._query_key_value(hidden, rotation)
         mask_type = AttnMaskType.no_mask if cache.sequence_len_offset else self.attn_mask_type
         key, value = cache.add(self.layer_number, key, value)
         attended = self.core_attention(
@@ -131,6 +143,34 @@ class CachedSelfAttention(SelfAttention):
             packed_seq_params=packed_seq_params,
         )
         return self.linear_proj(attended)
+
+    def _query_key_value(self, hidden: torch.Tensor, rotation: Rotation | None) -> tuple[torch.Tensor, ...]:
+        """Queries ``[new, b, heads/tp, head]``, and keys and values ``[new, b, groups/tp, head]``."""
+        if not self.joined:
+            query, key, value = self.get_query_key_value_tensors(hidden)
+            return (query, key, value) if rotation is None else (rotation(query), rotation(key), value)
+        mixed, _ = self.linear_qkv(hidden)  # of each group its queries, its key and its value
+        new, rows, _ = mixed.shape
+        size = self.hidden_size_per_attention_head
+        heads = mixed.view(new, rows, self.num_query_groups_per_partition, -1, size)
+        value = heads[:, :, :, -1]
+        if rotation is not None:  # queries and keys at once
+            heads = rotation(heads.flatten(2, 3)).view(heads.shape)
+        return heads[:, :, :, :-2].reshape(new, rows, -1, size), heads[:, :, :, -2], value
+
+
+class CachedMLP(MLP):
+    """megatron-core's feed-forward layer."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer on ``[s/tp, b, h]``; without gradients, without a look at megatron-core's joined kernels."""
+        config = self.config
+        if torch.is_grad_enabled() or config.use_te_activation_func or config.bias_activation_fusion or args or kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        inner, bias = self.linear_fc1(hidden_states)  # [s, b, ffn/tp], of gated layers twice as wide
+        if bias is not None:
+            inner.add_(bias)
+        return self.linear_fc2(activated(config, inner))
 
 
 class CachedColumnParallelLinear(ColumnParallelLinear):
@@ -154,10 +194,12 @@ class CachedRowParallelLinear(RowParallelLinear):
         if torch.is_grad_enabled() or self.sequence_parallel or not (self.input_is_parallel and self.skip_bias_add):
             return super().forward(input_)
         output = F.linear(input_, self.weight)
-        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), self.bias
+        if self.tp_group.size() > 1:
+            dist.all_reduce(output, group=self.tp_group)
+        return output, self.bias
 
 
-def _added(output_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor) -> torch.Tensor:
+def added(output_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor) -> torch.Tensor:
     """A block's output, its bias and its input, summed in place in megatron-core's order."""
     output, bias = output_and_bias
     if bias is not None:

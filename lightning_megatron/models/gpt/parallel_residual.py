@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 
+from lightning_megatron.models.generation.cached_layers import CachedLayer
 
-class ParallelResidualLayer(TransformerLayer):
+
+class ParallelResidualLayer(CachedLayer):
     """``x + attention(norm(x)) + feed_forward(other_norm(x))``, as in GPT-NeoX."""
+
+    mlp_beside = True
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """Run the layer on ``[s/tp, b, h]``."""
+        if kwargs.get("inference_context") is not None:
+            return super().forward(hidden_states, *args, **kwargs)
         kwargs.pop("dynamic_inference_decode_only", None)
         attended, context = self._forward_attention(hidden_states, *args, **kwargs)
         output_and_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))

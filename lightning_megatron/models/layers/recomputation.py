@@ -58,13 +58,20 @@ class RecomputedMLP(MLP):
 
     def activate(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The bias and the activation, ``[s, b, ffn/tp]``."""
-        hidden = inputs if bias is None else inputs + bias
-        if not self.config.gated_linear_unit:
-            return self.activation_func(hidden)
-        gate, linear = hidden.chunk(2, dim=-1)
-        if (limit := self.config.activation_func_clamp_value) is not None:
-            gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
-        return self.activation_func(gate) * (linear + self.config.glu_linear_offset)
+        return activated(self.config, inputs if bias is None else inputs + bias)
+
+
+def activated(config: TransformerConfig, hidden: torch.Tensor) -> torch.Tensor:
+    """A feed-forward layer's activation, ``[..., ffn/tp]``; a gated layer's ``hidden`` is twice as wide."""
+    function: Any = config.activation_func
+    if not config.gated_linear_unit:
+        return function(hidden)
+    gate, linear = hidden.chunk(2, dim=-1)
+    if (limit := config.activation_func_clamp_value) is not None:
+        gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
+    if config.glu_linear_offset:
+        linear = linear + config.glu_linear_offset
+    return function(gate) * linear
 
 
 def recompute_norms(model: torch.nn.Module) -> None:
