@@ -153,10 +153,10 @@ class CachedSelfAttention(SelfAttention):
         new, rows, _ = mixed.shape
         size = self.hidden_size_per_attention_head
         heads = mixed.view(new, rows, self.num_query_groups_per_partition, -1, size)
-        value = heads[:, :, :, -1]
+        value = heads.select(3, -1)
         if rotation is not None:  # queries and keys at once
             heads = rotation(heads.flatten(2, 3)).view(heads.shape)
-        return heads[:, :, :, :-2].reshape(new, rows, -1, size), heads[:, :, :, -2], value
+        return heads[:, :, :, :-2].reshape(new, rows, -1, size), heads.select(3, -2), value
 
 
 class CachedMLP(MLP):

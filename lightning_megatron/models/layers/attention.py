@@ -134,10 +134,10 @@ class TorchAttention(torch.nn.Module):
         """As ``forward``, ``[s, b, heads/tp, head]``."""
         causal = causal and mask is None and bias is None
         kernel = self._sdpa(dropout)
-        if bias is not None or (mask is not None and mask.size(0) > 1):
+        # Rows that are further heads have their output laid out as the next layer takes it; one token's always is.
+        if bias is not None or (mask is not None and mask.size(0) > 1) or query.size(0) == 1:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, head]
             return kernel(q, k, v, _added_to_scores(mask, bias), causal).permute(2, 0, 1, 3)
-        # Rows that are further heads have their output laid out as the next layer takes it.
         q, k, v = (x.flatten(1, 2).transpose(0, 1)[None] for x in (query, key, value))  # [1, b · n, s, head]
         return kernel(q, k, v, _added_to_scores(mask, bias), causal)[0].transpose(0, 1).reshape(query.shape)
 
