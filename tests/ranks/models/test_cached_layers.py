@@ -8,6 +8,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from lightning_megatron import GPTConfig, GPTModule
@@ -21,6 +22,7 @@ SHAPE: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "learned": {},
     "rope": {"position_embedding": "rope", "num_query_groups": 2, "bias": False, "activation": "swiglu"},
+    "beside": {"position_embedding": "rope", "parallel_residual": True, "rotary_percent": 0.5},
 }
 
 
@@ -35,6 +37,13 @@ def passes(layer: Any, cache: Any, angles: Any, forward: Any) -> list[torch.Tens
     return found
 
 
+def beside(layer: Any, hidden: torch.Tensor, **given: Any) -> tuple[torch.Tensor]:
+    """A layer whose feed-forward layer reads what attention reads, as megatron-core adds."""
+    attended, bias = layer.self_attention(layer.input_layernorm(hidden), **given)
+    output, output_bias = MLP.forward(layer.mlp, layer.pre_mlp_layernorm(hidden))
+    return (hidden + (attended + bias) + (output + output_bias),)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_with_a_cache_is_megatron_cores(kind: str) -> None:
     module = GPTModule(GPTConfig(**SHAPE, **KINDS[kind])).build()
@@ -43,13 +52,14 @@ def test_a_layer_with_a_cache_is_megatron_cores(kind: str) -> None:
         torch.nn.init.normal_(vector)  # biases begin with zeros, which would not be missed
     layer = model.decoder.layers[0]
     with prepared_to_generate([model]):
-        angles = model.rotary_pos_emb(16) if kind == "rope" else None
-        for part, megatron in ((layer.self_attention, SelfAttention), (layer, TransformerLayer)):
+        angles = None if kind == "learned" else model.rotary_pos_emb(16)
+        whole = beside if kind == "beside" else TransformerLayer.forward
+        for part, megatron in ((layer.self_attention, SelfAttention.forward), (layer, whole)):
             ours = passes(part, KeyValueCache(ROWS, 1, 16), angles, type(part).__call__)
             cache = StaticInferenceContext(ROWS, 16)
             if part is layer:  # its attention reads the cache in this way
                 cache = KeyValueCache(ROWS, 1, 16)
-            theirs = passes(part, cache, angles, megatron.forward)
+            theirs = passes(part, cache, angles, megatron)
             assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
         for linear, megatron in (
             (layer.self_attention.linear_qkv, ColumnParallelLinear),
@@ -59,6 +69,8 @@ def test_a_layer_with_a_cache_is_megatron_cores(kind: str) -> None:
             x = torch.randn(1, ROWS, linear.weight.size(1))
             for one, other in zip(linear(x), megatron.forward(linear, x), strict=True):
                 assert one is other is None or torch.equal(one, other)
+        x = torch.randn(1, ROWS, 32)
+        assert torch.equal(layer.mlp(x)[0], MLP.forward(layer.mlp, x)[0])
 
 
 @pytest.mark.parametrize("channels", [8, 4])
