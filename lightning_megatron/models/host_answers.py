@@ -66,6 +66,11 @@ def trusted(batch: dict[str, Any]) -> dict[str, Any]:
     of = batch.get(_KEY, {}).get(_OF)
     if of is not None and of.are_in(batch):
         return batch
+    return without_answers(batch)
+
+
+def without_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without the answers it may carry."""
     return {name: value for name, value in batch.items() if name != _KEY}
 
 
