@@ -15,7 +15,7 @@ from lightning_megatron import hf
 from lightning_megatron.checkpoint import without_trainer
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.batch_checks import UNMET, given, refuse
-from lightning_megatron.models.host_answers import Question, has_transfer_hooks, with_answers
+from lightning_megatron.models.host_answers import Answers, Question, ask, has_transfer_hooks
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.output_layer import OutputLayer
 from lightning_megatron.models.lora import LoRA, lora_module
@@ -265,14 +265,15 @@ class ConfiguredModule(MegatronModule):
         if not self.has_own_get_batch:
             self._check_loaded(self._named_tensors(batch))
 
-    def answer_on_host(self, batch: Any) -> Any:
-        """The batch, with answers to what ``get_batch`` would ask the device; an overridden one asks the device.
+    def answer_on_host(self, batch: Any) -> Answers:
+        """Answers to what ``get_batch`` would ask the device about a batch; an overridden one asks the device.
 
         So does ``get_batch`` where a hook may change the batch on its way to the device.
         """
         if self.has_own_get_batch or has_transfer_hooks(self):
-            return batch
-        return with_answers(batch, self._questions(given(batch)))
+            return {}
+        batch = given(batch)
+        return ask(batch, self._questions(batch))
 
     def _questions(self, batch: Batch) -> Iterable[Question]:
         """What ``get_batch`` asks about a batch of the loader's; ``batch`` has only keys that have a value."""

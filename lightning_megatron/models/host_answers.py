@@ -6,9 +6,9 @@ mask. On the device, such a question would stop the host until everything before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from copy import copy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import ref
 
 import lightning.pytorch as pl
 import torch
@@ -16,26 +16,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # Of one value for each row, as a tensor [b]; known by its name.
 Question = Callable[[Any], torch.Tensor]
+Answers = dict[str, list[Any]]  # by the questions' names, an answer for each row
 
-_KEY = "host_answers"  # lists with an element for each row: they are cut into micro-batches with the rest
-_OF = "of"  # what the answers are about
-
-
-class _Tensors:
-    """The tensors of a batch on the device, and how often each has been changed; whole for each micro-batch."""
-
-    __slots__ = ("seen",)
-
-    def __init__(self, batch: Mapping[str, Any]) -> None:
-        self.seen = {name: (x, _version(x)) for name, x in batch.items() if isinstance(x, torch.Tensor)}
-
-    def are_in(self, batch: Mapping[str, Any]) -> bool:
-        """Whether all tensors of ``batch`` are these, or rows of these, unchanged."""
-        tensors = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor)}
-        return tensors.keys() <= self.seen.keys() and all(
-            _address(x) == _address(self.seen[name][0]) and _version(x) == self.seen[name][1]
-            for name, x in tensors.items()
-        )
+_KEY = "host_answers"
 
 
 def has_transfer_hooks(module: pl.LightningModule) -> bool:
@@ -45,37 +28,66 @@ def has_transfer_hooks(module: pl.LightningModule) -> bool:
     return any(owner is not None and is_overridden(hook, owner) for owner in owners for hook in hooks)
 
 
-def with_answers(batch: Mapping[str, Any], questions: Iterable[Question]) -> Mapping[str, Any]:
-    """A copy of a batch of the loader's that also carries the answers to ``questions``, each asked of the batch."""
-    given = {name: value for name, value in batch.items() if value is not None}
-    found = {question.__name__: question(given).tolist() for question in questions}
-    answered = copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
-    answered[_KEY] = found
-    return answered
+def ask(batch: Mapping[str, Any], questions: Iterable[Question]) -> Answers:
+    """The answer to each question for each row of a batch, whose tensors are on the host."""
+    return {question.__name__: question(batch).tolist() for question in questions}
 
 
-def sealed(batch: Any) -> Any:
-    """The batch, on the device now, with a note of its tensors: the answers it carries are about these only."""
-    if isinstance(batch, MutableMapping) and _KEY in batch:
-        batch[_KEY] = {**batch[_KEY], _OF: _Tensors(batch)}
-    return batch
+class _LastBatch:
+    """The answers about the batch that has moved last; they are found again by the memory of its tensors.
+
+    So a batch has nothing in it that its loader has not given, for a step or a hook that passes all of it on.
+    """
+
+    def __init__(self, batch: Mapping[str, Any], answers: Answers) -> None:
+        self._tensors = {name: (ref(x), _version(x)) for name, x in batch.items() if isinstance(x, torch.Tensor)}
+        self._answers = answers
+
+    def about(self, batch: Mapping[str, Any]) -> Answers:
+        """The answers about a batch or micro-batch; none if a tensor in it is no unchanged row or rows of the last."""
+        tensors = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor)}
+        rows = {self._rows(name, x) for name, x in tensors.items() if x.dim()}
+        if len(rows) != 1 or not all(self._is_whole(name, x) for name, x in tensors.items() if not x.dim()):
+            return {}
+        found = rows.pop()
+        return {} if found is None else {question: each[slice(*found)] for question, each in self._answers.items()}
+
+    def _is_whole(self, name: str, tensor: torch.Tensor) -> bool:
+        known, version = self._tensors.get(name, (None, 0))
+        return known is not None and known() is tensor and _version(tensor) == version
+
+    def _rows(self, name: str, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """The rows of the last batch's tensor that this one is, from the first to behind the last."""
+        known, version = self._tensors.get(name, (None, 0))
+        whole = None if known is None else known()
+        if whole is None or _version(tensor) != version or _address(tensor) != _address(whole):
+            return None
+        if tensor.shape[1:] != whole.shape[1:] or tensor.stride() != whole.stride():
+            return None
+        if len(tensor) == len(whole):
+            return (0, len(whole)) if tensor.storage_offset() == whole.storage_offset() else None
+        if not whole.stride(0):  # one row in place of all
+            return None
+        first = (tensor.storage_offset() - whole.storage_offset()) // whole.stride(0)
+        return first, first + len(tensor)
 
 
-def trusted(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch or micro-batch without the answers it carries if a hook has changed a tensor, or put another in."""
-    of = batch.get(_KEY, {}).get(_OF)
-    if of is not None and of.are_in(batch):
-        return batch
-    return without_answers(batch)
+_last = _LastBatch({}, {})
 
 
-def without_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch without the answers it may carry."""
-    return {name: value for name, value in batch.items() if name != _KEY}
+def remember(batch: Any, answers: Answers) -> None:
+    """Keep the answers about a batch that is on the device now, until the next one."""
+    global _last
+    _last = _LastBatch(batch if answers else {}, answers)
+
+
+def with_answers(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch or micro-batch with what the host has answered about its rows, if it is still as it was then."""
+    return {**batch, _KEY: _last.about(batch)}
 
 
 def answers(batch: Mapping[str, Any], question: Question) -> list[Any]:
-    """The answer for each row of a batch or micro-batch, which is asked now where it does not carry it."""
+    """The answer for each row of a batch or micro-batch, which is asked now where the host has not."""
     carried = batch.get(_KEY, {}).get(question.__name__)
     return question(batch).tolist() if carried is None else carried
 

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_megatron.distributed import collectives
 from lightning_megatron.models.building import ChunkedModule
+from lightning_megatron.models.host_answers import Answers
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
 
@@ -132,9 +133,9 @@ class MegatronModule(ChunkedModule):
         """
         return (self.sequence_length(batch),)
 
-    def answer_on_host(self, batch: Any) -> Any:
-        """Add to a batch, which is still on the host, what its values decide, so that no step asks the device."""
-        return batch
+    def answer_on_host(self, batch: Any) -> Answers:
+        """What the values of a batch, which is still on the host, decide, so that no step asks the device."""
+        return {}
 
     def complete_batch(self, batch: Any) -> Any:
         """Add to this replica's batch, which is on the device, what only the whole global batch says."""

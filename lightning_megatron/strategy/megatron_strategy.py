@@ -32,7 +32,7 @@ from lightning_megatron.distributed import (
 )
 from lightning_megatron.distributed.device import use_device
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.models.host_answers import has_transfer_hooks, sealed
+from lightning_megatron.models.host_answers import Answers, has_transfer_hooks, remember
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.models.recompute import Recompute
@@ -308,12 +308,16 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
         assert module is not None
+        answers: Answers = {}
         if isinstance(module, MegatronModule):
             module.check_batch(batch)  # the tensors are still on the host here
-            batch = module.answer_on_host(batch)
+            answers = module.answer_on_host(batch)
         move = partial(super().batch_to_device, device=device, dataloader_idx=dataloader_idx)
         batch = move_beside_computation(batch, device or self.root_device, move, has_transfer_hooks(module))
-        return sealed(module.complete_batch(batch)) if isinstance(module, MegatronModule) else batch
+        if isinstance(module, MegatronModule):
+            batch = module.complete_batch(batch)
+            remember(batch, answers)
+        return batch
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from lightning_megatron.models.batch_checks import check_alike, check_range, che
 from lightning_megatron.models.bert.config import BertConfig
 from lightning_megatron.models.bert.tasks import TASKS, BertTask
 from lightning_megatron.models.configured_module import ConfiguredModule
-from lightning_megatron.models.host_answers import Question, answers, trusted
+from lightning_megatron.models.host_answers import Question, answers, with_answers
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.output_layer import OutputLayer
@@ -134,7 +134,7 @@ class BertModule(ConfiguredModule):
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens, types and positions ``[b, s]``, a mask ``[b, 1, 1, s]`` and the task's labels, from either form."""
-        batch = _renamed(trusted(given(batch)))
+        batch = _renamed(with_answers(given(batch)))
         tokens = batch["input_ids"].long()
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         inputs = {

@@ -148,7 +148,7 @@ class Pretraining(MaskedLM):
         counts = [(self._tokens(batch) != IGNORED_LABEL).sum(), (self._pairs(batch) >= 0).sum()]
         tokens, pairs = average_losses_across_data_parallel_group(counts)
         rows = batch["input_ids"].size(0)
-        return {**batch, "pair_weight": (tokens / pairs.clamp(min=1e-6)).expand(rows)}
+        return {**batch, "pair_weight": (tokens / pairs.clamp(min=1e-6)).repeat(rows)}
 
     def labels(self, batch: Batch) -> Batch:
         """The labels of both heads."""

@@ -24,7 +24,6 @@ from lightning_megatron.models.generation import (
     agree,
     prepared_to_generate,
 )
-from lightning_megatron.models.host_answers import without_answers
 
 
 class GeneratingModule(ConfiguredModule):
@@ -124,8 +123,7 @@ class GeneratingModule(ConfiguredModule):
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
         }
-        asked = without_answers({**named, **more})  # a predict_step may hand all of its batch on
-        given = {name: value for name, value in asked.items() if value is not None}
+        given = {name: value for name, value in {**named, **more}.items() if value is not None}
         own = {**(Origin.of(self.hparams).generation or {}), **_said(generation_config)}
         hooks = Hooks(logits_processor, stopping_criteria, prefix_allowed_tokens_fn, tokenizer, stream, streamer)
         decays = {"top_p_decay": top_p_decay, "top_p_bound": top_p_bound}

@@ -19,7 +19,7 @@ from lightning_megatron.models.gpt.decoder import GPTDecoder
 from lightning_megatron.models.gpt.layer_spec import gpt_block_spec
 from lightning_megatron.models.gpt.model import PositionedGPT
 from lightning_megatron.models.gpt.packed_documents import Documents, is_one_document, numbers_by_positions
-from lightning_megatron.models.host_answers import Question, answers, trusted
+from lightning_megatron.models.host_answers import Question, answers, with_answers
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.fused.rotary import can_rotate
@@ -173,7 +173,7 @@ class GPTModule(GeneratingModule):
 
         Rotary positions are None where they are the places in the row.
         """
-        batch = trusted(given(batch))
+        batch = with_answers(given(batch))
         inputs = _from_megatron(batch) if _token_key(batch) != "input_ids" else _from_transformers(batch)
         tokens, positions = inputs["input_ids"], batch.get("position_ids")
         positions = None if positions is None else positions.long().expand_as(tokens)

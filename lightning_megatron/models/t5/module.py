@@ -14,7 +14,7 @@ from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule
-from lightning_megatron.models.host_answers import Question, answers, trusted
+from lightning_megatron.models.host_answers import Question, answers, with_answers
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.output_layer import OutputLayer, cross_entropy_over_shards
@@ -171,7 +171,7 @@ class T5Module(GeneratingModule):
 
     def get_batch(self, batch: Batch) -> Batch:
         """Tokens of both sides, masks (True where a query may not look), and labels, from either form."""
-        batch = _renamed(trusted(given(batch)))
+        batch = _renamed(with_answers(given(batch)))
         tokens, targets = batch["input_ids"].long(), self._decoder_inputs(batch)
         inputs = {
             "input_ids": tokens,

@@ -1,9 +1,9 @@
-"""A batch carries answers about its own tensors only, row by row."""
+"""What the host has answered about a batch counts for its own tensors only, row by row."""
 
 import torch
 
-from lightning_megatron.models.host_answers import answers, sealed, trusted, with_answers
-from lightning_megatron.training.batch_rows import count_rows, take_rows
+from lightning_megatron.models.host_answers import answers, ask, remember, with_answers
+from lightning_megatron.training.batch_rows import take_rows
 
 
 def is_even(batch):
@@ -11,46 +11,68 @@ def is_even(batch):
 
 
 def batch_on_device():
-    loaded = {"x": torch.tensor([[0], [1], [2]]), "none": None, "scale": 2.0}
-    answered = with_answers(loaded, [is_even])
-    assert "host_answers" not in loaded
-    return sealed({name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in answered.items()})
+    loaded = {"x": torch.tensor([[0, 0], [1, 0], [2, 0]]), "scale": torch.tensor(2.0), "name": "a"}
+    moved = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in loaded.items()}
+    remember(moved, ask(loaded, [is_even]))
+    return moved
 
 
-def carried(batch):
-    """What the batch itself knows: the question would not know its answer."""
+def known(batch):
+    """What the host has answered: the question would not know its answer."""
 
     def is_even(_):
         raise LookupError
 
-    return answers(trusted(batch), is_even)
+    return answers(with_answers(batch), is_even)
 
 
-def test_micro_batches_carry_the_answers_of_their_rows():
+def is_known(batch):
+    return with_answers(batch)["host_answers"] != {}
+
+
+def test_micro_batches_have_the_answers_of_their_rows():
     batch = batch_on_device()
-    assert count_rows(batch) == 3
-    assert carried(batch) == [True, False, True]
-    assert carried(take_rows(batch, 1, 3, 3)) == [False, True]
+    assert known(batch) == [True, False, True]
+    assert known(take_rows(batch, 1, 3, 3)) == [False, True]
+    assert known(take_rows(batch, 2, 3, 3)) == [True]
+
+
+def test_a_batch_has_nothing_beside_what_its_loader_gave():
+    assert batch_on_device().keys() == {"x", "scale", "name"}
 
 
 def test_what_changed_on_the_way_is_asked_again():
-    changed, replaced, added, inside = (batch_on_device() for _ in range(4))
+    changed = batch_on_device()
     changed["x"] += 1
-    replaced["x"] = replaced["x"] + 1
-    added["mask"] = torch.ones(3)
-    part = take_rows(inside, 1, 3, 3)
+    assert not is_known(changed)
+    assert answers(with_answers(changed), is_even) == [False, True, False]
+    replaced = batch_on_device()
+    assert not is_known({**replaced, "x": replaced["x"] + 1})
+    assert not is_known({**replaced, "mask": torch.ones(3)})
+    assert not is_known({**replaced, "x": replaced["x"][:, :1]})
+    assert not is_known({**replaced, "x": replaced["x"][[0, 1, 2]]})
+    assert not is_known({**replaced, "scale": torch.tensor(2.0)})
+    assert is_known(replaced)
+    part = take_rows(batch_on_device(), 1, 3, 3)
     part["x"][0] = 4
-    for batch in (changed, replaced, added, part):
-        assert trusted(batch).keys() == batch.keys() - {"host_answers"}
-    assert answers(trusted(changed), is_even) == [False, True, False]
-    assert answers(trusted(part), is_even) == [True, True]
+    assert answers(with_answers(part), is_even) == [True, True]
 
 
-def test_an_unsealed_batch_is_not_trusted():
-    batch = with_answers({"x": torch.tensor([[0]])}, [is_even])
-    assert "host_answers" not in trusted(dict(batch))
+def test_another_batch_is_asked():
+    first = batch_on_device()
+    batch_on_device()
+    assert not is_known(first)
+    remember(first, {})
+    assert not is_known(first)
 
 
-def test_tensors_of_inference_mode_can_be_sealed():
+def test_rows_of_two_kinds_are_asked():
+    batch = {"x": torch.tensor([[0], [1], [2]]), "y": torch.tensor([[0], [1], [2]])}
+    remember(batch, ask(batch, [is_even]))
+    assert known({"x": batch["x"][1:], "y": batch["y"][1:]}) == [False, True]
+    assert not is_known({"x": batch["x"][1:], "y": batch["y"][:2]})
+
+
+def test_tensors_of_inference_mode_have_answers():
     with torch.inference_mode():
-        assert carried(batch_on_device()) == [True, False, True]
+        assert known(batch_on_device()) == [True, False, True]
