@@ -72,6 +72,7 @@ class _State:
 
 
 _state = _State()
+_bound: weakref.WeakKeyDictionary[torch.nn.Module, list[dist.ProcessGroup]] = weakref.WeakKeyDictionary()
 
 
 def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
@@ -113,13 +114,17 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
 
 
 def rebind(model: torch.nn.Module) -> None:
-    """Give the layers of ``model`` the existing groups, in place of destroyed ones of the same sizes."""
+    """Give the layers of ``model`` the existing groups, in place of destroyed ones of the same sizes, if not done yet."""
+    groups = _current().groups
+    if _bound.get(model) is groups:
+        return
+    _bound[model] = groups
     collection = ProcessGroupCollection.use_mpu_process_groups()
     for layer in model.modules():
         for name, value in list(vars(layer).items()):
             if isinstance(value, ProcessGroupCollection):
                 vars(layer)[name] = collection  # setattr of a module is slow
-            elif dist.ProcessGroup in type(value).__mro__:  # tp_group, pp_group, ...; torch makes isinstance slow
+            elif isinstance(value, dist.ProcessGroup):  # tp_group, pp_group, ...
                 vars(layer)[name] = getattr(collection, name.removesuffix("_group"), value)
 
 

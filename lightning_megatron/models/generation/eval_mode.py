@@ -19,7 +19,7 @@ def prepared_to_generate(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     ``inference_mode`` is not used: tensors that megatron-core keeps there (rotary angles) break a later training step.
     """
     modules = [module for chunk in chunks for module in chunk.modules()]
-    training = [(module, module.training) for module in modules]
+    training = [module for module in modules if module.training]
     configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
     shared = [
         (owner, name)
@@ -28,14 +28,14 @@ def prepared_to_generate(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
         if vars(owner).get(name) is True
     ]
     try:
-        for module, _ in training:
+        for module in training:
             module.training = False
         for owner, name in shared:
             setattr(owner, name, False)
         with torch.no_grad():
             yield
     finally:
-        for module, was in training:
-            module.training = was
+        for module in training:
+            module.training = True
         for owner, name in shared:
             setattr(owner, name, True)
