@@ -114,7 +114,7 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
 
 
 def rebind(model: torch.nn.Module) -> None:
-    """Give the layers of ``model`` the existing groups, in place of destroyed ones of the same sizes, if not done yet."""
+    """Give layers of ``model`` the existing groups in place of destroyed ones of the same sizes, unless it has them."""
     groups = _current().groups
     if _bound.get(model) is groups:
         return
