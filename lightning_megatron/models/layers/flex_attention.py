@@ -41,9 +41,9 @@ def attend_by_blocks(
     Returns:
         None where torch cannot compile the kernel here, which is warned about once.
     """
-    mask = pattern.made(("blocks", window, query.device), lambda: block_mask(pattern, window, query.device))
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     try:
+        mask = pattern.made(("blocks", window, query.device), lambda: block_mask(pattern, window, query.device))
         found: torch.Tensor = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
     except torch.OutOfMemoryError:
         raise

@@ -85,6 +85,8 @@ def _is_for_cudnn(query: torch.Tensor, key: torch.Tensor) -> bool:
         return False
     if query.size(-1) > _CUDNN_HEAD or not _is_hopper(query.device.index or 0):
         return False
+    if query.size(2) != key.size(2):  # a text that is written, whose keys are more with each token
+        return False
     shape = (*query.shape, *key.shape)
     if shape not in _planned and len(_planned) < _CUDNN_SHAPES:
         _planned.add(shape)

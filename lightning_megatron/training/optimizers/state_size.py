@@ -25,7 +25,7 @@ def states_of(optimizer: Any, device: str) -> float:
         optimizer = optimizer.optimizer or AdamW if hasattr(optimizer, "build") else optimizer
         if getattr(optimizer, "func", optimizer) is Muon:  # it takes no other weights than those of a model
             return 1
-        optimizer = optimizer([torch.nn.Parameter(torch.zeros(1))])
+        optimizer = optimizer([torch.nn.Parameter(torch.zeros(1, device="cpu"))])
     settings = optimizer.defaults
     if isinstance(optimizer, LeanAdamW):
         if settings["on_host"] and device != "cpu":

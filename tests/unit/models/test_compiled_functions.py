@@ -33,3 +33,23 @@ def test_where_torch_cannot_compile_it_warns_once_and_computes_the_same(monkeypa
     with pytest.warns(UserWarning, match=r"no compiler here.*fused_layers=False") as warned:
         assert [float(f(torch.zeros(2, 1)).sum()) for f in functions for _ in range(2)] == [2.0, 2.0, 4.0, 4.0]
     assert len(warned) == 1
+
+
+def test_a_kernel_that_cannot_be_launched_is_left_out_too(monkeypatch):
+    """Triton raises its own errors, and the first of them when the kernel is launched."""
+
+    def too_large(*_):
+        raise ArithmeticError("out of resource: shared memory")
+
+    monkeypatch.setattr(compiled_functions, "_options", lambda: {"backend": lambda *_: too_large})
+    with pytest.warns(UserWarning, match="out of resource: shared memory"):
+        assert float(compiled(lambda x: x + 1)(torch.zeros(2, 1)).sum()) == 2.0
+
+
+def test_memory_that_is_missing_is_not_missing_for_the_compiler(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compiled_functions, "_options", lambda: {"backend": lambda *_: full})
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled(lambda x: x + 1)(torch.zeros(2, 1))

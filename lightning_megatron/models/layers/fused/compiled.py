@@ -1,8 +1,8 @@
 """Compiles small functions of tensors when they are first called; where torch cannot, they run as they are.
 
-Each function is pure: it draws no random numbers, changes no argument and runs without autograd, so that forward,
-recomputed forward and evaluation run the same kernel. torch keeps the kernels on disk, in the folder
-``TORCHINDUCTOR_CACHE_DIR``, and the next run finds them there.
+Each function draws no random numbers and runs without autograd, so that forward, recomputed forward and evaluation run
+the same kernel, and its arguments are as before if its compilation fails. torch keeps the kernels on disk, in the
+folder ``TORCHINDUCTOR_CACHE_DIR``, and the next run finds them there.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         tensors = [x for x in args if isinstance(x, torch.Tensor) and x.dim() > 1]
         if cannot or tensors[0].size(0) == 1:
             return function(*args)
-        from torch._dynamo import maybe_mark_dynamic  # loads the compiler, which a run without it does not wait for
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
-        fast = fast or torch.compile(function, fullgraph=True, **_options())
-        for tensor in tensors:
-            maybe_mark_dynamic(tensor, list(range(tensor.dim() // 2)))
         try:
+            from torch._dynamo import maybe_mark_dynamic  # the compiler, for which a run without it does not wait
+
+            fast = fast or torch.compile(function, fullgraph=True, **_options())
+            for tensor in tensors:
+                maybe_mark_dynamic(tensor, list(range(tensor.dim() // 2)))
             return fast(*args)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of torch's compiler, Triton or a C++ compiler: each raises its own
             cannot = True
             _tell(error)
             return function(*args)
