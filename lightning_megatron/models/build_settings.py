@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -55,3 +55,19 @@ class BuildSettings:
             "batch_p2p_sync": False,
             **self.fp8,
         }
+
+
+def differences(before: Any, now: Any) -> tuple[str, str]:
+    """What differs between the fields of two dataclasses of one type, as text for people: of the first, of the second.
+
+    Fields that are not compared are left out, and fields of fields are named by themselves.
+    """
+    if not is_dataclass(before) or type(before) is not type(now):
+        return repr(before), repr(now)
+    found = []
+    for each in fields(before):
+        one, other = getattr(before, each.name), getattr(now, each.name)
+        if each.compare and one != other:
+            nested = differences(one, other)
+            found.append(nested if is_dataclass(one) else tuple(f"{each.name}={text}" for text in nested))
+    return ", ".join(text for text, _ in found), ", ".join(text for _, text in found)

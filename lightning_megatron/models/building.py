@@ -15,7 +15,7 @@ from lightning_megatron.checkpoint import local_path, without_trainer
 from lightning_megatron.distributed import parameter_names, process_group_backends, process_groups
 from lightning_megatron.distributed.device import model_rng, use_device
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
-from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.build_settings import BuildSettings, differences
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.attention import use_kernel
 from lightning_megatron.models.layers.recomputation import recompute_norms
@@ -259,8 +259,9 @@ class ChunkedModule(pl.LightningModule):
 
     def _check_built_for(self, settings: BuildSettings) -> None:
         if self.built_for != settings:
+            before, now = differences(self.built_for, settings)
             raise ValueError(
-                f"This {type(self).__name__} was built for {self.built_for}, and this run has {settings}. Make a new"
+                f"This {type(self).__name__} was built for {before}, and this run has {now}. Make a new"
                 f" {type(self).__name__}, and carry the weights over in a checkpoint (ckpt_path=)."
             )
 
