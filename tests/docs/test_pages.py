@@ -8,8 +8,11 @@ import time
 import psutil
 import pytest
 import yaml
+from PIL import Image
 from torch.distributed.run import get_args_parser
 
+from lightning_megatron import ParallelLayout
+from lightning_megatron.callbacks.timeline import ideal_bubble
 from tests.support.pages import DOCS, ROOT, blocks, names_of, path_of_test, run, script, shell
 from tests.support.ranks import free_port
 
@@ -92,6 +95,9 @@ def test_the_readmes_first_run(tmp_path):
 
 
 def test_layouts(tmp_path, capsys):
+    (show,) = blocks("layouts.md", "bash")
+    shell(tmp_path, show)
+    assert Image.open(tmp_path / "rank-grid.png").size[0] > 1000
     layout = names_of("layouts.md", tmp_path)["layout"]
     assert layout.dp == 2
     text = (DOCS / "layouts.md").read_text()
@@ -105,6 +111,19 @@ def test_layouts(tmp_path, capsys):
 def test_precision(tmp_path):
     (code,) = blocks("precision.md")
     assert script(tmp_path, code).endswith("{torch.bfloat16} {torch.float32}\n")
+
+
+def test_the_bubble_is_the_same_in_text_and_picture():
+    """The picture keeps its title in its file; the second number is that of the formula."""
+    text = (DOCS / "monitoring.md").read_text()
+    says = {"1f1b": r"here (\d+) % .*would be (\d+) %", "interleaved": r"is then (\d+) %, and (\d+) %"}
+    for picture, pattern in says.items():
+        title = Image.open(DOCS / f"images/timeline-{picture}.png").text["Title"]
+        told = re.search(pattern, text, re.DOTALL).groups()
+        assert re.findall(r"(\d+)%", title) == list(told)
+        sizes = {name: int(size) for name, size in re.findall(r"(pp|vp)=(\d+)", title)}
+        layout = ParallelLayout(world_size=sizes["pp"], **sizes)
+        assert round(100 * ideal_bubble(layout, int(re.search(r"(\d+) micro-batches", title)[1]))) == int(told[1])
 
 
 @pytest.mark.slow

@@ -5,11 +5,12 @@ import re
 import subprocess
 import sys
 
-from tests.support.pages import DOCS, ROOT
+from tests.support.pages import DOCS, ROOT, blocks
 
 
 def test_it_builds(tmp_path):
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "JUPYTER_PLATFORM_DIRS": "1"}
+    environment |= {"REPOSITORY_URL": "https://example.org/us/it", "REPOSITORY_EDIT_URI": "edit/main/docs/"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert built.returncode == 0, built.stderr[-4000:]
@@ -17,6 +18,9 @@ def test_it_builds(tmp_path):
     assert {path.stem for path in DOCS.glob("*.md")} - {"index"} < pages
     reference = (tmp_path / "site/reference/index.html").read_text()
     assert all(f'id="lightning_megatron.{name}"' in reference for name in _public())
+    told = re.sub("<[^>]+>", "", reference)
+    assert "MegatronStrategy(\n    tp: int = 1,\n    pp: int = 1,\n" in told  # signatures have a line an argument
+    assert 'href="https://example.org/us/it/edit/main/docs/lora.md"' in (tmp_path / "site/lora/index.html").read_text()
 
 
 def _public() -> list[str]:
@@ -36,3 +40,15 @@ def test_a_broken_link_is_found(tmp_path):
     assert built.returncode != 0
     assert "nowhere.md" in built.stderr
     assert "none" in built.stderr
+
+
+def test_the_code_of_the_first_page_fits_its_column():
+    """80 characters are what the theme's column holds where it has room for both of its side columns."""
+    for page in ("index.md", "../README.md"):
+        for code in blocks(page):
+            assert max(map(len, code.splitlines())) <= 80, page
+
+
+def test_no_cache_of_a_notebook_is_in_the_source():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert not re.findall(r"^.*(?:\.ipynb_checkpoints|\.cache|jupyter_cache)/.*$", listed, re.MULTILINE)

@@ -46,9 +46,8 @@ def draw(timelines: Sequence[RankTimeline], layout: ParallelLayout, path: str | 
     idle = f"{bubble(rows):.0%} of the schedule idle"
     if layout.pp > 1:
         idle += f"; {ideal_bubble(layout, micro_batches):.0%} if all passes took equally long"
-    axes.set_title(
-        f"{title}{': ' if title else ''}{sizes}, {micro_batches} micro-batches. {idle}", loc="left", fontsize=11
-    )
+    heading = f"{title}{': ' if title else ''}{sizes}, {micro_batches} micro-batches. {idle}"
+    axes.set_title(heading, loc="left", fontsize=11)
     chunks = range(layout.vp or 1)
     name = "forward, chunk {}" if len(chunks) > 1 else "forward"
     legend = [Patch(color=_FORWARD[chunk % 4], label=name.format(chunk)) for chunk in chunks]
@@ -62,7 +61,7 @@ def draw(timelines: Sequence[RankTimeline], layout: ParallelLayout, path: str | 
     ]
     legend.append(Patch(color=_IDLE, label="idle"))
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 8), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Title": heading})
     plt.close(figure)
     return Path(path)
 
