@@ -24,6 +24,7 @@ ELSEWHERE = {
     "custom.md": "test_custom.py",
     "data.md": "test_data_docs.py",
     "examples.md": "test_examples.py",
+    "from_ddp.md": "test_first_questions.py",
     "generation.md": "test_generation_asked.py",
     "hf.md": "test_hf_docs.py",
     "hf_data.md": "test_hf_data.py",
@@ -32,9 +33,11 @@ ELSEWHERE = {
     "migrate_accelerate.md": "test_migration.py",
     "migrate_megatron_lm.md": "test_migration.py",
     "migrate_nemo2.md": "test_migration.py",
+    "out_of_memory.md": "test_first_questions.py",
     "recipes.md": "test_recipes.py",
     "schedules.md": "test_schedulers.py",
     "t5.md": "test_family_docs.py",
+    "too_big.md": "test_first_questions.py",
 }
 HERE = {"index.md", "layouts.md", "precision.md", "multi_node.md", "hangs.md", "monitoring.md", "../README.md"}
 CHECKED_BY_CI = {"contributing.md"}  # .ci/run
