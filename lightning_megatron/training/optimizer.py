@@ -263,7 +263,7 @@ class ShardedOptimizer(Optimizer):
             ValueError: It is the state of another kind of optimizer, or has another number of groups.
         """
         self.check_kind(state_dict)
-        take_settings(self.param_groups, state_dict)
+        take_settings(self.inner.optimizer, state_dict)
         self.initial_settings = state_dict.get("given", self.initial_settings)
         self.skipped_steps = state_dict["skipped_steps"]
         if "grad_scaler" in state_dict and getattr(self.inner, "grad_scaler", None) is not None:
@@ -327,10 +327,16 @@ def check_kind(kind: str, groups: int, state: dict[str, Any]) -> None:
         )
 
 
-def take_settings(groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Give ``groups`` the settings of a saved ``state``, but for the flags of how a step is computed."""
-    for group, saved in zip(groups, state["groups"], strict=True):
+def take_settings(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer's groups the settings of a saved ``state``, but for the flags of how a step is computed.
+
+    Raises:
+        ValueError: The optimizer cannot follow one of the settings.
+    """
+    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
         set_values(group, {key: value for key, value in saved.items() if key not in IMPLEMENTATION_FLAGS | {"params"}})
+    if check := getattr(optimizer, "check_groups", None):
+        check()
 
 
 def set_values(group: dict[str, Any], values: dict[str, Any]) -> None:

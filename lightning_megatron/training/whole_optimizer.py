@@ -69,7 +69,7 @@ class WholeOptimizer:
             ValueError: It is the state of another kind of optimizer, or has other groups.
         """
         self.check_kind(state)
-        take_settings(self.param_groups, state)
+        take_settings(self.inner, state)
         self.initial_settings = state.get("given", self.initial_settings)
 
     def check_kind(self, state: dict[str, Any]) -> None:

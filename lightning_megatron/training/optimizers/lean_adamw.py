@@ -36,7 +36,8 @@ class LeanAdamW(AdamW):
             once, and the host waits for it.
 
     Raises:
-        ValueError: A value that is none of these, or a ``betas[1]`` that averages over too many steps for bf16.
+        ValueError: A value that is none of these, a ``betas[1]`` that averages over too many steps for bf16, or a group
+            with ``maximize`` or ``amsgrad``.
     """
 
     def __init__(
@@ -59,6 +60,21 @@ class LeanAdamW(AdamW):
         self.defaults.update(own)
         for group in self.param_groups:
             group.update({**own, **group})
+        self.check_groups()
+
+    def check_groups(self) -> None:
+        """Refuse settings of a group that a step does not have, or that bf16 moments cannot follow.
+
+        Raises:
+            ValueError: A group asks for ``maximize`` or ``amsgrad``, or averages over too many steps for bf16.
+        """
+        for group in self.param_groups:
+            for name in ("maximize", "amsgrad"):
+                if group.get(name):
+                    raise ValueError(
+                        f"LeanAdamW: a group of weights has {name}={group[name]}, which LeanAdamW does not have. Leave"
+                        " it out, or use torch.optim.AdamW."
+                    )
             if group["exp_avg_sq_dtype"] == "bfloat16" and group["betas"][1] > LARGEST_BETA_IN_BF16:
                 raise ValueError(
                     f"LeanAdamW(betas={group['betas']}, exp_avg_sq_dtype='bfloat16'): an average in bf16 stands still"

@@ -7,6 +7,7 @@ import torch
 
 from lightning_megatron import LeanAdamW, Muon
 from lightning_megatron.training import optimizer_factory
+from lightning_megatron.training.optimizer import take_settings
 from lightning_megatron.training.optimizers.state_size import states_of
 from tests.reference.rounded_adamw import Rounded
 
@@ -70,6 +71,20 @@ def test_an_average_over_too_many_steps_for_bf16_is_refused():
     with pytest.raises(ValueError, match=r"betas=\(0.9, 0.999\), exp_avg_sq_dtype='bfloat16'.* of at most 0.98"):
         LeanAdamW([weight], exp_avg_sq_dtype="bfloat16")
     LeanAdamW([weight], exp_avg_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", ["maximize", "amsgrad"])
+def test_what_lean_adamw_lacks_is_refused_in_a_group_too(name):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=f"{name}=True"):
+        LeanAdamW([{"params": [weight], name: True}])
+
+
+def test_settings_of_a_checkpoint_that_bf16_cannot_follow_are_refused():
+    made = LeanAdamW([torch.nn.Parameter(torch.zeros(2))], betas=(0.9, 0.95), exp_avg_sq_dtype="bfloat16")
+    take_settings(made, {"groups": [{"betas": (0.9, 0.97)}]})
+    with pytest.raises(ValueError, match="at most 0.98"):
+        take_settings(made, {"groups": [{"betas": (0.9, 0.999)}]})
 
 
 def test_muon_refuses_weights_that_do_not_say_what_they_are():
