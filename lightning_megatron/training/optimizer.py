@@ -31,6 +31,9 @@ IMPLEMENTATION_FLAGS = {
     "foreach", "fused", "capturable", "differentiable", "exp_avg_dtype", "exp_avg_sq_dtype", "on_host"
 }  # fmt: skip
 
+# Optimizers by the names of others that have the same state, so that a run goes on from one with the other.
+_SAME_STATE = {"LeanAdamW": "AdamW"}
+
 
 @dataclass(frozen=True)
 class ParameterSlice:
@@ -319,7 +322,8 @@ def check_kind(kind: str, groups: int, state: dict[str, Any]) -> None:
     Raises:
         ValueError: The kinds or the numbers of groups differ; the text has both.
     """
-    if state["name"] != kind or len(state["groups"]) != groups:
+    same = _SAME_STATE.get(state["name"], state["name"]) == _SAME_STATE.get(kind, kind)
+    if not same or len(state["groups"]) != groups:
         raise ValueError(
             f"The checkpoint has the state of {state['name']} with {len(state['groups'])} groups, and this run's"
             f" optimizer is {kind} with {groups}. Use the same optimizer, or start from the weights alone"

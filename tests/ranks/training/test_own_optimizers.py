@@ -80,7 +80,9 @@ def test_trains_as_plain_pytorch_does(make, plain, sharded, band):
             assert distance < band, layout
 
 
-@pytest.mark.parametrize(("make", "sharded"), [(rounded, True), (muon, False)], ids=["bf16", "muon"])
+@pytest.mark.parametrize(
+    ("make", "sharded"), [(lean, True), (rounded, True), (muon, False)], ids=["host", "bf16", "muon"]
+)
 def test_resumes_to_the_bit_and_with_other_replicas(make, sharded, tmp_path):
     layout = Layout(dp=2, sharded=sharded)
     whole = run_in_pool(2, fit, make, layout, STEPS)
@@ -93,6 +95,15 @@ def test_resumes_to_the_bit_and_with_other_replicas(make, sharded, tmp_path):
     for other in (Layout(sharded=sharded), Layout(tp=2, sharded=sharded)):
         ranks = run_in_pool(other.world_size, fit, make, other, STEPS, tmp_path / "saved", None, full)
         assert all(distance < 3e-4 for _, distance, _ in ranks), other
+
+
+def test_adamw_goes_on_from_lean_adamw_and_back(tmp_path):
+    layout, plain = Layout(dp=2), partial(torch.optim.AdamW, **plain_gpt.ADAM, fused=True)
+    (whole, _, _), _ = run_in_pool(2, fit, lean, layout, STEPS)
+    for first, second in ((lean, plain), (plain, lean)):
+        run_in_pool(2, fit, first, layout, 3, None, tmp_path / "saved")
+        (seen, _, _), _ = run_in_pool(2, fit, second, layout, STEPS, tmp_path / "saved")
+        assert all(torch.equal(seen[name], whole[name]) for name in whole)
 
 
 def test_muon_on_shards_is_refused():
