@@ -3,6 +3,7 @@
 Imports ``distributed``, but only what words the errors.
 """
 
+from lightning_megatron.data.chat.datamodule import ChatDataModule
 from lightning_megatron.data.collators.masked_lm import MaskedLMCollator
 from lightning_megatron.data.collators.sentence_pairs import SentencePairCollator
 from lightning_megatron.data.collators.span_corruption import SpanCorruptionCollator
@@ -21,6 +22,7 @@ __all__ = [
     "BatchSizes",
     "BertSamples",
     "ByteTokenizer",
+    "ChatDataModule",
     "GPTSamples",
     "HFDataModule",
     "IndexedDataError",

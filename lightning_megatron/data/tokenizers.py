@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,6 +39,26 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids back into text, leaving special ones out."""
+
+
+@runtime_checkable
+class ChatTokenizer(Tokenizer, Protocol):
+    """A tokenizer with a chat template, as transformers' fast tokenizers are."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template, in Jinja; None if a template must be given."""
+
+    def render(self, messages: Sequence[Any], begins: bool, template: str | None, options: Mapping[str, Any]) -> str:
+        """Make the text of messages by the template; with ``begins``, the beginning of an answer follows them."""
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Turn text into ids, with the first character of each, and the one behind its last."""
+
+    def chat_with_answers(
+        self, messages: Sequence[Any], template: str | None, options: Mapping[str, Any]
+    ) -> tuple[list[int], list[bool]]:
+        """The ids of messages, and whether the template has each between its marks of a generation."""
 
 
 def begun(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
@@ -141,6 +161,42 @@ class _TransformersTokenizer:
             )
         ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=answers, return_dict=False)
         return list(ids)
+
+    @property
+    def chat_template(self) -> str | None:
+        template = getattr(self._tokenizer, "chat_template", None)
+        return template["default"] if isinstance(template, dict) else template  # of several, by name
+
+    def render(self, messages: Sequence[Any], begins: bool, template: str | None, options: Mapping[str, Any]) -> str:
+        return str(self._apply(messages, template, {**options, "tokenize": False, "add_generation_prompt": begins}))
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if not self._tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self._tokenizer).__name__} is written in Python, and does not tell which characters a token"
+                " is of. Use a tokenizer with a tokenizer.json."
+            )
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(found["input_ids"]), list(found["offset_mapping"])
+
+    def chat_with_answers(
+        self, messages: Sequence[Any], template: str | None, options: Mapping[str, Any]
+    ) -> tuple[list[int], list[bool]]:
+        asked = {**options, "return_dict": True, "return_assistant_tokens_mask": True}
+        found = self._apply(messages, template, asked)
+        return list(found["input_ids"]), [bool(on) for on in found["assistant_masks"]]
+
+    def _apply(self, messages: Sequence[Any], template: str | None, options: Mapping[str, Any]) -> Any:
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(list(messages), chat_template=template, **options)
+        except (TemplateError, TypeError, KeyError) as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise ValueError(
+                f"The chat template of {type(self._tokenizer).__name__} refuses messages of {roles}:"
+                f" {str(error).rstrip('.')}. Correct the row, or give another chat_template."
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)

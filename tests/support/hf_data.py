@@ -8,9 +8,11 @@ import torch
 from lightning_megatron.data import HFDataModule
 
 
-def made(stage: str = "fit", replicas: int = 1, rank: int = 0, **options: Any) -> HFDataModule:
+def made(
+    stage: str = "fit", replicas: int = 1, rank: int = 0, kind: type[HFDataModule] = HFDataModule, **options: Any
+) -> HFDataModule:
     """A module that is ready, as on one of several replicas."""
-    module = HFDataModule(**{"seq_length": 32, "batch_size": 4, **options})
+    module = kind(**{"seq_length": 32, "batch_size": 4, **options})
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         distributed_sampler_kwargs={"num_replicas": replicas, "rank": rank},
         strategy=SimpleNamespace(root_device=torch.device("cpu")),

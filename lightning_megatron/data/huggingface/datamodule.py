@@ -14,6 +14,7 @@ from lightning_megatron.data.collators.padding import PaddingCollator
 from lightning_megatron.data.datamodule import PARTS, USED, CollatePacked, Collator, Loader, TokenizedDataModule
 from lightning_megatron.data.huggingface import dataset_source
 from lightning_megatron.data.huggingface.documents import Encoder, PackedDocuments, labels_in, tokenise
+from lightning_megatron.data.huggingface.row_encoder import RowEncoder
 from lightning_megatron.data.huggingface.streams import DocumentStream, PackedStream, StreamLoader
 from lightning_megatron.data.tokenizers import Tokenizer
 from lightning_megatron.distributed.arguments import Arguments
@@ -183,7 +184,7 @@ class HFDataModule(TokenizedDataModule):
         sampler = self._sampler(samples, self.batch_size, self.shuffle, self.seed, self.drop_last)
         return self._loader(samples, sampler=sampler, drop_last=self.drop_last)
 
-    def _encoder(self, name: str) -> Encoder:
+    def _encoder(self, name: str) -> RowEncoder:
         columns = (self.text_column, self.prompt_column, self.keep_columns)
         longest = None if self.packing else self.seq_length
         return Encoder(self.tokenizer, *columns, self.append_eod, longest, self._labelled[name])
@@ -193,6 +194,12 @@ class HFDataModule(TokenizedDataModule):
         if self.packing:
             return None if self.collate_fn is None else CollatePacked(self.collate_fn)
         return self.collate_fn or PaddingCollator(self.tokenizer.eod_id)
+
+    def _pack(self, documents: Dataset) -> Any:
+        return PackedDocuments(documents, self.seq_length)
+
+    def _pack_stream(self, documents: DocumentStream) -> Any:
+        return PackedStream(documents, self.seq_length)
 
     def _rows(self) -> dict[str, Rows]:
         """The rows of each split that has a name."""
@@ -211,8 +218,8 @@ class HFDataModule(TokenizedDataModule):
                 f"{type(self).__name__}: the {name} split is empty, with split={self.split}. Name another split, or"
                 " enlarge its part."
             )
-        dataset_source.check_column(self.text_column, list(first), "text_column")
-        self._labelled[name] = self._leaves_labels(first) and labels_in(first, self.text_column)
+        has_text = self.text_column in first
+        self._labelled[name] = has_text and self._leaves_labels(first) and labels_in(first, self.text_column)
         self._encoder(name).check(list(first))
 
     def _leaves_labels(self, row: Mapping[str, Any]) -> bool:
@@ -235,13 +242,11 @@ class HFDataModule(TokenizedDataModule):
                 )
             return rows
         documents = self._tokenise(name, rows)
-        samples = PackedDocuments(documents, self.seq_length) if self.packing else documents
+        samples = self._pack(documents) if self.packing else documents
         if not len(samples):
-            tokens = (
-                f"{samples.num_tokens} tokens, and one sample takes seq_length + 1 = {self.seq_length + 1}"
-                if (isinstance(samples, PackedDocuments))
-                else f"no text to learn in seq_length={self.seq_length} tokens"
-            )
+            tokens = f"no text to learn in seq_length={self.seq_length} tokens"
+            if isinstance(samples, PackedDocuments):
+                tokens = f"{samples.num_tokens} tokens, and one sample takes seq_length + 1 = {self.seq_length + 1}"
             raise ValueError(
                 f"{type(self).__name__}: the {name} split has no sample: its {len(rows)} rows have {tokens}. Use"
                 " another seq_length, or more text."
@@ -274,7 +279,7 @@ class HFDataModule(TokenizedDataModule):
             own = split_dataset_by_node(rows, rank=replicas["rank"], world_size=replicas["num_replicas"])
         stream: Any = DocumentStream(own, self._encoder(name), self.shuffle_block, seed)
         if self.packing:
-            stream = PackedStream(stream, self.seq_length)
+            stream = self._pack_stream(stream)
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         return StreamLoader(
             stream,

@@ -88,15 +88,15 @@ def choose(splits: Mapping[str, Rows], wanted: Sequence[str | float | None]) -> 
     return [None if part is None else _named(splits, str(part)) for part in wanted]
 
 
-def check_column(column: str, columns: Collection[str], argument: str) -> None:
-    """Refuse a column that the dataset does not have.
+def check_column(column: str, columns: Collection[str], argument: str, owner: str = "HFDataModule") -> None:
+    """Refuse a column that the dataset does not have, given as an argument of the class ``owner``.
 
     Raises:
         ValueError: There is no such column. The message lists the columns, and suggests one.
     """
     if column not in columns:
         raise ValueError(
-            f"HFDataModule({argument}={column!r}): the dataset has no such column; it has {list(columns)}."
+            f"{owner}({argument}={column!r}): the dataset has no such column; it has {list(columns)}."
             f"{did_you_mean(column, columns)}"
         )
 

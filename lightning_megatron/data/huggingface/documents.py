@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
+from typing_extensions import override
 
 from lightning_megatron.data.collators.padding import IGNORED_LABEL
-from lightning_megatron.data.huggingface.dataset_source import check_column, library
+from lightning_megatron.data.huggingface.dataset_source import check_column
+from lightning_megatron.data.huggingface.row_encoder import RowEncoder
 from lightning_megatron.data.text_files import lone_surrogate
 from lightning_megatron.data.tokenizers import Tokenizer, begun
 
@@ -32,7 +34,7 @@ _LEARNT = ("completion_mask", "assistant_masks", "loss_mask")
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Encoder(RowEncoder):
     """Makes a row's tokens.
 
     Args:
@@ -53,14 +55,15 @@ class Encoder:
     max_length: int | None
     has_labels: bool = False
 
+    @override
     def check(self, columns: Sequence[str]) -> None:
-        """Refuse columns that the dataset does not have."""
         check_column(self.text_column, columns, "text_column")
         if self.prompt_column is not None:
             check_column(self.prompt_column, columns, "prompt_column")
         for column in self.keep_columns:
             check_column(column, columns, "keep_columns")
 
+    @override
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """Make ``input_ids``, ``labels`` (with labels or a prompt) and kept columns; None if nothing is learnt."""
         prompt, ids = self._prompt_and_text(row)
@@ -75,31 +78,25 @@ class Encoder:
         sample = {"input_ids": ids, **{name: row[name] for name in self.keep_columns}}
         return {**sample, "labels": labels} if self._is_labelled else sample
 
-    def encode_columns(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Encode many rows at once, in the form in which ``Dataset.map`` gives them."""
-        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        samples = [sample for row in rows if (sample := self(row)) is not None]
-        return {name: [sample[name] for sample in samples] for name in self._names}
-
     @property
+    @override
     def identity(self) -> tuple[Any, ...]:
-        """A value that two encoders share exactly when they encode alike."""
         columns = (self.text_column, self.prompt_column, self.keep_columns)
         return (_FORMAT, self.tokenizer.identity, *columns, self.append_eod, self.max_length, self.has_labels)
 
-    def features(self, given: Mapping[str, Any]) -> Any:
-        """The types of the encoded columns, given those of the dataset."""
-        datasets = library()
-        tokens = datasets.List(datasets.Value("int32"))
-        return datasets.Features({name: given[name] if name in self.keep_columns else tokens for name in self._names})
+    @property
+    @override
+    def names(self) -> list[str]:
+        return ["input_ids", *(["labels"] if self._is_labelled else []), *self.keep_columns]
+
+    @property
+    @override
+    def kept(self) -> tuple[str, ...]:
+        return self.keep_columns
 
     @property
     def _is_labelled(self) -> bool:
         return self.has_labels or self.prompt_column is not None
-
-    @property
-    def _names(self) -> list[str]:
-        return ["input_ids", *(["labels"] if self._is_labelled else []), *self.keep_columns]
 
     def _labels(self, row: Mapping[str, Any], ids: list[int]) -> list[int]:
         """The labels of the ids: the row's own, or the ids themselves."""
@@ -244,7 +241,7 @@ def _shown(row: Mapping[str, Any], values: Any) -> list[int]:
     return [int(value) for value, shown in zip(values, mask, strict=True) if shown]
 
 
-def tokenise(rows: Dataset, encoder: Encoder, cache_dir: Path, num_proc: int | None) -> Dataset:
+def tokenise(rows: Dataset, encoder: RowEncoder, cache_dir: Path, num_proc: int | None) -> Dataset:
     """Tokenise a dataset into a file in the format of ``datasets``, or open the file of an earlier call.
 
     The file's name follows from the rows and the encoder. The file is complete or absent, even if several processes
@@ -344,7 +341,7 @@ def packed_sample(tokens: np.ndarray, labels: np.ndarray | None = None) -> dict[
     return {"tokens": text[:-1], "labels": torch.from_numpy(labels[1:].astype(np.int64))}
 
 
-def _fingerprint(rows: Dataset, encoder: Encoder) -> str:
+def _fingerprint(rows: Dataset, encoder: RowEncoder) -> str:
     from datasets.fingerprint import Hasher
 
     return Hasher.hash([rows._fingerprint, encoder.identity])  # private (datasets 5.2), but named in its docs

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from lightning_megatron.data.huggingface.documents import Encoder, packed_sample
+from lightning_megatron.data.huggingface.documents import packed_sample
+from lightning_megatron.data.huggingface.row_encoder import RowEncoder
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -35,7 +36,7 @@ class DocumentStream(TorchIterableDataset[dict[str, Any]]):
         seed: Seed of the order of shards and of rows within blocks; None keeps the order of both.
     """
 
-    def __init__(self, rows: IterableDataset, encoder: Encoder, block: int, seed: int | None) -> None:
+    def __init__(self, rows: IterableDataset, encoder: RowEncoder, block: int, seed: int | None) -> None:
         self._rows = rows
         self._encoder = encoder
         self._block = block if seed is not None else 1
