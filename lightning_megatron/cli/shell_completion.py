@@ -17,12 +17,12 @@ from typing_extensions import override
 import lightning_megatron.callbacks
 from lightning_megatron import AutoModule, MegatronStrategy
 from lightning_megatron.cli.training import MegatronCLI
-from lightning_megatron.data import HFDataModule, MegatronDataModule, TextDataModule
+from lightning_megatron.data import ChatDataModule, HFDataModule, MegatronDataModule, TextDataModule
 from lightning_megatron.distributed import extras
 from lightning_megatron.models.configured_module import known_modules
 
 _MODULES = tuple(known_modules().values())
-_DATA = (TextDataModule, MegatronDataModule, HFDataModule)
+_DATA = (TextDataModule, MegatronDataModule, HFDataModule, ChatDataModule)
 _NAMES = {
     "--trainer.strategy": [MegatronStrategy.__name__],
     "--trainer.callbacks": [*pl.callbacks.__all__, *lightning_megatron.callbacks.__all__],

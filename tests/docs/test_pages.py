@@ -19,6 +19,7 @@ from tests.support.ranks import free_port
 # Pages whose code another file runs, since it has more to say about what comes out.
 ELSEWHERE = {
     "bert.md": "test_family_docs.py",
+    "chat.md": "test_chat_docs.py",
     "checkpoints.md": "test_checkpoint_docs.py",
     "cli.md": "test_cli.py",
     "custom.md": "test_custom.py",

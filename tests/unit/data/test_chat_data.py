@@ -184,13 +184,14 @@ def conversations(batches):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_packed_rows_hold_every_conversation_once_and_whole(streaming):
-    alone = next(iter(rows_of(packing=False, batch_size=99).train_dataloader()))
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_packed_rows_hold_every_conversation_once_and_whole(streaming, loss_on):
+    alone = next(iter(rows_of(packing=False, batch_size=99, loss_on=loss_on).train_dataloader()))
     expected = Counter()
     for ids, labels, keep in zip(alone["input_ids"], alone["labels"], alone["attention_mask"].bool(), strict=True):
         labels[0] = -100
         expected[tuple(ids[keep].tolist()), tuple(labels[keep].tolist())] += 1
-    batches = list(rows_of(streaming).train_dataloader())
+    batches = list(rows_of(streaming, loss_on=loss_on).train_dataloader())
     assert Counter(conversations(batches)) == expected
     assert len(expected) == 19
     assert max(batch["input_ids"].size(1) for batch in batches) == 192
