@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from typing_extensions import override
 
 from lightning_megatron.data.chat.encoder import ChatEncoder, LossOn
-from lightning_megatron.data.chat.packing import CollateConversations, PackedConversations, PackedConversationStream
+from lightning_megatron.data.chat.shared_rows import CollateConversations, PackedConversations, PackedConversationStream
 from lightning_megatron.data.collators.padding import PaddingCollator
 from lightning_megatron.data.datamodule import Collator
 from lightning_megatron.data.huggingface.datamodule import HFDataModule
