@@ -60,7 +60,9 @@ class ChatEncoder(RowEncoder):
         labels = [id_ if on else IGNORED_LABEL for id_, on in zip(ids, learnt, strict=True)]
         labels = labels[: self.max_length]
         # The first token of a row has nothing before it that would predict it.
-        return {"input_ids": ids[: self.max_length], "labels": labels} if set(labels[1:]) > {IGNORED_LABEL} else None
+        if all(label == IGNORED_LABEL for label in labels[1:]):
+            return None
+        return {"input_ids": ids[: self.max_length], "labels": labels}
 
     def encode(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
         """The ids of a whole conversation, and whether each is learnt.
