@@ -110,7 +110,8 @@ def shard_specs(module: pl.LightningModule) -> dict[str, ShardSpec]:
         if name not in found and isinstance(tensor, torch.Tensor):
             shape = tuple(tensor.shape)
             whole = (Region((_zeros(shape), shape), _zeros(shape)),)
-            found[name] = ShardSpec(name, shape, shape, whole, (replica.pp, replica.tp, replica.dp))
+            spec = ShardSpec(name, shape, shape, whole, (replica.pp, replica.tp, replica.dp))
+            found[name] = _divided_as_marked(spec, tensor)
     return found
 
 
@@ -126,6 +127,29 @@ def chunk_shard_specs(chunk: Any, rows: int | None) -> dict[str, ShardSpec]:
         for name, entry in chunk.sharded_state_dict(metadata=dict(_METADATA)).items()
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
+
+
+def _divided_as_marked(spec: ShardSpec, tensor: torch.Tensor) -> ShardSpec:
+    """The spec of a tensor that was taken for whole, though its layer marks it as one rank's part of a weight.
+
+    The layers of ``megatron.core.tensor_parallel`` mark their weights. In a module that has no ``sharded_state_dict``
+    (a plain LightningModule, a ``torch.nn.ModuleList`` in a model), nobody asks them where their part belongs.
+    """
+    tp = process_groups.tensor_parallel().size()
+    if tp == 1 or not getattr(tensor, "tensor_model_parallel", False) or spec.shape != spec.local_shape:
+        return spec
+    dim, blocks = tensor.partition_dim, tensor.partition_stride  # type: ignore[attr-defined]
+    rank, size = process_groups.coordinates().tp, spec.local_shape[dim] // blocks  # of one of the blocks
+
+    def along(value: int, rest: tuple[int, ...]) -> tuple[int, ...]:
+        return (*rest[:dim], value, *rest[dim + 1 :])
+
+    start, sizes = _zeros(spec.shape), along(size, spec.local_shape)
+    regions = tuple(
+        Region((along(block * size, start), sizes), along((block * tp + rank) * size, start)) for block in range(blocks)
+    )
+    whole = along(spec.local_shape[dim] * tp, spec.shape)
+    return replace(spec, shape=whole, regions=regions, replica_id=(spec.replica_id[0], 0, spec.replica_id[2]))
 
 
 def specs_by_parameter(module: pl.LightningModule, where: dict[str, ShardSpec]) -> dict[int, ShardSpec]:

@@ -257,12 +257,3 @@ def check_loader(layout: ParallelLayout, loader: Any, micro_batching: MicroBatch
             f"MegatronStrategy(num_microbatches={count}) does not divide the loader's batch_size={rows}. Use a"
             f" batch_size that is a multiple of {count}."
         )
-
-
-def check_stages(module: pl.LightningModule, layout: ParallelLayout) -> None:
-    """Refuse pipeline stages for a plain LightningModule."""
-    if layout.pp > 1:
-        raise MisconfigurationException(
-            f"{type(module).__name__} is a plain LightningModule, which cannot be cut into the {layout.pp} pipeline"
-            f" stages of pp={layout.pp}. Use pp=1, or subclass MegatronModule."
-        )

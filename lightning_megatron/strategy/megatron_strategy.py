@@ -39,6 +39,7 @@ from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.strategy import (
     checks,
     launchers,
+    plain_module,
     preemption,
     trainer_patches,
 )
@@ -220,7 +221,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
             self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))
             model.check_layout(self.layout)
         else:
-            checks.check_stages(model, self.layout)
+            plain_module.check_layout(model, self.layout)
 
     @override
     def setup_environment(self) -> None:
@@ -244,6 +245,8 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
+        if not self._has_megatron_module:
+            plain_module.check_parallel_layers(self.lightning_module, self.layout)
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         self._timers = timers.Timers()  # an earlier run that failed may have left its listeners

@@ -1,4 +1,4 @@
-"""Makes a plain LightningModule the model chunk that the engine runs, and checks what its ``training_step`` returns."""
+"""Makes a plain LightningModule the model chunk that the engine runs, and refuses what cannot be done with one."""
 
 from __future__ import annotations
 
@@ -9,24 +9,92 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
+
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.megatron_module import MegatronModule
+
+# Hooks in which a module may make its layers, once process groups exist.
+_BUILDING_HOOKS = ("configure_model", "configure_sharded_model", "setup")
+
+
+_WHAT_HELPS = (
+    "Use tp=1, pp=1, sequence_parallel=False: every rank is then a data-parallel replica with batches of its own, and"
+    " distributed_optimizer=True divides the optimizer's state among them. A model that outgrows a device needs tp or"
+    " pp, and layers that are made for them: those of GPTModule, BertModule, T5Module and AutoModule, or"
+    " ColumnParallelLinear, RowParallelLinear and TransformerBlock of megatron-core in a model of your own, as"
+    " docs/custom.md shows."
+)
 
 
 class PlainModel(torch.nn.Module):
     """A plain LightningModule as the only model chunk of a schedule without pipeline stages."""
 
-    def __init__(self, module: pl.LightningModule) -> None:
+    def __init__(self, module: pl.LightningModule, layout: ParallelLayout) -> None:
         super().__init__()
         self.module = module
-        # The schedules ask a transformer's configuration for switches that are all off here; the sizes are not read.
+        # The schedules ask a transformer's configuration for switches that are off here, but for sequence parallelism,
+        # by which the gradients of weights marked with it are summed; of the sizes, nothing is read.
         self.config = TransformerConfig(
-            num_layers=1, hidden_size=1, num_attention_heads=1, calculate_per_token_loss=True
+            num_layers=1,
+            hidden_size=layout.tp,
+            num_attention_heads=layout.tp,
+            calculate_per_token_loss=True,
+            tensor_model_parallel_size=layout.tp,
+            sequence_parallel=layout.uses_sequence_parallel,
         )
         self.model_type = ModelType.encoder_or_decoder
 
     def set_input_tensor(self, _: Any) -> None:
         """Do nothing: there is no earlier stage."""
+
+
+def check_layout(module: pl.LightningModule, layout: ParallelLayout) -> None:
+    """Refuse sizes that do nothing for a plain LightningModule, before a process group exists.
+
+    A module that makes its layers in a hook that comes later is checked then, by ``check_parallel_layers``.
+
+    Raises:
+        LayoutError: Pipeline stages; or tensor or sequence parallelism without parallel layers.
+    """
+    if layout.pp > 1:
+        raise layout.error(
+            f"{type(module).__name__} is a plain LightningModule, which cannot be cut into {layout.pp} pipeline stages."
+            f" {_WHAT_HELPS}"
+        )
+    if not any(is_overridden(hook, module) for hook in _BUILDING_HOOKS):
+        check_parallel_layers(module, layout)
+
+
+def check_arguments(arguments: tuple[Any, ...], layout: ParallelLayout) -> None:
+    """``check_layout`` of a plain LightningModule among the arguments of ``trainer.fit``, before a rank is started."""
+    for module in arguments:
+        if isinstance(module, pl.LightningModule) and not isinstance(module, MegatronModule):
+            check_layout(module, layout)
+
+
+def check_parallel_layers(module: pl.LightningModule, layout: ParallelLayout) -> None:
+    """Refuse tensor and sequence parallelism for a plain LightningModule, which is built, without parallel layers.
+
+    megatron-core marks the weights that tensor-parallel ranks share; without such a weight, each rank would train the
+    whole model on the same batches.
+
+    Raises:
+        LayoutError: There are several tensor-parallel ranks, or sequence parallelism, and no parallel layer.
+    """
+    marked = any(getattr(parameter, "tensor_model_parallel", False) for parameter in module.parameters())
+    if marked or not (layout.tp > 1 or layout.sequence_parallel):
+        return
+    would = (
+        f"each of the {layout.tp} tensor-parallel ranks would hold all of its weights and train on the same batches"
+        if layout.tp > 1
+        else "sequence_parallel=True would do nothing"
+    )
+    raise layout.error(
+        f"{type(module).__name__} is a plain LightningModule without parallel layers: {would}. {_WHAT_HELPS}"
+    )
 
 
 def check_output(output: Any) -> None:

@@ -37,7 +37,7 @@ class PlainSteps(StepRunner):
         device: torch.device,
     ) -> Engine:
         """The engine whose only chunk is the module; its random numbers come from the user's own generators."""
-        plain = PlainModel(module)
+        plain = PlainModel(module, layout)
         return Engine(layout, [plain], plain.config, ddp, False, device, rng_context=nullcontext)
 
     @override

@@ -64,7 +64,7 @@ def choose(strategy: Any, launch: Launch | None) -> Any:
         from lightning_megatron.strategy.launchers.forkserver import ForkserverLauncher  # a script never needs it
 
         return ForkserverLauncher(strategy)
-    return ScriptLauncher(environment, strategy.num_processes, strategy.num_nodes)
+    return ScriptLauncher(strategy)
 
 
 def kept_checkpoint(strategy: Any) -> KeptCheckpoint | None:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_megatron.distributed import lightning_private
+from lightning_megatron.strategy import plain_module
 from lightning_megatron.strategy.launchers import worker_pool
 from lightning_megatron.strategy.launchers.returned_state import Baseline, KeptCheckpoint, RunResult
 
@@ -57,11 +58,12 @@ class ForkserverLauncher(lightning_private.MultiProcessingLauncher):
         Returns:
             What the call returned on rank 0.
         """
+        strategy: Any = lightning_private.strategy_of(self)
+        plain_module.check_arguments(args, strategy.layout)
         lightning_private.check_missing_main_guard()
         fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         kept = KeptCheckpoint() if fits else None
         states = lightning_private.GlobalStateSnapshot.capture()
-        strategy = lightning_private.strategy_of(self)
         call = partial(_on_rank, strategy, states, partial(function, *args, **kwargs), trainer, kept)
         ranks = range(strategy.num_processes)
         outcome = worker_pool.run(call, [{**os.environ, **self._places(), "LOCAL_RANK": str(rank)} for rank in ranks])[

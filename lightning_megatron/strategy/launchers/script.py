@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_megatron.distributed import lightning_private
+from lightning_megatron.strategy import plain_module
 
 _PATIENCE = 15.0  # seconds in which the other ranks may fail by themselves, and say why, before they are killed
 
@@ -20,10 +21,18 @@ class ScriptLauncher(lightning_private.SubprocessScriptLauncher):
 
     When another rank fails, Lightning ends this process. When this process fails, the others notice the broken
     connection only in a collective; a rank that is in none would run for ever.
+
+    Args:
+        strategy: The strategy whose ranks are started.
     """
+
+    def __init__(self, strategy: Any) -> None:
+        super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+        self._strategy = strategy
 
     @override
     def launch(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        plain_module.check_arguments(args, self._strategy.layout)
         try:
             return super().launch(function, *args, **kwargs)
         except BaseException:

@@ -168,19 +168,19 @@ def test_strict_loading(tmp_path):
 class Named(MegatronStrategy):
     """A subclass with a name of its own."""
 
-    def __init__(self, tp=2, **options):
-        super().__init__(tp=tp, **options)
+    def __init__(self, on_nonfinite="ignore", **options):
+        super().__init__(on_nonfinite=on_nonfinite, **options)
 
 
 def _registered():
     StrategyRegistry.register("mine", Named, description="a test's")
     run = Trainer(accelerator="cpu", devices=2, strategy="mine", max_steps=1, **QUIET)
     run.fit(CountingModule(), plain_data())
-    return type(run.strategy).__name__, run.strategy.layout.tp, run.global_step
+    return type(run.strategy).__name__, run.strategy.on_nonfinite, run.global_step
 
 
 def test_a_subclass_under_a_name_of_its_own():
-    assert run_ranks(2, _registered) == [("Named", 2, 1)] * 2
+    assert run_ranks(2, _registered) == [("Named", "ignore", 1)] * 2
 
 
 def _samplers(replace):

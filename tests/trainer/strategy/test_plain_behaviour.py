@@ -208,7 +208,7 @@ def _counted(strategies: list[Any]) -> float:
 
 
 def test_metrics_under_another_strategy_afterwards():
-    assert run_ranks(2, _counted, [MegatronStrategy(tp=2), "ddp"]) == run_ranks(2, _counted, ["ddp"])
+    assert run_ranks(2, _counted, [MegatronStrategy(), "ddp"]) == run_ranks(2, _counted, ["ddp"])
 
 
 class Freezing(Base):
