@@ -1,4 +1,4 @@
-"""All patches that let megatron-core 0.16.1 run without CUDA; ``use_device`` applies and undoes them.
+"""All patches that let megatron-core run without CUDA; ``use_device`` applies and undoes them.
 
 How: megatron-core's own modules (``_MODULES``) are given another module under their global name ``torch``: a copy of
 torch's namespace in which ``cuda`` answers for the CPU and four factory functions take ``device="cuda"`` to mean the
@@ -26,6 +26,8 @@ What is replaced, and why:
 collectives inside of it                                crashed there, and gains nothing: they run one by one, and
                                                        handles and tensors are held until they are waited for
 ``tensor_parallel.random.logging``                     warns at every fork that the CPU's random state has changed
+``tensor_parallel.random._get_share_storage``          compiles C++ for recomputed outputs (from 0.17 on), for which a
+                                                       CPU needs a compiler, and seconds; the bytes are copied instead
 ======================================================  ==============================================================
 """
 
@@ -89,6 +91,8 @@ def bend() -> None:
     _replace(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
 
     _replace(random, "logging", SimpleNamespace(getLogger=lambda _: SimpleNamespace(warning=_nothing)))
+    if hasattr(random, "_get_share_storage"):
+        _replace(random, "_get_share_storage", lambda: _copy_storage)
 
     _replace(distrib_optimizer.DistributedOptimizer, "__init__", _answering_as_cuda)
     _replace(optimizer.Float16OptimizerWithFloat16Params, "__init__", _answering_as_cuda)
@@ -172,6 +176,13 @@ def _cuda_for_cpu() -> SimpleNamespace:
 
 def _nothing(*_: Any, **__: Any) -> None:
     """Stands for functions that do nothing on the CPU, such as waiting for a stream."""
+
+
+def _copy_storage(to: torch.Tensor, source: torch.Tensor) -> None:
+    """Give a tensor whose storage was freed the bytes of another, and all views of it."""
+    storage, recomputed = to.untyped_storage(), source.untyped_storage()
+    storage.resize_(recomputed.size())
+    storage.copy_(recomputed)
 
 
 def _backward(output: torch.Tensor, grad_output: torch.Tensor | None) -> None:

@@ -15,6 +15,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
 
+from lightning_megatron.distributed.megatron_versions import linear_function_tail
+
 _ACCEPTS = "accepts_products"  # a weight has this attribute while its `main_grad` is trained on
 
 
@@ -79,7 +81,7 @@ def _linear(input: torch.Tensor, weight: torch.nn.Parameter, **options: Any) -> 
         return layers.linear_with_grad_accumulation_and_async_allreduce(input, weight, **options)
     return _AddingProducts.apply(
         input, weight, options["bias"], True, options["allreduce_dgrad"], options["sequence_parallel"], None, None,
-        options["tp_group"],
+        options["tp_group"], *linear_function_tail(options),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import GraphableMegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from lightning_megatron.distributed.megatron_versions import dense_mlp_submodules
 from lightning_megatron.models.generation.kv_cache import KeyValueCache, Rotation
 from lightning_megatron.models.layers.recomputation import activated
 
@@ -32,8 +33,8 @@ def generate_quickly(layer: ModuleSpec) -> None:
     parts.self_attention.module = CachedSelfAttention
     parts.self_attention.submodules.linear_qkv = CachedColumnParallelLinear
     parts.self_attention.submodules.linear_proj = CachedRowParallelLinear
-    parts.mlp.submodules.linear_fc1 = CachedColumnParallelLinear
-    parts.mlp.submodules.linear_fc2 = CachedRowParallelLinear
+    if (mlp := dense_mlp_submodules(layer)) is not None:
+        mlp.linear_fc1, mlp.linear_fc2 = CachedColumnParallelLinear, CachedRowParallelLinear
 
 
 class CachedLayer(TransformerLayer):

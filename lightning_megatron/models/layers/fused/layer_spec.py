@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec
-from megatron.core.transformer.mlp import MLP
 
+from lightning_megatron.distributed.megatron_versions import dense_mlp_submodules
 from lightning_megatron.models.layers.fused.activation import FusedActivation, FusedMLP
 from lightning_megatron.models.layers.fused.residual import FusedNorm, fused_bias_dropout_add
 from lightning_megatron.models.layers.fused.rotary import FusedRotation
@@ -31,8 +31,8 @@ def fuse(layer: ModuleSpec, rotates: bool = False) -> None:
     for name in ("self_attn_bda", "cross_attn_bda", "mlp_bda"):
         if getattr(parts, name) is get_bias_dropout_add:
             setattr(parts, name, fused_bias_dropout_add)
-    if isinstance(parts.mlp, ModuleSpec) and parts.mlp.module is MLP:
-        parts.mlp = _joined(FusedMLP, submodules=parts.mlp.submodules)
+    if (mlp := dense_mlp_submodules(layer)) is not None:
+        parts.mlp = _joined(FusedMLP, submodules=mlp)
     elif parts.mlp is RecomputedMLP:
         parts.mlp = type("RecomputedMLP", (FusedActivation, RecomputedMLP), {})
     if rotates:
