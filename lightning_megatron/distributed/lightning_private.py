@@ -39,6 +39,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateS
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.call import _call_and_handle_interrupt, _call_lightning_module_hook
 from lightning.pytorch.trainer.connectors.logger_connector.fx_validator import _FxValidator
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_summary import LayerSummary
 from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
@@ -54,6 +55,13 @@ def data_connector(trainer: pl.Trainer) -> Any:
     return trainer._data_connector
 
 
+def attach_to_fit(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
+    """Give the Trainer its module and data module as at the beginning of ``fit``, which is not run."""
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.training = True
+    trainer._data_connector.attach_data(module, datamodule=data)
+
+
 RESOLVE_SAMPLER = "_resolve_sampler"
 
 
@@ -66,6 +74,11 @@ def resolve_sampler(trainer: pl.Trainer, loader: Any, shuffle: bool, mode: Any) 
 def requires_distributed_sampler(trainer: pl.Trainer, loader: Any) -> bool:
     """Whether Lightning shares the loader's samples out over the replicas."""
     return bool(trainer._data_connector._requires_distributed_sampler(loader))
+
+
+def prepare_loader(trainer: pl.Trainer, loader: Any, shuffle: bool, mode: Any) -> Any:
+    """The loader with the sampler that shares its samples out over the replicas, where Lightning gives it one."""
+    return trainer._data_connector._prepare_dataloader(loader, shuffle, mode)
 
 
 def handler_before(trainer: pl.Trainer, number: int) -> Any:

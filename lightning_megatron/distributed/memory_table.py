@@ -55,8 +55,9 @@ class MemoryTable:
         kinds = [field.name for field in fields(StageMemory)]
         titles = [f"stage {number}" for number in range(len(self.stages))] if len(self.stages) > 1 else ["each rank"]
         width = max(9, *map(len, titles)) + 1
-        lines = ["GB".ljust(12) + "".join(title.rjust(width) for title in titles)]
+        unit, size = ("GB", 1e9) if self.largest.total >= 1e9 else ("MB", 1e6)
+        lines = [unit.ljust(12) + "".join(title.rjust(width) for title in titles)]
         for kind in [*kinds, "total"]:
-            values = (getattr(stage, kind) / 1e9 for stage in self.stages)
+            values = (getattr(stage, kind) / size for stage in self.stages)
             lines.append(kind.ljust(12) + "".join(f"{value:.2f}".rjust(width) for value in values))
         return "\n".join(lines)

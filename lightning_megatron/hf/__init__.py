@@ -15,7 +15,7 @@ from lightning_megatron.hf.export import Target
 from lightning_megatron.hf.family import Family, family_for, family_of, kind_of, known_families
 from lightning_megatron.hf.load_pretrained import Pretrained, WeightsError, fill
 from lightning_megatron.hf.original_settings import Origin
-from lightning_megatron.hf.weight_source import Source, open_source
+from lightning_megatron.hf.weight_source import Source, open_source, without_weights
 
 __all__ = [
     "Family",
@@ -33,4 +33,5 @@ __all__ = [
     "kind_of",
     "known_families",
     "open_source",
+    "without_weights",
 ]

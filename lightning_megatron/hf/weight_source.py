@@ -7,6 +7,9 @@ import json
 import pickle
 import zipfile
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
+from lightning_megatron.hf.meta_model import class_named
 from lightning_megatron.hf.weight_mapping import Shape
 
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -163,6 +167,42 @@ class SafetensorsFiles(Source):
         return self._open[file]
 
 
+class DescribedModel(InMemory):
+    """A model of the hub of which only the configuration is fetched: its tensors have shapes and no numbers.
+
+    Args:
+        name: Name of the model on the hub.
+        revision: Branch, tag or commit on the hub.
+    """
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        architecture = str((config.architectures or [""])[0])
+        model_class = class_named(architecture)
+        if model_class is None:
+            raise ValueError(f"{name}: transformers has no model called {architecture or '(config.json names none)'}.")
+        with torch.device("meta"):
+            super().__init__(model_class(config))
+        self.name, self.config, self.generation = name, config, None
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape, which is all that is known of them."""
+        return self.shapes[one] == self.shapes[other]
+
+
+_only_described: ContextVar[bool] = ContextVar("only_described", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside, a model on the hub is described by its configuration; none of its weights is fetched."""
+    token = _only_described.set(True)
+    try:
+        yield
+    finally:
+        _only_described.reset(token)
+
+
 def open_source(source: str | Path | transformers.PreTrainedModel, revision: str | None = None) -> Source:
     """A source from what a user names it by.
 
@@ -177,6 +217,8 @@ def open_source(source: str | Path | transformers.PreTrainedModel, revision: str
         return InMemory(source)
     folder = Path(source)
     if not folder.is_dir():
+        if _only_described.get():
+            return DescribedModel(str(source), revision)
         folder = _from_hub(str(source), revision)
     config = AutoConfig.from_pretrained(folder)
     if (folder / _SAFETENSORS).is_file() or (folder / f"{_SAFETENSORS}.index.json").is_file():

@@ -115,7 +115,7 @@ def open_indexed(prefix: str | Path) -> IndexedDataset:
             raise IndexedDataError(
                 f"There is no {path} (seen from {Path.cwd()}). Indexed data are a .bin and an .idx file; give"
                 f" their common path without the ending.{hint} `lightning-megatron preprocess` makes them."
-            )
+            ) from FileNotFoundError(path)
     itemsize = _check_index(idx_path)
     data = IndexedDataset(str(prefix))
     expected = int(data.sequence_lengths.sum(dtype=np.int64)) * itemsize

@@ -175,6 +175,13 @@ def test_loaders_get_their_samplers_by_one_method():
         "shuffle",
         "mode",
     ]
+    assert "datamodule" in inspect.signature(_DataConnector.attach_data).parameters
+    assert list(inspect.signature(_DataConnector._prepare_dataloader).parameters) == [
+        "self",
+        "dataloader",
+        "shuffle",
+        "mode",
+    ]
     assert "dataloader" in inspect.signature(_DataConnector._requires_distributed_sampler).parameters
     assert "_batch_sampler" in vars(_IndexBatchSamplerWrapper(BatchSampler([1], 1, False)))
 

@@ -1,0 +1,119 @@
+"""``check_run``: what it finds in runs that are right, that are wrong, and whose data is elsewhere."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from lightning_megatron import GPTConfig, ParallelLayout
+from lightning_megatron.cli.check.run_check import check_run
+from tests.support.pages import ROOT
+
+RECIPES = ROOT / "examples" / "recipes"
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Writes a recipe, changed, whose text and caches are the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+
+    def write(name="tiny", **changes):
+        run = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+        if name == "tiny":
+            run["data"]["init_args"] |= {"paths": "text.txt", "cache_dir": "cache", "split": [0.8, 0.2, 0.0]}
+        for path, value in changes.items():
+            *above, last = path.split("__")
+            place = run
+            for key in above:
+                place = place[key]
+            place[last] = value
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+        return tmp_path / "run.yaml"
+
+    return write
+
+
+def test_a_run_that_is_right(recipe):
+    result = check_run(recipe())
+    assert (result.exit_status, result.faults, result.unchecked) == (0, [], [])
+    assert result.layout == ParallelLayout(world_size=4, tp=2, pp=2)
+    assert (result.rows, result.global_batch, result.micro_batches, result.tokens) == (16, 16, (2,) * 8, 16 * 64)
+    train, val = result.loaders
+    assert (train.name, train.batches, train.last_rows) == ("train", 4, 8)
+    assert train.tensors == {"text": "[16, 65] int64"}
+    assert "brown fox jumps over" in train.texts["text"]
+    assert val.rows == 14
+    config = GPTConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=257, seq_length=64)
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    settings = {"precision": "32-true", "device": "cpu", "optimizer": optimizer}
+    assert result.memory == result.layout.memory(config, micro_batch_size=2, num_microbatches=8, **settings)
+    layer = 12 * 64**2 + 13 * 64
+    assert result.num_parameters == 2 * layer + 257 * 64 + 64 * 64 + 128
+    assert json.loads(json.dumps(result.as_dict()))["layout"]["dp"] == 1
+    for line in ("4 ranks: tp=2, pp=2, dp=1", "8 of 2 rows", "the last one has 8 rows", "Nothing is wrong."):
+        assert line in str(result)
+
+
+def test_a_run_of_64_gpus_whose_data_is_elsewhere(recipe):
+    path = recipe("gpt_70b", model__init_args__config__vocab_size=128256)
+    result = check_run(path, gpu_memory=80)
+    assert result.exit_status == 2
+    assert [line.split()[-3] for line in str(result).splitlines() if "GB at most" in line] == ["and"]
+    assert result.num_parameters == pytest.approx(70.55e9, rel=0.001)
+    assert (result.layout.dp, result.rows, len(result.micro_batches)) == (2, 256, 256)
+    assert any("data/web.bin" in line for line in result.unchecked)
+    small = check_run(path, gpu_memory=20, read_data=False)
+    assert small.exit_status == 1
+    assert "a GPU has 20 GB" in small.faults[0]
+
+
+def test_faults_of_all_parts_are_listed(recipe):
+    path = recipe(
+        trainer__strategy__init_args={"tp": 2, "pp": 2, "micro_batch_size": 3},
+        trainer__gradient_clip_val=1.0,
+        model__init_args__config={"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 50},
+    )
+    result = check_run(path)
+    assert result.exit_status == 1
+    for part in ("num_layers", "batch_size=16 is not a multiple of micro_batch_size=3", "ids 0 to 49"):
+        assert any(part in fault for fault in result.faults), (part, result.faults)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--trainer.strategy.tp", "3"], "do not divide the world of 4"),
+        (["--trainer.devices", "none"], r"Trainer\(devices='none'\)"),
+        (["--trainer.strategy.tpp", "3"], "did you mean --trainer.strategy.tp"),
+        (["--data.batch_size", "0"], "batch_size"),
+        (["--trainer.strategy.process_group_backend", "nccl"], "process_group_backend='nccl'"),
+        (["--trainer.accelerator", "tpu"], "Use 'cpu' or 'gpu'"),
+    ],
+    ids=str,
+)
+def test_a_fault(arguments, says, recipe):
+    result = check_run(recipe(), arguments)
+    assert result.exit_status == 1
+    assert any(re.search(says, fault) for fault in result.faults), result.faults
+
+
+def test_a_model_on_the_hub_is_described_by_its_configuration(recipe, tmp_path, monkeypatch):
+    folder = tmp_path / "hub" / "models--someone--llama"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=512)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder / "snapshots" / "1")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1")
+    path = recipe("llama_8b_lora", model__init_args__source="someone/llama")
+    result = check_run(path, read_data=False)
+    assert result.exit_status == 0, result
+    assert result.num_parameters == sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
+    assert result.memory is not None
