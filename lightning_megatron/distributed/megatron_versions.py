@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
@@ -15,7 +17,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 def dense_mlp_submodules(layer: ModuleSpec) -> MLPSubmodules | None:
     """The linear layers in the spec of a layer; None if its feed-forward layer is not megatron-core's dense one.
 
-    That one is a ``ModuleSpec`` up to 0.17, and a partial of ``MLP.as_mlp_submodule`` from 0.18 on.
+    That one is a ``ModuleSpec`` up to 0.17, a partial of ``MLP.as_mlp_submodule`` from 0.18 on.
     """
     mlp = layer.submodules.mlp
     if isinstance(mlp, functools.partial):
@@ -32,3 +34,9 @@ def linear_function_tail(options: dict[str, Any]) -> tuple[Any, ...]:
         options: The arguments that the layer gives its forward pass, by name.
     """
     return tuple(options[name] for name in ("gtp_remat_size",) if name in options)
+
+
+def gradients_counted_here(inner: MegatronOptimizer) -> list[torch.Tensor]:
+    """The gradients that this rank adds to the norm of the whole model; the function has another name from 0.19 on."""
+    former: Any = getattr(inner, "get_main_grads_for_grad_norm", None)
+    return former() if former is not None else inner.get_grads_for_grad_norm()

@@ -1,16 +1,19 @@
 """The sizes of growing batches are megatron-core's, and each sample is read once."""
 
 import pytest
-from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+from megatron.core import num_microbatches_calculator
 from torch.utils.data import DistributedSampler
 
 from lightning_megatron.data import BatchSizeSteps, RampUp, RampUpBatches
 
+Calculator = getattr(num_microbatches_calculator, "RampupBatchsizeNumMicroBatchesCalculator", None)
 
+
+@pytest.mark.skipif(Calculator is None, reason="megatron-core 0.18 and newer have no ramp-up any more")
 @pytest.mark.parametrize(("start", "increment", "samples", "full"), [(2, 2, 40, 8), (4, 4, 100, 24)])
 def test_sizes_are_megatrons(start, increment, samples, full):
     rule = RampUp(start, increment, samples)
-    theirs = RampupBatchsizeNumMicroBatchesCalculator(full, 1, 1, False, 0, start, increment, samples)
+    theirs = Calculator(full, 1, 1, False, 0, start, increment, samples)
     for consumed in range(3 * samples):
         theirs.update(consumed, consistency_check=True, verbose=False)
         assert rule.size(consumed, full) == theirs.current_running_global_batch_size
