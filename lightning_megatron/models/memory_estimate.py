@@ -10,6 +10,8 @@ the tensors that torch saves.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,8 +20,10 @@ from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.memory_table import MemoryTable, StageMemory
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.chunked_cross_entropy import LONGEST_CHUNK
+from lightning_megatron.models.lora.config import LoRA
 from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.models.recompute import check as check_recompute
+from lightning_megatron.models.trained_sizes import TrainedSizes
 from lightning_megatron.training.optimizers.state_size import states_of
 
 # Bytes of a weight, of its gradient, and of its main weight where that is a copy.
@@ -63,6 +67,7 @@ class Training:
             module's ``optimizer=``. None: ``optimizer_states`` says what it keeps.
         optimizer_states: fp32 numbers that the optimizer keeps for each weight: 2 of Adam, 1 of SGD with momentum.
         device: "cuda" or "cpu", whose kernels keep different tensors.
+        lora: Low-rank updates that are trained in place of the weights. None: all weights are trained.
 
     Raises:
         ValueError: A value is none of these.
@@ -78,6 +83,7 @@ class Training:
     optimizer: Any = None
     optimizer_states: float = 2
     device: Device = "cuda"
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         arguments = Arguments("ParallelLayout.memory")
@@ -86,6 +92,7 @@ class Training:
         arguments.one_of(tuple(_PRECISIONS), precision=self.precision)
         arguments.one_of(("cuda", "cpu"), device=self.device)
         arguments.flag(distributed_optimizer=self.distributed_optimizer)
+        arguments.kind(LoRA, "lightning_megatron.LoRA(...)", optional=True, lora=self.lora)
         check_recompute(self.recompute, of="ParallelLayout.memory")
 
     @property
@@ -113,17 +120,39 @@ def estimate(
     """
     layers = _Layers(config, layout, training, modules, scores)
     chunks = config.chunks(layout)
+    counts = list(_counted(config, layout, layers.trained, chunks))
     stages = []
     for stage in range(layout.pp):
-        mine = chunks[stage :: layout.pp]
-        stages.append(_stage(config, layout, training, layers, stage, mine))
+        own = slice(stage, None, layout.pp)
+        stages.append(_stage(layout, training, layers, stage, chunks[own], counts[own]))
     return MemoryTable(tuple(stages))
 
 
+def _counted(
+    config: Any, layout: ParallelLayout, trained: TrainedSizes, chunks: list[list[Part]]
+) -> Iterator[tuple[int, int]]:
+    """All weights of each chunk, updates included, and those that are trained."""
+    done: Counter[int] = Counter()  # layers of each stack
+    for chunk in chunks:
+        firsts = []
+        for part in chunk:
+            firsts.append(done[part.stack])
+            done[part.stack] += part.layers
+        updates = sum(
+            trained.updates(part.stack, first, part.layers) for part, first in zip(chunk, firsts, strict=True)
+        )
+        yield config.parameters(layout, chunk) + updates, trained.numbers(chunk, firsts)
+
+
 def _stage(
-    config: Any, layout: ParallelLayout, training: Training, layers: _Layers, stage: int, chunks: list[list[Part]]
+    layout: ParallelLayout,
+    training: Training,
+    layers: _Layers,
+    stage: int,
+    chunks: list[list[Part]],
+    counts: list[tuple[int, int]],
 ) -> StageMemory:
-    numbers = sum(config.parameters(layout, chunk) for chunk in chunks)
+    numbers, trained = (sum(each) for each in zip(*counts, strict=True))
     weight, gradient, main = _PRECISIONS[training.precision]
     share = layout.dp if training.distributed_optimizer else 1
     kept = [sum(layers.kept(part) for part in chunk) for chunk in chunks]  # of each chunk
@@ -133,8 +162,8 @@ def _stage(
     again = max(0.0, *(layers.recomputed_at_once(chunk[-1], logits) for chunk in chunks))
     return StageMemory(
         weights=numbers * weight,
-        gradients=numbers * gradient,
-        optimizer=numbers * (main + 4 * training.states) / share,
+        gradients=trained * gradient,
+        optimizer=trained * (main + 4 * training.states) / share,
         activations=flying * sum(kept) / len(kept) + again,
         logits=logits,
         buffers=copy + (2 * layers.hidden() if layout.pp > 1 else 0.0),
@@ -174,6 +203,7 @@ class _Layers:
         self.heads = config.num_attention_heads / layout.tp
         self.groups = config.sizes()["num_query_groups"] / layout.tp
         self.size = config.kv_channels or config.hidden_size // config.num_attention_heads
+        self.trained = TrainedSizes(config, layout, training.lora)
 
     def hidden(self, stack: int | None = None) -> float:
         """One hidden state ``[s/tp, b, h]`` of a stack; of all of them, what travels between stages."""
@@ -186,13 +216,17 @@ class _Layers:
         total = whole * self.hidden(part.stack) + (part.layers - whole) * self.layer(part.stack)
         total += self._behind(part)
         if part.embeds:
-            total += self._mask(part.stack) if self.config.hidden_dropout else 0.0
-            total += 0.0 if self.config.final_norms else self._norm(part.stack, recomputed=False)
+            embedding = self._mask(part.stack) if self.config.hidden_dropout else 0.0
+            embedding += 0.0 if self.config.final_norms else self._norm(part.stack, recomputed=False)
+            total += embedding if self.trained.embedding else 0.0
         return total
 
     def _behind(self, part: Part) -> float:
         """What is kept behind the layers: of the final norm, and of a head before its output layer."""
-        total = self.config.final_norms * self._norm(part.stack, recomputed=False) if part.ends_stack else 0.0
+        output = float(self.trained.output)  # whose input is kept to train it
+        if part.stack + 1 < len(self.stacks):  # of an encoder, the decoder's layers
+            output = self.trained.keeps_input(part.stack + 1, "cross_attention.linear_kv")
+        total = self.config.final_norms * self._norm(part.stack, False, output) if part.ends_stack else 0.0
         if part.ends_model:
             total += self.config.head_activations(self.hidden(part.stack))
             if not self.config.final_norms and "layernorm" in self.modules:
@@ -216,15 +250,11 @@ class _Layers:
             return again - (part.layers - whole) * self.layer(part.stack) - freed
         again = 0.0
         if recompute is not None and "mlp" in self.modules:
-            again = self._feed_forward(stack.tokens, recomputed=False)
+            again = self._feed_forward(part.stack, recomputed=False)
         if recompute is not None and "core_attn" in self.modules:
-            kept = (self._attention(number, stack.tokens, keys) for number, (keys, _) in enumerate(stack.attention))
-            plain = (
-                self._attention(number, stack.tokens, keys, recomputed=False)
-                for number, (keys, _) in enumerate(stack.attention)
-            )
-            most = max(every - least for every, least in zip(plain, kept, strict=True))
-            again = max(again, most - self._feed_forward(stack.tokens) - self._norm(part.stack, recomputed=True))
+            kinds = range(len(stack.attention))
+            most = max(self._attention(part.stack, n, False) - self._attention(part.stack, n) for n in kinds)
+            again = max(again, most - self._feed_forward(part.stack) - self._norm(part.stack, recomputed=True))
         return again - freed
 
     def _whole_layers(self, part: Part) -> int:
@@ -238,10 +268,13 @@ class _Layers:
         """One layer of a stack: attention, feed-forward layer, and a norm before (or behind) each."""
         stack = self.stacks[index]
         total = 0.0
-        for number, (keys, _) in enumerate(stack.attention):
-            total += self._norm(index, "layernorm" in self.modules) + self._attention(number, stack.tokens, keys)
+        for number in range(len(stack.attention)):
+            first = ("self_attention.linear_qkv", "cross_attention.linear_q")[number]
+            output = self.trained.keeps_input(index, first)
+            total += self._norm(index, "layernorm" in self.modules, output) + self._attention(index, number)
             total += self._mask(index) if self.config.hidden_dropout else 0.0
-        total += self._norm(index, "layernorm" in self.modules) + self._feed_forward(stack.tokens)
+        output = self.trained.keeps_input(index, "mlp.linear_fc1")
+        total += self._norm(index, "layernorm" in self.modules, output) + self._feed_forward(index)
         return total + (self._mask(index) if self.config.hidden_dropout else 0.0)
 
     def logits(self) -> tuple[float, float]:
@@ -273,7 +306,7 @@ class _Layers:
         rows = counted if device == "cpu" else tokens
         number = rows / -(-rows // LONGEST_CHUNK[device])  # of tokens in a chunk
         logits = number * width * (element if self.fused else 4 + (4 if element < 4 else 0) + element)
-        summed = width * hidden * 4
+        summed = width * hidden * 4 if self.trained.output else 0.0
         if self.training.precision == "16-mixed":
             return 0.0, logits + rows * hidden * element + summed
         in_buffer = self.kernels.fused_weight_gradients is True and (
@@ -282,10 +315,15 @@ class _Layers:
         scaled = 0.0 if in_buffer else summed * (1 + (element / 4 if element < 4 else 0))
         return rows * hidden * element + summed, max(logits, scaled)
 
-    def _norm(self, stack: int, recomputed: bool) -> float:
+    def _norm(self, stack: int, recomputed: bool, output: float = 1.0) -> float:
         """Its input and its output, which the linear layer behind it keeps; fp32 statistics of each token.
 
-        torch has no RMSNorm of one piece on a CPU: it keeps the normalised input, too, in fp32.
+        torch has no RMSNorm of one piece on a CPU: it keeps the input in fp32, and the normalised one for its weight.
+
+        Args:
+            stack: Index of the stack.
+            recomputed: Whether the output is computed again.
+            output: The share of layers in which something keeps the output.
         """
         hidden, tokens = self.hidden(stack), self._tokens(self.stacks[stack].tokens)
         if self.settings.get("normalization", "LayerNorm") == "LayerNorm":
@@ -294,47 +332,63 @@ class _Layers:
             kept = hidden + 4 * tokens
         else:
             wide = tokens * self.config.hidden_size * 4
-            kept = 2 * wide + 4 * tokens
-        return kept if recomputed else kept + hidden
+            kept = (2 if self.training.lora is None else 1) * wide + 4 * tokens
+        return kept if recomputed else kept + output * hidden
 
-    def _attention(self, number: int, tokens: int, keys: int, recomputed: bool = True) -> float:
-        """Queries, keys and values, the output, and the sums of the softmax.
+    def _attention(self, index: int, number: int, recomputed: bool = True) -> float:
+        """Queries, keys and values, the output, and the sums of the softmax; and what updates of the layers keep.
 
         Rotated queries and keys are kept beside the projection's output, of which the values are a part. Where scores
         are kept, it is scaled queries and keys and the values, all in fp32, and the projection's output only where the
         values are a part of it.
         """
-        rows, element = self.training.micro_batch_size, self.element
+        stack, kind = self.stacks[index], ("self_attention", "cross_attention")[number]
+        rows, element, tokens, keys = (
+            self.training.micro_batch_size,
+            self.element,
+            stack.tokens,
+            stack.attention[number][0],
+        )
+        output = self.trained.keeps_input(index, f"{kind}.linear_proj")
+        updates = self._updates(index, f"{kind}.")
         query, key = tokens * rows * self.heads * self.size, keys * rows * self.groups * self.size
-        total = (query + 2 * key) + query  # with the output
+        total = query + 2 * key
         if getattr(self.config, "position_embedding", None) == "rope" and not self.fused:
             total += query + key
         if recomputed and "core_attn" in self.modules:
-            return total * element
+            return updates + (total + output * query) * element
         if not self.scores[number]:
-            return total * element + 4 * tokens * rows * self.heads
+            return updates + (total + query) * element + 4 * tokens * rows * self.heads
         matrices = (3 if self.config.attention_dropout else 1) * tokens * keys * rows * self.heads
         repeated = keys * rows * self.heads * self.size
         values = repeated if element < 4 or self.groups < self.heads else query + 2 * key  # a part of the projection's
-        return query * element + 4 * (query + repeated + values + matrices)
+        return updates + output * query * element + 4 * (query + repeated + values + matrices)
 
-    def _feed_forward(self, tokens: int, recomputed: bool = True) -> float:
+    def _feed_forward(self, index: int, recomputed: bool = True) -> float:
         """The activation's input, which is twice as wide where it is gated, and its output ``[s, b, ffn/tp]``.
 
         A gate also keeps the activated half, and the other one as a copy, to which megatron-core adds an offset of 0.
         ReLU keeps its output alone.
         """
-        one = tokens * self.training.micro_batch_size * self.element * self._width / self.tp
+        one = self.stacks[index].tokens * self.training.micro_batch_size * self.element * self._width / self.tp
         inputs = 2 if self.config.is_gated else 1
         if recomputed and "mlp" in self.modules:
             return 0.0
+        output, updates = self.trained.keeps_input(index, "mlp.linear_fc2"), self._updates(index, "mlp.")
         if recomputed and "mlp_act" in self.modules:
-            return inputs * one
+            return updates + inputs * one
         if self.fused:
-            return (inputs + 1) * one
+            return updates + (inputs + output) * one
         if self.config.activation == "relu":
-            return one
-        return (inputs + (2 if self.config.is_gated else 0) + 1) * one
+            return updates + one
+        return updates + (inputs + (2 if self.config.is_gated else 0) + output) * one
+
+    def _updates(self, index: int, kind: str) -> float:
+        """What the low-rank updates of a layer keep, of linear layers whose names begin with ``kind``."""
+        stack, rows, element = self.stacks[index], self.training.micro_batch_size, self.element
+        numbers, copies, masks = self.trained.kept(index, kind, stack.tokens * rows, stack.attention[-1][0] * rows)
+        mask = element if self.training.device == "cpu" else 1
+        return (numbers + copies) * element + masks * mask
 
     @property
     def _width(self) -> int:

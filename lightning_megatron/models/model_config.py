@@ -165,11 +165,13 @@ class ModelConfig:
         device = torch.device(run.device)
         kernels = (run.kernels or Kernels()).on(device)
         settings = BuildSettings(layout=layout, recompute=run.recompute, kernels=kernels, device=device)
-        scores = self.keeps_scores(settings), ModelConfig.keeps_scores(self, settings)
+        always = ModelConfig.keeps_scores(self, settings)
+        scores = self.keeps_scores(settings) if run.lora is None else always, always  # a frozen bias has no gradient
         return estimate(self, layout, replace(run, kernels=kernels), self.recomputed_modules(settings), scores)
 
     # What the estimate of the memory asks; a family says where it differs
 
+    stack_names: ClassVar[tuple[str, ...]] = ("decoder",)  # megatron-core's
     final_norms: ClassVar[int] = 1  # behind a stack
     outputs_are_sharded: ClassVar[bool] = True  # over the tensor-parallel ranks
     share_of_counted_tokens: ClassVar[float] = 1.0  # in the loss

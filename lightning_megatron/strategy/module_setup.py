@@ -82,6 +82,7 @@ class ModuleSetup(ParallelRanks):
             distributed_optimizer=self.distributed_optimizer,
             kernels=self.kernels.on(self.root_device),
             optimizer=self._torch_optimizer(),
+            lora=getattr(self.lightning_module, "lora", None),
             device=self.root_device.type,
         )
 

@@ -237,6 +237,7 @@ class _Checker:
             distributed_optimizer=self.strategy.distributed_optimizer,
             kernels=self.strategy.kernels,
             optimizer=self.module.optimizer,  # type: ignore[union-attr]
+            lora=getattr(self.module, "lora", None),
             device=self.parts.device,
         )
         largest = self.result.memory.largest.total / 1e9

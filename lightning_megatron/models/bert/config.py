@@ -57,6 +57,7 @@ class BertConfig(ModelConfig):
     """
 
     kind: ClassVar[str] = "Bert"
+    stack_names: ClassVar[tuple[str, ...]] = ("encoder",)
 
     task: BertTaskName = "masked_lm"
     num_labels: int = 2

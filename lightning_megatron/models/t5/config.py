@@ -62,6 +62,7 @@ class T5Config(ModelConfig):
     """
 
     kind: ClassVar[str] = "T5"
+    stack_names: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
 
     decoder_seq_length: int | None = None
     encoder_num_layers: int | None = None

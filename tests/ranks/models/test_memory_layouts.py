@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, ParallelLayout, T5Config, T5Module
+from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, LoRA, ParallelLayout, T5Config, T5Module
 from lightning_megatron.callbacks.memory import estimate
 from lightning_megatron.training.saved_bytes import SavedBytes
 from tests.support.layout import Layout
@@ -43,7 +43,9 @@ class _Meter(Callback):
             self.stage = run.strategy.layout.coordinates(run.strategy.global_rank).pp
 
 
-def _measured(name: str, layout: Layout, precision: str, recompute: Any) -> tuple[int, tuple[int, ...], int]:
+def _measured(
+    name: str, layout: Layout, precision: str, recompute: Any, lora: LoRA | None
+) -> tuple[int, tuple[int, ...], int]:
     module, config = CONFIGS[name]
     rows = ROWS * MICRO_BATCHES * layout.dp  # of a step
     tokens = torch.randint(5, 256, (2 * rows, 32), generator=torch.Generator().manual_seed(1))
@@ -52,7 +54,7 @@ def _measured(name: str, layout: Layout, precision: str, recompute: Any) -> tupl
     meter = _Meter()
     options = {"num_microbatches": MICRO_BATCHES, "recompute": recompute}
     run = trainer(layout, options, precision, max_steps=2, callbacks=[meter])
-    run.fit(module(config), loader(samples, layout, rows, run))
+    run.fit(module(config, lora=lora), loader(samples, layout, rows, run))
     return meter.stage, meter.states, meter.saved.peak
 
 
@@ -71,15 +73,32 @@ def _measured(name: str, layout: Layout, precision: str, recompute: Any) -> tupl
     ids=str,
 )
 def test_states_and_activations(name, layout, precision, recompute):
+    assert_as_measured(name, layout, precision, recompute)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "lora"),
+    [
+        ("llama", Layout(tp=2, sp=True), LoRA(rank=4)),
+        ("gpt", Layout(tp=2), LoRA(rank=4, targets=["c_proj"])),
+        ("gpt", Layout(pp=2), LoRA(rank=4, also_train=["embedding"])),
+    ],
+    ids=str,
+)
+def test_low_rank_updates(name, layout, lora):
+    assert_as_measured(name, layout, "bf16-mixed", None, lora)
+
+
+def assert_as_measured(name, layout, precision, recompute, lora=None) -> None:
     sizes = ParallelLayout(
         world_size=layout.world_size, tp=layout.tp, pp=layout.pp, vp=layout.vp, sequence_parallel=layout.sp
     )
     table = sizes.memory(
         CONFIGS[name][1], micro_batch_size=ROWS, num_microbatches=MICRO_BATCHES, precision=precision,
-        recompute=recompute, device="cpu",
+        recompute=recompute, device="cpu", lora=lora,
     )  # fmt: skip
     for stage, (weights, gradients, optimizer), kept in run_in_pool(
-        layout.world_size, _measured, name, layout, precision, recompute
+        layout.world_size, _measured, name, layout, precision, recompute, lora
     ):
         told = table.stages[stage]
         assert told.weights == pytest.approx(weights, rel=0.05)

@@ -6,7 +6,17 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, Kernels, ParallelLayout, T5Config, T5Module
+from lightning_megatron import (
+    BertConfig,
+    BertModule,
+    GPTConfig,
+    GPTModule,
+    Kernels,
+    LoRA,
+    ParallelLayout,
+    T5Config,
+    T5Module,
+)
 from lightning_megatron.models.memory_estimate import chunks_in_flight
 from lightning_megatron.training.optimizers import LeanAdamW, Muon
 from lightning_megatron.training.parameter_groups import ParameterGroups
@@ -37,9 +47,9 @@ ONE = ParallelLayout(world_size=1)
 PLAIN = Kernels(fused_layers=False, chunked_loss=False).on(torch.device("cpu"))
 
 
-def measured(config, recompute, dtype, kernels) -> tuple[int, int]:
-    """Weights, and the most bytes that autograd kept in a step."""
-    module = built(MODULES[type(config)](config), recompute=recompute, params_dtype=dtype, kernels=kernels)
+def measured(config, recompute, dtype, kernels, lora=None) -> tuple[int, int, int]:
+    """Weights, those that are trained, and the most bytes that autograd kept in a step."""
+    module = built(MODULES[type(config)](config, lora=lora), recompute=recompute, params_dtype=dtype, kernels=kernels)
     tokens = torch.randint(5, 256, (ROWS, LENGTH), generator=torch.Generator().manual_seed(2))
     counted = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 7 == 0  # as many as are masked
     labels = tokens.masked_fill(~counted, -100) if isinstance(config, BertConfig) else tokens
@@ -50,7 +60,8 @@ def measured(config, recompute, dtype, kernels) -> tuple[int, int]:
         loss = module.loss(module.active_model(**{**inputs, **weighted}), inputs)[0]
         if not kernels.fused_layers:  # whose backward passes refuse torch's hooks
             loss.backward()
-    return sum(p.numel() for p in module.parameters()), saved.peak
+    weights = list(module.parameters())
+    return sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad), saved.peak
 
 
 @pytest.mark.parametrize("recompute", [None, "selective", "full", 1], ids=str)
@@ -58,6 +69,36 @@ def measured(config, recompute, dtype, kernels) -> tuple[int, int]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_to_one_and_activations_to_ten_percent(name, precision, recompute):
     assert_as_measured(CONFIGS[name], precision, recompute, PLAIN)
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", 1], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_low_rank_updates(name, recompute):
+    assert_as_measured(CONFIGS[name], "bf16-mixed", recompute, PLAIN, LoRA(rank=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"targets": ["q_proj", "v_proj"]}),
+        ("llama", {"targets": ["gate_proj"], "dropout": 0.1}),
+        ("llama", {"targets": r"model\.layers\.1\..*"}),
+        ("gpt", {"targets": ["c_attn"], "dropout": 0.1}),
+        ("gpt", {"also_train": ["embedding"]}),
+        ("gpt", {"also_train": ["decoder.layers.0.mlp.linear_fc1", "decoder.final_layernorm"]}),
+        ("llama", {"also_train": ["decoder.layers.1", "output_layer"]}),
+        ("bert", {"targets": ["query", "value"]}),
+        ("t5", {"targets": ["q", "v"]}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_some_low_rank_updates(name, settings):
+    assert_as_measured(CONFIGS[name], "32-true", None, PLAIN, LoRA(rank=4, **settings))
+
+
+def test_the_chunked_loss_of_a_frozen_output_layer_keeps_no_gradient_of_its_weight():
+    kernels = replace(PLAIN, chunked_loss=True)
+    assert_as_measured(replace(CONFIGS["gpt"], vocab_size=2048), "bf16-mixed", None, kernels, LoRA(rank=4))
 
 
 @pytest.mark.parametrize("name", ["gpt with dropout", "bert with dropout", "llama with dropout"])
@@ -107,12 +148,14 @@ def test_fused_layers(name, recompute):
         torch.compiler.set_stance("default")
 
 
-def assert_as_measured(config, precision, recompute, kernels) -> None:
+def assert_as_measured(config, precision, recompute, kernels, lora=None) -> None:
     size = {"32-true": 4, "bf16-mixed": 2}[precision]
-    weights, kept = measured(config, recompute, {4: torch.float32, 2: torch.bfloat16}[size], kernels)
-    settings = {"precision": precision, "recompute": recompute, "kernels": kernels, "device": "cpu"}
+    dtype = {4: torch.float32, 2: torch.bfloat16}[size]
+    weights, trained, kept = measured(config, recompute, dtype, kernels, lora)
+    settings = {"precision": precision, "recompute": recompute, "kernels": kernels, "device": "cpu", "lora": lora}
     told = ONE.memory(config, micro_batch_size=ROWS, **settings).largest
     assert told.weights == weights * size
+    assert (told.gradients, told.optimizer) == (trained * 4, trained * (8 if size == 4 else 12))
     assert told.activations + told.logits == pytest.approx(kept, rel=0.1)
 
 
@@ -167,6 +210,7 @@ def test_a_table_for_people():
         ({"micro_batch_size": 0}, "micro_batch_size=0): use a whole number"),
         ({"recompute": "all"}, "recompute='all'): use None or 'selective' or 'full'"),
         ({"device": "tpu"}, "device='tpu'): use 'cuda' or 'cpu'"),
+        ({"lora": 8}, "lora=8): use lightning_megatron.LoRA(...)"),
     ],
     ids=str,
 )

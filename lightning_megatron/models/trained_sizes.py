@@ -1,0 +1,129 @@
+"""What is trained of a model: all of it, or low-rank updates and some parts; and what keeps its input therefore.
+
+A frozen linear layer needs its weight for the backward pass, and its input only where an update reads it, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.lora.config import LoRA
+from lightning_megatron.models.lora.update_sizes import linear_layers, updates_of
+
+
+class TrainedSizes:
+    """What is trained of a model on a tensor-parallel rank.
+
+    Args:
+        config: The configuration of the model.
+        layout: The parallel sizes.
+        lora: The updates; None: everything is trained.
+    """
+
+    def __init__(self, config: Any, layout: ParallelLayout, lora: LoRA | None) -> None:
+        self.config, self.layout, self.lora = config, layout, lora
+        self._updates = [] if lora is None else updates_of(config, lora)
+        self._parts = [] if lora is None else lora.also_train
+        embedding = self.trains("embedding.word_embeddings")
+        tied = getattr(config, "tie_embeddings", True)
+        self.output = self.trains("output_layer") or (tied and embedding) or (not config.outputs_are_sharded)
+        self.embedding = self.trains("embedding")
+
+    def trains(self, name: str) -> bool:
+        """Whether a part of the model, by megatron-core's name, is trained whole."""
+        return self.lora is None or any(name == part or name.startswith(f"{part}.") for part in self._parts)
+
+    def updates(self, stack: int, first: int, layers: int) -> int:
+        """The numbers of the updates of some layers."""
+        mine = self._updates[stack][first : first + layers] if self._updates else []
+        return sum(update.numbers(self.layout.tp) for layer in mine for update in layer.values())
+
+    def numbers(self, chunk: list[Any], firsts: list[int]) -> int:
+        """The numbers that are trained of a chunk.
+
+        Args:
+            chunk: The layers of the chunk, as ``Part`` of ``memory_estimate``.
+            firsts: The number of the first layer of each, in its stack.
+        """
+        config, layout = self.config, self.layout
+        if self.lora is None:
+            return int(config.parameters(layout, chunk))
+        total = 0
+        for part, first in zip(chunk, firsts, strict=True):
+            total += self.updates(part.stack, first, part.layers)
+            bare = replace(part, layers=0, embeds=False, ends_stack=False, ends_model=False)
+            name, rest = config.stack_names[part.stack], config.parameters(layout, [bare])
+            layer = config.parameters(layout, [replace(bare, layers=1)]) - rest
+            for number in range(first, first + part.layers):
+                total += self._of_layer(f"{name}.layers.{number}", layer)
+            if part.ends_stack and self.trains(f"{name}.final_layernorm"):
+                total += config.parameters(layout, [replace(bare, ends_stack=True)]) - rest
+        embeds, ends = any(part.embeds for part in chunk), any(part.ends_model for part in chunk)
+        return total + self._of_ends(embeds, ends)
+
+    def _of_layer(self, name: str, layer: int) -> int:
+        """The numbers of a layer that is trained whole, or of its linear layers that are."""
+        if self.trains(name):
+            return layer
+        has_bias, tp = self.config.family_arguments().get("add_bias_linear", True), self.layout.tp
+        return sum(
+            linear.inputs * linear.rows // tp + has_bias * linear.rows // (tp if linear.is_column else 1)
+            for leaf, linear in linear_layers(self.config).items()
+            if self.trains(f"{name}.{leaf}")
+        )
+
+    def _of_ends(self, embeds: bool, ends: bool) -> int:
+        config, layout = self.config, self.layout
+        vocabulary = layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by) // layout.tp
+        total = 0
+        if embeds and self.embedding:
+            total += config.embedding_parameters(layout)
+        elif embeds and self.trains("embedding.word_embeddings"):
+            total += vocabulary * config.hidden_size
+        known = ("embedding", *config.stack_names)
+        heads = [part for part in self._parts if part.partition(".")[0] not in known]
+        if ends and (heads or (self.output and config.outputs_are_sharded)):
+            total += config.head_parameters(layout, embeds)
+        return int(total)
+
+    def keeps_input(self, stack: int, leaf: str) -> float:
+        """In which share of a stack's layers a linear layer, or its update, keeps the layer's input as it is."""
+        if self.lora is None:
+            return 1.0
+        layers, name = self._updates[stack], self.config.stack_names[stack]
+        undropped = not self.lora.dropout
+        keep = [
+            (leaf in layers[n] and undropped) or self.trains(f"{name}.layers.{n}.{leaf}") for n in range(len(layers))
+        ]
+        return sum(keep) / max(len(keep), 1)
+
+    def kept(self, stack: int, kind: str, tokens: float, keys: float) -> tuple[float, float, float]:
+        """What the updates of a layer keep, on average over the stack's layers.
+
+        Args:
+            stack: Index of the stack.
+            kind: The beginning of the linear layers' names.
+            tokens: Tokens of a micro-batch.
+            keys: Those that cross-attention looks at.
+
+        Returns:
+            Numbers that are made of each token: the products with ``A``, and with dropout the inputs that are left;
+            numbers of the copies of ``A`` and ``B``; and numbers of what dropout multiplies by.
+        """
+        made, copies, dropped = 0.0, 0.0, 0.0
+        if self.lora is None:
+            return made, copies, dropped
+        tp, shared = self.layout.tp, self.layout.tp if self.layout.uses_sequence_parallel else 1
+        for layer in self._updates[stack]:
+            for leaf, update in layer.items():
+                if not leaf.startswith(kind):
+                    continue
+                linear, whole = update.layer, keys if leaf.endswith("linear_kv") else tokens
+                made += whole * len(update.parts) * update.rank / (1 if linear.is_column else shared)
+                copies += update.copies(tp)
+                if self.lora.dropout:
+                    dropped += whole * linear.inputs / (shared if linear.is_column else tp)
+        layers = max(len(self._updates[stack]), 1)
+        return (made + dropped) / layers, copies / layers, dropped / layers
