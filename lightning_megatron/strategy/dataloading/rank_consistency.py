@@ -27,6 +27,8 @@ _EQUALLY_MANY = (
     " limit_train_batches (or limit_val_batches) to the number that all of them have."
 )
 
+_OF_STATE = ("state_dict", "load_state_dict")
+
 
 class DataError(RuntimeError):
     """Raised when ranks that must read the same data, or equally much, do not."""
@@ -141,6 +143,8 @@ class EvenLoader:
         self._loader = loader
         self._fills = fills
         self.own_batches: int | None = None
+        # Lightning asks for these by a Protocol, which from Python 3.12 on does not see what `__getattr__` answers.
+        self.__dict__.update({name: getattr(loader, name) for name in _OF_STATE if hasattr(loader, name)})
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":  # while this object is copied
