@@ -1,44 +1,66 @@
-"""Train transformers with Megatron-core's parallelism from a PyTorch Lightning Trainer."""
+"""Train transformers with Megatron-core's parallelism from a PyTorch Lightning Trainer.
+
+Importing the package imports nothing heavy: a name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_megatron.distributed import at_import
 
 __version__ = "0.1.0.dev0"
 
-import torch as _torch
+if TYPE_CHECKING:
+    from lightning_megatron.checkpoint import Checkpointing
+    from lightning_megatron.distributed.collectives import average_losses_across_data_parallel_group
+    from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
+    from lightning_megatron.models import (
+        AutoModule,
+        BertConfig,
+        BertModule,
+        GPTConfig,
+        GPTModule,
+        Kernels,
+        MegatronModule,
+        T5Config,
+        T5Module,
+        on_all_stages,
+    )
+    from lightning_megatron.models.lora import LoRA
+    from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
+    from lightning_megatron.strategy.precision import MegatronPrecision
+    from lightning_megatron.training.lr_schedule import LRSchedule
+    from lightning_megatron.training.optimizers import LeanAdamW, Muon
+    from lightning_megatron.training.parameter_groups import ParameterGroups, biases_and_vectors
 
-from lightning_megatron.distributed.former_names import keep_former_names as _keep_former_names
-from lightning_megatron.distributed.warning_filters import ignore_known_warnings as _ignore_known_warnings
-
-_keep_former_names()
-_ignore_known_warnings()
-
-if not _torch.cuda.is_available():
-    # megatron-core compiles small functions at their first call; without CUDA that is seconds of C++ for nothing.
-    from megatron.core import jit as _jit
-
-    _jit.disable_jit_fuser()
-
-from lightning.pytorch.strategies import StrategyRegistry as _StrategyRegistry
-
-from lightning_megatron.checkpoint import Checkpointing
-from lightning_megatron.distributed.collectives import average_losses_across_data_parallel_group
-from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
-from lightning_megatron.models import (
-    AutoModule,
-    BertConfig,
-    BertModule,
-    GPTConfig,
-    GPTModule,
-    Kernels,
-    MegatronModule,
-    T5Config,
-    T5Module,
-    on_all_stages,
-)
-from lightning_megatron.models.lora import LoRA
-from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
-from lightning_megatron.strategy.precision import MegatronPrecision
-from lightning_megatron.training.lr_schedule import LRSchedule
-from lightning_megatron.training.optimizers import LeanAdamW, Muon
-from lightning_megatron.training.parameter_groups import ParameterGroups, biases_and_vectors
+# The names above by the modules that they are imported from.
+_NAMES = {
+    "checkpoint": ["Checkpointing"],
+    "distributed.collectives": ["average_losses_across_data_parallel_group"],
+    "distributed.layout": ["LayoutError", "ParallelLayout"],
+    "models": [
+        "AutoModule",
+        "BertConfig",
+        "BertModule",
+        "GPTConfig",
+        "GPTModule",
+        "Kernels",
+        "MegatronModule",
+        "T5Config",
+        "T5Module",
+        "on_all_stages",
+    ],
+    "models.lora": ["LoRA"],
+    "strategy.megatron_strategy": ["MegatronStrategy"],
+    "strategy.precision": ["MegatronPrecision"],
+    "training.lr_schedule": ["LRSchedule"],
+    "training.optimizers": ["LeanAdamW", "Muon"],
+    "training.parameter_groups": ["ParameterGroups", "biases_and_vectors"],
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+_ROOMS = {"callbacks", "checkpoint", "cli", "data", "distributed", "hf", "models", "strategy", "training"}
 
 __all__ = [
     "AutoModule",
@@ -66,5 +88,18 @@ __all__ = [
     "on_all_stages",
 ]
 
-if "megatron" not in _StrategyRegistry:
-    _StrategyRegistry.register("megatron", MegatronStrategy, description="megatron-core's parallelism")
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+at_import.prepare()

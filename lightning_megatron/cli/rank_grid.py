@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_megatron.callbacks import plots
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 
 _WIDEST = 40  # ranks in a line of text; of more replicas the first ones are shown
@@ -113,6 +112,8 @@ class RankGrid:
 
     def draw(self, path: str | Path) -> Path:
         """Write the grid as a picture, a colour for each node."""
+        from lightning_megatron.callbacks import plots  # which imports Lightning
+
         pyplot = plots.pyplot("The rank grid")
         from matplotlib.patches import Rectangle
 
