@@ -55,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(own, argparse.Namespace(behind=behind, parser=parser, training=training))
     try:
         given.run(given)
-    except (ValueError, OSError, ModuleNotFoundError, *_checkpoint_errors()) as error:
+    except (ValueError, OSError, ModuleNotFoundError, _checkpoint_error()) as error:
         sys.exit(f"lightning-megatron: {error}")
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The command's parser, and those of the commands that train, which get their arguments elsewhere."""
     parser = _Parser(
         prog="lightning-megatron",
@@ -88,7 +88,7 @@ def _train(arguments: list[str]) -> None:
     MegatronCLI(args=None if arguments == sys.argv[1:] else arguments)
 
 
-def _checkpoint_errors() -> tuple[type[Exception], ...]:
-    """The errors of checkpoints, if a command has imported what raises them."""
-    module = sys.modules.get("lightning_megatron.checkpoint.manifest")
-    return (module.CheckpointError,) if module else ()
+def _checkpoint_error() -> type[Exception]:
+    """The error of checkpoints, if the command has imported what raises it."""
+    manifest = sys.modules.get("lightning_megatron.checkpoint.manifest")
+    return manifest.CheckpointError if manifest else ValueError

@@ -26,7 +26,7 @@ def _compile_nothing_without_cuda() -> None:
     """Without CUDA, compiling megatron-core's small functions at their first call is seconds of C++ for nothing."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.device_count():  # unlike is_available, it lets processes be forked afterwards
         import_module("megatron.core.jit").disable_jit_fuser()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-PRELOADED = ["lightning_megatron", "transformers", "tests.reference.plain_gpt"]
+PRELOADED = ["lightning_megatron.callbacks", "lightning_megatron.data", "transformers", "tests.reference.plain_gpt"]
 _context.set_forkserver_preload(PRELOADED)
 
 

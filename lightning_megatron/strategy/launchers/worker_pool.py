@@ -21,7 +21,8 @@ import cloudpickle
 
 from lightning_megatron.distributed import first_error
 
-_PRELOADED = ["lightning_megatron"]  # it imports torch, lightning.pytorch and megatron.core
+# They import torch, lightning.pytorch and megatron.core.
+PRELOADED = ["lightning_megatron.callbacks", "lightning_megatron.data", "lightning_megatron.models"]
 _GRACE = 5.0  # seconds in which ranks may end by themselves after one has failed, before they are killed
 _GRACE_AFTER_INTERRUPT = 15.0  # seconds after Ctrl-C, in which callbacks may save something
 
@@ -78,7 +79,7 @@ def run(call: Callable[[], Any], environments: list[Mapping[str, str]]) -> list[
     """
     context = multiprocessing.get_context("forkserver")
     if _is_untouched(forkserver._forkserver):
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="lightning_megatron_") as name:
         folder = Path(name)
         (folder / "call").write_bytes(_pickle(call))
