@@ -69,7 +69,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     training = {name: commands.add_parser(name, help=what, add_help=False) for name, what in TRAINING.items()}
     for name, (module, what) in COMMANDS.items():
-        command: Any = import_module(f"lightning_megatron.cli.commands.{module}")
+        command: Any = import_module(f"lightning_megatron.cli.commands.{module}_command")
         own = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         command.add_arguments(own)
         own.set_defaults(run=command.run)

@@ -26,7 +26,7 @@ import types
 from pathlib import Path
 from typing import Any, NoReturn
 
-PRELOADED = ["lightning_megatron.cli.training", "lightning_megatron.cli.main", "transformers", "torch.distributed.run", "datasets"]
+PRELOADED = ["lightning_megatron.cli.training", "transformers", "torch.distributed.run", "datasets"]
 _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 arguments = sys.argv[1:]
