@@ -61,7 +61,7 @@ def destroy_unsuitable(device: torch.device) -> None:
     """
     if not dist.is_initialized() or supports(configuration := dist.get_backend_config(), device.type):
         return
-    if _made is None or dist.group.WORLD is not _made():
+    if not _is_own():
         raise MisconfigurationException(
             f"The existing process group has the back ends {configuration!r}, and a model on {device.type!r} needs"
             f" {_OF_DEVICE[device.type]!r}. Something else in this program has created the group: call"
@@ -101,6 +101,19 @@ def init_for_run(
     bound = device if name == "nccl" else None  # Gloo cannot be bound to a device
     lightning_private.start_process_group(environment, name, timeout=timeout, device_id=bound, store=store)
     _remember()
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Change how long a collective may take, in all groups of a run; a default group of somebody else keeps its own."""
+    process_groups.set_timeout(timeout)
+    world = dist.group.WORLD
+    if world is not None and _is_own():
+        world.set_timeout(timeout)
+
+
+def _is_own() -> bool:
+    """Whether this package has created the default group."""
+    return _made is not None and dist.group.WORLD is _made()
 
 
 def _remember() -> None:

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from lightning_megatron.distributed import meeting
 from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.layout import ParallelLayout, RankCoordinates
 
@@ -45,30 +46,27 @@ class _State:
             store of a destroyed group alive, and later ranks would find the old addresses in it.
         layout: The layout whose groups exist.
         timeout: How long a collective may take.
+        timeout_now: How long it may take for the time being, if ``set_timeout`` has said so.
         groups: The groups of the layout that this rank is in.
         stacks: The groups of the pipeline ranks of each stack, for encoder-decoder models.
         gloo: The Gloo groups of all ranks: for the main thread, and for a thread that writes checkpoints.
         made_for_build: Whether the default group was made here, to build a model outside of a run.
-        seed: The seed of the run. Like what follows, ``reset`` keeps it.
-        num_rendezvous: How often the ranks have met.
-        store: The store that the ranks meet at.
+        seed: The seed of the run, which ``reset`` keeps.
     """
 
     world: Any = None
     layout: ParallelLayout | None = None
     timeout: timedelta = _DEFAULT_TIMEOUT
+    timeout_now: timedelta | None = None
     groups: list[dist.ProcessGroup] = field(default_factory=list)
     stacks: dict[Stack, dist.ProcessGroup] = field(default_factory=dict)
     gloo: tuple[dist.ProcessGroup, ...] = ()
     made_for_build: bool = False
     seed: int = 0
-    num_rendezvous: int = 0
-    store: dist.Store | None = None
 
     def reset(self) -> None:
         """Forget the groups, after the default group was destroyed."""
-        kept = {"seed": self.seed, "num_rendezvous": self.num_rendezvous, "store": self.store}
-        vars(self).update(vars(_State(**kept)))  # type: ignore[arg-type]
+        vars(self).update(vars(_State(seed=self.seed)))
 
 
 _state = _State()
@@ -111,6 +109,18 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
     state.groups = _groups_of_megatron()
     _build_stacks(layout, timeout)
     state.layout = layout
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Change how long a collective may take, in the groups that exist and in those that ``gloo_world`` creates later.
+
+    The default group keeps its own. Sends and receives over Gloo keep the time that ``build`` was given (torch 2.13).
+    """
+    state = _current()
+    state.timeout_now = timeout
+    for group in (*state.groups, *state.stacks.values(), *state.gloo):
+        if _is_alive(group):
+            group.set_timeout(timeout)
 
 
 def rebind(model: torch.nn.Module) -> None:
@@ -239,53 +249,6 @@ def default_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def rendezvous_store(
-    rank: int, world_size: int, timeout: timedelta, base: dist.Store | None = None
-) -> dist.Store | None:
-    """A store at which the ranks meet, with a prefix that no earlier rendezvous has used.
-
-    A store lives as long as any group that was made over it, even a group of an object that nobody uses any more.
-    Ranks that meet again at the same port would reach that store, and read the addresses of destroyed groups; or one
-    rank would come while another is about to shut it down. So the ranks agree on a port of their own at the first
-    rendezvous, and keep that store.
-
-    Args:
-        rank: The number of this rank.
-        world_size: How many ranks meet, at the ``MASTER_ADDR`` and ``MASTER_PORT`` of the environment.
-        timeout: How long a rank waits for the others.
-        base: A store that the ranks have already, such as torchrun's.
-
-    Returns:
-        None if the default group exists.
-    """
-    if dist.is_initialized():
-        return None
-    if world_size == 1:
-        return dist.HashStore()
-    if base is None:
-        base = _state.store = _state.store or _own_store(rank, world_size, timeout)
-    number = _state.num_rendezvous
-    _state.num_rendezvous += 1
-    return dist.PrefixStore(f"lightning_megatron/meeting_{number}", base)
-
-
-def _own_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """A store on a free port that rank 0 announces at the port of the environment."""
-    agreed: dist.Store = next(iter(dist.rendezvous("env://", rank, world_size, timeout=timeout)))[0]
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return agreed  # torchrun's agent keeps it
-    key, address = "lightning_megatron/port", os.environ["MASTER_ADDR"]
-    if rank == 0:
-        store = dist.TCPStore(address, 0, world_size, True, timeout, wait_for_workers=False)
-        agreed.set(key, str(store.port))
-    else:
-        store = dist.TCPStore(address, int(agreed.get(key)), world_size, False, timeout)
-    if store.add("here", 1) == world_size:
-        store.set("all are here", "")
-    store.wait(["all are here"], timeout)  # before rank 0 shuts the first store down
-    return store
-
-
 def init_default_group(device: torch.device) -> None:
     """Initialise the default group: with the ranks that torchrun has started, or with this process as the only rank."""
     if dist.is_initialized():
@@ -294,7 +257,7 @@ def init_default_group(device: torch.device) -> None:
         torch.cuda.set_device(device)
     if dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = rendezvous_store(rank, ranks, _DEFAULT_TIMEOUT)
+        store = meeting.meet(rank, ranks, _DEFAULT_TIMEOUT)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
     else:
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -392,5 +355,6 @@ def gloo_background() -> dist.ProcessGroup:
 def _gloo_groups() -> tuple[dist.ProcessGroup, ...]:
     state = _current()
     if not state.gloo or not all(map(_is_alive, state.gloo)):
-        state.gloo = tuple(dist.new_group(backend="gloo", timeout=state.timeout) for _ in range(2))
+        timeout = state.timeout_now or state.timeout
+        state.gloo = tuple(dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return state.gloo

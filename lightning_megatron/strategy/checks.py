@@ -64,7 +64,6 @@ def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute:
 def check_settings(
     ddp: object,
     process_group_backend: str | None,
-    timeout: object,
     on_nonfinite: str,
     checkpointing: object,
     distributed_optimizer: object,
@@ -74,7 +73,6 @@ def check_settings(
     Args:
         ddp: The settings of megatron-core's data parallelism, or None.
         process_group_backend: The back end of the process groups, or None for the one that fits the device.
-        timeout: How long ranks wait in a collective.
         on_nonfinite: What happens when a loss or gradient is NaN or infinite.
         checkpointing: How checkpoints are saved and loaded.
         distributed_optimizer: Whether optimizer state is sharded.
@@ -84,10 +82,6 @@ def check_settings(
     """
     _STRATEGY.flag(distributed_optimizer=distributed_optimizer)
     _STRATEGY.kind(Checkpointing, "lightning_megatron.Checkpointing(...)", checkpointing=checkpointing)
-    if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
-        raise MisconfigurationException(
-            f"MegatronStrategy(timeout={timeout!r}): use a positive datetime.timedelta, such as timedelta(minutes=30)."
-        )
     if ddp is not None and not isinstance(ddp, DistributedDataParallelConfig):
         raise MisconfigurationException(
             f"MegatronStrategy(ddp={ddp!r}): use megatron.core.distributed.DistributedDataParallelConfig(...)."
@@ -100,6 +94,20 @@ def check_settings(
             f"MegatronStrategy(process_group_backend={process_group_backend!r}): use 'gloo', 'nccl', or None, which"
             " takes what fits the device."
         )
+
+
+def check_timeouts(*, timeout: object, start_timeout: object) -> None:
+    """Refuse what is no length of time.
+
+    Raises:
+        MisconfigurationException: A value is wrong; the message has it and what to use.
+    """
+    given = {"timeout": timeout} | ({} if start_timeout is None else {"start_timeout": start_timeout})
+    for name, value in given.items():
+        if not isinstance(value, timedelta) or value <= timedelta(0):
+            raise MisconfigurationException(
+                f"MegatronStrategy({name}={value!r}): use a positive datetime.timedelta, such as timedelta(minutes=30)."
+            )
 
 
 def _check_ddp(ddp: DistributedDataParallelConfig, distributed_optimizer: bool) -> None:

@@ -94,7 +94,11 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         checkpointing: How checkpoints are saved, loaded and resumed from; see ``Checkpointing``.
         process_group_backend: "gloo" or "nccl". None is the one for the device; one that cannot carry the device's
             tensors is refused.
-        timeout: How long ranks wait in a collective for a rank that is gone without a word.
+        timeout: How long ranks wait in a collective for a rank that is gone without a word, once the first step has
+            ended.
+        start_timeout: How long ranks wait for one another before that: until all have started, and then in a collective
+            while one of them downloads data, reads weights or compiles. None is 30 minutes, or ``timeout`` if that is
+            longer.
         launch: How the ranks start unless torchrun, SLURM or the like has started them: "subprocess" runs the script
             once per rank; "forkserver" takes them from a preloaded server and brings results back, for notebooks. None
             is the first in a script, and the second in an interactive session or notebook.
@@ -123,6 +127,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         checkpointing: Checkpointing = _DEFAULT_CHECKPOINTING,
         process_group_backend: str | None = None,
         timeout: timedelta = _DEFAULT_TIMEOUT,
+        start_timeout: timedelta | None = None,
         launch: launchers.Launch | None = None,
     ) -> None:
         super().__init__()
@@ -131,7 +136,8 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         self.sizes["pipeline_split_rank"] = pipeline_split_rank
         self.micro_batching = MicroBatching(micro_batch_size, num_microbatches)
         checks.check_sizes(self.sizes, self.micro_batching, recompute, kernels)
-        checks.check_settings(ddp, process_group_backend, timeout, on_nonfinite, checkpointing, distributed_optimizer)
+        checks.check_timeouts(timeout=timeout, start_timeout=start_timeout)
+        checks.check_settings(ddp, process_group_backend, on_nonfinite, checkpointing, distributed_optimizer)
         self.distributed_optimizer = distributed_optimizer
         self.recompute = recompute
         self.kernels = kernels
@@ -142,7 +148,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         self._resumed_settings = resumed_settings.ResumedSettings(checkpointing.optimizer_settings)
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
-        self._timeout = timeout
+        self._timeouts = launchers.Timeouts(timeout, start_timeout)
         self._patches = trainer_patches.TrainerPatches()
         self._ranks_have_met = False
         self._timers = timers.Timers()
@@ -233,7 +239,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
             reset_seed()
         self.set_world_ranks()
         use_device(self.root_device)
-        launchers.meet(self, self._process_group_backend, self._timeout)
+        launchers.meet(self, self._process_group_backend, self._timeouts)
         self._heartbeat.start()
         self._begin_run()
         rank_consistency.share_random_state()
@@ -324,7 +330,8 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._steps.train(batch, *args, **kwargs)
+        with self._timeouts.step(self.lightning_module.trainer):  # type: ignore[union-attr]
+            return self._steps.train(batch, *args, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -348,7 +355,8 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
 
     @override
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._steps.evaluate("validation_step", batch, *args, **kwargs)
+        with self._timeouts.step(self.lightning_module.trainer):  # type: ignore[union-attr]
+            return self._steps.evaluate("validation_step", batch, *args, **kwargs)
 
     @override
     def on_train_end(self) -> None:
@@ -363,7 +371,8 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
 
     @override
     def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._steps.evaluate("test_step", batch, *args, **kwargs)
+        with self._timeouts.step(self.lightning_module.trainer):  # type: ignore[union-attr]
+            return self._steps.evaluate("test_step", batch, *args, **kwargs)
 
     @override
     def on_predict_start(self) -> None:
@@ -371,7 +380,8 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
 
     @override
     def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._steps.predict(batch, *args, **kwargs)
+        with self._timeouts.step(self.lightning_module.trainer):  # type: ignore[union-attr]
+            return self._steps.predict(batch, *args, **kwargs)
 
     @override
     def on_predict_end(self) -> None:

@@ -100,6 +100,7 @@ STRATEGY: list[tuple[dict[str, Any], str]] = [
     ({"process_group_backend": "mpi"}, "process_group_backend='mpi'): use 'gloo', 'nccl'"),
     ({"timeout": 1800}, "timeout=1800): use a positive datetime.timedelta"),
     ({"timeout": timedelta(0)}, "use a positive datetime.timedelta"),
+    ({"start_timeout": 600}, "start_timeout=600): use a positive datetime.timedelta"),
     ({"launch": "spawn"}, "launch='spawn'"),
     *(({former: value}, f"MegatronStrategy({former}={value!r}): use {use}.") for former, value, use in FORMER),
 ]

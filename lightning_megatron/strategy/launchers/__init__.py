@@ -10,13 +10,14 @@ from lightning_megatron.distributed import lightning_private
 from lightning_megatron.strategy.launchers.rendezvous import meet
 from lightning_megatron.strategy.launchers.script import ScriptLauncher
 from lightning_megatron.strategy.launchers.slurm import environment_of
+from lightning_megatron.strategy.launchers.timeouts import Timeouts
 
 if TYPE_CHECKING:
     from lightning_megatron.strategy.launchers.returned_state import KeptCheckpoint
 
 Launch = Literal["subprocess", "forkserver"]
 
-__all__ = ["Launch", "check", "choose", "environment_of", "kept_checkpoint", "meet"]
+__all__ = ["Launch", "Timeouts", "check", "choose", "environment_of", "kept_checkpoint", "meet"]
 
 
 def check(launch: str | None) -> None:

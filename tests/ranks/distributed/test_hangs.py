@@ -100,8 +100,8 @@ class Strays(Callback):
         if batch_idx == 2 and run.global_rank == 1 and self.how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def on_validation_batch_start(self, run: Any, *_: Any) -> None:
-        if run.global_rank == 1:
+    def on_validation_batch_start(self, run: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if run.global_rank == 1 and batch_idx == 1:
             time.sleep(30)
 
 
@@ -134,3 +134,31 @@ def test_a_rank_that_waited_in_vain_is_told_for_whom(how: str, told: str) -> Non
     if how == "barrier":
         assert "it is dead" not in text
         assert len(re.findall("All ranks are alive", text)) == 2, text[-6000:]
+
+
+class SlowFirstStep(Callback):
+    """Rank 1 needs longer for its first step of training than a collective may take, as if it compiled something."""
+
+    def on_train_batch_start(self, run: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if run.global_rank == 1 and batch_idx == 0:
+            time.sleep(5)
+
+
+def _slow_start() -> int:
+    if os.environ["RANK"] == "1":
+        time.sleep(5)  # as if it imported
+    data = DataLoader(Rows(text_samples(SMALL, 16)), batch_size=4)
+    run = trainer(
+        Layout(tp=2),
+        {"timeout": timedelta(seconds=3)},
+        max_steps=3,
+        num_sanity_val_steps=1,
+        callbacks=[SlowFirstStep()],
+    )
+    run.fit(LoadedGPT(SMALL), data, data)
+    return run.global_step
+
+
+@pytest.mark.alone
+def test_a_slow_start_is_no_hang() -> None:
+    assert run_ranks(2, _slow_start, timeout=60) == [3, 3]
