@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 _PORT, _ALL = "lightning_megatron/port", "all are here"
 _SILENT = timedelta(seconds=10)  # a wait that takes longer is told
+_PERIOD = 0.1  # seconds
 _SHOWN = 8
 _MORE_TIME = (
     "If they only start slowly, give them more time: MegatronStrategy(start_timeout=timedelta(minutes=60)), or in YAML"
@@ -116,11 +118,13 @@ def _wait_for_all(store: dist.Store, rank: int, world_size: int, timeout: timede
 
 def _wait(store: dist.Store, timeout: timedelta) -> bool:
     """Whether all ranks come in time; False, too, if rank 0 gives up first and takes the store with it."""
+    deadline = time.monotonic() + timeout.total_seconds()
     try:
-        store.wait([_ALL], timeout)
+        while not (here := store.check([_ALL])) and time.monotonic() < deadline:
+            time.sleep(_PERIOD)  # store.wait prints two warnings when its time is over (torch 2.13)
     except dist.DistError:
         return False
-    return True
+    return here
 
 
 def _missing(store: dist.Store, world_size: int) -> str:
