@@ -15,6 +15,7 @@ from lightning_megatron.cli.migrate.plan import Given, Plan
 # In this order: what stands further down reads what those above it have put into the plan.
 _SUBJECTS = (
     trainer_settings.precision,
+    trainer_settings.timeouts,
     recompute_settings.recomputation,
     model_settings.layers_of_stacks,
     model_settings.virtual_stages,

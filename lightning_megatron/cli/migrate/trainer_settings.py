@@ -1,4 +1,4 @@
-"""Megatron-LM's settings that are the Trainer's here: precision, length, evaluation, checkpoints, loggers."""
+"""Megatron-LM's settings that are the Trainer's here: precision, time-outs, length, evaluation, saves, loggers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_megatron.cli.migrate.batch_settings import full_batch, growth
 from lightning_megatron.cli.migrate.plan import Given, MigrationError, Plan, take
+from lightning_megatron.cli.migrate.settings_table import STRATEGY
 from lightning_megatron.data import BatchSizes
 
 
@@ -27,6 +28,25 @@ def precision(given: Given, plan: Plan) -> None:
         plan.say("initial_loss_scale", scale, "carried over", says, "trainer.plugins")
     elif scale is not None:
         plan.say("initial_loss_scale", scale, "not needed", "of fp16 alone")
+
+
+def timeouts(given: Given, plan: Plan) -> None:
+    """Carry over how long ranks wait for one another, and how long after the first step if that is less."""
+    minutes, seconds = given.get("distributed_timeout_minutes"), given.get("distributed_timeout_seconds_after_init")
+    if minutes is not None:
+        name = "timeout" if seconds is None else "start_timeout"
+        place = f"{STRATEGY}.{name}"
+        plan.put(place, _as_time(60 * minutes))
+        plan.say("distributed_timeout_minutes", minutes, "carried over", f"MegatronStrategy({name}=)", place)
+    if seconds is not None:
+        place = f"{STRATEGY}.timeout"
+        plan.put(place, _as_time(seconds))
+        plan.say("distributed_timeout_seconds_after_init", seconds, "carried over", "MegatronStrategy(timeout=)", place)
+
+
+def _as_time(seconds: float) -> str:
+    """A length of time as it is written in YAML."""
+    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
 
 
 def run_length(given: Given, plan: Plan) -> None:

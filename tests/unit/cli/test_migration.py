@@ -454,6 +454,19 @@ def test_every_option_of_megatron_lm_is_accounted_for(model):
         assert all(line.says for line in lines)
 
 
+def test_the_time_out_after_the_first_step_is_one_of_its_own():
+    minutes, seconds = ["--distributed-timeout-minutes", "90"], ["--distributed-timeout-seconds-after-init", "120"]
+    for words, says in (
+        (minutes, {"timeout": "1:30:00"}),
+        (seconds, {"timeout": "0:02:00"}),
+        ([*minutes, *seconds], {"start_timeout": "1:30:00", "timeout": "0:02:00"}),
+    ):
+        plan = from_command_line(words, devices=1)
+        strategy = plan.run["trainer"]["strategy"]["init_args"]
+        assert {name: strategy[name] for name in strategy if "timeout" in name} == says
+        assert {line.setting for line in plan.lines if line.fate == "carried over"} >= set(words[::2])
+
+
 def test_no_setting_has_two_homes():
     rows = list(_elsewhere())
     names = [name for name, _ in rows]
