@@ -18,6 +18,7 @@ from lightning_megatron.distributed import lightning_private, process_groups
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.models.flops import training_flops
 from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.models.model_config import ModelConfig
 from lightning_megatron.training.batch_rows import count_rows
 
 
@@ -123,7 +124,7 @@ def _work_of(module: pl.LightningModule, batch: Any) -> list[float]:
         return [float(rows), 0.0, 0.0]
     config = getattr(module, "config", None)
     lengths = module.lengths(batch)
-    flops = training_flops(config, lengths) if config is not None else 0.0
+    flops = training_flops(config, lengths) if isinstance(config, ModelConfig) else 0.0
     return [float(rows), float(rows * sum(lengths)), rows * flops]
 
 

@@ -123,7 +123,7 @@ def chunk_shard_specs(chunk: Any, rows: int | None) -> dict[str, ShardSpec]:
         rows: Size of the vocabulary without its padding; None for a model without a vocabulary.
     """
     return {
-        name: _shard_spec(entry, rows)
+        name: _divided_as_marked(_shard_spec(entry, rows), entry.data)
         for name, entry in chunk.sharded_state_dict(metadata=dict(_METADATA)).items()
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }

@@ -10,6 +10,7 @@ from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.module import GPTModule
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule, on_all_stages
+from lightning_megatron.models.model_chunk import ModelChunk
 from lightning_megatron.models.t5.config import T5Config
 from lightning_megatron.models.t5.module import T5Module
 
@@ -21,6 +22,7 @@ __all__ = [
     "GPTModule",
     "Kernels",
     "MegatronModule",
+    "ModelChunk",
     "T5Config",
     "T5Module",
     "on_all_stages",

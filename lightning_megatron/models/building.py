@@ -15,6 +15,7 @@ from lightning_megatron.checkpoint import local_path, without_trainer
 from lightning_megatron.distributed import parameter_names, process_group_backends, process_groups
 from lightning_megatron.distributed.device import model_rng, use_device
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
+from lightning_megatron.models import model_needs
 from lightning_megatron.models.build_settings import BuildSettings, differences
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.attention import use_kernel
@@ -45,6 +46,9 @@ class ChunkedModule(pl.LightningModule):
             post_process: Whether it holds the output layer.
             vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
         """
+
+    def draw_weights(self) -> None:
+        """Draw the first weights of the chunks, which are built, where ``build_model`` has left it to this."""
 
     def adapt_model(self) -> None:
         """Change the chunks, which are built and have no weights of a checkpoint's yet."""
@@ -91,8 +95,12 @@ class ChunkedModule(pl.LightningModule):
             first = stage == 0 and virtual == 0
             last = stage == layout.pp - 1 and virtual == (layout.vp or 1) - 1
             with model_rng(), self.build_settings.device:
-                self.chunks.append(self.build_model(first, last, virtual if layout.vp else None))
-            recompute_norms(self.chunks[-1])
+                chunk = self.build_model(first, last, virtual if layout.vp else None)
+            model_needs.check_built(self, chunk)
+            self.chunks.append(chunk)
+            recompute_norms(chunk)
+        model_needs.check_chunks(self, self.build_settings, stage)
+        self.draw_weights()
         settings = self.build_settings
         use_kernel(self.chunks, settings.kernels.attention, settings.params_dtype, settings.device)
         with self.build_settings.device:

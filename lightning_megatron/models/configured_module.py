@@ -374,20 +374,6 @@ class ConfiguredModule(MegatronModule):
         """Further keys of transformers' batches that the family has no counterpart of, and what to do instead."""
         return {}
 
-    def forward(self, **batch: Any) -> Any:
-        """What ``predict_step`` gives, where the model is whole on the rank.
-
-        Raises:
-            RuntimeError: The model has pipeline stages; ``trainer.predict`` gives it under every layout.
-        """
-        if not len(self.chunks) and self._trainer is None:
-            self.build_alone()
-        if self.build_settings.layout.pp > 1:
-            raise RuntimeError(
-                f"{type(self).__name__}.forward needs pp=1: here are pipeline stages. Use trainer.predict."
-            )
-        return self.predict_step(batch, 0)
-
 
 def known_modules() -> dict[str, type[ConfiguredModule]]:
     """The modules of all families, also the user's own, by the ``kind`` of their configurations."""

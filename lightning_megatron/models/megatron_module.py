@@ -8,12 +8,17 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from megatron.core.transformer import TransformerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_megatron.distributed import collectives
+from lightning_megatron.distributed import collectives, process_groups
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models import model_needs
 from lightning_megatron.models.building import ChunkedModule
 from lightning_megatron.models.host_answers import Answers
+from lightning_megatron.models.model_config import ModelConfig
+from lightning_megatron.models.weight_init import FirstWeights
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups, default_optimizer
 
@@ -44,7 +49,10 @@ def runs_on_all_stages(step: Callable[..., Any]) -> bool:
 
 
 class MegatronModule(ChunkedModule):
-    """The base of all modules here; a subclass changes one thing at a time.
+    """The base of all modules here, and of a module with a model of your own.
+
+    A model of your own needs ``build_model`` and ``loss``, with pipeline stages ``sequence_length`` too, and mostly
+    ``get_batch``; ``docs/own_model.md`` shows two.
 
     Per micro-batch and model chunk, ``training_step`` asks ``get_batch`` for the model's inputs, pads them with
     ``pad_inputs``, runs the chunk, and on the last stage asks ``loss`` for a sum and a token count. The strategy calls
@@ -78,12 +86,23 @@ class MegatronModule(ChunkedModule):
         self.lr_schedule = lr_schedule
         self.loss_reduction = loss_reduction
         self.in_pipeline = False  # set by the strategy: whether stages are in the midst of their micro-batches
+        self._first_weights: list[FirstWeights] = []  # of the configurations that transformer_config made
 
     # What a subclass changes
 
-    @abstractmethod
-    def get_batch(self, batch: Batch) -> Batch:
-        """Turn one micro-batch, as the loader gave it, into keyword arguments of the model."""
+    def get_batch(self, batch: Any) -> Batch:
+        """Turn one micro-batch, as the loader gave it, into keyword arguments of the model; a dict is them already.
+
+        Raises:
+            TypeError: The batch is no mapping.
+        """
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"{type(self).__name__} calls its model with the batch's entries as keyword arguments, and this batch"
+                f" is a {type(batch).__name__}. Let the dataset return dicts, such as {{'images': x, 'labels': y}}, or"
+                " override get_batch(batch), which returns such a dict."
+            )
+        return dict(batch)
 
     def pad_inputs(self, inputs: Batch, multiple: int) -> Batch:
         """Pad the inputs of one micro-batch, so that sequence parallelism can divide the sequence.
@@ -109,9 +128,11 @@ class MegatronModule(ChunkedModule):
             The sum over tokens and their number, which the strategy weighs by; or a plain mean.
         """
 
-    @abstractmethod
-    def check_batch(self, batch: Batch) -> None:
-        """Refuse a batch that the model cannot take, before any step is run on it.
+    def check_batch(self, batch: Any) -> None:
+        """Refuse a batch that the model cannot take, before any step is run on it; here none.
+
+        Args:
+            batch: A batch of the loader's, on the host.
 
         Raises:
             ValueError: Says what is wrong, the values seen and what to change.
@@ -128,10 +149,13 @@ class MegatronModule(ChunkedModule):
     def lengths(self, batch: Batch) -> tuple[int, ...]:
         """Tokens of one sequence, padding included; an encoder-decoder has two numbers: encoder and decoder.
 
+        A model without ``sequence_length`` has none, and ``Throughput`` then counts samples only.
+
         Args:
             batch: A batch that has run, as the loader gave it.
         """
-        return (self.sequence_length(batch),)
+        has_sequences = type(self).sequence_length is not MegatronModule.sequence_length
+        return (self.sequence_length(batch),) if has_sequences else ()
 
     def answer_on_host(self, batch: Any) -> Answers:
         """What the values of a batch, which is still on the host, decide, so that no step asks the device."""
@@ -162,6 +186,59 @@ class MegatronModule(ChunkedModule):
             scheduler = self.lr_schedule(optimizer)
         return [optimizer], [_when_to_step(scheduler)]
 
+    # What a model of your own is built with
+
+    def transformer_config(
+        self, *, hidden_size: int, num_layers: int | None = None, num_attention_heads: int | None = None, **fields: Any
+    ) -> TransformerConfig:
+        """megatron-core's configuration for ``build_model``: your sizes, and what follows from the run.
+
+        The weights that megatron-core's layers draw, and those that you draw with ``config.init_method(weight)``, are
+        the same under every layout.
+
+        Args:
+            hidden_size: Width of the hidden states.
+            num_layers: Layers of the whole model. None: one for each chunk.
+            num_attention_heads: Heads of the whole model. None: as few as can be shared out.
+            **fields: ``ffn_hidden_size``, ``activation``, ``hidden_dropout`` and the like, as ``GPTConfig`` has them;
+                and any field of megatron-core's ``TransformerConfig``.
+
+        Raises:
+            LayoutError: Sizes that the run's layout cannot divide.
+            ValueError: No such field; or a value is wrong.
+        """
+        settings = self.build_settings
+        tp, stages = settings.layout.tp, settings.layout.num_stages
+        fewest_heads = 1 if hidden_size % tp else tp
+        config = ModelConfig.of_own_model(
+            hidden_size=hidden_size,
+            num_layers=stages if num_layers is None else num_layers,
+            num_attention_heads=fewest_heads if num_attention_heads is None else num_attention_heads,
+            **fields,
+        )
+        config.check(settings.layout)
+        made = config.transformer_config(settings)
+        made.fused_layers = settings.kernels.fused_layers is True  # ModelChunk.transformer_block reads it
+        self._first_weights.append(FirstWeights(made))
+        return made
+
+    def draw_weights(self) -> None:
+        """Draw the first weights that ``transformer_config`` has made the layers leave to this."""
+        rows = getattr(getattr(self, "config", None), "vocab_size", None)
+        for weights in self._first_weights:
+            for chunk in self.chunks:
+                weights.draw(chunk, process_groups.run_seed(), rows)
+        self._first_weights = []
+
+    def check_layout(self, layout: ParallelLayout) -> None:
+        """Refuse sizes that ``layout`` cannot divide, and a module without a method that the run calls.
+
+        Raises:
+            LayoutError: The sizes do not fit.
+            MisconfigurationException: Methods are missing; the message lists all of them.
+        """
+        model_needs.check_methods(self, (ChunkedModule, MegatronModule), layout)
+
     # What Lightning and the strategy call
 
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
@@ -175,6 +252,10 @@ class MegatronModule(ChunkedModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Run one micro-batch through the active chunk, without gradients."""
         return self._chunk_step(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Run one micro-batch through the active chunk; what the last one gives, rows first, is the prediction."""
+        return self.active_model(**self._padded_inputs(batch))
 
     def log_loss(self, stage: str, loss: torch.Tensor, weight: torch.Tensor) -> None:
         """Log ``{stage}_loss``, called on every rank with the loss of the whole global batch.
@@ -216,6 +297,20 @@ class MegatronModule(ChunkedModule):
         inputs = self._padded_inputs(batch)
         output = self.active_model(**inputs)
         return self.loss(output, inputs) if self.on_last_stage else output
+
+    def forward(self, **batch: Any) -> Any:
+        """What ``predict_step`` gives, where the model is whole on the rank.
+
+        Raises:
+            RuntimeError: The model has pipeline stages; ``trainer.predict`` gives it under every layout.
+        """
+        if not len(self.chunks) and self._trainer is None:
+            self.build_alone()
+        if self.build_settings.layout.pp > 1:
+            raise RuntimeError(
+                f"{type(self).__name__}.forward needs pp=1: here are pipeline stages. Use trainer.predict."
+            )
+        return self.predict_step(batch, 0)
 
 
 def _when_to_step(scheduler: Any) -> dict[str, Any]:

@@ -135,6 +135,22 @@ class ModelConfig:
                 )
         self.check(ParallelLayout(world_size=1))
 
+    @classmethod
+    def of_own_model(cls, **fields_by_name: Any) -> ModelConfig:
+        """The configuration of a model without a vocabulary, from its fields and from megatron-core's, beside another.
+
+        Raises:
+            ValueError: No such field; or a value is wrong.
+        """
+        own = {each.name for each in fields(cls)} - {"vocab_size", "seq_length", "extra", "layers"}
+        extra = {name: value for name, value in fields_by_name.items() if name not in own}
+        known = [*own, *(each.name for each in fields(TransformerConfig) if each.init)]
+        for name in extra:
+            if name not in known:
+                raise ValueError(f"transformer_config({name}=...): no such field.{did_you_mean(name, known)}")
+        ours = {name: value for name, value in fields_by_name.items() if name in own}
+        return cls(vocab_size=1, seq_length=1, extra=extra, **ours)
+
     def stacks(self, lengths: tuple[int, ...]) -> list[LayerStack]:
         """The stacks of layers that a sequence goes through, from the input to the logits; one, which sees all of it.
 

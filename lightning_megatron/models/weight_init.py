@@ -45,13 +45,13 @@ class FirstWeights:
         for config, name, method in self._methods:
             setattr(config, name, partial(self._note, method))
 
-    def draw(self, chunk: torch.nn.Module, seed: int, rows: int) -> None:
+    def draw(self, chunk: torch.nn.Module, seed: int, rows: int | None) -> None:
         """Give the chunk that was built its weights, and the configurations their methods back.
 
         Args:
             chunk: One of the model's chunks.
             seed: Seed of the weights; the same on all ranks.
-            rows: Rows of the vocabulary without its padding; the padding starts at zero.
+            rows: Rows of the vocabulary without its padding, which starts at zero; None without a vocabulary.
         """
         for config, name, method in self._methods:
             setattr(config, name, method)

@@ -25,7 +25,7 @@ _WHAT_HELPS = (
     " distributed_optimizer=True divides the optimizer's state among them. A model that outgrows a device needs tp or"
     " pp, and layers that are made for them: those of GPTModule, BertModule, T5Module and AutoModule, or"
     " ColumnParallelLinear, RowParallelLinear and TransformerBlock of megatron-core in a model of your own, as"
-    " docs/custom.md shows."
+    " docs/own_model.md shows."
 )
 
 

@@ -23,7 +23,7 @@ from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.training.batch_rows import join_rows
 from lightning_megatron.training.microbatches import MicroBatchSizes, slices
-from lightning_megatron.training.step_outputs import joined, loss_of, outputs_of, passed_on
+from lightning_megatron.training.step_outputs import joined, loss_of, outputs_of, passed_on, travelling
 from lightning_megatron.training.timers import Timers
 from lightning_megatron.training.weight_gradients import accept_products, refuse_products
 
@@ -225,13 +225,18 @@ class Engine:
     ) -> list[Any]:
         """Run the schedule; return what the last stage recorded for each micro-batch, and nothing on other stages."""
         records: list[Any] = []
+        parts = self.layout.tp if self.config.sequence_parallel else 1
+        hidden_shape = (length // parts, cut.sizes[0], getattr(self.config, "hidden_size", 0))
 
         def forward_step(micro_batches: Iterator[tuple[Any, float]], model: torch.nn.Module) -> tuple[Any, Any]:
             micro_batch, share = next(micro_batches)
             number = model.__dict__["chunk_number"]
             with outputs_of(model) as given:
                 output = step(micro_batch, share, number)
-            return passed_on(output, given, self.device), partial(finish, output, share)
+            tensor = passed_on(output, given, self.device)
+            if given:
+                tensor = travelling(tensor, hidden_shape)
+            return tensor, partial(finish, output, share)
 
         def finish(output: Any, share: float, _: torch.Tensor, non_loss_data: bool = False) -> Any:
             if non_loss_data:

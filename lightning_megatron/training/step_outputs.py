@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.utils import make_viewless_tensor
 
 from lightning_megatron.training.batch_rows import join_rows
 
@@ -33,6 +34,23 @@ def passed_on(output: Any, given: list[Any], device: torch.device) -> torch.Tens
     if isinstance(tensor, torch.Tensor) and (not given or tensor.shape == given[-1].shape):
         return tensor
     return given[-1] if given else torch.zeros((), device=device)
+
+
+def travelling(hidden: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Hidden states as the next stage waits for them: of that shape, with memory of their own, which is freed later.
+
+    Raises:
+        ValueError: They have another shape, with which the next stage would wait for ever, or read something else.
+    """
+    if tuple(hidden.shape) != shape:
+        raise ValueError(
+            f"This pipeline stage passes hidden states of shape {list(hidden.shape)} on, and the next one waits for"
+            f" {list(shape)}: the module's sequence_length (divided by tp under sequence parallelism), the rows of a"
+            " micro-batch, and the configuration's hidden_size. Return [s, b, h] from the model, and s from"
+            " sequence_length."
+        )
+    whole = hidden.contiguous()  # as messages have to be
+    return make_viewless_tensor(whole, whole.requires_grad, keep_graph=True)
 
 
 def loss_of(output: Any, may_be_rows: bool) -> tuple[Any, Any]:

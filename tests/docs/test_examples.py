@@ -95,6 +95,25 @@ def test_t5(tmp_path):
 
 
 @pytest.mark.slow
+def test_vit(tmp_path):
+    first, again = commands("examples/train_vit.py")
+    printed = run("examples/train_vit.py", tmp_path, *first, "--steps", "4")
+    assert 0 <= number("val_accuracy", printed) <= 1
+    assert re.search(r"^accuracy of predict [01]\.\d+, checkpoint in checkpoints/vit-shapes$", printed, re.MULTILINE)
+    assert curves(tmp_path / "curves/vit/metrics.csv").items() >= {"val_accuracy": 4, "val_loss": 4}.items()
+    continued = run("examples/train_vit.py", tmp_path, *again, "--steps", "6")
+    assert number("val_accuracy", continued) <= 1
+    assert (tmp_path / "checkpoints/vit-again/manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_mlp(tmp_path):
+    (options,) = commands("examples/train_mlp.py")
+    printed = run("examples/train_mlp.py", tmp_path, *options)
+    assert float(re.findall(r"val_loss[^\d]+([\d.]+)", printed)[-1]) < 0.8  # a guess has 1.1
+
+
+@pytest.mark.slow
 def test_pictures(tmp_path):
     table = "epoch,step,train_loss,val_loss,val_accuracy\n0,0,5.5,,\n0,1,,5.0,0.5\n0,1,4.5,,\n"
     for name in drawn():

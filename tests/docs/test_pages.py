@@ -34,6 +34,7 @@ ELSEWHERE = {
     "migrate_accelerate.md": "test_migration.py",
     "migrate_megatron_lm.md": "test_migration.py",
     "migrate_nemo2.md": "test_migration.py",
+    "own_model.md": "test_own_models.py",
     "out_of_memory.md": "test_first_questions.py",
     "recipes.md": "test_recipes.py",
     "schedules.md": "test_schedulers.py",

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import is_te_min_version
 
 from lightning_megatron.models.generation.cached_layers import generate_quickly
 from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLayer
-from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.norm import TorchNorm
-from lightning_megatron.models.layers.recomputation import use_recomputed_mlp
+from lightning_megatron.models.layers.transformer_block import torch_layer_spec
 from lightning_megatron.models.model_config import LayerBackend
 
 
@@ -48,16 +44,8 @@ def gpt_block_spec(
 
 
 def _torch_block(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    layer = torch_layer_spec(config)
     generate_quickly(layer)
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
-    attention = parts.self_attention.submodules
-    attention.core_attention = TorchAttention
-    use_recomputed_mlp(layer, config)
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = TorchNorm
-    parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=TorchNorm
     )
