@@ -92,3 +92,10 @@ def shapes_and_dtypes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtyp
         for key, about in sorted(stored.items())
         if key.startswith(_MODEL)
     }
+
+
+def optimized(path: Path) -> set[str]:
+    """The names of the whole model's tensors that the optimizer has states of; empty where it was not saved."""
+    stored = shard_reader.stored(path / writing.WEIGHTS)
+    states = (key.split(".", 2) for key in stored if key.startswith("optimizer."))
+    return {parts[2] for parts in states if len(parts) == 3}

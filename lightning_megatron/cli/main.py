@@ -18,7 +18,8 @@ TRAINING = {
 }
 # The other commands: a module of ``cli.commands`` for each, and what it does.
 COMMANDS = {
-    "export": ("export", "write a checkpoint as one file, or as a directory that transformers loads"),
+    "check": ("check", "check a run before it starts, without its devices: layout, memory, data"),
+    "export": ("export", "write a checkpoint as one file, or as a directory that transformers or peft loads"),
     "show": ("show", "show which part of the model each rank holds, and on which node"),
     "import": ("import_pretrained", "write a pretrained model of transformers as a checkpoint"),
     "migrate": ("migrate", "translate the settings of Accelerate or Megatron-LM into a run of this command"),
@@ -52,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.print_help()
         return
     own, behind = _split(given_arguments)
-    given = parser.parse_args(own, argparse.Namespace(behind=behind, parser=parser, training=training))
+    given, more = parser.parse_known_args(own, argparse.Namespace(behind=behind, parser=parser, training=training))
+    if more and not hasattr(given, "more"):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    given.more = more
     try:
         given.run(given)
     except (ValueError, OSError, ModuleNotFoundError, _checkpoint_error()) as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -11,6 +14,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from typing_extensions import override
 
 from lightning_megatron import hf
+from lightning_megatron.cli.check.yaml_sections import sections
 from lightning_megatron.cli.error_messages import explain, reason
 from lightning_megatron.cli.training import MegatronCLI
 from lightning_megatron.cli.training import _Parser as _OneLineParser
@@ -70,11 +74,15 @@ def make_parts(arguments: list[str]) -> RunParts:
     try:
         return _Maker(arguments).parts
     except _Refused as refused:
-        return RunParts(faults=[str(refused)])
+        return RunParts(faults=[str(refused), *refused.others])
 
 
 class _Refused(Exception):
-    """An argument that the parser does not take."""
+    """An argument that the parser does not take; ``others`` are those of other sections of the file."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.others: list[str] = []
 
 
 class _Parser(_OneLineParser):
@@ -87,6 +95,21 @@ class _Parser(_OneLineParser):
         raise _Refused(explain(message, options)) from ex
 
 
+def _refused_sections(parser: Any, file: str) -> Iterator[str]:
+    """What the parser says of each section of the file that it does not take."""
+    path = Path(file)
+    if not path.is_file():
+        return
+    for text in sections(path.read_text()).values():
+        with TemporaryDirectory() as folder:
+            alone = Path(folder) / path.name
+            alone.write_text(text)
+            try:
+                parser.parse_args(["fit", "--config", str(alone)])
+            except _Refused as refused:
+                yield str(refused).replace(str(alone), file)
+
+
 class _Maker(MegatronCLI):
     """Makes each part by itself, so that an error in one leaves the others."""
 
@@ -97,7 +120,11 @@ class _Maker(MegatronCLI):
 
     @override
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        self.config = parser.parse_args(args)  # Lightning's own warns of arguments that are not the process's
+        try:
+            self.config = parser.parse_args(args)  # Lightning's own warns of arguments that are not the process's
+        except _Refused as refused:
+            refused.others = [told for told in _refused_sections(parser, args[2]) if told != str(refused)]
+            raise
 
     @override
     def instantiate_classes(self) -> None:

@@ -1,4 +1,4 @@
-"""``lightning-megatron export``: a checkpoint as one file, or as a directory that transformers loads."""
+"""``lightning-megatron export``: a checkpoint as one file, or as a directory that transformers or peft loads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="the checkpoint's directory")
     parser.add_argument(
         "out", help="a directory for transformers; a .safetensors file; or a .ckpt file for a plain LightningModule"
+    )
+    parser.add_argument(
+        "--adapter", action="store_true", help="write the low-rank updates alone, in a directory that peft loads"
     )
     parser.add_argument("--tokenizer", help="with a directory: a tokenizer to save there too")
     parser.add_argument(
@@ -29,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Run the command."""
+    if given.adapter:
+        from lightning_megatron.models.export_checkpoint import export_adapter
+
+        print(export_adapter(given.checkpoint, given.out, family=given.family))
+        return
     from lightning_megatron.checkpoint.consolidate import SUFFIXES, export
 
     if Path(given.out).suffix in SUFFIXES:

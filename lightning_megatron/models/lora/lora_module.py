@@ -7,22 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_megatron import hf
 from lightning_megatron.checkpoint.mismatches import as_list
 from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.distributed.suggestions import did_you_mean
 from lightning_megatron.hf.gather import WholeTensors, on_first_rank
-from lightning_megatron.hf.weight_mapping import Heads, Read, Shape, WeightMapping, is_update, take_apart
+from lightning_megatron.hf.weight_mapping import Read, Shape, WeightMapping, is_update
 from lightning_megatron.models.lora import LoRA
-from lightning_megatron.models.lora.inject import inject, target_names, targets_of
+from lightning_megatron.models.lora.inject import inject, target_names
 from lightning_megatron.models.lora.layer import Adapter
-from lightning_megatron.models.lora.merge import Updates
-from lightning_megatron.models.lora.peft_files import Saved, base_of, write
-
-# What peft trains whole, and saves, for some tasks without being asked.
-_HEADS = {"SEQ_CLS": {"classifier"}, "TOKEN_CLS": {"classifier"}}
+from lightning_megatron.models.lora.peft_files import Saved, base_of
+from lightning_megatron.models.lora.saving import AdapterWriter
 
 
 def weight_mapping_of(module: Any) -> WeightMapping:
@@ -158,28 +154,13 @@ def save(module: Any, folder: Path) -> Path:
     if module.lora is None or family is None:
         why = "has no LoRA(...)" if module.lora is None else "is of no family of transformers'"
         raise ValueError(f"{type(module).__name__}.save_adapter: the module {why}. Use save_pretrained.")
-    mapping = family.weight_mapping(module.config)
-    task = module.config.peft_task
-    trained = _trained_whole(module)
-    whole_keys = _in_whole_modules(trained, mapping, family.tied(module.config), module.lora, _HEADS.get(task, set()))
-    updates, heads = Updates(module.lora, mapping, module.config), Heads.of(module.config)
-    whole: dict[str, torch.Tensor] = {}
-    for key, tensor in WholeTensors(module, only=lambda key: is_update(key) or key in whole_keys):
-        if tensor is None:
-            continue
-        if is_update(key):
-            updates.take(key, tensor)
-        else:
-            whole |= take_apart(mapping[key], tensor, heads)
-    if trained - whole_keys:
-        rank_zero_warn(
-            f"{folder} lacks these, which were trained whole and which peft has no place for; save_pretrained and"
-            f" checkpoints have all of it:\n{as_list(trained - whole_keys)}"
-        )
-    base = module.hparams.get("pretrained_config") or {}
-    transposed = any(mapped.transposed for mapped in mapping.values())
-    name = base.get("_name_or_path") or None
-    on_first_rank(folder, lambda: write(folder, Saved(module.lora, updates.each, whole), task, name, transposed))
+    base = module.hparams.get("pretrained_config")
+    writer = AdapterWriter(family, module.config, module.lora, _trained_whole(module), base)
+    for key, tensor in WholeTensors(module, only=writer.wants):
+        if tensor is not None:
+            writer.take(key, tensor)
+    writer.warn(folder)
+    on_first_rank(folder, lambda: writer.write(folder))
     return folder
 
 
@@ -187,27 +168,6 @@ def _trained_whole(module: Any) -> set[str]:
     """Weights of the whole model that are trained as they are."""
     here = {name for name, parameter in module.named_shards() if parameter.requires_grad and not is_update(name)}
     return set().union(*collectives.gather(here, process_groups.gloo_world()))
-
-
-def _in_whole_modules(
-    trained: set[str], mapping: WeightMapping, tied: dict[str, str], lora: LoRA, heads: set[str]
-) -> set[str]:
-    """Our tensors of the modules of transformers' that an adapter has whole, as ``peft`` has them or not at all.
-
-    Args:
-        trained: Our names of what was trained.
-        mapping: transformers' tensors that each of the model's tensors is made of.
-        tied: Tensors of theirs that ours has once: whole modules of peft's are copies, which tear the tie.
-        lora: Which layers have updates; a module that has one cannot be saved whole.
-        heads: Modules that are there in any case.
-    """
-    modules = heads | {name.rpartition(".")[0] for key in trained & mapping.keys() for name in mapping[key].names}
-    torn = {*tied, *tied.values()}
-    torn |= {
-        name for key, mapped in mapping.items() for name in targets_of(mapped, key, lora) if key.endswith(".weight")
-    }
-    fit = {module for module in modules if not any(name.startswith(f"{module}.") for name in torn)}
-    return {key for key, mapped in mapping.items() if all(name.rpartition(".")[0] in fit for name in mapped.names)}
 
 
 def _family(module: Any) -> hf.Family | None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_megatron import AutoModule, GPTModule, LoRA
+from lightning_megatron.checkpoint import CheckpointError
 from tests.reference import pretrained
 from tests.reference.peft_lora import TARGETS, truth
 from tests.reference.plain_gpt import ADAM
@@ -21,6 +22,7 @@ from tests.support.layout import Layout
 from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import Logged, loader, trainer
 
+EXPORTED = ("llama", "gpt2", "bert-sequences", "bert-tokens")
 LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2, sp=True)]
 
 
@@ -37,7 +39,7 @@ def _run_one(name: str, layout: Layout, folder: Path) -> dict[str, Any]:
     run.fit(module, loader(pretrained.samples(name), layout, pretrained.ROWS, run))
     module.save_adapter(folder / f"last-{layout}")
     module.save_pretrained(folder / f"merged-{layout}")
-    if name == "llama":
+    if name in EXPORTED:
         run.save_checkpoint(folder / f"checkpoint-{layout}")
     frozen = [p for p in module.parameters() if not p.requires_grad]
     held = sum(len(states) for states in [run.optimizers[0].state]) if hasattr(run.optimizers[0], "state") else 0
@@ -116,6 +118,37 @@ def test_a_checkpoint_of_any_layout_goes_on_and_out(results):
     export_pretrained(folder / f"checkpoint-{layout}", folder / "exported")
     one, other = (load_file(folder / name / "model.safetensors") for name in ("exported", f"merged-{layout}"))
     assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_adapter_of_a_checkpoint_is_the_modules(name, results):
+    from lightning_megatron.models.export_checkpoint import export_adapter
+
+    layout = LAYOUTS[-1]
+    folder = results(layout)[0] / name
+    out = export_adapter(folder / f"checkpoint-{layout}", folder / "exported adapter")
+    one, other = (load_file(each / "adapter_model.safetensors") for each in (out, folder / f"last-{layout}"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in other)
+    settings = [(each / "adapter_config.json").read_text() for each in (out, folder / f"last-{layout}")]
+    assert settings[0] == settings[1]
+    if name == "llama":
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(pretrained.new_model(name)), out).eval()
+        module = GPTModule.load_from_checkpoint(folder / f"checkpoint-{layout}").eval()
+        ids = pretrained.samples(name)[0]["input_ids"][None]
+        with torch.no_grad():
+            torch.testing.assert_close(module(input_ids=ids), model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_without_updates_has_no_adapter(tmp_path):
+    from lightning_megatron.models.export_checkpoint import export_adapter
+
+    module = AutoModule.from_pretrained(pretrained.new_model("llama"))
+    run = trainer(Layout())
+    run.predict(module, [])
+    run.save_checkpoint(tmp_path / "plain", weights_only=True)
+    with pytest.raises(CheckpointError, match="has no low-rank updates.*Leave --adapter out"):
+        export_adapter(tmp_path / "plain", tmp_path / "out")
 
 
 def _start(name: str, layout: Layout, folder: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from lightning_megatron import GPTConfig, ParallelLayout
 from lightning_megatron.cli.check.run_check import check_run
+from lightning_megatron.cli.main import main
 from tests.support.pages import ROOT
 
 RECIPES = ROOT / "examples" / "recipes"
@@ -85,6 +86,22 @@ def test_faults_of_all_parts_are_listed(recipe):
         assert any(part in fault for fault in result.faults), (part, result.faults)
 
 
+def test_arguments_that_do_not_exist_are_listed_from_all_sections(recipe):
+    path = recipe(trainer__max_stepz=3, data__init_args__batchsize=4, model__init_args__config__hiden_size=3)
+    faults = check_run(path).faults
+    for name in ("max_stepz", "batchsize", "hiden_size"):
+        assert sum(name in fault for fault in faults) == 1, faults
+
+
+@pytest.mark.parametrize(("more", "status"), [([], 0), (["--gpu-memory", "0.00001"], 1), (["--no-data", "--json"], 0)])
+def test_the_command(more, status, recipe, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(recipe()), "--trainer.max_steps", "3", *more])
+    assert ended.value.code == status
+    told = capsys.readouterr().out
+    assert json.loads(told)["global_batch"] == 16 if "--json" in more else "16 rows, 1,024 tokens a step" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -115,5 +132,6 @@ def test_a_model_on_the_hub_is_described_by_its_configuration(recipe, tmp_path, 
     path = recipe("llama_8b_lora", model__init_args__source="someone/llama")
     result = check_run(path, read_data=False)
     assert result.exit_status == 0, result
+    assert result.memory.largest.gradients < result.memory.largest.weights  # of updates alone
     assert result.num_parameters == sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
     assert result.memory is not None
