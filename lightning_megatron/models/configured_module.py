@@ -393,3 +393,14 @@ def module_for(family: hf.Family) -> type[ConfiguredModule]:
             f" {', '.join(known)}. Correct it, or import the file that defines the module."
         )
     return known[family.kind]
+
+
+def config_of(source: hf.Source) -> ModelConfig:
+    """Our configuration of a model of transformers.
+
+    Raises:
+        UnsupportedConfigError: The model has no counterpart.
+    """
+    family = hf.family_of(source.config.model_type)
+    found = hf.Pretrained.find(source, family.kind, {}, ())
+    return module_for(family).config_type(**found.arguments())

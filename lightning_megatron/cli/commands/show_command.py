@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_megatron.distributed.layout import ParallelLayout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,7 +15,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks-per-node", type=int, help="devices of each machine (default: 8, or all ranks if there are fewer)"
     )
+    parser.add_argument(
+        "--model",
+        help="also show the memory that a rank takes to train this model: a directory with transformers' config.json,"
+        " or a name on the Hugging Face hub, of which no weights are fetched",
+    )
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="with --model: rows (default: %(default)s)")
+    parser.add_argument("--seq-length", type=int, help="with --model: tokens of a row (default: the most it can have)")
+    parser.add_argument(
+        "--precision", default="bf16-mixed", help="with --model: as the Trainer's (default: %(default)s)"
+    )
+    parser.add_argument("--recompute", choices=("selective", "full"), help="with --model: as the strategy's")
     parser.add_argument("--out", help="also draw the grid into this .png, .svg or .pdf file")
+
+
+def _memory(layout: ParallelLayout, given: argparse.Namespace) -> str:
+    """The table of the memory of a rank of each pipeline stage."""
+    from lightning_megatron.hf.weight_source import DescribedModel
+    from lightning_megatron.models.configured_module import config_of
+
+    config = config_of(DescribedModel(given.model, None))
+    lengths = None if given.seq_length is None else (given.seq_length,) * len(config.lengths)
+    settings = {"micro_batch_size": given.micro_batch_size, "precision": given.precision, "recompute": given.recompute}
+    return str(layout.memory(config, lengths=lengths, **settings))
 
 
 def run(given: argparse.Namespace) -> None:
@@ -22,5 +48,7 @@ def run(given: argparse.Namespace) -> None:
     print(grid.text())
     for warning in grid.warnings():
         print(f"\nWarning: {warning}")
+    if given.model:
+        print(f"\n{_memory(grid.layout, given)}")
     if given.out:
         print(f"\n{grid.draw(given.out)}")

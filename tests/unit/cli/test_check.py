@@ -135,3 +135,17 @@ def test_a_model_on_the_hub_is_described_by_its_configuration(recipe, tmp_path, 
     assert result.memory.largest.gradients < result.memory.largest.weights  # of updates alone
     assert result.num_parameters == sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
     assert result.memory is not None
+
+
+def test_the_rank_grid_has_the_memory_of_a_model(tmp_path, capsys):
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=512, max_position_embeddings=128)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    main(["show", "tp=2,pp=2,world=4", "--model", str(tmp_path), "--micro-batch-size", "2", "--seq-length", "64"])
+    ours = GPTConfig(
+        num_layers=4, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, vocab_size=512, seq_length=128,
+        position_embedding="rope", normalization="RMSNorm", activation="swiglu", bias=False, tie_embeddings=False,
+    )  # fmt: skip
+    table = ParallelLayout(world_size=4, tp=2, pp=2).memory(ours, micro_batch_size=2, lengths=(64,))
+    assert capsys.readouterr().out.endswith(f"\n{table}\n")
