@@ -9,20 +9,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, get_type_hints
 
-import lightning.pytorch as pl
-import torch
 import yaml
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightning_megatron.distributed.suggestions import closest_name
 from lightning_megatron.strategy.former_arguments import replacement
-from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
 
-_BASES = (
-    pl.LightningModule, pl.LightningDataModule, pl.Callback, Logger, Strategy,
-    torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler,
-)  # fmt: skip
 _NOTHING = ("<class 'NoneType'>", "<class 'str'>")
 
 
@@ -122,6 +113,8 @@ def _not_accepted(message: str, options: list[str]) -> str:
 
 def _former(class_path: str, name: str, message: str) -> str:
     """What the strategy's constructor says of one of its former arguments; empty for any other argument."""
+    from lightning_megatron.strategy import MegatronStrategy
+
     cls: Any = pydoc.locate(class_path)
     if not (isinstance(cls, type) and issubclass(cls, MegatronStrategy)):
         return ""
@@ -165,12 +158,25 @@ def _no_class(message: str, _: list[str]) -> str:
     found = re.search(r"Expected a dot import path string: (\S+)", message)
     if not found:
         return ""
-    known = sorted({cls.__name__ for base in _BASES for cls in _subclasses(base)})
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    known = sorted({cls.__name__ for base in _bases() for cls in _subclasses(base)})
     if found[1] in StrategyRegistry:  # names of ``Trainer(strategy=)``, which stand for an object without arguments
         cls = StrategyRegistry[found[1]]["strategy"].__name__
         return f"--{_key(message)}={found[1]} takes no arguments of its own; name the class instead: {cls}"
     hint = nearest(found[1], known) or "; use a path such as package.module.Class"
     return f"--{_key(message)}={found[1]}: there is no such class{hint}"
+
+
+def _bases() -> tuple[type, ...]:
+    """The classes of which a run may name subclasses."""
+    import lightning.pytorch as pl
+    import torch
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.strategies import Strategy
+
+    data = (pl.LightningModule, pl.LightningDataModule, pl.Callback, Logger, Strategy)
+    return (*data, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
 
 def _not_expected(message: str, _: list[str]) -> str:

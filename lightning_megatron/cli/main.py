@@ -87,6 +87,12 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _train(arguments: list[str]) -> None:
+    from lightning_megatron.cli.early_check import find_faults
+
+    if faults := find_faults(arguments[1:]):
+        errors = "\n".join(f"error: {fault}" for fault in faults)
+        sys.stderr.write(f"{errors}\nSee lightning-megatron {arguments[0]} --help\n")
+        sys.exit(2)
     from lightning_megatron.cli.training import MegatronCLI
 
     MegatronCLI(args=None if arguments == sys.argv[1:] else arguments)

@@ -1,0 +1,221 @@
+"""Finds names of arguments that do not exist, on the command line and in YAML, before anything heavy is imported.
+
+It reads the sources of the classes that a run names. What it is not sure of it leaves to jsonargparse, which knows
+everything and takes seconds to say it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import lightning_megatron
+from lightning_megatron.cli import signatures
+from lightning_megatron.cli.no_argument import no_argument
+from lightning_megatron.distributed.suggestions import closest_name
+
+TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+# The arguments of the commands that train; ``verbose`` and ``return_predictions`` are of some of them only.
+TOP = {
+    "ckpt_path", "config", "data", "help", "lr_scheduler", "model", "optimizer", "print_config", "return_predictions",
+    "seed_everything", "trainer", "verbose", "weights_only",
+}  # fmt: skip
+_OF_A_CLASS = {"class_path", "init_args", "dict_kwargs", "help"}
+_SLOTS = {("trainer", "strategy"), ("model",), ("data",)}  # where a class is named, and arguments of its own follow
+_CALLBACKS = ("trainer", "callbacks")  # of which each is such a class
+
+Path_ = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A name that was given.
+
+    Args:
+        path: The names from the top.
+        value: Its value if that is plain.
+        place: The file and line; empty for the command line.
+    """
+
+    path: Path_
+    value: str | None
+    place: str = ""
+
+    @property
+    def is_option(self) -> bool:
+        return not self.place
+
+
+@dataclass
+class _Run:
+    """What the command line and its files give."""
+
+    entries: list[_Entry] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    classes: dict[Path_, str] = field(default_factory=lambda: {("trainer", "strategy"): "MegatronStrategy"})
+
+    def add(self, entry: _Entry) -> None:
+        self.entries.append(entry)
+        slot = entry.path[:-1] if entry.path[-1] == "class_path" else entry.path
+        if _is_slot(slot) and entry.value:
+            self.classes[slot] = entry.value
+
+
+def find_faults(arguments: Sequence[str]) -> list[str]:
+    """The names that surely do not exist, and files that cannot be read, each in words.
+
+    Args:
+        arguments: The arguments of ``fit`` or its kin, without the command.
+    """
+    run = _read(list(arguments))
+    wrong: list[Path_] = []
+    for entry in run.entries:
+        if any(entry.path[: len(path)] == path for path in wrong):
+            continue  # what belongs to a wrong name
+        if told := _fault(entry, run.classes):
+            wrong.append(entry.path)
+            run.faults.append(told)
+    return run.faults
+
+
+def _read(arguments: list[str]) -> _Run:
+    run = _Run()
+    while arguments:
+        word = arguments.pop(0)
+        if not word.startswith("-") or word in ("-h", "--help"):
+            continue
+        option, equals, value = word.partition("=")
+        if not equals:
+            value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else ""
+        if option in ("-c", "--config"):
+            _read_file(value, run)
+        elif option.startswith("--"):
+            run.add(_Entry(tuple(option[2:].rstrip("+").split(".")), value))
+    return run
+
+
+def _read_file(name: str, run: _Run) -> None:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        others = [str(each) for pattern in ("*.yaml", "*.yml") for each in path.parent.glob(pattern)]
+        near = closest_name(str(path), others)
+        run.faults.append(f"--config {name}: there is no such file{f'; did you mean {near}?' if near else ''}")
+        return
+    try:
+        tree = yaml.compose(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{mark.line + 1}:{mark.column + 1}:" if mark else ""
+        run.faults.append(f"{name}:{line} this is no YAML: {getattr(error, 'problem', None) or error}")
+        return
+    if isinstance(tree, yaml.MappingNode):
+        for entry in _entries(tree, (), name):
+            run.add(entry)
+    else:
+        what = "is empty" if tree is None else "is no mapping"
+        run.faults.append(f"{name} {what}; a run has the keys trainer, model and data there")
+
+
+def _entries(mapping: yaml.MappingNode, above: Path_, name: str) -> Iterator[_Entry]:
+    for key, value in mapping.value:
+        if isinstance(key.value, str):
+            path = (*above, *key.value.split("."))
+            plain = value.value if isinstance(value, yaml.ScalarNode) else None
+            yield _Entry(path, plain, f"{name}:{key.start_mark.line + 1}: ")
+            parts = [(path, value)]
+            if isinstance(value, yaml.SequenceNode) and path == _CALLBACKS:
+                parts = [((*path, str(number)), each) for number, each in enumerate(value.value)]
+            for at, each in parts:
+                if isinstance(each, yaml.MappingNode):
+                    yield from _entries(each, at, name)
+
+
+def _is_slot(path: Path_) -> bool:
+    return path in _SLOTS or (path[:-1] == _CALLBACKS and path[-1].isdigit())
+
+
+def _fault(entry: _Entry, classes: dict[Path_, str]) -> str | None:
+    """Say what is wrong with the last name of an entry; earlier ones are entries of their own, or of options."""
+    at: Path_ = ()
+    known: dict[str, Any] | None = dict.fromkeys(TOP)
+    owner, module = "", ""
+    for number, name in enumerate(entry.path):
+        if known is None:
+            return None
+        if _is_slot(at) and name in _OF_A_CLASS:
+            if name != "init_args":
+                return None
+            continue
+        if at == _CALLBACKS:
+            if entry.is_option:
+                return None  # an argument of the callback that the option before it has added
+            at = (*at, name)
+            owner, module, known = _class(_path(classes.get(at, "")))
+            continue
+        if name not in known:
+            if entry.is_option and (name == "help" or any(each.startswith(name) for each in known)):
+                return None  # jsonargparse takes abbreviations
+            shown = entry.path[:number]
+            beginning = "".join(f"{part}." for part in shown)
+            dashes = "--" if entry.is_option else ""
+            if home := _home(name, classes, entry.is_option):
+                return f"{entry.place}there is no argument {dashes}{beginning}{name}; it is {dashes}{home}{name}"
+            value = entry.value if number + 1 == len(entry.path) else ...
+            return f"{entry.place}{no_argument(f'{dashes}{beginning}', name, known, owner, value)}"
+        annotation = known[name]
+        at = (*at, name)
+        if at == ("trainer",):
+            path: str | None = TRAINER
+        elif at in _SLOTS:
+            path = _path(classes.get(at, ""))
+        else:
+            path = signatures.class_in(annotation, module)
+        owner, module, known = ("", "", {}) if at == _CALLBACKS else _class(path)
+    return None
+
+
+def _class(path: str | None) -> tuple[str, str, dict[str, Any] | None]:
+    """The name of a class, the module that defines it, and its arguments; None where they are not sure."""
+    if path is None:
+        return "", "", None
+    source = signatures.find_class(*_parted(path))
+    return path.rpartition(".")[2], source.module if source else "", signatures.arguments_of(path)
+
+
+def _home(name: str, classes: dict[Path_, str], is_option: bool) -> str:
+    """The only group that has an argument of this very name; empty if there is none, or several."""
+    groups: dict[str, dict[str, Any]] = {"trainer.": signatures.arguments_of(TRAINER) or {}}
+    for slot in _SLOTS:
+        _, module, arguments = _class(_path(classes.get(slot, "")))
+        group = ".".join([*slot, *([] if is_option else ["init_args"]), ""])
+        groups[group] = arguments or {}
+        groups[f"{group}config."] = _class(signatures.class_in(groups[group].get("config"), module))[2] or {}
+    found = [group for group, arguments in groups.items() if name in arguments]
+    return found[0] if len(found) == 1 else ""
+
+
+def _parted(path: str) -> tuple[str, str]:
+    module, _, name = path.rpartition(".")
+    return module, name
+
+
+@functools.cache
+def _short_names() -> dict[str, str]:
+    """The classes of this package that files may name without their module."""
+    found = dict.fromkeys(lightning_megatron.__all__, "lightning_megatron")
+    for room in ("data", "callbacks"):
+        module = f"lightning_megatron.{room}"
+        found |= dict.fromkeys(signatures.names_imported_by(module), module)
+    return found
+
+
+def _path(name: str) -> str | None:
+    """The full name of a class of this package or of Lightning; None for another's."""
+    if name.startswith(("lightning_megatron.", "lightning.pytorch.")):
+        return name
+    return f"{_short_names()[name]}.{name}" if name in _short_names() else None

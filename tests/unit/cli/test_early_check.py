@@ -1,0 +1,175 @@
+"""Names that do not exist are found without importing anything heavy, and are those that the whole parser refuses."""
+
+import inspect
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+
+import lightning_megatron
+import lightning_megatron.callbacks
+import lightning_megatron.data
+from lightning_megatron.cli import signatures
+from lightning_megatron.cli.early_check import TOP, find_faults
+from lightning_megatron.cli.shell_completion import _parsers_of_training
+from tests.support.pages import ROOT
+
+CLASSES = [
+    *(getattr(lightning_megatron, name) for name in lightning_megatron.__all__ if name[0].isupper()),
+    *(getattr(lightning_megatron.data, name) for name in lightning_megatron.data.__all__),
+    *(getattr(lightning_megatron.callbacks, name) for name in lightning_megatron.callbacks.__all__),
+    *(getattr(pl.callbacks, name) for name in pl.callbacks.__all__),
+    pl.Trainer,
+]
+
+
+@pytest.mark.parametrize("cls", [each for each in CLASSES if inspect.isclass(each)], ids=lambda cls: cls.__name__)
+def test_arguments_are_read_from_the_source_as_python_has_them(cls):
+    read = signatures.arguments_of(f"{cls.__module__}.{cls.__qualname__}")
+    if read is None:
+        return  # not sure
+    assert list(read) == [name for name in inspect.signature(cls).parameters if name not in ("args", "kwargs")]
+
+
+def test_most_classes_are_read():
+    sure = ["MegatronStrategy", "GPTModule", "BertModule", "T5Module", "GPTConfig", "BertConfig", "T5Config", "LoRA",
+            "Kernels", "Checkpointing", "LRSchedule"]  # fmt: skip
+    assert all(signatures.arguments_of(f"lightning_megatron.{name}") for name in sure)
+    data = ["TextDataModule", "HFDataModule", "ChatDataModule", "MegatronDataModule"]
+    assert all(signatures.arguments_of(f"lightning_megatron.data.{name}") for name in data)
+
+
+def test_the_arguments_at_the_top_are_the_parsers():
+    parsers = _parsers_of_training().values()
+    options = {o for parser in parsers for action in parser._actions for o in action.option_strings}
+    assert {option[2:].partition(".")[0] for option in options if option.startswith("--")} == TOP
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--trainer.devcies 2", "there is no argument --trainer.devcies; did you mean --trainer.devices?"),
+        ("--trainer.precsion=16", "there is no argument --trainer.precsion; did you mean --trainer.precision?"),
+        ("--trainer.strategy.tpp 2", "there is no argument --trainer.strategy.tpp; did you mean --trainer.strategy.tp?"),
+        ("--modle GPTModule", "there is no argument --modle; did you mean --model?"),
+        ("--max_steps 3", "there is no argument --max_steps; it is --trainer.max_steps"),
+        ("--model GPTModule --model.hidden_size 3",
+         "there is no argument --model.hidden_size; it is --model.config.hidden_size"),
+        ("--model GPTModule --model.config.n_layers 3",
+         "there is no argument --model.config.n_layers; did you mean --model.config.num_layers?"),
+        ("--model GPTModule --model.lora.alhpa 3",
+         "there is no argument --model.lora.alhpa; did you mean --model.lora.alpha?"),
+        ("--trainer.strategy.kernels.atention flash",
+         "there is no argument --trainer.strategy.kernels.atention; did you mean --trainer.strategy.kernels.attention?"),
+        ("--data ChatDataModule --data.seqlen 4",
+         "there is no argument --data.seqlen; did you mean --data.seq_length?"),
+        ("--trainer.strategy.check_loss true", "MegatronStrategy(check_loss='true'): use on_nonfinite='raise'."),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_exist(given, told):
+    assert find_faults(given.split()) == [told]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--trainer.devices 2 --trainer.strategy MegatronStrategy --trainer.strategy.tp 2",
+        "--model GPTModule --model.config.num_layers 2 --model.lora.rank 2 --data TextDataModule --data.seq_length 3",
+        "--trainer.max_st 3",  # jsonargparse takes abbreviations
+        "--model mine.Module --model.anything 3 --data.anything 4",
+        "--trainer.strategy DDPStrategy --trainer.strategy.find_unused_parameters true",
+        "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.every_n_epochs 3",
+        "--trainer.logger CSVLogger --trainer.logger.save_dir x --optimizer AdamW --optimizer.lr 1",
+        "--model GPTModule --model.optimizer torch.optim.AdamW --model.optimizer.lr 1e-3",
+        "--trainer.help --model.help GPTModule --print_config=skip_null",
+    ],
+)  # fmt: skip
+def test_what_may_be_right_is_left_alone(given):
+    assert find_faults(given.split()) == []
+
+
+def test_every_recipe_passes():
+    recipes = sorted((ROOT / "examples").rglob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        assert find_faults(["--config", str(recipe)]) == [], recipe
+
+
+def test_keys_of_yaml_have_their_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        """trainer:
+  max_step: 3
+  strategy:
+    class_path: MegatronStrategy
+    init_args: {tp: 2, tensor_parallel: 3}
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {save_topk: 1}
+model:
+  class_path: GPTModule
+  init_args:
+    hidden_size: 3
+    config:
+      n_layers: 2
+dta:
+  class_path: TextDataModule
+"""
+    )
+    init = "there is no argument trainer.strategy.init_args"
+    assert find_faults(["--config=run.yaml"]) == [
+        "run.yaml:2: there is no argument trainer.max_step; did you mean trainer.max_steps?",
+        f"run.yaml:5: {init}.tensor_parallel; did you mean trainer.strategy.init_args.tp?",
+        "run.yaml:8: there is no argument trainer.callbacks.0.init_args.save_topk; did you mean"
+        " trainer.callbacks.0.init_args.save_top_k?",
+        "run.yaml:12: there is no argument model.init_args.hidden_size; it is model.init_args.config.hidden_size",
+        "run.yaml:14: there is no argument model.init_args.config.n_layers; did you mean"
+        " model.init_args.config.num_layers?",
+        "run.yaml:15: there is no argument dta; did you mean data?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("trainer: [1, 2\nmodel: 3\n", "run.yaml:2:6: this is no YAML: expected ',' or ']', but got ':'"),
+        ("", "run.yaml is empty; a run has the keys trainer, model and data there"),
+        ("- trainer\n", "run.yaml is no mapping; a run has the keys trainer, model and data there"),
+    ],
+)
+def test_files_that_are_no_run(text, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(text)
+    assert find_faults(["-c", "run.yaml"]) == [told]
+    assert find_faults(["--config", "rnu.yaml"]) == ["--config rnu.yaml: there is no such file; did you mean run.yaml?"]
+
+
+LIGHT = {
+    "version": ["--version"],
+    "help": ["--help"],
+    "nothing": [],
+    "show": ["show", "tp=2,pp=2,world=8"],
+    "no command": ["shwo"],
+    "mistyped": ["fit", "--trainer.devcies", "2"],
+    "migrate": ["migrate", "megatron-args", "--devices", "2", "--", "--num-layers", "2", "--hidden-size", "8"],
+}
+CHILD = """
+import sys
+sys.argv = ["lightning-megatron", *sys.argv[1:]]
+from lightning_megatron.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    print(end.code, file=sys.stderr)
+heavy = {"torch", "lightning", "megatron.core", "transformers", "numpy", "jsonargparse"} & set(sys.modules)
+print(sorted(heavy), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", LIGHT.values(), ids=LIGHT)
+def test_light_commands_import_nothing_heavy(arguments):
+    command = [sys.executable, "-c", CHILD, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout or "error: " in done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
