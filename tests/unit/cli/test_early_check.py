@@ -51,7 +51,8 @@ def test_the_arguments_at_the_top_are_the_parsers():
     [
         ("--trainer.devcies 2", "there is no argument --trainer.devcies; did you mean --trainer.devices?"),
         ("--trainer.precsion=16", "there is no argument --trainer.precsion; did you mean --trainer.precision?"),
-        ("--trainer.strategy.tpp 2", "there is no argument --trainer.strategy.tpp; did you mean --trainer.strategy.tp?"),
+        ("--trainer.strategy.tpp 2",
+         "there is no argument --trainer.strategy.tpp; did you mean --trainer.strategy.tp?"),
         ("--modle GPTModule", "there is no argument --modle; did you mean --model?"),
         ("--max_steps 3", "there is no argument --max_steps; it is --trainer.max_steps"),
         ("--model GPTModule --model.hidden_size 3",
@@ -61,7 +62,8 @@ def test_the_arguments_at_the_top_are_the_parsers():
         ("--model GPTModule --model.lora.alhpa 3",
          "there is no argument --model.lora.alhpa; did you mean --model.lora.alpha?"),
         ("--trainer.strategy.kernels.atention flash",
-         "there is no argument --trainer.strategy.kernels.atention; did you mean --trainer.strategy.kernels.attention?"),
+         "there is no argument --trainer.strategy.kernels.atention; did you mean"
+         " --trainer.strategy.kernels.attention?"),
         ("--data ChatDataModule --data.seqlen 4",
          "there is no argument --data.seqlen; did you mean --data.seq_length?"),
         ("--trainer.strategy.check_loss true", "MegatronStrategy(check_loss='true'): use on_nonfinite='raise'."),
@@ -152,7 +154,6 @@ LIGHT = {
     "show": ["show", "tp=2,pp=2,world=8"],
     "no command": ["shwo"],
     "mistyped": ["fit", "--trainer.devcies", "2"],
-    "migrate": ["migrate", "megatron-args", "--devices", "2", "--", "--num-layers", "2", "--hidden-size", "8"],
 }
 CHILD = """
 import sys
