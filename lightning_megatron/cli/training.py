@@ -16,6 +16,7 @@ import lightning_megatron.callbacks
 import lightning_megatron.data  # noqa: F401  # known by their short names once they are imported
 from lightning_megatron.checkpoint import CheckpointError
 from lightning_megatron.cli.error_messages import explain, reason
+from lightning_megatron.distributed import crash_report
 from lightning_megatron.distributed.layout import LayoutError
 from lightning_megatron.hf import UnsupportedConfigError
 
@@ -75,4 +76,4 @@ def _one_line(*kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
-        sys.exit(f"error: {reason(str(error))}")
+        sys.exit(1 if crash_report.tell(error) else f"error: {reason(str(error))}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import queue
+import socket
 import sys
 import threading
 import time
@@ -31,29 +33,40 @@ def run_number() -> int:
     return _run
 
 
-def record(error: BaseException) -> None:
-    """Record ``error`` as the first of the run; if another rank raised earlier, add a note that quotes its error."""
+def record(error: BaseException, what: str, place: str) -> dict[str, Any] | None:
+    """Record ``error`` as the first of the run; if another rank raised earlier, add a note that quotes its error.
+
+    Args:
+        error: This rank's error.
+        what: Its kind and text.
+        place: The user's line at which it was raised.
+
+    Returns:
+        The ``rank``, ``what`` and ``place`` of the error of another rank that this one follows from, or None.
+    """
     if not dist.is_initialized():
-        return
-    what = f"{type(error).__name__}: {error}"
-    mine = f"rank {dist.get_rank()} raised {what}"
+        return None
+    mine = json.dumps({"rank": dist.get_rank(), "what": what, "place": place})
     try:
-        first = ask_with_timeout(
-            lambda: default_store().compare_set(f"{_KEY}_{_run}", "", mine), _SECONDS_FOR_ALL
-        ).decode()
+        told = ask_with_timeout(lambda: default_store().compare_set(f"{_KEY}_{_run}", "", mine), _SECONDS_FOR_ALL)
+        first: dict[str, Any] = json.loads(told)
     except Exception:  # the store ends with rank 0, and then nobody knows which error was first
-        return
-    if not first.endswith(f" raised {what}"):  # where every rank raises the same error, none is a consequence
-        error.add_note(_CONSEQUENCE + first)
+        return None
+    if first["what"] == what:  # where every rank raises the same error, none is a consequence
+        return None
+    error.add_note(f"{_CONSEQUENCE}rank {first['rank']} raised {first['what']}")
+    return first
 
 
 def ask_with_timeout(question: Callable[[], T], seconds: float) -> T:
     """Ask the store something, but wait no longer than ``seconds``: a stopped rank 0 never answers.
 
     Raises:
+        ConnectionError: The store has ended.
         TimeoutError: The store has not answered in time.
         Exception: Whatever ``question`` raises.
     """
+    check_runs(default_store())
     answers: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue()
 
     def ask() -> None:
@@ -70,6 +83,21 @@ def ask_with_timeout(question: Callable[[], T], seconds: float) -> T:
     if error is not None:
         raise error
     return answer  # type: ignore[return-value]
+
+
+def check_runs(store: Any) -> None:
+    """Check that a store still runs, as torch prints forty lines of C++ for a question to one that has ended.
+
+    Raises:
+        ConnectionError: It does not.
+    """
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        try:
+            socket.create_connection((store.host, store.port), timeout=_SECONDS_FOR_ALL).close()
+        except OSError as error:
+            raise ConnectionError("The store has ended.") from error
 
 
 def is_consequence(error: BaseException) -> bool:

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import sys
-import sysconfig
 import threading
 import time
 import traceback
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_megatron.distributed import first_error
+from lightning_megatron.distributed import call_stacks, first_error
 from lightning_megatron.distributed.layout import ParallelLayout
 
 _HERE, _WAITED = "lightning_megatron/where/", "lightning_megatron/waited/"
@@ -28,7 +27,6 @@ _SHOWN = 3
 _TIMED_OUT = ("timed out", "timeout")
 _CONNECTION_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused")
 # Where ranks wait for one another.
-_NOT_THE_USERS = ("site-packages", "lightning_megatron/", sysconfig.get_paths()["stdlib"])
 _WAITING_FILES = (
     "distributed/distributed_c10d.py",
     "distributed/c10d_logger.py",
@@ -73,6 +71,7 @@ class Heartbeat:
                 if stop.wait(_PERIOD):
                     break
                 beats += 1
+            first_error.check_runs(store)
             store.set(f"{_HERE}{rank}", json.dumps({**who, "left": True}))
         except Exception:  # the store ends with rank 0, and nobody reads it any more
             return
@@ -90,7 +89,7 @@ def explain_timeout(error: BaseException, layout: ParallelLayout) -> None:
     lost = any(words in text for words in _CONNECTION_LOST) and "gloo" in text and not first_error.is_consequence(error)
     if not dist.is_initialized() or layout.world_size == 1 or not (timed_out or lost):
         return
-    here = _where(traceback.extract_tb(error.__traceback__))
+    here = _where(call_stacks.of_error(error))
     rank, run = dist.get_rank(), first_error.run_number()
     waited = f"This rank waited in {here['collective'] or 'a collective'}, called by {here['place']}."
     try:
@@ -134,6 +133,7 @@ def _ask(rank: int, here: State, world_size: int, run: int) -> tuple[list[State 
     last_words = _read(store, f"{_WAITED}{run}/", world_size)
     try:
         time.sleep(2.5 * _PERIOD)
+        first_error.check_runs(store)
         last_words = _read(store, f"{_WAITED}{run}/", world_size)
         return first, _read(store, _HERE, world_size), last_words
     except Exception:
@@ -189,21 +189,9 @@ def _who_waits_where(waiting: dict[int, State], rank: int) -> str:
 def _where(stack: Iterable[traceback.FrameSummary]) -> State:
     """The innermost calls of a stack, the collective among them, and the place that called it."""
     calls = list(stack)
-    shown = " < ".join(_shown(call) for call in reversed(calls[-_SHOWN:]))
+    shown = " < ".join(call_stacks.shown(call) for call in reversed(calls[-_SHOWN:]))
     first = next((number for number, call in enumerate(calls) if call.filename.endswith(_WAITING_FILES)), len(calls))
     names = [call.name for call in calls[first:] if call.filename.endswith(_WAITING_FILES) and call.name != "wrapper"]
-    return {"stack": shown, "collective": names[0] if names else "", "place": _place(calls[:first])}
-
-
-def _place(calls: list[traceback.FrameSummary]) -> str:
-    """The innermost call of the user's code under the Trainer; without one, of this package."""
-    under = [number for number, call in enumerate(calls) if "lightning/pytorch/trainer" in call.filename]
-    inside = calls[under[0] :] if under else calls
-    own = [call for call in inside if not any(part in call.filename for part in _NOT_THE_USERS)]
-    ours = [call for call in inside if "lightning_megatron/" in call.filename]
-    chosen = own or ours or inside
-    return _shown(chosen[-1]) if chosen else "an unknown place"
-
-
-def _shown(call: traceback.FrameSummary) -> str:
-    return f"{call.name} ({call.filename.rsplit('site-packages/')[-1]}:{call.lineno})"
+    caller = call_stacks.users(calls[:first])
+    place = call_stacks.shown(caller) if caller else "an unknown place"
+    return {"stack": shown, "collective": names[0] if names else "", "place": place}

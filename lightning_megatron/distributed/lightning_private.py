@@ -366,6 +366,11 @@ check_missing_main_guard = _check_missing_main_guard
 set_num_threads = _set_num_threads_if_needed
 
 
+def start_scripts(launcher: _SubprocessScriptLauncher) -> None:
+    """Start the user's script once for each other rank of this machine, without watching over them."""
+    launcher._call_children_scripts()
+
+
 def strategy_of(launcher: _MultiProcessingLauncher) -> Any:
     """The strategy whose ranks a launcher starts."""
     return launcher._strategy

@@ -6,6 +6,7 @@ Those for checkpoints are in ``checkpoint_hooks.py``, and barrier, broadcast, re
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -23,7 +24,6 @@ from typing_extensions import override
 
 from lightning_megatron.checkpoint import Checkpointer, Checkpointing
 from lightning_megatron.distributed import (
-    first_error,
     heartbeat,
     lightning_private,
     process_group_backends,
@@ -38,6 +38,7 @@ from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.strategy import (
     checks,
+    failures,
     launchers,
     plain_module,
     preemption,
@@ -151,6 +152,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         self._timeouts = launchers.Timeouts(timeout, start_timeout)
         self._patches = trainer_patches.TrainerPatches()
         self._ranks_have_met = False
+        self.made_at = time.time()
         self._timers = timers.Timers()
         self.launch = launch
         launchers.check(launch)
@@ -392,9 +394,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        first_error.record(exception)
-        heartbeat.explain_timeout(exception, self.layout)
-        self._explain_out_of_memory(exception)
+        failures.explain(exception, self)
         self.checkpointer.saves.wait_after_error()
 
     @override

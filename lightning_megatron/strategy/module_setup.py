@@ -69,7 +69,7 @@ class ModuleSetup(ParallelRanks):
                 device=self.root_device,
             )
 
-    def _explain_out_of_memory(self, error: BaseException) -> None:
+    def explain_out_of_memory(self, error: BaseException) -> None:
         """Add to an out-of-memory error what the training takes, and what would take less."""
         steps: StepRunner | None = getattr(self, "_steps", None)
         out_of_memory.explain(

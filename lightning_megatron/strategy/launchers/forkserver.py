@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +16,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_megatron.distributed import lightning_private
+from lightning_megatron.distributed import crash_report, lightning_private
 from lightning_megatron.strategy import plain_module
 from lightning_megatron.strategy.launchers import worker_pool
+from lightning_megatron.strategy.launchers.crash_file import crash_file
 from lightning_megatron.strategy.launchers.returned_state import Baseline, KeptCheckpoint, RunResult
 
 
@@ -65,10 +68,13 @@ class ForkserverLauncher(lightning_private.MultiProcessingLauncher):
         kept = KeptCheckpoint() if fits else None
         states = lightning_private.GlobalStateSnapshot.capture()
         call = partial(_on_rank, strategy, states, partial(function, *args, **kwargs), trainer, kept)
-        ranks = range(strategy.num_processes)
-        outcome = worker_pool.run(call, [{**os.environ, **self._places(), "LOCAL_RANK": str(rank)} for rank in ranks])[
-            0
-        ]
+        places = [{**os.environ, **self._places(), "LOCAL_RANK": str(rank)} for rank in range(strategy.num_processes)]
+        try:
+            outcome = worker_pool.run(call, places)[0]
+        except Exception as error:
+            if trainer is not None:
+                _tell_in_short(error, strategy)
+            raise
         if trainer is None:
             return outcome
         if kept is not None:
@@ -81,6 +87,21 @@ class ForkserverLauncher(lightning_private.MultiProcessingLauncher):
         environment = lightning_private.strategy_of(self).cluster_environment
         assert environment is not None
         return {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
+
+
+def _tell_in_short(error: Exception, strategy: Any) -> None:
+    """Have the error of a rank told in a few lines if nobody catches it."""
+    layout, cause = strategy.layout, error.__cause__
+    if isinstance(error, worker_pool.RankDiedError):
+        name, ended = layout.rank_name(error.rank), crash_report.how_it_ended(error.code)
+        failure, tracebacks = crash_report.Failure(name, layout.world_size, ended), error.all_ranks
+    elif isinstance(cause, worker_pool.RankTraceback) and cause.failure is not None:
+        place = crash_report.in_main_script(cause.failure.place)
+        failure, tracebacks = replace(cause.failure, place=place), cause.all_ranks
+    else:
+        return
+    file = crash_file(strategy, key=f"{os.getpid()}_{time.time():.0f}")
+    crash_report.tell_in_short(error, crash_report.Report(failure, file, tracebacks))
 
 
 def _on_rank(

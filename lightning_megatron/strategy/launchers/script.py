@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import atexit
-import subprocess
+import os
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
+import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_megatron.distributed import lightning_private
+from lightning_megatron.distributed import crash_report, lightning_private
 from lightning_megatron.strategy import plain_module
+from lightning_megatron.strategy.launchers.crash_file import crash_file
 
-_PATIENCE = 15.0  # seconds in which the other ranks may fail by themselves, and say why, before they are killed
+_PATIENCE = 15.0  # seconds in which the others may fail by themselves, and save what they have, before they are ended
+_PATIENCE_AFTER_OWN = 3.0  # the same where this process has failed first: the others learn of it only when it has ended
+_PATIENCE_WITH_OWN = 5.0  # seconds in which this process may fail by itself once another has ended
+_PERIOD = 0.2  # seconds
 
 
 class ScriptLauncher(lightning_private.SubprocessScriptLauncher):
-    """Lightning's launcher, which also ends the other ranks when this process fails.
+    """Starts the ranks as Lightning does. They end together, and the last thing that is printed is why.
 
-    When another rank fails, Lightning ends this process. When this process fails, the others notice the broken
-    connection only in a collective; a rank that is in none would run for ever.
+    When another rank fails, this process notices it in a collective, or is ended. When this process fails, the others
+    would notice the broken connection only in a collective; a rank that is in none would run for ever.
 
     Args:
         strategy: The strategy whose ranks are started.
@@ -29,22 +36,75 @@ class ScriptLauncher(lightning_private.SubprocessScriptLauncher):
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
         self._strategy = strategy
+        self._error: BaseException | None = None
+        self._ends = threading.Lock()
+        self._is_ending = self._has_told = False
 
     @override
-    def launch(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def launch(self, function: Any, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Start the other ranks, unless they run, and call ``function``."""
         plain_module.check_arguments(args, self._strategy.layout)
+        if not self.cluster_environment.creates_processes_externally:
+            self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+            os.environ[crash_report.LAUNCHER] = str(os.getpid())
+            lightning_private.start_scripts(self)
+            threading.Thread(target=self._watch, daemon=True).start()
+            atexit.register(self._end)
+        lightning_private.set_num_threads(num_processes=self.num_processes)
         try:
-            return super().launch(function, *args, **kwargs)
-        except BaseException:
-            atexit.register(_end, self.procs)
+            return function(*args, **kwargs)
+        except BaseException as error:
+            self._error = error
             raise
 
+    def _watch(self) -> None:
+        """Wait for a rank to fail; end this process if that does not make it fail, too."""
+        while not any(process.poll() for process in self.procs):
+            if all(process.returncode == 0 for process in self.procs):
+                return
+            time.sleep(_PERIOD)
+        time.sleep(_PATIENCE_WITH_OWN)
+        if not self._is_ending:
+            self._tell(even_an_exit=True)
+            os._exit(1)
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for rank, process in enumerate(processes, 1):
-        if process.poll() is None:
-            process.kill()
-            print(f"Local rank {rank} (process {process.pid}) did not end by itself, and was ended.", file=sys.stderr)
+    def _end(self) -> None:
+        """At the end of this process: if it has failed, end the others, too."""
+        error = self._error or getattr(sys, "last_value", None)
+        if error is not None:
+            self._is_ending = True
+            self._has_told = isinstance(error, KeyboardInterrupt)  # the Trainer has told of it, and ended the others
+            failed_first = not crash_report.is_consequence(error)
+            self._wait(_PATIENCE_AFTER_OWN if failed_first else _PATIENCE)
+            self._tell()
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while any(process.poll() is None for process in self.procs) and time.monotonic() < deadline:
+            time.sleep(_PERIOD)
+
+    def _tell(self, even_an_exit: bool = False) -> None:
+        """End the other ranks, and print why the run has failed."""
+        with self._ends:
+            died = {rank: code for rank, process in enumerate(self.procs, 1) if (code := process.poll())}
+            for process in self.procs:
+                if process.poll() is None:
+                    process.kill()
+            if self._has_told:
+                return
+            self._has_told = True
+            summary = self._summary(died, even_an_exit)
+            if summary:
+                sys.stdout.flush()
+                print(f"\n{summary}", file=sys.stderr, flush=True)
+
+    def _summary(self, died: dict[int, int], even_an_exit: bool) -> str | None:
+        file = crash_file(self._strategy)
+        killed = {rank: code for rank, code in died.items() if code < 0 and -code != signal.SIGABRT}
+        told = file.read_summary()
+        if not killed and (told or not even_an_exit):
+            return told
+        rank, code = next(iter((killed or died).items()))
+        layout = self._strategy.layout
+        name = layout.rank_name(self._strategy.node_rank * self.num_processes + rank)
+        return crash_report.Failure(name, layout.world_size, crash_report.how_it_ended(code)).summary(file.path)

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any
 
 import cloudpickle
 
-from lightning_megatron.distributed import first_error
+from lightning_megatron.distributed import crash_report, first_error
+from lightning_megatron.distributed.crash_report import Failure
 
 # They import torch, lightning.pytorch and megatron.core.
 PRELOADED = ["lightning_megatron.callbacks", "lightning_megatron.data", "lightning_megatron.models"]
@@ -28,14 +29,39 @@ _GRACE_AFTER_INTERRUPT = 15.0  # seconds after Ctrl-C, in which callbacks may sa
 
 
 class RankTraceback(Exception):
-    """Shows the traceback of an error on a rank, as the cause of the error that the caller sees."""
+    """Shows the traceback of an error on a rank, as the cause of the error that the caller sees.
+
+    Args:
+        text: The rank, and its traceback.
+        failure: The error in short.
+        all_ranks: The tracebacks of all ranks.
+    """
+
+    def __init__(self, text: str, failure: Failure | None, all_ranks: str) -> None:
+        super().__init__(text)
+        self.failure = failure
+        self.all_ranks = all_ranks
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 class RankDiedError(RuntimeError):
-    """Raised when a rank ended without a Python error: it was killed, or crashed outside of Python."""
+    """Raised when a rank ended without a Python error: it was killed, or crashed outside of Python.
+
+    Args:
+        rank: The rank.
+        code: Its exit code.
+        all_ranks: The tracebacks of the other ranks.
+    """
+
+    def __init__(self, rank: int, code: int, all_ranks: str) -> None:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        super().__init__(
+            f"MegatronStrategy: rank {rank} {how}, without a Python error; the other ranks were ended."
+            " SIGKILL often means that the machine ran out of memory."
+        )
+        self.rank, self.code, self.all_ranks = rank, code, all_ranks
 
 
 @dataclass(frozen=True)
@@ -48,8 +74,9 @@ class _Failure:
     pickled: bytes | None
     text: str
     short: str
+    told: Failure | None
 
-    def error(self) -> BaseException:
+    def error(self, all_ranks: str) -> BaseException:
         try:
             error = pickle.loads(self.pickled) if self.pickled else None
         except Exception:
@@ -57,11 +84,11 @@ class _Failure:
         if not isinstance(error, Exception):  # SystemExit and KeyboardInterrupt would end the caller's session
             error = RuntimeError(f"rank {self.rank} raised {self.short}")
         error.add_note(f"Raised on rank {self.rank}; its traceback is above.")
-        error.__cause__ = RankTraceback(f"rank {self.rank}: {self.text}")
+        error.__cause__ = RankTraceback(f"rank {self.rank}: {self.text}", self.told, all_ranks)
         return error
 
 
-def run(call: Callable[[], Any], environments: list[Mapping[str, str]]) -> list[Any]:
+def run(call: Callable[[], Any], environments: Sequence[Mapping[str, str]]) -> list[Any]:
     """Run ``call`` in one process for each environment.
 
     When one process fails, the others are ended; so they are after Ctrl-C, and when this process is killed.
@@ -139,16 +166,13 @@ def _raise_first(outcomes: list[Any], died: Mapping[int, int]) -> None:
     failures = [outcome for outcome in outcomes if isinstance(outcome, _Failure)]
     silent = {rank: code for rank, code in died.items() if not isinstance(outcomes[rank], _Failure)}
     killed = {rank: code for rank, code in silent.items() if -code != signal.SIGABRT}
+    all_ranks = "\n".join(f"rank {failure.rank}: {failure.text}" for failure in failures)
     # Gloo aborts when a peer is gone, so an abort counts as the cause only when no rank has raised an error.
     if killed or (silent and not failures):
         rank, code = next(iter((killed or silent).items()))
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise RankDiedError(
-            f"MegatronStrategy: rank {rank} {how}, without a Python error; the other ranks were ended."
-            " SIGKILL often means that the machine ran out of memory."
-        )
+        raise RankDiedError(rank, code, all_ranks)
     if failures:
-        raise min(failures, key=lambda failure: (failure.is_consequence, failure.when)).error()
+        raise min(failures, key=lambda failure: (failure.is_consequence, failure.when)).error(all_ranks)
 
 
 def _signal(processes: list[Any], number: signal.Signals) -> None:
@@ -185,6 +209,8 @@ def _rank(rank: int, folder: Path, environment: dict[str, str]) -> None:
     unfinished.write_bytes(outcome)
     unfinished.rename(folder / str(rank))
     if failure is not None:
+        if rank == 0:
+            time.sleep(crash_report.SECONDS_OF_STORE)
         sys.exit(1)
 
 
@@ -201,6 +227,6 @@ def _describe(rank: int, error: BaseException) -> _Failure:
         pickled = cloudpickle.dumps(error)
     except Exception:
         pickled = None
-    return _Failure(
-        rank, time.time(), first_error.is_consequence(error), pickled, text, f"{type(error).__name__}: {error}"
-    )
+    short, report = f"{type(error).__name__}: {error}", crash_report.report_of(error)
+    told = report.failure if report else None
+    return _Failure(rank, time.time(), first_error.is_consequence(error), pickled, text, short, told)

@@ -1,0 +1,21 @@
+"""Explains the error that ends a run: which rank failed first, for whom others waited, and what takes less memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_megatron.distributed import call_stacks, crash_report, first_error, heartbeat
+from lightning_megatron.strategy.launchers.crash_file import crash_file
+
+if TYPE_CHECKING:
+    from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
+
+
+def explain(error: BaseException, strategy: MegatronStrategy) -> None:
+    """Add notes to an error, and have it told in a few lines if nobody catches it."""
+    first: dict[str, Any] | None = first_error.record(error, call_stacks.what(error), crash_report.place_of(error))
+    heartbeat.explain_timeout(error, strategy.layout)
+    strategy.explain_out_of_memory(error)
+    environment = strategy.cluster_environment
+    if environment is not None and environment.creates_processes_externally:  # which it says of ranks that run
+        crash_report.prepare(error, strategy.layout, strategy.global_rank, first, crash_file(strategy))
