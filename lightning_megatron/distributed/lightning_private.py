@@ -43,6 +43,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_summary import LayerSummary
 from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
+from lightning.pytorch.utilities.model_summary.model_summary import _format_summary_table
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -288,12 +289,20 @@ def draws_graph(logger: object) -> bool:
 # Callbacks
 
 SUMMARY = "_summary"  # the method by which ModelSummary makes its summary
+TRAIN_DESCRIPTION = "_get_train_description"  # the method by which RichProgressBar names the bar of an epoch
 LINK_CHECKPOINT = "_link_checkpoint"  # the method by which ModelCheckpoint makes the link to its last checkpoint
 
 
 def summary_depth(callback: ModelSummary) -> int:
     """Return the ``max_depth`` of a ModelSummary callback."""
     return callback._max_depth
+
+
+def text_of_summary(
+    total: int, trainable: int, size: float, modes: dict[str, int], flops: int, columns: list[tuple[str, list[str]]]
+) -> str:
+    """The table of a ModelSummary in characters, with the numbers below it; the last line has the FLOPs."""
+    return _format_summary_table(total, trainable, size, modes, flops, *columns)
 
 
 def summarized_module(summary: Summary) -> pl.LightningModule:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
@@ -27,7 +26,6 @@ class MegatronSteps(StepRunner):
     """Runs the hooks of a MegatronModule; see ``StepRunner``."""
 
     module: MegatronModule
-    _has_reported_cut = False
 
     @staticmethod
     @override
@@ -83,9 +81,6 @@ class MegatronSteps(StepRunner):
     @override
     def _cut(self, batch: Any) -> tuple[MicroBatchSizes, int]:
         chosen = self.micro_batching.cut(self.engine.layout, count_rows(batch))
-        if not self._has_reported_cut and self.engine.layout.pp > 1:
-            self._has_reported_cut = True
-            rank_zero_info(f"MegatronStrategy: {len(chosen.sizes)} micro-batches of {chosen.sizes[0]} rows per batch.")
         if self.engine.layout.pp == 1:
             return chosen, 1  # without pipeline stages, no hidden states are sent
         first = take_rows(batch, 0, chosen.sizes[0], sum(chosen.sizes))

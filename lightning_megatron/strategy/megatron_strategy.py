@@ -29,6 +29,7 @@ from lightning_megatron.distributed import (
     process_group_backends,
     process_groups,
     shared_weights,
+    warning_filters,
 )
 from lightning_megatron.distributed.device import use_device
 from lightning_megatron.distributed.layout import ParallelLayout
@@ -207,6 +208,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        warning_filters.ignore_known_lines(self.global_rank)
         process_group_backends.choose(self.root_device.type, self._process_group_backend)
         self._layout = ParallelLayout(world_size=self._ranks, **self.sizes)
         if isinstance(self.lightning_module, MegatronModule):
@@ -224,6 +226,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         super().connect(model)
         self._precision.plain_module = not isinstance(model, MegatronModule)
         self._precision.check_module(model, self._is_plain_alone)
+        warning_filters.ignore_unused_validation(model)
         if isinstance(model, MegatronModule):
             model.connect_data(model.trainer.datamodule)  # type: ignore[attr-defined]
             self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))

@@ -84,6 +84,11 @@ class PlainSteps(StepRunner):
 
         return step
 
+    @property
+    @override
+    def _counts_rows(self) -> bool:
+        return self.micro_batching.is_chosen
+
     @override
     def _cut(self, batch: Any) -> tuple[MicroBatchSizes, int]:
         if not self.micro_batching.is_chosen:

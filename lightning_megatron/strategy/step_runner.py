@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.strategy import run_line
 from lightning_megatron.strategy.dataloading import rank_consistency
 from lightning_megatron.strategy.logging.recorder import LogRecorder, NullRecorder
 from lightning_megatron.strategy.precision import MegatronPrecision
@@ -95,6 +96,11 @@ class StepRunner(ABC):
     def _step(self, hook: str, recorder: Recorder, args: Any, kwargs: Any) -> Step:
         """The function that runs the module's hook on a micro-batch and records what it logs."""
 
+    @property
+    def _counts_rows(self) -> bool:
+        """Whether batches have rows that are counted."""
+        return True
+
     @abstractmethod
     def _cut(self, batch: Any) -> tuple[MicroBatchSizes, int]:
         """The micro-batches of ``batch``, and the length of its hidden states."""
@@ -107,6 +113,8 @@ class StepRunner(ABC):
         if self._batch_idx(args) == 0:
             rank_consistency.check_same_batch(batch)
         cut, length = self._cut(batch)
+        if self.micro_batch_size is None:
+            run_line.tell(self.engine.layout, cut, self._counts_rows)
         self.micro_batch_size = cut.sizes[0]
         return cut, length
 

@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 
 from lightning_megatron.checkpoint import Checkpointer, model_checkpoint
 from lightning_megatron.distributed import lightning_private
-from lightning_megatron.strategy import model_summary, optimization_loop
+from lightning_megatron.strategy import model_summary, optimization_loop, progress_bar
 from lightning_megatron.strategy.dataloading import evaluation_sampler
 from lightning_megatron.strategy.logging import torchmetrics_sync
 
@@ -87,6 +87,10 @@ class TrainerPatches:
         for summary in model_summary.callbacks_to_replace(trainer):
             depth = lightning_private.summary_depth(summary)
             replace(summary, lightning_private.SUMMARY, partial(model_summary.summarize, depth))
+            if (printer := model_summary.printer(summary)) is not None:
+                replace(summary, "summarize", printer)
+        for bar in progress_bar.bars_without_last_epoch(trainer):
+            replace(bar, lightning_private.TRAIN_DESCRIPTION, partial(progress_bar.train_description, bar))
         for checkpoints in model_checkpoint.checkpoint_callbacks(trainer):
             if type(checkpoints).file_exists is pl.callbacks.ModelCheckpoint.file_exists:
                 replace(checkpoints, "file_exists", model_checkpoint.file_exists)

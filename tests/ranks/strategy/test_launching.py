@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning
 import pytest
@@ -51,7 +52,10 @@ def test_an_interactive_session(tmp_path):
     assert told["by_another_trainer"] == pytest.approx(told["fitted_again"], rel=1e-6)
     assert told["from_the_copy"] == pytest.approx(told["fitted"], rel=1e-6)
     assert "OSError: the disk is gone" in run.stderr
-    assert "in get_batch" in run.stderr  # the rank's own traceback
+    end = run.stderr[run.stderr.index("MegatronStrategy: of 2 ranks, rank ") :].splitlines()
+    assert end[1].startswith("  in a cell of the notebook, line ")
+    assert end[1].endswith(", in get_batch")
+    assert "in get_batch" in Path(end[3].removeprefix("  Tracebacks: ")).read_text()  # the rank's own traceback
 
 
 def _answer(rank_to_kill: str | None) -> str:

@@ -193,8 +193,8 @@ OTHERS = {
               "_backward_hooks", "_forward_hooks", "_post_accumulate_grad_hooks", "_step_supports_amp_scaling"},
     "megatron-core": {"_forward_attention", "_forward_impl", "_get_model_param_range_map",
                       "_global_process_group_list", "_preprocess", "_build_sample_index"},
-    "Python": {"_actions", "_asdict", "_current_frames", "_forkserver", "_option_string_actions", "_preload_modules",
-               "_replace", "_SubParsersAction"},
+    "Python": {"_actions", "_asdict", "_current_frames", "_exit", "_forkserver", "_option_string_actions",
+               "_preload_modules", "_replace", "_SubParsersAction"},
     "datasets": {"_fingerprint"},
     "transformers": {"_adjust_missing_and_unexpected_keys"},
 }  # fmt: skip
@@ -327,6 +327,9 @@ def test_callbacks():
     summary = ModelSummary(max_depth=3)
     assert callable(getattr(summary, lightning_private.SUMMARY))
     assert lightning_private.summary_depth(summary) == 3
+    text = lightning_private.text_of_summary(3, 2, 1.0, {"train": 1, "eval": 0}, 0, [("Name", ["a"]), ("Type", ["b"])])
+    assert text.splitlines()[-1].endswith("Total Flops")
+    assert callable(getattr(RichProgressBar(), lightning_private.TRAIN_DESCRIPTION))
     module, layer = LightningModule(), torch.nn.Linear(1, 1)
     assert lightning_private.summarized_module(Summary(module)) is module
     assert lightning_private.layer_of(LayerSummary(layer)) is layer
