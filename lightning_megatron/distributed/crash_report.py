@@ -216,6 +216,9 @@ def tell(error: BaseException) -> bool:
     if report.failure.is_interrupt:
         return True
     sys.stdout.flush()
+    if report.tracebacks is None:  # this rank is about to end; torchrun must not end it in the middle of its words
+        with contextlib.suppress(ValueError):  # signals are the main thread's
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         summary = _written(error, report)
     except OSError:
