@@ -5,6 +5,7 @@ module: for trainings that do not care what the process did before, which severa
 """
 
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -99,9 +100,15 @@ _pools: dict[int, _Pool] = {}
 
 
 def _answer(connection: Any) -> None:
-    """What a rank of a pool does."""
+    """What a rank of a pool does.
+
+    Trainers are let go by the garbage collector, and with them process groups, each with three threads: it runs before
+    each call, when all ranks have ended the last one, and passes over what was imported.
+    """
+    gc.freeze()
     while True:
         function, args = connection.recv()
+        gc.collect()
         result = io.BytesIO()
         torch.save(_called(function, args), result)
         connection.send_bytes(result.getvalue())
