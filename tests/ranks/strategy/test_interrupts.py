@@ -71,9 +71,8 @@ def test_ctrl_c_ends_all_ranks(training):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_rank_ends_all_ranks(training):
-    run, log, launch = training
+    run, log, _ = training
     os.kill(processes(run.pid)[-1], signal.SIGKILL)
     wait_for_all(run)
     assert run.wait() != 0
-    if launch == "forkserver":
-        assert "was ended by SIGKILL, without a Python error; the other ranks were ended" in log.read_text()
+    assert "It was ended by SIGKILL, without a Python error." in log.read_text()
