@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 from lightning_megatron.distributed import first_error, meeting, process_group_backends, process_groups
 from lightning_megatron.strategy.launchers.timeouts import Timeouts
 from lightning_megatron.strategy.launchers.torchrun_restart import store_of_this_attempt
+
+_CONNECTING = timedelta(seconds=30)
 
 
 def meet(strategy: Any, backend: str | None, timeouts: Timeouts) -> None:
@@ -26,7 +29,9 @@ def meet(strategy: Any, backend: str | None, timeouts: Timeouts) -> None:
     os.environ["MASTER_PORT"] = str(environment.main_port)
     store = store_of_this_attempt(timeouts.start)
     store = meeting.meet(strategy.global_rank, strategy.layout.world_size, timeouts.start, store)
-    process_group_backends.init_for_run(strategy.root_device, backend, environment, timeouts.collective, store)
+    # Sends and receives over Gloo keep this time (torch 2.13), so it is that of training. Connecting takes some, too.
+    timeout = max(timeouts.collective, _CONNECTING)
+    process_group_backends.init_for_run(strategy.root_device, backend, environment, timeout, store)
     first_error.begin_run()
-    process_groups.build(strategy.layout, timeouts.collective)
+    process_groups.build(strategy.layout, timeout)
     timeouts.begin_start()
