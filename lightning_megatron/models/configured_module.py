@@ -374,6 +374,15 @@ class ConfiguredModule(MegatronModule):
         """Further keys of transformers' batches that the family has no counterpart of, and what to do instead."""
         return {}
 
+    def forward(self, **batch: Any) -> Any:
+        """What ``predict_step`` gives, where the model is whole on the rank.
+
+        Raises:
+            RuntimeError: The model has pipeline stages; ``trainer.predict`` gives it under every layout.
+        """
+        self._check_callable()
+        return self.predict_step(batch, 0)
+
 
 def known_modules() -> dict[str, type[ConfiguredModule]]:
     """The modules of all families, also the user's own, by the ``kind`` of their configurations."""

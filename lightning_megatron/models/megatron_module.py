@@ -298,19 +298,23 @@ class MegatronModule(ChunkedModule):
         output = self.active_model(**inputs)
         return self.loss(output, inputs) if self.on_last_stage else output
 
-    def forward(self, **batch: Any) -> Any:
-        """What ``predict_step`` gives, where the model is whole on the rank.
+    def forward(self, **inputs: Any) -> Any:
+        """What the model gives for the arguments that ``get_batch`` returns, where it is whole on the rank.
 
         Raises:
             RuntimeError: The model has pipeline stages; ``trainer.predict`` gives it under every layout.
         """
+        self._check_callable()
+        return self.active_model(**self.pad_inputs(inputs, self._length_multiple))
+
+    def _check_callable(self) -> None:
+        """Build a model that is not built; refuse to call one that has pipeline stages."""
         if not len(self.chunks) and self._trainer is None:
             self.build_alone()
         if self.build_settings.layout.pp > 1:
             raise RuntimeError(
                 f"{type(self).__name__}.forward needs pp=1: here are pipeline stages. Use trainer.predict."
             )
-        return self.predict_step(batch, 0)
 
 
 def _when_to_step(scheduler: Any) -> dict[str, Any]:

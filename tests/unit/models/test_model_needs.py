@@ -137,3 +137,12 @@ def test_a_layer_of_the_users_that_has_parallel_layers_in_it_is_built_called_and
 def test_a_batch_that_is_no_dict_is_explained():
     with pytest.raises(TypeError, match=r"this batch is a list. Let the dataset return dicts.*override get_batch"):
         Linear().get_batch([torch.ones(3, 8), torch.ones(3)])
+
+
+def test_a_call_takes_the_models_arguments_whatever_the_loaders_batches_are():
+    class Tuples(Linear):
+        def get_batch(self, batch):
+            return {"x": batch[0], "y": batch[1]}
+
+    module, x = Tuples().build(), torch.ones(3, 8)
+    assert torch.equal(module(x=x), module.predict_step((x, None), 0))
