@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_megatron.distributed import at_import
+from lightning_megatron.distributed import at_import, wrong_names
 
 __version__ = "0.1.0.dev0"
 
@@ -105,4 +105,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _megatron_lm_setting(name: str, owner: str) -> str:
+    from lightning_megatron.cli.migrate.settings_table import whereabouts
+
+    return whereabouts(name, owner)
+
+
+wrong_names.further_tables.append(_megatron_lm_setting)  # which imports it when an argument does not exist
 at_import.prepare()

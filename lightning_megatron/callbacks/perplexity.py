@@ -7,9 +7,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 
+@answer_wrong_names
 class Perplexity(pl.Callback):
     """Logs ``val_perplexity`` and ``test_perplexity``, over all tokens of the whole set, alike on every rank.
 

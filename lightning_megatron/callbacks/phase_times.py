@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_megatron.callbacks.logging_schedule import log, logs_now
 from lightning_megatron.distributed import collectives, lightning_private, process_groups
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.timers import BACKWARD, FORWARD, GRADIENT_SYNC, OPTIMIZER, SAVE, SCHEDULE, Intervals
 
@@ -29,6 +30,7 @@ _OWN = ("data", "compute")  # phases in which a rank waits for no stage or repli
 _LEAST = 0.01  # seconds a step that are worth a word
 
 
+@answer_wrong_names
 class PhaseTimes(pl.Callback):
     """Logs seconds a step of each phase: ``time/PHASE`` of the slowest rank, ``time/PHASE_min`` of the fastest, and
     ``time/PHASE_rank``, which rank is the slowest.

@@ -16,12 +16,14 @@ from typing_extensions import override
 from lightning_megatron.callbacks import plots
 from lightning_megatron.callbacks.timeline import RankTimeline, draw, spans, trace
 from lightning_megatron.distributed import collectives, lightning_private, process_groups
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.timers import Intervals
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # ranks of one machine share it, and its monotonic clock
 
 
+@answer_wrong_names
 class PipelineTimeline(pl.Callback):
     """Records the schedule of some optimizer steps on all ranks, and writes ``step-N.png`` and ``step-N.json``.
 

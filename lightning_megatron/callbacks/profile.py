@@ -13,9 +13,11 @@ from torch.profiler import ProfilerActivity, record_function
 from typing_extensions import override
 
 from lightning_megatron.distributed import lightning_private
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 
+@answer_wrong_names
 class Profile(pl.Callback):
     """Profiles optimizer steps ``first`` to ``last`` on every rank.
 

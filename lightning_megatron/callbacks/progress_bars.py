@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
 
 from lightning_megatron.distributed import lightning_private
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.training.batch_rows import count_rows
@@ -70,6 +71,7 @@ def _total(trainer: pl.Trainer) -> int | None:
     return None if math.isinf(steps) else int(steps)
 
 
+@answer_wrong_names
 class TrainingProgressBar(_OfTraining, TQDMProgressBar):
     """A bar from the first optimizer step of the run to the last, by tqdm; validation has its own below it.
 
@@ -106,6 +108,7 @@ class TrainingProgressBar(_OfTraining, TQDMProgressBar):
             bar.update(trainer.global_step - bar.n)
 
 
+@answer_wrong_names
 class RichTrainingProgressBar(_OfTraining, RichProgressBar):
     """As ``TrainingProgressBar``, by rich (``pip install rich``).
 

@@ -10,10 +10,12 @@ from typing_extensions import override
 
 from lightning_megatron.checkpoint.model_checkpoint import checkpoint_callbacks
 from lightning_megatron.distributed import lightning_private
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.strategy import preemption
 
 
+@answer_wrong_names
 class ExitInterval(Callback):
     """Ends the run after each optimizer step that is a multiple of ``steps``, as Megatron's ``--exit-interval``.
 

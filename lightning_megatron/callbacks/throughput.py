@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_megatron.callbacks.logging_schedule import log, logs_now
 from lightning_megatron.callbacks.peak_flops import peak_flops
 from lightning_megatron.distributed import lightning_private, process_groups
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.models.flops import training_flops
 from lightning_megatron.models.megatron_module import MegatronModule
@@ -31,6 +32,7 @@ class _Work(NamedTuple):
     flops: float
 
 
+@answer_wrong_names
 class Throughput(pl.Callback):
     """Logs how fast training goes, over the last steps and all ranks; the same values on every rank.
 

@@ -14,10 +14,12 @@ from megatron.core.transformer.module import param_is_not_shared
 from typing_extensions import override
 
 from lightning_megatron.callbacks.logging_schedule import log, logs_now
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
 
+@answer_wrong_names
 class TrainingMonitor(pl.Callback):
     """Logs what a step did to the whole model, over all of its ranks and the same on each.
 

@@ -7,10 +7,12 @@ from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.resumed_settings import Side
 
 
+@answer_wrong_names
 @dataclass(frozen=True)
 class Checkpointing:
     """How a run saves its checkpoints, loads them, and goes on from them: ``MegatronStrategy(checkpointing=)``.

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.memory_table import MemoryTable
 from lightning_megatron.distributed.suggestions import (
     choices,
@@ -56,6 +57,7 @@ class RankCoordinates:
         return f"pipeline stage {self.pp}, tensor rank {self.tp}, replica {self.dp}"
 
 
+@answer_wrong_names
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
     """How the ``world_size`` ranks are divided over the parallel dimensions; checked when created, then frozen.

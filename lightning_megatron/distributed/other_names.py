@@ -33,7 +33,8 @@ OTHERS: dict[str, dict[str, str]] = {
         "pipeline_split_rank": "pipeline_model_parallel_split_rank split_rank encoder_pipeline_model_parallel_size",
         "ddp": "ddp_config distributed_data_parallel_config ddp_kwargs overlap_grad_reduce overlap_param_gather"
         " ddp_bucket_size gradient_reduce_div",
-        "on_nonfinite": "check_for_nan_in_loss_and_grad check_for_nan_in_grad check_for_nan detect_nan skip_nan"
+        "on_nonfinite": "check_for_nan_in_loss_and_grad no_check_for_nan_in_loss_and_grad"
+        " check_for_nan_in_grad check_for_nan detect_nan skip_nan"
         " detect_anomaly nan_policy",
         "checkpointing": "ckpt_async_save ckpt_parallel_load ckpt_load_strictness ckpt_parallel_save"
         " ckpt_torch_dist_multiproc checkpoint_config ckpt_config checkpoint_io save_ckpt_format load_optim",
@@ -215,7 +216,7 @@ OTHERS: dict[str, dict[str, str]] = {
         "cls_id": "cls_token_id",
         "sep_id": "sep_token_id",
     },
-    "Throughput Profile PipelineTimeline ExitInterval Perplexity TrainingMonitor": {
+    "Throughput TrainingProgressBar Profile PipelineTimeline ExitInterval Perplexity TrainingMonitor": {
         "peak_tflops": "peak_flops device_tflops theoretical_flops",
         "window": "window_size",
         "refresh_rate": "refresh log_interval",
@@ -241,6 +242,7 @@ VALUES: dict[str, str] = {
     "zero_stage": "distributed_optimizer=True",
     "zero": "distributed_optimizer=True",
     "check_for_nan_in_loss_and_grad": "on_nonfinite='raise'",
+    "no_check_for_nan_in_loss_and_grad": "on_nonfinite='ignore'",
     "check_for_nan_in_grad": "on_nonfinite='raise'",
     "detect_anomaly": "on_nonfinite='raise'",
     "skip_nan": "on_nonfinite='skip'",

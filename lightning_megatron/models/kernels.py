@@ -7,11 +7,13 @@ from typing import Any, Literal, Self
 
 import torch
 
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 AttentionKernel = Literal["flash", "cudnn", "efficient", "math", "flex"]
 
 
+@answer_wrong_names
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
     """Which implementations compute the layers and the loss. All give the same results, up to rounding.

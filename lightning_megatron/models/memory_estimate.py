@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.memory_table import MemoryTable, StageMemory
@@ -51,6 +53,7 @@ class Part:
     ends_model: bool = False
 
 
+@partial(answer_wrong_names, called="ParallelLayout.memory")
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """What the estimate has to know of a run, beside its layout.

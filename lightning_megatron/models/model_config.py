@@ -16,7 +16,8 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.memory_table import MemoryTable
 from lightning_megatron.distributed.model_fit import check_model
-from lightning_megatron.distributed.suggestions import closest_name, did_you_mean
+from lightning_megatron.distributed.suggestions import did_you_mean
+from lightning_megatron.distributed.wrong_names import further_tables, unknown_name
 from lightning_megatron.models import parameter_counts, recompute
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.kernels import Kernels
@@ -359,13 +360,11 @@ class ModelConfig:
         """Refuse names that are no fields.
 
         Raises:
-            ValueError: A name is not a field; the message has the nearest field.
+            ValueError: A name is not a field; the message has the field that was meant.
         """
         known = [each.name for each in fields(cls)]
-        for name in names:
-            if name not in known:
-                near = closest_name(name, known, similarity=0)
-                raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {near!r}?")
+        if wrong := [name for name in names if name not in known]:
+            raise ValueError(unknown_name(wrong, known, cls.__name__))
 
     def _one_of(self, name: str, value: str, known: Any) -> None:
         if value in list(known):
@@ -373,3 +372,12 @@ class ModelConfig:
         hint = did_you_mean(str(value), known, similarity=0)
         choices = f" Choose from: {', '.join(sorted(known))}." if len(known) < 20 else ""
         raise ValueError(f"{type(self).__name__}: unknown {name} {value!r}.{hint}{choices}")
+
+
+def _in_extra(name: str, owner: str) -> str:
+    """Say that megatron-core's own fields stand in ``extra``."""
+    is_field = owner.endswith("Config") and any(each.name == name for each in fields(TransformerConfig))
+    return f"it is a field of megatron-core's, extra={{{name!r}: ...}}" if is_field else ""
+
+
+further_tables.append(_in_extra)

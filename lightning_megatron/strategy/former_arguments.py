@@ -1,13 +1,9 @@
-"""Refuses former arguments of ``MegatronStrategy``; the error says what to use in their place."""
+"""What to use in place of the former arguments of ``MegatronStrategy``, which are refused by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
-
-_Self = TypeVar("_Self")
-_Arguments = ParamSpec("_Arguments")
+from typing import Any
 
 # Former arguments that are fields of ``Checkpointing`` now, with the name of the field.
 _OF_CHECKPOINTING = {
@@ -44,22 +40,3 @@ def replacement(name: str, value: Any) -> str:
     else:
         return ""
     return f"MegatronStrategy({name}={value!r}): {remedy}."
-
-
-def refuse_former_arguments(
-    init: Callable[Concatenate[_Self, _Arguments], None],
-) -> Callable[Concatenate[_Self, _Arguments], None]:
-    """Have a constructor refuse former arguments by name; its signature stays as it is.
-
-    Args:
-        init: The constructor. A call that gives it a former argument raises ``TypeError``.
-    """
-
-    @wraps(init)
-    def checked(self: _Self, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
-        for name, value in kwargs.items():
-            if refusal := replacement(name, value):
-                raise TypeError(refusal)
-        init(self, *args, **kwargs)
-
-    return checked

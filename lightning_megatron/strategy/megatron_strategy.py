@@ -31,6 +31,7 @@ from lightning_megatron.distributed import (
     shared_weights,
     warning_filters,
 )
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.device import use_device
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.host_answers import Answers, has_transfer_hooks, remember
@@ -48,7 +49,7 @@ from lightning_megatron.strategy import (
 from lightning_megatron.strategy.batch_transfer import move_beside_computation
 from lightning_megatron.strategy.checkpoint_hooks import CheckpointHooks
 from lightning_megatron.strategy.dataloading import evaluation_sampler, prediction_gather, rank_consistency
-from lightning_megatron.strategy.former_arguments import refuse_former_arguments
+from lightning_megatron.strategy.former_arguments import replacement
 from lightning_megatron.strategy.logging import step_values
 from lightning_megatron.strategy.precision import MegatronPrecision
 from lightning_megatron.strategy.rank_communication import RankCommunication
@@ -62,6 +63,7 @@ _DEFAULT_KERNELS = Kernels()
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
+@partial(answer_wrong_names, former=replacement)
 class MegatronStrategy(CheckpointHooks, RankCommunication):
     """Trains with megatron-core's process groups, pipeline schedules and distributed optimizer.
 
@@ -108,9 +110,9 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
 
     strategy_name = "megatron"
 
-    @refuse_former_arguments
     def __init__(
         self,
+        *,
         tp: int = 1,
         pp: int = 1,
         vp: int | None = None,

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_megatron.distributed import lightning_private
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy.fp8 import fp8_fields
@@ -39,6 +40,7 @@ _DOUBLE = "64-true"  # for plain modules on one rank, which Lightning's own loop
 _INITIAL_LOSS_SCALE = 65536.0  # the same as torch's GradScaler
 
 
+@answer_wrong_names
 class MegatronPrecision(Precision):
     """Megatron's mixed precision: low-precision weights, and fp32 main weights in the optimizer.
 

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim import Optimizer
 
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.training.lr_scheduler import MegatronLRScheduler
 
@@ -26,6 +27,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+@answer_wrong_names
 @dataclass(frozen=True)
 class LRSchedule:
     """Megatron's schedule: a linear warm-up to the optimizer's learning rate, then a decay, step by step.

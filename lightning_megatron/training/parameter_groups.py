@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 OptimizerCallable = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
@@ -28,6 +29,7 @@ def biases_and_vectors(name: str, parameter: torch.nn.Parameter) -> bool:
     return name.endswith(".bias") or parameter.dim() == 1
 
 
+@answer_wrong_names
 @dataclass(frozen=True)
 class ParameterGroups:
     """A torch optimizer over parameter groups, made by conditions on each parameter.

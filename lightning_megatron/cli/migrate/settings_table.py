@@ -339,3 +339,20 @@ _PLACED: dict[str, Destination] = {
 }
 
 DESTINATIONS: dict[str, Destination] = {**dict(_elsewhere()), **_PLACED}
+
+
+def whereabouts(name: str, owner: str) -> str:
+    """Say where a setting of Megatron-LM lives here; empty if there is no setting of that name.
+
+    Args:
+        name: The setting's name, as in ``tensor_model_parallel_size``.
+        owner: The class that was given it as an argument; places are told the same for all.
+    """
+    found = DESTINATIONS.get(name)
+    if found is None or not found.says:
+        return ""
+    return (
+        f"Megatron-LM's setting is {found.says} here"
+        if found.place
+        else f"Megatron-LM's setting is {found.fate}: {found.says}"
+    )

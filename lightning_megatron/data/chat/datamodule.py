@@ -16,12 +16,14 @@ from lightning_megatron.data.datamodule import Collator
 from lightning_megatron.data.huggingface.datamodule import HFDataModule
 from lightning_megatron.data.huggingface.streams import DocumentStream
 from lightning_megatron.data.tokenizers import ChatTokenizer, Tokenizer
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
+@answer_wrong_names
 class ChatDataModule(HFDataModule):
     """Conversations from JSON lines, parquet or a dataset, for ``GPTModule``.
 

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from lightning_megatron.data.collators.random_draws import Draws, ids_of, padded
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 IGNORED_LABEL = -100
 
 
+@answer_wrong_names
 class MaskedLMCollator:
     """Makes batches for ``BertModule`` from tokenised samples, with new masks each time (Devlin et al., 2018, 3.1).
 

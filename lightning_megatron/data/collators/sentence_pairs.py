@@ -10,12 +10,14 @@ import torch
 
 from lightning_megatron.data.collators.masked_lm import MaskedLMCollator
 from lightning_megatron.data.collators.random_draws import Draws
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 # The token ids of a sentence or segment.
 Ids = np.ndarray
 
 
+@answer_wrong_names
 class SentencePairCollator:
     """Makes batches for ``BertConfig(task="pretraining")`` from documents that are lists of sentences.
 

@@ -11,11 +11,13 @@ import torch
 
 from lightning_megatron.data.collators.masked_lm import IGNORED_LABEL
 from lightning_megatron.data.collators.random_draws import Draws, ids_of, padded
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
+@answer_wrong_names
 class SpanCorruptionCollator:
     """Makes batches for ``T5Module`` from samples, with new spans each time (Raffel et al., 2020, section 3.1.4).
 

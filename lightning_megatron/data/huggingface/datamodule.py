@@ -17,6 +17,7 @@ from lightning_megatron.data.huggingface.documents import Encoder, PackedDocumen
 from lightning_megatron.data.huggingface.row_encoder import RowEncoder
 from lightning_megatron.data.huggingface.streams import DocumentStream, PackedStream, StreamLoader
 from lightning_megatron.data.tokenizers import Tokenizer
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_megatron.data.huggingface.dataset_source import Rows
 
 
+@answer_wrong_names
 class HFDataModule(TokenizedDataModule):
     """Samples of a Hugging Face dataset, tokenised.
 

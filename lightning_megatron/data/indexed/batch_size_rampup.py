@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from lightning_megatron.distributed.argument_names import answer_wrong_names
+
 
 class BatchSizes(ABC):
     """A rule by which the global batch grows: ``RampUp`` or ``BatchSizeSteps``."""
@@ -33,6 +35,7 @@ class BatchSizes(ABC):
         return total
 
 
+@answer_wrong_names
 @dataclass(frozen=True)
 class RampUp(BatchSizes):
     """Grows the global batch in equal steps, as Megatron's ``--rampup-batch-size START INCREMENT SAMPLES`` does.
@@ -86,6 +89,7 @@ class RampUp(BatchSizes):
         return min(self.start + int(consumed / (self.samples / steps)) * self.increment, full)
 
 
+@answer_wrong_names
 @dataclass(frozen=True)
 class BatchSizeSteps(BatchSizes):
     """Gives the global batch a size for each part of training, as Megatron's ``--step-batch-size-schedule`` does.
@@ -129,6 +133,7 @@ def _is_whole(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+@answer_wrong_names
 class RampUpBatches(Sampler[list[int]]):
     """A loader's ``batch_sampler`` whose batches grow; each is one optimizer step, so all counters stay right.
 

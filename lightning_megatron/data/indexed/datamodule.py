@@ -20,9 +20,11 @@ from lightning_megatron.data.indexed.batch_size_rampup import BatchSizes, RampUp
 from lightning_megatron.data.indexed.files import check_contents, open_indexed
 from lightning_megatron.data.indexed.samples import IndexedSamples, Sample
 from lightning_megatron.data.tokenizers import Tokenizer
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 
+@answer_wrong_names
 class MegatronDataModule(TokenizedDataModule):
     """Samples of ``.bin`` and ``.idx`` files, as ``lightning-megatron preprocess`` and Megatron's tools write them.
 

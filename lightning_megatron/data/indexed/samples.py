@@ -15,6 +15,7 @@ from lightning_megatron.data.collators.span_corruption import sentinels
 from lightning_megatron.data.indexed.index_builder import PAD
 from lightning_megatron.data.special_tokens import special_ids, vocabulary
 from lightning_megatron.data.tokenizers import Tokenizer
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 Sample = dict[str, Any]
@@ -50,6 +51,7 @@ class IndexedSamples(ABC):
         """Say why there is no sample between these shares of the data, or return an empty text."""
 
 
+@answer_wrong_names
 class GPTSamples(IndexedSamples):
     """Samples of ``seq_length`` successive tokens, which may span several documents, in a shuffled order.
 
@@ -178,6 +180,7 @@ class _Masked(IndexedSamples):
         return None
 
 
+@answer_wrong_names
 class BertSamples(_Masked):
     """Samples for BERT: two segments of whole sentences, swapped in half of the samples, with masked n-grams of words.
 
@@ -237,6 +240,7 @@ class BertSamples(_Masked):
         return found
 
 
+@answer_wrong_names
 class T5Samples(_Masked):
     """Samples for T5: sentences in which sentinels replace spans, and these spans for the decoder.
 

@@ -19,9 +19,11 @@ from lightning_megatron.data.datamodule import (
 from lightning_megatron.data.text.packing import PackedTextDataset, find_packed, pack
 from lightning_megatron.data.text_files import find_text_files, standard_library_sources
 from lightning_megatron.data.tokenizers import Tokenizer
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 
+@answer_wrong_names
 class TextDataModule(TokenizedDataModule):
     """Packs text files into samples of ``seq_length + 1`` tokens, for training a language model from scratch.
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from lightning_megatron.data.atomic_write import atomic_path
 from lightning_megatron.data.text_files import read_text
 from lightning_megatron.data.tokenizers import Tokenizer, begun
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def find_packed(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) ->
     return bin_path if complete else None
 
 
+@answer_wrong_names
 class PackedTextDataset(Dataset[dict[str, Tensor]]):
     """Fixed-length samples cut from a packed file, without padding.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lightning_megatron.checkpoint import formerly_in, plain_class
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.bert.layer_spec import NormPlacement
@@ -19,6 +20,7 @@ _PEFT_TASKS = {"sequence_classification": "SEQ_CLS", "token_classification": "TO
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
+@answer_wrong_names
 @plain_class
 @formerly_in("lightning_megatron.modules.bert_config")
 @dataclass(kw_only=True)

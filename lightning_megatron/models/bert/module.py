@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.models.bert.config import BertConfig
 from lightning_megatron.models.bert.tasks import TASKS, BertTask
@@ -33,6 +34,7 @@ _NAMES = {
 }
 
 
+@answer_wrong_names
 class BertModule(ConfiguredModule):
     """A BERT, trained for ``config.task``.
 

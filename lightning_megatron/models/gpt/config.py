@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lightning_megatron.checkpoint import formerly_in, plain_class
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.layers.rope_scaling import ROPE_TYPES
@@ -14,6 +15,7 @@ from lightning_megatron.models.model_config import LayerStack, ModelConfig
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
 
 
+@answer_wrong_names
 @plain_class
 @formerly_in("lightning_megatron.modules.gpt_config")
 @dataclass(kw_only=True)

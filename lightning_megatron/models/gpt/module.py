@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.models.batch_checks import check_range, check_tokens, given, refuse
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
@@ -33,6 +34,7 @@ from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
 
+@answer_wrong_names
 class GPTModule(GeneratingModule):
     """A GPT, trained to predict the next token.
 

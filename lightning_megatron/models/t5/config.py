@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from megatron.core.transformer import TransformerConfig
 
 from lightning_megatron.checkpoint import formerly_in, plain_class
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.model_fit import check_model
@@ -20,6 +21,7 @@ from lightning_megatron.models.t5.model import PositionEmbedding
 _NORMS = ("RMSNorm", "LayerNorm")
 
 
+@answer_wrong_names
 @plain_class
 @formerly_in("lightning_megatron.modules.t5_config")
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_megatron.distributed import process_groups, shared_weights
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
@@ -39,6 +40,7 @@ _MEGATRON_MASKS = {
 }
 
 
+@answer_wrong_names
 class T5Module(GeneratingModule):
     """A T5, trained to give the labels.
 

@@ -9,6 +9,7 @@ import torch
 from torch.optim.adamw import AdamW, adamw
 from torch.optim.optimizer import ParamsT
 
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 MomentType = Literal["float32", "bfloat16"]
@@ -16,6 +17,7 @@ MomentType = Literal["float32", "bfloat16"]
 LARGEST_BETA_IN_BF16 = 0.98
 
 
+@answer_wrong_names
 class LeanAdamW(AdamW):
     """torch's AdamW (decoupled weight decay, arXiv 1711.05101) with another type or place for its moments.
 

@@ -13,11 +13,13 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Keller Jordan's quintic iteration, kellerjordan.github.io/posts/muon
 
 
+@answer_wrong_names
 class Muon(Optimizer):
     """Muon (kellerjordan.github.io/posts/muon) for the weights of linear layers, AdamW for all others.
 

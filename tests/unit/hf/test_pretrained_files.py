@@ -228,7 +228,7 @@ def test_damaged_files_are_named(llama, tmp_path):
 
 
 def test_a_field_that_there_is_not_is_named(llama):
-    with pytest.raises(ValueError, match=r"GPTConfig has no field 'hidden_dropot'; did you mean 'hidden_dropout'\?"):
+    with pytest.raises(ValueError, match=r"GPTConfig has no argument 'hidden_dropot': did you mean hidden_dropout\?"):
         AutoModule.from_pretrained(llama, config={"hidden_dropot": 0.1})
 
 
