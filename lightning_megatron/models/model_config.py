@@ -380,4 +380,4 @@ def _in_extra(name: str, owner: str) -> str:
     return f"it is a field of megatron-core's, extra={{{name!r}: ...}}" if is_field else ""
 
 
-further_tables.append(_in_extra)
+further_tables.insert(0, _in_extra)  # before the settings of Megatron-LM, which has them too

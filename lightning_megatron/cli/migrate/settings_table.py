@@ -351,8 +351,4 @@ def whereabouts(name: str, owner: str) -> str:
     found = DESTINATIONS.get(name)
     if found is None or not found.says:
         return ""
-    return (
-        f"Megatron-LM's setting is {found.says} here"
-        if found.place
-        else f"Megatron-LM's setting is {found.fate}: {found.says}"
-    )
+    return f"Megatron-LM's setting is {found.says} here" if found.place else f"{found.fate}: {found.says}"
