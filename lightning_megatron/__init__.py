@@ -5,6 +5,7 @@ Importing the package imports nothing heavy: a name is imported when it is first
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,8 @@ def __dir__() -> list[str]:
 
 
 def _megatron_lm_setting(name: str, owner: str) -> str:
+    if "torch" not in sys.modules:  # a mistyped option of the command does not wait for an import of seconds
+        return ""
     from lightning_megatron.cli.migrate.settings_table import whereabouts
 
     return whereabouts(name, owner)
