@@ -52,18 +52,44 @@ class _Entry:
 
 
 @dataclass
-class _Run:
-    """What the command line and its files give."""
+class Run:
+    """What the command line and its files give.
+
+    Args:
+        entries: The names, in order.
+        faults: What is wrong, in words.
+        classes: The classes that are named, by where.
+    """
 
     entries: list[_Entry] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     classes: dict[Path_, str] = field(default_factory=lambda: {("trainer", "strategy"): "MegatronStrategy"})
 
     def add(self, entry: _Entry) -> None:
+        """Take one more name."""
         self.entries.append(entry)
         slot = entry.path[:-1] if entry.path[-1] == "class_path" else entry.path
         if _is_slot(slot) and entry.value:
             self.classes[slot] = entry.value
+
+    @property
+    def devices(self) -> int:
+        """The devices of a machine that ``MegatronStrategy`` is given by number; 1 where another strategy is chosen."""
+        given = [entry.value for entry in self.entries if entry.path == ("trainer", "devices")]
+        ours = self.classes["trainer", "strategy"].rpartition(".")[2] == "MegatronStrategy"
+        last = given[-1] if given else None
+        return int(last) if ours and last is not None and last.isdigit() else 1
+
+    def find_faults(self) -> list[str]:
+        """The names that surely do not exist, and files that cannot be read, each in words."""
+        wrong: list[Path_] = []
+        for entry in self.entries:
+            if any(entry.path[: len(path)] == path for path in wrong):
+                continue  # what belongs to a wrong name
+            if told := _fault(entry, self.classes):
+                wrong.append(entry.path)
+                self.faults.append(told)
+        return self.faults
 
 
 def find_faults(arguments: Sequence[str]) -> list[str]:
@@ -72,19 +98,16 @@ def find_faults(arguments: Sequence[str]) -> list[str]:
     Args:
         arguments: The arguments of ``fit`` or its kin, without the command.
     """
-    run = _read(list(arguments))
-    wrong: list[Path_] = []
-    for entry in run.entries:
-        if any(entry.path[: len(path)] == path for path in wrong):
-            continue  # what belongs to a wrong name
-        if told := _fault(entry, run.classes):
-            wrong.append(entry.path)
-            run.faults.append(told)
-    return run.faults
+    return read(arguments).find_faults()
 
 
-def _read(arguments: list[str]) -> _Run:
-    run = _Run()
+def read(given: Sequence[str]) -> Run:
+    """Read the arguments of ``fit`` or its kin, and the files that they name.
+
+    Args:
+        given: The arguments, without the command.
+    """
+    run, arguments = Run(), list(given)
     while arguments:
         word = arguments.pop(0)
         if not word.startswith("-") or word in ("-h", "--help"):
@@ -99,7 +122,7 @@ def _read(arguments: list[str]) -> _Run:
     return run
 
 
-def _read_file(name: str, run: _Run) -> None:
+def _read_file(name: str, run: Run) -> None:
     path = Path(name).expanduser()
     if not path.is_file():
         others = [str(each) for pattern in ("*.yaml", "*.yml") for each in path.parent.glob(pattern)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 from lightning_megatron import __version__
+from lightning_megatron.distributed import rank_server
 
 TRAINING = {
     "fit": "train: --config run.yaml, and --help for every argument",
@@ -87,15 +89,25 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _train(arguments: list[str]) -> None:
-    from lightning_megatron.cli.early_check import find_faults
+    from lightning_megatron.cli.early_check import read
 
-    if faults := find_faults(arguments[1:]):
+    run = read(arguments[1:])
+    if faults := run.find_faults():
         errors = "\n".join(f"error: {fault}" for fault in faults)
         sys.stderr.write(f"{errors}\nSee lightning-megatron {arguments[0]} --help\n")
         sys.exit(2)
+    if run.devices > 1 and arguments == sys.argv[1:] and _starts_ranks():
+        print(f"Starting {run.devices} ranks: importing torch, Lightning and megatron-core.", file=sys.stderr)
+        rank_server.start(main, "lightning_megatron.cli.training")
     from lightning_megatron.cli.training import MegatronCLI
 
     MegatronCLI(args=None if arguments == sys.argv[1:] else arguments)
+
+
+def _starts_ranks() -> bool:
+    """Whether this process starts the other ranks: neither torchrun nor a cluster does, and it is none of them."""
+    others = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "SLURM_JOB_ID", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")
+    return os.environ.get(rank_server.OFF) != "0" and not any(name in os.environ for name in others)
 
 
 def _checkpoint_error() -> type[Exception]:

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_megatron.distributed import crash_report, lightning_private
+from lightning_megatron.distributed import crash_report, lightning_private, rank_server
 from lightning_megatron.strategy import plain_module
 from lightning_megatron.strategy.launchers.crash_file import crash_file
 
@@ -47,7 +47,10 @@ class ScriptLauncher(lightning_private.SubprocessScriptLauncher):
         if not self.cluster_environment.creates_processes_externally:
             self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
             os.environ[crash_report.LAUNCHER] = str(os.getpid())
-            lightning_private.start_scripts(self)
+            if rank_server.is_started():
+                self._start_from_server()
+            else:
+                lightning_private.start_scripts(self)
             threading.Thread(target=self._watch, daemon=True).start()
             atexit.register(self._end)
         lightning_private.set_num_threads(num_processes=self.num_processes)
@@ -56,6 +59,17 @@ class ScriptLauncher(lightning_private.SubprocessScriptLauncher):
         except BaseException as error:
             self._error = error
             raise
+
+    def _start_from_server(self) -> None:
+        """Start the other ranks from the command's server, with the environment that Lightning would give them."""
+        environment = self.cluster_environment
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        os.environ["NODE_RANK"] = str(environment.node_rank())
+        os.environ["LOCAL_RANK"] = str(environment.local_rank())
+        os.environ["WORLD_SIZE"] = str(self.num_processes * self.num_nodes)
+        others = range(1, self.num_processes)
+        self.procs: Any = [rank_server.RankProcess({**os.environ, "LOCAL_RANK": str(rank)}) for rank in others]
 
     def _watch(self) -> None:
         """Wait for a rank to fail; end this process if that does not make it fail, too."""

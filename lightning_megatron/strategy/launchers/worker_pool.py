@@ -19,11 +19,9 @@ from typing import Any
 
 import cloudpickle
 
-from lightning_megatron.distributed import crash_report, first_error
+from lightning_megatron.distributed import crash_report, first_error, rank_server
 from lightning_megatron.distributed.crash_report import Failure
 
-# They import torch, lightning.pytorch and megatron.core.
-PRELOADED = ["lightning_megatron.callbacks", "lightning_megatron.data", "lightning_megatron.models"]
 _GRACE = 5.0  # seconds in which ranks may end by themselves after one has failed, before they are killed
 _GRACE_AFTER_INTERRUPT = 15.0  # seconds after Ctrl-C, in which callbacks may save something
 
@@ -106,7 +104,7 @@ def run(call: Callable[[], Any], environments: Sequence[Mapping[str, str]]) -> l
     """
     context = multiprocessing.get_context("forkserver")
     if _is_untouched(forkserver._forkserver):
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload(rank_server.PRELOADED)
     with tempfile.TemporaryDirectory(prefix="lightning_megatron_") as name:
         folder = Path(name)
         (folder / "call").write_bytes(_pickle(call))
