@@ -94,5 +94,9 @@ def _run(command: Callable[[], None], arguments: list[str], environment: dict[st
     atexit._clear()  # what the server's imports have registered is the server's
     try:
         command()
+    except Exception as error:  # as at the end of a script, where multiprocessing would only print it
+        sys.last_value = error
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out

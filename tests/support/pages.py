@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lightning_megatron.distributed import rank_server
 from tests.support.preloaded_python import executable
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,9 @@ def path_of_test(name: str) -> Path:
 
 def run(folder: Path, *command: str | Path, timeout: float = 240) -> str:
     """What a command says that ends well, in ``folder`` and a process of its own, whose python is preloaded."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # python is preloaded here, so that ranks start at once without the command's own server.
+    preloaded = {"OMP_NUM_THREADS": "1", rank_server.OFF: "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **preloaded}
     started = [executable() if word == sys.executable else word for word in command]
     done = subprocess.run(started, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

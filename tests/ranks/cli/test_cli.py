@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_megatron.distributed import rank_server
 from tests.support.pages import COMMAND, ROOT, blocks, run
 from tests.support.ranks import PRELOADED
 
@@ -34,7 +35,7 @@ def refused(folder, *arguments):
 
 def _main(folder, arguments):
     os.chdir(folder)
-    os.environ["LITLOGGER_DISABLED"] = "1"
+    os.environ |= {"LITLOGGER_DISABLED": "1", rank_server.OFF: "0"}
     with (folder / "stderr").open("w") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
