@@ -16,6 +16,7 @@ import yaml
 
 import lightning_megatron
 from lightning_megatron.cli import signatures
+from lightning_megatron.cli.auto_module_help import NAMES as AUTO_MODULES
 from lightning_megatron.cli.no_argument import no_argument
 from lightning_megatron.distributed.suggestions import closest_name
 
@@ -79,6 +80,11 @@ class Run:
         ours = self.classes["trainer", "strategy"].rpartition(".")[2] == "MegatronStrategy"
         last = given[-1] if given else None
         return int(last) if ours and last is not None and last.isdigit() else 1
+
+    @property
+    def asks_for_auto_module(self) -> bool:
+        """Whether the help of ``AutoModule`` is asked for."""
+        return any(entry.path == ("model", "help") and entry.value in AUTO_MODULES for entry in self.entries)
 
     def find_faults(self) -> list[str]:
         """The names that surely do not exist, and files that cannot be read, each in words."""
@@ -164,6 +170,10 @@ def _is_slot(path: Path_) -> bool:
 
 def _fault(entry: _Entry, classes: dict[Path_, str]) -> str | None:
     """Say what is wrong with the last name of an entry; earlier ones are entries of their own, or of options."""
+    if entry.path in (("model",), ("model", "class_path")) and entry.value in AUTO_MODULES[:-1]:
+        return (
+            f"{entry.place}{'.'.join(entry.path)}: {entry.value} makes a module by a method: write {AUTO_MODULES[-1]}"
+        )
     at: Path_ = ()
     known: dict[str, Any] | None = dict.fromkeys(TOP)
     owner, module = "", ""

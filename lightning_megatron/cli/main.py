@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from lightning_megatron import __version__
+from lightning_megatron.cli import auto_module_help
 from lightning_megatron.distributed import rank_server
 
 TRAINING = {
@@ -96,6 +97,9 @@ def _train(arguments: list[str]) -> None:
         errors = "\n".join(f"error: {fault}" for fault in faults)
         sys.stderr.write(f"{errors}\nSee lightning-megatron {arguments[0]} --help\n")
         sys.exit(2)
+    if run.asks_for_auto_module:
+        auto_module_help.print_help()
+        return
     if run.devices > 1 and arguments == sys.argv[1:] and _starts_ranks():
         print(f"Starting {run.devices} ranks: importing torch, Lightning and megatron-core.", file=sys.stderr)
         rank_server.start(main, "lightning_megatron.cli.training")

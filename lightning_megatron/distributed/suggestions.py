@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 def closest_name(name: str, known: Iterable[str], similarity: float = 0.5) -> str | None:
-    """Return the known name that is most like ``name``.
+    """Return the known name that is most like ``name``, whatever is upper case in either.
 
     Args:
         name: A name that does not exist.
@@ -18,7 +18,9 @@ def closest_name(name: str, known: Iterable[str], similarity: float = 0.5) -> st
     Returns:
         None if no known name is similar enough.
     """
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=similarity)), None)
+    plain = {each.lower().replace("-", "_"): each for each in known}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), list(plain), n=1, cutoff=similarity)
+    return plain[found[0]] if found else None
 
 
 def did_you_mean(name: str, known: Iterable[str], similarity: float = 0.5) -> str:

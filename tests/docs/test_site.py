@@ -19,7 +19,9 @@ def test_it_builds(tmp_path):
     reference = (tmp_path / "site/reference/index.html").read_text()
     assert all(f'id="lightning_megatron.{name}"' in reference for name in _public())
     told = re.sub("<[^>]+>", "", reference)
-    assert "MegatronStrategy(\n    tp: int = 1,\n    pp: int = 1,\n" in told  # signatures have a line an argument
+    assert (
+        "MegatronStrategy(\n    *,\n    tp: int = 1,\n    pp: int = 1,\n" in told
+    )  # signatures have a line an argument
     assert "kernels: Kernels = Kernels()," in told  # and the values of defaults that the code names
     assert 'href="https://example.org/us/it/edit/main/docs/lora.md"' in (tmp_path / "site/lora/index.html").read_text()
 

@@ -12,6 +12,7 @@ import lightning_megatron.callbacks
 import lightning_megatron.data
 from lightning_megatron.cli import signatures
 from lightning_megatron.cli.early_check import TOP, find_faults
+from lightning_megatron.cli.main import main
 from lightning_megatron.cli.shell_completion import _parsers_of_training
 from tests.support.pages import ROOT
 
@@ -66,6 +67,8 @@ def test_the_arguments_at_the_top_are_the_parsers():
          " --trainer.strategy.kernels.attention?"),
         ("--data ChatDataModule --data.seqlen 4",
          "there is no argument --data.seqlen; did you mean --data.seq_length?"),
+        ("--model AutoModule", "model: AutoModule makes a module by a method: write"
+         " lightning_megatron.AutoModule.from_pretrained"),
         ("--trainer.strategy.check_loss true", "MegatronStrategy(check_loss='true'): use on_nonfinite='raise'."),
     ],
 )  # fmt: skip
@@ -89,6 +92,14 @@ def test_options_that_do_not_exist(given, told):
 )  # fmt: skip
 def test_what_may_be_right_is_left_alone(given):
     assert find_faults(given.split()) == []
+
+
+@pytest.mark.parametrize("name", ["AutoModule", "lightning_megatron.AutoModule.from_pretrained"])
+def test_the_help_of_auto_module_has_the_arguments_of_from_pretrained(name, capsys):
+    main(["fit", "--model.help", name])
+    shown = capsys.readouterr().out
+    assert "--model.source SOURCE" in shown
+    assert "--model.lora.rank" in shown
 
 
 def test_every_recipe_passes():
