@@ -99,7 +99,7 @@ def test_the_help_of_auto_module_has_the_arguments_of_from_pretrained(name, caps
     main(["fit", "--model.help", name])
     shown = capsys.readouterr().out
     assert "--model.source SOURCE" in shown
-    assert "--model.lora.rank" in shown
+    assert "--model.lora LORA" in shown
 
 
 def test_every_recipe_passes():
