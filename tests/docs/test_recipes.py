@@ -1,91 +1,181 @@
-"""Each recipe is parsed by the command's own parser, and its sizes fit its layout and its data."""
+"""Each command of each recipe is parsed and checked, and a recipe of each family, made small, trains."""
 
 import json
-from pathlib import Path
+import math
+import sys
 
 import pytest
 import transformers
 import yaml
 from jsonargparse import Namespace
 
-from lightning_megatron import BertConfig, GPTConfig, LoRA, ParallelLayout, T5Config
-from lightning_megatron.cli.rank_grid import RankGrid
+from lightning_megatron import hf
 from lightning_megatron.cli.training import MegatronCLI
-from tests.reference import pretrained
-from tests.support.pages import ROOT, blocks
+from lightning_megatron.data.preprocess import preprocess, train_tokenizer
+from lightning_megatron.hf.config_reader import Fields
+from tests.support import chats
+from tests.support.pages import DOCS, ROOT, blocks
 
-RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
-VOCAB_SIZE = 50257  # where it is the tokenizer's
+sys.path.insert(0, str(DOCS))
+import list_recipes  # a script of the pages
+
+RECIPES = ROOT / "examples/recipes"
+GPU = 72  # GB of 80, for CUDA's libraries and gaps take some
+SMALL = {
+    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 128,
+    "kv_channels": 16, "vocab_size": None, "seq_length": 64, "decoder_seq_length": 32,
+}  # fmt: skip
+SMALL_PUBLISHED = {
+    "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 128, "head_dim": 16, "max_window_layers": 2,
+}  # fmt: skip
 
 
-class _Parsed(Exception):
+@pytest.fixture(scope="module")
+def checked():
+    with list_recipes.published_models():
+        return [(run, run.check(GPU)) for recipe in list_recipes.RECIPES for run in list_recipes.runs(recipe)]
+
+
+def test_every_command_fits(checked):
+    faults = {run.command: result.faults + result.unchecked for run, result in checked if result.exit_status}
+    assert not faults
+    for run, result in checked:
+        assert result.layout.world_size == run.gpus, run.command
+        assert f"--config examples/recipes/{run.recipe.name}" in run.command
+        assert result.layout.tp <= 8  # inside a machine
+
+
+def test_there_are_commands_for_one_eight_and_64_gpus_or_the_smallest_number_that_fits(checked):
+    gpus = {recipe.stem: {run.gpus for run, _ in checked if run.recipe == recipe} for recipe in list_recipes.RECIPES}
+    assert len(gpus) >= 20
+    for recipe, numbers in gpus.items():
+        assert 64 in numbers, recipe
+        assert 8 in numbers or min(numbers) > 8, recipe
+
+
+def test_each_step_has_the_same_tokens_on_any_number_of_gpus(checked):
+    for recipe in list_recipes.RECIPES:
+        assert len({result.tokens for run, result in checked if run.recipe == recipe}) == 1, recipe.stem
+
+
+def test_the_parameters_are_those_of_the_published_models(checked):
+    for run, result in checked:
+        published = list_recipes.PUBLISHED[_name(yaml.safe_load(run.recipe.read_text()))]
+        assert result.num_parameters == published["parameters"], run.command
+        assert f"({result.num_parameters:,} parameters)" in run.recipe.read_text()
+
+
+def test_the_sizes_are_those_of_the_published_models():
+    trained = {"hidden_dropout", "attention_dropout", "seq_length", "decoder_seq_length"}  # not sizes of the weights
+    for recipe in list_recipes.RECIPES:
+        run = yaml.safe_load(recipe.read_text())
+        if "source" in run["model"]["init_args"]:
+            continue
+        given = dict(list_recipes.PUBLISHED[_name(run)]["config"])
+        config = transformers.AutoConfig.for_model(given.pop("model_type"), **given)
+        theirs = hf.family_of(config.model_type).read_config(Fields(config))
+        ours = run["model"]["init_args"]["config"]
+        assert {key: ours[key] for key in ours.keys() - trained} == {
+            key: theirs.get(key) for key in ours.keys() - trained
+        }, recipe.stem
+
+
+def test_the_page_is_up_to_date(checked):
+    text = list_recipes.PAGE.read_text()
+    assert list_recipes.rewritten(text, checked) == text, "run python docs/list_recipes.py"
+    shown = [code.split('"')[1] for code in blocks("recipes.md", "yaml")]
+    assert len(shown) == 4
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_logger_is_added_by_a_file_of_its_own(name, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    run = _parsed("--config", RECIPES / "tiny.yaml", "--config", ROOT / f"examples/loggers/{name}.yaml")
+    assert name in run.trainer.logger.class_path.lower()
+    assert run.trainer.strategy.init_args.tp == 2  # the recipe's
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "llama3_8b", "pythia_160m", "bert_base", "t5_base"])
+def test_a_small_one_is_pre_trained(name, tmp_path, monkeypatch):
+    run = _recipe(name, tmp_path, monkeypatch)
+    words = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "again"]
+    sentence = "The {} {} {} {}. "
+    text = "\n".join("".join(sentence.format(*(words * 3)[n + m : n + m + 4]) for m in range(8)) for n in range(8))
+    (tmp_path / "text.txt").write_text(text * 3)
+    train_tokenizer([tmp_path / "text.txt"], 370, tmp_path / "tokenizer.json")
+    splits = "--split-sentences" in (RECIPES / f"{name}.yaml").read_text()
+    preprocess(
+        [tmp_path / "text.txt"], tmp_path / "data", tmp_path / "tokenizer.json", sentences=splits, progress=False
+    )
+    model, data = run["model"]["init_args"], run["data"]["init_args"]
+    model["config"] |= {key: value for key, value in SMALL.items() if key in model["config"]}
+    lengths = {key: SMALL[key] for key in data["samples"]["init_args"]}
+    data |= {"paths": str(tmp_path / "data"), "tokenizer": str(tmp_path / "tokenizer.json"), "global_batch_size": 4}
+    data["samples"]["init_args"] = lengths
+    module = _trained(run, tmp_path)
+    assert module.config.hidden_size == 64
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_lora", "qwen3_0.6b", "mistral_7b", "gemma_2b", "phi4_14b"])
+def test_a_small_one_is_fine_tuned(name, tmp_path, monkeypatch):
+    run = _recipe(name, tmp_path, monkeypatch)
+    model, data = run["model"]["init_args"], run["data"]["init_args"]
+    tokenizer = chats.tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = dict(list_recipes.PUBLISHED[model["source"]]["config"])
+    given |= {key: value for key, value in SMALL_PUBLISHED.items() if key in given}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    config = transformers.AutoConfig.for_model(given.pop("model_type"), **given | ids | {"vocab_size": len(tokenizer)})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    rows = [{"messages": each, "prompt": "12", "answer": "345"} for each in chats.CHATS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model |= {"source": str(tmp_path / "model"), "config": {"seq_length": 64}}
+    data |= {"tokenizer": str(tmp_path / "model"), "seq_length": 64, "batch_size": 4}
+    data |= {"dataset": "json", "data_files": ["rows.jsonl"], "split": ["train", None, None]}
+    module = _trained(run, tmp_path)
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert all("_lora." in each for each in trained) == ("lora" in name)
+
+
+def _name(run: dict) -> str:
+    """The published model's name on the hub."""
+    return run["model"]["init_args"].get("source") or run["data"]["init_args"]["tokenizer"]
+
+
+def _recipe(name, tmp_path, monkeypatch):
+    """A recipe for two steps of one CPU rank."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    run = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    run["trainer"] |= {"accelerator": "cpu", "devices": 1, "max_steps": 2, "logger": False, "callbacks": []}
+    run["trainer"] |= {"limit_val_batches": 0, "val_check_interval": None, "enable_progress_bar": False}
+    run["trainer"]["strategy"]["init_args"] |= {"tp": 1, "pp": 1, "vp": None, "micro_batch_size": 2}
+    schedule = run["model"]["init_args"]["lr_schedule"]["init_args"]
+    schedule |= {key: value for key, value in (("warmup_steps", 1), ("decay_steps", 2)) if key in schedule}
+    run["data"]["init_args"]["cache_dir"] = str(tmp_path / "cache")
+    return run
+
+
+def _trained(run, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    cli = MegatronCLI(run=False, args=["--config", str(tmp_path / "run.yaml")])
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert cli.trainer.global_step == 2
+    assert math.isfinite(cli.trainer.callback_metrics["train_loss"])
+    return cli.model
+
+
+class _Found(Exception):
     """Holds what was parsed."""
 
 
 class _Parser(MegatronCLI):
     def before_instantiate_classes(self) -> None:
-        raise _Parsed(self.config)
+        raise _Found(self.config)
 
 
-def parsed(recipe: Path) -> Namespace:
-    with pytest.raises(_Parsed) as found:
-        _Parser(run=False, args=["--config", str(recipe)])
+def _parsed(*arguments) -> Namespace:
+    with pytest.raises(_Found) as found:
+        _Parser(run=False, args=[str(each) for each in arguments])
     return found.value.args[0]
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_fits(recipe, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["recipe"])
-    run = parsed(recipe)
-    strategy = dict(run.trainer.strategy.init_args)
-    names = ("tp", "pp", "vp", "cp", "ep", "etp", "sequence_parallel", "pipeline_split_rank")
-    world = run.trainer.devices * run.trainer.num_nodes
-    layout = ParallelLayout(world_size=world, **{name: strategy[name] for name in names})
-    assert not list(RankGrid(layout, run.trainer.devices).warnings())
-    data, model = run.data.init_args, run.model.init_args
-    samples = data.samples.init_args if "samples" in data else data
-    if "source" in model:  # its sizes are the pretrained model's
-        assert isinstance(LoRA(**dict(model.lora)), LoRA)
-        assert model.config["seq_length"] >= samples.seq_length
-    else:
-        kind = {"GPTModule": GPTConfig, "BertModule": BertConfig, "T5Module": T5Config}[
-            run.model.class_path.rpartition(".")[2]
-        ]
-        sizes = {key: value for key, value in dict(model.config).items() if value is not None}
-        config = kind(**{"vocab_size": VOCAB_SIZE, "seq_length": samples.seq_length, **sizes})
-        config.check(layout)
-        assert config.seq_length >= samples.seq_length
-    batch = data.batch_size if "batch_size" in data and data.batch_size else data.global_batch_size // layout.dp
-    if strategy["micro_batch_size"]:
-        layout.check_batch(batch, strategy["micro_batch_size"])
-
-
-def test_there_are_those_that_are_promised():
-    assert {path.stem for path in RECIPES} == {"tiny", "gpt_1b", "llama_8b_lora", "bert", "t5", "gpt_70b"}
-
-
-def test_a_pretrained_model_is_fine_tuned_from_yaml(tmp_path, monkeypatch):
-    """The 8B recipe on a small model and text."""
-    monkeypatch.setattr("sys.argv", ["recipe"])
-    monkeypatch.chdir(tmp_path)
-    config = {**pretrained._GROUPED, "vocab_size": 257}  # bytes
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(tmp_path / "model")
-    rows = [{"prompt": "12", "answer": "345"}, {"prompt": "a", "answer": "bc"}] * 4
-    (tmp_path / "instructions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = yaml.safe_load((Path(RECIPES[0]).parent / "llama_8b_lora.yaml").read_text())
-    run["trainer"] = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False}
-    run["model"]["init_args"] |= {"source": str(tmp_path / "model"), "config": {"seq_length": 64}}
-    run["data"]["init_args"] |= {"tokenizer": "bytes", "seq_length": 64, "batch_size": 4, "cache_dir": str(tmp_path)}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    cli = MegatronCLI(run=False, args=["--config", str(tmp_path / "run.yaml")])
-    cli.trainer.fit(cli.model, cli.datamodule)
-    assert cli.trainer.global_step == 4
-    assert cli.model.lora.rank == 16
-    trained = [name for name, p in cli.model.named_parameters() if p.requires_grad]
-    assert trained
-    assert all("_lora." in name for name in trained)
-
-
-def test_the_page_shows_each():
-    shown = {RECIPES[0].parents[2] / code.split('"')[1] for code in blocks("recipes.md", "yaml")}
-    assert shown == set(RECIPES)

@@ -62,13 +62,13 @@ def test_a_run_that_is_right(recipe):
 
 
 def test_a_run_of_64_gpus_whose_data_is_elsewhere(recipe):
-    path = recipe("gpt_70b", model__init_args__config__vocab_size=128256)
+    path = recipe("llama3_70b")
     result = check_run(path, gpu_memory=80)
     assert result.exit_status == 2
     assert [line.split()[-3] for line in str(result).splitlines() if "GB at most" in line] == ["and"]
     assert result.num_parameters == pytest.approx(70.55e9, rel=0.001)
     assert (result.layout.dp, result.rows, len(result.micro_batches)) == (2, 256, 256)
-    assert any("data/web.bin" in line for line in result.unchecked)
+    assert any("data/llama3_70b.bin" in line for line in result.unchecked)
     small = check_run(path, gpu_memory=20, read_data=False)
     assert small.exit_status == 1
     assert "a GPU has 20 GB" in small.faults[0]
@@ -129,7 +129,7 @@ def test_a_model_on_the_hub_is_described_by_its_configuration(recipe, tmp_path, 
     config.save_pretrained(folder / "snapshots" / "1")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("1")
-    path = recipe("llama_8b_lora", model__init_args__source="someone/llama")
+    path = recipe("llama3_8b_lora", model__init_args__source="someone/llama")
     result = check_run(path, read_data=False)
     assert result.exit_status == 0, result
     assert result.memory.largest.gradients < result.memory.largest.weights  # of updates alone
