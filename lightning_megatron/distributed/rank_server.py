@@ -91,6 +91,10 @@ def _run(command: Callable[[], None], arguments: list[str], environment: dict[st
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = arguments
+    if threads := environment.get("OMP_NUM_THREADS", ""):
+        import torch  # which has read it when the server imported it
+
+        torch.set_num_threads(int(threads))
     atexit._clear()  # what the server's imports have registered is the server's
     try:
         command()

@@ -44,6 +44,8 @@ class ScriptLauncher(lightning_private.SubprocessScriptLauncher):
     def launch(self, function: Any, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         """Start the other ranks, unless they run, and call ``function``."""
         plain_module.check_arguments(args, self._strategy.layout)
+        # Before the others start, so that they inherit OMP_NUM_THREADS: ranks share the machine's cores.
+        lightning_private.set_num_threads(num_processes=self.num_processes)
         if not self.cluster_environment.creates_processes_externally:
             self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
             os.environ[crash_report.LAUNCHER] = str(os.getpid())
@@ -53,7 +55,6 @@ class ScriptLauncher(lightning_private.SubprocessScriptLauncher):
                 lightning_private.start_scripts(self)
             threading.Thread(target=self._watch, daemon=True).start()
             atexit.register(self._end)
-        lightning_private.set_num_threads(num_processes=self.num_processes)
         try:
             return function(*args, **kwargs)
         except BaseException as error:
