@@ -34,7 +34,8 @@ RUN += ["--trainer.enable_checkpointing", "false", "--trainer.limit_val_batches"
 def seconds(command: list[str], **environment: str) -> tuple[float, float]:
     """The processor time and the time of the clock that a command takes."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # where a run leaves its configuration
+        subprocess.run(command, env={**os.environ, **environment}, cwd=folder, capture_output=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return used, time.perf_counter() - start

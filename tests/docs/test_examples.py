@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_megatron.cli import MegatronCLI
+from lightning_megatron.cli.check.run_check import check_run
 from tests.support.pages import ROOT, blocks
 from tests.support.preloaded_python import executable
 
@@ -123,3 +125,29 @@ def test_pictures(tmp_path):
         run("docs/draw_curves.py", tmp_path, picture, *options)
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
         assert f"]({picture.removeprefix('docs/')})" in (ROOT / "docs/examples.md").read_text()
+
+
+def test_the_yaml_of_the_vision_transformer(tmp_path, monkeypatch):
+    """Its commands parse and their layouts are legal; the sizes are ViT-Base/16's; a smaller one takes a step."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    recipe = ROOT / "examples/vit_base.yaml"
+    found = re.findall(r"^# +(\d+) GPUs?: (.*)$", recipe.read_text(), re.MULTILINE)
+    assert [int(gpus) for gpus, _ in found] == [1, 8, 64]
+    for gpus, command in found:
+        words = command.split()
+        checked = check_run(recipe, words[words.index("--config") + 2 :], read_data=False)
+        assert checked.faults == []
+        assert checked.layout.world_size == int(gpus)
+    small = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_steps=1", "--trainer.logger=false"]
+    small += [
+        "--trainer.strategy.init_args.micro_batch_size=2",
+        "--trainer.precision=32-true",
+        "--trainer.limit_val_batches=0",
+        "--trainer.callbacks=null",
+    ]
+    small += [f"--model.init_args.{name}" for name in ("image_size=32", "num_layers=1", "hidden_size=24")]
+    small += [f"--data.init_args.{name}" for name in ("image_size=32", "batch_size=2", "train_images=4")]
+    cli = MegatronCLI(run=False, args=["--config", str(recipe), "--trainer.enable_checkpointing=false", *small])
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert cli.trainer.global_step == 1
