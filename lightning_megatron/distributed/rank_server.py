@@ -95,7 +95,7 @@ def _run(command: Callable[[], None], arguments: list[str], environment: dict[st
         import torch  # which has read it when the server imported it
 
         torch.set_num_threads(int(threads))
-    atexit._clear()  # what the server's imports have registered is the server's
+    atexit._clear()  # what the server's imports have registered is the server's (private in CPython 3.11 to 3.14)
     try:
         command()
     except Exception as error:  # as at the end of a script, where multiprocessing would only print it

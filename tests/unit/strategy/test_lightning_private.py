@@ -193,8 +193,8 @@ OTHERS = {
               "_backward_hooks", "_forward_hooks", "_post_accumulate_grad_hooks", "_step_supports_amp_scaling"},
     "megatron-core": {"_forward_attention", "_forward_impl", "_get_model_param_range_map",
                       "_global_process_group_list", "_preprocess", "_build_sample_index"},
-    "Python": {"_actions", "_asdict", "_current_frames", "_exit", "_forkserver", "_option_string_actions",
-               "_preload_modules", "_replace", "_SubParsersAction"},
+    "Python": {"_actions", "_asdict", "_clear", "_current_frames", "_exit", "_forkserver", "_option_string_actions",
+               "_preload_modules", "_replace", "_run_exitfuncs", "_SubParsersAction"},
     "datasets": {"_fingerprint"},
     "transformers": {"_adjust_missing_and_unexpected_keys"},
 }  # fmt: skip
