@@ -130,6 +130,8 @@ def read(given: Sequence[str]) -> Run:
 
 def _read_file(name: str, run: Run) -> None:
     path = Path(name).expanduser()
+    if "{" in name or "://" in name:
+        return  # jsonargparse also takes the text of a file, and addresses
     if not path.is_file():
         others = [str(each) for pattern in ("*.yaml", "*.yml") for each in path.parent.glob(pattern)]
         near = closest_name(str(path), others)
@@ -152,7 +154,11 @@ def _read_file(name: str, run: Run) -> None:
 
 def _entries(mapping: yaml.MappingNode, above: Path_, name: str) -> Iterator[_Entry]:
     for key, value in mapping.value:
-        if isinstance(key.value, str):
+        if key.value == "<<":  # YAML's merge of one mapping or several into this one
+            for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if isinstance(merged, yaml.MappingNode):
+                    yield from _entries(merged, above, name)
+        elif isinstance(key.value, str):
             path = (*above, *key.value.split("."))
             plain = value.value if isinstance(value, yaml.ScalarNode) else None
             yield _Entry(path, plain, f"{name}:{key.start_mark.line + 1}: ")

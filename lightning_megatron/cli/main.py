@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_megatron import __version__
@@ -109,9 +110,15 @@ def _train(arguments: list[str]) -> None:
 
 
 def _starts_ranks() -> bool:
-    """Whether this process starts the other ranks: neither torchrun nor a cluster does, and it is none of them."""
+    """Whether this process starts the other ranks: neither torchrun nor a cluster does, and it is none of them.
+
+    Where there are GPUs, ranks start as copies of the command: whether CUDA works in processes that are forked from one
+    which has imported everything was never tried.
+    """
     others = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "SLURM_JOB_ID", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")
-    return os.environ.get(rank_server.OFF) != "0" and not any(name in os.environ for name in others)
+    started_elsewhere = any(name in os.environ for name in others)
+    has_gpus = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+    return os.environ.get(rank_server.OFF) != "0" and not started_elsewhere and not has_gpus
 
 
 def _checkpoint_error() -> type[Exception]:

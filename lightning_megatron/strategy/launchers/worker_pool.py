@@ -102,6 +102,8 @@ def run(call: Callable[[], Any], environments: Sequence[Mapping[str, str]]) -> l
         RankDiedError: A process ended without a Python error; the message names it.
         Exception: The first error of any process, with its traceback.
     """
+    # By this, torch asks NVML whether there are GPUs. A server that has asked CUDA has children that cannot use it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     if _is_untouched(forkserver._forkserver):
         context.set_forkserver_preload(rank_server.PRELOADED)

@@ -88,6 +88,7 @@ def test_options_that_do_not_exist(given, told):
         "--trainer.logger CSVLogger --trainer.logger.save_dir x --optimizer AdamW --optimizer.lr 1",
         "--model GPTModule --model.optimizer torch.optim.AdamW --model.optimizer.lr 1e-3",
         "--trainer.help --model.help GPTModule --print_config=skip_null",
+        "--config {trainer:{max_steps:3}} --config s3://bucket/run.yaml",
     ],
 )  # fmt: skip
 def test_what_may_be_right_is_left_alone(given):
@@ -141,6 +142,15 @@ dta:
         " model.init_args.config.num_layers?",
         "run.yaml:15: there is no argument dta; did you mean data?",
     ]
+
+
+def test_merged_keys_are_read_where_they_are_merged(tmp_path):
+    text = "trainer:\n  strategy:\n    class_path: MegatronStrategy\n    init_args: {<<: &sizes {tp: 2}, pp: 2}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    assert find_faults(["--config", str(tmp_path / "run.yaml")]) == []
+    (tmp_path / "run.yaml").write_text(text.replace("tp: 2", "tpp: 2"))
+    (told,) = find_faults(["--config", str(tmp_path / "run.yaml")])
+    assert told.endswith("did you mean trainer.strategy.init_args.tp?")
 
 
 @pytest.mark.parametrize(
