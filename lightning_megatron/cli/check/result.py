@@ -32,7 +32,7 @@ class LoaderCheck:
     def lines(self) -> list[str]:
         """What it is, for people."""
         many = "batches of unknown number" if self.batches is None else f"{self.batches:,} batches on each replica"
-        last = f"; the last one has {self.last_rows} rows" if self.last_rows else ""
+        last = f"; the last one has {_rows(self.last_rows)}" if self.last_rows else ""
         tensors = ", ".join(f"{name} {about}" for name, about in self.tensors.items())
         return [f"{many}{last}: {tensors}", *(f"{key}: {text!r}" for key, text in self.texts.items())]
 
@@ -134,14 +134,14 @@ class RunCheck:
     def _batch(self) -> list[str]:
         if self.global_batch is None or self.layout is None:
             return []
-        cut = f"{len(self.micro_batches)} of {self.micro_batches[0]} rows" if self.micro_batches else "one"
+        cut = f"{len(self.micro_batches)} of {_rows(self.micro_batches[0])}" if self.micro_batches else "one"
         if len(set(self.micro_batches)) > 1:
-            cut = f"{len(self.micro_batches)} of at most {max(self.micro_batches)} rows"
+            cut = f"{len(self.micro_batches)} of at most {_rows(max(self.micro_batches))}"
         again = f", {self.accumulated} batches" if self.accumulated > 1 else ""
         tokens = f", {self.tokens:,} tokens" if self.tokens is not None else ""
         return [
-            f"{self.global_batch} rows{tokens} a step: {self.layout.dp}"
-            f" {'replicas' if self.layout.dp > 1 else 'replica'}{again} of {self.rows} rows, micro-batches: {cut}"
+            f"{_rows(self.global_batch or 0)}{tokens} a step: {self.layout.dp}"
+            f" {'replicas' if self.layout.dp > 1 else 'replica'}{again} of {_rows(self.rows or 0)}, micro-batches: {cut}"
         ]
 
     def _memory(self) -> list[str]:
@@ -164,3 +164,7 @@ def readable(number: int | None) -> str:
         if number >= unit:
             return f"{number / unit:.2f} {name}"
     return f"{number:,}"
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number} rows"
