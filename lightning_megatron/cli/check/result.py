@@ -141,7 +141,8 @@ class RunCheck:
         tokens = f", {self.tokens:,} tokens" if self.tokens is not None else ""
         return [
             f"{_rows(self.global_batch or 0)}{tokens} a step: {self.layout.dp}"
-            f" {'replicas' if self.layout.dp > 1 else 'replica'}{again} of {_rows(self.rows or 0)}, micro-batches: {cut}"
+            f" {'replicas' if self.layout.dp > 1 else 'replica'}{again} of {_rows(self.rows or 0)},"
+            f" micro-batches: {cut}"
         ]
 
     def _memory(self) -> list[str]:
