@@ -7,6 +7,7 @@ everything and takes seconds to say it.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_megatron.cli.auto_module_help import NAMES as AUTO_MODULES
 from lightning_megatron.cli.no_argument import no_argument
 from lightning_megatron.distributed.suggestions import closest_name
 
+_OURS = "lightning_megatron.MegatronStrategy"  # of a run that names no strategy
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 # The arguments of the commands that train; ``verbose`` and ``return_predictions`` are of some of them only.
 TOP = {
@@ -27,7 +29,8 @@ TOP = {
     "seed_everything", "trainer", "verbose", "weights_only",
 }  # fmt: skip
 _OF_A_CLASS = {"class_path", "init_args", "dict_kwargs", "help"}
-_SLOTS = {("trainer", "strategy"), ("model",), ("data",)}  # where a class is named, and arguments of its own follow
+_STRATEGY = ("trainer", "strategy")
+_SLOTS = {_STRATEGY, ("model",), ("data",)}  # where a class is named, and arguments of its own follow
 _CALLBACKS = ("trainer", "callbacks")  # of which each is such a class
 
 Path_ = tuple[str, ...]
@@ -59,25 +62,38 @@ class Run:
     Args:
         entries: The names, in order.
         faults: What is wrong, in words.
-        classes: The classes that are named, by where.
+        classes: The classes that are named, by where; where several are, which one counts is jsonargparse's to say.
+        is_whole: Whether all that is given has been read; what has not may name other classes.
     """
 
     entries: list[_Entry] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    classes: dict[Path_, str] = field(default_factory=lambda: {("trainer", "strategy"): "MegatronStrategy"})
+    classes: dict[Path_, set[str]] = field(default_factory=dict)
+    is_whole: bool = True
 
     def add(self, entry: _Entry) -> None:
         """Take one more name."""
         self.entries.append(entry)
-        slot = entry.path[:-1] if entry.path[-1] == "class_path" else entry.path
-        if _is_slot(slot) and entry.value:
-            self.classes[slot] = entry.value
+        slot = _without_init_args(entry.path)
+        if slot[-1] == "class_path":
+            slot = slot[:-1]
+        elif slot == ("trainer",):  # in a file of its own, or as JSON
+            slot = _STRATEGY
+        elif not _is_slot(slot):
+            return
+        if entry.value:
+            self.classes.setdefault(slot, set()).add(_path(entry.value) or entry.value)
+
+    def class_at(self, slot: Path_) -> str:
+        """The class that is surely the one of a place; empty where that is not known."""
+        named = self.classes.get(slot) or ({_OURS} if slot == _STRATEGY else set())
+        return next(iter(named)) if len(named) == 1 and self.is_whole else ""
 
     @property
     def devices(self) -> int:
         """The devices of a machine that ``MegatronStrategy`` is given by number; 1 where another strategy is chosen."""
         given = [entry.value for entry in self.entries if entry.path == ("trainer", "devices")]
-        ours = self.classes["trainer", "strategy"].rpartition(".")[2] == "MegatronStrategy"
+        ours = self.class_at(_STRATEGY).rpartition(".")[2] == "MegatronStrategy"
         last = given[-1] if given else None
         return int(last) if ours and last is not None and last.isdigit() else 1
 
@@ -92,7 +108,7 @@ class Run:
         for entry in self.entries:
             if any(entry.path[: len(path)] == path for path in wrong):
                 continue  # what belongs to a wrong name
-            if told := _fault(entry, self.classes):
+            if told := _fault(entry, self):
                 wrong.append(entry.path)
                 self.faults.append(told)
         return self.faults
@@ -130,16 +146,22 @@ def read(given: Sequence[str]) -> Run:
 
 def _read_file(name: str, run: Run) -> None:
     path = Path(name).expanduser()
-    if "{" in name or "://" in name:
-        return  # jsonargparse also takes the text of a file, and addresses
     if not path.is_file():
+        if "{" in name or "://" in name or path.exists() or _is_yaml_itself(name):  # jsonargparse reads all these
+            run.is_whole = False
+            return
         others = [str(each) for pattern in ("*.yaml", "*.yml") for each in path.parent.glob(pattern)]
         near = closest_name(str(path), others)
         run.faults.append(f"--config {name}: there is no such file{f'; did you mean {near}?' if near else ''}")
         return
+    text = ""
     try:
-        tree = yaml.compose(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if _is_json(text):  # with tabs, which YAML does not take
+            run.is_whole = False
+            return
         mark = getattr(error, "problem_mark", None)
         line = f"{mark.line + 1}:{mark.column + 1}:" if mark else ""
         run.faults.append(f"{name}:{line} this is no YAML: {getattr(error, 'problem', None) or error}")
@@ -152,6 +174,22 @@ def _read_file(name: str, run: Run) -> None:
         run.faults.append(f"{name} {what}; a run has the keys trainer, model and data there")
 
 
+def _is_yaml_itself(text: str) -> bool:
+    """Whether ``--config`` is given the settings themselves, or "-" for those of the standard input."""
+    try:
+        return text == "-" or isinstance(yaml.compose(text), yaml.MappingNode)
+    except yaml.YAMLError:
+        return False
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _entries(mapping: yaml.MappingNode, above: Path_, name: str) -> Iterator[_Entry]:
     for key, value in mapping.value:
         if key.value == "<<":  # YAML's merge of one mapping or several into this one
@@ -159,7 +197,7 @@ def _entries(mapping: yaml.MappingNode, above: Path_, name: str) -> Iterator[_En
                 if isinstance(merged, yaml.MappingNode):
                     yield from _entries(merged, above, name)
         elif isinstance(key.value, str):
-            path = (*above, *key.value.split("."))
+            path = (*above, *key.value.rstrip("+").split("."))  # callbacks+ adds to those of an earlier file
             plain = value.value if isinstance(value, yaml.ScalarNode) else None
             yield _Entry(path, plain, f"{name}:{key.start_mark.line + 1}: ")
             parts = [(path, value)]
@@ -174,7 +212,12 @@ def _is_slot(path: Path_) -> bool:
     return path in _SLOTS or (path[:-1] == _CALLBACKS and path[-1].isdigit())
 
 
-def _fault(entry: _Entry, classes: dict[Path_, str]) -> str | None:
+def _without_init_args(path: Path_) -> Path_:
+    """The path as options have it; in YAML, the arguments of a class are in its ``init_args``."""
+    return tuple(name for name in path if name != "init_args")
+
+
+def _fault(entry: _Entry, run: Run) -> str | None:
     """Say what is wrong with the last name of an entry; earlier ones are entries of their own, or of options."""
     if entry.path in (("model",), ("model", "class_path")) and entry.value in AUTO_MODULES[:-1]:
         return (
@@ -194,15 +237,17 @@ def _fault(entry: _Entry, classes: dict[Path_, str]) -> str | None:
             if entry.is_option:
                 return None  # an argument of the callback that the option before it has added
             at = (*at, name)
-            owner, module, known = _class(_path(classes.get(at, "")))
+            owner, module, known = _class(_path(run.class_at(at)))
             continue
+        if owner and at != ("trainer",) and name in _OF_A_CLASS:
+            return None  # a dataclass that is named, as classes are
         if name not in known:
             if entry.is_option and (name == "help" or any(each.startswith(name) for each in known)):
                 return None  # jsonargparse takes abbreviations
             shown = entry.path[:number]
             beginning = "".join(f"{part}." for part in shown)
             dashes = "--" if entry.is_option else ""
-            if home := _home(name, classes, entry.is_option):
+            if home := _home(name, run, entry.is_option):
                 return f"{entry.place}there is no argument {dashes}{beginning}{name}; it is {dashes}{home}{name}"
             value = entry.value if number + 1 == len(entry.path) else ...
             return f"{entry.place}{no_argument(f'{dashes}{beginning}', name, known, owner, value)}"
@@ -211,7 +256,9 @@ def _fault(entry: _Entry, classes: dict[Path_, str]) -> str | None:
         if at == ("trainer",):
             path: str | None = TRAINER
         elif at in _SLOTS:
-            path = _path(classes.get(at, ""))
+            path = _path(run.class_at(at))
+        elif at in run.classes:  # another class than that of the annotation
+            path = None
         else:
             path = signatures.class_in(annotation, module)
         owner, module, known = ("", "", {}) if at == _CALLBACKS else _class(path)
@@ -226,11 +273,11 @@ def _class(path: str | None) -> tuple[str, str, dict[str, Any] | None]:
     return path.rpartition(".")[2], source.module if source else "", signatures.arguments_of(path)
 
 
-def _home(name: str, classes: dict[Path_, str], is_option: bool) -> str:
+def _home(name: str, run: Run, is_option: bool) -> str:
     """The only group that has an argument of this very name; empty if there is none, or several."""
     groups: dict[str, dict[str, Any]] = {"trainer.": signatures.arguments_of(TRAINER) or {}}
     for slot in _SLOTS:
-        _, module, arguments = _class(_path(classes.get(slot, "")))
+        _, module, arguments = _class(_path(run.class_at(slot)))
         group = ".".join([*slot, *([] if is_option else ["init_args"]), ""])
         groups[group] = arguments or {}
         groups[f"{group}config."] = _class(signatures.class_in(groups[group].get("config"), module))[2] or {}

@@ -104,7 +104,10 @@ def _train(arguments: list[str]) -> None:
     if run.devices > 1 and arguments == sys.argv[1:] and _starts_ranks():
         print(f"Starting {run.devices} ranks: importing torch, Lightning and megatron-core.", file=sys.stderr)
         rank_server.start(main, "lightning_megatron.cli.training")
-    from lightning_megatron.cli.training import MegatronCLI
+    try:
+        from lightning_megatron.cli.training import MegatronCLI
+    except KeyboardInterrupt:  # Python's traceback would show nothing but the import that it was at
+        sys.exit(130)
 
     MegatronCLI(args=None if arguments == sys.argv[1:] else arguments)
 

@@ -29,8 +29,17 @@ def start(command: Callable[[], None], *more: str) -> None:
     """
     global _command
     multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, *more])
-    forkserver.ensure_running()
+    here = signal.signal(signal.SIGINT, signal.SIG_IGN)  # or Ctrl-C during its imports prints where they were
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, here)
     _command = command
+
+
+def take_interrupts() -> None:
+    """Let Ctrl-C end this process of the server, which itself ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_started() -> bool:
@@ -87,6 +96,7 @@ class RankProcess:
 
 def _run(command: Callable[[], None], arguments: list[str], environment: dict[str, str], folder: str) -> None:
     """Run the command as a new process would."""
+    take_interrupts()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

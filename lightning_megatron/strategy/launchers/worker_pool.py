@@ -196,6 +196,7 @@ def _read(path: Path) -> Any:
 
 
 def _rank(rank: int, folder: Path, environment: dict[str, str]) -> None:
+    rank_server.take_interrupts()
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     os.environ.clear()  # a forked process has the variables that the server had when it started
     os.environ.update(environment)

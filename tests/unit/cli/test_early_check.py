@@ -1,6 +1,7 @@
 """Names that do not exist are found without importing anything heavy, and are those that the whole parser refuses."""
 
 import inspect
+import os
 import subprocess
 import sys
 
@@ -166,6 +167,40 @@ def test_files_that_are_no_run(text, told, tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text(text)
     assert find_faults(["-c", "run.yaml"]) == [told]
     assert find_faults(["--config", "rnu.yaml"]) == ["--config rnu.yaml: there is no such file; did you mean run.yaml?"]
+
+
+RUN = (ROOT / "examples/recipes/tiny.yaml").read_text()
+SAVE = "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_top_k: 1}}]}"
+STOP = "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: loss}}]}"
+KERNELS = "{tp: 2, kernels: {class_path: lightning_megatron.Kernels, init_args: {}}}"
+OF_DDP = ["--trainer.strategy.find_unused_parameters", "true"]
+OTHER_STRATEGY = ["lightning.pytorch.strategies.SingleDeviceStrategy", "--trainer.strategy.device", "cpu"]
+VALID = {
+    "a file as text": (RUN, ["--config", '{"trainer": {"devices": 2}}']),
+    "a file by its URL": (RUN, ["--config", (ROOT / "examples/recipes/tiny.yaml").as_uri()]),
+    "JSON with tabs": ('{\n\t"trainer": {\n\t\t"devices": 2\n\t}\n}', []),
+    "a merge of YAML": (RUN.replace("  accelerator: cpu", "  <<: {accelerator: cpu}"), []),
+    "a list that is extended": (RUN, ["--config", "{trainer: {callbacks+: []}}"]),
+    "another strategy than the file's": (RUN, ["--trainer.strategy", *OTHER_STRATEGY]),
+    "a trainer as text": (RUN, ["--trainer", "{strategy: {class_path: DDPStrategy}}", *OF_DDP]),
+    "other callbacks than the first file's": (SAVE, ["--config", "stop.yaml"]),
+    "a dataclass by its name": (RUN.replace("{tp: 2, pp: 2}", KERNELS), []),
+}
+
+
+@pytest.mark.parametrize(("text", "more"), VALID.values(), ids=VALID)
+def test_what_jsonargparse_takes_is_left_alone(text, more, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "stop.yaml").write_text(STOP)
+    arguments = ["--config", str(ROOT / "examples/recipes/tiny.yaml"), "--config", "run.yaml", *more]
+    _parsers_of_training()["fit"].parse_args(arguments)  # it ends the process if it refuses
+    assert find_faults(arguments) == []
+
+
+def test_a_pipe_is_left_to_be_read_once(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    assert find_faults(["--config", str(tmp_path / "run.yaml")]) == []
 
 
 LIGHT = {
