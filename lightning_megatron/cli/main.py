@@ -39,6 +39,11 @@ class _Parser(argparse.ArgumentParser):
         """Print the error in one line, and end the process."""
         from lightning_megatron.cli.error_messages import explain
 
+        _, is_missing, names = message.partition("arguments are required: ")
+        if is_missing and not names.startswith("-"):  # what has no name before it, which no --config file may give
+            told = f"{names.replace(', ', ' and ')} {'are' if ', ' in names else 'is'} missing"
+            usage = " ".join(self.format_usage().split())
+            self.exit(2, f"error: {told}; {usage}\nSee {self.prog} --help\n")
         self.exit(2, f"error: {explain(message, self._option_string_actions)}\nSee {self.prog} --help\n")
 
 
@@ -56,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given_arguments:
         parser.print_help()
         return
+    first = given_arguments[0]
+    if first.startswith("-") and not any(known.startswith(first) for known in parser._option_string_actions):
+        parser.error(f"unrecognized arguments: {first}")  # argparse would say that a command is missing
     own, behind = _split(given_arguments)
     given, more = parser.parse_known_args(own, argparse.Namespace(behind=behind, parser=parser, training=training))
     if more and not hasattr(given, "more"):

@@ -123,7 +123,7 @@ def estimate(
     """
     layers = _Layers(config, layout, training, modules, scores)
     chunks = config.chunks(layout)
-    counts = list(_counted(config, layout, layers.trained, chunks))
+    counts = list(counted(config, layout, layers.trained, chunks))
     stages = []
     for stage in range(layout.pp):
         own = slice(stage, None, layout.pp)
@@ -131,7 +131,7 @@ def estimate(
     return MemoryTable(tuple(stages))
 
 
-def _counted(
+def counted(
     config: Any, layout: ParallelLayout, trained: TrainedSizes, chunks: list[list[Part]]
 ) -> Iterator[tuple[int, int]]:
     """All weights of each chunk, updates included, and those that are trained."""

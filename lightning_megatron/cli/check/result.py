@@ -48,8 +48,8 @@ class RunCheck:
         devices: Ranks of each machine.
         layout: The parallel sizes; None where they do not fit the number of ranks.
         module: Name of the module's class.
-        num_parameters: Weights of the whole model; None where a size is not known.
-        num_trained: Those that are trained, with low-rank updates.
+        num_parameters: Weights of the whole model, without low-rank updates; None where a size is not known.
+        num_trained: Those that are trained where low-rank updates are, the updates among them.
         precision: As ``Trainer(precision=)`` has it.
         rows: Rows of one optimizer step on one replica.
         accumulated: Batches of one optimizer step (``accumulate_grad_batches``).
@@ -128,7 +128,7 @@ class RunCheck:
             return []
         if self.num_parameters is None:
             return [f"{self.module}, whose number of parameters is not known here"]
-        trained = f", of which {readable(self.num_trained)} are trained" if self.num_trained is not None else ""
+        trained = f"; LoRA trains {readable(self.num_trained)}" if self.num_trained is not None else ""
         return [f"{self.module} with {readable(self.num_parameters)} parameters{trained}"]
 
     def _batch(self) -> list[str]:

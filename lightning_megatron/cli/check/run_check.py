@@ -23,7 +23,9 @@ from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.models.memory_estimate import counted
 from lightning_megatron.models.model_config import ModelConfig
+from lightning_megatron.models.trained_sizes import TrainedSizes
 from lightning_megatron.strategy import checks
 from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
 
@@ -139,6 +141,12 @@ class _Checker:
         config = getattr(self.module, "config", None)
         return config if isinstance(config, ModelConfig) else None
 
+    @property
+    def _has_sizes(self) -> bool:
+        """Whether batches can be checked: the data gives what the configuration leaves out when both are connected."""
+        config = self._config
+        return self.is_connected or (config is not None and None not in (config.vocab_size, config.seq_length))
+
     def _count_parameters(self) -> None:
         config = self._config
         if config is None:
@@ -146,7 +154,11 @@ class _Checker:
             self.result.num_parameters = sum(found) or None
         elif config.vocab_size is not None and config.seq_length is not None:
             config, one = replace(config, make_vocab_size_divisible_by=1), ParallelLayout(world_size=1)
-            self.result.num_parameters = sum(config.parameters(one, chunk) for chunk in config.chunks(one))
+            chunks = config.chunks(one)
+            self.result.num_parameters = sum(config.parameters(one, chunk) for chunk in chunks)
+            if lora := getattr(self.module, "lora", None):
+                counts = counted(config, one, TrainedSizes(config, one, lora), chunks)
+                self.result.num_trained = sum(trained for _, trained in counts)
 
     def _told_rows(self) -> int | None:
         """The rows of a batch on one replica, as the data module's arguments have them."""
@@ -176,7 +188,7 @@ class _Checker:
                 self.result.loaders.append(found)
                 if name == "train":
                     first, self.result.rows = batch, found.rows
-                if isinstance(self.module, MegatronModule):
+                if isinstance(self.module, MegatronModule) and self._has_sizes:
                     self._try(partial(self.module.check_batch, batch))
         except Exception as error:  # a dataset of the user's may raise anything
             self.parts.note(error)

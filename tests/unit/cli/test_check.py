@@ -135,6 +135,7 @@ def test_a_model_on_the_hub_is_described_by_its_configuration(recipe, tmp_path, 
     assert result.memory.largest.gradients < result.memory.largest.weights  # of updates alone
     assert result.num_parameters == sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
     assert result.memory is not None
+    assert "; LoRA trains " in str(result)
 
 
 def test_the_rank_grid_has_the_memory_of_a_model(tmp_path, capsys):

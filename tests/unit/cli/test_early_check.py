@@ -203,6 +203,20 @@ def test_a_pipe_is_left_to_be_read_once(tmp_path):
     assert find_faults(["--config", str(tmp_path / "run.yaml")]) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--verison", "error: there is no argument --verison; did you mean --version?"),
+        ("check", "error: run.yaml is missing; usage: lightning-megatron check "),
+        ("export --adapter", "error: checkpoint and out are missing; usage: lightning-megatron export "),
+    ],
+)
+def test_light_commands_say_what_is_missing(given, told, capsys):
+    with pytest.raises(SystemExit):
+        main(given.split())
+    assert capsys.readouterr().err.startswith(told)
+
+
 LIGHT = {
     "version": ["--version"],
     "help": ["--help"],
