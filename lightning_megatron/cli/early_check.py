@@ -61,12 +61,14 @@ class Run:
 
     Args:
         entries: The names, in order.
+        named_in_files: Where a file has a ``class_path``, beside which arguments are in ``init_args``.
         faults: What is wrong, in words.
         classes: The classes that are named, by where; where several are, which one counts is jsonargparse's to say.
         is_whole: Whether all that is given has been read; what has not may name other classes.
     """
 
     entries: list[_Entry] = field(default_factory=list)
+    named_in_files: set[Path_] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
     classes: dict[Path_, set[str]] = field(default_factory=dict)
     is_whole: bool = True
@@ -74,6 +76,8 @@ class Run:
     def add(self, entry: _Entry) -> None:
         """Take one more name."""
         self.entries.append(entry)
+        if entry.path[-1] == "class_path" and not entry.is_option:
+            self.named_in_files.add(entry.path[:-1])
         slot = _without_init_args(entry.path)
         if slot[-1] == "class_path":
             slot = slot[:-1]
@@ -233,6 +237,9 @@ def _fault(entry: _Entry, run: Run) -> str | None:
             if name != "init_args":
                 return None
             continue
+        shown = entry.path[:number]
+        if not entry.is_option and _is_slot(at) and shown == at and at in run.named_in_files:
+            return f"{entry.place}{'.'.join(entry.path)} is beside class_path: put {name} under init_args"
         if at == _CALLBACKS:
             if entry.is_option:
                 return None  # an argument of the callback that the option before it has added
@@ -244,7 +251,6 @@ def _fault(entry: _Entry, run: Run) -> str | None:
         if name not in known:
             if entry.is_option and (name == "help" or any(each.startswith(name) for each in known)):
                 return None  # jsonargparse takes abbreviations
-            shown = entry.path[:number]
             beginning = "".join(f"{part}." for part in shown)
             dashes = "--" if entry.is_option else ""
             if home := _home(name, run, entry.is_option):

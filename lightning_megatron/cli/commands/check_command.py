@@ -20,8 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Print what was found, and end the process: status 0, 1 with faults, or 2 where not all could be checked."""
-    from lightning_megatron.cli.check.run_check import check_run
+    from lightning_megatron.cli.early_check import find_faults
 
-    result = check_run(given.file, given.more, given.gpu_memory, read_data=not given.no_data)
+    if faults := find_faults(["--config", given.file, *given.more]):  # told without importing anything heavy
+        from lightning_megatron.cli.check.result import RunCheck
+
+        result = RunCheck(given.file, faults=faults)
+    else:
+        from lightning_megatron.cli.check.run_check import check_run
+
+        result = check_run(given.file, given.more, given.gpu_memory, read_data=not given.no_data)
     print(json.dumps(result.as_dict(), indent=2) if given.json else result)
     sys.exit(result.exit_status)

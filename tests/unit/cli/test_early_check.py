@@ -145,6 +145,13 @@ dta:
     ]
 
 
+def test_arguments_beside_a_class_are_sent_to_its_init_args(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("trainer:\n  strategy: {class_path: MegatronStrategy, tp: 2}\n")
+    told = "trainer.strategy.tp is beside class_path: put tp under init_args"
+    assert find_faults(["--config", "run.yaml"]) == [f"run.yaml:2: {told}"]
+
+
 def test_merged_keys_are_read_where_they_are_merged(tmp_path):
     text = "trainer:\n  strategy:\n    class_path: MegatronStrategy\n    init_args: {<<: &sizes {tp: 2}, pp: 2}\n"
     (tmp_path / "run.yaml").write_text(text)
@@ -224,6 +231,7 @@ LIGHT = {
     "show": ["show", "tp=2,pp=2,world=8"],
     "no command": ["shwo"],
     "mistyped": ["fit", "--trainer.devcies", "2"],
+    "mistyped in check": ["check", "examples/recipes/tiny.yaml", "--trainer.devcies", "2"],
 }
 CHILD = """
 import sys
