@@ -68,7 +68,8 @@ def ignore_known_lines(rank: int) -> None:
 
 def ignore_unused_validation(module: object) -> None:
     """Ignore that there is no validation data where the ``validation_step`` is this package's, not the user's."""
-    if type(module).validation_step.__module__.startswith(f"{__package__.partition('.')[0]}."):  # type: ignore[attr-defined]
+    where = type(module).validation_step.__module__ or ""  # type: ignore[attr-defined]
+    if where.startswith(f"{__package__.partition('.')[0]}."):
         warnings.filterwarnings("ignore", message=_NO_VALIDATION)
 
 

@@ -68,11 +68,22 @@ def check_layout(module: pl.LightningModule, layout: ParallelLayout) -> None:
         check_parallel_layers(module, layout)
 
 
-def check_arguments(arguments: tuple[Any, ...], layout: ParallelLayout) -> None:
-    """``check_layout`` of a plain LightningModule among the arguments of ``trainer.fit``, before a rank is started."""
+def check_arguments(arguments: tuple[Any, ...], strategy: Any) -> None:
+    """Refuse a module among the arguments of ``trainer.fit`` that several ranks cannot train, before one is started.
+
+    Args:
+        arguments: The arguments.
+        strategy: The strategy, whose precision and layout the module is to have.
+
+    Raises:
+        LayoutError: A plain LightningModule cannot have the layout.
+        MisconfigurationException: The module cannot have the precision.
+    """
     for module in arguments:
-        if isinstance(module, pl.LightningModule) and not isinstance(module, MegatronModule):
-            check_layout(module, layout)
+        if isinstance(module, pl.LightningModule):
+            strategy.precision_plugin.check_module(module, single_rank=False)
+            if not isinstance(module, MegatronModule):
+                check_layout(module, strategy.layout)
 
 
 def check_parallel_layers(module: pl.LightningModule, layout: ParallelLayout) -> None:

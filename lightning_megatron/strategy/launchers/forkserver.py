@@ -62,7 +62,7 @@ class ForkserverLauncher(lightning_private.MultiProcessingLauncher):
             What the call returned on rank 0.
         """
         strategy: Any = lightning_private.strategy_of(self)
-        plain_module.check_arguments(args, strategy.layout)
+        plain_module.check_arguments(args, strategy)
         lightning_private.check_missing_main_guard()
         fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         kept = KeptCheckpoint() if fits else None

@@ -43,7 +43,7 @@ class ScriptLauncher(lightning_private.SubprocessScriptLauncher):
     @override
     def launch(self, function: Any, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         """Start the other ranks, unless they run, and call ``function``."""
-        plain_module.check_arguments(args, self._strategy.layout)
+        plain_module.check_arguments(args, self._strategy)
         # Before the others start, so that they inherit OMP_NUM_THREADS: ranks share the machine's cores.
         lightning_private.set_num_threads(num_processes=self.num_processes)
         if not self.cluster_environment.creates_processes_externally:
