@@ -62,7 +62,7 @@ class Run:
     Args:
         entries: The names, in order.
         named_in_files: Where a file has a ``class_path``, beside which arguments are in ``init_args``.
-        faults: What is wrong, in words.
+        faults: What is wrong with the files themselves, in words.
         classes: The classes that are named, by where; where several are, which one counts is jsonargparse's to say.
         is_whole: Whether all that is given has been read; what has not may name other classes.
     """
@@ -109,13 +109,14 @@ class Run:
     def find_faults(self) -> list[str]:
         """The names that surely do not exist, and files that cannot be read, each in words."""
         wrong: list[Path_] = []
+        told = list(self.faults)
         for entry in self.entries:
             if any(entry.path[: len(path)] == path for path in wrong):
                 continue  # what belongs to a wrong name
-            if told := _fault(entry, self):
+            if fault := _fault(entry, self):
                 wrong.append(entry.path)
-                self.faults.append(told)
-        return self.faults
+                told.append(fault)
+        return told
 
 
 def find_faults(arguments: Sequence[str]) -> list[str]:

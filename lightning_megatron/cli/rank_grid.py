@@ -94,9 +94,8 @@ class RankGrid:
         """The grid, a line for each pipeline stage."""
         layout, digits = self.layout, len(str(self.layout.world_size - 1))
         shown = max(1, min(layout.dp, _WIDEST // layout.tp))
-        chunks = f", vp={layout.vp}" if layout.vp else ""
         nodes = f"{self.nodes} {'node' if self.nodes == 1 else 'nodes'} of {self.ranks_per_node}"
-        lines = [f"{layout.world_size} ranks on {nodes}: tp={layout.tp}, pp={layout.pp}{chunks}, dp={layout.dp}", ""]
+        lines = [f"{layout.world_size} ranks on {nodes}: {layout.sizes}", ""]
         width = layout.tp * (digits + 1) + 11
         left = max(len(self._stage(stage)) for stage in range(layout.pp)) + 2
         lines.append(" " * left + "".join(f"replica {replica}".ljust(width) for replica in range(shown)).rstrip())

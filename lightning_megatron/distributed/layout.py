@@ -115,6 +115,12 @@ class ParallelLayout:
         return self.world_size // self.num_model_ranks
 
     @property
+    def sizes(self) -> str:
+        """The sizes of a dense model as people read them, such as "tp=2, pp=4, vp=2, dp=8"."""
+        sizes = {"tp": self.tp, "pp": self.pp, "vp": self.vp, "dp": self.dp}
+        return ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
+
+    @property
     def num_stages(self) -> int:
         """The number of virtual pipeline stages: stage ``i`` is chunk ``i // pp`` of pipeline rank ``i % pp``."""
         return self.pp * (self.vp or 1)

@@ -75,19 +75,10 @@ class RankProcess:
         code: int | None = self._process.exitcode
         return code
 
-    def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for the end of the process, at most ``timeout`` seconds."""
-        self._process.join(timeout)
-        return self.poll()
-
     def send_signal(self, number: int) -> None:
         """Send a signal to the process, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        """Ask the process to end."""
-        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End the process."""

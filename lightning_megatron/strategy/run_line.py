@@ -20,9 +20,7 @@ def run_line(layout: ParallelLayout, backend: str, cut: MicroBatchSizes, counts_
         cut: The micro-batches of the first batch.
         counts_rows: Whether ``cut`` has rows; a plain module's batch of any type has not.
     """
-    sizes = {"tp": layout.tp, "pp": layout.pp, "vp": layout.vp, "dp": layout.dp}
-    shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
-    ranks = f"{layout.world_size} ranks: {shown} over {backend}" if layout.world_size > 1 else "1 rank"
+    ranks = f"{layout.world_size} ranks: {layout.sizes} over {backend}" if layout.world_size > 1 else "1 rank"
     count = len(cut.sizes)
     micro_batches = f"{count} micro-batch{'es' if count > 1 else ''}"
     return f"{ranks}; {micro_batches}{f' of {cut.sizes[0]}' if counts_rows else ''}"

@@ -118,10 +118,9 @@ class RunCheck:
             return []
         layout = self.layout
         nodes = max(1, layout.world_size // self.devices)
-        sizes = [f"tp={layout.tp}", f"pp={layout.pp}", *([f"vp={layout.vp}"] if layout.vp else []), f"dp={layout.dp}"]
-        sizes += ["sequence_parallel"] if layout.uses_sequence_parallel else []
+        sizes = f"{layout.sizes}{', sequence_parallel' if layout.uses_sequence_parallel else ''}"
         machines = f" on {nodes} machines of {self.devices}" if nodes > 1 else ""
-        return [f"{layout.world_size} {'ranks' if layout.world_size > 1 else 'rank'}{machines}: {', '.join(sizes)}"]
+        return [f"{layout.world_size} {'ranks' if layout.world_size > 1 else 'rank'}{machines}: {sizes}"]
 
     def _model(self) -> list[str]:
         if self.module is None:

@@ -123,10 +123,11 @@ class ChatDataModule(HFDataModule):
         )
 
     @override
-    def _check(self, name: str, rows: Any) -> None:
-        super()._check(name, rows)
+    def _check(self, name: str, rows: Any) -> Mapping[str, Any]:
+        first = super()._check(name, rows)
         if self.loss_on != "all":
-            self._warn_without_ends(self._encoder(name), next(iter(rows.take(1))))
+            self._warn_without_ends(self._encoder(name), first)
+        return first
 
     @override
     def _leaves_labels(self, row: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_megatron.data.chat.answers import Span, find_answer
 from lightning_megatron.data.chat.messages import Chat, read_chat
-from lightning_megatron.data.chat.template import Template
+from lightning_megatron.data.chat.template import Template, common_length
 from lightning_megatron.data.collators.padding import IGNORED_LABEL
 from lightning_megatron.data.huggingface.dataset_source import check_column
 from lightning_megatron.data.huggingface.row_encoder import RowEncoder
@@ -124,5 +124,4 @@ def _length_of_prompt(chat: Chat, ids: list[int], template: Template) -> int:
     if not chat.prompt:
         return 0
     prompt, _ = template.tokens(template.text(chat.messages[: chat.prompt], begins=True))
-    unlike = (n for n, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other)
-    return next(unlike, min(len(prompt), len(ids)))
+    return common_length(prompt, ids)

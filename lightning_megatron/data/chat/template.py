@@ -41,5 +41,11 @@ class Template:
         if one.startswith(other):
             return len(other)
         (ids, places), (others, _) = self.tokens(one), self.tokens(other)
-        same = next((n for n, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), len(ids))
+        same = common_length(ids, others)
         return places[same - 1][1] if same else 0
+
+
+def common_length(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Number of ids with which both begin."""
+    unlike = (number for number, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other)
+    return next(unlike, min(len(ids), len(others)))

@@ -211,8 +211,8 @@ class HFDataModule(TokenizedDataModule):
             chosen = zip(PARTS, dataset_source.choose(splits, self.split), strict=True)
         return {name: rows for name, rows in chosen if rows is not None}
 
-    def _check(self, name: str, rows: Any) -> None:
-        """Refuse a split without rows, or without a column that is asked for."""
+    def _check(self, name: str, rows: Any) -> Mapping[str, Any]:
+        """Refuse a split without rows, or without a column that is asked for; return its first row."""
         with torch.device("cpu"):
             first = next(iter(rows.take(1)), None)
         if first is None:
@@ -223,6 +223,7 @@ class HFDataModule(TokenizedDataModule):
         has_text = self.text_column in first
         self._labelled[name] = has_text and self._leaves_labels(first) and labels_in(first, self.text_column)
         self._encoder(name).check(list(first))
+        return first
 
     def _leaves_labels(self, row: Mapping[str, Any]) -> bool:
         """Whether a column "labels" holds the labels; a collate function makes its own, or asks for the column."""
