@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from lightning_megatron.cli.no_argument import no_argument
 from lightning_megatron.distributed.suggestions import closest_name
 from lightning_megatron.strategy.former_arguments import replacement
 
@@ -66,7 +67,8 @@ def _unrecognized(message: str, options: list[str]) -> str:
         group, _, leaf = name.removeprefix("--").rpartition(".")
         if told := _former(classes[-1], leaf, message):
             return told
-        return _no_argument(_key(message[: found.start()]), group, leaf, list(_parameters(classes[-1], group)))
+        known = list(_parameters(classes[-1], group))
+        return no_argument(_beginning(_key(message[: found.start()]), group), leaf, known, _name(classes[-1], group))
     parts = name.split(".")
     known = [option.removesuffix(".help") for option in options if option.count(".") < len(parts)]
     for count in range(len(parts), 0, -1):  # of a class's argument only the beginning is an option
@@ -106,9 +108,10 @@ def _not_accepted(message: str, options: list[str]) -> str:
         if told := _former(classes[-1], name, message):
             return told
         known = list(_parameters(classes[-1], group))
-        return _no_argument(_key(message[: found.end()]), group or "", name, known)
+        beginning = _beginning(_key(message[: found.end()]), group or "")
+        return no_argument(beginning, name, known, _name(classes[-1], group))
     known = [option.removeprefix(f"--{group}.") for option in options if option.startswith(f"--{group}.")]
-    return _no_argument("", group or "", name, known)
+    return no_argument(_beginning(group or ""), name, known, "")
 
 
 def _former(class_path: str, name: str, message: str) -> str:
@@ -122,12 +125,14 @@ def _former(class_path: str, name: str, message: str) -> str:
     return replacement(name, yaml.safe_load(found[1].strip("'")) if found else "...")
 
 
-def _no_argument(key: str, group: str, name: str, known: list[str]) -> str:
-    """Say that a group of arguments has no ``name``, with the nearest of the ``known`` ones or all of them."""
-    beginning = "--" + "".join(f"{part}." for part in (key, group) if part)
-    near = closest_name(name, known)
-    told = f"did you mean {beginning}{near}?" if near else f"it takes {', '.join(sorted(known))}"
-    return f"there is no argument {beginning}{name}; {told}"
+def _beginning(*groups: str) -> str:
+    """The full name of a group of arguments, with which those of its arguments begin."""
+    return "--" + "".join(f"{group}." for group in groups if group)
+
+
+def _name(class_path: str, group: str | None) -> str:
+    """The name of a class whose arguments were given; empty for those of one of its arguments."""
+    return "" if group else class_path.rpartition(".")[2]
 
 
 def _missing(message: str, _: list[str]) -> str:
