@@ -62,6 +62,16 @@ def on_any_rank(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(vote) for vote in votes.tolist())
 
 
+def sum_over_parts_of_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of ``tensor`` over the ranks that share the tokens of each row, without gradients."""
+    group = process_groups.context_parallel()
+    if group.size() == 1:
+        return tensor
+    summed = tensor.detach().clone()
+    dist.all_reduce(summed, group=group)
+    return summed
+
+
 def gather_with_gradients(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Gather tensors of one shape into ``[ranks, ...]``, differentiably.
 

@@ -25,6 +25,7 @@ What is replaced, and why:
 ``param_and_grad_buffer._coalescing_manager`` and the   torch joins what is coalesced in Gloo's threads, a path that has
 collectives inside of it                                crashed there, and gains nothing: they run one by one, and
                                                        handles and tensors are held until they are waited for
+``rotary_pos_embedding.get_pos_emb_on_this_cp_rank``   takes the places of the rank's chunks from pinned memory
 ``tensor_parallel.random.logging``                     warns at every fork that the CPU's random state has changed
 ``tensor_parallel.random._get_share_storage``          compiles C++ for recomputed outputs (from 0.17 on), for which a
                                                        CPU needs a compiler, and seconds; the bytes are copied instead
@@ -79,6 +80,7 @@ _model_state: torch.Tensor | None = None
 def bend() -> None:
     """Make megatron-core run on the CPU, over Gloo."""
     from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.models.common.embeddings import rotary_pos_embedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.optimizer import distrib_optimizer, grad_scaler, optimizer
     from megatron.core.pipeline_parallel import p2p_communication, schedules
@@ -96,6 +98,8 @@ def bend() -> None:
 
     _replace(distrib_optimizer.DistributedOptimizer, "__init__", _answering_as_cuda)
     _replace(optimizer.Float16OptimizerWithFloat16Params, "__init__", _answering_as_cuda)
+
+    _replace(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _part_of_table)
 
     _replace(schedules, "deallocate_output_tensor", _nothing)
     _replace(schedules, "custom_backward", _backward)
@@ -187,6 +191,12 @@ def _copy_storage(to: torch.Tensor, source: torch.Tensor) -> None:
 
 def _backward(output: torch.Tensor, grad_output: torch.Tensor | None) -> None:
     torch.autograd.backward(output, grad_tensors=grad_output)
+
+
+def _part_of_table(table: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+    """The entries of a table of positions at which a context-parallel rank has tokens, zig-zag."""
+    chunks = table.chunk(2 * group.size(), dim)
+    return torch.cat([chunks[group.rank()], chunks[-1 - group.rank()]], dim)
 
 
 def _cuda_means_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

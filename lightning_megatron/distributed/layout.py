@@ -32,9 +32,11 @@ class SizedModel(Protocol):
 
 
 # Dimensions that no layer of this package supports yet. Deleting a line here switches its dimension on.
-_UNBUILT = {"cp": "context parallelism", "ep": "expert parallelism", "etp": "expert tensor parallelism"}
+_UNBUILT = {"ep": "expert parallelism", "etp": "expert tensor parallelism"}
 
 Dimension = Literal["tp", "cp", "dp", "pp"]
+# How attention reaches across the ranks that share a sequence; None is what was measured best for the shape.
+ContextComm = Literal["all_gather", "all_to_all", "ring"]
 
 # megatron-core's default order "tp-cp-ep-dp-pp", fastest first; ep does not appear in the ranks of dense layers.
 _ORDER: tuple[Dimension, ...] = ("tp", "cp", "dp", "pp")
@@ -116,8 +118,9 @@ class ParallelLayout:
 
     @property
     def sizes(self) -> str:
-        """The sizes of a dense model as people read them, such as "tp=2, pp=4, vp=2, dp=8"."""
-        sizes = {"tp": self.tp, "pp": self.pp, "vp": self.vp, "dp": self.dp}
+        """The sizes of a dense model as people read them, such as "tp=2, pp=4, vp=2, dp=8"; cp where it is not 1."""
+        cp = self.cp if self.cp > 1 else None
+        sizes = {"tp": self.tp, "pp": self.pp, "vp": self.vp, "cp": cp, "dp": self.dp}
         return ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
 
     @property
@@ -277,7 +280,8 @@ class ParallelLayout:
             return
         product = " × ".join(str(size) for size in (self.tp, self.pp, self.cp) if size > 1)
         ranks = f"{product} = {self.num_model_ranks}" if " × " in product else product
-        alternatives = [choices(kind, nearest(self._size(kind), self.legal_sizes(kind))) for kind in ("tp", "pp")]
+        changeable = ("tp", "pp") if self.cp == 1 else ("tp", "pp", "cp")
+        alternatives = [choices(kind, nearest(self._size(kind), self.legal_sizes(kind))) for kind in changeable]
         worlds = " or ".join(map(str, nearest_multiples(self.world_size, self.num_model_ranks)))
         raise self.error(
             f"{ranks} ranks do not divide the world of {self.world_size}. {use(*alternatives, f'{worlds} devices')}"

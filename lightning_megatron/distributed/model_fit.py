@@ -68,8 +68,8 @@ def _broken_rules(layout: ParallelLayout, model: Mapping[str, int], uneven_stage
     """List the rules that ``model`` breaks.
 
     Sources: ``TransformerConfig.__post_init__`` and ``Attention.__init__`` (heads and query groups),
-    ``ColumnParallelLinear`` and ``RowParallelLinear`` (widths), ``scatter_to_sequence_parallel_region`` and
-    ``get_batch_on_this_cp_rank`` (sequence), all of megatron-core 0.16.1. One rule is stricter than Megatron,
+    ``ColumnParallelLinear`` and ``RowParallelLinear`` (widths), ``scatter_to_sequence_parallel_region`` (sequence), all
+    of megatron-core 0.16.1; for context parallelism, rows are padded. One rule is stricter than Megatron,
     which also takes ``tp`` as a multiple of the query groups and then gathers QKV over the tensor-parallel ranks.
     """
     tp, heads, groups = layout.tp, model["num_attention_heads"], model["num_query_groups"]
@@ -87,10 +87,7 @@ def _broken_rules(layout: ParallelLayout, model: Mapping[str, int], uneven_stage
         text = f"pp={layout.pp}" if layout.vp is None else f"pp={layout.pp} × vp={layout.vp}"
         rules.append(_Rule("num_layers", layout.num_stages, text, ("num_layers", "pp")))
     if "seq_length" in model and layout.uses_sequence_parallel:
-        text = f"tp={tp}" if layout.cp == 1 else f"tp={tp} × cp={layout.cp}"
-        rules.append(_Rule("seq_length", tp * layout.cp, f"{text} under sequence_parallel", ("seq_length", "tp")))
-    if "seq_length" in model and layout.cp > 1:
-        rules.append(_Rule("seq_length", 2 * layout.cp, f"2 × cp={layout.cp}", ("seq_length",)))
+        rules.append(_Rule("seq_length", tp, f"tp={tp} under sequence_parallel", ("seq_length", "tp")))
     return [rule for rule in rules if model[rule.name] % rule.unit]
 
 

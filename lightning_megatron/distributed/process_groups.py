@@ -102,6 +102,7 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
             virtual_pipeline_model_parallel_size=layout.vp,
             distributed_timeout_minutes=timeout.total_seconds() / 60,
             create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
@@ -298,15 +299,16 @@ def coordinates() -> RankCoordinates:
 def seed(base: int) -> None:
     """Seed the model's random numbers from rank 0's ``base``, by Megatron's scheme.
 
-    Tensor-parallel ranks and pipeline stages get seeds of their own, data-parallel replicas the same ones. The
-    generators that data loading draws from stay as the user seeded them.
+    Tensor-parallel ranks, pipeline stages and context-parallel ranks get seeds of their own, data-parallel replicas the
+    same ones. The generators that data loading draws from stay as the user seeded them.
     """
     shared = [base]
     dist.broadcast_object_list(shared, src=0)
     _state.seed = shared[0]
     with model_rng():
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        model_parallel_cuda_manual_seed(_state.seed % 2**31 + _SEED_STEP_OF_PIPELINE_STAGES * stage)
+        stage, stages = pipeline().rank(), pipeline().size()
+        part = context_parallel().rank() * stages + stage
+        model_parallel_cuda_manual_seed(_state.seed % 2**31 + _SEED_STEP_OF_PIPELINE_STAGES * part)
 
 
 def run_seed() -> int:
@@ -315,8 +317,13 @@ def run_seed() -> int:
 
 
 def data_parallel() -> dist.ProcessGroup:
-    """The group of the ranks that hold the same weights and read different data."""
+    """The group of the ranks that hold the same weights and compute different tokens: replicas, and parts of rows."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def context_parallel() -> dist.ProcessGroup:
+    """The group of the ranks that hold the same weights and share the tokens of each row."""
+    return parallel_state.get_context_parallel_group()
 
 
 def model_parallel() -> dist.ProcessGroup:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.layout import ContextComm, ParallelLayout
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.recompute import Recompute
 
@@ -21,6 +21,7 @@ class BuildSettings:
         params_dtype: Type of the weights and of what travels between pipeline stages.
         recompute: Which activations are computed again in the backward pass.
         kernels: Which implementations compute the layers and the loss, as ``Kernels.on`` the device gives them.
+        cp_comm: How attention reaches across the ranks that share a sequence; None: the best for the shape.
         fp8: megatron-core's fields of fp8; none where nothing is multiplied in fp8.
         device: The device that the model is built on in any device context; models move, so it is not compared.
     """
@@ -29,6 +30,7 @@ class BuildSettings:
     params_dtype: torch.dtype = torch.float32
     recompute: Recompute | None = None
     kernels: Kernels = field(default_factory=lambda: Kernels().on(torch.device("cpu")))
+    cp_comm: ContextComm | None = None
     fp8: dict[str, Any] = field(default_factory=dict)
     device: torch.device = field(default=torch.device("cpu"), compare=False)
 
@@ -40,6 +42,7 @@ class BuildSettings:
             "pipeline_model_parallel_size": self.layout.pp,
             "virtual_pipeline_model_parallel_size": self.layout.vp,
             "context_parallel_size": self.layout.cp,
+            "cp_comm_type": self.cp_comm,
             "sequence_parallel": self.layout.uses_sequence_parallel,
             "params_dtype": self.params_dtype,
             "pipeline_dtype": self.params_dtype,

@@ -293,9 +293,11 @@ class ConfiguredModule(MegatronModule):
         return sum(self._padded_lengths(batch))
 
     def _padded_lengths(self, batch: Any) -> tuple[int, ...]:
-        multiple = self._length_multiple
         own = self.has_own_get_batch
-        lengths = self._input_lengths(self.get_batch(batch)) if own else self._loaded_lengths(given(batch))
+        return self._padded(self._input_lengths(self.get_batch(batch)) if own else self._loaded_lengths(given(batch)))
+
+    def _padded(self, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        multiple = self._length_multiple
         return tuple(-(-length // multiple) * multiple for length in lengths)
 
     @abstractmethod
@@ -328,14 +330,11 @@ class ConfiguredModule(MegatronModule):
             self._named_tensors(batch)
         return self._get_checked_batch(batch)
 
-    def _padded_inputs(self, batch: Batch) -> Batch:
-        inputs = self.pad_inputs(self._get_checked_batch(batch), self._length_multiple)
-        if self.has_own_get_batch:
-            self._lengths_of_own = self._input_lengths(inputs)
-        return inputs
-
     def _chunk_step(self, batch: Batch) -> Any:
-        inputs = self._padded_inputs(batch)
+        given = self._get_checked_batch(batch)
+        if self.has_own_get_batch:
+            self._lengths_of_own = self._padded(self._input_lengths(given))
+        inputs = self._fitted(given)
         labels = {"labels": self._weighted_labels(inputs)} if self._sums_losses else {}
         output = self.active_model(**{**inputs, **labels})
         return self.loss(output, inputs) if self.on_last_stage else output

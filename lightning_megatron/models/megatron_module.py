@@ -105,7 +105,7 @@ class MegatronModule(ChunkedModule):
         return dict(batch)
 
     def pad_inputs(self, inputs: Batch, multiple: int) -> Batch:
-        """Pad the inputs of one micro-batch, so that sequence parallelism can divide the sequence.
+        """Pad the inputs of one micro-batch, so that sequence and context parallelism can divide the sequence.
 
         Args:
             inputs: The inputs that ``get_batch`` returned.
@@ -115,6 +115,20 @@ class MegatronModule(ChunkedModule):
             The inputs; here as they are.
         """
         return inputs
+
+    def shard_inputs(self, inputs: Batch) -> Batch:
+        """Keep this rank's part of each sequence, which context parallelism divides; asked for with cp > 1 only.
+
+        What runs along the sequence is divided by ``SequenceShards.here(zigzag=...).take(tensor, dim)``; a mask or a
+        pattern of attention stays that of whole rows.
+
+        Args:
+            inputs: The padded inputs of one micro-batch; their length is a multiple of 2 · cp.
+
+        Returns:
+            The inputs of this rank.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no shard_inputs, which cp > 1 needs.")
 
     @abstractmethod
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
@@ -255,7 +269,7 @@ class MegatronModule(ChunkedModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Run one micro-batch through the active chunk; what the last one gives, rows first, is the prediction."""
-        return self.active_model(**self._padded_inputs(batch))
+        return self.active_model(**self._fitted(self.get_batch(batch)))
 
     def log_loss(self, stage: str, loss: torch.Tensor, weight: torch.Tensor) -> None:
         """Log ``{stage}_loss``, called on every rank with the loss of the whole global batch.
@@ -285,16 +299,18 @@ class MegatronModule(ChunkedModule):
 
     @property
     def _length_multiple(self) -> int:
-        """What the length of a sequence is a multiple of, so that sequence parallelism can divide it."""
+        """What the length of a sequence is a multiple of, so that sequence and context parallelism can divide it."""
         layout = self.build_settings.layout
-        return layout.tp if layout.uses_sequence_parallel else 1
+        parts = layout.tp if layout.uses_sequence_parallel else 1
+        return parts * 2 * layout.cp if layout.cp > 1 else parts
 
-    def _padded_inputs(self, batch: Batch) -> Batch:
-        """The inputs of the active chunk."""
-        return self.pad_inputs(self.get_batch(batch), self._length_multiple)
+    def _fitted(self, inputs: Batch) -> Batch:
+        """The inputs that ``get_batch`` returned, as the active chunk of this rank takes them."""
+        padded = self.pad_inputs(inputs, self._length_multiple)
+        return self.shard_inputs(padded) if self.build_settings.layout.cp > 1 else padded
 
     def _chunk_step(self, batch: Batch) -> Any:
-        inputs = self._padded_inputs(batch)
+        inputs = self._fitted(self.get_batch(batch))
         output = self.active_model(**inputs)
         return self.loss(output, inputs) if self.on_last_stage else output
 
@@ -305,7 +321,7 @@ class MegatronModule(ChunkedModule):
             RuntimeError: The model has pipeline stages; ``trainer.predict`` gives it under every layout.
         """
         self._check_callable()
-        return self.active_model(**self.pad_inputs(inputs, self._length_multiple))
+        return self.active_model(**self._fitted(inputs))
 
     def _check_callable(self) -> None:
         """Build a model that is not built; refuse to call one that has pipeline stages."""

@@ -22,6 +22,9 @@ _METHODS = {
 _OF_PIPELINES = {
     "sequence_length": "(self, batch): returns s of the hidden states [s, b, h] that travel between pipeline stages"
 }
+_OF_SHARED_ROWS = {
+    "shard_inputs": "(self, inputs): returns the inputs with this rank's part of each sequence, which cp > 1 divides"
+}
 # What schedules, gradients and checkpoints ask of a chunk.
 _ATTRIBUTES = (
     "config",
@@ -45,7 +48,11 @@ def check_methods(module: Any, bases: tuple[type, ...], layout: ParallelLayout) 
     Raises:
         MisconfigurationException: Methods are missing; the message lists all of them.
     """
-    wanted = {**_METHODS, **(_OF_PIPELINES if layout.pp > 1 else {})}
+    wanted = {
+        **_METHODS,
+        **(_OF_PIPELINES if layout.pp > 1 else {}),
+        **(_OF_SHARED_ROWS if layout.cp > 1 else {}),
+    }
     declared = [vars(base).get(name) for base in bases for name in wanted]
     lines = [f"{name}{says}." for name, says in wanted.items() if getattr(type(module), name) in declared]
     _refuse(f"{type(module).__name__} lacks methods that this run calls", lines)

@@ -19,7 +19,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from lightning_megatron.checkpoint import Checkpointing, check_folders
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
-from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.layout import ContextComm, ParallelLayout
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.models.recompute import check as check_recompute
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _STRATEGY = Arguments("MegatronStrategy", MisconfigurationException)
+# megatron-core's and other tools' names.
+_CP_COMMS_ELSEWHERE = {
+    "p2p": "ring", "allgather": "all_gather", "a2a": "all_to_all", "alltoall": "all_to_all", "ulysses": "all_to_all"
+}  # fmt: skip
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
@@ -59,6 +63,24 @@ def check_sizes(sizes: dict[str, Any], micro_batching: MicroBatching, recompute:
         layout.check_num_microbatches(count)
     check_recompute(recompute, MisconfigurationException)
     _STRATEGY.kind(Kernels, "lightning_megatron.Kernels(...)", kernels=kernels)
+
+
+def check_cp_comm(cp_comm: object, cp: int) -> None:
+    """Refuse another name of how attention reaches across ranks, with ours for those of other tools.
+
+    Raises:
+        MisconfigurationException: The name is unknown, or nothing is shared that it could be about.
+    """
+    known = get_args(ContextComm)
+    if cp_comm is not None and cp_comm not in known:
+        ours = _CP_COMMS_ELSEWHERE.get(str(cp_comm))
+        use = f"use {ours!r}" if ours else f"use one of {', '.join(map(repr, known))}, or None for the best one"
+        raise MisconfigurationException(f"MegatronStrategy(cp_comm={cp_comm!r}): {use}.")
+    if cp_comm is not None and cp == 1:
+        raise MisconfigurationException(
+            f"MegatronStrategy(cp_comm={cp_comm!r}) says how ranks that share a sequence exchange it, and with cp=1"
+            " none do. Use cp=2 or more, or leave cp_comm out."
+        )
 
 
 def check_settings(

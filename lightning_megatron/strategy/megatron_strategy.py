@@ -33,7 +33,7 @@ from lightning_megatron.distributed import (
 )
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.device import use_device
-from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.layout import ContextComm, ParallelLayout
 from lightning_megatron.models.host_answers import Answers, has_transfer_hooks, remember
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
@@ -73,9 +73,12 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         tp: Tensor-parallel size: the number of ranks that share each layer.
         pp: Pipeline-parallel size: the number of pipeline stages.
         vp: Virtual stages (model chunks) per pipeline stage, for the interleaved schedule; None is one.
-        cp: Context-parallel size. A size above 1 is refused until its layers exist; so are those of ``ep`` and ``etp``.
-        ep: Expert-parallel size.
+        cp: Context-parallel size: the number of ranks that share the tokens of each sequence.
+        ep: Expert-parallel size. A size above 1 is refused until its layers exist; so is that of ``etp``.
         etp: Expert-tensor-parallel size.
+        cp_comm: How attention reaches across the ranks that share a sequence: "all_gather" collects keys and values,
+            "all_to_all" exchanges parts of the sequence for heads, "ring" passes keys and values around, which keeps
+            least. None is the best for the shape.
         sequence_parallel: Split activations between the tensor-parallel regions over the sequence.
         micro_batch_size: Rows of a micro-batch. Give this or ``num_microbatches``, or neither: a batch is then one
             micro-batch where pp = 1, and otherwise the largest legal number of them up to 4 · pp.
@@ -117,6 +120,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         pp: int = 1,
         vp: int | None = None,
         cp: int = 1,
+        cp_comm: ContextComm | None = None,
         ep: int = 1,
         etp: int | None = None,
         sequence_parallel: bool = False,
@@ -140,9 +144,11 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         self.sizes["pipeline_split_rank"] = pipeline_split_rank
         self.micro_batching = MicroBatching(micro_batch_size, num_microbatches)
         checks.check_sizes(self.sizes, self.micro_batching, recompute, kernels)
+        checks.check_cp_comm(cp_comm, cp)
         checks.check_timeouts(timeout=timeout, start_timeout=start_timeout)
         checks.check_settings(ddp, process_group_backend, on_nonfinite, checkpointing, distributed_optimizer)
         self.distributed_optimizer = distributed_optimizer
+        self.cp_comm = cp_comm
         self.recompute = recompute
         self.kernels = kernels
         self.ddp = ddp

@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch.optim import Optimizer
 
 from lightning_megatron.distributed import lightning_private, shared_weights
+from lightning_megatron.distributed.layout import ContextComm
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
@@ -36,6 +37,7 @@ class ModuleSetup(ParallelRanks):
     """The part of the strategy that knows, from ``setup`` on, how its module is trained and evaluated."""
 
     recompute: Recompute | None
+    cp_comm: ContextComm | None
     kernels: Kernels
     micro_batching: MicroBatching
     distributed_optimizer: bool
@@ -65,6 +67,7 @@ class ModuleSetup(ParallelRanks):
                 params_dtype=self._precision.params_dtype,
                 recompute=self.recompute,
                 kernels=self.kernels.on(self.root_device),
+                cp_comm=self.cp_comm,
                 fp8=self._precision.fp8,
                 device=self.root_device,
             )

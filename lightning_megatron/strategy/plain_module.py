@@ -57,8 +57,15 @@ def check_layout(module: pl.LightningModule, layout: ParallelLayout) -> None:
     A module that makes its layers in a hook that comes later is checked then, by ``check_parallel_layers``.
 
     Raises:
-        LayoutError: Pipeline stages; or tensor or sequence parallelism without parallel layers.
+        LayoutError: Pipeline stages, or sequences shared by ranks; or tensor or sequence parallelism without parallel
+            layers.
     """
+    if layout.cp > 1:
+        raise layout.error(
+            f"{type(module).__name__} is a plain LightningModule, whose sequences {layout.cp} ranks cannot share: its"
+            " attention would see a part of each. Use cp=1, or GPTModule, BertModule, T5Module, AutoModule or a"
+            " MegatronModule of your own, as docs/own_model.md shows."
+        )
     if layout.pp > 1:
         raise layout.error(
             f"{type(module).__name__} is a plain LightningModule, which cannot be cut into {layout.pp} pipeline stages."

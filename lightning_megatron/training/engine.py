@@ -37,6 +37,10 @@ _NO_LOSS = (
     "training_step returned {}. MegatronStrategy cannot skip a batch, since replicas and stages wait for one another."
     " Return a loss, or a dict with a loss under 'loss'; return loss * 0.0 if the batch is not to count."
 )
+_MEAN_OF_A_PART = (
+    "The loss of a micro-batch is a plain mean, and with cp={} each rank has a part of each sequence: a mean over its"
+    " own tokens says nothing of the others. Return the sum over tokens and their number (from loss), or use cp=1."
+)
 _TINY = torch.finfo(torch.float64).tiny  # in place of a weight of zero
 
 
@@ -111,7 +115,7 @@ class Engine:
         self._window_weight = torch.zeros((), dtype=torch.float64, device=device)
         self.window_losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each batch: the global, and this rank's
         self.has_gradients = False  # whether a batch was run since the last optimizer step
-        self._buffers = [pair for chunk in chunks for pair in _kept_buffers(chunk)] if layout.dp > 1 else []
+        self._buffers = [pair for chunk in chunks for pair in _kept_buffers(chunk)] if layout.dp * layout.cp > 1 else []
         self.share_buffers()
         self.timers: Timers | None = None
         self._local_loss = torch.zeros((), device=device)  # the last batch's sum on this rank; 0 before the last stage
@@ -226,7 +230,7 @@ class Engine:
         """Run the schedule; return what the last stage recorded for each micro-batch, and nothing on other stages."""
         records: list[Any] = []
         parts = self.layout.tp if self.config.sequence_parallel else 1
-        hidden_shape = (length // parts, cut.sizes[0], getattr(self.config, "hidden_size", 0))
+        hidden_shape = (length // (parts * self.layout.cp), cut.sizes[0], getattr(self.config, "hidden_size", 0))
 
         def forward_step(micro_batches: Iterator[tuple[Any, float]], model: torch.nn.Module) -> tuple[Any, Any]:
             micro_batch, share = next(micro_batches)
@@ -276,7 +280,9 @@ class Engine:
             total, tokens = loss
             if self.by_token:
                 return (total, tokens) if share else (total * 0.0, 0.0)
-            return total / tokens.clamp(min=1) * share, share
+            return total / collectives.sum_over_parts_of_rows(tokens).clamp(min=1) * share, share / self.layout.cp
+        if self.layout.cp > 1:
+            raise TypeError(_MEAN_OF_A_PART.format(self.layout.cp))
         return loss.reshape(()) * share, share
 
     def _finalize(self, window: int, model: Any, _: Any, pg_collection: Any = None, **__: Any) -> None:
@@ -286,11 +292,11 @@ class Engine:
         megatron-core would divide, too, but not before the host has seen the weight.
         """
         finalize_model_grads(model, None, pg_collection=pg_collection)
-        weight = self._window_weight.float() if self.by_token else self._number(window)
+        weight = self._window_weight.float() if self.by_token else self._number(window / self.layout.cp)
         pipeline = process_groups.pipeline()
         if pipeline.size() > 1:  # the last stage knows it
             dist.broadcast(weight, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
-        if self.layout.dp > 1:
+        if self.layout.dp * self.layout.cp > 1:
             dist.all_reduce(weight, group=process_groups.data_parallel())
         share = torch.where(weight > 0, 1.0 / weight, 1.0)
         for chunk in model:
@@ -309,7 +315,7 @@ class Engine:
         self._local_loss = local
         extra = joined([r[3] for r in records[: len(cut.sizes)]], list(cut.sizes))
         flags: tuple[bool, ...] = (self.has_logged_values(), any(r[2] for r in records), extra is not None)
-        if self.layout.dp * self.layout.pp > 1:  # tensor-parallel ranks run the same
+        if self.layout.dp * self.layout.cp * self.layout.pp > 1:  # tensor-parallel ranks run the same
             flags = collectives.on_any_rank(*flags)
         has_logged_values, has_loss, has_extra = flags
         returned = self._from_last_stage(extra) if has_extra else None

@@ -13,6 +13,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     vp: int | None = None
     split: int | None = None
     sp: bool = False
@@ -20,20 +21,21 @@ class Layout:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        sizes = {name: getattr(self, name) for name in ("tp", "pp", "dp", "vp")}
+        sizes = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "vp")}
         parts = [f"{name}{size}" for name, size in sizes.items() if size not in (1, None)]
         parts += [f"split{self.split}"] * (self.split is not None)
         return "-".join(parts + ["sp"] * self.sp + ["replicated"] * (not self.sharded)) or "one"
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     def strategy(self, **options: Any) -> MegatronStrategy:
         return MegatronStrategy(
             tp=self.tp,
             pp=self.pp,
             vp=self.vp,
+            cp=self.cp,
             pipeline_split_rank=self.split,
             sequence_parallel=self.sp,
             distributed_optimizer=self.sharded,

@@ -133,7 +133,11 @@ class _Checker:
             device = torch.device(self.parts.device)
             kernels = self.strategy.kernels.on(device)
             self.module.settings = BuildSettings(
-                layout=self.layout, recompute=self.strategy.recompute, kernels=kernels, device=device
+                layout=self.layout,
+                recompute=self.strategy.recompute,
+                kernels=kernels,
+                cp_comm=self.strategy.cp_comm,
+                device=device,
             )
 
     @property

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.argument_names import answer_wrong_names
+from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.models.bert.config import BertConfig
 from lightning_megatron.models.bert.tasks import TASKS, BertTask
@@ -178,6 +179,15 @@ class BertModule(ConfiguredModule):
         padded["attention_mask"] = pad_mask(mask, padding, padding)  # type: ignore[assignment]
         return {**inputs, **padded, **self.task.pad_labels(inputs, padding)}
 
+    def shard_inputs(self, inputs: Batch) -> Batch:
+        """This rank's tokens, types, positions and labels of tokens, one part of each row; the mask stays whole."""
+        along = {name: self._shards.take(inputs[name], 1) for name in ("input_ids", "token_type_ids", "position_ids")}
+        return {**inputs, **along, **self.task.shard_labels(inputs, self._shards)}
+
+    @property
+    def _shards(self) -> SequenceShards:
+        return SequenceShards.here(zigzag=False)
+
     def loss(self, output: Any, batch: Batch) -> Loss:
         """The sum and weight of the task's losses; ``output`` are the logits."""
         parts = self.task.parts(output, batch)
@@ -195,8 +205,10 @@ class BertModule(ConfiguredModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Hidden states, or on the last stage the logits, unpadded and over the whole vocabulary."""
         inputs = self._get_batch_to_predict(batch)
-        output = self.active_model(**self.pad_inputs(inputs, self._length_multiple))
-        return self.task.predictions(output, inputs["input_ids"].size(1)) if self.on_last_stage else output
+        output = self.active_model(**self._fitted(inputs))
+        if not self.on_last_stage:
+            return output
+        return self.task.predictions(output, inputs["input_ids"].size(1), self._shards)
 
     def _log_part(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         stage, training = self.trainer.state.stage, self.trainer.training

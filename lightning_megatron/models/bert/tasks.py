@@ -7,7 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_megatron.distributed.collectives import average_losses_across_data_parallel_group, gather_vocabulary
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.collectives import (
+    average_losses_across_data_parallel_group,
+    gather_vocabulary,
+    sum_over_parts_of_rows,
+)
+from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.batch_checks import check_range, check_tokens
 from lightning_megatron.models.bert.config import BertConfig, BertTaskName
 from lightning_megatron.models.bert.model import (
@@ -60,6 +66,10 @@ class BertTask:
         """Those labels that have one for each token, for ``padding`` tokens more."""
         return {}
 
+    def shard_labels(self, inputs: Batch, shards: SequenceShards) -> Batch:
+        """This rank's part of those labels that have one for each token, under context parallelism."""
+        return {}
+
     def parts(self, output: Any, batch: Batch) -> Parts:
         """The losses of a micro-batch."""
         raise NotImplementedError
@@ -69,9 +79,9 @@ class BertTask:
         ((total, count),) = parts.values()
         return total, count
 
-    def predictions(self, output: Any, length: int) -> Any:
-        """Logits without what was padded."""
-        return output
+    def predictions(self, output: Any, length: int, shards: SequenceShards) -> Any:
+        """Logits of whole rows, without what was padded."""
+        return shards.from_first(output)
 
     def _require(self, batch: Batch, key: str, why: str) -> torch.Tensor:
         if key not in batch:
@@ -92,6 +102,11 @@ class TokenLabels(BertTask):
     def pad_labels(self, inputs: Batch, padding: int) -> Batch:
         """The labels; those of the tokens that are added are ignored."""
         return {"labels": F.pad(inputs["labels"], (0, padding), value=IGNORED_LABEL)} if "labels" in inputs else {}
+
+    def shard_labels(self, inputs: Batch, shards: SequenceShards) -> Batch:
+        """The labels of this rank's tokens; their number is no longer known on the host."""
+        own = {"labels": shards.take(inputs["labels"], 1)} if "labels" in inputs else {}
+        return {**own, "num_labels": None} if "num_labels" in inputs else own  # type: ignore[dict-item]
 
     def _check_labels(self, batch: Batch, classes: int, size: str) -> None:
         labels = self._require(batch, "labels", f"[b, s], {IGNORED_LABEL} where a token has none")
@@ -120,9 +135,9 @@ class MaskedLM(TokenLabels):
         number: Any = batch.get("num_labels")
         return {"mlm_loss": cross_entropy_over_shards(output, batch["labels"], IGNORED_LABEL, number)}
 
-    def predictions(self, output: Any, length: int) -> Any:
+    def predictions(self, output: Any, length: int, shards: SequenceShards) -> Any:
         """``[b, s, vocab]`` over the whole vocabulary."""
-        return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
+        return shards.gather(gather_vocabulary(output)[..., : self.config.vocab_size], 1)[:, :length]
 
 
 class Pretraining(MaskedLM):
@@ -160,17 +175,21 @@ class Pretraining(MaskedLM):
         pairs = self._pairs(batch)
         logits = output.seq_relationship_logits.float()
         sentence_order = F.cross_entropy(logits, pairs, ignore_index=_NO_PAIR, reduction="sum")
-        return {**super().parts(output.prediction_logits, batch), "sop_loss": (sentence_order, (pairs >= 0).sum())}
+        sop_loss = _where_the_first_token_is(sentence_order, (pairs >= 0).sum())
+        return {**super().parts(output.prediction_logits, batch), "sop_loss": sop_loss}
 
     def join(self, parts: Parts, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens count one each; pairs as much as ``weigh`` found, or in a mean of micro-batches as all its tokens."""
         (mlm, tokens), (sop, pairs) = parts["mlm_loss"], parts["sop_loss"]
-        each = batch["pair_weight"][0] if "pair_weight" in batch else tokens / pairs.clamp(min=1)
+        each = (
+            batch["pair_weight"][0] if "pair_weight" in batch else sum_over_parts_of_rows(tokens) / pairs.clamp(min=1)
+        )
         return mlm + sop * each, tokens
 
-    def predictions(self, output: BertPretrainingLogits, length: int) -> Any:
+    def predictions(self, output: BertPretrainingLogits, length: int, shards: SequenceShards) -> Any:
         """Logits of both heads, ``BertPretrainingLogits``."""
-        return output._replace(prediction_logits=super().predictions(output.prediction_logits, length))
+        tokens = super().predictions(output.prediction_logits, length, shards)
+        return BertPretrainingLogits(tokens, shards.from_first(output.seq_relationship_logits))
 
     def _tokens(self, batch: Batch) -> torch.Tensor:
         return batch["labels"]
@@ -193,9 +212,9 @@ class TokenClassification(TokenLabels):
         """Cross-entropy of the tokens that have a label."""
         return {"loss": _cross_entropy(output.flatten(0, 1), batch["labels"].flatten())}
 
-    def predictions(self, output: torch.Tensor, length: int) -> Any:
+    def predictions(self, output: torch.Tensor, length: int, shards: SequenceShards) -> Any:
         """``[b, s, num_labels]``."""
-        return output[:, :length]
+        return shards.gather(output, 1)[:, :length]
 
 
 class SequenceClassification(BertTask):
@@ -224,10 +243,11 @@ class SequenceClassification(BertTask):
         logits, labels = output.float(), batch["labels"]
         problem = self._problem(labels)
         if problem == "single_label_classification":
-            return {"loss": _cross_entropy(logits, labels.view(-1).long())}
+            return {"loss": _where_the_first_token_is(*_cross_entropy(logits, labels.view(-1).long()))}
         targets = labels.float().view_as(logits)
         loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
-        return {"loss": (loss(logits, targets, reduction="sum"), logits.new_full((), logits.numel()))}
+        total, count = loss(logits, targets, reduction="sum"), logits.new_full((), logits.numel())
+        return {"loss": _where_the_first_token_is(total, count)}
 
     def _problem(self, labels: torch.Tensor) -> str:
         return self.config.problem(labels.is_floating_point())
@@ -237,6 +257,12 @@ class SequenceClassification(BertTask):
             f"BertModule: labels {tuple(labels.shape)} of {labels.dtype} do not fit {problem} with"
             f" num_labels={self.config.num_labels}, which takes {wanted}. Set BertConfig(problem_type=, num_labels=)."
         )
+
+
+def _where_the_first_token_is(total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A loss of the rows' first tokens, which the first context-parallel rank has; nothing on the others."""
+    has_it = process_groups.context_parallel().rank() == 0
+    return (total, count) if has_it else (total * 0.0, count * 0)
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.collectives import gather_vocabulary
+from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.batch_checks import check_range, check_tokens, given, refuse
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule
@@ -204,6 +205,12 @@ class GPTModule(GeneratingModule):
         padded["attention_mask"] = pad_mask(inputs.get("attention_mask"), padding, padding)
         return padded
 
+    def shard_inputs(self, inputs: Batch) -> Batch:
+        """This rank's tokens, labels and positions ``[b, s/cp]``, zig-zag; the mask stays that of whole rows."""
+        shards = SequenceShards.here(zigzag=True)
+        along = [name for name in ("input_ids", "labels", "loss_mask", "position_ids") if inputs.get(name) is not None]
+        return {**inputs, **{name: shards.take(inputs[name], 1) for name in along}}
+
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Sum and count over the tokens that the loss mask keeps; ``output`` is that sum, or each's loss ``[b, s]``."""
         mask = batch["loss_mask"]
@@ -219,11 +226,12 @@ class GPTModule(GeneratingModule):
         """Hidden states, or on the last stage the logits ``[b, s, vocab]`` over the whole vocabulary."""
         inputs = self._get_batch_to_predict(batch)
         length = inputs["input_ids"].size(1)
-        without_labels: dict[str, Any] = {**self.pad_inputs(inputs, self._length_multiple), "labels": None}
+        without_labels: dict[str, Any] = {**self._fitted(inputs), "labels": None}
         output = self.active_model(**without_labels)
         if not self.on_last_stage:
             return output
-        return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
+        logits = gather_vocabulary(output)[..., : self.config.vocab_size]
+        return SequenceShards.here(zigzag=True).gather(logits, 1)[:, :length]
 
     def _check_prompts(self, prompts: Prompts, new: int) -> None:
         config = self.config

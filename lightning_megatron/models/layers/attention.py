@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.layers import flex_attention, sdpa
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams, causal_pattern
 from lightning_megatron.models.layers.attention_pieces import JOINED, Kernel, attend_in_pieces
@@ -29,7 +30,8 @@ class TorchAttention(torch.nn.Module):
         attention_type: "self" or "cross".
         attention_dropout: Probability; None takes the configuration's.
         softmax_scale: Factor on the scores; None is one over the root of the head's size.
-        **_: Arguments that only other implementations read (context parallelism, process groups).
+        cp_comm_type: How attention reaches across the ranks that share a row; None: the best for the shape.
+        **_: Arguments that only other implementations read (process groups).
     """
 
     kernel: str | None = None  # set by ``use_kernel``
@@ -42,9 +44,12 @@ class TorchAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
+        self.shares_rows = config.context_parallel_size > 1
+        self.is_cross = attention_type == "cross"
         self.causal = attn_mask_type == AttnMaskType.causal
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
@@ -66,6 +71,9 @@ class TorchAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Compute the attention of this rank's heads.
 
+        Under context parallelism ``query``, ``key`` and ``value`` are this rank's shards of rows, the mask or pattern
+        is that of whole rows, and the bias has this rank's queries and all keys.
+
         Args:
             query: ``[s, b, heads/tp, head]``.
             key: ``[s, b, groups/tp, head]``, as ``value``.
@@ -79,6 +87,8 @@ class TorchAttention(torch.nn.Module):
         Returns:
             ``[s, b, heads/tp · head]``.
         """
+        if self.shares_rows:
+            return self._over_ranks(query, key, value, attention_mask, attention_bias, _pattern(packed_seq_params))
         causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
         pattern = _pattern(packed_seq_params)
         window = self.window if self.window is not None and self.window < key.size(0) else None
@@ -96,6 +106,43 @@ class TorchAttention(torch.nn.Module):
             else:
                 found = self._patterned(query, key, value, pattern, window, dropout)
         return found.flatten(2)
+
+    @property
+    def shards_of_queries(self) -> SequenceShards:
+        """Which queries of a row this rank has: a decoder's are zig-zag, for causal attention."""
+        return SequenceShards.here(zigzag=self.causal or self.is_cross)
+
+    def _over_ranks(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        pattern: AttentionPattern | None,
+    ) -> torch.Tensor:
+        shards = self.shards_of_queries
+        of_keys = SequenceShards.here(zigzag=self.causal)
+        key, value = (of_keys.gather_with_gradients(x, 0) for x in (key, value))
+        length, dropout = key.size(0), self.dropout if self.training else 0.0
+        window = self.window if self.window is not None and self.window < length else None
+        if self.causal and mask is None and pattern is None:
+            pattern = causal_pattern(length, length)
+        elif mask is not None and window is not None:
+            mask = mask | causal_pattern(length, length).dense(window, query.device)
+        forked = get_cuda_rng_tracker().fork() if dropout and not self.in_parallel_rng else nullcontext()
+        parts = shards.parts(query.size(0) * shards.size)
+        found = []
+        with forked:
+            for number, (part, each) in enumerate(zip(parts, query.split(len(parts[0])), strict=True)):
+                if pattern is not None:
+                    of_part = pattern.made(("part", part), functools.partial(pattern.part, part.start, part.stop))
+                    found.append(self._patterned(each, key, value, of_part, window, dropout))
+                    continue
+                own = mask[:, :, part.start : part.stop] if mask is not None and mask.size(2) > 1 else mask
+                of_bias = None if bias is None else bias[:, :, number * len(part) : (number + 1) * len(part)]
+                found.append(self._masked(each, key, value, own, of_bias, False, dropout))
+        return torch.cat(found).flatten(2)
 
     def _patterned(
         self,

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
+from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.generation.cached_layers import (
     CachedColumnParallelLinear,
     CachedRowParallelLinear,
@@ -42,7 +43,9 @@ class RelativeAttention(TorchAttention):
         **kwargs: Any,
     ) -> torch.Tensor:
         """As ``TorchAttention``, with this rank's heads of the bias; in generation all layers are given one."""
-        if attention_bias is None:
+        if attention_bias is None and self.shares_rows:
+            attention_bias = heads_of_part_of_bias(self.position_bias, self.shards_of_queries, query.size(0))
+        elif attention_bias is None:
             attention_bias = heads_of_bias(self.position_bias, query.size(0), key.size(0))
         return super().forward(query, key, *args, **{**kwargs, "attention_bias": attention_bias.to(query.dtype)})
 
@@ -54,7 +57,26 @@ def heads_of_bias(position_bias: RelativePositionEmbedding, queries: int, keys: 
     """
     # It depends on the distance alone, so that a last query's is the first key's column, from the other side.
     bias = position_bias(queries, keys) if queries == keys else position_bias(keys, 1).flip(2).transpose(2, 3)
-    return scatter_to_tensor_model_parallel_region(bias.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return _heads(bias.permute(0, 2, 3, 1))
+
+
+def heads_of_part_of_bias(position_bias: RelativePositionEmbedding, shards: SequenceShards, own: int) -> torch.Tensor:
+    """This rank's heads of the bias of its ``own`` queries of each row to all keys, ``[1, heads/tp, own, keys]``."""
+    weight, length = position_bias.relative_attention_bias.weight, own * shards.size
+    keys = torch.arange(length, device=weight.device)
+    distances = keys - shards.take(keys, 0)[:, None]
+    buckets = position_bias._relative_position_bucket(
+        distances,
+        bidirectional=position_bias.bidirectional,
+        num_buckets=position_bias.relative_attention_num_buckets,
+        max_distance=position_bias.relative_attention_max_distance,
+    )
+    return _heads(position_bias.relative_attention_bias(buckets)[None])
+
+
+def _heads(bias: torch.Tensor) -> torch.Tensor:
+    """``[1, heads/tp, queries, keys]`` of ``[1, queries, keys, heads]``."""
+    return scatter_to_tensor_model_parallel_region(bias).permute(0, 3, 1, 2)
 
 
 @dataclass

@@ -27,6 +27,7 @@ from lightning_megatron.distributed import shared_weights
 from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.distributed.process_groups import Stack
+from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.t5.layer_spec import (
@@ -158,10 +159,10 @@ class T5Model(WholeModelNames, LanguageModule):
             **_: Inputs that only the loss reads.
 
         Returns:
-            Hidden states ``[se/tp + sd/tp, b, h]``, or on the last stage logits ``[b, sd, vocab/tp]``, or the sum.
+            Hidden states ``[(se + sd)/(tp·cp), b, h]``, or on the last stage logits ``[b, sd, vocab/tp]``, or the sum.
         """
         if self.pre_process:
-            encoded, hidden = self._embed(input_ids), self._embed(decoder_input_ids)
+            encoded, hidden = self._embed_rows(input_ids, False), self._embed_rows(decoder_input_ids, True)
         else:
             assert self._input is not None
             parts = 1 if not self.config.sequence_parallel else self.config.tensor_model_parallel_size
@@ -250,10 +251,19 @@ class T5Model(WholeModelNames, LanguageModule):
         if self.stage.copy is not None:
             shared_weights.mark_shared(bias.relative_attention_bias.weight, stack, self.stage.copy)
 
+    def _embed_rows(self, ids: torch.Tensor, zigzag: bool) -> torch.Tensor:
+        """``[s/(tp·cp), b, h]`` of ``[b, s/cp]``, this rank's part of each row under context parallelism."""
+        parts = self.config.context_parallel_size
+        places = torch.arange(ids.size(1) * parts, device=ids.device)
+        return self._embed_at(ids, places if parts == 1 else SequenceShards.here(zigzag=zigzag).take(places, 0))
+
     def _embed(self, ids: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """``[s/tp, b, h]`` of ``[b, s]``; what sequence parallelism pads may lie beyond the last learned position."""
-        positions = torch.arange(first, first + ids.size(1), device=ids.device).clamp(max=self.max_length - 1)
-        return self.embedding(ids, positions.expand_as(ids))
+        """``[s/tp, b, h]`` of ``[b, s]``, whose first token is at ``first``."""
+        return self._embed_at(ids, torch.arange(first, first + ids.size(1), device=ids.device))
+
+    def _embed_at(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The embedding of ``ids`` at ``places``; what is padded may lie beyond the last learned position."""
+        return self.embedding(ids, places.clamp(max=self.max_length - 1).expand_as(ids))
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[b, sd, vocab/tp]`` of ``[sd/tp, b, h]``."""

@@ -12,6 +12,7 @@ from lightning_megatron.distributed import process_groups, shared_weights
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule
@@ -221,6 +222,16 @@ class T5Module(GeneratingModule):
             padded["labels"] = F.pad(inputs["labels"], (0, more_targets), value=IGNORED_LABEL)
         return {**inputs, **padded}
 
+    def shard_inputs(self, inputs: Batch) -> Batch:
+        """This rank's tokens and labels of both sides, the decoder's zig-zag; the masks stay those of whole rows."""
+        decoder = SequenceShards.here(zigzag=True)
+        sharded: Batch = {
+            name: decoder.take(inputs[name], 1) for name in ("decoder_input_ids", "labels") if name in inputs
+        }
+        sharded["input_ids"] = SequenceShards.here(zigzag=False).take(inputs["input_ids"], 1)
+        unknown = {"num_labels": None} if "num_labels" in inputs else {}  # of this rank's labels, on the host
+        return {**inputs, **sharded, **unknown}  # type: ignore[dict-item]
+
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Sum and count over the labels that are not ignored.
 
@@ -242,10 +253,11 @@ class T5Module(GeneratingModule):
         """Hidden states, or on the last stage the logits ``[b, sd, vocab]`` over the whole vocabulary."""
         inputs = self._get_batch_to_predict(batch)
         length = inputs["decoder_input_ids"].size(1)
-        output: torch.Tensor = self.active_model(**self.pad_inputs(inputs, self._length_multiple))
+        output: torch.Tensor = self.active_model(**self._fitted(inputs))
         if not self.on_last_stage:
             return output
-        return gather_vocabulary(output)[:, :length, : self.config.vocab_size]
+        logits = gather_vocabulary(output)[..., : self.config.vocab_size]
+        return SequenceShards.here(zigzag=True).gather(logits, 1)[:, :length]
 
     @property
     def _encodes(self) -> bool:

@@ -9,7 +9,6 @@ from itertools import product
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
-from lightning_megatron.distributed import layout as layout_module
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 from lightning_megatron.distributed.model_fit import check_model
 
@@ -38,12 +37,6 @@ def suggestions(line: str) -> list[tuple[str, int | None]]:
     return [(name, None if value == "None" else int(value)) for name, value in found]
 
 
-@pytest.fixture
-def with_cp(monkeypatch):
-    """Allow context parallelism, as the commit that builds its layers will."""
-    monkeypatch.delitem(layout_module._UNBUILT, "cp")
-
-
 @pytest.mark.parametrize(
     ("world_size", "tp", "pp", "cp"),
     [
@@ -57,7 +50,6 @@ def with_cp(monkeypatch):
         (16, 2, 2, 4),
     ],
 )
-@pytest.mark.usefixtures("with_cp")
 def test_groups_are_those_of_megatron_core(world_size, tp, pp, cp):
     layout = ParallelLayout(world_size=world_size, tp=tp, pp=pp, cp=cp)
     megatron = RankGenerator(tp=tp, ep=1, dp=layout.dp, pp=pp, cp=cp, order="tp-cp-ep-dp-pp")
@@ -112,7 +104,7 @@ def test_sequence_parallel_is_a_bool():
 
 @pytest.mark.parametrize(
     ("name", "title"),
-    [("cp", "context parallelism"), ("ep", "expert parallelism"), ("etp", "expert tensor parallelism")],
+    [("ep", "expert parallelism"), ("etp", "expert tensor parallelism")],
 )
 def test_unbuilt_dimensions_are_refused_by_name(name, title):
     message = refusal(ParallelLayout, world_size=8, **{name: 2})
@@ -168,7 +160,6 @@ def test_world_error_text(sizes, text):
     assert refusal(ParallelLayout, **sizes) == text
 
 
-@pytest.mark.usefixtures("with_cp")
 def test_suggested_worlds_and_sizes_work():
     refused = 0
     for world_size, tp, pp, cp, vp in product(range(1, 25), range(1, 7), range(1, 7), (1, 2), (None, 2)):
@@ -284,22 +275,9 @@ def test_uneven_stages_and_unknown_lengths_are_left_unchecked():
     check_model(layout, **{**MODEL, "num_layers": 6, "seq_length": None, "vocab_size": None}, uneven_stages=True)
 
 
-@pytest.mark.usefixtures("with_cp")
-@pytest.mark.parametrize("seq_length", [2, 6, 10])
-def test_context_parallel_needs_two_chunks_per_rank(seq_length):
-    layout = ParallelLayout(world_size=8, cp=2)
-    message = refusal(check_model, layout, **{**MODEL, "seq_length": seq_length})
-    assert f"seq_length={seq_length} is not a multiple of 2 × cp=2." in message
-    for name, size in suggestions(message):
-        check_model(layout, **{**MODEL, name: size})
-
-
-@pytest.mark.usefixtures("with_cp")
-def test_context_and_sequence_parallel_shard_the_sequence_together():
+def test_context_parallelism_pads_rows_of_any_length():
     layout = ParallelLayout(world_size=8, tp=4, cp=2, sequence_parallel=True)
-    message = refusal(check_model, layout, **{**MODEL, "seq_length": 36})
-    assert "seq_length=36 is not a multiple of tp=4 × cp=2 under sequence_parallel." in message
-    assert suggestions(message) == [("seq_length", 32), ("seq_length", 40), ("tp", 2)]
+    check_model(layout, **{**MODEL, "seq_length": 36})
 
 
 MODEL_LOOPS = {
