@@ -70,7 +70,6 @@ STRATEGY: list[tuple[dict[str, Any], str]] = [
     ({"vp": 2}, "vp=2 interleaves pipeline stages, but pp=1. Use pp=2, or vp=None"),
     ({"vp": 0, "pp": 2}, "vp=0 is not a positive integer"),
     ({"vp": 1, "pp": 2}, "which is no interleaving. Use vp=None"),
-    ({"ep": 2}, "expert parallelism (ep) of 2 is refused"),
     ({"cp_comm": "p2p", "cp": 2}, "use 'ring'"),
     ({"cp_comm": "ring"}, "with cp=1 none do"),
     ({"ep": 2}, "expert parallelism (ep) of 2 is refused"),
