@@ -132,7 +132,7 @@ def _work_of(module: pl.LightningModule, batch: Any) -> list[float]:
 
 def _replicas_sum(values: list[float]) -> list[float]:
     """Sum over the replicas, host to host: no rank waits for its device."""
-    replicas = process_groups.data_parallel().size()
+    replicas = process_groups.replicas().size()
     if replicas == 1:
         return values
     summed = torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -104,13 +104,13 @@ def shard_specs(module: pl.LightningModule) -> dict[str, ShardSpec]:
     rows = getattr(getattr(module, "config", None), "vocab_size", None)
     for number, chunk in enumerate(chunks):
         found |= {f"chunks.{number}.{name}": spec for name, spec in chunk_shard_specs(chunk, rows).items()}
-    replica = process_groups.coordinates()
+    place, copy = process_groups.coordinates(), process_groups.data_parallel().rank()
     everything = torch.nn.Module.state_dict(module, keep_vars=True)  # includes what an overridden state_dict leaves out
     for name, tensor in {**everything, **module.state_dict(keep_vars=True)}.items():
         if name not in found and isinstance(tensor, torch.Tensor):
             shape = tuple(tensor.shape)
             whole = (Region((_zeros(shape), shape), _zeros(shape)),)
-            spec = ShardSpec(name, shape, shape, whole, (replica.pp, replica.tp, replica.dp))
+            spec = ShardSpec(name, shape, shape, whole, (place.pp, place.tp, copy))
             found[name] = _divided_as_marked(spec, tensor)
     return found
 

@@ -23,8 +23,8 @@ def broadcast_object_from_last_stage(value: T) -> T:
     return box[0]
 
 
-def broadcast_from_first_replica(tensors: list[torch.Tensor]) -> None:
-    """Overwrite ``tensors`` with those of the first data-parallel replica, in one broadcast for each dtype."""
+def broadcast_from_first_copy(tensors: list[torch.Tensor]) -> None:
+    """Overwrite ``tensors`` with those of the first rank with the same weights, in one broadcast for each dtype."""
     first = dist.get_global_rank(process_groups.data_parallel(), 0)
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         alike = [tensor for tensor in tensors if tensor.dtype == dtype]
@@ -40,8 +40,8 @@ def gather_from_stages(value: T) -> list[T]:
 
 
 def gather_from_replicas(value: T) -> list[T]:
-    """Gather the picklable ``value`` of each data-parallel replica, in order of rank, on every replica."""
-    return gather(value, process_groups.data_parallel())
+    """Gather the picklable ``value`` of each replica, which reads its own data, in order, on every replica."""
+    return gather(value, process_groups.replicas())
 
 
 def gather(value: T, group: dist.ProcessGroup) -> list[T]:

@@ -8,7 +8,7 @@ the world size. Nothing here imports torch: a layout is checked on a laptop befo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from lightning_megatron.distributed.argument_names import answer_wrong_names
@@ -48,15 +48,25 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class RankCoordinates:
-    """A rank's position in each parallel dimension."""
+    """A rank's position in each parallel dimension.
+
+    Args:
+        tp: Number of its shard of each layer.
+        cp: Number of its part of each sequence.
+        dp: Number of the replica that it belongs to.
+        pp: Number of its pipeline stage.
+        shares_sequences: Whether there is context parallelism; the text of a rank names ``cp`` only then.
+    """
 
     tp: int
     cp: int
     dp: int
     pp: int
+    shares_sequences: bool = field(default=False, repr=False, compare=False)
 
     def __str__(self) -> str:
-        return f"pipeline stage {self.pp}, tensor rank {self.tp}, replica {self.dp}"
+        context = f"context rank {self.cp}, " if self.shares_sequences else ""
+        return f"pipeline stage {self.pp}, tensor rank {self.tp}, {context}replica {self.dp}"
 
 
 @answer_wrong_names
@@ -145,7 +155,8 @@ class ParallelLayout:
     def coordinates(self, rank: int) -> RankCoordinates:
         """Return the coordinates of ``rank``, in megatron-core's default order (tp fastest, pp slowest)."""
         self._check_rank(rank)
-        return RankCoordinates(**{kind: rank // self._stride(kind) % self._size(kind) for kind in _ORDER})
+        numbers = {kind: rank // self._stride(kind) % self._size(kind) for kind in _ORDER}
+        return RankCoordinates(**numbers, shares_sequences=self.cp > 1)
 
     def rank_name(self, rank: int) -> str:
         """Return a rank's number and coordinates, for people."""

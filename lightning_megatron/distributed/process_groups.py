@@ -49,6 +49,7 @@ class _State:
         timeout_now: How long it may take for the time being, if ``set_timeout`` has said so.
         groups: The groups of the layout that this rank is in.
         stacks: The groups of the pipeline ranks of each stack, for encoder-decoder models.
+        model: The group of the ranks of one copy of the model; under context parallelism megatron-core has none.
         gloo: The Gloo groups of all ranks: for the main thread, and for a thread that writes checkpoints.
         made_for_build: Whether the default group was made here, to build a model outside of a run.
         seed: The seed of the run, which ``reset`` keeps.
@@ -60,6 +61,7 @@ class _State:
     timeout_now: timedelta | None = None
     groups: list[dist.ProcessGroup] = field(default_factory=list)
     stacks: dict[Stack, dist.ProcessGroup] = field(default_factory=dict)
+    model: dist.ProcessGroup | None = None
     gloo: tuple[dist.ProcessGroup, ...] = ()
     made_for_build: bool = False
     seed: int = 0
@@ -93,7 +95,7 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
     if layout.world_size != dist.get_world_size():
         raise RuntimeError(
             f"The default process group has {dist.get_world_size()} ranks, and the layout has {layout.world_size}"
-            f" (tp={layout.tp}, pp={layout.pp}, dp={layout.dp}). Something else in this program has made it: call"
+            f" ({layout.sizes}). Something else in this program has made it: call"
             " torch.distributed.destroy_process_group() first, or give the Trainer as many devices."
         )
     _destroy_layout_groups()
@@ -109,6 +111,7 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
         )
     state.groups = _groups_of_megatron()
     _build_stacks(layout, timeout)
+    _build_model_group(layout, timeout)
     state.layout = layout
 
 
@@ -119,7 +122,7 @@ def set_timeout(timeout: timedelta) -> None:
     """
     state = _current()
     state.timeout_now = timeout
-    for group in (*state.groups, *state.stacks.values(), *state.gloo):
+    for group in (*state.groups, *_own_groups(state), *state.gloo):
         if _is_alive(group):
             group.set_timeout(timeout)
 
@@ -173,12 +176,18 @@ def _destroy_layout_groups() -> None:
     """Destroy the groups of the layout; the default group and the Gloo groups of all ranks stay."""
     state = _current()
     _clear_parallel_state()
-    for group in (*state.groups, *state.stacks.values()):
+    for group in (*state.groups, *_own_groups(state)):
         if _is_alive(group):
             dist.destroy_process_group(group)
     state.groups.clear()
     state.stacks.clear()
+    state.model = None
     state.layout = None
+
+
+def _own_groups(state: _State) -> list[dist.ProcessGroup]:
+    """The groups of the layout that megatron-core has no name for."""
+    return [*state.stacks.values(), *([state.model] if state.model is not None else [])]
 
 
 def _clear_parallel_state() -> None:
@@ -227,6 +236,17 @@ def _build_stacks(layout: ParallelLayout, timeout: timedelta) -> None:
             group = dist.new_group(ranks, timeout=timeout)
             if dist.get_rank() in ranks:
                 _state.stacks[name] = group
+
+
+def _build_model_group(layout: ParallelLayout, timeout: timedelta) -> None:
+    """Create the group of the ranks of each replica: megatron-core's has no context-parallel ranks (0.16.1)."""
+    if layout.cp == 1:
+        return
+    for replica in range(layout.dp):
+        ranks = [rank for rank in range(layout.world_size) if layout.coordinates(rank).dp == replica]
+        group = dist.new_group(ranks, timeout=timeout)
+        if dist.get_rank() in ranks:
+            _state.model = group
 
 
 def check_single_process() -> None:
@@ -293,6 +313,7 @@ def coordinates() -> RankCoordinates:
         cp=parallel_state.get_context_parallel_rank(),
         dp=parallel_state.get_data_parallel_rank(),
         pp=parallel_state.get_pipeline_model_parallel_rank(),
+        shares_sequences=parallel_state.get_context_parallel_world_size() > 1,
     )
 
 
@@ -317,8 +338,17 @@ def run_seed() -> int:
 
 
 def data_parallel() -> dist.ProcessGroup:
-    """The group of the ranks that hold the same weights and compute different tokens: replicas, and parts of rows."""
+    """The group of the ranks that hold the same weights, over which losses and gradients are summed.
+
+    They compute different tokens: those of different replicas other rows, and those of one replica (context
+    parallelism) other parts of the same rows.
+    """
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def replicas() -> dist.ProcessGroup:
+    """The group of the ranks that read different data: one of each replica, with the same part of the rows."""
+    return parallel_state.get_data_parallel_group()
 
 
 def context_parallel() -> dist.ProcessGroup:
@@ -327,8 +357,11 @@ def context_parallel() -> dist.ProcessGroup:
 
 
 def model_parallel() -> dist.ProcessGroup:
-    """The group of the ranks that hold one copy of the model together, and read the same data."""
-    return parallel_state.get_model_parallel_group()
+    """The group of the ranks of one replica: they hold one copy of the model together, and read the same data.
+
+    Under context parallelism they are several copies, which share the tokens of each row.
+    """
+    return parallel_state.get_model_parallel_group() if _state.model is None else _state.model
 
 
 def tensor_parallel() -> dist.ProcessGroup:

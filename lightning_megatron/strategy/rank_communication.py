@@ -33,7 +33,7 @@ class RankCommunication(ParallelStrategy):
         """Reduce over the data-parallel replicas: model-parallel ranks hold copies, which a sum would count again."""
         if not isinstance(tensor, torch.Tensor) or group == process_groups.REDUCED or not dist.is_initialized():
             return tensor
-        return lightning_private.reduce(tensor, group or process_groups.data_parallel(), reduce_op=reduce_op)
+        return lightning_private.reduce(tensor, group or process_groups.replicas(), reduce_op=reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -46,7 +46,7 @@ class RankCommunication(ParallelStrategy):
     def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
         """Gather over the data-parallel replicas, also where ``LightningModule.all_gather`` asks for the world."""
         if group in (None, dist.group.WORLD):
-            group = process_groups.data_parallel()
+            group = process_groups.replicas()
         if sync_grads:
             return collectives.gather_with_gradients(tensor, group)
         return super().all_gather(tensor, group, sync_grads)

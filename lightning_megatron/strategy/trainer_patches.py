@@ -98,7 +98,7 @@ class TrainerPatches:
                 replace(checkpoints, lightning_private.LINK_CHECKPOINT, model_checkpoint.link)
 
         for metric in torchmetrics_sync.metrics_to_sync(trainer.lightning_module):
-            replace(metric, "dist_sync_fn", torchmetrics_sync.gather)
+            replace(metric, "dist_sync_fn", partial(torchmetrics_sync.gather, metric))
         if hook_logs is not None:
             replace(trainer.lightning_module, "log", hook_logs.log)
             replace(trainer.profiler, "profile", hook_logs.profile)  # type: ignore[attr-defined]

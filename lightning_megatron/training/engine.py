@@ -165,7 +165,7 @@ class Engine:
 
     def share_buffers(self) -> None:
         """Copy the buffers of the first replica (running means) to the others; a training step makes them differ."""
-        collectives.broadcast_from_first_replica([getattr(module, name) for module, name in self._buffers])
+        collectives.broadcast_from_first_copy([getattr(module, name) for module, name in self._buffers])
 
     def finish_param_gather(self) -> None:
         """Gather the weights that ``overlap_param_gather`` would gather in the next forward pass."""

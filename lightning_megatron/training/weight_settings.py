@@ -40,7 +40,7 @@ def check(parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Optim
     problems += _differences(settings, process_groups.pipeline(), "pipeline stages")
     for group, who in (
         (process_groups.tensor_parallel(), "tensor-parallel ranks"),
-        (process_groups.data_parallel(), "replicas"),
+        (process_groups.data_parallel(), "data-parallel ranks"),
     ):
         if len(set(collectives.gather(_digest(settings), group))) > 1:  # the settings are only sent if they differ
             problems += _differences(settings, group, who)

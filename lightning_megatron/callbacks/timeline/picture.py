@@ -19,7 +19,7 @@ _MOST_ROWS = 32
 
 
 def draw(timelines: Sequence[RankTimeline], layout: ParallelLayout, path: str | Path, title: str = "") -> Path:
-    """Draw the stages of the first replica's first tensor rank; without a pipeline, the replicas.
+    """Draw the stages of the first replica's first tensor and context rank; without a pipeline, those of all replicas.
 
     Args:
         timelines: Timelines of all ranks, which begin at the same time.
@@ -42,11 +42,10 @@ def draw(timelines: Sequence[RankTimeline], layout: ParallelLayout, path: str | 
     axes.set_xlabel("milliseconds")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    sizes = ", ".join(f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "vp", "dp") if getattr(layout, name))
     idle = f"{bubble(rows):.0%} of the schedule idle"
     if layout.pp > 1:
         idle += f"; {ideal_bubble(layout, micro_batches):.0%} if all passes took equally long"
-    heading = f"{title}{': ' if title else ''}{sizes}, {micro_batches} micro-batches. {idle}"
+    heading = f"{title}{': ' if title else ''}{layout.sizes}, {micro_batches} micro-batches. {idle}"
     axes.set_title(heading, loc="left", fontsize=11)
     chunks = range(layout.vp or 1)
     name = "forward, chunk {}" if len(chunks) > 1 else "forward"
@@ -68,7 +67,7 @@ def draw(timelines: Sequence[RankTimeline], layout: ParallelLayout, path: str | 
 
 def shown(timelines: Sequence[RankTimeline], layout: ParallelLayout) -> list[RankTimeline]:
     """The ranks that the picture has rows for."""
-    first = [each for each in timelines if each.place.tp == 0]
+    first = [each for each in timelines if each.place.tp == each.place.cp == 0]
     if layout.pp > 1:
         first = [each for each in first if each.place.dp == 0]
     return sorted(first, key=lambda each: (each.place.pp, each.place.dp))[:_MOST_ROWS]

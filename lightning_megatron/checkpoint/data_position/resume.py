@@ -152,7 +152,7 @@ class Resumption:
             )
         self._take_seeds(loaders, records, replace)
         lightning_private.load_loader_states(trainer, saved["combined_loader"] or [])
-        replicas = dist.get_world_size(process_groups.data_parallel())
+        replicas = dist.get_world_size(process_groups.replicas())
         done, more = _batches_now(saved, loaders, replicas), self._to_leave_out(saved)
         _check_left(trainer, done, more)
         to_read = []

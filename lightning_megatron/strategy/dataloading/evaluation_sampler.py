@@ -79,7 +79,7 @@ def each_once(loader: Any) -> Any:
     All ranks call this together. With ``drop_last`` each replica drops the last samples of its share that fill no
     batch. A loader of unknown length is returned as it is: ``rank_consistency.EvenLoader`` handles it.
     """
-    if not dist.is_initialized() or process_groups.data_parallel().size() == 1:
+    if not dist.is_initialized() or process_groups.replicas().size() == 1:
         return loader
     loader = without_repeats(loader)
     sampler = sampler_of(loader)

@@ -18,7 +18,7 @@ def join_replicas(trainer: pl.Trainer) -> None:
     does not have one row for each sample.
     """
     loop = trainer.predict_loop
-    if not loop.return_predictions or process_groups.data_parallel().size() == 1:
+    if not loop.return_predictions or process_groups.replicas().size() == 1:
         return
     combined = lightning_private.combined_loader(loop)
     assert combined is not None

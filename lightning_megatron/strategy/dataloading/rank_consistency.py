@@ -60,7 +60,7 @@ def check_same_batch(batch: Any) -> None:
     group = process_groups.model_parallel()
     if group.size() == 1:
         return
-    sums = collectives.gather(_checksum(batch), group)
+    sums = collectives.gather(checksum(batch), group)
     if len(set(sums)) > 1:
         ranks = dist.get_process_group_ranks(group)
         same = [rank for rank, seen in zip(ranks, sums, strict=True) if seen == sums[0]]
@@ -197,7 +197,8 @@ class SizedEvenLoader(EvenLoader):
         return len(self._loader)
 
 
-def _checksum(batch: Any) -> int:
+def checksum(batch: Any) -> int:
+    """A number that differs between batches, or collections of any kind, whose tensors differ."""
     total = [0]
 
     def add(tensor: torch.Tensor) -> None:

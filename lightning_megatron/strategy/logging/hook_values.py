@@ -184,7 +184,7 @@ def _chosen(name: str, every: list[tuple[RankCoordinates, dict[str, _Entry]]]) -
     found = {place: entries[name] for place, entries in every if name in entries}
     stage = max(place.pp for place in found)
     of_replica: dict[int, _Entry] = {}
-    for place in sorted((p for p in found if p.pp == stage), key=lambda p: (p.dp, p.tp)):
+    for place in sorted((p for p in found if p.pp == stage), key=lambda p: (p.dp, p.cp, p.tp)):
         of_replica.setdefault(place.dp, found[place])
     entries = list(of_replica.values())
     options = entries[0].options

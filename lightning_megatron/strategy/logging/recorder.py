@@ -1,4 +1,8 @@
-"""Records what micro-batches log (``self.log``), reduces it over them and the replicas, and logs it on every rank."""
+"""Records what micro-batches log (``self.log``), reduces it over them and the replicas, and logs it on every rank.
+
+Under context parallelism a step has a part of each row, so the ranks that share the rows are reduced over, too: a mean
+is weighed by what ``batch_size`` says, and a sum adds the parts.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from torchmetrics import Metric
 
 from lightning_megatron.distributed import collectives, process_groups
@@ -18,6 +23,7 @@ from lightning_megatron.strategy.logging import torchmetrics_private, torchmetri
 from lightning_megatron.strategy.logging.user_state import taken_back
 
 _SIGNATURE = inspect.signature(pl.LightningModule.log)
+_warnings = WarningCache()
 
 
 @dataclass
@@ -153,23 +159,40 @@ class LogRecorder:
 
 
 def _over_ranks(seen: dict[str, _Entry]) -> list[dict[str, _Entry]]:
-    """What each stage recorded, over all replicas; where this rank is all of them, its values stay on the device."""
+    """What each stage recorded, over all data; where this rank has all of it, its values stay on the device."""
     if process_groups.data_parallel().size() * process_groups.pipeline().size() == 1:
         return [seen]
-    return collectives.gather_from_stages(_over_replicas(seen))
+    return collectives.gather_from_stages(_over_data(seen))
 
 
-def _over_replicas(seen: dict[str, _Entry]) -> dict[str, _Entry]:
-    """Join the values and weights that all replicas recorded on this stage, also under names that only some logged."""
+def _over_data(seen: dict[str, _Entry]) -> dict[str, _Entry]:
+    """Join what all replicas, and all parts of rows, recorded on this stage, also under names that only some logged."""
     joined: dict[str, _Entry] = {}
-    for replica in collectives.gather_from_replicas({name: _on_the_host(entry) for name, entry in seen.items()}):
-        for name, entry in replica.items():
+    here = {name: _on_the_host(entry) for name, entry in seen.items()}
+    every = collectives.gather(here, process_groups.data_parallel())
+    _warn_of_sums(every[: process_groups.context_parallel().size()])
+    for rank in every:
+        for name, entry in rank.items():
             if name not in joined:
                 joined[name] = entry
             else:
                 joined[name].values += entry.values
                 joined[name].weights += entry.weights
     return joined
+
+
+def _warn_of_sums(parts: list[dict[str, _Entry]]) -> None:
+    """Warn of a sum of equal numbers: what each of the ranks that share rows has counted may be of the whole rows."""
+    for name, first in parts[0].items() if len(parts) > 1 else ():
+        numbers = [value for value in first.values if isinstance(value, int | float)]
+        if first.options.get("reduce_fx") not in ("sum", torch.sum) or not any(numbers):
+            continue
+        if all(name in part and part[name].values == numbers for part in parts):
+            _warnings.warn(
+                f"self.log({name!r}, reduce_fx='sum') in a step with cp={len(parts)}: the ranks that share each row"
+                f" have logged the same number, {numbers[-1]}, and their sum is logged. A step has a part of each row's"
+                " tokens. If the number is of whole rows, log it in on_train_batch_end (on_validation_batch_end)."
+            )
 
 
 def _on_the_host(entry: _Entry) -> _Entry:

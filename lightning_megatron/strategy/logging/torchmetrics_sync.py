@@ -1,4 +1,4 @@
-"""Synchronises torchmetrics objects of a module over the data-parallel replicas, and gives every stage their states."""
+"""Synchronises torchmetrics objects of a module over the replicas, and gives every pipeline stage their states."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_megatron.distributed import collectives, process_groups
+from lightning_megatron.strategy.dataloading.rank_consistency import checksum
 from lightning_megatron.strategy.logging import torchmetrics_private
 
 
@@ -26,13 +27,33 @@ def metrics_to_sync(module: pl.LightningModule) -> list[Metric]:
     return [metric for metric in _metrics(module) if metric.process_group is None and metric.dist_sync_fn is None]
 
 
-def gather(tensor: torch.Tensor, group: Any | None = None) -> list[torch.Tensor]:
+def gather(metric: Metric, tensor: torch.Tensor, group: Any | None = None) -> list[torch.Tensor]:
     """Gather a metric's state from the last pipeline stage of each replica: a ``dist_sync_fn`` of torchmetrics.
 
+    Under context parallelism, the ranks that share each row's tokens have either seen whole rows (what ``predict_step``
+    returns, or a hook's outputs): then all of them have the same states, of which one counts. Or each has seen its part
+    of the rows (a loss in a step): then all of them count.
+
     It looks its process groups up when it is called, so that metrics can be copied and pickled.
+
+    Args:
+        metric: The metric; the partial function that is its ``dist_sync_fn`` has it.
+        tensor: One of its states.
+        group: The group that the metric was given, if any.
     """
     states = gather_all_tensors(tensor, group or process_groups.data_parallel())
+    if group is None and _have_seen_whole_rows(metric):
+        states = states[:: process_groups.context_parallel().size()]
     return states if group or _stages_agree else collectives.broadcast_object_from_last_stage(states)
+
+
+def _have_seen_whole_rows(metric: Metric) -> bool:
+    """Whether the ranks that share rows have the same states, in every replica."""
+    sharing = process_groups.context_parallel().size()
+    if sharing == 1:
+        return False
+    sums = collectives.gather(checksum(metric.metric_state), process_groups.data_parallel())
+    return all(len(set(sums[first : first + sharing])) == 1 for first in range(0, len(sums), sharing))
 
 
 _stages_agree = False  # whether every stage has the last stage's states, so that a stage may compute alone
