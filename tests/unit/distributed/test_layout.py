@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
-from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
+from lightning_megatron.distributed.layout import LayoutError, ParallelLayout, RankCoordinates
 from lightning_megatron.distributed.model_fit import check_model
 
 MODEL = {
@@ -66,9 +66,18 @@ def test_coordinates_run_from_tp_to_pp():
     layout = ParallelLayout(world_size=8, tp=2, pp=2)
     assert layout.dp == 2
     assert layout.num_model_ranks == 4
-    assert asdict(layout.coordinates(1)) == {"tp": 1, "cp": 0, "dp": 0, "pp": 0}
-    assert asdict(layout.coordinates(2)) == {"tp": 0, "cp": 0, "dp": 1, "pp": 0}
-    assert asdict(layout.coordinates(4)) == {"tp": 0, "cp": 0, "dp": 0, "pp": 1}
+    assert layout.coordinates(1) == RankCoordinates(tp=1, cp=0, dp=0, pp=0)
+    assert layout.coordinates(2) == RankCoordinates(tp=0, cp=0, dp=1, pp=0)
+    assert layout.coordinates(4) == RankCoordinates(tp=0, cp=0, dp=0, pp=1)
+
+
+def test_a_rank_is_named_by_the_dimensions_of_the_run():
+    assert (
+        ParallelLayout(world_size=8, tp=2, pp=2).rank_name(5) == "rank 5 (pipeline stage 1, tensor rank 1, replica 0)"
+    )
+    shares = ParallelLayout(world_size=8, tp=2, cp=2)
+    assert shares.rank_name(6) == "rank 6 (pipeline stage 0, tensor rank 0, context rank 1, replica 1)"
+    assert shares.sizes == "tp=2, pp=1, cp=2, dp=2"
 
 
 @pytest.mark.parametrize("rank", [-1, 8])
