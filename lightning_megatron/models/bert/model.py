@@ -20,6 +20,7 @@ from megatron.core.transformer.utils import get_linear_layer
 
 from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.models.bert.layer_spec import NormPlacement, bert_block_spec, bert_embedding
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.norm import TorchNorm
 
@@ -108,7 +109,7 @@ class BertModel(WholeModelNames, LanguageModule):
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: AttentionPattern | torch.Tensor | None,
         token_type_ids: torch.Tensor,
         position_ids: torch.Tensor,
         labels: torch.Tensor | WeightedLabels | None = None,
@@ -118,7 +119,8 @@ class BertModel(WholeModelNames, LanguageModule):
 
         Args:
             input_ids: ``[b, s]``.
-            attention_mask: ``[b, 1, 1, s]``, True where nobody may look; None where nothing is padded.
+            attention_mask: ``[b, 1, 1, s]``, True where nobody may look; a pattern where texts share rows; None where
+                nothing is padded.
             token_type_ids: ``[b, s]``.
             position_ids: ``[b, s]``.
             labels: Those of tokens with weights, ``[b, s]``, ask for the weighted sum of their losses.
@@ -128,7 +130,7 @@ class BertModel(WholeModelNames, LanguageModule):
             Hidden states ``[s/tp, b, h]``, or on the last stage the head's logits.
         """
         hidden = self.embedding(input_ids, position_ids, token_type_ids) if self.pre_process else None
-        hidden = self.encoder(hidden_states=hidden, attention_mask=attention_mask)
+        hidden = self.encoder(hidden_states=hidden, **block_arguments(attention_mask))
         if not self.post_process:
             return hidden
         return self.head(hidden, labels=labels) if isinstance(labels, WeightedLabels) else self.head(hidden)

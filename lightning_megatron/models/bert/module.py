@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.sequence_shards import SequenceShards
+from lightning_megatron.models import shared_rows
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.models.bert.config import BertConfig
 from lightning_megatron.models.bert.tasks import TASKS, BertTask
 from lightning_megatron.models.configured_module import ConfiguredModule
 from lightning_megatron.models.host_answers import Question, answers, with_answers
 from lightning_megatron.models.layers.attention import pad_mask
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.output_layer import OutputLayer
 from lightning_megatron.models.lora import LoRA
@@ -44,6 +46,9 @@ class BertModule(ConfiguredModule):
     language modelling and token classification (−100 is ignored), ``[b]`` or ``[b, num_labels]`` for sequence
     classification; "pretraining" also takes ``next_sentence_label`` ``[b]``. Or as Megatron's datasets make them:
     ``text``, ``types``, ``labels``, ``loss_mask``, ``padding_mask``, ``is_random``.
+
+    Texts that share a row are kept apart by ``seq_idx`` ``[b, s]`` (the number of each token's text) or ``cu_seqlens``
+    (``cu_seq_lens_q``), for tasks with a label to a token; positions begin anew in each.
 
     ``loss`` is given the logits: those of tokens over this rank's shard of the vocabulary, the others whole. Where no
     subclass replaces it, and ``Kernels(chunked_loss=True)``, the sum of the tokens' losses is in their place. Masked
@@ -101,18 +106,24 @@ class BertModule(ConfiguredModule):
     def _check_loaded(self, batch: Batch) -> None:
         """Refuse a batch without tokens, with ids or labels out of range, or longer than the positions."""
         batch = _renamed(batch)
+        check_tokens("BertModule", "input_ids", batch["input_ids"])
+        shared_rows.check("BertModule", batch, *batch["input_ids"].shape)
         self._check_inputs(batch)
         for key in ("attention_mask", "token_type_ids", "position_ids"):
             check_alike("BertModule", batch, key, "input_ids")
+        shared_rows.check_encoder("BertModule", batch)
+        if shared_rows.source(batch) is not None and not shared_rows.is_one_document(batch).all():
+            self.task.check_shared_rows()
 
     def _check_inputs(self, inputs: Batch) -> None:
         batch, config = _renamed(inputs), self.config
         tokens = batch["input_ids"]
         check_tokens("BertModule", "input_ids", tokens)
-        if tokens.size(1) > config.seq_length:
+        longest = shared_rows.longest(batch, tokens.size(1))
+        if longest > config.seq_length:
             raise ValueError(
-                f"BertModule: sequences of {tokens.size(1)} tokens, but BertConfig(seq_length={config.seq_length})."
-                f" Cut the samples, or use seq_length={tokens.size(1)} or more."
+                f"BertModule: sequences of {longest} tokens, but BertConfig(seq_length={config.seq_length})."
+                f" Cut the samples, or use seq_length={longest} or more."
             )
         check_range("BertModule", "input_ids", tokens, config.vocab_size, "BertConfig.vocab_size")
         if "token_type_ids" in batch:
@@ -136,10 +147,14 @@ class BertModule(ConfiguredModule):
         return (int(inputs["input_ids"].size(1)),)
 
     def get_batch(self, batch: Batch) -> Batch:
-        """Tokens, types and positions ``[b, s]``, a mask ``[b, 1, 1, s]`` and the task's labels, from either form."""
+        """Tokens, types and positions ``[b, s]``, who looks at whom, and the task's labels, from either form."""
         batch = _renamed(with_answers(given(batch)))
         tokens = batch["input_ids"].long()
+        documents = None if shared_rows.source(batch) is None else shared_rows.numbers(batch, tokens.size(1))
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        if documents is not None:
+            documents = documents.expand_as(tokens)
+            positions = shared_rows.places(documents)
         inputs = {
             "input_ids": tokens,
             "token_type_ids": batch.get("token_type_ids", torch.zeros_like(tokens)).long(),
@@ -147,6 +162,9 @@ class BertModule(ConfiguredModule):
         }
         sees_all = "attention_mask" not in batch or all(answers(batch, _sees_all))
         mask: Any = None if sees_all else ~_kept(batch)[:, None, None, :]
+        if documents is not None:
+            keep = None if sees_all else _kept(batch)
+            mask = AttentionPattern(length=tokens.size(1), documents=documents, keep=keep, causal=False)
         inputs |= {"attention_mask": mask, **self.task.labels(batch)}
         if self._counts_labels and "labels" in batch:
             inputs["num_labels"] = sum(answers(batch, _number_of_labels))
@@ -163,6 +181,8 @@ class BertModule(ConfiguredModule):
     def _questions(self, batch: Batch) -> Iterator[Question]:
         if "attention_mask" in _renamed(batch):
             yield _sees_all
+        if shared_rows.source(batch) is not None:
+            yield shared_rows.is_one_document
         if self._counts_labels and "labels" in batch:
             yield _number_of_labels
 

@@ -54,6 +54,18 @@ class BertTask:
         """
         raise NotImplementedError
 
+    def check_shared_rows(self) -> None:
+        """Refuse rows that several texts share, where the head reads the first token of a row alone.
+
+        Raises:
+            ValueError: The task is of that kind.
+        """
+        raise ValueError(
+            f"BertModule with task={self.config.task!r}: several texts share a row of this batch, and the head reads"
+            " the first token of a row alone. Give each text a row of its own, or use task='masked_lm' or"
+            " 'token_classification'."
+        )
+
     def weigh(self, batch: Batch) -> Batch:
         """The batch of this replica with what is known only of the whole global batch."""
         return batch
@@ -94,6 +106,9 @@ class BertTask:
 
 class TokenLabels(BertTask):
     """Labels ``[b, s]``, one to a token, −100 where there is none."""
+
+    def check_shared_rows(self) -> None:
+        """Texts may share a row: each token has its own output."""
 
     def labels(self, batch: Batch) -> Batch:
         """The labels as integers."""
@@ -157,6 +172,8 @@ class Pretraining(MaskedLM):
             )
         counted = pairs[(pairs != IGNORED_LABEL) & (pairs != _NO_PAIR)]
         check_range("BertModule", "next_sentence_label", counted, 2, "the binary head's classes")
+
+    check_shared_rows = BertTask.check_shared_rows
 
     def weigh(self, batch: Batch) -> Batch:
         """Add what one pair weighs in tokens, so that the loss of the global batch is the sum of the two means."""

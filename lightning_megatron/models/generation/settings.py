@@ -32,7 +32,10 @@ _WITHOUT_EFFECT = {
 _ONE_MODEL = "it asks for another model, or for other passes of this one, beside the text's"
 _OTHER_PASSES = "the stages of a pipeline return scores only"
 _OTHER_START = "a text begins with input_ids, and T5's decoder with decoder_start_token_id"
+_ONE_TEXT = "a row is one prompt, and texts that share one are not continued; give each its row"
+_OF_DOCUMENTS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _REFUSED = {
+    **dict.fromkeys(_OF_DOCUMENTS, _ONE_TEXT),
     "assistant_model": _ONE_MODEL,
     "assistant_tokenizer": _ONE_MODEL,
     "assistant_early_exit": _ONE_MODEL,

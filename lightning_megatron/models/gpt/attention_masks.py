@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lightning_megatron.models import shared_rows
 from lightning_megatron.models.gpt.config import GPTConfig
-from lightning_megatron.models.gpt.packed_documents import numbers_by_positions
 from lightning_megatron.models.host_answers import answers
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern
 from lightning_megatron.models.megatron_module import Batch
@@ -94,10 +94,12 @@ def check(config: GPTConfig, batch: Batch, name: str, length: int) -> None:
 
 def _beyond_causal(batch: Batch) -> str:
     """Name what in the batch hides earlier tokens from a token that has a label."""
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    mask, said = batch.get("attention_mask"), shared_rows.source(batch)
+    says_documents = said is not None or (mask is None and "position_ids" in batch)
+    if says_documents and not shared_rows.is_one_document(batch).all():
+        return f"{said or 'position_ids'!r} that begin documents"
     if mask is None:
-        apart = positions is not None and numbers_by_positions(batch) is not None
-        return "'position_ids' that begin documents" if apart else ""
+        return ""
     only_ends = mask.dim() == 2 and bool((mask.bool().long().diff(dim=1) <= 0).all())
     return "" if only_ends else "this 'attention_mask'"
 

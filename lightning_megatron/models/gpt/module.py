@@ -12,7 +12,8 @@ from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.sequence_shards import SequenceShards
-from lightning_megatron.models.batch_checks import check_range, check_tokens, given, refuse
+from lightning_megatron.models import shared_rows
+from lightning_megatron.models.batch_checks import check_range, check_tokens, given
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule
 from lightning_megatron.models.gpt import attention_masks
@@ -20,7 +21,7 @@ from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.decoder import GPTDecoder
 from lightning_megatron.models.gpt.layer_spec import gpt_block_spec
 from lightning_megatron.models.gpt.model import PositionedGPT
-from lightning_megatron.models.gpt.packed_documents import Documents, is_one_document, numbers_by_positions
+from lightning_megatron.models.gpt.packed_documents import Documents
 from lightning_megatron.models.host_answers import Question, answers, with_answers
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
@@ -47,7 +48,8 @@ class GPTModule(GeneratingModule):
 
     ``position_ids`` ``[b, s]`` count for learned and for rotary positions. Where they do not go on by one, another
     document begins, and no token looks beyond its own document, as in transformers; an ``attention_mask`` in the batch
-    says instead who looks where.
+    says instead who looks where. ``cu_seqlens`` (``cu_seq_lens_q``) and ``seq_idx`` say where documents begin, too, and
+    positions begin anew there. Labels that are made here do not predict a document from the one before it.
 
     Args:
         config: The shape of the model.
@@ -125,15 +127,14 @@ class GPTModule(GeneratingModule):
     def _check_loaded(self, batch: Batch) -> None:
         """Refuse a batch without tokens, with ids beyond the vocabulary, or longer than the positions."""
         name = _token_key(batch)
-        tokens = batch[name]
+        tokens, batch = batch[name], shared_rows.without_token_mask(batch)
         check_tokens("GPTModule", name, tokens)
-        length = tokens.size(1) - (name == "text")
+        rows, length = tokens.size(0), tokens.size(1) - (name == "text")
         if "position_ids" in batch:
-            self._check_positions(batch, (tokens.size(0), length))
-        else:
-            apart = [key for key in ("cu_seq_lens_q", "cu_seq_lens_k") if key in batch]
-            refuse("GPTModule", batch, dict.fromkeys(apart, "give 'position_ids' that begin anew in each document"))
-            self._check_length(length)
+            self._check_positions(batch, (rows, length))
+        shared_rows.check("GPTModule", batch, rows, length)
+        if "position_ids" not in batch:
+            self._check_length(shared_rows.longest(batch, length))
         self._check_tokens_and_labels(name, batch)
         attention_masks.check(self.config, batch, name, length)
 
@@ -176,17 +177,16 @@ class GPTModule(GeneratingModule):
 
         Rotary positions are None where they are the places in the row.
         """
-        batch = with_answers(given(batch))
+        batch = shared_rows.without_token_mask(with_answers(given(batch)))
         inputs = _from_megatron(batch) if _token_key(batch) != "input_ids" else _from_transformers(batch)
-        tokens, positions = inputs["input_ids"], batch.get("position_ids")
-        positions = None if positions is None else positions.long().expand_as(tokens)
-        numbers = [self.documents.numbers(tokens)]
-        if positions is not None and "attention_mask" not in batch:
-            numbers.append(numbers_by_positions(batch))
+        tokens = inputs["input_ids"]
+        numbers = [self.documents.numbers(tokens), self._numbers_of(batch, tokens)]
         found = [each.expand_as(tokens) for each in numbers if each is not None]
         documents = torch.stack(found).sum(dim=0) if found else None  # a document begins where either says so
         inputs["loss_mask"] = self.documents.kept(tokens, inputs["loss_mask"])
-        inputs["position_ids"] = self._positions(batch, tokens, positions)
+        if documents is not None and "input_ids" in batch and not {"labels", "shift_labels"} & batch.keys():
+            inputs["loss_mask"] = shared_rows.within_documents(inputs["loss_mask"], documents)
+        inputs["position_ids"] = self._positions(batch, tokens)
         mask = attention_masks.mask_or_pattern(batch, tokens, documents)
         inputs["attention_mask"] = mask if self.config.layers == "torch" else None  # type: ignore[assignment]
         return inputs
@@ -250,30 +250,43 @@ class GPTModule(GeneratingModule):
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> GPTDecoder:
         return GPTDecoder(stages, prompts, self.config.vocab_size, settings.max_new_tokens, settings.copies)
 
-    def _positions(self, batch: Batch, tokens: torch.Tensor, positions: torch.Tensor | None) -> Any:
+    def _numbers_of(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor | None:
+        """``[b or 1, s]``, the number of each token's document, as the batch has them; None where each row is one."""
+        return shared_rows.numbers(batch, tokens.size(1)) if _says_documents(batch) else None
+
+    def _positions(self, batch: Batch, tokens: torch.Tensor) -> Any:
         """As the documents have them, or the batch; None where rotary positions are the places in the row."""
-        of_documents = self.documents.positions(tokens)
-        chosen = positions if of_documents is None else of_documents
-        rotary = self.config.position_embedding != "learned"
+        chosen, rotary = self._chosen_positions(batch, tokens), self.config.position_embedding != "learned"
         if rotary and (chosen is None or all(answers(batch, self._has_positions_in_order))):
             return None
         return torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens) if chosen is None else chosen
 
+    def _chosen_positions(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor | None:
+        """``[b, s]``; None where neither documents nor the batch say that they are not the places in the row."""
+        if self.documents.reset_position_ids:
+            return self.documents.positions(tokens, self._numbers_of(batch, tokens))
+        if "position_ids" in batch:
+            return batch["position_ids"].long().expand_as(tokens)
+        numbers = self._numbers_of(batch, tokens)
+        return None if numbers is None else shared_rows.places(numbers.expand_as(tokens))
+
     def _has_positions_in_order(self, batch: Batch) -> torch.Tensor:
-        """``[b]``, whether each row's positions, as ``_positions`` chooses them, are the places in the row."""
+        """``[b]``, whether each row's positions are the places in the row."""
         name = _token_key(batch)
         tokens = batch[name][:, :-1] if name == "text" else batch[name]
-        of_documents = self.documents.positions(tokens)
-        chosen = batch["position_ids"].expand_as(tokens) if of_documents is None else of_documents
-        return (chosen == torch.arange(tokens.size(1), device=tokens.device)).all(dim=1)
+        index = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        chosen = self._chosen_positions(batch, tokens)
+        return ((index if chosen is None else chosen) == index).all(dim=1)
 
     def _questions(self, batch: Batch) -> Iterator[Question]:
-        has_positions, mask = "position_ids" in batch, batch.get("attention_mask")
+        batch = shared_rows.without_token_mask(batch)
+        mask, says_documents = batch.get("attention_mask"), _says_documents(batch)
         if mask is not None and mask.dim() == 2:
             yield attention_masks.sees_all
-        if has_positions and mask is None:
-            yield is_one_document
-        if self.config.position_embedding != "learned" and (has_positions or self.documents.reset_position_ids):
+        if says_documents:
+            yield shared_rows.is_one_document
+        says_positions = says_documents or "position_ids" in batch or self.documents.reset_position_ids
+        if self.config.position_embedding != "learned" and says_positions:
             yield self._has_positions_in_order
 
     def _check_positions(self, batch: Batch, shape: tuple[int, int]) -> None:
@@ -307,6 +320,11 @@ def _token_key(batch: Batch) -> str:
         f"GPTModule needs 'input_ids' [b, s], or Megatron's 'tokens' and 'labels' [b, s] or 'text' [b, s+1]; this batch"
         f" has {sorted(batch)}. Rename the key in the collate function, or override get_batch."
     )
+
+
+def _says_documents(batch: Batch) -> bool:
+    """Whether the batch may say where documents begin; positions do without a mask, as in transformers."""
+    return shared_rows.source(batch) is not None or ("position_ids" in batch and "attention_mask" not in batch)
 
 
 def _from_megatron(batch: Batch) -> Batch:

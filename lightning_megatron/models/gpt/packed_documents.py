@@ -1,13 +1,12 @@
-"""Keeps documents that share a row of tokens apart in positions, attention and loss."""
+"""Keeps documents apart that share a row of tokens, each of which ends with the same token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from lightning_megatron.models.host_answers import answers
+from lightning_megatron.models.shared_rows import places
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,10 @@ class Documents:
                 " datamodule.tokenizer.eod_id)."
             )
 
-    def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Position of each token ``[b, s]`` in its document; None where they do not start again."""
-        if not self.reset_position_ids:
-            return None
-        index = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        starts = torch.where(self._starts(tokens), index, 0)
-        return index - starts.cummax(dim=1).values
+    def positions(self, tokens: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+        """Position of each token ``[b, s]`` in its document; a document begins where ``others`` change, too."""
+        numbers = self._starts(tokens).cumsum(dim=1)
+        return places(numbers if others is None else numbers + others)
 
     def numbers(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """``[b, s]``, the number of each token's document in its row; None where that does not matter to attention."""
@@ -57,24 +53,3 @@ class Documents:
         """True at the first token behind each end of a document."""
         ends = torch.eq(tokens[:, :-1], self.eod_id)  # type: ignore[arg-type]
         return torch.nn.functional.pad(ends, (1, 0))
-
-
-def is_one_document(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``[b]``, whether the ``position_ids`` of each row go on by one; where they do not, a document begins."""
-    return (batch["position_ids"].diff(dim=1) == 1).all(dim=1)
-
-
-def numbers_by_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """``[b, s]``, the number of each token's document in its row, which is what transformers reads there.
-
-    Args:
-        batch: A batch with ``position_ids`` ``[b, s]``; where one is not one more than the one before it, a document
-            begins.
-
-    Returns:
-        None where each row is one document.
-    """
-    if all(answers(batch, is_one_document)):
-        return None
-    starts = torch.nn.functional.pad(batch["position_ids"].diff(dim=1) != 1, (1, 0))
-    return starts.cumsum(dim=1)

@@ -163,7 +163,9 @@ class TorchAttention(torch.nn.Module):
                     return found
             elif self.kernel == "flex":
                 raise ValueError(f"Kernels(attention='flex'): {hindered}. Leave attention out.")
-        if query.device.type == "cpu" and pattern.length > JOINED:
+        # A token that is generated has a small mask on a GPU; kernels that take no mask refuse, whatever the data.
+        in_one = len(pattern.queries) == 1 or self.kernel in sdpa.MASKLESS
+        if pattern.length > JOINED and (query.device.type == "cpu" or not in_one):
             return attend_in_pieces(query, key, value, pattern, window, self._sdpa(dropout))
         mask = pattern.dense(window, query.device)
         return self._masked(query, key, value, mask, None, False, dropout)

@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 
 def looks(
+    causal: bool,
     window: int | None,
     documents: torch.Tensor | None,
     keep: torch.Tensor | None,
@@ -25,14 +26,15 @@ def looks(
     """Whether a query looks at a key; numbers of rows and places in them are broadcast against one another.
 
     Args:
-        window: Tokens that a query looks at, itself included; None: all.
+        causal: Whether no query looks ahead.
+        window: Tokens that a query looks at, itself included, where none looks ahead; None: all.
         documents: As ``AttentionPattern`` has them.
         keep: As ``AttentionPattern`` has it.
         row: Number of the row.
         query: Place of the query in its row.
         key: Place of the key.
     """
-    seen = query >= key
+    seen = query >= key if causal else (query >= 0) & (key >= 0)
     if window is not None:
         seen = seen & (query - key < window)
     if documents is not None:
@@ -44,7 +46,7 @@ def looks(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionPattern:
-    """No token looks ahead, none beyond its own document, and none at padding.
+    """No token looks beyond its own document, none at padding, and in causal rows none ahead.
 
     A query that may look nowhere gets zeros from attention.
 
@@ -53,12 +55,14 @@ class AttentionPattern:
         documents: ``[b, s]``, the number of each token's document, which never falls along a row. None: a row is one.
         keep: ``[b, s]``, False where no query looks at a key, as at padding. None: all keys are looked at.
         queries: The places of the queries in the row; None: every token is a query.
+        causal: Whether no token looks ahead; False for encoders.
     """
 
     length: int
     documents: torch.Tensor | None = None
     keep: torch.Tensor | None = None
     queries: range = None  # type: ignore[assignment]
+    causal: bool = True
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,13 +79,20 @@ class AttentionPattern:
         return replace(self, queries=range(first, last))
 
     def padded(self, more: int) -> Self:
-        """The pattern of rows with ``more`` tokens behind them, at which no token of the rows looks."""
+        """The pattern of rows with ``more`` tokens behind them, a document of their own."""
         documents, keep = self.documents, self.keep
         if documents is not None:
-            documents = torch.cat([documents, documents[:, -1:].expand(-1, more)], dim=1)
+            documents = torch.cat([documents, documents[:, -1:].expand(-1, more) + 1], dim=1)
         if keep is not None:
             keep = F.pad(keep, (0, more), value=False)
-        return type(self)(length=self.length + more, documents=documents, keep=keep)
+        if self.same_rows and not self.causal:
+            raise ValueError("Rows of an encoder that are padded need to say what is kept.")
+        return type(self)(length=self.length + more, documents=documents, keep=keep, causal=self.causal)
+
+    def to(self, device: torch.device) -> Self:
+        """The pattern with its tensors on ``device``."""
+        documents, keep = (None if x is None else x.to(device) for x in (self.documents, self.keep))
+        return replace(self, documents=documents, keep=keep)
 
     def made(self, key: Any, make: Callable[[], T]) -> T:
         """What ``make`` returned when it was first asked for under ``key``: the layers of a model share it."""
@@ -97,7 +108,7 @@ class AttentionPattern:
             rows = torch.arange(1 if given is None else len(given), device=device)[:, None, None, None]
             places = torch.arange(self.length, device=device)
             queries = places[self.queries.start : self.queries.stop, None]
-            return ~looks(window, self.documents, self.keep, rows, queries, places)
+            return ~looks(self.causal, window, self.documents, self.keep, rows, queries, places)
 
         return self.made(("dense", window, device), make)
 

@@ -1,4 +1,4 @@
-"""Attention piece by piece, where torch has no kernel for documents and windows: on the CPU.
+"""Attention piece by piece, where torch has no kernel for documents and windows: on the CPU, or without FlexAttention.
 
 A row is cut at its documents, and a window into blocks of queries, so that each piece is an attention that torch's
 kernels take, to the keys that its queries look at and no others. Memory grows with the sum of the pieces: no tensor is
@@ -51,7 +51,7 @@ def attend_in_pieces(
     Returns:
         ``[s, b, heads, head]``.
     """
-    rows = pattern.made(("pieces", window, query.dtype), lambda: _plan(pattern, window, query.dtype))
+    rows = pattern.made(("pieces", window, query.dtype, query.device), lambda: _plan(pattern, window, query))
     if pattern.same_rows:  # then the rows are further heads
         q, k, v = (x.flatten(1, 2) for x in (query, key, value))
         return _attend_row(q, k, v, rows[0], kernel).view(query.shape)
@@ -85,12 +85,14 @@ def _join(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _plan(pattern: AttentionPattern, window: int | None, dtype: torch.dtype) -> list[list[Piece]]:
+def _plan(pattern: AttentionPattern, window: int | None, like: torch.Tensor) -> list[list[Piece]]:
     """The pieces of each row in the order of their queries; of one row where all are alike."""
     given = pattern.documents if pattern.keep is None else pattern.keep
     masks: dict[tuple[int, int, int], torch.Tensor] = {}
+    on_host = pattern.to(torch.device("cpu"))
     return [
-        list(_Row(pattern, row, window, dtype, masks).pieces()) for row in range(1 if given is None else len(given))
+        list(_Row(on_host, row, window, like.dtype, like.device, masks).pieces())
+        for row in range(1 if given is None else len(given))
     ]
 
 
@@ -101,6 +103,7 @@ class _Row(NamedTuple):
     number: int
     window: int | None
     dtype: torch.dtype
+    device: torch.device
     masks: dict[tuple[int, int, int], torch.Tensor]
 
     def pieces(self) -> Iterator[Piece]:
@@ -109,10 +112,11 @@ class _Row(NamedTuple):
             start, stop = max(documents[0].start, first), min(documents[-1].stop, last)
             if start >= stop:
                 continue
+            seen = range(documents[0].start, stop if self.pattern.causal else documents[-1].stop)
             if len(documents) > 1:
-                yield self._masked(range(start, stop), range(documents[0].start, stop))
+                yield self._masked(range(start, stop), seen)
             else:
-                yield from self._of_document(documents[0].start, range(start, stop))
+                yield from self._of_document(seen, range(start, stop))
 
     def _documents(self) -> Iterator[range]:
         numbers = self.pattern.documents
@@ -122,18 +126,21 @@ class _Row(NamedTuple):
         _, counts = torch.unique_consecutive(numbers[self.number], return_counts=True)
         yield from (range(start, stop) for start, stop in pairwise(accumulate(counts.tolist(), initial=0)))
 
-    def _of_document(self, start: int, queries: range) -> Iterator[Piece]:
-        """The pieces of ``queries`` of the document that begins at ``start``."""
-        kept = range(start, queries.stop)
+    def _of_document(self, keys: range, queries: range) -> Iterator[Piece]:
+        """The pieces of ``queries`` of one document, of which they may look at ``keys``."""
+        kept, start = keys, keys.start
         if self.pattern.keep is not None:
-            places = self.pattern.keep[self.number, start : queries.stop].nonzero().flatten().tolist()
+            places = self.pattern.keep[self.number, start : keys.stop].nonzero().flatten().tolist()
             if not places:
                 yield Piece(queries, range(start, start))
                 return
             kept = range(start + places[0], start + places[-1] + 1)
             if len(kept) != len(places):
-                yield from self._blocks(queries, kept, alike=False)
+                yield from self._with_holes(queries, kept)
                 return
+        if not self.pattern.causal:
+            yield Piece(queries, kept)
+            return
         before, inside, behind = _parted(queries, kept)
         if before:
             yield Piece(before, range(start, start))
@@ -141,6 +148,14 @@ class _Row(NamedTuple):
             yield from self._causal(inside, kept)
         if behind:
             yield from [Piece(behind, kept)] if self.window is None else self._blocks(behind, kept, alike=True)
+
+    def _with_holes(self, queries: range, keys: range) -> Iterator[Piece]:
+        """Queries of one document, of whose ``keys`` some are not looked at."""
+        if self.pattern.causal:
+            yield from self._blocks(queries, keys, alike=False)
+        else:  # all look at the same keys
+            mask = self._mask(queries[:1], keys, alike=False)
+            yield Piece(queries, keys, mask.expand(len(queries), -1))
 
     def _causal(self, queries: range, keys: range) -> Iterator[Piece]:
         """Queries within ``keys``: without a mask where torch's causal kernels take them."""
@@ -171,8 +186,9 @@ class _Row(NamedTuple):
     def _mask(self, queries: range, keys: range, *, alike: bool) -> torch.Tensor:
         given = (None, None) if alike else (self.pattern.documents, self.pattern.keep)
         query, key = (torch.arange(places.start, places.stop, device="cpu") for places in (queries, keys))
-        seen = looks(self.window, *given, self.number, query[:, None], key)
-        return torch.zeros(seen.shape, dtype=self.dtype, device="cpu").masked_fill(~seen, float("-inf"))
+        seen = looks(self.pattern.causal, self.window, *given, self.number, query[:, None], key)
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device="cpu").masked_fill(~seen, float("-inf"))
+        return mask.to(self.device)
 
 
 def _joined(documents: Iterator[range]) -> Iterator[list[range]]:

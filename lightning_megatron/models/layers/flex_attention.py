@@ -61,11 +61,14 @@ def _compiled():  # type: ignore[no-untyped-def]
 
 def block_mask(pattern: AttentionPattern, window: int | None, device: torch.device) -> BlockMask:
     """FlexAttention's mask, from the first and the last token of each block; nothing is read from the device."""
-    documents, keep, first = pattern.documents, pattern.keep, pattern.queries.start
+    documents, keep, first, causal = pattern.documents, pattern.keep, pattern.queries.start, pattern.causal
     queries = _Blocks(pattern.queries, documents, device)
     keys = _Blocks(range(pattern.length), documents, device)
-    some = queries.last[:, None] >= keys.first
-    full = (queries.first[:, None] >= keys.last) & queries.whole[:, None] & keys.whole
+    full = queries.whole[:, None] & keys.whole
+    some = torch.ones_like(full)
+    if pattern.causal:
+        some = queries.last[:, None] >= keys.first
+        full = full & (queries.first[:, None] >= keys.last)
     if window is not None:
         some = some & (queries.first[:, None] - keys.last < window)
         full = full & (queries.last[:, None] - keys.first < window)
@@ -81,7 +84,7 @@ def block_mask(pattern: AttentionPattern, window: int | None, device: torch.devi
         full = full & F.pad(keep, (0, more), value=True).unflatten(1, (-1, _BLOCK)).all(-1)[:, None]
 
     def mask_mod(row: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return looks(window, documents, keep, row, query + first, key)
+        return looks(causal, window, documents, keep, row, query + first, key)
 
     return BlockMask.from_kv_blocks(
         *_ordered(some & ~full),

@@ -16,6 +16,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+MASKLESS = ("flash", "cudnn")  # they compute plain causal attention, or attention to all keys
 _CUDNN_FIRST = [BACKENDS[name] for name in ("cudnn", "flash", "efficient", "math")]
 _CUDNN_HEAD = 128  # largest head that cuDNN trains on every Hopper
 _CUDNN_SHAPES = 8  # cuDNN plans each new shape for about a second: lengths that change all the time are not for it

@@ -4,6 +4,7 @@ Both sides compute in fp32 and add up the same numbers in another order: 2e-5.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ DOCUMENTS = {
 
 def looks(pattern: AttentionPattern, window: int | None) -> torch.Tensor:
     query, key = torch.tensor(pattern.queries)[:, None], torch.arange(pattern.length)
-    seen = (key <= query) & (query - key < (window or pattern.length))
+    seen = (key <= query) & (query - key < (window or pattern.length)) if pattern.causal else query + key >= 0
     if pattern.documents is not None:
         seen = seen & (pattern.documents[:, list(pattern.queries), None] == pattern.documents[:, None])
     if pattern.keep is not None:
@@ -107,6 +108,26 @@ def test_patterns_are_plain_softmax_with_a_dense_mask(apart, keep, window):
     check(layer, window, pattern)
     check(layer, window, pattern.part(0, 120))
     check(layer, window, pattern.part(70, 211))  # as a rank of context parallelism has them
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("apart", [name for name in DOCUMENTS if name != "one"])
+def test_documents_of_an_encoder_are_plain_softmax_with_a_dense_mask(apart, keep):
+    pattern = AttentionPattern(length=LENGTH, documents=DOCUMENTS[apart], keep=KEEPS[keep], causal=False)
+    layer = attention()
+    check(layer, None, pattern)
+    check(layer, None, pattern.part(0, 120))
+    check(layer, None, pattern.part(70, 211))
+
+
+def test_documents_of_an_encoder_do_not_look_at_what_is_padded_behind_them():
+    query, key, value, _ = projected(LENGTH, ROWS)
+    for length in (30, 200):  # in one mask, and in pieces
+        pattern = AttentionPattern(length=length, documents=DOCUMENTS["mixed"][:, :length], causal=False)
+        first = [x[:length] for x in (query, key, value)]
+        longer = PatternParams(pad_mask(pattern, 20, 20))
+        found = attention()(*(x[: length + 20] for x in (query, key, value)), packed_seq_params=longer)[:length]
+        torch.testing.assert_close(found, attention()(*first, packed_seq_params=PatternParams(pattern)))
 
 
 @pytest.mark.parametrize("window", [5, 90])
@@ -174,12 +195,18 @@ class Sizes(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize(("longest", "window"), [(3000, None), (None, 128), (3000, 128)], ids=str)
-def test_a_row_of_32k_tokens_makes_no_tensor_of_its_square(longest, window):
+@pytest.mark.parametrize(
+    ("longest", "window", "causal"),
+    [(3000, None, True), (None, 128, True), (3000, 128, True), (3000, None, False)],
+    ids=str,
+)
+def test_a_row_of_32k_tokens_makes_no_tensor_of_its_square(longest, window, causal):
     length, saved = 32768, 0
     query, key, value, _ = projected(length, 1, groups=1, heads=1)
     apart = None if longest is None else documents(length, 1, longest)
-    params = None if longest is None else PatternParams(AttentionPattern(length=length, documents=apart))
+    params = None
+    if longest is not None:
+        params = PatternParams(AttentionPattern(length=length, documents=apart, causal=causal))
     kept: set[int] = set()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -214,7 +241,10 @@ def test_nothing_is_copied(groups):
 @pytest.mark.parametrize("apart", DOCUMENTS)
 def test_masks_of_blocks_hold_what_the_kernel_must_visit(apart, keep, window):
     whole = AttentionPattern(length=LENGTH, documents=DOCUMENTS[apart], keep=KEEPS[keep])
-    for pattern in (whole, whole.part(150, 299)):
+    patterns = [whole, whole.part(150, 299)]
+    if window is None and not whole.same_rows:
+        patterns.append(replace(whole, causal=False))
+    for pattern in patterns:
         found = block_mask(pattern, window, torch.device("cpu"))
         seen = looks(pattern, window)
         rows, queries = len(seen), len(pattern.queries)

@@ -55,10 +55,6 @@ def test_what_means_something_to_one_family_only():
     with pytest.raises(ValueError, match="'token_type_ids'.*GPT-2 adds the embedding"):
         learned.check_batch(types)
     rotary.check_batch(types)
-    ends = {"cu_seq_lens_q": torch.tensor([0, 3, 8], dtype=torch.int32), "max_length_q": 5}
-    with pytest.raises(ValueError, match="'cu_seq_lens_q'.*give 'position_ids' that begin anew"):
-        rotary.check_batch({"input_ids": IDS.view(1, 8), **ends})
-    rotary.check_batch({"input_ids": IDS.view(1, 8), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), **ends})
 
 
 def test_what_transformers_ignores_is_ignored_and_none_is_not_given():

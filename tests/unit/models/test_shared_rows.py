@@ -1,0 +1,233 @@
+"""Which documents share a row: what each tool's batches say, what is refused, and what is not predicted.
+
+Batches have the keys and the values of the collators that make them: transformers' and TRL's own, and Megatron's form
+of ``cu_seqlens``, which NeMo and Megatron-Bridge pad with -1.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule
+from lightning_megatron.models import shared_rows
+from lightning_megatron.models.host_answers import ask, remember, with_answers
+
+SIZES = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 32, "seq_length": 16}
+LENGTHS = (3, 1, 4)
+TEXTS = [{"input_ids": list(range(first, first + size))} for first, size in zip((1, 10, 20), LENGTHS, strict=True)]
+IDS = torch.tensor([[id_ for text in TEXTS for id_ in text["input_ids"]]])
+NUMBERS = [[0, 0, 0, 1, 2, 2, 2, 2]]
+PLACES = [[0, 1, 2, 0, 0, 1, 2, 3]]
+BORDERS = [0, 3, 4, 8]
+
+
+def int32(values: list) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def flattened(**options: Any) -> dict:
+    return transformers.DataCollatorWithFlattening(**options)(TEXTS)
+
+
+def shifted(row: torch.Tensor) -> dict:
+    return {"tokens": row, "labels": row.roll(-1, 1)}
+
+
+SOURCES = {
+    "transformers": flattened(),
+    "transformers, for flash attention": flattened(return_flash_attn_kwargs=True, return_seq_idx=True),
+    "transformers, without positions": flattened(return_flash_attn_kwargs=True, return_position_ids=False),
+    "transformers, by numbers": flattened(return_seq_idx=True, return_position_ids=False),
+    "TRL": DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(TEXTS),
+    "Megatron-LM": {**shifted(IDS), "cu_seqlens": int32([BORDERS]), "max_seqlen": int32([4])},
+    "NeMo": {
+        **shifted(IDS),
+        "attention_mask": torch.tensor([1]),
+        "position_ids": torch.tensor(PLACES),
+        "token_count": [8],
+        "cu_seqlens": int32([[*BORDERS, -1]]),
+        "cu_seqlens_argmin": torch.tensor([[4]]),
+        "max_seqlen": int32([[4]]),
+    },
+    "repeated": {**shifted(IDS), "cu_seqlens": int32([[*BORDERS, 8, 8]])},
+    "padded documents": {
+        **shifted(IDS),
+        "cu_seqlens": int32([[0, 2, 3, 6, -1]]),
+        "cu_seqlens_padded": int32([[*BORDERS, -1]]),
+    },
+}
+MODULES = {
+    kind: GPTModule(GPTConfig(**SIZES, position_embedding=kind)) for kind in ("learned", "rope")
+}  # fmt: skip
+
+
+def prepared(module: Any, batch: dict) -> dict:
+    """The inputs as a run makes them, with the answers of the host."""
+    module.check_batch(batch)
+    remember(batch, ask(batch, module._questions(batch)))
+    return module.get_batch(batch)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_batches_of_each_tool_keep_their_documents_apart(source, kind):
+    found = prepared(MODULES[kind], SOURCES[source])
+    assert found["attention_mask"].documents.tolist() == NUMBERS
+    assert found["attention_mask"].keep is None
+    assert found["position_ids"].tolist() == PLACES
+
+
+def test_rows_have_borders_of_their_own():
+    rows = {**shifted(IDS.expand(3, 8)), "cu_seqlens": int32([[0, 3, 4, 8], [0, 8, -1, -1], [0, 5, 8, -1]])}
+    found = prepared(MODULES["rope"], rows)
+    assert found["attention_mask"].documents.tolist() == [*NUMBERS, [0] * 8, [0] * 5 + [1] * 3]
+    assert found["position_ids"].tolist() == [*PLACES, list(range(8)), [0, 1, 2, 3, 4, 0, 1, 2]]
+    second = {name: value[1:2] for name, value in rows.items()}  # as a micro-batch
+    found = MODULES["rope"].get_batch(second)
+    assert found["attention_mask"] is None
+    assert found["position_ids"] is None
+
+
+def test_the_host_answers_for_borders_of_one_row():
+    batch = SOURCES["transformers, for flash attention"]
+    remember(batch, ask(batch, MODULES["rope"]._questions(batch)))
+    assert with_answers(batch)["host_answers"] == {"is_one_document": [False], "_has_positions_in_order": [False]}
+
+
+def test_no_document_is_predicted_from_the_one_before_it():
+    """Where labels are made here; those of a loader are its own, and transformers learns those across borders."""
+    module, packed = MODULES["rope"], {"input_ids": IDS, "cu_seqlens": int32([BORDERS])}
+    within = [[1, 1, 0, 0, 1, 1, 1, 0]]
+    assert prepared(module, packed)["loss_mask"].tolist() == within
+    assert prepared(module, {"input_ids": IDS, "position_ids": torch.tensor(PLACES)})["loss_mask"].tolist() == within
+    eod = GPTModule(module.config, eod_id=3, reset_attention_mask=True)
+    assert prepared(eod, {"input_ids": IDS})["loss_mask"].tolist() == [[1, 1, 0, 1, 1, 1, 1, 0]]
+    for source in ("transformers", "TRL"):  # their labels are -100 there
+        assert prepared(module, SOURCES[source])["loss_mask"].tolist() == within
+    assert prepared(module, {**packed, "labels": IDS})["loss_mask"].tolist() == [[1] * 7 + [0]]
+    assert prepared(module, SOURCES["Megatron-LM"])["loss_mask"].tolist() == [[1] * 8]
+    one_text = {"input_ids": IDS, "position_ids": torch.tensor(PLACES), "attention_mask": torch.ones(1, 8)}
+    assert prepared(module, one_text)["loss_mask"].tolist() == [[1] * 7 + [0]]
+
+
+def test_a_row_may_be_longer_than_the_model_if_no_document_is():
+    module = MODULES["learned"]
+    long = {"input_ids": torch.ones(1, 30, dtype=torch.long)}
+    module.check_batch({**long, "cu_seqlens": int32([[0, 16, 30]])})
+    with pytest.raises(ValueError, match="sequences of 17 tokens.*seq_length=16"):
+        module.check_batch({**long, "cu_seqlens": int32([[0, 17, 30]])})
+
+
+def test_padding_is_a_document_of_its_own():
+    inputs = MODULES["learned"].get_batch({"input_ids": IDS, "cu_seqlens": int32([BORDERS])})
+    padded = MODULES["learned"].pad_inputs(inputs, 5)
+    assert padded["attention_mask"].documents.tolist() == [[*NUMBERS[0], 3, 3]]
+    assert padded["loss_mask"].tolist() == [[1, 1, 0, 0, 1, 1, 1, 0, 0, 0]]
+
+
+POSITIONS = torch.tensor(PLACES)
+TWICE = {"input_ids": IDS.expand(2, 8)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ({"cu_seqlens": int32([[0, 3, 7]])}, r"'cu_seqlens' of row 0 is \[0, 3, 7\], and the row has 8 tokens"),
+        ({"cu_seq_lens_q": int32([0, 3, 9])}, r"\[0, 3, 9\], and the row has 8 tokens. It rises from 0 to 8"),
+        ({"cu_seqlens": int32([[1, 8]])}, "It rises from 0"),
+        ({"cu_seqlens": int32([[0, 5, 3, 8]])}, "It rises from 0"),
+        ({"cu_seqlens": int32([[0, 3, -1, 8]])}, "It rises from 0"),
+        ({"cu_seqlens": torch.tensor([0.0, 8.0])}, r"'cu_seqlens' is \(2,\) of torch.float32; it takes whole numbers"),
+        ({**TWICE, "cu_seqlens": int32([0, 8, 16])}, r"'cu_seqlens' is \(3,\), and the batch has 2 rows"),
+        ({"cu_seq_lens_q": int32([0, 8]), "cu_seq_lens_k": int32([0, 4, 8])}, "'cu_seq_lens_k' is not 'cu_seq_lens_q'"),
+        ({"cu_seq_lens_k": int32([0, 8])}, "'cu_seq_lens_k' is not 'cu_seq_lens_q'"),
+        (
+            {"cu_seqlens": int32([[0, 5, 8]]), "position_ids": POSITIONS},
+            "contradict each other: at token 5 of row 0 'cu_seqlens' begins a document, and 'position_ids' have 1 behind 0",
+        ),
+        (
+            {"cu_seqlens": int32([[*BORDERS[:3], 6, 8]]), "position_ids": POSITIONS},
+            "at token 6 of row 0 'cu_seqlens' begins a document, and 'position_ids' have 2 behind 1",
+        ),
+        (
+            {"cu_seqlens": int32([[0, 8]]), "position_ids": POSITIONS},
+            "at token 4 of row 0 'cu_seqlens' has no border, and 'position_ids' have 0 behind 0",
+        ),
+        (
+            {"cu_seqlens": int32([BORDERS]), "position_ids": torch.arange(8)[None]},
+            "at token 3 of row 0 'cu_seqlens' begins a document",
+        ),
+        ({"seq_idx": torch.zeros(1, 7).long()}, r"'seq_idx' is \(1, 7\) of torch.int64, and the tokens \(1, 8\)"),
+        (
+            {"cu_seqlens": int32([BORDERS]), "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])},
+            "'cu_seqlens' and 'seq_idx' contradict each other: at token 4 of row 0",
+        ),
+    ],
+    ids=str,
+)
+def test_borders_that_are_none_are_refused(batch, says):
+    with pytest.raises(ValueError, match=says):
+        MODULES["rope"].check_batch({"input_ids": IDS, **batch})
+
+
+def test_positions_of_padding_are_no_documents():
+    """Those of NeMo are 0 behind the last document, and those of Megatron-Bridge go on in a document's padding."""
+    for positions, borders in (([0, 1, 2, 0, 1, 0, 0, 0], [0, 3, 8]), ([0, 1, 2, 3, 0, 1, 2, 0], [0, 4, 8])):
+        batch = {**shifted(IDS), "position_ids": torch.tensor([positions]), "cu_seqlens": int32([borders])}
+        MODULES["rope"].check_batch(batch)
+
+
+def test_other_layers_look_at_all_tokens():
+    module = GPTModule(GPTConfig(**SIZES, layers="transformer_engine"))
+    with pytest.raises(ValueError, match="'cu_seqlens' that begin documents.*layers='torch'"):
+        module.check_batch({"input_ids": IDS, "cu_seqlens": int32([BORDERS])})
+    module.check_batch({"input_ids": IDS, "cu_seqlens": int32([[0, 8, -1]])})
+
+
+ENCODER = BertModule(BertConfig(**SIZES, task="masked_lm"))
+BY_NUMBERS = {"input_ids": IDS, "labels": IDS, "seq_idx": torch.tensor(NUMBERS)}
+
+
+def test_texts_share_the_rows_of_an_encoder():
+    found = prepared(ENCODER, BY_NUMBERS)
+    assert not found["attention_mask"].causal
+    assert found["attention_mask"].documents.tolist() == NUMBERS
+    assert found["position_ids"].tolist() == PLACES
+    keep = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])
+    found = prepared(ENCODER, {**BY_NUMBERS, "attention_mask": keep})
+    assert torch.equal(found["attention_mask"].keep, keep.bool())
+    assert ENCODER.pad_inputs(found, 5)["attention_mask"].documents.tolist() == [[*NUMBERS[0], 3, 3]]
+    assert prepared(ENCODER, {**BY_NUMBERS, "seq_idx": torch.zeros(1, 8).int()})["attention_mask"] is None
+
+
+@pytest.mark.parametrize(
+    ("task", "batch", "says"),
+    [
+        ("sequence_classification", BY_NUMBERS, "several texts share a row.*the first token of a row alone"),
+        ("pretraining", BY_NUMBERS, "several texts share a row.*the first token of a row alone"),
+        ("masked_lm", flattened(), "'position_ids' begin anew in a row.*Add 'seq_idx' or 'cu_seq_lens_q'"),
+        (
+            "masked_lm",
+            SOURCES["padded documents"],
+            "'cu_seqlens_padded' says that documents are padded.*attention_mask",
+        ),
+    ],
+)
+def test_what_an_encoder_cannot_keep_apart_is_refused(task, batch, says):
+    module = BertModule(BertConfig(**SIZES, task=task))
+    tokens = batch.get("input_ids", IDS)
+    labels = torch.zeros(1, dtype=torch.long) if task == "sequence_classification" else tokens
+    with pytest.raises(ValueError, match=says):
+        module.check_batch(
+            {"next_sentence_label": torch.zeros(1).long(), **batch, "input_ids": tokens, "labels": labels}
+        )
+
+
+def test_places_and_numbers():
+    numbers = shared_rows.numbers({"seq_idx": torch.tensor([[4, 4, 2, 0, 0]])}, 5)
+    assert numbers.tolist() == [[0, 0, 1, 2, 2]]
+    assert shared_rows.places(numbers).tolist() == [[0, 1, 0, 0, 1]]
+    assert shared_rows.longest({"cu_seqlens": int32([[0, 1, 7, 8]])}, 8) == 6
