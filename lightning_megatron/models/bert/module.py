@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.sequence_shards import SequenceShards
-from lightning_megatron.models import shared_rows
+from lightning_megatron.models import row_documents
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.models.bert.config import BertConfig
 from lightning_megatron.models.bert.tasks import TASKS, BertTask
@@ -107,19 +107,19 @@ class BertModule(ConfiguredModule):
         """Refuse a batch without tokens, with ids or labels out of range, or longer than the positions."""
         batch = _renamed(batch)
         check_tokens("BertModule", "input_ids", batch["input_ids"])
-        shared_rows.check("BertModule", batch, *batch["input_ids"].shape)
+        row_documents.check("BertModule", batch, *batch["input_ids"].shape)
         self._check_inputs(batch)
         for key in ("attention_mask", "token_type_ids", "position_ids"):
             check_alike("BertModule", batch, key, "input_ids")
-        shared_rows.check_encoder("BertModule", batch)
-        if shared_rows.source(batch) is not None and not shared_rows.is_one_document(batch).all():
+        row_documents.check_encoder("BertModule", batch)
+        if row_documents.source(batch) is not None and not row_documents.is_one_document(batch).all():
             self.task.check_shared_rows()
 
     def _check_inputs(self, inputs: Batch) -> None:
         batch, config = _renamed(inputs), self.config
         tokens = batch["input_ids"]
         check_tokens("BertModule", "input_ids", tokens)
-        longest = shared_rows.longest(batch, tokens.size(1))
+        longest = row_documents.longest(batch, tokens.size(1))
         if longest > config.seq_length:
             raise ValueError(
                 f"BertModule: sequences of {longest} tokens, but BertConfig(seq_length={config.seq_length})."
@@ -150,11 +150,11 @@ class BertModule(ConfiguredModule):
         """Tokens, types and positions ``[b, s]``, who looks at whom, and the task's labels, from either form."""
         batch = _renamed(with_answers(given(batch)))
         tokens = batch["input_ids"].long()
-        documents = None if shared_rows.source(batch) is None else shared_rows.numbers(batch, tokens.size(1))
+        documents = None if row_documents.source(batch) is None else row_documents.numbers(batch, tokens.size(1))
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         if documents is not None:
             documents = documents.expand_as(tokens)
-            positions = shared_rows.places(documents)
+            positions = row_documents.places(documents)
         inputs = {
             "input_ids": tokens,
             "token_type_ids": batch.get("token_type_ids", torch.zeros_like(tokens)).long(),
@@ -181,8 +181,8 @@ class BertModule(ConfiguredModule):
     def _questions(self, batch: Batch) -> Iterator[Question]:
         if "attention_mask" in _renamed(batch):
             yield _sees_all
-        if shared_rows.source(batch) is not None:
-            yield shared_rows.is_one_document
+        if row_documents.source(batch) is not None:
+            yield row_documents.is_one_document
         if self._counts_labels and "labels" in batch:
             yield _number_of_labels
 

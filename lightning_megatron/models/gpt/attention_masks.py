@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_megatron.models import shared_rows
+from lightning_megatron.models import row_documents
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.host_answers import answers
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern
@@ -94,9 +94,9 @@ def check(config: GPTConfig, batch: Batch, name: str, length: int) -> None:
 
 def _beyond_causal(batch: Batch) -> str:
     """Name what in the batch hides earlier tokens from a token that has a label."""
-    mask, said = batch.get("attention_mask"), shared_rows.source(batch)
+    mask, said = batch.get("attention_mask"), row_documents.source(batch)
     says_documents = said is not None or (mask is None and "position_ids" in batch)
-    if says_documents and not shared_rows.is_one_document(batch).all():
+    if says_documents and not row_documents.is_one_document(batch).all():
         return f"{said or 'position_ids'!r} that begin documents"
     if mask is None:
         return ""

@@ -12,7 +12,7 @@ from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.sequence_shards import SequenceShards
-from lightning_megatron.models import shared_rows
+from lightning_megatron.models import row_documents
 from lightning_megatron.models.batch_checks import check_range, check_tokens, given
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule
@@ -127,14 +127,14 @@ class GPTModule(GeneratingModule):
     def _check_loaded(self, batch: Batch) -> None:
         """Refuse a batch without tokens, with ids beyond the vocabulary, or longer than the positions."""
         name = _token_key(batch)
-        tokens, batch = batch[name], shared_rows.without_token_mask(batch)
+        tokens, batch = batch[name], row_documents.without_token_mask(batch)
         check_tokens("GPTModule", name, tokens)
         rows, length = tokens.size(0), tokens.size(1) - (name == "text")
         if "position_ids" in batch:
             self._check_positions(batch, (rows, length))
-        shared_rows.check("GPTModule", batch, rows, length)
+        row_documents.check("GPTModule", batch, rows, length)
         if "position_ids" not in batch:
-            self._check_length(shared_rows.longest(batch, length))
+            self._check_length(row_documents.longest(batch, length))
         self._check_tokens_and_labels(name, batch)
         attention_masks.check(self.config, batch, name, length)
 
@@ -177,7 +177,7 @@ class GPTModule(GeneratingModule):
 
         Rotary positions are None where they are the places in the row.
         """
-        batch = shared_rows.without_token_mask(with_answers(given(batch)))
+        batch = row_documents.without_token_mask(with_answers(given(batch)))
         inputs = _from_megatron(batch) if _token_key(batch) != "input_ids" else _from_transformers(batch)
         tokens = inputs["input_ids"]
         numbers = [self.documents.numbers(tokens), self._numbers_of(batch, tokens)]
@@ -185,7 +185,7 @@ class GPTModule(GeneratingModule):
         documents = torch.stack(found).sum(dim=0) if found else None  # a document begins where either says so
         inputs["loss_mask"] = self.documents.kept(tokens, inputs["loss_mask"])
         if documents is not None and "input_ids" in batch and not {"labels", "shift_labels"} & batch.keys():
-            inputs["loss_mask"] = shared_rows.within_documents(inputs["loss_mask"], documents)
+            inputs["loss_mask"] = row_documents.within_documents(inputs["loss_mask"], documents)
         inputs["position_ids"] = self._positions(batch, tokens)
         mask = attention_masks.mask_or_pattern(batch, tokens, documents)
         inputs["attention_mask"] = mask if self.config.layers == "torch" else None  # type: ignore[assignment]
@@ -252,7 +252,7 @@ class GPTModule(GeneratingModule):
 
     def _numbers_of(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor | None:
         """``[b or 1, s]``, the number of each token's document, as the batch has them; None where each row is one."""
-        return shared_rows.numbers(batch, tokens.size(1)) if _says_documents(batch) else None
+        return row_documents.numbers(batch, tokens.size(1)) if _says_documents(batch) else None
 
     def _positions(self, batch: Batch, tokens: torch.Tensor) -> Any:
         """As the documents have them, or the batch; None where rotary positions are the places in the row."""
@@ -268,7 +268,7 @@ class GPTModule(GeneratingModule):
         if "position_ids" in batch:
             return batch["position_ids"].long().expand_as(tokens)
         numbers = self._numbers_of(batch, tokens)
-        return None if numbers is None else shared_rows.places(numbers.expand_as(tokens))
+        return None if numbers is None else row_documents.places(numbers.expand_as(tokens))
 
     def _has_positions_in_order(self, batch: Batch) -> torch.Tensor:
         """``[b]``, whether each row's positions are the places in the row."""
@@ -279,12 +279,12 @@ class GPTModule(GeneratingModule):
         return ((index if chosen is None else chosen) == index).all(dim=1)
 
     def _questions(self, batch: Batch) -> Iterator[Question]:
-        batch = shared_rows.without_token_mask(batch)
+        batch = row_documents.without_token_mask(batch)
         mask, says_documents = batch.get("attention_mask"), _says_documents(batch)
         if mask is not None and mask.dim() == 2:
             yield attention_masks.sees_all
         if says_documents:
-            yield shared_rows.is_one_document
+            yield row_documents.is_one_document
         says_positions = says_documents or "position_ids" in batch or self.documents.reset_position_ids
         if self.config.position_embedding != "learned" and says_positions:
             yield self._has_positions_in_order
@@ -324,7 +324,7 @@ def _token_key(batch: Batch) -> str:
 
 def _says_documents(batch: Batch) -> bool:
     """Whether the batch may say where documents begin; positions do without a mask, as in transformers."""
-    return shared_rows.source(batch) is not None or ("position_ids" in batch and "attention_mask" not in batch)
+    return row_documents.source(batch) is not None or ("position_ids" in batch and "attention_mask" not in batch)
 
 
 def _from_megatron(batch: Batch) -> Batch:

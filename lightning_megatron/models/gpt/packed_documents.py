@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_megatron.models.shared_rows import places
+from lightning_megatron.models.row_documents import places
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lightning_megatron.data.indexed.sentences import split_sentences
 from lightning_megatron.data.preprocess import preprocess, train_tokenizer
 from lightning_megatron.data.text_files import standard_library_sources
 from lightning_megatron.data.tokenizers import load_tokenizer
-from lightning_megatron.models import shared_rows
+from lightning_megatron.models import row_documents
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern
 from tests.support.indexed import FIRST, Numbers, make, write
 from tests.support.pages import ROOT
@@ -452,7 +452,7 @@ def test_the_samples_are_megatrons(tmp_path):
     ours = ready(gpt(path, samples=samples, split="8,1,1", train_samples=50, batch_size=1)).train_dataloader()
     for batch, sample in zip(ours, (theirs[i] for i in range(50)), strict=True):
         mask = sample.pop("attention_mask")
-        documents = shared_rows.numbers(batch, SEQ)
+        documents = row_documents.numbers(batch, SEQ)
         assert torch.equal(AttentionPattern(length=SEQ, documents=documents).dense(None, mask.device)[0], mask)
         assert batch.keys() == sample.keys()
         for name, value in sample.items():

@@ -12,7 +12,7 @@ import transformers
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule
-from lightning_megatron.models import shared_rows
+from lightning_megatron.models import row_documents
 from lightning_megatron.models.host_answers import ask, remember, with_answers
 
 SIZES = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 32, "seq_length": 16}
@@ -227,7 +227,7 @@ def test_what_an_encoder_cannot_keep_apart_is_refused(task, batch, says):
 
 
 def test_places_and_numbers():
-    numbers = shared_rows.numbers({"seq_idx": torch.tensor([[4, 4, 2, 0, 0]])}, 5)
+    numbers = row_documents.numbers({"seq_idx": torch.tensor([[4, 4, 2, 0, 0]])}, 5)
     assert numbers.tolist() == [[0, 0, 1, 2, 2]]
-    assert shared_rows.places(numbers).tolist() == [[0, 1, 0, 0, 1]]
-    assert shared_rows.longest({"cu_seqlens": int32([[0, 1, 7, 8]])}, 8) == 6
+    assert row_documents.places(numbers).tolist() == [[0, 1, 0, 0, 1]]
+    assert row_documents.longest({"cu_seqlens": int32([[0, 1, 7, 8]])}, 8) == 6
