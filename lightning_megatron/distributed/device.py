@@ -1,7 +1,7 @@
 """Prepares megatron-core for the device of a run, and gives the model its own random state on the CPU.
 
-CUDA is the default, for which nothing in megatron-core is changed. :mod:`lightning_megatron.distributed.cpu_patches` is
-imported only for a run on the CPU.
+CUDA is the default, for which nothing in megatron-core is changed but faults that :mod:`megatron_versions` mends.
+:mod:`lightning_megatron.distributed.cpu_patches` is imported only for a run on the CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ _on_cpu = False
 def use_device(device: torch.device) -> None:
     """Patch megatron-core for the CPU, or undo the patches for any other device."""
     global _on_cpu
+    from lightning_megatron.distributed import megatron_versions
+
+    megatron_versions.sum_views_too()
+    megatron_versions.take_gathered_logits()
     wanted = device.type == "cpu"
     if wanted == _on_cpu:
         return

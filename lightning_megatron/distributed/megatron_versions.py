@@ -9,7 +9,14 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import (
+    mappings,
+    scatter_to_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
@@ -40,3 +47,51 @@ def gradients_counted_here(inner: MegatronOptimizer) -> list[torch.Tensor]:
     """The gradients that this rank adds to the norm of the whole model; the function has another name from 0.19 on."""
     former: Any = getattr(inner, "get_main_grads_for_grad_norm", None)
     return former() if former is not None else inner.get_grads_for_grad_norm()
+
+
+def sum_views_too() -> None:
+    """Have megatron-core's sums over ranks, of layers and of their gradients, sum tensors that are not contiguous.
+
+    Its own (0.16.1) sum a contiguous copy and return what they were given, without an error: a transposed output stays
+    partial, and so does the gradient of a mean behind ``copy_to_tensor_model_parallel_region``, which is expanded.
+    """
+    mappings._reduce = _reduce
+
+
+def take_gathered_logits() -> None:
+    """Have megatron-core's language models compute the losses of logits that they gathered (``parallel_output=False``).
+
+    Their cross-entropy takes any logits for this rank's shard of the vocabulary (0.16.1 to 0.19, Megatron-LM #7452): of
+    gathered ones the loss is too large by ``log(tp)``, and the gradients are wrong. Here each rank takes its shard.
+    """
+    LanguageModule.compute_language_model_loss = _loss_of_shards
+
+
+def mark_sinks(model: torch.nn.Module) -> None:
+    """Mark the learnable offsets of softmax as divided over the tensor-parallel ranks by heads, which they are.
+
+    megatron-core and Transformer Engine leave the mark out (0.16.1 to 0.19, Megatron-LM #7452): the heads of all ranks
+    but the first are then missing from the gradient norm, and are taken for copies of the first rank's.
+    """
+    for name, weight in model.named_parameters():
+        if name.endswith("softmax_offset") and not getattr(weight, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+
+
+_compute_loss = LanguageModule.compute_language_model_loss
+
+
+def _loss_of_shards(self: Any, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    group = self.pg_collection.tp
+    layer = getattr(self, "output_layer", None)
+    if group.size() > 1 and layer is not None and logits.size(-1) == layer.output_size_per_partition * group.size():
+        logits = scatter_to_tensor_model_parallel_region(logits, group=group)
+    return _compute_loss(self, labels, logits)
+
+
+def _reduce(input_: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    if group.size() == 1:
+        return input_
+    summed = input_.contiguous()
+    dist.all_reduce(summed, group=group)
+    return summed

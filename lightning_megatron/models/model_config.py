@@ -308,6 +308,7 @@ class ModelConfig:
         modules = self.recomputed_modules(settings)
         arguments.update(recompute.transformer_config_arguments(settings.recompute, modules))
         arguments.update(self.extra, **stack)
+        self._check_residual(arguments)
         modules = arguments.pop("recompute_modules", None)
         ours = [name for name in modules or () if name in _RECOMPUTED_HERE and self.layers == "torch"]
         theirs = None if modules is None else [name for name in modules if name not in ours]
@@ -365,6 +366,16 @@ class ModelConfig:
         known = [each.name for each in fields(cls)]
         if wrong := [name for name in names if name not in known]:
             raise ValueError(unknown_name(wrong, known, cls.__name__))
+
+    def _check_residual(self, arguments: dict[str, Any]) -> None:
+        """Refuse hidden states that are fp32 between layers of another type, which stages and norms do not take."""
+        dtype = arguments["params_dtype"]
+        if arguments.get("fp32_residual_connection") and self.layers == "torch" and dtype != torch.float32:
+            raise ValueError(
+                f"{type(self).__name__}(extra={{'fp32_residual_connection': True}}): the torch layers add in the type"
+                f" of their weights, here {str(dtype).removeprefix('torch.')}. Leave it out, or use"
+                " Trainer(precision='32-true')."
+            )
 
     def _one_of(self, name: str, value: str, known: Any) -> None:
         if value in list(known):

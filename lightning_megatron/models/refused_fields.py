@@ -1,4 +1,4 @@
-"""Refuses what ``extra=`` asks of libraries that ``layers="torch"`` does not use, and says what to use instead."""
+"""Refuses what ``extra=`` asks of libraries that ``layers="torch"`` does not use, and what it would ignore."""
 
 from __future__ import annotations
 
@@ -46,6 +46,20 @@ _TABLE: dict[str, _Refused] = {
     "moe_router_fusion": _Refused(True, _TE_KERNEL, "leave it out"),
     "cuda_graph_impl": _Refused("transformer_engine", _TE, "use 'local'"),
 }
+# What else the torch layers would ignore, and train another model than was asked for, without an error.
+_IGNORED_HERE = "the torch layers compute attention as if it were not there"
+_TABLE |= {
+    name: _Refused(value, why, instead)
+    for name, value, why, instead in (
+        ("multi_latent_attention", True, f"changes attention, and {_IGNORED_HERE}", "leave it out"),
+        ("experimental_attention_variant", ..., f"changes attention, and {_IGNORED_HERE}", "leave it out"),
+        ("linear_attention_freq", ..., f"changes attention, and {_IGNORED_HERE}", "leave it out"),
+        ("qk_clip", True, f"clips the scores of attention, and {_IGNORED_HERE}", "use extra={'qk_layernorm': True}"),
+        ("log_max_attention_logit", True, f"watches the scores of attention, and {_IGNORED_HERE}", "leave it out"),
+        ("mrope_section", ..., "is of rotary positions in three dimensions, which no model here has", "leave it out"),
+        ("apply_residual_connection_post_layernorm", True, "is ignored by megatron-core's own layers", "leave it out"),
+    )
+}
 _FUSED_ACTIVATIONS = ("gelu", "swiglu", "geglu")  # megatron-core's kernels: of gelu they compute the tanh formula
 
 
@@ -65,6 +79,10 @@ def refuse_fields(of: str, extra: Mapping[str, Any], activation: str, has_bias: 
         value = extra.get(name)
         if value == refused or (refused is ... and value not in (None, False)):
             _refuse(of, name, value, why, instead)
+    if extra.get("softmax_type", "vanilla") != "vanilla":
+        _refuse(
+            of, "softmax_type", extra["softmax_type"], f"adds to the softmax, and {_IGNORED_HERE}", f"use {_TE_LAYERS}"
+        )
     if extra.get("cross_entropy_loss_fusion") and extra.get("cross_entropy_fusion_impl") == "te":
         _refuse(of, "cross_entropy_fusion_impl", "te", _TE_KERNEL, f"use {_CHUNKED_LOSS}")
     if extra.get("bias_activation_fusion") and not {"activation_func", "gated_linear_unit"} & extra.keys():

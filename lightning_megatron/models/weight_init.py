@@ -65,10 +65,11 @@ class FirstWeights:
                         method = self._of_embedding
                     _fill(parameter.data, spec, method, seed)
 
-    def _note(self, method: Draw, weight: torch.Tensor) -> None:
+    def _note(self, method: Draw, weight: torch.Tensor) -> torch.Tensor:
         self._noted[weight.data_ptr()] = method, weight
         if self._draws_too:
             method(weight)
+        return weight  # as torch's own do: megatron-core keeps what it is given for the offset of a softmax
 
 
 def _fill(local: torch.Tensor, spec: ShardSpec, method: Draw, seed: int) -> None:

@@ -146,6 +146,11 @@ def _check_ddp(ddp: DistributedDataParallelConfig, distributed_optimizer: bool) 
             f"{told}use_distributed_optimizer=True), distributed_optimizer=False) contradict each other. Leave the"
             " first out: it follows from the second."
         )
+    if ddp.average_in_collective:
+        raise MisconfigurationException(
+            f"{told}average_in_collective=True)): gradients are summed here, and divided once by the tokens of the"
+            " whole batch. Leave it out."
+        )
     for name, usual in (("num_distributed_optimizer_instances", 1), ("use_megatron_fsdp", False)):
         if getattr(ddp, name, usual) != usual:
             raise MisconfigurationException(

@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from lightning_megatron.distributed import collectives, process_groups, shared_weights
 from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.megatron_versions import mark_sinks
 from lightning_megatron.training.batch_rows import join_rows
 from lightning_megatron.training.microbatches import MicroBatchSizes, slices
 from lightning_megatron.training.step_outputs import joined, loss_of, outputs_of, passed_on, travelling
@@ -102,6 +103,7 @@ class Engine:
         self.trains = ddp is not None
         for chunk in chunks:
             process_groups.rebind(chunk)  # the groups of an earlier run may have been destroyed
+            mark_sinks(chunk)
         self.chunks: list[Any] = [_wrap(c, config, ddp, i) for i, c in enumerate(chunks)] if ddp else list(chunks)
         for number, chunk in enumerate(self.chunks):
             chunk.__dict__["chunk_number"] = number

@@ -216,3 +216,10 @@ def test_each_row_of_the_parity_table_has_its_test_or_page():
             assert f"\ndef {test[2]}(" in path_of_test(test[1]).read_text(), shown_by
         else:
             assert (DOCS / re.fullmatch(r"\[.+\]\((\w+\.md)\)", shown_by)[1]).is_file()
+
+
+def test_the_tests_of_silent_faults_exist():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)` \|$", (DOCS / "silent_faults.md").read_text(), re.MULTILINE)
+    assert len(named) > 10
+    for file, test in named:
+        assert f"\ndef {test}(" in path_of_test(file).read_text(), test

@@ -76,10 +76,11 @@ def train(
     loss_reduction: str = "token",
     loss_scale: float | None = None,
     terms: dict[str, float] | None = None,
+    kind: type[LoadedGPT] = LoadedGPT,
     **options: Any,
 ) -> dict[str, Any]:
     """Train on this rank; with the final weights of the truth in ``full``, the worst distance to them."""
-    module, watch = LoadedGPT(config, loss_reduction=loss_reduction, **(terms or {})), Watch()
+    module, watch = kind(config, loss_reduction=loss_reduction, **(terms or {})), Watch()
     run = trainer(
         layout,
         options,

@@ -63,6 +63,11 @@ def initial_weights(c: GPTConfig) -> Weights:
                 weights[f"{layer}{name}.bias"] = draw(shape[0])
         for name in ("input_layernorm", "pre_mlp_layernorm"):
             _norm(weights, layer + name, c, draw)
+        if c.extra.get("qk_layernorm"):
+            for name in ("q_layernorm", "k_layernorm"):
+                _norm(weights, f"{layer}self_attention.{name}", c, draw, head)
+        if getattr(c, "has_sinks", False):
+            weights[f"{layer}self_attention.core_attention.softmax_offset"] = draw(c.num_attention_heads) * 10
     _norm(weights, "decoder.final_layernorm", c, draw)
     if not c.tie_embeddings:
         weights["output_layer.weight"] = draw(c.vocab_size, h)
@@ -133,16 +138,18 @@ def train(
     return {"losses": losses, "norms": norms, "weights": {name: value.detach() for name, value in w.items()}}
 
 
-def _norm(weights: Weights, name: str, c: GPTConfig, draw: Any) -> None:
-    weights[f"{name}.weight"] = 1 + draw(c.hidden_size)
+def _norm(weights: Weights, name: str, c: GPTConfig, draw: Any, width: int | None = None) -> None:
+    width = width or c.hidden_size
+    weights[f"{name}.weight"] = 1 + draw(width)
     if c.normalization == "LayerNorm":
-        weights[f"{name}.bias"] = draw(c.hidden_size)
+        weights[f"{name}.bias"] = draw(width)
 
 
 def _normalise(c: GPTConfig, w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    shape = (x.size(-1),)
     if c.normalization == "RMSNorm":
-        return F.rms_norm(x, (c.hidden_size,), w[f"{name}.weight"], c.layernorm_epsilon)
-    return F.layer_norm(x, (c.hidden_size,), w[f"{name}.weight"], w[f"{name}.bias"], c.layernorm_epsilon)
+        return F.rms_norm(x, shape, w[f"{name}.weight"], c.layernorm_epsilon)
+    return F.layer_norm(x, shape, w[f"{name}.weight"], w[f"{name}.bias"], c.layernorm_epsilon)
 
 
 def _linear(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -156,11 +163,18 @@ def _attention(c: GPTConfig, w: Weights, name: str, x: torch.Tensor) -> torch.Te
     qkv = _linear(w, f"{name}linear_qkv", x).view(b, s, groups, per_group + 2, head)
     q = qkv[..., :per_group, :].reshape(b, s, -1, head)
     k, v = (qkv[..., per_group + i, :].repeat_interleave(per_group, dim=2) for i in (0, 1))
+    if c.extra.get("qk_layernorm"):
+        q, k = (_normalise(c, w, f"{name}{which}_layernorm", y) for which, y in (("q", q), ("k", k)))
+    if c.extra.get("qk_l2_norm"):
+        q, k = (F.rms_norm(y, (head,), eps=c.layernorm_epsilon) for y in (q, k))
     if c.position_embedding == "rope":
         q, k = (_rotate(y, c.rotary_base) for y in (q, k))
     scores = torch.einsum("bqnd,bknd->bnqk", q, k) / head**0.5
     scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), float("-inf"))
-    mixed = torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v)
+    sinks = w.get(f"{name}core_attention.softmax_offset")  # one more score for each head, of nothing
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(b, -1, s, 1)], -1)
+    mixed = torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1)[..., :s], v)
     return _linear(w, f"{name}linear_proj", mixed.reshape(b, s, -1))
 
 

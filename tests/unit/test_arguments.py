@@ -88,6 +88,7 @@ STRATEGY: list[tuple[dict[str, Any], str]] = [
     ({"kernels": {"fused_layers": True}}, "use lightning_megatron.Kernels(...)."),
     ({"ddp": {"overlap_grad_reduce": True}}, "use megatron.core.distributed.DistributedDataParallelConfig(...)"),
     ({"ddp": DistributedDataParallelConfig(overlap_param_gather=True)}, "only with overlap_grad_reduce=True"),
+    ({"ddp": DistributedDataParallelConfig(average_in_collective=True)}, "divided once by the tokens"),
     (
         {"ddp": DistributedDataParallelConfig(use_distributed_optimizer=True), "distributed_optimizer": False},
         "contradict each other",

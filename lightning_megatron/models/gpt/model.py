@@ -46,6 +46,8 @@ class PositionedGPT(WholeModelNames, GPTModel):
         return (prepared[0], angles, *prepared[2:])
 
     def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **rest: Any) -> torch.Tensor:
+        if labels is not None:
+            rest["runtime_gather_output"] = False  # losses are of shards of the vocabulary, whatever predictions are
         if labels is None or not self.post_process or not getattr(self.output_layer, "gives_losses", False):
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None

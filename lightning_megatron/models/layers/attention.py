@@ -55,6 +55,11 @@ class TorchAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale
         self.window = None  # tokens that a query looks at, itself included
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            if not self.causal:
+                raise ValueError(
+                    f"extra={{'window_size': {config.window_size}}}: a window looks back only, and this is attention in"
+                    " both directions. Leave it out."
+                )
             self.window = config.window_size[0] + 1
         # Under sequence parallelism megatron-core has entered the tensor-parallel random state around the block.
         self.in_parallel_rng = config.sequence_parallel

@@ -99,7 +99,8 @@ class OutputLayer(ColumnParallelLinear):
         self, hidden: torch.Tensor, output: OutputWeights, labels: torch.Tensor | WeightedLabels
     ) -> torch.Tensor:
         assert self._loss is not None
-        loss = replace(self._loss, **asdict(self._terms)) if torch.is_grad_enabled() else self._loss
+        terms = asdict(self._terms) if torch.is_grad_enabled() else {}
+        loss = replace(self._loss, group=self.tp_group, **terms)  # the group of this run, which may be a later one
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
         else:

@@ -24,13 +24,15 @@ def torch_layer_spec(config: TransformerConfig, causal: bool = True) -> ModuleSp
         config: Megatron's transformer configuration.
         causal: Whether a token looks only at itself and earlier tokens.
     """
-    layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(
+        normalization=config.normalization, qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm
+    )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
     attention = parts.self_attention
     attention.params = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.padding}
     attention.submodules.core_attention = TorchAttention
-    if config.qk_layernorm:
+    if config.qk_layernorm and not config.qk_l2_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = TorchNorm
     use_recomputed_mlp(layer, config)
     parts.sharded_state_dict_keys_map = {}  # megatron-core's renames fuse norms into linears, as TE does

@@ -300,3 +300,9 @@ def test_the_kernel_that_was_asked_for_computes(name):
     assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in called) == (name == "flash")
     expected = plain(query, key, value, looks(AttentionPattern(length=LENGTH), None))
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_window_of_attention_in_both_directions_is_refused():
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, window_size=(3, 3))
+    with pytest.raises(ValueError, match="'window_size': \\(3, 3\\)}: a window looks back only"):
+        TorchAttention(config, 1, AttnMaskType.padding, "self")

@@ -1,8 +1,13 @@
-"""Fusions of libraries that the torch layers do not use are refused, in words that say what to use instead."""
+"""What the torch layers would not do is refused, in words that say what to use instead."""
+
+from dataclasses import replace
 
 import pytest
+import torch
 
 from lightning_megatron import BertConfig, GPTConfig, T5Config
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.build_settings import BuildSettings
 
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 32, "seq_length": 8}
 
@@ -20,6 +25,12 @@ SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_si
         ({"cpu_offloading": True}, "recompute='selective'"),
         ({"moe_permute_fusion": True}, "leave it out"),
         ({"cuda_graph_impl": "transformer_engine"}, "use 'local'"),
+        ({"softmax_type": "learnable"}, "as if it were not there.*layers='transformer_engine'"),
+        ({"multi_latent_attention": True}, "as if it were not there"),
+        ({"linear_attention_freq": 2}, "as if it were not there"),
+        ({"qk_clip": True}, "qk_layernorm"),
+        ({"mrope_section": [2, 1, 1]}, "three dimensions"),
+        ({"apply_residual_connection_post_layernorm": True}, "megatron-core"),
         ({"bias_activation_fusion": True}, r"no kernel of activation='gelu_tanh'.*Kernels\(fused_layers=True\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -43,3 +54,11 @@ def test_what_does_not_ask_for_them_is_not_refused(extra):
 
 def test_transformer_engine_layers_take_its_fields():
     assert GPTConfig(**SIZES, layers="transformer_engine", extra={"fp8": "hybrid"}).extra
+
+
+def test_a_residual_of_another_type_is_refused_where_weights_are_not_fp32():
+    config = GPTConfig(**SIZES, extra={"fp32_residual_connection": True})
+    settings = BuildSettings(layout=ParallelLayout(world_size=1))
+    assert config.transformer_config(settings).fp32_residual_connection
+    with pytest.raises(ValueError, match="fp32_residual_connection.*here bfloat16.*32-true"):
+        config.transformer_config(replace(settings, params_dtype=torch.bfloat16))
