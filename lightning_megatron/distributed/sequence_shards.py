@@ -65,6 +65,12 @@ class SequenceShards:
             found |= {p.start: each for p, each in zip(parts, shard.split(len(parts[0]), dim), strict=True)}
         return torch.cat([found[start] for start in sorted(found)], dim)
 
+    def split(self, rows: torch.Tensor) -> torch.Tensor:
+        """The shards ``[ranks, s/ranks, ...]`` of all ranks, of whole rows ``[s, ...]``."""
+        length = rows.size(0)
+        parts = (rows[part.start : part.stop] for rank in range(self.size) for part in self.parts(length, rank))
+        return torch.cat(list(parts)).unflatten(0, (self.size, -1))
+
     def gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """The whole rows on every rank, from each rank's shard ``tensor``; without gradients."""
         if self.size == 1:

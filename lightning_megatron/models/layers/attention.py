@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,19 @@ from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.layers import flex_attention, sdpa
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams, causal_pattern
 from lightning_megatron.models.layers.attention_pieces import JOINED, Kernel, attend_in_pieces
+from lightning_megatron.models.layers.context_parallel import all_to_all, ways
+from lightning_megatron.models.layers.context_parallel.all_gather import GatheredKeys
+from lightning_megatron.models.layers.context_parallel.ring import attend_in_ring
+from lightning_megatron.models.layers.context_parallel.visible_blocks import Visible
+
+
+class _Looks(NamedTuple):
+    """What says who looks at whom, as ``TorchAttention.forward`` is given it."""
+
+    pattern: AttentionPattern | None
+    mask: torch.Tensor | None
+    bias: torch.Tensor | None
+    causal: bool
 
 
 class TorchAttention(torch.nn.Module):
@@ -30,11 +43,18 @@ class TorchAttention(torch.nn.Module):
         attention_type: "self" or "cross".
         attention_dropout: Probability; None takes the configuration's.
         softmax_scale: Factor on the scores; None is one over the root of the head's size.
-        cp_comm_type: How attention reaches across the ranks that share a row; None: the best for the shape.
         **_: Arguments that only other implementations read (process groups).
+
+    Attributes:
+        way: How attention reaches across the ranks that share a row (``config.cp_comm_type``); None: no ranks do.
+
+    Raises:
+        ValueError: That way cannot compute this layer.
     """
 
     kernel: str | None = None  # set by ``use_kernel``
+    biased = False  # whether a bias is added to the scores
+    has_whole_rows = False  # whether each rank is given whole rows, context parallelism notwithstanding
 
     def __init__(
         self,
@@ -44,11 +64,9 @@ class TorchAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
-        self.shares_rows = config.context_parallel_size > 1
         self.is_cross = attention_type == "cross"
         self.causal = attn_mask_type == AttnMaskType.causal
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -61,6 +79,9 @@ class TorchAttention(torch.nn.Module):
                     " both directions. Leave it out."
                 )
             self.window = config.window_size[0] + 1
+        self.way: ways.Way | None = None
+        if config.context_parallel_size > 1:
+            self.way = ways.chosen(config, self.dropout, biased=self.biased)
         # Under sequence parallelism megatron-core has entered the tensor-parallel random state around the block.
         self.in_parallel_rng = config.sequence_parallel
 
@@ -92,62 +113,98 @@ class TorchAttention(torch.nn.Module):
         Returns:
             ``[s, b, heads/tp · head]``.
         """
-        if self.shares_rows:
-            return self._over_ranks(query, key, value, attention_mask, attention_bias, _pattern(packed_seq_params))
         causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
-        pattern = _pattern(packed_seq_params)
-        window = self.window if self.window is not None and self.window < key.size(0) else None
-        if attention_mask is None and attention_bias is None and pattern is None:
-            if window is not None or (self.kernel == "flex" and causal):
-                pattern = causal_pattern(key.size(0), query.size(0))
-        elif pattern is None and window is not None:
-            unseen = causal_pattern(key.size(0), query.size(0)).dense(window, query.device)
-            attention_mask = unseen if attention_mask is None else attention_mask | unseen
-        dropout = self.dropout if self.training else 0.0
-        forked = get_cuda_rng_tracker().fork() if dropout and not self.in_parallel_rng else nullcontext()
-        with forked:
-            if pattern is None:
-                found = self._masked(query, key, value, attention_mask, attention_bias, causal, dropout)
-            else:
-                found = self._patterned(query, key, value, pattern, window, dropout)
-        return found.flatten(2)
+        looks = _Looks(_pattern(packed_seq_params), attention_mask, attention_bias, causal)
+        if self.way is None or self.has_whole_rows:
+            return self._whole_rows(query, key, value, looks).flatten(2)
+        over_ranks = {"all_gather": self._gathered, "all_to_all": self._by_heads, "ring": self._in_ring}[self.way]
+        return over_ranks(query, key, value, looks).flatten(2)
 
     @property
     def shards_of_queries(self) -> SequenceShards:
         """Which queries of a row this rank has: a decoder's are zig-zag, for causal attention."""
         return SequenceShards.here(zigzag=self.causal or self.is_cross)
 
-    def _over_ranks(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        pattern: AttentionPattern | None,
-    ) -> torch.Tensor:
-        shards = self.shards_of_queries
-        of_keys = SequenceShards.here(zigzag=self.causal)
-        key, value = (of_keys.gather_with_gradients(x, 0) for x in (key, value))
-        length, dropout = key.size(0), self.dropout if self.training else 0.0
-        window = self.window if self.window is not None and self.window < length else None
-        if self.causal and mask is None and pattern is None:
+    @property
+    def shards_of_keys(self) -> SequenceShards:
+        """Which keys of a row this rank has: an encoder's are not zig-zag."""
+        return SequenceShards.here(zigzag=self.causal)
+
+    def _whole_rows(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, looks: _Looks) -> torch.Tensor:
+        """As ``forward``, ``[s, b, heads/tp, head]``, of rows that are whole."""
+        pattern, mask, window = looks.pattern, looks.mask, self._window(key.size(0))
+        if mask is None and looks.bias is None and pattern is None:
+            if window is not None or (self.kernel == "flex" and looks.causal):
+                pattern = causal_pattern(key.size(0), query.size(0))
+        elif pattern is None and window is not None:
+            unseen = causal_pattern(key.size(0), query.size(0)).dense(window, query.device)
+            mask = unseen if mask is None else mask | unseen
+        with self._randomness() as dropout:
+            if pattern is None:
+                return self._masked(query, key, value, mask, looks.bias, looks.causal, dropout)
+            return self._patterned(query, key, value, pattern, window, dropout)
+
+    def _gathered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, looks: _Looks) -> torch.Tensor:
+        """As ``_whole_rows``, of shards: the keys of all ranks are collected."""
+        gathered = GatheredKeys(key, value, self.shards_of_keys)
+        length = gathered.key.size(0)
+        pattern, mask, window = looks.pattern, looks.mask, self._window(length)
+        if pattern is None and mask is None and self.causal and (window is not None or self.kernel == "flex"):
             pattern = causal_pattern(length, length)
         elif mask is not None and window is not None:
             mask = mask | causal_pattern(length, length).dense(window, query.device)
-        forked = get_cuda_rng_tracker().fork() if dropout and not self.in_parallel_rng else nullcontext()
-        parts = shards.parts(query.size(0) * shards.size)
-        found = []
-        with forked:
+        parts, found = self.shards_of_queries.parts(query.size(0) * self.shards_of_queries.size), []
+        with self._randomness() as dropout:
             for number, (part, each) in enumerate(zip(parts, query.split(len(parts[0])), strict=True)):
+                keys = gathered.key, gathered.value
                 if pattern is not None:
-                    of_part = pattern.made(("part", part), functools.partial(pattern.part, part.start, part.stop))
-                    found.append(self._patterned(each, key, value, of_part, window, dropout))
+                    of_part = pattern.part(part.start, part.stop)
+                    found.append(self._patterned(each, *keys, of_part, window, dropout))
                     continue
+                causal = self.causal and mask is None and looks.bias is None
                 own = mask[:, :, part.start : part.stop] if mask is not None and mask.size(2) > 1 else mask
-                of_bias = None if bias is None else bias[:, :, number * len(part) : (number + 1) * len(part)]
-                found.append(self._masked(each, key, value, own, of_bias, False, dropout))
-        return torch.cat(found).flatten(2)
+                of_bias = None if looks.bias is None else looks.bias[:, :, number * len(part) :][:, :, : len(part)]
+                k, v = (x[: part.stop] if causal else x for x in keys)
+                found.append(self._masked(each, k, v, own, of_bias, causal, dropout))
+        result = torch.cat(found)
+        gathered.free_until_gradient_of(result)
+        return result
+
+    def _by_heads(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, looks: _Looks) -> torch.Tensor:
+        """As ``_whole_rows``, of shards: each rank takes whole rows of some heads. So does a bias of whole rows."""
+        of_queries, of_keys = self.shards_of_queries, self.shards_of_keys
+        own, bias = query.size(0), looks.bias
+        query = all_to_all.whole_rows(query, of_queries)
+        key, value = (all_to_all.whole_rows(all_to_all.divisible(x, of_keys.size), of_keys) for x in (key, value))
+        if bias is not None and bias.size(2) == own:
+            bias = all_to_all.whole_rows(bias.permute(2, 0, 1, 3), of_queries).permute(1, 2, 0, 3)
+        found = self._whole_rows(query, key, value, looks._replace(bias=bias))
+        return all_to_all.own_places(found, of_queries)
+
+    def _in_ring(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, looks: _Looks) -> torch.Tensor:
+        """As ``_whole_rows``, of shards: keys and values pass from rank to rank."""
+        of_queries, of_keys = self.shards_of_queries, self.shards_of_keys
+        length = key.size(0) * of_keys.size
+        pattern, mask, window = looks.pattern, looks.mask, self._window(length)
+        if looks.bias is not None:
+            raise ValueError("cp_comm='ring' takes no bias on the scores. Use cp_comm='all_gather' or 'all_to_all'.")
+        if pattern is None and mask is None and self.causal:
+            pattern = causal_pattern(length, length)
+        elif mask is not None and window is not None:
+            mask = mask | causal_pattern(length, length).dense(window, query.device)
+        visible = Visible(pattern, mask, window, query.device)
+        return attend_in_ring(query, key, value, visible, (of_queries, of_keys), self.softmax_scale)
+
+    def _window(self, length: int) -> int | None:
+        """The window, where rows are longer."""
+        return self.window if self.window is not None and self.window < length else None
+
+    @contextmanager
+    def _randomness(self) -> Iterator[float]:
+        """The dropout of this call, and the random state that it draws from."""
+        dropout = self.dropout if self.training else 0.0
+        with get_cuda_rng_tracker().fork() if dropout and not self.in_parallel_rng else nullcontext():
+            yield dropout
 
     def _patterned(
         self,

@@ -76,7 +76,7 @@ class AttentionPattern:
 
     def part(self, first: int, last: int) -> Self:
         """The same rows, of which the tokens from ``first`` to before ``last`` are the queries."""
-        return replace(self, queries=range(first, last))
+        return self.made(("part", first, last), lambda: replace(self, queries=range(first, last)))
 
     def padded(self, more: int) -> Self:
         """The pattern of rows with ``more`` tokens behind them, a document of their own."""

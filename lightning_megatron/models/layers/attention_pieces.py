@@ -29,7 +29,7 @@ class Piece(NamedTuple):
         queries: Places of the queries in the row.
         keys: Places of the keys; none where the queries look nowhere.
         mask: ``[queries, keys]``, added to the scores.
-        causal: Whether the first query is the first key, and none looks ahead.
+        causal: Whether the last query is the last key, and none looks ahead.
     """
 
     queries: range
@@ -159,6 +159,9 @@ class _Row(NamedTuple):
 
     def _causal(self, queries: range, keys: range) -> Iterator[Piece]:
         """Queries within ``keys``: without a mask where torch's causal kernels take them."""
+        if self.window is None:
+            yield Piece(queries, range(keys.start, queries.stop), causal=True)
+            return
         if queries.start == keys.start:
             unmasked = queries[: self.window]
             yield Piece(unmasked, unmasked, causal=True)

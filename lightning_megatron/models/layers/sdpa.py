@@ -9,6 +9,9 @@ from typing import NoReturn
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from lightning_megatron.models.layers.partial_attention import attend_behind
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -42,7 +45,7 @@ def attend(
         key: The keys.
         value: The values.
         mask: As torch has it: True where a query looks, or numbers that are added to the scores.
-        causal: Whether no query looks ahead; then there is no mask.
+        causal: Whether no query looks ahead, the last of which is at the last key; then there is no mask.
         dropout: Probability.
         scale: Factor on the scores; None is one over the root of the head's size.
         backend: A name of ``BACKENDS``. None: cuDNN's on Hopper, where it is 1.7 to 2.3 times as fast as the others
@@ -51,6 +54,8 @@ def attend(
     Raises:
         ValueError: The back end that was asked for cannot take these tensors.
     """
+    if causal and query.size(2) != key.size(2):
+        return _attend_behind(query, key, value, dropout, scale, backend)
     call = functools.partial(
         F.scaled_dot_product_attention,
         query,
@@ -79,6 +84,24 @@ def attend(
         with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
             return call()
     return call()
+
+
+def _attend_behind(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scale: float | None,
+    backend: str | None,
+) -> torch.Tensor:
+    """Causal attention where keys lie before the first query, as in a part of a row; CUDA's kernels know of that."""
+    if query.device.type == "cpu" and not dropout and backend != "math":
+        return attend_behind(query, key, value, scale)
+    # On a CPU, torch makes the scores of all heads where there is dropout, so that a mask adds little.
+    behind = causal_lower_right(query.size(2), key.size(2))
+    mask = behind._materialize(query.device) if query.device.type == "cpu" else behind
+    grouped = query.size(1) != key.size(1)
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, enable_gqa=grouped)
 
 
 def _is_for_cudnn(query: torch.Tensor, key: torch.Tensor) -> bool:

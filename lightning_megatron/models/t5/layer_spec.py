@@ -33,6 +33,7 @@ class RelativeAttention(TorchAttention):
     """Self-attention that adds its stack's position bias; each layer computes it anew, recomputed layers too."""
 
     position_bias: RelativePositionEmbedding
+    biased = True
 
     def forward(
         self,
@@ -43,11 +44,19 @@ class RelativeAttention(TorchAttention):
         **kwargs: Any,
     ) -> torch.Tensor:
         """As ``TorchAttention``, with this rank's heads of the bias; in generation all layers are given one."""
-        if attention_bias is None and self.shares_rows:
-            attention_bias = heads_of_part_of_bias(self.position_bias, self.shards_of_queries, query.size(0))
-        elif attention_bias is None:
-            attention_bias = heads_of_bias(self.position_bias, query.size(0), key.size(0))
+        if attention_bias is None:
+            attention_bias = self._bias(query.size(0), key.size(0))
         return super().forward(query, key, *args, **{**kwargs, "attention_bias": attention_bias.to(query.dtype)})
+
+    def _bias(self, queries: int, keys: int) -> torch.Tensor:
+        """That of this rank's queries and all keys; or of some of its heads in whole rows, where ranks take those."""
+        if self.way is None or self.has_whole_rows:
+            return heads_of_bias(self.position_bias, queries, keys)
+        shards = self.shards_of_queries
+        if self.way != "all_to_all":
+            return heads_of_part_of_bias(self.position_bias, shards, queries)
+        length = queries * shards.size
+        return heads_of_bias(self.position_bias, length, length).chunk(shards.size, dim=1)[shards.rank]
 
 
 def heads_of_bias(position_bias: RelativePositionEmbedding, queries: int, keys: int) -> torch.Tensor:

@@ -1,0 +1,48 @@
+"""Chooses the way in which attention reaches the keys of other ranks, and refuses one that cannot compute it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron.core.transformer import TransformerConfig
+
+Way = Literal["all_gather", "all_to_all", "ring"]
+
+
+def chosen(config: TransformerConfig, dropout: float, *, biased: bool) -> Way:
+    """The way that ``config.cp_comm_type`` names; None is the one that keeps and sends least.
+
+    That is "all_to_all" where heads and groups divide: each rank then has whole rows of a part of the heads, so that
+    the kernels are those of one rank, and whatever a row hides costs all ranks the same. Elsewhere it is "all_gather",
+    which takes any heads. "ring" is never chosen: it holds less for a moment, and makes a call of a kernel for each
+    pair of chunks.
+
+    Args:
+        config: Megatron's transformer configuration.
+        dropout: Probability that attention drops a weight.
+        biased: Whether attention adds a position bias to the scores.
+
+    Raises:
+        ValueError: That way cannot compute this layer; the message has one that can.
+    """
+    cp, tp, asked = config.context_parallel_size, config.tensor_model_parallel_size, config.cp_comm_type
+    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    heads, groups = heads // tp, max(groups // tp, 1)
+    if asked is None:
+        return "all_gather" if heads % cp or groups % cp else "all_to_all"
+    if asked == "all_to_all" and heads % cp:
+        each = f"{config.num_attention_heads} heads" + (f" / tp={tp} = {heads} heads" if tp > 1 else "")
+        raise ValueError(
+            f"MegatronStrategy(cp_comm='all_to_all') gives each of the cp={cp} ranks a part of the heads, and {each} do"
+            " not divide by it. Use cp_comm='all_gather' or 'ring', or another cp."
+        )
+    if asked == "ring" and (dropout or biased):
+        what = f"attention_dropout={dropout}" if dropout else "a relative position bias, as T5 has"
+        instead = ", or attention_dropout=0.0" if dropout else ""
+        raise ValueError(
+            f"MegatronStrategy(cp_comm='ring') has no kernel for {what}. Use cp_comm='all_gather' or"
+            f" 'all_to_all'{instead}."
+        )
+    if asked not in ("all_gather", "all_to_all", "ring"):
+        raise ValueError(f"cp_comm={asked!r}: use 'all_gather', 'all_to_all' or 'ring', or None for the best one.")
+    return asked
