@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from lightning_megatron.models.layers.attention import TorchAttention
 
 # megatron-core's layers read these attributes on each call, and take no argument for them. A sequence of one token
 # cannot be divided over the tensor-parallel ranks.
@@ -14,7 +17,7 @@ _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "redu
 
 @contextmanager
 def prepared_to_generate(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Turn off gradients, dropout and sequence parallelism, and on exit turn on again what was on.
+    """Turn off gradients, dropout, sequence and context parallelism, and on exit turn on again what was on.
 
     ``inference_mode`` is not used: tensors that megatron-core keeps there (rotary angles) break a later training step.
     """
@@ -32,10 +35,33 @@ def prepared_to_generate(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
             module.training = False
         for owner, name in shared:
             setattr(owner, name, False)
-        with torch.no_grad():
+        with torch.no_grad(), _whole_rows_on_each_rank(modules):
             yield
     finally:
         for module in training:
             module.training = True
         for owner, name in shared:
             setattr(owner, name, True)
+
+
+@contextmanager
+def _whole_rows_on_each_rank(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Have ranks that share rows in training compute whole texts, each for itself: one token cannot be divided."""
+    attentions = [module for module in modules if isinstance(module, TorchAttention) and module.way is not None]
+    rotaries = [module for module in modules if isinstance(module, RotaryEmbedding)] if attentions else []
+    groups = [rotary.cp_group for rotary in rotaries]
+    try:
+        for attention in attentions:
+            attention.has_whole_rows = True
+        for rotary in rotaries:
+            rotary.cp_group = None
+        if rotaries:
+            RotaryEmbedding.forward.cache_clear()  # it remembers the angles of a rank's part
+        yield
+    finally:
+        for attention in attentions:
+            attention.has_whole_rows = False
+        for rotary, group in zip(rotaries, groups, strict=True):
+            rotary.cp_group = group
+        if rotaries:
+            RotaryEmbedding.forward.cache_clear()

@@ -60,6 +60,9 @@ def predict_unmarked(layout: Layout) -> None:
         ("gpt2", Layout(tp=2, sp=True)),
         ("t5", Layout(tp=2, sp=True)),
         ("t5", Layout(pp=2, vp=2)),
+        ("llama", Layout(cp=2)),
+        ("gpt2", Layout(tp=2, cp=2, sp=True)),
+        ("t5", Layout(cp=2)),
     ],
     ids=str,
 )
@@ -141,6 +144,7 @@ def train_twice(layout: Layout, overlaps: bool) -> dict[str, Any]:
         (Layout(tp=2, sp=True), False),
         (Layout(pp=2, vp=2), False),
         (Layout(dp=2), True),
+        (Layout(cp=2), True),
     ],
     ids=str,
 )
