@@ -40,6 +40,18 @@ def text_samples(config: GPTConfig, rows: int) -> dict[str, torch.Tensor]:
     return {"tokens": tokens, "labels": ids[1:].view(rows, length), "loss_mask": mask}
 
 
+def packed_samples(config: GPTConfig, rows: int) -> dict[str, torch.Tensor]:
+    """``text_samples``, each row of which is three documents, cut elsewhere in each row; no label crosses an end."""
+    samples, length = text_samples(config, rows), config.seq_length
+    places = torch.arange(length)
+    first = torch.tensor(
+        [[1 + row * 3 % (length // 2), length // 2 + 1 + row * 5 % (length // 2 - 2)] for row in range(rows)]
+    )
+    starts = torch.where(places >= first[:, 1:], first[:, 1:], torch.where(places >= first[:, :1], first[:, :1], 0))
+    ends = torch.zeros(rows, length).scatter(1, first - 1, 1.0)
+    return {**samples, "loss_mask": samples["loss_mask"] * (1 - ends), "position_ids": places - starts}
+
+
 class LoadedGPT(FromTruth, GPTModule):
     """Starts from the truth's weights."""
 
@@ -77,6 +89,7 @@ def train(
     loss_scale: float | None = None,
     terms: dict[str, float] | None = None,
     kind: type[LoadedGPT] = LoadedGPT,
+    packed: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train on this rank; with the final weights of the truth in ``full``, the worst distance to them."""
@@ -91,7 +104,7 @@ def train(
         gradient_clip_val=clip,
         callbacks=[watch],
     )
-    samples = Rows(text_samples(config, total_rows or rows * steps))
-    run.fit(module, loader(samples, layout, rows // accumulate, run))
+    samples = (packed_samples if packed else text_samples)(config, total_rows or rows * steps)
+    run.fit(module, loader(Rows(samples), layout, rows // accumulate, run))
     distance = module.distance(full) if full else 0.0
     return {"losses": watch.losses, "norms": watch.norms, "distance": distance, "steps": run.global_step}

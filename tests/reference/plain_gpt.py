@@ -29,6 +29,9 @@ LLAMA = GPTConfig(
     tie_embeddings=False,
     make_vocab_size_divisible_by=16,
 )
+WINDOWED = replace(LLAMA, num_layers=4, sliding_window=5)
+PACKED = replace(LLAMA, num_layers=4)  # on rows of several documents, see parallel_gpt.packed_samples
+PACKED_GPT2 = replace(GPT2, num_layers=4)
 # A vocabulary that no tensor-parallel size divides: 61 of 64 rows at tp = 1 and 2, 61 of 96 at tp = 3 or 6.
 ODD = replace(
     GPT2, vocab_size=61, seq_length=18, make_vocab_size_divisible_by=32, hidden_size=24, num_attention_heads=6
@@ -74,14 +77,25 @@ def initial_weights(c: GPTConfig) -> Weights:
     return weights
 
 
-def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor) -> torch.Tensor:
-    """``[b, s, vocab]``."""
+def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """``[b, s, vocab]``; where ``positions`` ``[b, s]`` do not go on by one, another document begins."""
     x = w["embedding.word_embeddings.weight"][tokens]
+    places = torch.arange(tokens.size(1))
+    seen = places[:, None] >= places
+    if c.sliding_window is not None:
+        seen = seen & (places[:, None] - places < c.sliding_window)
+    if positions is not None:
+        documents = F.pad(positions.diff(dim=1) != 1, (1, 0)).cumsum(dim=1)
+        seen = seen & (documents[:, :, None] == documents[:, None])
+        seen = seen[:, None]
+    positions = places.expand_as(tokens) if positions is None else positions
     if c.position_embedding == "learned":
-        x = x + w["embedding.position_embeddings.weight"][: tokens.size(1)]
+        x = x + w["embedding.position_embeddings.weight"][positions]
     for n in range(c.num_layers):
         layer = f"decoder.layers.{n}."
-        x = x + _attention(c, w, layer + "self_attention.", _normalise(c, w, layer + "input_layernorm", x))
+        x = x + _attention(
+            c, w, layer + "self_attention.", _normalise(c, w, layer + "input_layernorm", x), positions, seen
+        )
         x = x + _mlp(c, w, layer + "mlp.", _normalise(c, w, layer + "pre_mlp_layernorm", x))
     x = _normalise(c, w, "decoder.final_layernorm", x)
     return x @ w["embedding.word_embeddings.weight" if c.tie_embeddings else "output_layer.weight"].T
@@ -96,7 +110,7 @@ def batches(samples: dict[str, torch.Tensor], rows: int, steps: int) -> Iterator
 def mean_loss(c: GPTConfig, w: Weights, batch: dict[str, torch.Tensor], **terms: float) -> torch.Tensor:
     """The loss of a batch, over the tokens that its loss mask keeps."""
     labels = batch["labels"].masked_fill(batch["loss_mask"] == 0, -100)
-    return mean_with_terms(logits(c, w, batch["tokens"]), labels, **terms)
+    return mean_with_terms(logits(c, w, batch["tokens"], batch.get("position_ids")), labels, **terms)
 
 
 def mean_with_terms(
@@ -156,7 +170,9 @@ def _linear(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
 
-def _attention(c: GPTConfig, w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+def _attention(
+    c: GPTConfig, w: Weights, name: str, x: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor
+) -> torch.Tensor:
     b, s, _ = x.shape
     head, groups = c.hidden_size // c.num_attention_heads, c.num_query_groups or c.num_attention_heads
     per_group = c.num_attention_heads // groups
@@ -168,9 +184,9 @@ def _attention(c: GPTConfig, w: Weights, name: str, x: torch.Tensor) -> torch.Te
     if c.extra.get("qk_l2_norm"):
         q, k = (F.rms_norm(y, (head,), eps=c.layernorm_epsilon) for y in (q, k))
     if c.position_embedding == "rope":
-        q, k = (_rotate(y, c.rotary_base) for y in (q, k))
+        q, k = (_rotate(y, positions, c.rotary_base) for y in (q, k))
     scores = torch.einsum("bqnd,bknd->bnqk", q, k) / head**0.5
-    scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), float("-inf"))
+    scores = scores.masked_fill(~seen, float("-inf"))
     sinks = w.get(f"{name}core_attention.softmax_offset")  # one more score for each head, of nothing
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand(b, -1, s, 1)], -1)
@@ -178,10 +194,10 @@ def _attention(c: GPTConfig, w: Weights, name: str, x: torch.Tensor) -> torch.Te
     return _linear(w, f"{name}linear_proj", mixed.reshape(b, s, -1))
 
 
-def _rotate(x: torch.Tensor, base: float) -> torch.Tensor:
-    s, head = x.size(1), x.size(-1)
-    angles = torch.outer(torch.arange(s).float(), 1 / base ** (torch.arange(0, head, 2).float() / head))
-    cos, sin = (torch.cat([f(angles)] * 2, -1)[None, :, None, :] for f in (torch.cos, torch.sin))
+def _rotate(x: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
+    head = x.size(-1)
+    angles = positions[..., None].float() / base ** (torch.arange(0, head, 2).float() / head)
+    cos, sin = (torch.cat([f(angles)] * 2, -1)[:, :, None, :] for f in (torch.cos, torch.sin))
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
