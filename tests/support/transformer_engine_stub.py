@@ -1,6 +1,6 @@
 """A stand-in for Transformer Engine 2.9, which a test makes the package ``transformer_engine``.
 
-It has the names that megatron-core 0.16.1 uses, computes in plain torch on the CPU, and notes each fp8 recipe.
+It has the names that megatron-core 0.16.1 to 0.19 use, computes in plain torch on the CPU, and notes each fp8 recipe.
 """
 
 import dataclasses
@@ -61,13 +61,13 @@ class LayerNormLinear(Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    def __init__(self, hidden_size, eps, sequence_parallel, zero_centered_gamma, params_dtype, device):
-        super().__init__(hidden_size, eps, dtype=params_dtype, device=device)
+    def __init__(self, hidden_size=None, *, eps, params_dtype, device, normalized_shape=None, **_):
+        super().__init__(hidden_size or normalized_shape, eps, dtype=params_dtype, device=device)
 
 
 class RMSNorm(nn.RMSNorm):
-    def __init__(self, hidden_size, eps, sequence_parallel, zero_centered_gamma, params_dtype, device):
-        super().__init__(hidden_size, eps, dtype=params_dtype, device=device)
+    def __init__(self, hidden_size=None, *, eps, params_dtype, device, normalized_shape=None, **_):
+        super().__init__(hidden_size or normalized_shape, eps, dtype=params_dtype, device=device)
 
 
 class DotProductAttention(nn.Module):
@@ -174,7 +174,9 @@ _module(
     "pytorch", Linear=Linear, LayerNormLinear=LayerNormLinear, LayerNorm=LayerNorm, RMSNorm=RMSNorm,
     DotProductAttention=DotProductAttention, GroupedLinear=GroupedLinear, fp8_autocast=fp8_autocast, ops=MagicMock(),
 )  # fmt: skip
-_module("pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast)
+_module(
+    "pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast, fp8_model_init=fp8_autocast
+)
 _module(
     "pytorch.distributed", CudaRNGStatesTracker=CudaRNGStatesTracker, activation_recompute_forward=nullcontext
 )  # fmt: skip
