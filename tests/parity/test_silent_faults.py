@@ -28,7 +28,7 @@ from tests.reference import parallel_gpt, plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
-from tests.support.trainer import Logged, trainer
+from tests.support.trainer import Logged, loader, trainer
 
 ROWS, STEPS, CLIP = 6, 4, 0.5
 SMALL = replace(plain_gpt.GPT2, num_layers=2)
@@ -181,6 +181,30 @@ class EdgesOnly(LoadedGPT):
 
     def get_batch(self, batch: Any) -> Any:
         return super().get_batch(edges_only(batch))
+
+
+def evaluate(layout: Layout) -> tuple[float, list[torch.Tensor]]:
+    module, data = LoadedGPT(CONFIGS["odd"]), parallel_gpt.Rows(evaluated())
+    run = trainer(layout)
+    (seen,) = run.validate(module, loader(data, layout, ROWS, run), verbose=False)
+    return seen["val_loss"], run.predict(module, loader(data, layout, ROWS, run))
+
+
+def evaluated() -> dict[str, torch.Tensor]:
+    """Two batches, the second one short, of rows whose length no shard divides."""
+    samples = parallel_gpt.text_samples(CONFIGS["odd"], 2 * ROWS - 2)
+    return {name: value[:, :19] for name, value in samples.items()}
+
+
+@pytest.mark.parametrize("layout", [Layout(cp=2), Layout(pp=2, cp=2), Layout(tp=2, cp=2, sp=True)], ids=str)
+def test_evaluation_is_of_whole_rows(layout):
+    config, samples = CONFIGS["odd"], evaluated()
+    weights = plain_gpt.initial_weights(config)
+    loss = plain_gpt.mean_loss(config, weights, samples)
+    for seen, predicted in run_in_pool(layout.world_size, evaluate, layout):
+        assert seen == pytest.approx(float(loss), rel=1e-5)
+        logits = plain_gpt.logits(config, weights, samples["tokens"])
+        torch.testing.assert_close(torch.cat(predicted), logits, rtol=0, atol=1e-5)
 
 
 # Rows that documents share: a stage between the first and the last has to hear of the borders

@@ -52,6 +52,15 @@ def test_what_ranks_share():
                 assert all("norm" not in name and "position" not in name for name in apart)
 
 
+def test_ranks_that_share_rows_start_alike_and_drop_apart():
+    first, second = run_ranks(2, _fit, Layout(cp=2), 1)
+    for name, value in first["start"].items():
+        assert torch.equal(second["start"][name], value), name
+    assert not torch.equal(first["shared"], second["shared"])  # of hidden states
+    assert not torch.equal(first["own"], second["own"])  # of attention
+    assert first["loss"] == second["loss"]
+
+
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not():
     layout = Layout(tp=2, sp=True)
     first, again, other = (run_ranks(2, _fit, layout, seed)[0]["loss"] for seed in (1, 1, 2))

@@ -23,7 +23,7 @@ from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import Logged, loader, trainer
 
 EXPORTED = ("llama", "gpt2", "bert-sequences", "bert-tokens")
-LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2, sp=True)]
+LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(tp=2, pp=2, sp=True)]
 
 
 def run_on_rank(names: list[str], layout: Layout, folder: Path) -> dict[str, Any]:
