@@ -32,6 +32,9 @@ TP2DP2R = Layout(tp=2, dp=2, sharded=False)
 PP2DP2 = Layout(pp=2, dp=2)
 VP2DP2 = Layout(pp=2, vp=2, dp=2)
 ONER = Layout(sharded=False)
+CP2 = Layout(cp=2)
+CP4 = Layout(cp=4)
+CP2DP2 = Layout(cp=2, dp=2)
 
 PAIRS = [
     (ONE, TP2), (ONE, PP2), (ONE, VP2), (ONE, DP2), (ONE, TP2DP2), (ONE, ONER),
@@ -44,6 +47,7 @@ PAIRS = [
     (TP2PP2, VP2DP2), (TP2PP2, TP2DP2), (TP2PP2, ONE),
     (TP2DP2, TP2PP2), (TP2DP2, TP2DP2R), (TP2DP2, VP4),
     (VP2DP2, TP4), (VP2DP2, TP2DP2R), (VP2DP2, ONE),
+    (CP2, ONE), (CP2, CP4), (CP4, CP2DP2), (CP2DP2, TP2), (DP2, CP2),
 ]  # fmt: skip
 
 

@@ -179,14 +179,17 @@ def _chosen(name: str, every: list[tuple[RankCoordinates, dict[str, _Entry]]]) -
     """The entries to log, one for each replica: those of the last pipeline stage that has logged the name.
 
     An earlier stage has no outputs, so its value means nothing. A sum that is not reduced over replicas, and a value
-    that only rank 0 logs, are the first replica's.
+    that only rank 0 logs, are the first replica's. Ranks that share rows (cp) have one entry each where they differ.
     """
     found = {place: entries[name] for place, entries in every if name in entries}
     stage = max(place.pp for place in found)
-    of_replica: dict[int, _Entry] = {}
+    of_copies: dict[tuple[int, int], _Entry] = {}
     for place in sorted((p for p in found if p.pp == stage), key=lambda p: (p.dp, p.cp, p.tp)):
-        of_replica.setdefault(place.dp, found[place])
-    entries = list(of_replica.values())
+        of_copies.setdefault((place.dp, place.cp), found[place])
+    differing: dict[tuple[int, str], _Entry] = {}
+    for (replica, _), entry in of_copies.items():
+        differing.setdefault((replica, repr((entry.values, entry.weights))), entry)
+    entries = list(differing.values())
     options = entries[0].options
     is_sum = options.get("reduce_fx") in ("sum", torch.sum)
     alone = options.get("rank_zero_only") or (is_sum and not options.get("sync_dist"))

@@ -1,7 +1,8 @@
 """Records what micro-batches log (``self.log``), reduces it over them and the replicas, and logs it on every rank.
 
-Under context parallelism a step has a part of each row, so the ranks that share the rows are reduced over, too: a mean
-is weighed by what ``batch_size`` says, and a sum adds the parts.
+Under context parallelism, what all ranks that share rows have logged alike is of whole rows (of the batch, or of what
+``predict_step`` gives), and counts once. What differs is of their parts of the rows (of a loss, of its tokens), and is
+reduced over them, too: a mean is weighed by what ``batch_size`` says, and a sum adds the parts.
 """
 
 from __future__ import annotations
@@ -170,9 +171,12 @@ def _over_data(seen: dict[str, _Entry]) -> dict[str, _Entry]:
     joined: dict[str, _Entry] = {}
     here = {name: _on_the_host(entry) for name, entry in seen.items()}
     every = collectives.gather(here, process_groups.data_parallel())
-    _warn_of_sums(every[: process_groups.context_parallel().size()])
-    for rank in every:
+    sharing = process_groups.context_parallel().size()
+    whole = _of_whole_rows(every, sharing)
+    for number, rank in enumerate(every):
         for name, entry in rank.items():
+            if number % sharing and name in whole:
+                continue
             if name not in joined:
                 joined[name] = entry
             else:
@@ -181,18 +185,32 @@ def _over_data(seen: dict[str, _Entry]) -> dict[str, _Entry]:
     return joined
 
 
-def _warn_of_sums(parts: list[dict[str, _Entry]]) -> None:
-    """Warn of a sum of equal numbers: what each of the ranks that share rows has counted may be of the whole rows."""
-    for name, first in parts[0].items() if len(parts) > 1 else ():
-        numbers = [value for value in first.values if isinstance(value, int | float)]
-        if first.options.get("reduce_fx") not in ("sum", torch.sum) or not any(numbers):
-            continue
-        if all(name in part and part[name].values == numbers for part in parts):
-            _warnings.warn(
-                f"self.log({name!r}, reduce_fx='sum') in a step with cp={len(parts)}: the ranks that share each row"
-                f" have logged the same number, {numbers[-1]}, and their sum is logged. A step has a part of each row's"
-                " tokens. If the number is of whole rows, log it in on_train_batch_end (on_validation_batch_end)."
-            )
+def _of_whole_rows(every: list[dict[str, _Entry]], sharing: int) -> set[str]:
+    """The names under which the ranks that share rows, ``sharing`` in turn, have logged the same in each replica."""
+    if sharing == 1:
+        return set()
+    whole = set()
+    for name in {name for rank in every for name in rank}:
+        seen = [repr((rank[name].values, rank[name].weights)) if name in rank else "" for rank in every]
+        if all(len(set(seen[first : first + sharing])) == 1 for first in range(0, len(seen), sharing)):
+            whole.add(name)
+            _warn_of_sum(name, every[0].get(name))
+    return whole
+
+
+def _warn_of_sum(name: str, entry: _Entry | None) -> None:
+    """Warn of equal numbers whose sum is logged: they may as well be counts of the ranks' own tokens."""
+    if entry is not None and entry.options.get("reduce_fx") in ("sum", torch.sum) and any(_numbers(entry)):
+        _warnings.warn(
+            f"self.log({name!r}, reduce_fx='sum') in a step: the ranks that share each row (cp) have logged the same"
+            f" number, {_numbers(entry)[-1]}, which is taken for that of whole rows, and counts once. If it counts the"
+            " tokens of one rank, add them up before it is logged: sum_over_parts_of_rows of"
+            " lightning_megatron.distributed.collectives."
+        )
+
+
+def _numbers(entry: _Entry) -> list[int | float]:
+    return [value for value in entry.values if isinstance(value, int | float)]
 
 
 def _on_the_host(entry: _Entry) -> _Entry:

@@ -21,7 +21,13 @@ from tests.support.ranks import run_in_pool
 from tests.support.trainer import loader, trainer
 
 CONFIG = replace(plain_gpt.GPT2, num_layers=4)
-LAYOUTS = [Layout(tp=2, sp=True, pp=2), Layout(dp=2, pp=2), Layout(dp=4), Layout(tp=2, dp=2, sharded=False)]
+LAYOUTS = [
+    Layout(tp=2, sp=True, pp=2),
+    Layout(dp=2, pp=2),
+    Layout(dp=4),
+    Layout(tp=2, dp=2, sharded=False),
+    Layout(cp=2, dp=2),
+]
 
 
 def fit(layout: Layout, callbacks: list[Callback], folder: str = "", rows: int = 8, steps: int = 3, **options: Any):
@@ -100,7 +106,7 @@ def _zeros(layout: Layout) -> tuple[int, float]:
     return unseen * config.hidden_size, float(run.logged_metrics["zeros_in_grad"])
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2), Layout(cp=2)], ids=str)
 def test_zeros_are_counted_once(layout):
     for expected, seen in run_in_pool(layout.world_size, _zeros, layout):
         assert expected > 500
@@ -133,7 +139,7 @@ def _counted(layout: Layout, accumulate: int, folder: str) -> Any:
     return consumed.seen, resumed.seen, metrics
 
 
-@pytest.mark.parametrize(("layout", "accumulate"), [(Layout(dp=2), 1), (Layout(dp=2), 2), (Layout(tp=2), 1)], ids=str)
+@pytest.mark.parametrize(("layout", "accumulate"), [(Layout(dp=2), 1), (Layout(cp=2), 2), (Layout(tp=2), 1)], ids=str)
 def test_counts_are_exact_and_go_on(layout, accumulate, tmp_path):
     for before, after, metrics in run_in_pool(2, _counted, layout, accumulate, str(tmp_path)):
         assert before == [(8.0 * n, 8.0 * n * CONFIG.seq_length) for n in (1, 2, 3)]

@@ -181,6 +181,8 @@ CASES = [
     (Layout(pp=2), "shuffled", 0, "bf16-true", 1, 7),
     (Layout(dp=2), "shuffled", 0, "32-true", 3, 4),
     (Layout(tp=2), "shuffled", 0, "bf16-mixed", 3, 5),
+    (Layout(cp=2), "augmented", 0, "bf16-mixed", 3, 5),
+    (Layout(cp=2, dp=2), "sized", 0, "32-true", 1, 7),
 ]
 
 
@@ -319,6 +321,8 @@ def _see(layout, batch_size, steps, load=None, save=None):
         ((Layout(dp=4), 2), (Layout(dp=2), 4)),
         ((Layout(dp=4), 2), (Layout(tp=2, dp=2), 2)),
         ((Layout(), 4), (Layout(dp=2), 4)),
+        ((Layout(cp=2, dp=2), 2), (Layout(), 4)),
+        ((Layout(dp=2), 2), (Layout(cp=2), 4)),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """Data under the strategy: who reads what, augmentation, loaders of every kind, evaluations and predictions."""
 
+import itertools
 import os
 import random
 from typing import Any
@@ -20,6 +21,7 @@ from tests.support.plain_module import PlainModule
 from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import QUIET, trainer
 
+SHARED = Layout(cp=2, dp=2)  # two ranks of each replica share the tokens of its rows
 LAYOUTS = [Layout(pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vp=2)]
 IDS = {"ids": str}
 
@@ -107,8 +109,11 @@ def _fit(layout: Layout, kind: str) -> dict[str, Any]:
 KINDS = ["seeded", "unseeded", "workers", "unsampled", "unsampled and unseeded", "iterable", "stateful"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS[:3], **IDS)
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [*itertools.product(LAYOUTS[:3], KINDS), *((SHARED, kind) for kind in ("workers", "unsampled and unseeded"))],
+    ids=str,
+)
 def test_peers_read_the_same_and_replicas_share_the_samples(layout, kind):
     ranks = run_in_pool(layout.world_size, _fit, layout, kind)
     replicas: dict[int, Any] = {}
@@ -180,8 +185,9 @@ def _evaluate(layout: Layout | None, rows: list[int]) -> dict[str, Any]:
     return {"results": results}
 
 
-@pytest.mark.parametrize("rows", [[7], [9], [5, 11]], **IDS)
-@pytest.mark.parametrize("layout", LAYOUTS, **IDS)
+@pytest.mark.parametrize(
+    ("layout", "rows"), [*itertools.product(LAYOUTS, ([7], [9], [5, 11])), (SHARED, [5, 11])], **IDS
+)
 def test_each_sample_of_an_evaluation_counts_once(layout, rows):
     validated = run_in_pool(1, _evaluate, None, rows)[0]["results"]
     expected = validated[: len(rows)]
@@ -278,8 +284,7 @@ def _predict(layout: Layout | None, rows: int) -> Any:
     return torch.cat(first), torch.cat(second)
 
 
-@pytest.mark.parametrize("rows", [7, 9])
-@pytest.mark.parametrize("layout", [*LAYOUTS, Layout(dp=4)], **IDS)
+@pytest.mark.parametrize(("layout", "rows"), [*itertools.product([*LAYOUTS, Layout(dp=4)], (7, 9)), (SHARED, 7)], **IDS)
 def test_predictions_are_in_the_datas_order(layout, rows):
     def truth(n: int) -> torch.Tensor:
         weights = plain_gpt.initial_weights(CONFIG)
