@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_megatron import BertConfig, BertModule, MegatronModule, T5Config, T5Module
+from lightning_megatron import BertConfig, BertModule, GPTModule, MegatronModule, T5Config, T5Module
 from lightning_megatron.distributed.collectives import sum_over_parts_of_rows
 from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
@@ -65,7 +65,7 @@ class Logs(OurGPT):
         self.log("rows_in_hook", float(len(batch["tokens"])), reduce_fx="sum", sync_dist=True)
         self.log("ids_in_hook", batch["labels"].float().mean(), sync_dist=True)
         rows = torch.tensor(float(len(batch["tokens"])))
-        self.log("rows_reduced", self.trainer.strategy.reduce(rows, reduce_op="sum"))
+        self.log("rows_reduced", self.trainer.strategy.reduce(rows.clone(), reduce_op="sum"))
         self.log("rows_gathered", self.all_gather(rows).sum())
 
 
@@ -133,7 +133,7 @@ def test_predictions_are_whole_rows_on_every_rank():
         torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
 
 
-class HasOwnTensor(OurGPT):
+class HasOwnTensor(GPTModule):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.register_buffer("own", torch.zeros(3))
