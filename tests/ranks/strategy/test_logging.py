@@ -68,7 +68,7 @@ class VanillaLogs(VanillaGPT):
 
 
 of_the_page: dict[str, Any] = {"torch": torch}
-exec(compile(*blocks("lightning.md"), "lightning.md", "exec"), of_the_page)
+exec(compile(blocks("lightning.md")[0], "lightning.md", "exec"), of_the_page)
 
 
 class OurLogs(OurGPT):
