@@ -52,8 +52,8 @@ def gradients_counted_here(inner: MegatronOptimizer) -> list[torch.Tensor]:
 def sum_views_too() -> None:
     """Have megatron-core's sums over ranks, of layers and of their gradients, sum tensors that are not contiguous.
 
-    Its own (up to 0.18) sum a contiguous copy and return what they were given, without an error: a transposed output stays
-    partial, and so does the gradient of a mean behind ``copy_to_tensor_model_parallel_region``, which is expanded.
+    Its own (up to 0.18) sum a contiguous copy and return what they were given, without an error: a transposed output
+    stays partial, and so does the gradient of a mean behind ``copy_to_tensor_model_parallel_region``.
     """
     mappings._reduce = _reduce
 
