@@ -246,6 +246,12 @@ class GPTModule(GeneratingModule):
                 f"GPTModule.generate: with GPTConfig(layers={config.layers!r}) prompts cannot be padded; give prompts"
                 " of one length at a time, or use layers='torch'."
             )
+        if config.layers != "torch" and self.build_settings.layout.cp > 1:
+            raise ValueError(
+                f"GPTModule.generate: the attention of GPTConfig(layers={config.layers!r}) shares out rows under"
+                f" cp={self.build_settings.layout.cp}, and generation needs whole ones. Generate with cp=1, or use"
+                " layers='torch'."
+            )
 
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> GPTDecoder:
         return GPTDecoder(stages, prompts, self.config.vocab_size, settings.max_new_tokens, settings.copies)

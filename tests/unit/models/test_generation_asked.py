@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from lightning_megatron import GPTConfig, GPTModule
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.generation import Prompts
 from tests.support import writers
 from tests.support.pages import blocks, script, shell
 
@@ -103,3 +106,11 @@ def test_the_code_of_the_page_runs(tmp_path):
     assert len(eval(alone[0])[0]) == 16
     assert len([line for line in alone if line.startswith("tensor")]) == 4
     assert "torch.Size([4, 14])" in script(tmp_path, predict)
+
+
+def test_layers_that_share_out_rows_are_refused():
+    sizes = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 32, "seq_length": 16}
+    module = GPTModule(GPTConfig(**sizes, layers="transformer_engine"))
+    module.settings = BuildSettings(layout=ParallelLayout(world_size=2, cp=2))
+    with pytest.raises(ValueError, match="under cp=2, and generation needs whole ones"):
+        module._check_prompts(Prompts.of(IDS, None, 32), 3)
