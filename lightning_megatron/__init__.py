@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_megatron.distributed import at_import, wrong_names
+from lightning_megatron.distributed.first_use import import_at_first_use
 
 __version__ = "0.1.0.dev0"
 
@@ -62,7 +63,7 @@ _NAMES = {
     "training.optimizers": ["LeanAdamW", "Muon"],
     "training.parameter_groups": ["ParameterGroups", "biases_and_vectors"],
 }
-_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+_find = import_at_first_use(__name__, _NAMES)
 _ROOMS = {"callbacks", "checkpoint", "cli", "data", "distributed", "hf", "models", "strategy", "training"}
 
 __all__ = [
@@ -94,12 +95,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return import_module(f"{__name__}.{name}")
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    return value
+    return import_module(f"{__name__}.{name}") if name in _ROOMS else _find(name)
 
 
 def __dir__() -> list[str]:

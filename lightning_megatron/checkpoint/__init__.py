@@ -13,12 +13,17 @@ That of a plain LightningModule on one rank is Lightning's own file instead.
 Imports ``distributed`` and ``training``.
 """
 
-from lightning_megatron.checkpoint.checkpointer import Checkpointer, Run
-from lightning_megatron.checkpoint.checkpointing import Checkpointing
-from lightning_megatron.checkpoint.manifest import CheckpointError, newest
-from lightning_megatron.checkpoint.model_checkpoint import check_folders
-from lightning_megatron.checkpoint.paths import local_path
-from lightning_megatron.checkpoint.trainer_state import formerly_in, plain_class
+from typing import TYPE_CHECKING
+
+from lightning_megatron.distributed.first_use import import_at_first_use
+
+if TYPE_CHECKING:
+    from lightning_megatron.checkpoint.checkpointer import Checkpointer, Run
+    from lightning_megatron.checkpoint.checkpointing import Checkpointing
+    from lightning_megatron.checkpoint.manifest import CheckpointError, newest
+    from lightning_megatron.checkpoint.model_checkpoint import check_folders
+    from lightning_megatron.checkpoint.paths import local_path
+    from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 
 __all__ = [
     "CheckpointError",
@@ -31,3 +36,15 @@ __all__ = [
     "formerly_in",
     "plain_class",
 ]
+
+__getattr__ = import_at_first_use(
+    __name__,
+    {
+        "checkpointer": ["Checkpointer", "Run"],
+        "checkpointing": ["Checkpointing"],
+        "manifest": ["CheckpointError", "newest"],
+        "model_checkpoint": ["check_folders"],
+        "paths": ["local_path"],
+        "plain_classes": ["formerly_in", "plain_class"],
+    },
+)

@@ -1,7 +1,7 @@
 """Serialises Lightning's state: plain data, which loads without running code, and apart from it pickled objects.
 
 torch's ``weights_only`` unpickler decides what is plain: tensors, numbers, strings and containers of them, and the
-classes that this package declares with :func:`plain_class`. Objects of other classes (of a user's callback, for
+classes that are declared in ``plain_classes.py``. Objects of other classes (of a user's callback, for
 example) go into ``objects.pt``, which is a pickle and loads only if the user trusts the checkpoint.
 """
 
@@ -9,40 +9,18 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_megatron.checkpoint.manifest import CheckpointError
+from lightning_megatron.checkpoint.plain_classes import declared_plain
 
 STATE = "trainer.pt"
 OBJECTS = "objects.pt"
 # A run resumes without these: only `load_from_checkpoint` reads them.
 _NOT_NEEDED = ("hyper_parameters", "datamodule_hyper_parameters")
-
-C = TypeVar("C", bound=type)
-_plain_classes: list[type | tuple[type, str]] = []
-
-
-def plain_class(cls: C) -> C:
-    """Declare that objects of a class are only data, and may be loaded from any checkpoint."""
-    _plain_classes.append(cls)
-    return cls
-
-
-def formerly_in(module: str) -> Callable[[C], C]:
-    """Load a plain class from checkpoints that were written when it was defined in another module.
-
-    A checkpoint names the class of an object by its module.
-    """
-
-    def declared(cls: C) -> C:
-        _plain_classes.append((cls, f"{module}.{cls.__qualname__}"))
-        return cls
-
-    return declared
 
 
 def split(state: dict[str, Any]) -> tuple[bytes, bytes | None, list[str]]:
@@ -112,7 +90,7 @@ def dumps(value: dict[str, Any], of_user: Any) -> bytes:
 
 def loads_plain(content: bytes) -> Any:
     """Deserialise plain data; anything else raises an error."""
-    with torch.serialization.safe_globals(list(_plain_classes)):
+    with torch.serialization.safe_globals(list(declared_plain)):
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 

@@ -3,19 +3,13 @@
 Imports ``distributed``, ``training``, ``data``, ``checkpoint``, ``hf``, ``models``, ``strategy`` and ``callbacks``.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from typing import TYPE_CHECKING, Any
+from lightning_megatron.distributed.first_use import import_at_first_use
 
 if TYPE_CHECKING:
     from lightning_megatron.cli.training import MegatronCLI
 
 __all__ = ["MegatronCLI"]
 
-
-def __getattr__(name: str) -> Any:  # the command's parts that are light do not wait for Lightning
-    if name == "MegatronCLI":
-        from lightning_megatron.cli.training import MegatronCLI
-
-        return MegatronCLI
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = import_at_first_use(__name__, {"training": ["MegatronCLI"]})

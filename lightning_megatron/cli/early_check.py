@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 import lightning_megatron
-from lightning_megatron.cli import signatures
 from lightning_megatron.cli.auto_module_help import NAMES as AUTO_MODULES
 from lightning_megatron.cli.no_argument import no_argument
+from lightning_megatron.distributed import signatures
 from lightning_megatron.distributed.suggestions import closest_name
 
 _OURS = "lightning_megatron.MegatronStrategy"  # of a run that names no strategy

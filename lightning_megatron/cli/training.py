@@ -12,8 +12,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-import lightning_megatron.callbacks
-import lightning_megatron.data  # noqa: F401  # known by their short names once they are imported
 from lightning_megatron.checkpoint import CheckpointError
 from lightning_megatron.cli.error_messages import explain, reason
 from lightning_megatron.distributed import crash_report

@@ -46,4 +46,6 @@ _strategy.__name__ = "MegatronStrategy"  # by which error messages call it
 
 def _import_what_files_name() -> None:
     for name in _NAMED_IN_FILES:
-        import_module(f"lightning_megatron.{name}")
+        module = import_module(f"lightning_megatron.{name}")
+        for each in getattr(module, "__all__", ()):
+            getattr(module, each)  # which imports it, where the folder imports its names at their first use

@@ -3,16 +3,21 @@
 Imports ``distributed``, ``training``, ``data``, ``checkpoint`` and ``hf``.
 """
 
-from lightning_megatron.models.auto import AutoModule
-from lightning_megatron.models.bert.config import BertConfig
-from lightning_megatron.models.bert.module import BertModule
-from lightning_megatron.models.gpt.config import GPTConfig
-from lightning_megatron.models.gpt.module import GPTModule
-from lightning_megatron.models.kernels import Kernels
-from lightning_megatron.models.megatron_module import MegatronModule, on_all_stages
-from lightning_megatron.models.model_chunk import ModelChunk
-from lightning_megatron.models.t5.config import T5Config
-from lightning_megatron.models.t5.module import T5Module
+from typing import TYPE_CHECKING
+
+from lightning_megatron.distributed.first_use import import_at_first_use
+
+if TYPE_CHECKING:
+    from lightning_megatron.models.auto import AutoModule
+    from lightning_megatron.models.bert.config import BertConfig
+    from lightning_megatron.models.bert.module import BertModule
+    from lightning_megatron.models.gpt.config import GPTConfig
+    from lightning_megatron.models.gpt.module import GPTModule
+    from lightning_megatron.models.kernels import Kernels
+    from lightning_megatron.models.megatron_module import MegatronModule, on_all_stages
+    from lightning_megatron.models.model_chunk import ModelChunk
+    from lightning_megatron.models.t5.config import T5Config
+    from lightning_megatron.models.t5.module import T5Module
 
 __all__ = [
     "AutoModule",
@@ -27,3 +32,19 @@ __all__ = [
     "T5Module",
     "on_all_stages",
 ]
+
+__getattr__ = import_at_first_use(
+    __name__,
+    {
+        "auto": ["AutoModule"],
+        "bert.config": ["BertConfig"],
+        "bert.module": ["BertModule"],
+        "gpt.config": ["GPTConfig"],
+        "gpt.module": ["GPTModule"],
+        "kernels": ["Kernels"],
+        "megatron_module": ["MegatronModule", "on_all_stages"],
+        "model_chunk": ["ModelChunk"],
+        "t5.config": ["T5Config"],
+        "t5.module": ["T5Module"],
+    },
+)

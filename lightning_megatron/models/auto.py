@@ -9,9 +9,13 @@ from typing import Any
 import transformers
 
 from lightning_megatron import hf
-from lightning_megatron.models.configured_module import ConfiguredModule, module_for
+from lightning_megatron.models.bert import module as bert  # noqa: F401  # each family's makes itself known
+from lightning_megatron.models.configured_module import ConfiguredModule, known_modules
+from lightning_megatron.models.gpt import module as gpt  # noqa: F401
 from lightning_megatron.models.lora import LoRA, lora_module
 from lightning_megatron.models.megatron_module import LossReduction, SchedulerCallable
+from lightning_megatron.models.model_config import ModelConfig
+from lightning_megatron.models.t5 import module as t5  # noqa: F401
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
@@ -67,3 +71,29 @@ class AutoModule:
         named |= {name: value for name, value in terms.items() if value}  # a module of the user's may have none
         chosen = own_adapter if adapter is None else Path(adapter)
         return module_class._from_source(found, config, ignore, {**named, **arguments}, chosen)
+
+
+def module_for(family: hf.Family) -> type[ConfiguredModule]:
+    """The module that the models of a family of transformers' become.
+
+    Raises:
+        UnsupportedConfigError: No module has the family's kind; names the kinds that there are.
+    """
+    known = known_modules()
+    if family.kind not in known:
+        raise hf.UnsupportedConfigError(
+            f"{type(family).__name__}.kind is {family.kind!r}, and no module's configuration has that kind; there are"
+            f" {', '.join(known)}. Correct it, or import the file that defines the module."
+        )
+    return known[family.kind]
+
+
+def config_of(source: hf.Source) -> ModelConfig:
+    """Our configuration of a model of transformers.
+
+    Raises:
+        UnsupportedConfigError: The model has no counterpart.
+    """
+    family = hf.family_of(source.config.model_type)
+    found = hf.Pretrained.find(source, family.kind, {}, ())
+    return module_for(family).config_type(**found.arguments())

@@ -386,29 +386,3 @@ class ConfiguredModule(MegatronModule):
 def known_modules() -> dict[str, type[ConfiguredModule]]:
     """The modules of all families, also the user's own, by the ``kind`` of their configurations."""
     return dict(sorted(_BY_KIND.items()))
-
-
-def module_for(family: hf.Family) -> type[ConfiguredModule]:
-    """The module that the models of a family of transformers' become.
-
-    Raises:
-        UnsupportedConfigError: No module has the family's kind; names the kinds that there are.
-    """
-    known = known_modules()
-    if family.kind not in known:
-        raise hf.UnsupportedConfigError(
-            f"{type(family).__name__}.kind is {family.kind!r}, and no module's configuration has that kind; there are"
-            f" {', '.join(known)}. Correct it, or import the file that defines the module."
-        )
-    return known[family.kind]
-
-
-def config_of(source: hf.Source) -> ModelConfig:
-    """Our configuration of a model of transformers.
-
-    Raises:
-        UnsupportedConfigError: The model has no counterpart.
-    """
-    family = hf.family_of(source.config.model_type)
-    found = hf.Pretrained.find(source, family.kind, {}, ())
-    return module_for(family).config_type(**found.arguments())

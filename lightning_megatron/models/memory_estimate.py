@@ -23,6 +23,7 @@ from lightning_megatron.distributed.memory_table import MemoryTable, StageMemory
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.chunked_cross_entropy import LONGEST_CHUNK
 from lightning_megatron.models.lora.config import LoRA
+from lightning_megatron.models.parameter_counts import Part
 from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.models.recompute import check as check_recompute
 from lightning_megatron.models.trained_sizes import TrainedSizes
@@ -32,25 +33,6 @@ from lightning_megatron.training.optimizers.state_size import states_of
 _PRECISIONS = {"32-true": (4, 4, 0), "bf16-mixed": (2, 4, 4), "16-mixed": (2, 4, 4), "bf16-true": (2, 2, 4)}
 Device = Literal["cuda", "cpu"]
 _MASKED = 0.15  # the share of tokens that masked language modelling predicts
-
-
-@dataclass(frozen=True)
-class Part:
-    """The layers that one model chunk has of a stack.
-
-    Args:
-        stack: Index of the stack among the configuration's ``stacks``.
-        layers: The number of layers.
-        embeds: Whether the chunk begins with the embedding.
-        ends_stack: Whether the stack's final norm is behind the layers.
-        ends_model: Whether the output layer is behind that.
-    """
-
-    stack: int
-    layers: int
-    embeds: bool = False
-    ends_stack: bool = False
-    ends_model: bool = False
 
 
 @partial(answer_wrong_names, called="ParallelLayout.memory")

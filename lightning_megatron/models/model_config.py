@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
-
-import torch
-import torch.nn.functional as F
-from megatron.core.activations import squared_relu
-from megatron.core.transformer import TransformerConfig
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
@@ -19,25 +13,19 @@ from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.distributed.suggestions import did_you_mean
 from lightning_megatron.distributed.wrong_names import further_tables, unknown_name
 from lightning_megatron.models import parameter_counts, recompute
-from lightning_megatron.models.build_settings import BuildSettings
-from lightning_megatron.models.kernels import Kernels
-from lightning_megatron.models.memory_estimate import Part, Training, estimate
+from lightning_megatron.models.core_fields import core_fields
+from lightning_megatron.models.parameter_counts import Part
 from lightning_megatron.models.refused_fields import refuse_fields
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+    from lightning_megatron.models.build_settings import BuildSettings
 
 LayerBackend = Literal["torch", "transformer_engine"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "geglu_tanh"]
 
-# function, and whether the first projection is doubled and gates the other half
-_ACTIVATIONS: dict[str, tuple[Any, bool]] = {
-    "gelu": (F.gelu, False),
-    "gelu_tanh": (partial(F.gelu, approximate="tanh"), False),
-    "relu": (F.relu, False),
-    "squared_relu": (squared_relu, False),
-    "silu": (F.silu, False),
-    "swiglu": (F.silu, True),
-    "geglu": (F.gelu, True),
-    "geglu_tanh": (partial(F.gelu, approximate="tanh"), True),
-}
+_GATED = ("swiglu", "geglu", "geglu_tanh")
 # Kernels that compile or need CUDA extensions; plain PyTorch runs everywhere and `extra` turns them on.
 _PLAIN_KERNELS = dict.fromkeys(
     ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "persist_layer_norm",
@@ -110,8 +98,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist."""
-        self._one_of("activation", self.activation, _ACTIVATIONS)
-        self._one_of("layers", self.layers, ("torch", "transformer_engine"))
+        self._one_of("activation", self.activation, get_args(Activation))
+        self._one_of("layers", self.layers, get_args(LayerBackend))
         arguments = Arguments(type(self).__name__)
         sizes = ("hidden_size", "num_attention_heads", "make_vocab_size_divisible_by")
         arguments.whole(**{name: getattr(self, name) for name in sizes})
@@ -122,9 +110,8 @@ class ModelConfig:
         arguments.whole(optional=True, **optional)
         arguments.number(least=0, layernorm_epsilon=self.layernorm_epsilon, init_method_std=self.init_method_std)
         arguments.kind(dict, "a dictionary of TransformerConfig's fields", extra=self.extra)
-        known = [f.name for f in fields(TransformerConfig) if f.init]
         for key in self.extra:
-            self._one_of("extra key", key, known)
+            self._one_of("extra key", key, core_fields())
         if self.layers == "torch":
             has_bias = self.family_arguments().get("add_bias_linear", True)
             refuse_fields(type(self).__name__, self.extra, self.activation, has_bias)
@@ -145,7 +132,7 @@ class ModelConfig:
         """
         own = {each.name for each in fields(cls)} - {"vocab_size", "seq_length", "extra", "layers"}
         extra = {name: value for name, value in fields_by_name.items() if name not in own}
-        known = [*own, *(each.name for each in fields(TransformerConfig) if each.init)]
+        known = [*own, *core_fields()]
         for name in extra:
             if name not in known:
                 raise ValueError(f"transformer_config({name}=...): no such field.{did_you_mean(name, known)}")
@@ -177,6 +164,12 @@ class ModelConfig:
             LayoutError: ``layout`` cannot divide the sizes.
             ValueError: A value of ``training`` is wrong.
         """
+        import torch
+
+        from lightning_megatron.models.build_settings import BuildSettings
+        from lightning_megatron.models.kernels import Kernels
+        from lightning_megatron.models.memory_estimate import Training, estimate
+
         self.check(layout)
         run = Training(**training)
         device = torch.device(run.device)
@@ -288,7 +281,10 @@ class ModelConfig:
             settings: Settings of the run.
             **stack: Fields of one of several stacks; they replace all others.
         """
-        function, gated = _ACTIVATIONS[self.activation]
+        from megatron.core.transformer import TransformerConfig
+
+        from lightning_megatron.models.activations import FUNCTIONS
+
         arguments: dict[str, Any] = {
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -296,8 +292,8 @@ class ModelConfig:
             "ffn_hidden_size": self.ffn_hidden_size,
             "kv_channels": self.kv_channels,
             "layernorm_epsilon": self.layernorm_epsilon,
-            "activation_func": function,
-            "gated_linear_unit": gated,
+            "activation_func": FUNCTIONS[self.activation],
+            "gated_linear_unit": self.is_gated,
             "hidden_dropout": self.hidden_dropout,
             "attention_dropout": self.attention_dropout,
             "init_method_std": self.init_method_std,
@@ -350,7 +346,7 @@ class ModelConfig:
     @property
     def is_gated(self) -> bool:
         """Whether the feed-forward layer's first projection is doubled, one half the gate of the other."""
-        return _ACTIVATIONS[self.activation][1]
+        return self.activation in _GATED
 
     def family_arguments(self) -> dict[str, Any]:
         """Further arguments of megatron-core's ``TransformerConfig`` that the family sets."""
@@ -387,7 +383,7 @@ class ModelConfig:
 
 def _in_extra(name: str, owner: str) -> str:
     """Say that megatron-core's own fields stand in ``extra``."""
-    is_field = owner.endswith("Config") and any(each.name == name for each in fields(TransformerConfig))
+    is_field = owner.endswith("Config") and name in core_fields()
     return f"it is a field of megatron-core's, extra={{{name!r}: ...}}" if is_field else ""
 
 

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.models.memory_estimate import Part
+
+
+@dataclass(frozen=True)
+class Part:
+    """The layers that one model chunk has of a stack.
+
+    Args:
+        stack: Index of the stack among the configuration's ``stacks``.
+        layers: The number of layers.
+        embeds: Whether the chunk begins with the embedding.
+        ends_stack: Whether the stack's final norm is behind the layers.
+        ends_model: Whether the output layer is behind that.
+    """
+
+    stack: int
+    layers: int
+    embeds: bool = False
+    ends_stack: bool = False
+    ends_model: bool = False
 
 
 def even_chunks(layers: int, layout: ParallelLayout, final_norm: bool) -> list[list[Part]]:

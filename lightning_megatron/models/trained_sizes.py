@@ -44,7 +44,7 @@ class TrainedSizes:
         """The numbers that are trained of a chunk.
 
         Args:
-            chunk: The layers of the chunk, as ``Part`` of ``memory_estimate``.
+            chunk: The layers of the chunk, as ``Part`` of ``parameter_counts``.
             firsts: The number of the first layer of each, in its stack.
         """
         config, layout = self.config, self.layout

@@ -3,19 +3,13 @@
 Imports ``distributed``, ``training``, ``checkpoint`` and ``models``.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from typing import TYPE_CHECKING, Any
+from lightning_megatron.distributed.first_use import import_at_first_use
 
 if TYPE_CHECKING:
     from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
 
 __all__ = ["MegatronStrategy"]
 
-
-def __getattr__(name: str) -> Any:  # what is light in this folder does not wait for Lightning
-    if name == "MegatronStrategy":
-        from lightning_megatron.strategy.megatron_strategy import MegatronStrategy
-
-        return MegatronStrategy
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = import_at_first_use(__name__, {"megatron_strategy": ["MegatronStrategy"]})

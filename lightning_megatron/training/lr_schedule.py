@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from types import SimpleNamespace
-from typing import Literal
-
-import lightning.pytorch as pl
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Literal
 
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
-from lightning_megatron.training.lr_scheduler import MegatronLRScheduler
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from torch.optim import Optimizer
+
+    from lightning_megatron.training.lr_scheduler import MegatronLRScheduler
 
 Style = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WSDDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
@@ -100,6 +102,8 @@ class LRSchedule:
             ValueError: The rates contradict the optimizer's, or a Trainer is needed and missing.
             MisconfigurationException: The length of the Trainer's run is not known.
         """
+        from lightning_megatron.training.lr_scheduler import MegatronLRScheduler
+
         return MegatronLRScheduler(optimizer, self, trainer, samples_per_step)
 
     @property
@@ -120,6 +124,8 @@ class LRSchedule:
             max_lr: Learning rate at the peak.
             decay_steps: The end of the decay.
         """
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
         fraction = self.warmup_fraction
         return OptimizerParamScheduler(
             SimpleNamespace(param_groups=[]),

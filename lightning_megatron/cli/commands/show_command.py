@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _memory(layout: ParallelLayout, given: argparse.Namespace) -> str:
     """The table of the memory of a rank of each pipeline stage."""
     from lightning_megatron.hf.weight_source import DescribedModel
-    from lightning_megatron.models.configured_module import config_of
+    from lightning_megatron.models.auto import config_of
 
     config = config_of(DescribedModel(given.model, None))
     lengths = None if given.seq_length is None else (given.seq_length,) * len(config.lengths)

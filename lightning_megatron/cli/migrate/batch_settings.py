@@ -6,7 +6,7 @@ import re
 
 from lightning_megatron.cli.migrate.plan import Given, MigrationError, Plan
 from lightning_megatron.cli.migrate.settings_table import DATA
-from lightning_megatron.data import BatchSizes, BatchSizeSteps, RampUp
+from lightning_megatron.data.indexed.batch_size_rampup import BatchSizes, BatchSizeSteps, RampUp
 
 _THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 

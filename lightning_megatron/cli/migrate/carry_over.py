@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from inspect import signature
 from typing import Any
 
-from megatron.core.transformer import TransformerConfig
-
-from lightning_megatron import models
 from lightning_megatron.cli.migrate.batch_settings import growth
 from lightning_megatron.cli.migrate.combined_settings import carry_over_combined
 from lightning_megatron.cli.migrate.plan import MigrationError, Plan, nearest
@@ -26,8 +22,14 @@ from lightning_megatron.cli.migrate.settings_table import (
 )
 from lightning_megatron.cli.migrate.values import anything, truth
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.signatures import named_arguments_of
+from lightning_megatron.models.bert.config import BertConfig
+from lightning_megatron.models.core_fields import core_fields
+from lightning_megatron.models.gpt.config import GPTConfig
+from lightning_megatron.models.model_config import ModelConfig
+from lightning_megatron.models.t5.config import T5Config
 
-_EXTRA = {field.name: field.type for field in fields(TransformerConfig)}
+_FAMILIES: dict[str, type[ModelConfig]] = {"gpt": GPTConfig, "bert": BertConfig, "t5": T5Config}
 # What each BERT and T5 is, whatever is said.
 _BERT = {"position_embedding": "learned", "normalization": "LayerNorm", "bias": True, "tie_embeddings": True}
 _FIXED: dict[str, dict[str, Any]] = {
@@ -49,14 +51,14 @@ def destination_of(name: str) -> Destination | None:
     """
     if name in DESTINATIONS:
         return DESTINATIONS[name]
-    if name in _EXTRA:
-        return extra(name, truth if _EXTRA[name] in (bool, "bool") else anything)
+    if name in core_fields():
+        return extra(name, truth if core_fields()[name] == "bool" else anything)
     return None
 
 
 def unknown(name: str, called: Callable[[str], str]) -> str:
     """What to say of a setting that nobody knows, with the nearest that there is."""
-    near = nearest(name, [*DESTINATIONS, *_EXTRA])
+    near = nearest(name, [*DESTINATIONS, *core_fields()])
     return f"{called(name)}: this command knows no setting of Megatron of this name.{near}"
 
 
@@ -132,7 +134,7 @@ def carry_over(given: Mapping[str, Any], plan: Plan, model: str | None = None, w
 
 def _fit_the_family(plan: Plan, model: str) -> None:
     """Take back what the model's configuration does not have, and say what else it will refuse."""
-    family = getattr(models, MODELS[model][0]).config_type
+    family = _FAMILIES[model]
     config: dict[str, Any] = plan.get(CONFIG, {})
     known = {field.name for field in fields(family)}
     for name in [name for name in config if name not in known]:
@@ -162,7 +164,7 @@ def _fit_the_family(plan: Plan, model: str) -> None:
 
 def _move_module_arguments(plan: Plan) -> None:
     """``from_pretrained`` hands them on; the command line reads what a signature does not name from ``dict_kwargs``."""
-    named = signature(models.AutoModule.from_pretrained).parameters
+    named = named_arguments_of("lightning_megatron.AutoModule", "from_pretrained")
     arguments = plan.get(MODULE, {})
     for name in [name for name in arguments if name not in named]:
         plan.put(f"model.dict_kwargs.{name}", arguments.pop(name))

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_megatron.cli.migrate.batch_settings import full_batch, growth
 from lightning_megatron.cli.migrate.plan import Given, MigrationError, Plan, take
 from lightning_megatron.cli.migrate.settings_table import MODULE, SCHEDULE
-from lightning_megatron.training.optimizers.lean_adamw import LARGEST_BETA_IN_BF16
+from lightning_megatron.training.moment_types import LARGEST_BETA_IN_BF16
 
 # Megatron-LM's defaults, where they are not ours.
 _DEFAULTS = {"weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8, "sgd_momentum": 0.9}

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_megatron.cli.migrate.batch_settings import full_batch, growth
 from lightning_megatron.cli.migrate.plan import Given, MigrationError, Plan, take
 from lightning_megatron.cli.migrate.settings_table import STRATEGY
-from lightning_megatron.data import BatchSizes
+from lightning_megatron.data.indexed.batch_size_rampup import BatchSizes
 
 
 def precision(given: Given, plan: Plan) -> None:

@@ -16,8 +16,9 @@ from typing_extensions import override
 
 from lightning_megatron.data.datamodule import PARTS, USED, Loader, TokenizedDataModule, default_cache_dir
 from lightning_megatron.data.indexed import index_cache
-from lightning_megatron.data.indexed.batch_size_rampup import BatchSizes, RampUpBatches, ramp_up_loader
+from lightning_megatron.data.indexed.batch_size_rampup import BatchSizes
 from lightning_megatron.data.indexed.files import check_contents, open_indexed
+from lightning_megatron.data.indexed.growing_batches import RampUpBatches, ramp_up_loader
 from lightning_megatron.data.indexed.samples import IndexedSamples, Sample
 from lightning_megatron.data.tokenizers import Tokenizer
 from lightning_megatron.distributed.argument_names import answer_wrong_names

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lightning_megatron.checkpoint import formerly_in, plain_class
+from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.models.bert.layer_spec import NormPlacement
 from lightning_megatron.models.model_config import ModelConfig
 
 BertTaskName = Literal["masked_lm", "pretraining", "sequence_classification", "token_classification"]
+NormPlacement = Literal["post", "pre"]
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 _TASKS = ("masked_lm", "pretraining", "sequence_classification", "token_classification")

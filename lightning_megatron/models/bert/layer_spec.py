@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -14,13 +14,12 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from lightning_megatron.models.bert.config import NormPlacement
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.fused.residual import AddingNorm, FusedNorm
 from lightning_megatron.models.layers.norm import TorchNorm
 from lightning_megatron.models.layers.recomputation import recomputes, use_recomputed_mlp
-
-NormPlacement = Literal["post", "pre"]
 
 
 class NormedBiasDropoutAdd(torch.nn.Module):

@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import get_linear_layer
 
 from lightning_megatron.distributed.parameter_names import WholeModelNames
-from lightning_megatron.models.bert.layer_spec import NormPlacement, bert_block_spec, bert_embedding
+from lightning_megatron.models.bert.config import NormPlacement
+from lightning_megatron.models.bert.layer_spec import bert_block_spec, bert_embedding
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.norm import TorchNorm

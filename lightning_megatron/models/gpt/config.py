@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lightning_megatron.checkpoint import formerly_in, plain_class
+from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.models.layers.rope_scaling import ROPE_TYPES
 from lightning_megatron.models.model_config import LayerStack, ModelConfig
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
+# Those whose frequencies do not depend on the length of the input, by transformers' formulas.
+_ROPE_TYPES = ("linear", "llama3", "yarn")
 
 
 @answer_wrong_names
@@ -91,7 +92,7 @@ class GPTConfig(ModelConfig):
         super().__post_init__()
         arguments.kind(dict, "a dictionary with rope_type, factor, ...", optional=True, rope_scaling=self.rope_scaling)
         if self.rope_scaling is not None:
-            self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), ROPE_TYPES)
+            self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), _ROPE_TYPES)
         self._check_window()
         if self.layers != "torch":
             for name, usual in (("rope_scaling", None), ("parallel_residual", False), ("embedding_multiplier", 1.0)):

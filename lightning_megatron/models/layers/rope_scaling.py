@@ -7,9 +7,6 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-# Kinds whose frequencies do not depend on the length of the input.
-ROPE_TYPES = ("linear", "llama3", "yarn")
-
 
 def stretch_rotary(model: torch.nn.Module, base: float, share: float, seq_length: int, scaling: dict[str, Any]) -> None:
     """Give a GPT other rotary frequencies.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lightning_megatron.checkpoint import formerly_in, plain_class
+from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.suggestions import did_you_mean

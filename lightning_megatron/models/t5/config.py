@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from megatron.core.transformer import TransformerConfig
-
-from lightning_megatron.checkpoint import formerly_in, plain_class
+from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.model_fit import check_model
-from lightning_megatron.models.build_settings import BuildSettings
-from lightning_megatron.models.memory_estimate import Part
 from lightning_megatron.models.model_config import Activation, LayerStack, ModelConfig
+from lightning_megatron.models.parameter_counts import Part
 from lightning_megatron.models.t5 import pipeline_split
-from lightning_megatron.models.t5.model import PositionEmbedding
 
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+    from lightning_megatron.models.build_settings import BuildSettings
+
+PositionEmbedding = Literal["relative", "learned"]
 _NORMS = ("RMSNorm", "LayerNorm")
 
 

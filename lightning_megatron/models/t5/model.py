@@ -10,8 +10,7 @@ and hands the other on; autograd brings the gradients of both back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -30,6 +29,7 @@ from lightning_megatron.distributed.process_groups import Stack
 from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
+from lightning_megatron.models.t5.config import PositionEmbedding
 from lightning_megatron.models.t5.layer_spec import (
     EncoderStates,
     RelativeAttention,
@@ -39,25 +39,7 @@ from lightning_megatron.models.t5.layer_spec import (
     t5_decoder_spec,
     t5_encoder_spec,
 )
-
-PositionEmbedding = Literal["relative", "learned"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class T5Stage:
-    """What one pipeline stage holds of a T5.
-
-    Args:
-        encoder: Whether it has layers of the encoder.
-        decoder: Whether it has layers of the decoder; both where there are no pipeline stages.
-        ends_stack: Whether its layers are the last of their stack.
-        copy: Number of the stage within its stack, from 0; None without pipeline stages.
-    """
-
-    encoder: bool
-    decoder: bool
-    ends_stack: bool
-    copy: int | None = None
+from lightning_megatron.models.t5.pipeline_split import T5Stage
 
 
 class T5Model(WholeModelNames, LanguageModule):

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
-from lightning_megatron.models.t5.model import T5Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Stage:
+    """What one pipeline stage holds of a T5.
+
+    Args:
+        encoder: Whether it has layers of the encoder.
+        decoder: Whether it has layers of the decoder; both where there are no pipeline stages.
+        ends_stack: Whether its layers are the last of their stack.
+        copy: Number of the stage within its stack, from 0; None without pipeline stages.
+    """
+
+    encoder: bool
+    decoder: bool
+    ends_stack: bool
+    copy: int | None = None
 
 
 def with_split(layout: ParallelLayout, encoder: int, decoder: int, costs: tuple[int, int]) -> ParallelLayout:

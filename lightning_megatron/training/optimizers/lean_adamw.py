@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.optim.adamw import AdamW, adamw
@@ -11,10 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
-
-MomentType = Literal["float32", "bfloat16"]
-# An average in bf16, which has 8 bits, stands still where a step changes it by less than 1/256 of itself.
-LARGEST_BETA_IN_BF16 = 0.98
+from lightning_megatron.training.moment_types import LARGEST_BETA_IN_BF16, MomentType
 
 
 @answer_wrong_names

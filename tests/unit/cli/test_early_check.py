@@ -1,5 +1,6 @@
 """Names that do not exist are found without importing anything heavy, and are those that the whole parser refuses."""
 
+import dataclasses
 import inspect
 import os
 import subprocess
@@ -7,14 +8,16 @@ import sys
 
 import lightning.pytorch as pl
 import pytest
+from megatron.core.transformer import TransformerConfig
 
 import lightning_megatron
 import lightning_megatron.callbacks
 import lightning_megatron.data
-from lightning_megatron.cli import signatures
 from lightning_megatron.cli.early_check import TOP, find_faults
 from lightning_megatron.cli.main import main
 from lightning_megatron.cli.shell_completion import _parsers_of_training
+from lightning_megatron.distributed import signatures
+from lightning_megatron.models.core_fields import core_fields
 from tests.support.pages import ROOT
 
 CLASSES = [
@@ -23,6 +26,7 @@ CLASSES = [
     *(getattr(lightning_megatron.callbacks, name) for name in lightning_megatron.callbacks.__all__),
     *(getattr(pl.callbacks, name) for name in pl.callbacks.__all__),
     pl.Trainer,
+    TransformerConfig,
 ]
 
 
@@ -32,6 +36,17 @@ def test_arguments_are_read_from_the_source_as_python_has_them(cls):
     if read is None:
         return  # not sure
     assert list(read) == [name for name in inspect.signature(cls).parameters if name not in ("args", "kwargs")]
+
+
+def test_fields_have_the_types_that_are_written():
+    assert core_fields() == {each.name: str(each.type) for each in dataclasses.fields(TransformerConfig) if each.init}
+
+
+def test_arguments_of_a_method_are_read_but_for_those_that_it_collects():
+    (*named, collected) = inspect.signature(lightning_megatron.AutoModule.from_pretrained).parameters
+    assert signatures.named_arguments_of("lightning_megatron.AutoModule", "from_pretrained") == tuple(named)
+    assert collected == "arguments"
+    assert signatures.named_arguments_of("lightning_megatron.AutoModule", "nothing") == ()
 
 
 def test_most_classes_are_read():
@@ -224,12 +239,16 @@ def test_light_commands_say_what_is_missing(given, told, capsys):
     assert capsys.readouterr().err.startswith(told)
 
 
+MEGATRONS = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --data-path d --bf16 --recompute-activations
+  --micro-batch-size 1 --global-batch-size 32 --rampup-batch-size 8 8 96 --train-samples 960 --exp-avg-dtype bf16 --lr 1
+  --lr-decay-style cosine --lr-warmup-samples 8 --tensor-model-parallel-size 2 --overlap-p2p-communication-warmup-flush"""
 LIGHT = {
     "version": ["--version"],
     "help": ["--help"],
     "nothing": [],
     "show": ["show", "tp=2,pp=2,world=8"],
     "no command": ["shwo"],
+    "migrate": ["migrate", "megatron-args", "--devices", "8", "--", *MEGATRONS.split()],
     "mistyped": ["fit", "--trainer.devcies", "2"],
     "mistyped in check": ["check", "examples/recipes/tiny.yaml", "--trainer.devcies", "2"],
 }

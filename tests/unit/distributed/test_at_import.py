@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 
@@ -12,15 +13,15 @@ from lightning_megatron.distributed.when_imported import when_imported
 from tests.support.pages import ROOT
 
 
+def imported_for_type_checkers(package):
+    """The names under ``if TYPE_CHECKING``, each with the module that it is imported from."""
+    (typed,) = (node for node in ast.parse(inspect.getsource(package)).body if isinstance(node, ast.If))
+    prefix = f"{package.__name__}."
+    return {(each.module.removeprefix(prefix), alias.name) for each in typed.body for alias in each.names}
+
+
 def test_the_names_agree():
-    (typed,) = (
-        node
-        for node in ast.parse((ROOT / "lightning_megatron/__init__.py").read_text()).body
-        if isinstance(node, ast.If)
-    )
-    told = {
-        (each.module.removeprefix("lightning_megatron."), alias.name) for each in typed.body for alias in each.names
-    }
+    told = imported_for_type_checkers(lightning_megatron)
     assert told == {(module, name) for module, names in lightning_megatron._NAMES.items() for name in names}
     assert {name for _, name in told} | {"__version__"} == set(lightning_megatron.__all__)
     assert {*lightning_megatron.__all__} <= {*dir(lightning_megatron)}
@@ -30,6 +31,18 @@ def test_the_names_agree():
         )
     with pytest.raises(AttributeError, match="no attribute 'GPTModul'"):
         lightning_megatron.GPTModul  # noqa: B018
+
+
+@pytest.mark.parametrize("folder", ["checkpoint", "cli", "data", "models", "strategy"])
+def test_the_names_of_a_folder_agree(folder):
+    package = importlib.import_module(f"lightning_megatron.{folder}")
+    told = imported_for_type_checkers(package)
+    assert {name for _, name in told} == set(package.__all__)
+    for module, name in told:
+        found = package.__getattr__(name)  # which does not look at what is imported already
+        assert found is getattr(importlib.import_module(f"{package.__name__}.{module}"), name)
+    with pytest.raises(AttributeError, match=f"module 'lightning_megatron.{folder}' has no attribute 'GPTModul'"):
+        package.GPTModul  # noqa: B018
 
 
 def test_something_is_done_when_a_module_is_imported(tmp_path, monkeypatch):

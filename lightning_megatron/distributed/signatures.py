@@ -41,6 +41,21 @@ def arguments_of(path: str) -> dict[str, ast.expr | None] | None:
     return None if source is None else _arguments(source)
 
 
+def named_arguments_of(path: str, method: str) -> Names:
+    """The arguments of a method that it names, without those that it collects; none where there is no such method.
+
+    Args:
+        path: The class's full name.
+        method: The method's name.
+    """
+    module, _, name = path.rpartition(".")
+    source = find_class(module, name)
+    for node in source.node.body if source else []:
+        if isinstance(node, ast.FunctionDef) and node.name == method:
+            return tuple(each.arg for each in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs][1:])
+    return ()
+
+
 @functools.cache
 def find_class(module: str, name: str) -> Source | None:
     """Find the definition of a class that a module defines or imports; None if there is none."""
