@@ -240,8 +240,10 @@ def test_light_commands_say_what_is_missing(given, told, capsys):
 
 
 MEGATRONS = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --data-path d --bf16 --recompute-activations
-  --micro-batch-size 1 --global-batch-size 32 --rampup-batch-size 8 8 96 --train-samples 960 --exp-avg-dtype bf16 --lr 1
-  --lr-decay-style cosine --lr-warmup-samples 8 --tensor-model-parallel-size 2 --overlap-p2p-communication-warmup-flush"""
+  --micro-batch-size 1 --global-batch-size 32 --rampup-batch-size 8 8 96 --train-samples 960 --lr 1
+  --exp-avg-dtype bf16
+  --lr-decay-style cosine --lr-warmup-samples 8 --tensor-model-parallel-size 2
+  --overlap-p2p-communication-warmup-flush"""
 LIGHT = {
     "version": ["--version"],
     "help": ["--help"],
