@@ -9,13 +9,13 @@ from lightning_megatron.distributed.signatures import arguments_of
 
 
 @cache
-def core_fields() -> dict[str, str]:
-    """The fields that may be given, with their types as they are written."""
+def core_fields() -> dict[str, bool]:
+    """The fields that may be given, each with whether it is true or false."""
     read = arguments_of("megatron.core.transformer.TransformerConfig")
     if read is not None:
-        return {name: ast.unparse(annotation) if annotation else "" for name, annotation in read.items()}
+        return {name: isinstance(kind, ast.Name) and kind.id == "bool" for name, kind in read.items()}
     from dataclasses import fields
 
     from megatron.core.transformer import TransformerConfig
 
-    return {each.name: str(each.type) for each in fields(TransformerConfig) if each.init}
+    return {each.name: each.type in (bool, "bool") for each in fields(TransformerConfig) if each.init}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LayerBackend = Literal["torch", "transformer_engine"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "geglu_tanh"]
 
-_GATED = ("swiglu", "geglu", "geglu_tanh")
+GATED = ("swiglu", "geglu", "geglu_tanh")
 # Kernels that compile or need CUDA extensions; plain PyTorch runs everywhere and `extra` turns them on.
 _PLAIN_KERNELS = dict.fromkeys(
     ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "persist_layer_norm",
@@ -346,7 +346,7 @@ class ModelConfig:
     @property
     def is_gated(self) -> bool:
         """Whether the feed-forward layer's first projection is doubled, one half the gate of the other."""
-        return self.activation in _GATED
+        return self.activation in GATED
 
     def family_arguments(self) -> dict[str, Any]:
         """Further arguments of megatron-core's ``TransformerConfig`` that the family sets."""

@@ -52,7 +52,7 @@ def destination_of(name: str) -> Destination | None:
     if name in DESTINATIONS:
         return DESTINATIONS[name]
     if name in core_fields():
-        return extra(name, truth if core_fields()[name] == "bool" else anything)
+        return extra(name, truth if core_fields()[name] else anything)
     return None
 
 

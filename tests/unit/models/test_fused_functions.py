@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd as megatron_rotation
 
+from lightning_megatron.models.activations import FUNCTIONS
 from lightning_megatron.models.layers.fused.activation import _formula, biased_activation
 from lightning_megatron.models.layers.fused.residual import FusedNorm, fused_bias_dropout_add
 from lightning_megatron.models.layers.fused.rotary import cosines_and_sines, rotated_heads
-from lightning_megatron.models.model_config import _ACTIVATIONS
+from lightning_megatron.models.model_config import GATED
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +68,9 @@ def test_sum(p):
     assert_same(lambda x, r: [add((x, None), r, p)], lambda x, r: [r + F.dropout(x, p)], *tensors[::2])
 
 
-@pytest.mark.parametrize("name", _ACTIVATIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_activation(name):
-    formula = _formula(*_ACTIVATIONS[name], None, 0.0)
+    formula = _formula(FUNCTIONS[name], name in GATED, None, 0.0)
     x, bias = draw((6, 3, 8), 8)
     assert_same(lambda x, b: [biased_activation(x, b, formula)], lambda x, b: [formula(x + b)], x, bias)
     assert_same(lambda x: [biased_activation(x, None, formula)], lambda x: [formula(x)], x)
