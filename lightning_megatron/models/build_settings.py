@@ -42,7 +42,6 @@ class BuildSettings:
             "pipeline_model_parallel_size": self.layout.pp,
             "virtual_pipeline_model_parallel_size": self.layout.vp,
             "context_parallel_size": self.layout.cp,
-            "cp_comm_type": self.cp_comm,
             "sequence_parallel": self.layout.uses_sequence_parallel,
             "params_dtype": self.params_dtype,
             "pipeline_dtype": self.params_dtype,

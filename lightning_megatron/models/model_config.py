@@ -32,6 +32,8 @@ _PLAIN_KERNELS = dict.fromkeys(
      "gradient_accumulation_fusion", "apply_rope_fusion"),
     False,
 )  # fmt: skip
+# How its attention reaches across ranks, by our names (``MegatronStrategy(cp_comm=)``).
+_TRANSFORMER_ENGINES_WAYS = {None: "p2p", "ring": "p2p", "all_gather": "all_gather", "all_to_all": "a2a"}
 # What megatron-core cannot recompute without Transformer Engine, and its names in models/layers/recomputation.py.
 _RECOMPUTED_HERE = {"layernorm": "norm_output", "mlp_act": "mlp_act", "mlp": "whole_mlp"}
 
@@ -300,6 +302,7 @@ class ModelConfig:
             **self.family_arguments(),
             **_PLAIN_KERNELS,
             **settings.transformer_config_arguments(),
+            "cp_comm_type": settings.cp_comm if self.layers == "torch" else _TRANSFORMER_ENGINES_WAYS[settings.cp_comm],
         }
         modules = self.recomputed_modules(settings)
         arguments.update(recompute.transformer_config_arguments(settings.recompute, modules))
@@ -365,11 +368,11 @@ class ModelConfig:
 
     def _check_residual(self, arguments: dict[str, Any]) -> None:
         """Refuse hidden states that are fp32 between layers of another type, which stages and norms do not take."""
-        dtype = arguments["params_dtype"]
-        if arguments.get("fp32_residual_connection") and self.layers == "torch" and dtype != torch.float32:
+        dtype = str(arguments["params_dtype"]).removeprefix("torch.")
+        if arguments.get("fp32_residual_connection") and self.layers == "torch" and dtype != "float32":
             raise ValueError(
                 f"{type(self).__name__}(extra={{'fp32_residual_connection': True}}): the torch layers add in the type"
-                f" of their weights, here {str(dtype).removeprefix('torch.')}. Leave it out, or use"
+                f" of their weights, here {dtype}. Leave it out, or use"
                 " Trainer(precision='32-true')."
             )
 
