@@ -3,18 +3,13 @@
 Tolerances as in ``test_truth``: fp32 sums are taken in another order by each layout. Dropout is 0.
 """
 
-import functools
 import itertools
 
 import pytest
-import torch
 
 from lightning_megatron import Kernels
-from tests.reference import parallel_bert, plain_bert
+from tests.reference.same_training import assert_bert_trains_alike
 from tests.support.layout import Layout
-from tests.support.ranks import run_in_pool
-
-ROWS, STEPS = 12, 10
 
 
 def layouts() -> list[Layout]:
@@ -26,26 +21,10 @@ def layouts() -> list[Layout]:
     return found
 
 
-def assert_same_training(name: str, layout: Layout, terms: dict | None = None, **strategy) -> None:
-    expected = plain_bert.train(name, ROWS, STEPS, **(terms or {}))
-    assert expected["losses"][0] != pytest.approx(expected["losses"][-1], rel=1e-2), "the truth does not train"
-    ranks = run_in_pool(
-        layout.world_size, functools.partial(parallel_bert.train, terms=terms, **strategy), name, layout, ROWS, STEPS,
-        expected["weights"],
-    )  # fmt: skip
-    for seen in ranks:
-        for ours, theirs in zip(seen["logits"], expected["logits"], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-        assert [step["train_loss"] for step in seen["steps"]] == pytest.approx(expected["losses"], rel=1e-5)
-        assert seen["distance"] < 1e-4
-        for step in seen["steps"] if name in ("pretraining", "pre_norm") else ():
-            assert step["train_loss"] == pytest.approx(step["train_mlm_loss"] + step["train_sop_loss"], rel=1e-5)
-
-
 @pytest.mark.parametrize("layout", layouts(), ids=str)
 @pytest.mark.parametrize("name", ["pretraining", "classes"])
 def test_matches_transformers(name, layout):
-    assert_same_training(name, layout)
+    assert_bert_trains_alike(name, layout)
 
 
 FEW = [Layout(), Layout(tp=2, dp=2, sp=True), Layout(pp=2, vp=2)]
@@ -54,24 +33,24 @@ FEW = [Layout(), Layout(tp=2, dp=2, sp=True), Layout(pp=2, vp=2)]
 @pytest.mark.parametrize("layout", FEW, ids=str)
 @pytest.mark.parametrize("name", ["pre_norm", "pre_norm_classes"])
 def test_norms_before_the_blocks_as_in_megatron_bert(name, layout):
-    assert_same_training(name, layout)
+    assert_bert_trains_alike(name, layout)
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(pp=2, dp=2)], ids=str)
 @pytest.mark.parametrize("name", ["masked_lm", "several_labels", "one_number", "numbers", "tokens"])
 def test_every_task(name, layout):
-    assert_same_training(name, layout)
+    assert_bert_trains_alike(name, layout)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_and_micro_batches_change_nothing(recompute):
-    assert_same_training("pretraining", Layout(tp=2, sp=True), recompute=recompute, micro_batch_size=3)
+    assert_bert_trains_alike("pretraining", Layout(tp=2, sp=True), recompute=recompute, micro_batch_size=3)
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, dp=2, sp=True), Layout(pp=2, vp=2)], ids=str)
 def test_the_loss_in_chunks_changes_nothing(layout):
-    assert_same_training("pretraining", layout, kernels=Kernels(chunked_loss=True))
+    assert_bert_trains_alike("pretraining", layout, kernels=Kernels(chunked_loss=True))
 
 
 def test_label_smoothing_and_z_loss():
-    assert_same_training("masked_lm", Layout(tp=2, sp=True), {"label_smoothing": 0.1, "z_loss": 0.01})
+    assert_bert_trains_alike("masked_lm", Layout(tp=2, sp=True), {"label_smoothing": 0.1, "z_loss": 0.01})

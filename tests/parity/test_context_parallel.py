@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 
-from tests.parity import test_bert, test_t5
-from tests.parity.test_truth import CLIP, assert_equal
 from tests.reference import parallel_gpt, plain_gpt
+from tests.reference.same_training import (
+    CLIP,
+    ROWS,
+    assert_bert_trains_alike,
+    assert_gpt_trained_alike,
+    assert_t5_trains_alike,
+)
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
 
-ROWS, STEPS = 12, 5
+STEPS = 5
 COMMS = ["all_gather", "all_to_all", "ring"]
 GPTS = ["GPT2", "LLAMA", "WINDOWED", "PACKED", "PACKED_GPT2"]
 ALONE = [Layout(cp=2), Layout(cp=4)]
@@ -40,7 +45,7 @@ def assert_same_training(name: str, layout: Layout, accumulate: int = 1, **optio
     expected, config = truth(name), getattr(plain_gpt, name)
     train = functools.partial(parallel_gpt.train, packed="PACKED" in name, full=expected["weights"], **options)
     ranks = run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP, accumulate)
-    assert_equal(ranks, expected, losses=accumulate == 1)
+    assert_gpt_trained_alike(ranks, expected, losses=accumulate == 1)
 
 
 @pytest.mark.parametrize("layout", ALONE, ids=str)
@@ -94,7 +99,7 @@ def test_mean_of_micro_batch_means(layout: Layout) -> None:
     train = functools.partial(
         parallel_gpt.train, full=expected["weights"], loss_reduction="micro_batch", micro_batch_size=size
     )
-    assert_equal(run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)
+    assert_gpt_trained_alike(run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)
 
 
 BERTS = ["pretraining", "classes", "several_labels", "numbers", "tokens", "masked_lm"]
@@ -103,12 +108,12 @@ BERTS = ["pretraining", "classes", "several_labels", "numbers", "tokens", "maske
 @pytest.mark.parametrize("layout", [Layout(cp=2), Layout(cp=2, tp=2, sp=True), Layout(cp=2, pp=2)], ids=str)
 @pytest.mark.parametrize("name", BERTS)
 def test_a_bert(name: str, layout: Layout) -> None:
-    test_bert.assert_same_training(name, layout)
+    assert_bert_trains_alike(name, layout)
 
 
 @pytest.mark.parametrize("comm", COMMS)
 def test_a_bert_by_each_way(comm: str) -> None:
-    test_bert.assert_same_training("pretraining", Layout(cp=2), cp_comm=comm)
+    assert_bert_trains_alike("pretraining", Layout(cp=2), cp_comm=comm)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +121,9 @@ def test_a_bert_by_each_way(comm: str) -> None:
 )
 @pytest.mark.parametrize("name", ["t5", "learned"])
 def test_a_t5(name: str, layout: Layout) -> None:
-    test_t5.assert_same_training(name, layout)
+    assert_t5_trains_alike(name, layout)
 
 
 @pytest.mark.parametrize("comm", COMMS)
 def test_a_t5_by_each_way(comm: str) -> None:
-    test_t5.assert_same_training("learned", Layout(cp=2), cp_comm=comm)
+    assert_t5_trains_alike("learned", Layout(cp=2), cp_comm=comm)

@@ -1,6 +1,5 @@
 """Every layout trains a T5 as transformers' does in one process; tolerances as in ``test_bert``."""
 
-import functools
 import itertools
 from typing import Any
 
@@ -12,14 +11,12 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding, BertTokenizerFast, DataCollatorForSeq2Seq
 
 from lightning_megatron import Kernels, T5Config, T5Module
-from tests.reference import parallel_t5, plain_t5
+from tests.reference import plain_t5
 from tests.reference.parallel_t5 import LoadedT5
+from tests.reference.same_training import ROWS, STEPS, assert_t5_trains_alike
 from tests.support.layout import Layout
-from tests.support.ranks import RankError, run_in_pool, run_ranks
+from tests.support.ranks import RankError, run_ranks
 from tests.support.trainer import Logged, loader, trainer
-
-ROWS, STEPS = 12, 10
-
 
 # Of so many stages the first of the decoder, where each stage of its 3 and 2 layers has one.
 SPLITS: dict[int, tuple[int | None, ...]] = {1: (None,), 2: (None,), 3: (1, 2), 4: (2, 3)}
@@ -33,25 +30,9 @@ def layouts() -> list[Layout]:
     return found
 
 
-def assert_same_training(
-    name: str, layout: Layout, total: int | None = None, terms: dict | None = None, **options: Any
-) -> None:
-    expected = plain_t5.train(name, ROWS, STEPS, total, **(terms or {}))
-    assert expected["moved"] > 3e-3, "the truth does not train"
-    train = functools.partial(parallel_t5.train, total=total, terms=terms, **options)
-    for seen in run_in_pool(layout.world_size, train, name, layout, ROWS, len(expected["losses"]), expected["weights"]):
-        torch.testing.assert_close(seen["logits"][0], expected["logits"], rtol=0, atol=1e-5)
-        steps = seen["steps"][options.get("accumulate", 1) - 1 :: options.get("accumulate", 1)]
-        if "accumulate" not in options:
-            assert [step["train_loss"] for step in steps] == pytest.approx(expected["losses"], rel=1e-5)
-        # The norm counts weights of which several stages have a copy once.
-        assert [step["grad_norm"] for step in steps] == pytest.approx(expected["norms"], rel=1e-4)
-        assert seen["distance"] < 1e-4
-
-
 @pytest.mark.parametrize("layout", layouts(), ids=str)
 def test_matches_transformers(layout):
-    assert_same_training("t5", layout)
+    assert_t5_trains_alike("t5", layout)
 
 
 FEW = [
@@ -66,12 +47,12 @@ FEW = [
 @pytest.mark.parametrize("layout", FEW, ids=str)
 @pytest.mark.parametrize("name", ["t5_v1_1", "learned"])
 def test_gated_and_untied_or_with_learned_positions(name, layout):
-    assert_same_training(name, layout)
+    assert_t5_trains_alike(name, layout)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_and_micro_batches_change_nothing(recompute):
-    assert_same_training("t5_v1_1", Layout(tp=2, pp=2, sp=True), recompute=recompute, micro_batch_size=3)
+    assert_t5_trains_alike("t5_v1_1", Layout(tp=2, pp=2, sp=True), recompute=recompute, micro_batch_size=3)
 
 
 PIPELINED = [Layout(tp=2, pp=2, sp=True), Layout(pp=4, split=2), Layout(pp=2, vp=2, split=3, dp=2)]
@@ -79,22 +60,22 @@ PIPELINED = [Layout(tp=2, pp=2, sp=True), Layout(pp=4, split=2), Layout(pp=2, vp
 
 @pytest.mark.parametrize("layout", PIPELINED, ids=str)
 def test_accumulation_is_one_big_batch(layout):
-    assert_same_training("t5", layout, accumulate=3)
+    assert_t5_trains_alike("t5", layout, accumulate=3)
 
 
 @pytest.mark.parametrize("layout", [Layout(), *PIPELINED[:2], Layout(pp=2, vp=2, split=2)], ids=str)
 def test_the_short_last_batch_is_trained_on(layout):
-    assert_same_training("t5", layout, total=2 * ROWS + 5, num_microbatches=4)  # no pipeline size divides 5
+    assert_t5_trains_alike("t5", layout, total=2 * ROWS + 5, num_microbatches=4)  # no pipeline size divides 5
 
 
 @pytest.mark.parametrize("gather", [False, True], ids=["reduce", "reduce-and-gather"])
 def test_overlapped_communication_changes_nothing(gather):
     ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=gather, bucket_size=4096)
-    assert_same_training("t5", Layout(pp=2, dp=2), ddp=ddp)
+    assert_t5_trains_alike("t5", Layout(pp=2, dp=2), ddp=ddp)
 
 
 def test_a_replicated_optimizer():
-    assert_same_training("t5", Layout(pp=3, split=2, sharded=False))
+    assert_t5_trains_alike("t5", Layout(pp=3, split=2, sharded=False))
 
 
 def collate(samples: list[dict]) -> Any:
@@ -276,8 +257,8 @@ def test_queries_start_as_t5s(positions):
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sp=True)], ids=str)
 def test_the_loss_in_chunks_changes_nothing(layout):
-    assert_same_training("t5", layout, kernels=Kernels(chunked_loss=True))
+    assert_t5_trains_alike("t5", layout, kernels=Kernels(chunked_loss=True))
 
 
 def test_label_smoothing_and_z_loss():
-    assert_same_training("t5", Layout(pp=2), terms={"label_smoothing": 0.1, "z_loss": 0.01})
+    assert_t5_trains_alike("t5", Layout(pp=2), terms={"label_smoothing": 0.1, "z_loss": 0.01})

@@ -13,10 +13,9 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_megatron import Kernels
 from tests.reference import parallel_gpt, plain_gpt
+from tests.reference.same_training import CLIP, ROWS, STEPS, assert_gpt_trained_alike
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
-
-ROWS, STEPS, CLIP = 12, 10, 0.5
 
 
 def layouts(world_sizes: range) -> list[Layout]:
@@ -40,17 +39,7 @@ def assert_same_training(name: str, layout: Layout, accumulate: int = 1, **optio
         layout.world_size, functools.partial(parallel_gpt.train, **options),
         config, layout, ROWS, STEPS, CLIP, accumulate, "32-true", expected["weights"],
     )  # fmt: skip
-    assert_equal(ranks, expected, losses=accumulate == 1)
-
-
-def assert_equal(ranks: list[dict], expected: dict, losses: bool = True) -> None:
-    assert max(expected["norms"]) > CLIP, "the truth never clipped, so clipping is not tested"
-    for seen in ranks:
-        assert seen["steps"] == len(expected["norms"])
-        assert seen["norms"] == pytest.approx(expected["norms"], rel=1e-4)
-        assert seen["distance"] < 1e-5
-        if losses:
-            assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert_gpt_trained_alike(ranks, expected, losses=accumulate == 1)
 
 
 @pytest.mark.parametrize("layout", layouts(range(1, 5)), ids=str)
@@ -88,7 +77,7 @@ def test_the_short_last_batch_is_trained_on(layout):
     config, rows, total = plain_gpt.GPT2, 8, 19  # two batches of 8 and one of 3, which no pipeline size divides
     expected = plain_gpt.train(config, parallel_gpt.text_samples(config, total), rows, 3, CLIP)
     train = functools.partial(parallel_gpt.train, full=expected["weights"], total_rows=total, num_microbatches=4)
-    assert_equal(run_in_pool(layout.world_size, train, config, layout, rows, 3, CLIP), expected)
+    assert_gpt_trained_alike(run_in_pool(layout.world_size, train, config, layout, rows, 3, CLIP), expected)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, dp=2), Layout(pp=2, vp=2)], ids=str)
@@ -105,7 +94,7 @@ def test_mean_of_micro_batch_means(layout):
     train = functools.partial(
         parallel_gpt.train, full=expected["weights"], loss_reduction="micro_batch", micro_batch_size=size
     )
-    assert_equal(run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)
+    assert_gpt_trained_alike(run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)
 
 
 def test_micro_batch_size_and_recompute_change_nothing():
@@ -181,4 +170,4 @@ def test_label_smoothing_and_z_loss(name, layout):
     expected, config = truth_with_terms(name), getattr(plain_gpt, name)
     assert expected["losses"] != pytest.approx(truth(name)["losses"], rel=1e-2), "the terms change nothing"
     train = functools.partial(parallel_gpt.train, full=expected["weights"], terms=TERMS)
-    assert_equal(run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)
+    assert_gpt_trained_alike(run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)
