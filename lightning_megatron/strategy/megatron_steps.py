@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.configured_module import ConfiguredModule
 from lightning_megatron.models.megatron_module import MegatronModule, runs_on_all_stages
 from lightning_megatron.strategy.dataloading import evaluation_sampler
 from lightning_megatron.strategy.logging.recorder import LogRecorder
@@ -33,7 +34,8 @@ class MegatronSteps(StepRunner):
         module: MegatronModule, layout: ParallelLayout, ddp: DistributedDataParallelConfig | None, device: torch.device
     ) -> Engine:
         by_token = module.loss_reduction == "token"
-        return Engine(layout, list(module.chunks), module.chunks[0].config, ddp, by_token, device)
+        own = not isinstance(module, ConfiguredModule)
+        return Engine(layout, list(module.chunks), module.chunks[0].config, ddp, by_token, device, own_layers=own)
 
     @override
     def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:

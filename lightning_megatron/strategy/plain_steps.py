@@ -38,7 +38,7 @@ class PlainSteps(StepRunner):
     ) -> Engine:
         """The engine whose only chunk is the module; its random numbers come from the user's own generators."""
         plain = PlainModel(module, layout)
-        return Engine(layout, [plain], plain.config, ddp, False, device, rng_context=nullcontext)
+        return Engine(layout, [plain], plain.config, ddp, False, device, nullcontext, own_layers=True)
 
     @override
     def evaluate(self, hook: str, batch: Any, *args: Any, **kwargs: Any) -> Any:

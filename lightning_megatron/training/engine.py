@@ -24,6 +24,7 @@ from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.megatron_versions import mark_sinks
 from lightning_megatron.training.batch_rows import join_rows
 from lightning_megatron.training.microbatches import MicroBatchSizes, slices
+from lightning_megatron.training.partial_gradients import warn_of_partial
 from lightning_megatron.training.step_outputs import joined, loss_of, outputs_of, passed_on, travelling
 from lightning_megatron.training.timers import Timers
 from lightning_megatron.training.weight_gradients import accept_products, refuse_products
@@ -83,6 +84,7 @@ class Engine:
         by_token: Whether losses are weighed by their tokens; otherwise every micro-batch is weighed by its rows.
         device: The device of the model.
         rng_context: Makes the context around each schedule that provides the model's random numbers.
+        own_layers: Whether the user wrote layers, whose gradients are looked at once.
     """
 
     def __init__(
@@ -94,8 +96,10 @@ class Engine:
         by_token: bool,
         device: torch.device,
         rng_context: Callable[[], AbstractContextManager[Any]] = model_rng,
+        own_layers: bool = False,
     ) -> None:
         self.layout = layout
+        self._looks_at_gradients = own_layers and layout.tp > 1
         self.config = config
         self.by_token = by_token
         self.device = device
@@ -304,6 +308,8 @@ class Engine:
         for chunk in model:
             chunk.scale_gradients(share)
         shared_weights.all_reduce_gradients(model)
+        if self._looks_at_gradients:
+            self._looks_at_gradients = not warn_of_partial(model)
 
     def _outcome(self, records: list[Any], cut: MicroBatchSizes) -> Outcome:
         """Compute the mean loss of the global batch on every rank, and join what else this replica's steps returned."""

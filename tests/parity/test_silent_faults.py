@@ -5,6 +5,7 @@ users report. ``docs/silent_faults.md`` says which of them cannot occur here.
 """
 
 import functools
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -285,8 +286,10 @@ class Views(ModelChunk):
 class OfViews(MegatronModule):
     """Starts from ``first_views``."""
 
+    kind: type[Views] = Views
+
     def build_model(self, pre_process, post_process, vp_stage):
-        return Views(self.transformer_config(hidden_size=8, num_attention_heads=2))
+        return self.kind(self.transformer_config(hidden_size=8, num_attention_heads=2))
 
     def configure_model(self):
         super().configure_model()
@@ -315,8 +318,8 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{"x": row, "y": row.flip(0)} for row in x]
 
 
-def train_views(layout: Layout) -> dict[str, Any]:
-    module, watch = OfViews(), Logged()
+def train_views(layout: Layout, kind: type[OfViews] = OfViews) -> dict[str, Any]:
+    module, watch = kind(), Logged()
     run = trainer(layout, max_epochs=2, callbacks=[watch], use_distributed_sampler=False)
     run.fit(module, DataLoader(rows(), batch_size=4))
     losses, norms = ([step[name] for step in watch.steps] for name in ("train_loss", "grad_norm"))
@@ -346,6 +349,36 @@ def test_sums_of_views():
         assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert seen["norms"] == pytest.approx(expected["norms"], rel=1e-4)
         torch.testing.assert_close(seen["scale"], expected["scale"], rtol=0, atol=1e-5)
+
+
+class Partial(Views):
+    """The scale is seen through divided features, and nobody sums its gradient."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        wide = F.linear(x * self.scale, self.up.weight)
+        return reduce_from_tensor_model_parallel_region(F.linear(wide, self.down.weight))
+
+
+class OfPartial(OfViews):
+    """Its one weight that is not divided trains apart."""
+
+    kind = Partial
+
+
+def warned_of(kind: type[OfViews]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_views(Layout(tp=2), kind)
+    return [str(each.message) for each in caught if "differ between the tensor-parallel ranks" in str(each.message)]
+
+
+def test_gradients_of_own_weights_that_are_parts_are_told_of():
+    said, silent = run_in_pool(2, warned_of, OfPartial)
+    assert len(said) == 1
+    assert "gradients of scale differ" in said[0]
+    assert "copy_to_tensor_model_parallel_region" in said[0]
+    assert not silent  # ranks but the first
+    assert run_in_pool(2, warned_of, OfViews) == [[], []]
 
 
 CONFIGS: dict[str, Any] = {
