@@ -117,7 +117,7 @@ def _about(recipe: Path) -> list[str]:
 
 def _layout(run: Run, result: RunCheck) -> str:
     layout = result.layout
-    sizes = [f"{name}={value}" for name in ("tp", "pp", "vp", "dp") if (value := getattr(layout, name) or 1) > 1]
+    sizes = [f"{name}={value}" for name in ("tp", "pp", "vp", "cp", "dp") if (value := getattr(layout, name) or 1) > 1]
     sizes.append(f"micro-batches of {result.micro_batches[0]}")
     return ", ".join(sizes) + (", LoRA" if run.kind or run.recipe.stem.endswith("lora") else "")
 

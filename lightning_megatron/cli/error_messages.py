@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from lightning_megatron.cli.no_argument import no_argument
+from lightning_megatron.distributed.other_names import VALUE_NAMES
 from lightning_megatron.distributed.suggestions import closest_name
 from lightning_megatron.strategy.former_arguments import replacement
 
@@ -94,8 +95,10 @@ def _no_choice(message: str, _: list[str]) -> str:
     if not found:
         return ""
     known = re.findall(r"'([^']+)'", found[1])
-    told = nearest(found[2], known) or f"; use one of {', '.join(known)}"
-    return f"--{_key(message[: found.end()])}={found[2]} is unknown{told}"
+    key = _key(message[: found.end()])
+    ours = VALUE_NAMES.get(key.rpartition(".")[2], {}).get(found[2])  # of a value by another tool's name
+    told = f"; did you mean {ours}?" if ours else nearest(found[2], known) or f"; use one of {', '.join(known)}"
+    return f"--{key}={found[2]} is unknown{told}"
 
 
 def _not_accepted(message: str, options: list[str]) -> str:

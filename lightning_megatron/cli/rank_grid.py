@@ -1,4 +1,4 @@
-"""Draws the ranks of a layout as a grid: who holds which stage, shard and replica, and on which node."""
+"""Draws the ranks of a layout as a grid: who holds which stage, shard, part of the rows and replica, on which node."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
+from lightning_megatron.distributed.layout import Dimension, LayoutError, ParallelLayout
 
 _WIDEST = 40  # ranks in a line of text; of more replicas the first ones are shown
 _MOST_NUMBERED = 1024  # ranks with a number in a picture
+_GAP = 0.2  # of a rank's width, between the parts of a row in a picture
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RankGrid:
             if not part:
                 continue
             if not equals or not value.isdigit() or name not in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "world"):
-                raise LayoutError(f"{part!r} in {text!r} is no size: use tp=2,pp=4,vp=2,dp=2 or world=16.")
+                raise LayoutError(f"{part!r} in {text!r} is no size: use tp=2,pp=4,vp=2,cp=2,dp=2 or world=16.")
             sizes[name] = int(value)
         copies = sizes.pop("dp", 1)
         one = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("cp", 1)
@@ -74,39 +75,59 @@ class RankGrid:
         """Number of machines."""
         return self.layout.world_size // self.ranks_per_node
 
-    def rank(self, stage: int, replica: int, shard: int) -> int:
-        """The rank that holds a shard of a pipeline stage in a replica."""
-        first = self.layout.group("pp", 0)[stage]
-        return self.layout.group("tp", self.layout.group("dp", first)[replica])[shard]
+    def ranks(self, stage: int, replica: int) -> list[list[int]]:
+        """The ranks of a pipeline stage in a replica: for each part of a row, those that share its layers."""
+        first = self.layout.group("dp", self.layout.group("pp", 0)[stage])[replica]
+        return [self.layout.group("tp", part) for part in self.layout.group("cp", first)]
 
     def warnings(self) -> Iterator[str]:
         """Warnings about what makes this layout slow."""
-        split = [group for rank in range(self.layout.world_size) if (group := self.layout.group("tp", rank))[0] == rank]
-        across = [group for group in split if self.node(group[0]) != self.node(group[-1])]
-        if across:
+        each, layout = self.ranks_per_node, self.layout
+        if across := self._across_nodes("tp"):
             yield (
-                f"tensor parallelism crosses nodes: ranks {across[0]} are on nodes {self.node(across[0][0])} and"
-                f" {self.node(across[0][-1])}. Each layer waits for the network between them; keep tp at"
-                f" {self.ranks_per_node} or below, a divisor of it, and use more pipeline stages (pp)."
+                f"tensor parallelism crosses nodes: ranks {across} are on nodes {self._nodes(across)}. Each layer waits"
+                f" for the network between them; keep tp at {each} or below, a divisor of it, and use more pipeline"
+                " stages (pp)."
             )
+        elif across := self._across_nodes("cp"):
+            smaller = "a smaller tp, so that tp · cp" if layout.tp > 1 and layout.cp <= each else "a smaller cp, which"
+            yield (
+                f"context parallelism crosses nodes: ranks {across} are on nodes {self._nodes(across)}. Each layer"
+                f" sends keys and values through the network between them; use {smaller} divides {each}, or"
+                " recompute='full'. Where it has to cross, cp_comm='ring' sends while it computes."
+            )
+
+    def _across_nodes(self, kind: Dimension) -> list[int]:
+        """The first group of ranks of a dimension that is on several nodes, or none."""
+        groups = (self.layout.group(kind, rank) for rank in range(self.layout.world_size))
+        return next((group for group in groups if self.node(group[0]) != self.node(group[-1])), [])
+
+    def _nodes(self, ranks: list[int]) -> str:
+        return " and ".join(str(node) for node in sorted({self.node(ranks[0]), self.node(ranks[-1])}))
 
     def text(self) -> str:
         """The grid, a line for each pipeline stage."""
         layout, digits = self.layout, len(str(self.layout.world_size - 1))
-        shown = max(1, min(layout.dp, _WIDEST // layout.tp))
+        columns = layout.tp * layout.cp
+        shown = max(1, min(layout.dp, _WIDEST // columns))
         nodes = f"{self.nodes} {'node' if self.nodes == 1 else 'nodes'} of {self.ranks_per_node}"
         lines = [f"{layout.world_size} ranks on {nodes}: {layout.sizes}", ""]
-        width = layout.tp * (digits + 1) + 11
+        width = columns * (digits + 1) + 2 * (layout.cp - 1) + 11
         left = max(len(self._stage(stage)) for stage in range(layout.pp)) + 2
         lines.append(" " * left + "".join(f"replica {replica}".ljust(width) for replica in range(shown)).rstrip())
         for stage in range(layout.pp):
             parts = []
             for replica in range(shown):
-                ranks = [self.rank(stage, replica, shard) for shard in range(layout.tp)]
-                numbers = " ".join(str(rank).rjust(digits) for rank in ranks)
-                parts.append(f"{numbers}  {self._where(ranks)}".ljust(width))
+                ranks = self.ranks(stage, replica)
+                numbers = " | ".join(" ".join(str(rank).rjust(digits) for rank in part) for part in ranks)
+                parts.append(f"{numbers}  {self._where(sum(ranks, []))}".ljust(width))
             more = f" and {layout.dp - shown} replicas more" if shown < layout.dp else ""
             lines.append((self._stage(stage).ljust(left) + "".join(parts)).rstrip() + more)
+        if layout.cp > 1:
+            lines += [
+                "",
+                f"Each row of tokens is in {layout.cp} parts, with | between their ranks, which hold equal weights.",
+            ]
         return "\n".join(lines)
 
     def draw(self, path: str | Path) -> Path:
@@ -117,7 +138,8 @@ class RankGrid:
         from matplotlib.patches import Rectangle
 
         layout = self.layout
-        columns = layout.dp * (layout.tp + 0.5)
+        replica = layout.cp * (layout.tp + _GAP) - _GAP  # width
+        columns = layout.dp * (replica + 0.5)
         size = max(0.28, min(0.7, 40 / columns))
         figure, axes = pyplot.subplots(
             figsize=(size * columns + 2.4, size * layout.pp * 1.15 + 1.6), layout="constrained"
@@ -125,16 +147,15 @@ class RankGrid:
         colours: Any = pyplot.get_cmap("tab20" if self.nodes > 10 else "tab10")
         for rank in range(layout.world_size):
             at = layout.coordinates(rank)
-            x, y = at.dp * (layout.tp + 0.5) + at.tp, layout.pp - 1 - at.pp
+            x, y = at.dp * (replica + 0.5) + at.cp * (layout.tp + _GAP) + at.tp, layout.pp - 1 - at.pp
             axes.add_patch(Rectangle((x, y), 0.94, 0.9, color=colours(self.node(rank) % colours.N), alpha=0.75))
             if layout.world_size <= _MOST_NUMBERED:
                 axes.text(x + 0.47, y + 0.45, str(rank), ha="center", va="center", fontsize=max(5, 12 * size))
         axes.set_xlim(-0.2, columns)
         axes.set_ylim(-0.1, layout.pp + 0.1)
-        axes.set_xticks([replica * (layout.tp + 0.5) + layout.tp / 2 for replica in range(layout.dp)])
-        axes.set_xticklabels(
-            [f"replica {replica}" for replica in range(layout.dp)], rotation=45 if layout.dp > 8 else 0
-        )
+        axes.set_xticks([number * (replica + 0.5) + replica / 2 for number in range(layout.dp)])
+        names = [f"replica {number}" for number in range(layout.dp)]
+        axes.set_xticklabels(names, rotation=45 if layout.dp > 8 else 0)
         axes.set_yticks([layout.pp - 1 - stage + 0.45 for stage in range(layout.pp)])
         axes.set_yticklabels([self._stage(stage) for stage in range(layout.pp)])
         axes.tick_params(length=0)
@@ -143,9 +164,8 @@ class RankGrid:
         shown = range(min(self.nodes, 16))
         handles = [Rectangle((0, 0), 1, 1, color=colours(n % colours.N), alpha=0.75, label=f"node {n}") for n in shown]
         axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-        axes.set_title(
-            self.text().partition("\n")[0] + "\nside by side: tensor-parallel ranks of a replica", fontsize=9
-        )
+        beside = "tensor-parallel ranks of a replica" + (", with a gap between parts of its rows" * (layout.cp > 1))
+        axes.set_title(f"{self.text().partition(chr(10))[0]}\nside by side: {beside}", fontsize=9)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
         return Path(path)

@@ -188,9 +188,9 @@ class ParallelLayout:
         Args:
             config: The configuration of a module, such as a ``GPTConfig``.
             **training: ``micro_batch_size`` (1), ``num_microbatches`` (enough to fill the pipeline), ``precision``
-                ("bf16-mixed"), ``recompute``, ``distributed_optimizer`` (True), ``kernels``, ``lengths`` (the longest),
-                ``optimizer`` (what the module has), ``optimizer_states`` (2, those of Adam), ``device`` ("cuda"),
-                ``lora`` (None: all weights are trained).
+                ("bf16-mixed"), ``recompute``, ``distributed_optimizer`` (True), ``kernels``, ``cp_comm`` (the best for
+                the shape), ``lengths`` (the longest), ``optimizer`` (what the module has), ``optimizer_states`` (2,
+                those of Adam), ``device`` ("cuda"), ``lora`` (None: all weights are trained).
 
         Raises:
             LayoutError: The layout cannot divide the model.

@@ -5,6 +5,13 @@ The names are hints for error messages, and no argument is accepted by them. Imp
 
 from __future__ import annotations
 
+# What others call the values of an argument, by its name: {theirs: ours}.
+VALUE_NAMES: dict[str, dict[str, str]] = {
+    "cp_comm": {
+        "p2p": "ring", "allgather": "all_gather", "a2a": "all_to_all", "alltoall": "all_to_all", "ulysses": "all_to_all"
+    }
+}  # fmt: skip
+
 # By the class that has an argument, and the argument: what others call it. Classes of a kind share a group.
 OTHERS: dict[str, dict[str, str]] = {
     "MegatronStrategy": {
@@ -16,7 +23,10 @@ OTHERS: dict[str, dict[str, str]] = {
         "vp": "virtual_pipeline_model_parallel_size virtual_pipeline_parallel virtual_pipeline_size virtual_stages"
         " num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank vpp vpp_size vp_size interleave"
         " num_model_chunks virtual_pp virtual_pipeline_parallel_size model_chunks",
-        "cp": "context_parallel_size context_parallel cp_size cp_degree context_parallelism",
+        "cp": "context_parallel_size context_parallel cp_size cp_degree context_parallelism sequence_parallel_size"
+        " sp_size ulysses_sequence_parallel_size ulysses_degree ring_degree ring_attn_size",
+        "cp_comm": "cp_comm_type cp_comm_backend cp_comm_strategy cp_communication context_parallel_comm_type"
+        " context_parallel_communication cp_rotate_method ring_attention ulysses",
         "ep": "expert_model_parallel_size expert_parallel expert_parallel_size ep_size ep_degree expert_parallelism",
         "etp": "expert_tensor_parallel_size expert_tensor_parallel etp_size",
         "sequence_parallel": "sequence_parallelism sequence_model_parallel seq_parallel sp use_sp"

@@ -1,6 +1,7 @@
 """Estimates the memory of a training from a model's sizes and a layout, before anything is built.
 
-States: per weight as in ZeRO (arXiv 1910.02054, section 3.1), what the distributed optimizer divides by the replicas.
+States: per weight as in ZeRO (arXiv 1910.02054, section 3.1), what the distributed optimizer divides by the ranks that
+hold the same weights: replicas, and the ranks that share a row.
 Activations: tensor by tensor, as Korthikanti and others count them (arXiv 2205.05198, section 4), for layers whose
 attention keeps no scores, which that paper does not know; with megatron-core's ``theoretical_memory_usage`` it shares
 the number of micro-batches in flight. Where the layers here keep other tensors than the paper's (the input of an
@@ -14,12 +15,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
-from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.layout import ContextComm, ParallelLayout
 from lightning_megatron.distributed.memory_table import MemoryTable, StageMemory
+from lightning_megatron.models.context_parallel_memory import held_at_once, kept_beside, share, way_for
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.chunked_cross_entropy import LONGEST_CHUNK
 from lightning_megatron.models.lora.config import LoRA
@@ -45,8 +47,9 @@ class Training:
         num_microbatches: Micro-batches of a batch; None is enough of them to fill the pipeline.
         precision: As ``Trainer(precision=)`` has it.
         recompute: As ``MegatronStrategy(recompute=)`` has it.
-        distributed_optimizer: Whether optimizer state and main weights are divided among the replicas.
+        distributed_optimizer: Whether optimizer state and main weights are divided among the ranks with equal weights.
         kernels: Which implementations compute the layers and the loss.
+        cp_comm: As ``MegatronStrategy(cp_comm=)`` has it.
         lengths: Tokens of a sequence; of a T5, of both sides. None are the longest that the configuration allows.
         optimizer: The optimizer, or what makes it of parameters, such as ``partial(LeanAdamW, on_host=True)``, a
             module's ``optimizer=``. None: ``optimizer_states`` says what it keeps.
@@ -64,6 +67,7 @@ class Training:
     recompute: Recompute | None = None
     distributed_optimizer: bool = True
     kernels: Kernels | None = None
+    cp_comm: ContextComm | None = None
     lengths: tuple[int, ...] | None = None
     optimizer: Any = None
     optimizer_states: float = 2
@@ -76,6 +80,7 @@ class Training:
         arguments.whole(optional=True, num_microbatches=self.num_microbatches)
         arguments.one_of(tuple(_PRECISIONS), precision=self.precision)
         arguments.one_of(("cuda", "cpu"), device=self.device)
+        arguments.one_of((None, *get_args(ContextComm)), cp_comm=self.cp_comm)
         arguments.flag(distributed_optimizer=self.distributed_optimizer)
         arguments.kind(LoRA, "lightning_megatron.LoRA(...)", optional=True, lora=self.lora)
         check_recompute(self.recompute, of="ParallelLayout.memory")
@@ -139,7 +144,7 @@ def _stage(
 ) -> StageMemory:
     numbers, trained = (sum(each) for each in zip(*counts, strict=True))
     weight, gradient, main = _PRECISIONS[training.precision]
-    share = layout.dp if training.distributed_optimizer else 1
+    share = layout.dp * layout.cp if training.distributed_optimizer else 1
     kept = [sum(layers.kept(part) for part in chunk) for chunk in chunks]  # of each chunk
     flying = chunks_in_flight(layout, stage, training.num_microbatches)
     last = any(part.ends_model for chunk in chunks for part in chunk)
@@ -151,7 +156,7 @@ def _stage(
         optimizer=trained * (main + 4 * training.states) / share,
         activations=flying * sum(kept) / len(kept) + again,
         logits=logits,
-        buffers=copy + (2 * layers.hidden() if layout.pp > 1 else 0.0),
+        buffers=copy + (2 * layers.hidden() if layout.pp > 1 else 0.0) + layers.from_other_ranks(),
     )
 
 
@@ -180,18 +185,22 @@ class _Layers:
         self.element, self.tp = training.element, layout.tp
         self.shared = layout.tp if layout.uses_sequence_parallel else 1  # ranks that share the tokens between blocks
         self.padded_vocab = layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by)
-        self.stacks = config.stacks(training.lengths or config.lengths)
+        self.cp, stacks = layout.cp, config.stacks(training.lengths or config.lengths)
+        self.stacks = (
+            [share(stack, layout.cp, 2 * layout.cp * self.shared) for stack in stacks] if self.cp > 1 else stacks
+        )
         self.settings = config.family_arguments()
         self.kernels = training.kernels or Kernels()
         self.fused = self.kernels.fused_layers is True
         self.joins_norms = self.fused and "layernorm" not in modules  # with the sums before them
         self.heads = config.num_attention_heads / layout.tp
         self.groups = config.sizes()["num_query_groups"] / layout.tp
+        self.way = way_for(training.cp_comm, self.cp, int(self.heads), int(self.groups))
         self.size = config.kv_channels or config.hidden_size // config.num_attention_heads
         self.trained = TrainedSizes(config, layout, training.lora)
 
     def hidden(self, stack: int | None = None) -> float:
-        """One hidden state ``[s/tp, b, h]`` of a stack; of all of them, what travels between stages."""
+        """One hidden state ``[s/(cp·tp), b, h]`` of a stack; of all of them, what travels between stages."""
         tokens = sum(each.tokens for each in self.stacks) if stack is None else self.stacks[stack].tokens
         return self._tokens(tokens) * self.config.hidden_size * self.element
 
@@ -336,18 +345,32 @@ class _Layers:
         )
         output = self.trained.keeps_input(index, f"{kind}.linear_proj")
         updates = self._updates(index, f"{kind}.")
-        query, key = tokens * rows * self.heads * self.size, keys * rows * self.groups * self.size
+        query, key = self._queries_and_keys(index, number)
         total = query + 2 * key
         if getattr(self.config, "position_embedding", None) == "rope" and not self.fused:
             total += query + key
         if recomputed and "core_attn" in self.modules:
             return updates + (total + output * query) * element
+        if self.cp > 1:
+            total += kept_beside(self.way, query, key)
         if not self.scores[number]:
             return updates + (total + query) * element + 4 * tokens * rows * self.heads
         matrices = (3 if self.config.attention_dropout else 1) * tokens * keys * rows * self.heads
         repeated = keys * rows * self.heads * self.size
         values = repeated if element < 4 or self.groups < self.heads else query + 2 * key  # a part of the projection's
         return updates + output * query * element + 4 * (query + repeated + values + matrices)
+
+    def _queries_and_keys(self, index: int, number: int) -> tuple[float, float]:
+        """Numbers of a rank's own queries, and of its own keys, in an attention of a stack's layers."""
+        stack, each = self.stacks[index], self.training.micro_batch_size * self.size
+        return stack.tokens * each * self.heads, stack.attention[number][0] / self.cp * each * self.groups
+
+    def from_other_ranks(self) -> float:
+        """What attention holds at once of the ranks that share a sequence."""
+        if self.cp == 1:
+            return 0.0
+        kinds = [(index, number) for index, stack in enumerate(self.stacks) for number in range(len(stack.attention))]
+        return self.element * max(held_at_once(self.way, self.cp, *self._queries_and_keys(*kind)) for kind in kinds)
 
     def _feed_forward(self, index: int, recomputed: bool = True) -> float:
         """The activation's input, which is twice as wide where it is gated, and its output ``[s, b, ffn/tp]``.
@@ -371,7 +394,9 @@ class _Layers:
     def _updates(self, index: int, kind: str) -> float:
         """What the low-rank updates of a layer keep, of linear layers whose names begin with ``kind``."""
         stack, rows, element = self.stacks[index], self.training.micro_batch_size, self.element
-        numbers, copies, masks = self.trained.kept(index, kind, stack.tokens * rows, stack.attention[-1][0] * rows)
+        numbers, copies, masks = self.trained.kept(
+            index, kind, stack.tokens * rows, stack.attention[-1][0] / self.cp * rows
+        )
         mask = element if self.training.device == "cpu" else 1
         return (numbers + copies) * element + masks * mask
 

@@ -20,6 +20,7 @@ from lightning_megatron.checkpoint import Checkpointing, check_folders
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ContextComm, ParallelLayout
+from lightning_megatron.distributed.other_names import VALUE_NAMES
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.models.recompute import check as check_recompute
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _STRATEGY = Arguments("MegatronStrategy", MisconfigurationException)
-# megatron-core's and other tools' names.
-_CP_COMMS_ELSEWHERE = {
-    "p2p": "ring", "allgather": "all_gather", "a2a": "all_to_all", "alltoall": "all_to_all", "ulysses": "all_to_all"
-}  # fmt: skip
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
@@ -73,7 +70,7 @@ def check_cp_comm(cp_comm: object, cp: int) -> None:
     """
     known = get_args(ContextComm)
     if cp_comm is not None and cp_comm not in known:
-        ours = _CP_COMMS_ELSEWHERE.get(str(cp_comm))
+        ours = VALUE_NAMES["cp_comm"].get(str(cp_comm))
         use = f"use {ours!r}" if ours else f"use one of {', '.join(map(repr, known))}, or None for the best one"
         raise MisconfigurationException(f"MegatronStrategy(cp_comm={cp_comm!r}): {use}.")
     if cp_comm is not None and cp == 1:

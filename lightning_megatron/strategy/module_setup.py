@@ -84,6 +84,7 @@ class ModuleSetup(ParallelRanks):
             recompute=self.recompute,
             distributed_optimizer=self.distributed_optimizer,
             kernels=self.kernels.on(self.root_device),
+            cp_comm=self.cp_comm,
             optimizer=self._torch_optimizer(),
             lora=getattr(self.lightning_module, "lora", None),
             device=self.root_device.type,

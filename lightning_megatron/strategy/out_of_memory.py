@@ -36,7 +36,7 @@ def explain(error: BaseException, config: object, layout: ParallelLayout, **trai
             saved = now.largest.total - other.memory(config, **{**training, **changed}).largest.total
             if saved > 0:
                 lines.append(f"- {told}: {saved / _GB:.2f} GB less")
-        lines.append("- a larger tp (with sequence_parallel=True) or pp, on more devices.")
+        lines.append("- a larger tp (with sequence_parallel=True), pp or, for long sequences, cp, on more devices.")
         error.add_note("\n".join(lines))
     except Exception as wrong:  # the error itself matters more
         error.add_note(f"What training takes could not be estimated: {wrong}")
@@ -60,7 +60,9 @@ def _advice(layout: ParallelLayout, training: dict[str, Any]) -> Iterator[tuple[
         yield 'recompute="selective"', layout, {"recompute": "selective"}
     if training["recompute"] != "full":
         yield 'recompute="full"', layout, {"recompute": "full"}
-    if not training["distributed_optimizer"] and layout.dp > 1:
+    if not training["distributed_optimizer"] and layout.dp * layout.cp > 1:
         yield "distributed_optimizer=True", layout, {"distributed_optimizer": True}
+    if layout.cp > 1 and training["cp_comm"] != "ring":
+        yield 'cp_comm="ring"', layout, {"cp_comm": "ring"}
     if layout.tp > 1 and not layout.sequence_parallel:
         yield "sequence_parallel=True", replace(layout, sequence_parallel=True), {}

@@ -117,7 +117,9 @@ def test_a_small_one_is_pre_trained(name, tmp_path, monkeypatch):
     assert module.config.hidden_size == 64
 
 
-@pytest.mark.parametrize("name", ["llama3_8b_lora", "qwen3_0.6b", "mistral_7b", "gemma_2b", "phi4_14b"])
+@pytest.mark.parametrize(
+    "name", ["llama3_8b_lora", "llama3.1_8b_32k", "qwen2.5_7b_32k", "qwen3_0.6b", "mistral_7b", "gemma_2b", "phi4_14b"]
+)
 def test_a_small_one_is_fine_tuned(name, tmp_path, monkeypatch):
     run = _recipe(name, tmp_path, monkeypatch)
     model, data = run["model"]["init_args"], run["data"]["init_args"]
@@ -128,7 +130,7 @@ def test_a_small_one_is_fine_tuned(name, tmp_path, monkeypatch):
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     config = transformers.AutoConfig.for_model(given.pop("model_type"), **given | ids | {"vocab_size": len(tokenizer)})
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    rows = [{"messages": each, "prompt": "12", "answer": "345"} for each in chats.CHATS]
+    rows = [{"messages": each, "prompt": "12", "answer": "345", "text": "67 " * 40} for each in chats.CHATS]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     model |= {"source": str(tmp_path / "model"), "config": {"seq_length": 64}}
     data |= {"tokenizer": str(tmp_path / "model"), "seq_length": 64, "batch_size": 4}
@@ -150,7 +152,7 @@ def _recipe(name, tmp_path, monkeypatch):
     run = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     run["trainer"] |= {"accelerator": "cpu", "devices": 1, "max_steps": 2, "logger": False, "callbacks": []}
     run["trainer"] |= {"limit_val_batches": 0, "val_check_interval": None, "enable_progress_bar": False}
-    run["trainer"]["strategy"]["init_args"] |= {"tp": 1, "pp": 1, "vp": None, "micro_batch_size": 2}
+    run["trainer"]["strategy"]["init_args"] |= {"tp": 1, "pp": 1, "vp": None, "cp": 1, "micro_batch_size": 2}
     schedule = run["model"]["init_args"]["lr_schedule"]["init_args"]
     schedule |= {key: value for key, value in (("warmup_steps", 1), ("decay_steps", 2)) if key in schedule}
     run["data"]["init_args"]["cache_dir"] = str(tmp_path / "cache")

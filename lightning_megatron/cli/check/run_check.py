@@ -252,6 +252,7 @@ class _Checker:
             recompute=self.strategy.recompute,
             distributed_optimizer=self.strategy.distributed_optimizer,
             kernels=self.strategy.kernels,
+            cp_comm=self.strategy.cp_comm,
             optimizer=self.module.optimizer,  # type: ignore[union-attr]
             lora=getattr(self.module, "lora", None),
             device=self.parts.device,
@@ -260,5 +261,5 @@ class _Checker:
         if self.result.gpu_memory is not None and largest > self.result.gpu_memory:
             self.result.faults.append(
                 f"A rank takes {largest:.2f} GB, and a GPU has {self.result.gpu_memory:g} GB. Use a smaller"
-                " micro_batch_size, recompute='selective' or 'full', sequence_parallel=True, or a larger tp or pp."
+                " micro_batch_size, recompute='selective' or 'full', sequence_parallel=True, or a larger tp, pp or cp."
             )

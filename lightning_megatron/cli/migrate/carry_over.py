@@ -40,7 +40,7 @@ _FIXED: dict[str, dict[str, Any]] = {
 # Settings of one kind of model, which the others do not read.
 _OF_ONE = {"task": "BERT", "num_labels": "BERT"}
 _OF_ONE |= dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), "relative positions")
-_WAITING = {"cp": "context parallelism", "ep": "expert parallelism", "etp": "expert tensor parallelism"}
+_WAITING = {"ep": "expert parallelism", "etp": "expert tensor parallelism"}
 
 
 def destination_of(name: str) -> Destination | None:
@@ -184,6 +184,7 @@ def _check_layout(given: Mapping[str, Any], plan: Plan, world_size: int | None) 
         tp=sizes["tp"],
         pp=sizes["pp"],
         vp=plan.get(f"{STRATEGY}.vp"),
+        cp=sizes["cp"],
         sequence_parallel=plan.get(f"{STRATEGY}.sequence_parallel", False),
         pipeline_split_rank=split,
     )

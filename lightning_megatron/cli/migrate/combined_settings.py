@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_megatron.cli.migrate import (
     batch_settings,
+    context_parallel_settings,
     data_settings,
     model_settings,
     optimizer_settings,
@@ -16,6 +17,7 @@ from lightning_megatron.cli.migrate.plan import Given, Plan
 _SUBJECTS = (
     trainer_settings.precision,
     trainer_settings.timeouts,
+    context_parallel_settings.attention_over_ranks,
     recompute_settings.recomputation,
     model_settings.layers_of_stacks,
     model_settings.virtual_stages,

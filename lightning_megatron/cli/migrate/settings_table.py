@@ -155,6 +155,7 @@ _PLACED: dict[str, Destination] = {
     "tensor_model_parallel_size": _strategy("tp"),
     "pipeline_model_parallel_size": _strategy("pp"),
     "context_parallel_size": _strategy("cp"),
+    "cp_comm_type": _together(words),
     "expert_model_parallel_size": _strategy("ep"),
     "expert_tensor_parallel_size": _strategy("etp"),
     "sequence_parallel": _strategy("sequence_parallel", truth),

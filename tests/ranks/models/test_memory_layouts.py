@@ -1,6 +1,6 @@
 """``ParallelLayout.memory`` against the states and the saved tensors of real runs on several ranks."""
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -77,6 +77,22 @@ def test_states_and_activations(name, layout, precision, recompute):
 
 
 @pytest.mark.parametrize(
+    ("name", "layout", "way"),
+    [
+        ("gpt", Layout(cp=2), "all_gather"),
+        ("llama", Layout(cp=2), "all_gather"),
+        ("llama", Layout(cp=2), "all_to_all"),
+        ("llama", Layout(cp=2, tp=2, sp=True), "ring"),
+        ("bert", Layout(cp=2), None),
+        ("t5", Layout(cp=2), None),
+    ],
+    ids=str,
+)
+def test_ranks_that_share_rows(name, layout, way):
+    assert_as_measured(name, replace(layout, extra={"cp_comm": way}), "32-true", None)
+
+
+@pytest.mark.parametrize(
     ("name", "layout", "lora"),
     [
         ("llama", Layout(tp=2, sp=True), LoRA(rank=4)),
@@ -91,11 +107,16 @@ def test_low_rank_updates(name, layout, lora):
 
 def assert_as_measured(name, layout, precision, recompute, lora=None) -> None:
     sizes = ParallelLayout(
-        world_size=layout.world_size, tp=layout.tp, pp=layout.pp, vp=layout.vp, sequence_parallel=layout.sp
+        world_size=layout.world_size,
+        tp=layout.tp,
+        pp=layout.pp,
+        vp=layout.vp,
+        cp=layout.cp,
+        sequence_parallel=layout.sp,
     )
     table = sizes.memory(
         CONFIGS[name][1], micro_batch_size=ROWS, num_microbatches=MICRO_BATCHES, precision=precision,
-        recompute=recompute, device="cpu", lora=lora,
+        recompute=recompute, device="cpu", lora=lora, **layout.extra,
     )  # fmt: skip
     for stage, (weights, gradients, optimizer), kept in run_in_pool(
         layout.world_size, _measured, name, layout, precision, recompute, lora

@@ -19,7 +19,10 @@ from tests.support.trainer import trainer
     ("options", "message"),
     [
         ({"tp": 3}, "devices"),
-        ({"cp": 2}, "context parallelism"),
+        ({"cp": 3}, "cp=2 or cp=4"),
+        ({"cp": 2, "cp_comm": "p2p"}, "use 'ring'"),
+        ({"cp_comm": "ring"}, "with cp=1"),
+        ({"ep": 2}, "expert parallelism"),
         ({"micro_batch_size": 2, "num_microbatches": 2}, "give one"),
         ({"micro_batch_size": 0}, "whole number"),
         ({"recompute": "all"}, "'selective' or 'full'"),

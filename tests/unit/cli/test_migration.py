@@ -102,7 +102,7 @@ TOP = {
     "main_training_function": ["main"],
     "compute_environment": ["LOCAL_MACHINE"],
 }
-WAITING = {"context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"}
+WAITING = {"expert_model_parallel_size", "expert_tensor_parallel_size"}
 
 
 def generated(number: int) -> dict:
@@ -112,7 +112,7 @@ def generated(number: int) -> dict:
     chosen = {key for key in keys if draw.random() < 0.5} | set(keys[number % len(keys) :][:3])
     block = {f"megatron_lm_{key}": draw.choice(KEYS[key]) for key in sorted(chosen)}
     top = {key: draw.choice(values) for key, values in TOP.items() if draw.random() < 0.7}
-    world = 16 * int(top.get("num_machines", 1))
+    world = 32 * int(top.get("num_machines", 1))
     return {"distributed_type": "MEGATRON_LM", "num_processes": world, **top, "megatron_lm_config": block}
 
 
@@ -147,7 +147,9 @@ def test_an_accelerate_configuration(number, parser):
     for name, size in sizes.items():
         assert strategy[name] == (None if size is None else int(size)), name
     if not any(int(block.get(name, 1)) > 1 for name in WAITING):
-        layout = ParallelLayout(world_size=config["num_processes"], tp=int(sizes["tp"]), pp=int(sizes["pp"]))
+        layout = ParallelLayout(
+            world_size=config["num_processes"], **{name: int(sizes[name]) for name in ("tp", "pp", "cp")}
+        )
         assert trainer.devices * trainer.num_nodes == layout.world_size
     assert trainer.num_nodes == config.get("num_machines", 1)
     assert trainer.accelerator == ("cpu" if config.get("use_cpu") else "gpu")
@@ -181,10 +183,9 @@ def test_an_accelerate_configuration(number, parser):
     assert said >= config.keys() & TOP.keys() - {"machine_rank", "main_process_ip", "main_process_port"}
     missing = {line.setting for line in plan.missing}
     assert "use_custom_fsdp" in missing or not block.get("use_custom_fsdp")
-    assert {"cp", "ep", "etp"} & missing == {
+    assert {"ep", "etp"} & missing == {
         short
         for short, name in (
-            ("cp", "context_parallel_size"),
             ("ep", "expert_model_parallel_size"),
             ("etp", "expert_tensor_parallel_size"),
         )
@@ -876,6 +877,23 @@ def test_recomputation(words, recompute):
     assert plan.run["trainer"]["strategy"]["init_args"].get("recompute") == recompute
     assert {line.setting for line in plan.lines} >= {word for word in words.split() if word.startswith("--")}
     assert len(plan.missing) == ("moe_act" in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "cp_comm", "fate"),
+    [
+        ("--context-parallel-size 2 --cp-comm-type p2p", "ring", "carried over"),
+        ("--context-parallel-size 2 --cp-comm-type all_gather all_gather", "all_gather", "carried over"),
+        ("--context-parallel-size 2 --cp-comm-type a2a", "all_to_all", "carried over"),
+        ("--context-parallel-size 4 --cp-comm-type a2a+p2p", None, "not here"),
+        ("--context-parallel-size 2 --cp-comm-type a2a p2p", None, "not here"),
+        ("--cp-comm-type p2p", None, "not needed"),
+    ],
+)
+def test_how_attention_reaches_the_tokens_of_other_ranks(words, cp_comm, fate):
+    plan = from_command_line(words.split(), "gpt", devices=8)
+    assert plan.run["trainer"]["strategy"]["init_args"].get("cp_comm") == cp_comm
+    assert {line.fate for line in plan.lines if line.setting == "--cp-comm-type"} == {fate}
 
 
 def test_plugin_mistakes():

@@ -1,0 +1,55 @@
+"""What context parallelism changes of the memory that a training takes: tokens are shared, keys and values travel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_megatron.distributed.layout import ContextComm
+
+
+def share(stack: Any, cp: int, multiple: int) -> Any:
+    """A ``LayerStack`` with a rank's tokens of a padded sequence, and all keys of it.
+
+    Args:
+        stack: The stack with the tokens of a whole sequence.
+        cp: Number of ranks that share a sequence.
+        multiple: What the length of a padded sequence is a multiple of.
+    """
+
+    def padded(tokens: int) -> int:
+        return -(-tokens // multiple) * multiple
+
+    keys = [(padded(keys), seen) for keys, seen in stack.attention]
+    return stack._replace(tokens=padded(stack.tokens) // cp, attention=keys)
+
+
+def way_for(asked: ContextComm | None, cp: int, heads: int, groups: int) -> ContextComm:
+    """The way in which attention reaches across ranks, as ``models/layers/context_parallel/ways.py`` chooses it.
+
+    Args:
+        asked: ``MegatronStrategy(cp_comm=)``.
+        cp: Number of ranks that share a sequence.
+        heads: Query heads of a tensor-parallel rank.
+        groups: Key-value heads of a tensor-parallel rank.
+    """
+    return asked or ("all_gather" if heads % cp or groups % cp else "all_to_all")
+
+
+def kept_beside(way: ContextComm, query: float, key: float) -> float:
+    """Numbers that attention keeps of a layer beside its own queries, keys, values and output; as ``held_at_once``.
+
+    An all-gather keeps a copy of what it has sent, to send it again in the backward pass, and its output in parts.
+    """
+    return query + 2 * key if way == "all_gather" else 0.0
+
+
+def held_at_once(way: ContextComm, cp: int, query: float, key: float) -> float:
+    """Numbers that attention holds of other ranks while it computes a layer, and no longer.
+
+    Args:
+        way: How attention reaches across ranks.
+        cp: Number of ranks that share a sequence.
+        query: Numbers of a rank's queries.
+        key: Numbers of a rank's own keys, of which there are as many values.
+    """
+    return {"all_gather": 2 * key * cp, "all_to_all": 2 * query + 2 * key, "ring": 4 * key}[way]
