@@ -95,10 +95,8 @@ def _no_choice(message: str, _: list[str]) -> str:
     if not found:
         return ""
     known = re.findall(r"'([^']+)'", found[1])
-    key = _key(message[: found.end()])
-    ours = VALUE_NAMES.get(key.rpartition(".")[2], {}).get(found[2])  # of a value by another tool's name
-    told = f"; did you mean {ours}?" if ours else nearest(found[2], known) or f"; use one of {', '.join(known)}"
-    return f"--{key}={found[2]} is unknown{told}"
+    told = nearest(found[2], known) or f"; use one of {', '.join(known)}"
+    return f"--{_key(message[: found.end()])}={found[2]} is unknown{told}"
 
 
 def _not_accepted(message: str, options: list[str]) -> str:
@@ -195,6 +193,9 @@ def _not_expected(message: str, _: list[str]) -> str:
         return ""
     values = re.findall(r"(?:Got value|Given value): (?!NestedArg)(.+)", message)
     value = f"={values[0]}" if values and len(values[0]) < 40 else ""
+    ours = VALUE_NAMES.get(key.rpartition(".")[2], {}).get(values[0] if values else "")  # another tool's name of it
+    if ours:
+        return f"--{key}{value} is unknown; did you mean {ours}?"
     if expected:
         choices = " or ".join(dict.fromkeys(map(_readable, expected)))
         if key == "trainer.precision":  # Lightning's list has what megatron-core does not train with
