@@ -7,15 +7,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 from typing_extensions import override
 
 from lightning_megatron.callbacks.logging_schedule import log, logs_now
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.training import counted_once
+from lightning_megatron.training.gradient_norm import zeros_in_gradients
 from lightning_megatron.training.optimizer import ShardedOptimizer
 
 
@@ -63,7 +62,7 @@ class TrainingMonitor(pl.Callback):
         if optimizer.grad_norm is not None:
             values["grad_norm"] = optimizer.grad_norm
         if self.zeros:
-            values["zeros_in_grad"] = float(optimizer.inner.count_zeros())
+            values["zeros_in_grad"] = float(zeros_in_gradients(optimizer.inner, optimizer.engine.device))
         if getattr(optimizer.inner, "grad_scaler", None) is not None:
             values["loss_scale"] = optimizer.loss_scale
         log(pl_module, values)
@@ -74,9 +73,11 @@ def parameter_norm(optimizer: ShardedOptimizer) -> float:
 
     Each is counted once, as megatron-core does for gradients: not what tensor-parallel ranks or stages hold copies of.
     """
-    squares = torch.zeros((), dtype=torch.float64, device=optimizer.engine.device)
-    for part in optimizer.parameter_slices():
-        if param_is_not_shared(part.parameter) and param_is_not_tensor_parallel_duplicate(part.parameter):
-            squares += part.main_param.detach().double().square().sum()
-    dist.all_reduce(squares, group=optimizer.inner.get_grad_stats_parallel_group())
-    return math.sqrt(float(squares))
+
+    def squares(weights: list[torch.Tensor]) -> torch.Tensor:
+        each = [weight.detach().double().square().sum() for weight in weights]
+        zero = torch.zeros((), dtype=torch.float64, device=optimizer.engine.device)
+        return torch.stack([zero, *each]).sum()
+
+    mains = [part.main_param for part in optimizer.parameter_slices()]
+    return math.sqrt(float(counted_once.total(optimizer.inner, mains, squares)))

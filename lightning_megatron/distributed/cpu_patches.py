@@ -26,6 +26,10 @@ What is replaced, and why:
 collectives inside of it                                crashed there, and gains nothing: they run one by one, and
                                                        handles and tensors are held until they are waited for
 ``rotary_pos_embedding.get_pos_emb_on_this_cp_rank``   takes the places of the rank's chunks from pinned memory
+``MoEAlltoAllTokenDispatcher._maybe_dtoh_…``           moves the sizes of messages to the host on a stream of its own;
+                                                       Gloo takes them as lists
+``mappings._gather_along_first_dim``,                   gather parts of different sizes, of ranks that share experts,
+``mappings._reduce_scatter_along_first_dim``            and sum them: Gloo takes parts of one size
 ``tensor_parallel.random.logging``                     warns at every fork that the CPU's random state has changed
 ``tensor_parallel.random._get_share_storage``          compiles C++ for recomputed outputs (from 0.17 on), for which a
                                                        CPU needs a compiler, and seconds; the bytes are copied instead
@@ -65,6 +69,10 @@ _MODULES = (
     "tensor_parallel.utils",
     "transformer.attention",
     "transformer.dot_product_attention",
+    "transformer.moe.moe_utils",
+    "transformer.moe.router",
+    "transformer.moe.shared_experts",
+    "transformer.moe.token_dispatcher",
     "transformer.transformer_layer",
     "transformer.utils",
     "utils",
@@ -84,7 +92,8 @@ def bend() -> None:
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.optimizer import distrib_optimizer, grad_scaler, optimizer
     from megatron.core.pipeline_parallel import p2p_communication, schedules
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     torch_on_cpu = _torch_on_cpu()
     for name in _MODULES:
@@ -112,6 +121,10 @@ def bend() -> None:
     _replace(param_and_grad_buffer, "_coalescing_manager", _OneByOne)
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         _replace(param_and_grad_buffer, name, _kept_until_waited)
+
+    _replace(mappings, "_gather_along_first_dim", _gathering_any_sizes)
+    _replace(mappings, "_reduce_scatter_along_first_dim", _scattering_any_sizes)
+    _replace(MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _sizes_as_lists)
 
     _replace(LanguageModule, "setup_embeddings_and_output_layer", _staying_on_cpu)
     for scaler in (grad_scaler.DynamicGradScaler, grad_scaler.ConstantGradScaler):
@@ -187,6 +200,45 @@ def _copy_storage(to: torch.Tensor, source: torch.Tensor) -> None:
     storage, recomputed = to.untyped_storage(), source.untyped_storage()
     storage.resize_(recomputed.size())
     storage.copy_(recomputed)
+
+
+def _sizes_as_lists(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """Give a dispatcher of experts' tokens the sizes of its messages as lists, where a GPU sends them to the host."""
+    if point == dispatcher.cuda_dtoh_point and not dispatcher.drop_and_pad:
+        for name in ("input_splits", "output_splits"):
+            if isinstance(sizes := getattr(dispatcher, name), torch.Tensor):
+                setattr(dispatcher, name, sizes.tolist())
+    return tokens_per_expert
+
+
+def _gathering_any_sizes(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Run ``function``, or where the ranks' parts differ in size, send each part to all ranks."""
+
+    @functools.wraps(function)
+    def call(part: torch.Tensor, group: Any, output_split_sizes: Any = None, *rest: Any) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return function(part, group, output_split_sizes, *rest)
+        parts = [part.new_empty(size, *part.shape[1:]) for size in output_split_sizes]
+        parts[group.rank()].copy_(part)
+        for rank, each in enumerate(parts):
+            torch.distributed.broadcast(each, torch.distributed.get_global_rank(group, rank), group=group)
+        return torch.cat(parts)
+
+    return call
+
+
+def _scattering_any_sizes(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Run ``function``, or where the ranks' parts differ in size, sum all parts on all ranks, and keep one."""
+
+    @functools.wraps(function)
+    def call(parts: torch.Tensor, group: Any, input_split_sizes: Any = None, *rest: Any) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return function(parts, group, input_split_sizes, *rest)
+        summed = parts.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed, group=group)
+        return summed.split(input_split_sizes)[group.rank()].clone()
+
+    return call
 
 
 def _backward(output: torch.Tensor, grad_output: torch.Tensor | None) -> None:
@@ -296,4 +348,11 @@ def _kept_until_waited(collective: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_DECORATORS = (_answering_as_cuda, _staying_on_cpu, _keeping_handles, _kept_until_waited)
+_DECORATORS = (
+    _gathering_any_sizes,
+    _scattering_any_sizes,
+    _answering_as_cuda,
+    _staying_on_cpu,
+    _keeping_handles,
+    _kept_until_waited,
+)

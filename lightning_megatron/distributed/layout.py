@@ -31,9 +31,6 @@ class SizedModel(Protocol):
         """Estimate the memory of a rank of each pipeline stage."""
 
 
-# Dimensions that no layer of this package supports yet. Deleting a line here switches its dimension on.
-_UNBUILT = {"ep": "expert parallelism", "etp": "expert tensor parallelism"}
-
 Dimension = Literal["tp", "cp", "dp", "pp"]
 # How attention reaches across the ranks that share a sequence; None is what was measured best for the shape.
 ContextComm = Literal["all_gather", "all_to_all", "ring"]
@@ -100,21 +97,23 @@ class ParallelLayout:
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_built()
         self._check_interleaving()
         self._check_split()
         self._check_world()
+        self._check_expert_ranks()
 
     @classmethod
     def of_smallest_world(cls, **sizes: Any) -> ParallelLayout:
-        """Make the layout of one copy of the model (with ``vp``, of at least two stages), to check the other sizes.
+        """Make the layout of as few copies of the model as it can have, to check the sizes; with ``vp``, of two stages.
 
         Raises:
             LayoutError: The sizes do not fit any world size.
         """
-        known = [size for name in ("tp", "pp", "cp") if is_positive_int(size := sizes.get(name, 1))]
+        known = {name: size for name, size in sizes.items() if is_positive_int(size)}
+        tp, pp, cp, ep = (int(known.get(name, 1)) for name in ("tp", "pp", "cp", "ep"))
+        etp = int(known.get("etp", tp))
         interleaved = sizes.get("vp") is not None and sizes.get("pp") == 1
-        return cls(world_size=math.prod(known) * (2 if interleaved else 1), **sizes)
+        return cls(world_size=pp * math.lcm(tp * cp, etp * ep) * (2 if interleaved else 1), **sizes)
 
     @property
     def num_model_ranks(self) -> int:
@@ -125,6 +124,21 @@ class ParallelLayout:
     def dp(self) -> int:
         """The data-parallel size, which is the number of copies of the model."""
         return self.world_size // self.num_model_ranks
+
+    @property
+    def expert_tp(self) -> int:
+        """The number of ranks that share each expert: ``etp``, or the tensor-parallel size as in Megatron."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def experts_are_divided(self) -> bool:
+        """Whether other ranks hold copies of an expert's weights than of a dense layer's."""
+        return self.ep > 1 or self.expert_tp != self.tp
+
+    @property
+    def expert_dp(self) -> int:
+        """The number of copies of each expert."""
+        return self.world_size // (self.expert_tp * self.ep * self.pp)
 
     @property
     def sizes(self) -> str:
@@ -262,13 +276,6 @@ class ParallelLayout:
             if not is_positive_int(size):
                 raise self.error(not_positive(name, size))
 
-    def _check_built(self) -> None:
-        for name, title in _UNBUILT.items():
-            if (getattr(self, name) or 1) > 1:
-                raise self.error(
-                    f"{title} ({name}) of {getattr(self, name)} is refused, its layers do not exist yet. Use {name}=1."
-                )
-
     def _check_interleaving(self) -> None:
         if self.vp == 1:
             raise self.error("vp=1 is one model chunk per stage, which is no interleaving. Use vp=None.")
@@ -298,17 +305,40 @@ class ParallelLayout:
             f"{ranks} ranks do not divide the world of {self.world_size}. {use(*alternatives, f'{worlds} devices')}"
         )
 
+    def _check_expert_ranks(self) -> None:
+        """The ranks of a pipeline stage are divided anew for experts: etp fastest, then ep, then their copies."""
+        ranks, unit = self.world_size // self.pp, self.expert_tp * self.ep
+        if ranks % unit == 0:
+            return
+        present = {"ep": self.ep, "etp": self.expert_tp}
+        fitting = [choices(name, nearest(size, self.legal_sizes(name))) for name, size in present.items()]
+        worlds = " or ".join(str(size * self.pp) for size in nearest_multiples(ranks, unit))
+        raise self.error(
+            f"etp={self.expert_tp} × ep={self.ep} ranks do not divide the {ranks} ranks of a pipeline stage."
+            f" {use(*fitting, f'{worlds} devices')}"
+        )
+
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.world_size:
             raise self.error(f"rank={rank} is not in the world of {self.world_size}. Use 0 to {self.world_size - 1}.")
 
     def legal_sizes(self, kind: str) -> list[int]:
         """List the values of ``kind`` that this world allows while the other sizes stay."""
+        if kind in ("ep", "etp"):
+            ranks, other = self.world_size // self.pp, self.expert_tp if kind == "ep" else self.ep
+            return [size for size in divisors(ranks) if ranks % (size * other) == 0]
         others = self.num_model_ranks // self._size(kind)
         if self.world_size % others:
             return []
         smallest = 2 if kind == "pp" and self.vp is not None else 1
-        return [size for size in divisors(self.world_size // others) if size >= smallest]
+        sizes = [size for size in divisors(self.world_size // others) if size >= smallest]
+        return [size for size in sizes if self._leaves_experts_whole(kind, size)]
+
+    def _leaves_experts_whole(self, kind: str, size: int) -> bool:
+        """Whether the ranks of a pipeline stage can still be divided for experts when ``kind`` is ``size``."""
+        sizes = {"pp": self.pp, "tp": self.tp, kind: size}
+        etp = sizes["tp"] if self.etp is None else self.etp
+        return self.world_size // sizes["pp"] % (etp * self.ep) == 0
 
     def error(self, text: str) -> LayoutError:
         """Make an error that begins with the strategy as the user wrote it."""

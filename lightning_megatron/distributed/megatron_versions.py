@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import (
     mappings,
     scatter_to_tensor_model_parallel_region,
@@ -43,12 +42,6 @@ def linear_function_tail(options: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(options[name] for name in ("gtp_remat_size",) if name in options)
 
 
-def gradients_counted_here(inner: MegatronOptimizer) -> list[torch.Tensor]:
-    """The gradients that this rank adds to the norm of the whole model; the function has another name from 0.19 on."""
-    former: Any = getattr(inner, "get_main_grads_for_grad_norm", None)
-    return former() if former is not None else inner.get_grads_for_grad_norm()
-
-
 def sum_views_too() -> None:
     """Have megatron-core's sums over ranks, of layers and of their gradients, sum tensors that are not contiguous.
 
@@ -76,6 +69,18 @@ def mark_sinks(model: torch.nn.Module) -> None:
     for name, weight in model.named_parameters():
         if name.endswith("softmax_offset") and not getattr(weight, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+
+
+def let_routers_run() -> None:
+    """Let the router of experts multiply by torch where Transformer Engine is missing.
+
+    megatron-core (0.16.1) asks whether ``te_general_gemm`` is None, and without Transformer Engine there is no such
+    name; later releases have it.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 _compute_loss = LanguageModule.compute_language_model_loss

@@ -31,6 +31,7 @@ def check_model(
     vocab_size: int | None = None,
     seq_length: int | None = None,
     uneven_stages: bool = False,
+    experts: Mapping[str, int | None] | None = None,
 ) -> None:
     """Check that a transformer can be divided over a layout.
 
@@ -44,6 +45,7 @@ def check_model(
         vocab_size: Tokens before padding; any positive number, as ``padded_vocab_size`` makes it divisible.
         seq_length: Tokens of a sequence, or None to leave it unchecked.
         uneven_stages: Whether the stages of the pipeline may differ in their number of layers.
+        experts: The sizes of a mixture of experts, as ``Experts`` names them; None without one.
 
     Raises:
         LayoutError: A rule is broken; the message has a line for each such rule.
@@ -56,10 +58,13 @@ def check_model(
         "num_query_groups": num_query_groups,
         "vocab_size": vocab_size,
         "seq_length": seq_length,
+        **{f"Experts.{name}": size for name, size in (experts or {}).items()},
     }
     model = {name: size for name, size in sizes.items() if size is not None}
     lines = [not_positive(name, size) for name, size in model.items() if not is_positive_int(size)]
     lines = lines or _lines(layout, model, uneven_stages)
+    if experts is None and (layout.ep > 1 or layout.etp not in (None, layout.tp)):
+        lines.append("ep and etp divide experts, and this model has none. Use ep=1 and etp=None.")
     if lines:
         raise layout.error("the model does not fit.\n  " + "\n  ".join(lines))
 
@@ -88,7 +93,19 @@ def _broken_rules(layout: ParallelLayout, model: Mapping[str, int], uneven_stage
         rules.append(_Rule("num_layers", layout.num_stages, text, ("num_layers", "pp")))
     if "seq_length" in model and layout.uses_sequence_parallel:
         rules.append(_Rule("seq_length", tp, f"tp={tp} under sequence_parallel", ("seq_length", "tp")))
-    return [rule for rule in rules if model[rule.name] % rule.unit]
+    rules += _rules_of_experts(layout)
+    return [rule for rule in rules if rule.name in model and model[rule.name] % rule.unit]
+
+
+def _rules_of_experts(layout: ParallelLayout) -> list[_Rule]:
+    """``ep`` divides whole experts, ``etp`` each of them, and ``tp`` one that all tokens use, as it does a layer."""
+    etp, kind = layout.expert_tp, "tp" if layout.etp is None else "etp"
+    width, shared = "Experts.ffn_hidden_size", "Experts.shared_ffn_hidden_size"
+    return [
+        _Rule("Experts.num", layout.ep, f"ep={layout.ep}", ("Experts.num", "ep")),
+        _Rule(width, etp, f"{kind}={etp}", (width, kind)),
+        _Rule(shared, layout.tp, f"tp={layout.tp}", (shared, "tp")),
+    ]
 
 
 def _lines(layout: ParallelLayout, model: Mapping[str, int], uneven_stages: bool) -> list[str]:
@@ -99,11 +116,11 @@ def _lines(layout: ParallelLayout, model: Mapping[str, int], uneven_stages: bool
         return len(_broken_rules(layout, _changed(model, name, size), uneven_stages)) < len(broken)
 
     def fits(kind: str, size: int) -> bool:
-        other = replace(layout, tp=size) if kind == "tp" else replace(layout, pp=size)
+        other = replace(layout, **{kind: size})  # type: ignore[arg-type]
         return not any(kind in rule.changeable for rule in _broken_rules(other, model, uneven_stages))
 
     def suggested(name: str, rule: _Rule) -> str:
-        if name in ("tp", "pp"):
+        if name in ("tp", "pp", "ep", "etp"):
             return choices(name, nearest(getattr(layout, name), layout.legal_sizes(name), partial(fits, name)))
         sizes = nearest(model[name], _candidates(model, name, rule), partial(repairs, name))
         return choices(_label(model, name), sizes)

@@ -106,6 +106,8 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
             pipeline_model_parallel_size=layout.pp,
             context_parallel_size=layout.cp,
             virtual_pipeline_model_parallel_size=layout.vp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
             distributed_timeout_minutes=timeout.total_seconds() / 60,
             create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
         )
@@ -135,6 +137,8 @@ def rebind(model: torch.nn.Module) -> None:
     _bound[model] = groups
     collection = ProcessGroupCollection.use_mpu_process_groups()
     for layer in model.modules():
+        if hasattr(layer, "take_groups"):  # it holds them elsewhere, too
+            layer.take_groups(collection)  # type: ignore[operator]
         for name, value in list(vars(layer).items()):
             if isinstance(value, ProcessGroupCollection):
                 vars(layer)[name] = collection  # setattr of a module is slow
@@ -367,6 +371,19 @@ def model_parallel() -> dist.ProcessGroup:
 def tensor_parallel() -> dist.ProcessGroup:
     """The group of the ranks that share each layer."""
     return parallel_state.get_tensor_model_parallel_group()
+
+
+def stage() -> dist.ProcessGroup:
+    """The group of the ranks of a pipeline stage: each has other tokens of the global batch, or holds copies of them.
+
+    The ranks of a replica's tensor-parallel group have other tokens under sequence parallelism only.
+    """
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+
+def expert_model_parallel() -> dist.ProcessGroup:
+    """The group of the ranks that hold one copy of all experts together."""
+    return parallel_state.get_expert_tensor_model_pipeline_parallel_group()
 
 
 def pipeline() -> dist.ProcessGroup:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_megatron.models.bert.config import BertConfig
     from lightning_megatron.models.bert.module import BertModule
     from lightning_megatron.models.gpt.config import GPTConfig
+    from lightning_megatron.models.gpt.experts.config import Experts
     from lightning_megatron.models.gpt.module import GPTModule
     from lightning_megatron.models.kernels import Kernels
     from lightning_megatron.models.megatron_module import MegatronModule, on_all_stages
@@ -23,6 +24,7 @@ __all__ = [
     "AutoModule",
     "BertConfig",
     "BertModule",
+    "Experts",
     "GPTConfig",
     "GPTModule",
     "Kernels",

@@ -10,6 +10,7 @@ import torch
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 
+ExpertDispatch = Literal["alltoall", "allgather"]
 AttentionKernel = Literal["flash", "cudnn", "efficient", "math", "flex"]
 
 
@@ -38,6 +39,9 @@ class Kernels:
             "math"), or "flex" for torch's FlexAttention. None chooses by the shape: on CUDA, cuDNN's on Hopper and
             torch's own order elsewhere, and FlexAttention for documents, windows and padding, which the others
             compute with a mask of queries and keys; on the CPU, torch's own, in pieces for documents and windows.
+        expert_dispatch: How tokens reach experts on other ranks. "alltoall": each rank sends each token to the ranks of
+            its experts. "allgather": all ranks get all tokens, which takes fewer messages and more memory. None:
+            "alltoall".
 
     Raises:
         ValueError: A value that is none of these.
@@ -47,12 +51,14 @@ class Kernels:
     chunked_loss: bool | None = None
     fused_weight_gradients: bool | None = None
     attention: AttentionKernel | None = None
+    expert_dispatch: ExpertDispatch | None = None
 
     def __post_init__(self) -> None:
         arguments = Arguments(type(self).__name__)
         flags = {name: getattr(self, name) for name in ("fused_layers", "chunked_loss", "fused_weight_gradients")}
         arguments.flag(optional=True, **flags)
         arguments.one_of((None, "flash", "cudnn", "efficient", "math", "flex"), attention=self.attention)
+        arguments.one_of((None, "alltoall", "allgather"), expert_dispatch=self.expert_dispatch)
 
     def on(self, device: torch.device) -> Self:
         """The kernels of a run on ``device``: where a flag is None, the one that is faster there.
@@ -74,10 +80,12 @@ _FASTER_ON_CPU: dict[str, Any] = {
     "chunked_loss": False,
     "fused_weight_gradients": True,
     "attention": None,  # by the shape
+    "expert_dispatch": "alltoall",
 }
 _FASTER_ON_CUDA: dict[str, Any] = {
     "fused_layers": True,
     "chunked_loss": True,
     "fused_weight_gradients": True,
     "attention": None,
+    "expert_dispatch": "alltoall",
 }

@@ -85,6 +85,7 @@ class MegatronModule(ChunkedModule):
         self.optimizer = optimizer or default_optimizer
         self.lr_schedule = lr_schedule
         self.loss_reduction = loss_reduction
+        self.micro_batch_share = 1.0  # set by the strategy: the micro-batch's share of the batch's rows; 0 of padding
         self.in_pipeline = False  # set by the strategy: whether stages are in the midst of their micro-batches
         self._first_weights: list[FirstWeights] = []  # of the configurations that transformer_config made
 

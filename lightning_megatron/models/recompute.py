@@ -16,11 +16,10 @@ Recompute = Literal["selective", "full"] | int | list[RecomputedModule]
 
 # megatron-core's names of modules that are in no layer here.
 _UNBUILT = {
-    "moe": "experts",
-    "moe_act": "experts",
-    "shared_experts": "experts",
     "mla_up_proj": "multi-latent attention",
 }
+# Those of experts, which are a layer's feed-forward part here.
+_OF_EXPERTS = {"moe": "mlp", "moe_act": "mlp_act", "shared_experts": "mlp"}
 
 
 def check(recompute: object, error: type[Exception] = ValueError, of: str = "MegatronStrategy") -> None:
@@ -38,6 +37,10 @@ def check(recompute: object, error: type[Exception] = ValueError, of: str = "Meg
         return
     names = recompute if isinstance(recompute, list | tuple) else ()
     for name in names:
+        if name in _OF_EXPERTS:
+            raise error(
+                f"{of}(recompute={recompute!r}): {name!r} is {_OF_EXPERTS[name]!r} here, of layers with experts, too."
+            )
         if name in _UNBUILT:
             raise error(
                 f"{of}(recompute={recompute!r}): {name!r} belongs to {_UNBUILT[name]}, which no model here has."

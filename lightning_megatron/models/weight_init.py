@@ -12,6 +12,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -76,7 +77,9 @@ def _fill(local: torch.Tensor, spec: ShardSpec, method: Draw, seed: int) -> None
     """Draw the part of a whole tensor that ``local`` holds."""
     if spec.is_padded:
         local.zero_()
-    draw = _draw_tiles if len(spec.shape) == 2 and _is_normal(method) else _draw_whole
+    draw = _draw_whole
+    if _is_normal(method):
+        draw = {2: _draw_tiles, 3: _draw_matrices}.get(len(spec.shape), _draw_whole)
     for region in spec.regions:
         part = local[_slices(*region.local)]
         on_host = part if part.device.type == "cpu" else torch.empty(part.shape, dtype=part.dtype, device="cpu")
@@ -88,6 +91,14 @@ def _fill(local: torch.Tensor, spec: ShardSpec, method: Draw, seed: int) -> None
 def _is_normal(method: Draw) -> bool:
     """Whether it is one of megatron-core's own, which draw element by element: they know of no shape."""
     return isinstance(method, partial) and method.func is torch.nn.init.normal_ and not method.args
+
+
+def _draw_matrices(part: torch.Tensor, offset: tuple[int, ...], spec: ShardSpec, method: Any, seed: int) -> None:
+    """As ``_draw_tiles``, of a stack of matrices, which are drawn one by one: the experts of a layer."""
+    first, *inside = offset
+    for number, matrix in enumerate(part, start=first):
+        one = replace(spec, key=f"{spec.key}.{number}", shape=spec.shape[1:])
+        _draw_tiles(matrix, tuple(inside), one, method, seed)
 
 
 def _draw_tiles(part: torch.Tensor, offset: tuple[int, ...], spec: ShardSpec, method: Any, seed: int) -> None:

@@ -249,6 +249,21 @@ def _check_module(trainer: pl.Trainer) -> None:
         )
 
 
+def check_experts(module: Any, layout: ParallelLayout) -> None:
+    """Refuse to train experts on copies of the same tokens, whose gradients would count several times.
+
+    Raises:
+        MisconfigurationException: Tensor parallelism without sequence parallelism.
+    """
+    if getattr(getattr(module, "config", None), "experts", None) is None:
+        return
+    if layout.tp > 1 and not layout.sequence_parallel:
+        raise MisconfigurationException(
+            f"MegatronStrategy(tp={layout.tp}): experts are trained with sequence_parallel=True, which gives each"
+            " tensor-parallel rank tokens of its own. Set it, or use tp=1."
+        )
+
+
 def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
     """Refuse several optimizers, and manual optimization: a schedule runs forward and backward in one go."""
     if any(lightning_private.is_no_optimizer(optimizer) for optimizer in optimizers):

@@ -69,6 +69,7 @@ class MegatronSteps(StepRunner):
 
         def step(micro_batch: Any, share: float, chunk: int) -> Any:
             module.active_chunk, module.in_pipeline = chunk, in_pipeline
+            module.micro_batch_share = share
             try:
                 with self.precision.step_context(device), recorder.listening(share, chunk):
                     output = method(micro_batch, *args, **kwargs)

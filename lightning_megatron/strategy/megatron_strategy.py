@@ -74,8 +74,9 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         pp: Pipeline-parallel size: the number of pipeline stages.
         vp: Virtual stages (model chunks) per pipeline stage, for the interleaved schedule; None is one.
         cp: Context-parallel size: the number of ranks that share the tokens of each sequence.
-        ep: Expert-parallel size. A size above 1 is refused until its layers exist; so is that of ``etp``.
-        etp: Expert-tensor-parallel size.
+        ep: Expert-parallel size: the number of ranks over which a layer's experts are divided, of those of a pipeline
+            stage, whatever else these divide.
+        etp: Expert-tensor-parallel size: the number of ranks that share each expert. None: ``tp``.
         cp_comm: How attention reaches across the ranks that share a sequence: "all_gather" collects keys and values,
             "all_to_all" exchanges parts of the sequence for heads, "ring" passes keys and values around, which keeps
             least. None is the best for the shape.

@@ -102,6 +102,7 @@ class ModuleSetup(ParallelRanks):
             self._whole_optimizer = single_rank.whole_optimizer(trainer, self.optimizers)
             lightning_private.optimizers_to_device(self.optimizers, self.root_device)
             return
+        checks.check_experts(trainer.lightning_module, self.layout)
         checks.check_optimizers(trainer.lightning_module, self.optimizers)
         shared_weights.freeze_all_copies(self._named_weights())
         weight_settings.check(self._named_weights(), self.optimizers[0])

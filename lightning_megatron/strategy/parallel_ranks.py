@@ -74,6 +74,17 @@ class ParallelRanks(ParallelStrategy):
         return self.layout.cp
 
     @property
+    def expert_parallel_rank(self) -> int:
+        """The number of the part of each layer's experts that this rank holds."""
+        rank = self.global_rank % (self.layout.world_size // self.layout.pp)
+        return rank // self.layout.expert_tp % self.layout.ep
+
+    @property
+    def expert_parallel_size(self) -> int:
+        """Number of ranks over which a layer's experts are divided."""
+        return self.layout.ep
+
+    @property
     def is_pipeline_first_stage(self) -> bool:
         """Whether this rank is on the first pipeline stage, which holds the embedding."""
         return self.pipeline_parallel_rank == 0

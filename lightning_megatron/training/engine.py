@@ -22,7 +22,9 @@ from lightning_megatron.distributed import collectives, process_groups, shared_w
 from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.megatron_versions import mark_sinks
+from lightning_megatron.training import window_counts
 from lightning_megatron.training.batch_rows import join_rows
+from lightning_megatron.training.counted_once import is_divided_expert
 from lightning_megatron.training.microbatches import MicroBatchSizes, slices
 from lightning_megatron.training.partial_gradients import warn_of_partial
 from lightning_megatron.training.step_outputs import joined, loss_of, outputs_of, passed_on, travelling
@@ -114,8 +116,9 @@ class Engine:
         self._overlaps = bool(ddp and ddp.overlap_grad_reduce)
         # Whether a rank holds a part of the model, not the whole.
         self.is_model_sharded = layout.pp > 1 or any(
-            getattr(p, "tensor_model_parallel", False) for p in chunks[0].parameters()
+            getattr(p, "tensor_model_parallel", False) or is_divided_expert(p) for p in chunks[0].parameters()
         )
+        self._counting_layers = window_counts.counting_layers(chunks) if ddp else []
         self._buffer_views = [(p, p.data, p.requires_grad) for chunk in self.chunks for p in chunk.parameters()]
         self.has_logged_values: Callable[[], bool] = lambda: False  # called after each batch
         self._window_weight = torch.zeros((), dtype=torch.float64, device=device)
@@ -263,6 +266,7 @@ class Engine:
                 self._window_weight += weight
             return total, torch.zeros((), dtype=torch.int, device=total.device), {}
 
+        cut = self._equally_many(cut)
         iterators = [slices(batch, cut) for _ in self.chunks]
         several = len(self.chunks) > 1
         with self._rng_context():
@@ -277,6 +281,17 @@ class Engine:
                 collect_non_loss_data=collect,
             )
         return records
+
+    def _equally_many(self, cut: MicroBatchSizes) -> MicroBatchSizes:
+        """Where replicas share experts, as many micro-batches on each of them, further ones with weight 0.
+
+        They wait for one another in each layer, and a replica's batch may have fewer rows.
+        """
+        if not (self.layout.dp > 1 and self.layout.experts_are_divided):
+            return cut
+        count = len(cut.sizes) + cut.num_padding
+        most = max(collectives.gather(count, process_groups.gloo_world()))
+        return replace(cut, num_padding=cut.num_padding + most - count)
 
     def _weigh(self, loss: Any, share: float) -> tuple[torch.Tensor, Any]:
         """A micro-batch's loss as a weighted sum and its weight; both are 0 for padding and without a loss."""
@@ -310,6 +325,7 @@ class Engine:
         shared_weights.all_reduce_gradients(model)
         if self._looks_at_gradients:
             self._looks_at_gradients = not warn_of_partial(model)
+        window_counts.finish(self._counting_layers)
 
     def _outcome(self, records: list[Any], cut: MicroBatchSizes) -> Outcome:
         """Compute the mean loss of the global batch on every rank, and join what else this replica's steps returned."""
@@ -379,5 +395,5 @@ def _equalise_replicated(chunk: torch.nn.Module) -> None:
     """Copy weights that are not divided over the tensor-parallel ranks from the first of these ranks."""
     group = process_groups.tensor_parallel()
     for parameter in chunk.parameters():
-        if not getattr(parameter, "tensor_model_parallel", False):
+        if not getattr(parameter, "tensor_model_parallel", False) and not is_divided_expert(parameter):
             dist.broadcast(parameter.data, src=dist.get_global_rank(group, 0), group=group)

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_megatron.distributed.parameter_names import named_shards
+from lightning_megatron.training import counted_once
 from lightning_megatron.training.engine import Engine
 from lightning_megatron.training.nonfinite import OnNonfinite
 from lightning_megatron.training.optimizer import ShardedOptimizer, group_settings
@@ -79,7 +80,10 @@ def shard_optimizer(
     engine.config.grad_scale_func = inner.scale_loss if scaler is not None else None
     # The class has the name of the user's: LearningRateMonitor and progress bars show it.
     named = type(type(optimizer).__name__, (ShardedOptimizer,), {})
-    return named(inner, engine, on_nonfinite, initial_settings, weights, parameters)
+    sharded = named(inner, engine, on_nonfinite, initial_settings, weights, parameters)
+    for part in sharded.parameter_slices():
+        counted_once.mark(part.parameter, part.main_param)
+    return sharded
 
 
 def _choose_fused(optimizer: Optimizer) -> None:
@@ -105,20 +109,28 @@ def _wrap(optimizer: Optimizer, config: OptimizerConfig, scaler: Any, engine: En
                 scaler,
                 _no_state_yet,
                 model_chunks=engine.chunks,
-                per_model_buffers={i: chunk.buffers for i, chunk in enumerate(engine.chunks)},
+                # A buffer knows over which ranks it is divided, which are others for experts; the numbers are unused.
+                per_model_buffers=dict(enumerate(part for c in engine.chunks for part in _buffers(c))),
                 data_parallel_group=named["intra_dp_cp_group"],
                 data_parallel_group_gloo=named["intra_dp_cp_group_gloo"],
                 data_parallel_group_idx=torch.distributed.get_rank(named["mp_group"]),
                 distributed_optimizer_instance_id=0,
             )
-        inner.grad_stats_parallel_group = named["intra_dist_opt_group"]
     elif config.bf16 or config.fp16:
         inner = Float16OptimizerWithFloat16Params(optimizer, config, scaler, _no_state_yet)
-        inner.grad_stats_parallel_group = named["mp_group"]
     else:
         inner = FP32Optimizer(optimizer, config, _no_state_yet)
-        inner.grad_stats_parallel_group = named["mp_group"]
+    counted_once.set_groups(
+        inner,
+        distributed=config.use_distributed_optimizer,
+        experts_are_divided=engine.layout.experts_are_divided,
+    )
     return inner
+
+
+def _buffers(chunk: Any) -> list[list[Any]]:
+    """A chunk's gradient buffers, and those of its experts if it has any."""
+    return [buffers for buffers in (chunk.buffers, chunk.expert_parallel_buffers) if buffers]
 
 
 def _grad_scaler(initial_loss_scale: float) -> DynamicGradScaler:

@@ -71,6 +71,8 @@ def fuse(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module._forward_impl = _linear
+        elif hasattr(module, "adds_products"):  # experts, which ask `takes_product` themselves
+            module.adds_products = True  # type: ignore[assignment]
 
 
 def _linear(input: torch.Tensor, weight: torch.nn.Parameter, **options: Any) -> Any:

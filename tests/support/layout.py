@@ -14,6 +14,8 @@ class Layout:
     pp: int = 1
     dp: int = 1
     cp: int = 1
+    ep: int = 1
+    etp: int | None = None
     vp: int | None = None
     split: int | None = None
     sp: bool = False
@@ -21,7 +23,7 @@ class Layout:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        sizes = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "vp")}
+        sizes = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "vp", "ep", "etp")}
         parts = [f"{name}{size}" for name, size in sizes.items() if size not in (1, None)]
         parts += [f"split{self.split}"] * (self.split is not None)
         return "-".join(parts + ["sp"] * self.sp + ["replicated"] * (not self.sharded)) or "one"
@@ -36,6 +38,8 @@ class Layout:
             pp=self.pp,
             vp=self.vp,
             cp=self.cp,
+            ep=self.ep,
+            etp=self.etp,
             pipeline_split_rank=self.split,
             sequence_parallel=self.sp,
             distributed_optimizer=self.sharded,

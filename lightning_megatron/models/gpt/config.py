@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.gpt.experts.config import Experts, refuse_own_fields
 from lightning_megatron.models.model_config import LayerStack, ModelConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+    from lightning_megatron.models.build_settings import BuildSettings
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
 # Those whose frequencies do not depend on the length of the input, by transformers' formulas.
@@ -48,6 +54,7 @@ class GPTConfig(ModelConfig):
         bias: Whether linear layers have biases.
         qkv_bias: Whether the query, key and value projection has one. None: as ``bias``.
         tie_embeddings: Whether the output layer's weight is the embedding's.
+        experts: A mixture of experts in place of the feed-forward layer; see ``Experts``. None: there is none.
         hidden_dropout: Dropout after the embedding, attention and feed-forward.
         attention_dropout: Dropout of attention weights.
         init_method_std: Standard deviation of the initial weights.
@@ -76,6 +83,7 @@ class GPTConfig(ModelConfig):
     bias: bool = True
     qkv_bias: bool | None = None
     tie_embeddings: bool = True
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist."""
@@ -94,6 +102,7 @@ class GPTConfig(ModelConfig):
         if self.rope_scaling is not None:
             self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), _ROPE_TYPES)
         self._check_window()
+        self._check_experts()
         if self.layers != "torch":
             for name, usual in (("rope_scaling", None), ("parallel_residual", False), ("embedding_multiplier", 1.0)):
                 if getattr(self, name) != usual:
@@ -120,7 +129,12 @@ class GPTConfig(ModelConfig):
     def sizes(self) -> dict[str, Any]:
         """What a layout has to divide."""
         groups = self.num_query_groups or self.num_attention_heads
-        return {**super().sizes(), "num_query_groups": groups, "seq_length": self.seq_length}
+        sizes = {**super().sizes(), "num_query_groups": groups, "seq_length": self.seq_length}
+        if self.experts is not None:
+            width = self.experts.ffn_hidden_size or sizes["ffn_hidden_size"]
+            shared = self.experts.shared_ffn_hidden_size
+            sizes["experts"] = {"num": self.experts.num, "ffn_hidden_size": width, "shared_ffn_hidden_size": shared}
+        return sizes
 
     def family_arguments(self) -> dict[str, Any]:
         """Normalization, biases and query groups."""
@@ -130,7 +144,14 @@ class GPTConfig(ModelConfig):
             "add_bias_linear": self.bias,
             "add_qkv_bias": self.bias if self.qkv_bias is None else self.qkv_bias,
             **self._window_arguments(),
+            **self._expert_arguments(),
         }
+
+    def transformer_config(self, settings: BuildSettings, **stack: Any) -> TransformerConfig:
+        """megatron-core's configuration, which has the settings of experts as ``experts``."""
+        made = super().transformer_config(settings, **stack)
+        made.experts = self.experts
+        return made
 
     @property
     def megatron_position_embedding(self) -> str:
@@ -149,6 +170,29 @@ class GPTConfig(ModelConfig):
                 f"GPTConfig(sliding_window_layers={layers}): there is no layer {wrong[0]}; num_layers={self.num_layers}"
                 " are numbered from 0."
             )
+
+    def _check_experts(self) -> None:
+        """Refuse what no layer of experts has."""
+        if self.experts is None:
+            return
+        Arguments("GPTConfig").kind(Experts, "Experts(num=..., top_k=...)", experts=self.experts)
+        self.experts.in_layers(self.num_layers)
+        refuse_own_fields("GPTConfig", self.extra)
+        if self.bias:
+            raise ValueError(
+                "GPTConfig(experts=...) needs bias=False: experts have no biases here. qkv_bias=True gives queries,"
+                " keys and values theirs."
+            )
+        for name, usual in (("layers", "torch"), ("parallel_residual", False)):
+            if getattr(self, name) != usual:
+                raise ValueError(
+                    f"GPTConfig(experts=...) needs {name}={usual!r}, and here it is {getattr(self, name)!r}."
+                )
+
+    def _expert_arguments(self) -> dict[str, Any]:
+        if self.experts is None:
+            return {}
+        return self.experts.megatron_arguments(self.num_layers, self.ffn_hidden_size or 4 * self.hidden_size)
 
     def _window_arguments(self) -> dict[str, Any]:
         """megatron-core's: how far a query looks back and ahead, and 1 for each layer that has the window."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import is_te_min_version
 
 from lightning_megatron.models.generation.cached_layers import generate_quickly
+from lightning_megatron.models.gpt.experts.layer import ExpertLayer
 from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLayer
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.norm import TorchNorm
@@ -46,9 +50,12 @@ def gpt_block_spec(
 def _torch_block(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     layer = torch_layer_spec(config)
     generate_quickly(layer)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=TorchNorm
-    )
+    with_experts = deepcopy(layer)  # parts of a spec are changed later, and each but once
+    with_experts.submodules.mlp = ExpertLayer
+    count, before = get_num_layers_to_build(config, vp_stage), get_transformer_layer_offset(config, vp_stage)
+    has_experts = [False] * config.num_layers if config.num_moe_experts is None else config.moe_layer_freq
+    specs = [with_experts if has else layer for has in has_experts[before : before + count]]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TorchNorm)
 
 
 def _transformer_engine_block(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec:

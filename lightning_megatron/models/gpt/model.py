@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
 from lightning_megatron.models.layers.fused.rotary import cosines_and_sines
@@ -23,19 +24,24 @@ class PositionedGPT(WholeModelNames, GPTModel):
     """
 
     rotates_by_table = False
+    _token_weights: torch.Tensor | None = None
 
     def forward(
         self,
         input_ids: Any,
         position_ids: torch.Tensor | None,
         attention_mask: AttentionPattern | torch.Tensor | None,
+        token_weights: torch.Tensor | None = None,
         **rest: Any,
     ) -> Any:
-        """Run the chunk, as megatron-core's ``GPTModel`` does."""
+        """Run the chunk, as megatron-core's ``GPTModel`` does; experts are told ``token_weights`` ``[b, s]``."""
+        self._token_weights = token_weights
         return super().forward(input_ids, position_ids, **block_arguments(attention_mask), **rest)
 
     def _preprocess(self, input_ids: Any, position_ids: torch.Tensor | None, **rest: Any) -> Any:
         prepared = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **rest)
+        if self._token_weights is not None:  # megatron-core hands them on to the layers as its mask of padding
+            prepared = (*prepared[:5], self._of_this_rank(self._token_weights), *prepared[6:])
         angles = prepared[1]
         if angles is None or rest.get("inference_context") is not None:
             return prepared  # a text that is written counts its own tokens, and the cache its places
@@ -52,6 +58,13 @@ class PositionedGPT(WholeModelNames, GPTModel):
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden_states, weight=weight, labels=labels)[0]
+
+    def _of_this_rank(self, weights: torch.Tensor) -> torch.Tensor:
+        """``[b, s/tp]`` of ``[b, s]``, as sequence parallelism divides the hidden states."""
+        if not self.config.sequence_parallel:
+            return weights
+        group = process_groups.tensor_parallel()
+        return weights.chunk(group.size(), dim=1)[group.rank()]
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
         """``[s, b, 1, rotated channels]``, where megatron-core's table of places is ``[s, 1, 1, rotated channels]``."""

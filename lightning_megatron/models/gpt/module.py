@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.sequence_shards import SequenceShards
@@ -211,6 +211,35 @@ class GPTModule(GeneratingModule):
         along = [name for name in ("input_ids", "labels", "loss_mask", "position_ids") if inputs.get(name) is not None]
         return {**inputs, **{name: shards.take(inputs[name], 1) for name in along}}
 
+    def _fitted(self, inputs: Batch) -> Batch:
+        """The inputs as this rank takes them; those of experts say how much each token counts in the loss."""
+        inputs = super()._fitted(inputs)
+        if self.config.experts is not None and self.training:
+            inputs = {**inputs, "token_weights": self._token_weights(inputs)}
+        return inputs
+
+    def _chunk_step(self, batch: Batch) -> Any:
+        """One micro-batch through the active chunk; a loss must come with its tokens, as those of experts do."""
+        output = super()._chunk_step(batch)
+        experts = self.config.experts
+        weighs = experts is not None and self.training and self.loss_reduction == "token" and experts.has_losses
+        if weighs and self.on_last_stage and isinstance(output, torch.Tensor):
+            raise TypeError(
+                f"{type(self).__name__}.loss returned a plain mean, and Experts(balancing={experts.balancing!r}) has"  # type: ignore[union-attr]
+                " losses that are weighed by tokens. Return the sum over tokens and their number, or use"
+                " loss_reduction='micro_batch'."
+            )
+        return output
+
+    def _token_weights(self, inputs: Batch) -> torch.Tensor:
+        """``[b, s]``, the weight of each token in the loss, by which experts weigh their own losses."""
+        mask = inputs.get("loss_mask")
+        weights = torch.ones_like(inputs["input_ids"], dtype=torch.float32) if mask is None else mask.float()
+        share = self.micro_batch_share
+        if self.loss_reduction == "token":
+            return weights if share else torch.zeros_like(weights)
+        return weights * (share / collectives.sum_over_parts_of_rows(weights.sum()).clamp(min=1))
+
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Sum and count over the tokens that the loss mask keeps; ``output`` is that sum, or each's loss ``[b, s]``."""
         mask = batch["loss_mask"]
@@ -241,6 +270,7 @@ class GPTModule(GeneratingModule):
                 f" {config.seq_length} positions of GPTConfig(seq_length={config.seq_length}). Use max_new_tokens="
                 f"{max(config.seq_length - prompts.longest, 0)} or less, or cut the prompts."
             )
+        self._check_experts_in_step()
         if config.layers != "torch" and not prompts.keep.all():
             raise ValueError(
                 f"GPTModule.generate: with GPTConfig(layers={config.layers!r}) prompts cannot be padded; give prompts"
@@ -251,6 +281,16 @@ class GPTModule(GeneratingModule):
                 f"GPTModule.generate: the attention of GPTConfig(layers={config.layers!r}) shares out rows under"
                 f" cp={self.build_settings.layout.cp}, and generation needs whole ones. Generate with cp=1, or use"
                 " layers='torch'."
+            )
+
+    def _check_experts_in_step(self) -> None:
+        """Refuse to generate where replicas, which write texts of other lengths, hold experts together."""
+        layout = self.build_settings.layout
+        if layout.dp > 1 and layout.ep * layout.expert_tp > layout.tp * layout.cp:
+            raise RuntimeError(
+                f"{type(self).__name__}.generate: with ep={layout.ep} × etp={layout.expert_tp} replicas hold experts"
+                " together, and would have to write texts of equal length in step. Save a checkpoint, and generate"
+                f" with {type(self).__name__}.load_from_checkpoint, or under a layout with ep=1."
             )
 
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> GPTDecoder:

@@ -1,0 +1,163 @@
+"""``Experts``: how many experts a GPT's layers have, which of them a token uses, and what keeps them equally busy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_megatron.checkpoint.plain_classes import plain_class
+from lightning_megatron.distributed.argument_names import answer_wrong_names
+from lightning_megatron.distributed.arguments import Arguments
+
+RouterScores = Literal["softmax", "sigmoid"]
+Balancing = Literal["aux", "seq_aux", "global_aux", "bias", "none"]
+
+# megatron-core's fields that the arguments below stand for.
+_OWN_FIELDS = {
+    "num_moe_experts": "num",
+    "moe_router_topk": "top_k",
+    "moe_ffn_hidden_size": "ffn_hidden_size",
+    "moe_shared_expert_intermediate_size": "shared_ffn_hidden_size",
+    "moe_router_score_function": "router",
+    "moe_router_pre_softmax": "normalize_top_k",
+    "moe_router_load_balancing_type": "balancing",
+    "moe_router_enable_expert_bias": "balancing",
+    "moe_aux_loss_coeff": "aux_weight",
+    "moe_z_loss_coeff": "z_weight",
+    "moe_router_bias_update_rate": "bias_rate",
+    "moe_expert_capacity_factor": "capacity_factor",
+    "moe_layer_freq": "layers",
+}
+
+
+@answer_wrong_names
+@plain_class
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward layer: a router sends each token to ``top_k`` of them.
+
+    The losses that balance the experts are weighed as the loss of the text is: each token that the loss mask keeps
+    counts once in the global batch, whatever the micro-batches, replicas and accumulated batches. They are added over
+    the layers, they have gradients, and the logged loss is without them. With ``f`` the share of the choices that fell
+    on an expert, and ``p`` its share of the router's scores, a token's loss is ``aux_weight · num · Σ f p`` (Fedus and
+    others, "Switch Transformers", 2021, section 2.2).
+
+    Args:
+        num: Experts of a layer.
+        top_k: Experts that each token uses.
+        ffn_hidden_size: Width of an expert's feed-forward layer. None: the model's ``ffn_hidden_size``.
+        shared_ffn_hidden_size: Width of a further feed-forward layer that all tokens use; of several shared experts,
+            their sum. None: there is none.
+        router: How scores are made of the router's logits: "softmax" over all experts, or "sigmoid" of each.
+        normalize_top_k: Whether the weights of a token's ``top_k`` experts add up to 1.
+        balancing: What keeps the experts equally busy. "aux": a loss, ``f`` counted in each micro-batch, as in
+            Megatron-LM; its value depends on what a micro-batch is. "seq_aux": ``f`` counted in each sequence.
+            "global_aux": ``f`` counted in the global batch before this one, so that its micro-batches need not wait
+            for one another; the first batch is not balanced. "bias": no loss; each expert's bias, which is added to
+            the scores that choose, rises by ``bias_rate`` after a global batch in which the expert had less than its
+            share, and falls otherwise (Wang and others, "Auxiliary-Loss-Free Load Balancing", 2024). "none".
+        aux_weight: Weight of the loss of "aux", "seq_aux" or "global_aux".
+        z_weight: Weight of ``(log Σ exp(logits))²``, which keeps the router's logits small (Zoph and others, "ST-MoE",
+            2022, equation 5); 1e-3 there.
+        bias_rate: Step of the biases under "bias".
+        capacity_factor: An expert takes at most this multiple of its share of a rank's tokens of a micro-batch, those
+            with the highest scores; the others go without it. None: it takes all.
+        layers: Numbers, from 0, of the layers that have experts; the others have one feed-forward layer. None: all.
+
+    Raises:
+        ValueError: A number out of range, or a choice that does not exist.
+    """
+
+    num: int
+    top_k: int = 2
+    ffn_hidden_size: int | None = None
+    shared_ffn_hidden_size: int | None = None
+    router: RouterScores = "softmax"
+    normalize_top_k: bool = True
+    balancing: Balancing = "global_aux"
+    aux_weight: float = 1e-2
+    z_weight: float = 0.0
+    bias_rate: float = 1e-3
+    capacity_factor: float | None = None
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, and choices that do not exist."""
+        arguments = Arguments("Experts")
+        arguments.whole(num=self.num, top_k=self.top_k)
+        arguments.whole(
+            optional=True, ffn_hidden_size=self.ffn_hidden_size, shared_ffn_hidden_size=self.shared_ffn_hidden_size
+        )
+        arguments.one_of(("softmax", "sigmoid"), router=self.router)
+        arguments.one_of(("aux", "seq_aux", "global_aux", "bias", "none"), balancing=self.balancing)
+        arguments.flag(normalize_top_k=self.normalize_top_k)
+        arguments.number(least=0, aux_weight=self.aux_weight, z_weight=self.z_weight, bias_rate=self.bias_rate)
+        arguments.number(above=0, optional=True, capacity_factor=self.capacity_factor)
+        if self.top_k > self.num:
+            raise ValueError(f"Experts(num={self.num}, top_k={self.top_k}): there are fewer. Use top_k={self.num}.")
+        if self.balancing == "bias" and self.router != "sigmoid":
+            raise ValueError(
+                "Experts(balancing='bias') adds biases to scores of each expert by itself: use router='sigmoid', or"
+                " another balancing."
+            )
+        if self.router == "softmax" and self.top_k == 1 and self.normalize_top_k:
+            raise ValueError(
+                "Experts(top_k=1): with normalize_top_k=True the weight of the one expert is always 1, and the router"
+                " gets no gradient of the loss. Use normalize_top_k=False."
+            )
+        if self.router == "sigmoid" and (self.top_k == 1) == self.normalize_top_k:
+            right = self.top_k > 1
+            raise ValueError(
+                f"Experts(router='sigmoid', top_k={self.top_k}, normalize_top_k={self.normalize_top_k}): megatron-core"
+                f" has sigmoid scores {'normalised only' if right else 'as they are'} there. Use"
+                f" normalize_top_k={right}."
+            )
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether the router has losses of its own."""
+        return bool(self.z_weight or (self.balancing.endswith("aux") and self.aux_weight))
+
+    def in_layers(self, num_layers: int) -> list[bool]:
+        """For each of the model's layers, whether it has experts.
+
+        Raises:
+            ValueError: ``layers`` names one that the model does not have.
+        """
+        if self.layers is None:
+            return [True] * num_layers
+        wrong = [number for number in self.layers if not 0 <= number < num_layers]
+        if wrong or not self.layers:
+            what = f"there is no layer {wrong[0]}" if wrong else "it names no layer"
+            raise ValueError(
+                f"Experts(layers={self.layers}): {what}; num_layers={num_layers} are numbered from 0. Leave it out for"
+                " all layers."
+            )
+        return [number in self.layers for number in range(num_layers)]
+
+    def megatron_arguments(self, num_layers: int, ffn_hidden_size: int) -> dict[str, Any]:
+        """megatron-core's settings; those of balancing stay here, since ``ExpertRouter`` reads this object itself."""
+        return {
+            "num_moe_experts": self.num,
+            "moe_router_topk": self.top_k,
+            "moe_ffn_hidden_size": self.ffn_hidden_size or ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": self.shared_ffn_hidden_size,
+            "moe_router_score_function": self.router,
+            "moe_router_pre_softmax": self.router == "softmax" and not self.normalize_top_k,
+            "moe_router_load_balancing_type": "none",
+            "moe_expert_capacity_factor": self.capacity_factor,
+            "moe_router_dtype": "fp32",
+            "moe_layer_freq": [int(has) for has in self.in_layers(num_layers)],
+        }
+
+
+def refuse_own_fields(of: str, extra: Mapping[str, Any]) -> None:
+    """Refuse fields of megatron-core's configuration that are arguments of ``Experts``.
+
+    Raises:
+        ValueError: Says which argument it is.
+    """
+    for name in extra:
+        if name in _OWN_FIELDS:
+            raise ValueError(f"{of}(extra={{{name!r}: ...}}): use {of}(experts=Experts({_OWN_FIELDS[name]}=...)).")

@@ -1,0 +1,202 @@
+"""``GroupedExperts``: the experts of a rank, their weights in one tensor for each of the two projections."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+
+from lightning_megatron.models.layers.recomputation import activated, recomputes
+from lightning_megatron.training.weight_gradients import add_product, takes_product
+
+_ALIGNED = 16  # bytes; torch's grouped product takes rows that begin there
+
+
+class GroupedExperts(MegatronModule):
+    """Feed-forward layers without biases, each for its own tokens, which come sorted by expert.
+
+    Args:
+        num_local_experts: The experts of this rank.
+        config: megatron-core's configuration.
+        pg_collection: megatron-core's process groups: experts are divided over ``ep``, each of them over ``expt_tp``.
+    """
+
+    def __init__(self, num_local_experts: int, config: TransformerConfig, pg_collection: Any) -> None:
+        super().__init__(config)
+        width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        first = 2 * width if config.gated_linear_unit else width
+        self.linear_fc1 = _GroupedLinear(num_local_experts, config.hidden_size, first, 1, config, pg_collection)
+        self.linear_fc2 = _GroupedLinear(num_local_experts, width, config.hidden_size, 2, config, pg_collection)
+
+    def forward(self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor) -> Any:
+        """Run each expert on its tokens.
+
+        Args:
+            tokens: ``[tokens, h]``, those of the first expert first.
+            tokens_per_expert: How many each has, on the host or the device.
+            weights: ``[tokens]``, the router's, by which the outputs are multiplied.
+
+        Returns:
+            ``[tokens, h]``, of a divided expert its part of the sum; and no bias.
+        """
+        inner = self.linear_fc1(tokens, tokens_per_expert)
+        if self.training and torch.is_grad_enabled() and recomputes(self.config, "mlp_act"):
+            activation = CheckpointWithoutOutput(fp8=None)
+            output = self.linear_fc2(activation.checkpoint(self._activate, inner, weights), tokens_per_expert)
+            activation.discard_output_and_register_recompute(output)
+            return output, None
+        return self.linear_fc2(self._activate(inner, weights), tokens_per_expert), None
+
+    def _activate(self, inner: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The activation; what an expert gives is linear in it, so that the weight is multiplied here."""
+        return (activated(self.config, inner) * weights.unsqueeze(-1)).to(inner.dtype)
+
+    def take_groups(self, pg_collection: Any) -> None:
+        """Use these process groups in place of others of the same sizes."""
+        for linear in (self.linear_fc1, self.linear_fc2):
+            linear.groups = pg_collection
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """megatron-core's description of the weights; checkpoints ask for it."""
+        gated = self.config.gated_linear_unit
+        return {
+            f"{prefix}linear_fc1.weight": self.linear_fc1.shard(f"{prefix}linear_fc1.weight", 2 if gated else 1),
+            f"{prefix}linear_fc2.weight": self.linear_fc2.shard(f"{prefix}linear_fc2.weight", 1),
+        }
+
+
+class _GroupedLinear(torch.nn.Module):
+    """One projection of all experts of a rank; ``weight`` is ``[experts, out, in]``.
+
+    Args:
+        experts: The experts of this rank.
+        inputs: Width of the input on this rank.
+        outputs: Width of the output on this rank.
+        divided: Which dimension of the weight the expert-tensor-parallel ranks divide.
+        config: megatron-core's configuration.
+        groups: megatron-core's process groups.
+    """
+
+    def __init__(
+        self, experts: int, inputs: int, outputs: int, divided: int, config: TransformerConfig, groups: Any
+    ) -> None:
+        super().__init__()
+        self.groups, self.divided = groups, divided
+        self.adds_products = False  # set by training/weight_gradients.py
+        self.weight = torch.nn.Parameter(torch.empty(experts, outputs, inputs, dtype=config.params_dtype))
+        method = config.init_method if divided == 1 else config.output_layer_init_method
+        if config.perform_initialization:
+            method(self.weight)
+        mark_expert_weight(self.weight, groups)
+
+    def forward(self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+        """``[tokens, out]`` of ``[tokens, in]``."""
+        if _has_grouped_product(tokens, self.weight):
+            ends = tokens_per_expert.to(tokens.device, torch.int32).cumsum(0, dtype=torch.int32)
+            return _GroupedProduct.apply(tokens, self.weight, ends)  # type: ignore[no-untyped-call]
+        adds = self.adds_products and takes_product(self.weight)
+        return _ProductsInTurn.apply(tokens, self.weight, tokens_per_expert.tolist(), adds)  # type: ignore[no-untyped-call]
+
+    def shard(self, key: str, blocks: int) -> ShardedTensor | ShardedTensorFactory:
+        """megatron-core's description of the weight; ``blocks`` that lie one behind the other are divided each."""
+        groups, dim = self.groups, self.divided
+        replica = (0, 0, groups.expt_dp.rank())
+        experts = (0, groups.ep.rank(), groups.ep.size())
+        parts, rank = groups.expt_tp.size(), groups.expt_tp.rank()
+
+        def build(key: str, tensor: torch.Tensor, replica_id: Any, _: Any) -> list[ShardedTensor]:
+            return [
+                ShardedTensor.from_rank_offsets(
+                    key, part, experts, (dim, block * parts + rank, blocks * parts), replica_id=replica_id
+                )
+                for block, part in enumerate(tensor.chunk(blocks, dim))
+            ]
+
+        if blocks == 1:
+            return build(key, self.weight, replica, None)[0]
+        return ShardedTensorFactory(key, self.weight, build, lambda parts: torch.cat(parts, dim), replica)
+
+
+def mark_expert_weight(weight: torch.nn.Parameter, groups: Any) -> None:
+    """Mark a weight of experts, whose gradient is summed over other ranks than a dense layer's.
+
+    megatron-core reads the marks: without ``allreduce``, gradients are summed over the expert-data-parallel ranks. That
+    is right wherever these are not the data-parallel ranks; megatron-core's own layers mark it where ep > 1 only.
+    """
+    divided = groups.ep.size() > 1 or groups.expt_tp.size() != groups.tp.size()
+    weight.allreduce = not divided  # type: ignore[attr-defined]
+    weight.tensor_model_parallel = groups.expt_tp.size() > 1  # type: ignore[attr-defined]
+    weight.partition_dim, weight.partition_stride = -1, 1  # type: ignore[attr-defined]
+
+
+def _has_grouped_product(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether torch's product of all experts at once is the fast one here: of bf16 on a GPU, in aligned rows."""
+    return tokens.is_cuda and tokens.dtype == torch.bfloat16 and can_group(weight)
+
+
+def can_group(weight: torch.Tensor) -> bool:
+    """Whether the rows of a weight, and of its transpose, begin where torch's grouped product wants them."""
+    return all(size * weight.element_size() % _ALIGNED == 0 for size in weight.shape[1:])
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """``torch._grouped_mm``, private in torch (2.13); the host need not know how many tokens an expert has."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.nn.Parameter, ends: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens, weight, ends)
+        return torch._grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        tokens, weight, ends = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_tokens = torch._grouped_mm(gradient, weight, offs=ends) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = torch._grouped_mm(gradient.t(), tokens, offs=ends)
+        return of_tokens, of_weight, None
+
+
+class _ProductsInTurn(torch.autograd.Function):
+    """A product for each expert, written into one tensor; gradients are added to the buffers where they may be."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: torch.Tensor, weight: torch.nn.Parameter, sizes: list[int], adds: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(tokens, weight)
+        ctx.sizes, ctx.adds, ctx.weight = sizes, adds, weight
+        output = tokens.new_empty(tokens.size(0), weight.size(1))
+        for expert, start, end in _parts(sizes):
+            torch.mm(tokens[start:end], weight[expert].t(), out=output[start:end])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        tokens, weight = ctx.saved_tensors
+        of_tokens = torch.empty_like(tokens) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] and not ctx.adds else None
+        for expert, start, end in _parts(ctx.sizes):
+            part = gradient[start:end]
+            if of_tokens is not None:
+                torch.mm(part, weight[expert], out=of_tokens[start:end])
+            if ctx.adds:
+                add_product(tokens[start:end], part, ctx.weight.main_grad[expert])
+            elif of_weight is not None:
+                torch.mm(part.t(), tokens[start:end], out=of_weight[expert])
+        return of_tokens, of_weight, None, None
+
+
+def _parts(sizes: list[int]) -> list[tuple[int, int, int]]:
+    """The number of each expert that has tokens, where they begin, and where they end."""
+    ends = list(accumulate(sizes))
+    return [(expert, end - size, end) for expert, (size, end) in enumerate(zip(sizes, ends, strict=True)) if size]

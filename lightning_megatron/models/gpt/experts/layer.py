@@ -1,0 +1,69 @@
+"""``ExpertLayer``: a router, the experts that it sends tokens to, and those that all tokens share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from typing_extensions import override
+
+from lightning_megatron.models.gpt.experts.grouped_experts import GroupedExperts
+from lightning_megatron.models.gpt.experts.router import ExpertRouter
+from lightning_megatron.models.layers.recomputation import recomputes
+
+
+class ExpertLayer(MoELayer):
+    """megatron-core's layer of experts, which takes the place of a feed-forward layer.
+
+    Args:
+        config: megatron-core's configuration; its ``experts`` are the settings.
+        **_: Arguments that megatron-core gives to layers of other kinds.
+    """
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        parts = MoESubmodules(
+            router=ExpertRouter,
+            experts=GroupedExperts,
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linear),
+        )
+        super().__init__(config, parts, pg_collection=get_default_pg_collection())
+
+    @override
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """Run the layer on ``[s/tp, b, h]``; the output, and no bias.
+
+        Args:
+            hidden_states: Hidden states.
+            intermediate_tensors: None; megatron-core has some for CUDA graphs.
+            padding_mask: The weights of the tokens in the loss, ``[b, s/tp]``; megatron-core hands them on by this
+                name. None: 1.
+        """
+        weights = None if padding_mask is None else padding_mask.t().contiguous()
+        if self.training and torch.is_grad_enabled() and recomputes(self.config, "whole_mlp"):
+            return checkpoint(self._run, False, hidden_states, weights), None
+        return self._run(hidden_states, weights), None
+
+    def _run(self, hidden_states: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        shared = self.shared_experts_compute(hidden_states)
+        probs, chosen = self.router(hidden_states, weights)
+        sent, probs = self.preprocess(hidden_states, probs, chosen)
+        received, probs = self.dispatch(sent, probs)
+        output, _ = self.routed_experts_compute(received, probs)
+        result: torch.Tensor = self.postprocess(self.combine(output), shared)
+        return result
+
+    def take_groups(self, groups: Any) -> None:
+        """Use these process groups of megatron-core's in place of destroyed ones of the same sizes."""
+        self.ep_group, self.attn_tp_group = groups.ep, groups.tp
+        self.experts.take_groups(groups)
+        dispatcher = self.token_dispatcher
+        dispatcher.ep_group, dispatcher.tp_group, dispatcher.tp_ep_group = groups.ep, groups.expt_tp, groups.tp_ep

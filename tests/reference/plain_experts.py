@@ -1,0 +1,197 @@
+"""The truth of experts: ``plain_gpt`` whose feed-forward layers are a mixture, each expert computed for all tokens."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lightning_megatron import Experts, GPTConfig
+from tests.reference import plain_gpt
+from tests.reference.plain_gpt import ADAM, LLAMA, Weights
+
+MIXTURE = replace(
+    LLAMA,
+    num_layers=4,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=32,
+    experts=Experts(num=4, top_k=2, ffn_hidden_size=24, balancing="seq_aux", aux_weight=0.1, z_weight=0.01),
+)
+# Odd sizes, a shared expert, a dense layer, weights that do not add up to 1.
+ODD = replace(
+    MIXTURE,
+    vocab_size=61,
+    experts=Experts(
+        num=6, top_k=3, ffn_hidden_size=20, shared_ffn_hidden_size=28, normalize_top_k=False, layers=[1, 2, 3],
+        balancing="global_aux", aux_weight=0.1,
+    ),
+)  # fmt: skip
+BIASED = replace(
+    MIXTURE, experts=Experts(num=4, top_k=2, ffn_hidden_size=24, router="sigmoid", balancing="bias", bias_rate=0.01)
+)
+
+# Those of the weights with which no choice of an expert is a close one, by ``num`` and ``balancing``.
+_SEEDS = {4: {"bias": 0}, 6: {"global_aux": 4}}
+
+
+@dataclass
+class Cut:
+    """What is balanced, and dropped, by itself: the rows of each micro-batch, and the tokens of each rank in a row."""
+
+    rows: list[list[int]]
+    places: list[slice] = field(default_factory=lambda: [slice(None)])
+
+
+@dataclass
+class Seen:
+    """What the routers of a step did, and what they keep from one step to the next, by layer."""
+
+    counts: dict[int, torch.Tensor] = field(default_factory=dict)
+    shares: dict[int, torch.Tensor] = field(default_factory=dict)
+    biases: dict[int, torch.Tensor] = field(default_factory=dict)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    margin: float = float("inf")  # of the closest choice, relative; rounding must not change it
+
+    def choose(self, scores: torch.Tensor, count: int, dim: int) -> torch.Tensor:
+        """1 for the ``count`` largest along ``dim``."""
+        best = scores.detach().topk(min(count + 1, scores.size(dim)), dim)
+        if best.indices.size(dim) > count:
+            last, next_ = best.values.narrow(dim, count - 1, 1), best.values.narrow(dim, count, 1)
+            gaps = ((last - next_) / last.abs())[next_ != 0]  # 0 is an expert that was not chosen
+            self.margin = min([self.margin, *gaps.flatten().tolist()])
+        return torch.zeros_like(scores).scatter(dim, best.indices.narrow(dim, 0, count), 1)
+
+
+def initial_weights(c: GPTConfig) -> Weights:
+    """``plain_gpt``'s, with experts in place of the feed-forward layers that have them."""
+    weights = plain_gpt.initial_weights(c)
+    e = experts_of(c)
+    generator = torch.Generator().manual_seed(_SEEDS.get(e.num, {}).get(e.balancing, 6))
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.15
+
+    for n, has in enumerate(e.in_layers(c.num_layers)):
+        if not has:
+            continue
+        layer = f"decoder.layers.{n}.mlp."
+        for name in ("linear_fc1", "linear_fc2"):
+            del weights[f"{layer}{name}.weight"]
+        width = e.ffn_hidden_size or c.ffn_hidden_size
+        weights[f"{layer}router.weight"] = draw(e.num, c.hidden_size) * 2
+        weights[f"{layer}experts.linear_fc1.weight"] = draw(e.num, 2 * width, c.hidden_size)
+        weights[f"{layer}experts.linear_fc2.weight"] = draw(e.num, c.hidden_size, width)
+        if e.shared_ffn_hidden_size:
+            weights[f"{layer}shared_experts.linear_fc1.weight"] = draw(2 * e.shared_ffn_hidden_size, c.hidden_size)
+            weights[f"{layer}shared_experts.linear_fc2.weight"] = draw(c.hidden_size, e.shared_ffn_hidden_size)
+    return weights
+
+
+def experts_of(c: GPTConfig) -> Experts:
+    assert c.experts is not None
+    return c.experts
+
+
+def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor, mask: torch.Tensor, cut: Cut, seen: Seen) -> torch.Tensor:
+    """``[b, s, vocab]``; the losses of the routers, summed over the tokens of ``mask``, are added to ``seen``."""
+    x = w["embedding.word_embeddings.weight"][tokens]
+    for n, has in enumerate(experts_of(c).in_layers(c.num_layers)):
+        layer = f"decoder.layers.{n}."
+        x = x + plain_gpt._attention(
+            c, w, layer + "self_attention.", plain_gpt._normalise(c, w, layer + "input_layernorm", x)
+        )
+        normed = plain_gpt._normalise(c, w, layer + "pre_mlp_layernorm", x)
+        x = x + (_mixture(c, w, n, normed, mask, cut, seen) if has else plain_gpt._mlp(c, w, layer + "mlp.", normed))
+    return plain_gpt._normalise(c, w, "decoder.final_layernorm", x) @ w["output_layer.weight"].T
+
+
+def train(
+    c: GPTConfig, samples: dict[str, torch.Tensor], rows: int, steps: int, clip: float, cut: Cut | None = None
+) -> dict[str, Any]:
+    """Losses of the text, gradient norms and final weights of AdamW on batches of ``rows``."""
+    e = experts_of(c)
+    w = {name: value.clone().requires_grad_() for name, value in initial_weights(c).items()}
+    optimizer = torch.optim.AdamW(w.values(), **ADAM)
+    cut = cut or Cut([list(range(rows))])
+    seen, losses, norms, extra = Seen(), [], [], []
+    for batch in plain_gpt.batches(samples, rows, steps):
+        seen.counts, seen.losses = {}, []
+        mask = batch["loss_mask"]
+        labels = batch["labels"].masked_fill(mask == 0, -100)
+        each = F.cross_entropy(logits(c, w, batch["tokens"], mask, cut, seen).flatten(0, 1), labels.flatten())
+        added = torch.stack(seen.losses).sum() / mask.sum() if seen.losses else torch.zeros(())
+        optimizer.zero_grad()
+        (each + added).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(w.values(), clip)))
+        optimizer.step()
+        losses.append(float(each.detach()))
+        extra.append(float(added.detach()))
+        for n, counts in seen.counts.items():
+            seen.shares[n] = counts / counts.sum()
+            biases = seen.biases.get(n, torch.zeros(e.num))
+            seen.biases[n] = biases + e.bias_rate * (counts.mean() - counts).sign()
+    weights = {name: value.detach() for name, value in w.items()}
+    return {"losses": losses, "norms": norms, "weights": weights, "added": extra, "seen": seen}
+
+
+def _mixture(
+    c: GPTConfig, w: Weights, n: int, x: torch.Tensor, mask: torch.Tensor, cut: Cut, seen: Seen
+) -> torch.Tensor:
+    e, layer = experts_of(c), f"decoder.layers.{n}.mlp."
+    scores_in = x @ w[f"{layer}router.weight"].T  # [b, s, experts]
+    if e.router == "softmax":
+        scores = scores_in.softmax(-1)
+        chosen = seen.choose(scores, e.top_k, -1)
+        shares = scores
+    else:
+        scores = scores_in.sigmoid()
+        chosen = seen.choose(scores + seen.biases.get(n, torch.zeros(e.num)), e.top_k, -1)
+        shares = scores / scores.sum(-1, keepdim=True)
+    weights = scores * chosen
+    if e.normalize_top_k:
+        weights = weights / weights.sum(-1, keepdim=True)
+    seen.counts[n] = (chosen * mask[..., None]).sum((0, 1))
+    _add_losses(e, n, scores_in, shares, chosen, mask, cut, seen)
+    if e.capacity_factor is not None:
+        weights = weights * _kept(e, weights, chosen, cut, seen)
+    up = torch.einsum("bsh,eoh->bseo", x, w[f"{layer}experts.linear_fc1.weight"])
+    gate, linear = up.chunk(2, -1)
+    each = torch.einsum("bsef,ehf->bseh", F.silu(gate) * linear, w[f"{layer}experts.linear_fc2.weight"])
+    output = (each * weights[..., None]).sum(2)
+    if e.shared_ffn_hidden_size:
+        output = output + plain_gpt._mlp(c, w, f"{layer}shared_experts.", x)
+    return output
+
+
+def _add_losses(
+    e: Experts, n: int, logits: torch.Tensor, shares: torch.Tensor, chosen: torch.Tensor, mask: torch.Tensor,
+    cut: Cut, seen: Seen,
+) -> None:  # fmt: skip
+    """Add ``weight · tokens · loss`` of each unit that is balanced by itself."""
+    if e.z_weight:
+        seen.losses.append(e.z_weight * (logits.logsumexp(-1).square() * mask).sum())
+    units = {"seq_aux": [[row] for row in range(len(mask))], "aux": cut.rows, "global_aux": [list(range(len(mask)))]}
+    for rows in units.get(e.balancing, []):
+        counted = mask[rows]
+        tokens = counted.sum()
+        found = (chosen[rows] * counted[..., None]).sum((0, 1)) / (tokens * e.top_k)
+        if e.balancing == "global_aux":
+            found = seen.shares.get(n, torch.full((e.num,), 1 / e.num))
+        mean = (shares[rows] * counted[..., None]).sum((0, 1)) / tokens
+        seen.losses.append(e.aux_weight * tokens * e.num * (found * mean).sum())
+
+
+def _kept(e: Experts, weights: torch.Tensor, chosen: torch.Tensor, cut: Cut, seen: Seen) -> torch.Tensor:
+    """1 where an expert takes a token: of each rank's tokens of a micro-batch, those with the largest weights."""
+    kept = torch.zeros_like(weights)
+    for rows in cut.rows:
+        for places in cut.places:
+            part = (weights * chosen)[rows][:, places].flatten(0, 1)
+            room = -(-len(part) * e.top_k * e.capacity_factor // e.num)  # type: ignore[operator]
+            taken = seen.choose(part, min(int(room), len(part)), 0)
+            block = kept[rows]
+            block[:, places] = taken.view(len(rows), -1, e.num)
+            kept[rows] = block
+    return kept
