@@ -335,7 +335,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
             " global_batch_size"
         ),
         "num_experts num_moe_experts num_local_experts moe_router_topk num_experts_per_tok moe_grouped_gemm": (
-            "mixtures of experts are not here"
+            "it is GPTConfig(experts=Experts(num=8, top_k=2)), and MegatronStrategy(ep=) divides the experts"
         ),
         "lr learning_rate max_lr weight_decay wd": (
             "it is the optimizer's, such as GPTModule(optimizer=lambda p: torch.optim.AdamW(p, lr=3e-4,"

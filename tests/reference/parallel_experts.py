@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from lightning_megatron import GPTConfig
-from tests.reference import parallel_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
 from tests.reference.plain_experts import initial_weights
 from tests.reference.plain_gpt import Weights
@@ -57,6 +56,3 @@ def train(
     run.fit(module, loader(samples, layout, rows // accumulate, run))
     distance = module.distance(full) if full else 0.0
     return {"losses": watch.losses, "norms": watch.norms, "distance": distance, "steps": run.global_step}
-
-
-__all__ = ["LoadedMixture", "parallel_gpt", "train"]

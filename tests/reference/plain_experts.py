@@ -32,8 +32,8 @@ BIASED = replace(
     MIXTURE, experts=Experts(num=4, top_k=2, ffn_hidden_size=24, router="sigmoid", balancing="bias", bias_rate=0.01)
 )
 
-# Those of the weights with which no choice of an expert is a close one, by ``num`` and ``balancing``.
-_SEEDS = {4: {"bias": 0}, 6: {"global_aux": 4}}
+# With these first weights no choice of an expert is a close one; by ``num``, ``balancing`` and ``capacity_factor``.
+_SEEDS = {(4, "bias", None): 0, (6, "global_aux", None): 4, (4, "seq_aux", 1.25): 0, (4, "seq_aux", 1.249): 4}
 
 
 @dataclass
@@ -68,7 +68,7 @@ def initial_weights(c: GPTConfig) -> Weights:
     """``plain_gpt``'s, with experts in place of the feed-forward layers that have them."""
     weights = plain_gpt.initial_weights(c)
     e = experts_of(c)
-    generator = torch.Generator().manual_seed(_SEEDS.get(e.num, {}).get(e.balancing, 6))
+    generator = torch.Generator().manual_seed(_SEEDS.get((e.num, e.balancing, e.capacity_factor), 6))
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.15
@@ -97,11 +97,12 @@ def experts_of(c: GPTConfig) -> Experts:
 def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor, mask: torch.Tensor, cut: Cut, seen: Seen) -> torch.Tensor:
     """``[b, s, vocab]``; the losses of the routers, summed over the tokens of ``mask``, are added to ``seen``."""
     x = w["embedding.word_embeddings.weight"][tokens]
+    places = torch.arange(tokens.size(1))
+    sees = places[:, None] >= places
     for n, has in enumerate(experts_of(c).in_layers(c.num_layers)):
         layer = f"decoder.layers.{n}."
-        x = x + plain_gpt._attention(
-            c, w, layer + "self_attention.", plain_gpt._normalise(c, w, layer + "input_layernorm", x)
-        )
+        normed = plain_gpt._normalise(c, w, layer + "input_layernorm", x)
+        x = x + plain_gpt._attention(c, w, layer + "self_attention.", normed, places.expand_as(tokens), sees)
         normed = plain_gpt._normalise(c, w, layer + "pre_mlp_layernorm", x)
         x = x + (_mixture(c, w, n, normed, mask, cut, seen) if has else plain_gpt._mlp(c, w, layer + "mlp.", normed))
     return plain_gpt._normalise(c, w, "decoder.final_layernorm", x) @ w["output_layer.weight"].T

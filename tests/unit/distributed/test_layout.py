@@ -111,15 +111,22 @@ def test_sequence_parallel_is_a_bool():
     assert "sequence_parallel='no' is not a bool. Use True or False." in message
 
 
-@pytest.mark.parametrize(
-    ("name", "title"),
-    [("ep", "expert parallelism"), ("etp", "expert tensor parallelism")],
-)
-def test_unbuilt_dimensions_are_refused_by_name(name, title):
-    message = refusal(ParallelLayout, world_size=8, **{name: 2})
-    assert f"MegatronStrategy({name}=2): {title} ({name}) of 2 is refused" in message
-    assert suggestions(message) == [(name, 1)]
-    assert ParallelLayout(world_size=8, **{name: 1}).dp == 8
+def test_experts_are_divided_over_the_ranks_of_a_stage():
+    layout = ParallelLayout(world_size=16, tp=2, pp=2, ep=2, sequence_parallel=True)
+    assert (layout.expert_tp, layout.expert_dp, layout.experts_are_divided) == (2, 2, True)
+    assert not ParallelLayout(world_size=8, tp=2).experts_are_divided
+    assert ParallelLayout.of_smallest_world(tp=2, pp=2, ep=4, etp=1).world_size == 8
+    message = refusal(ParallelLayout, world_size=8, tp=2, ep=3)
+    assert "etp=2 × ep=3 ranks do not divide the 8 ranks of a pipeline stage. Use ep=2 or 4" in message
+
+
+def test_sizes_of_experts_must_divide():
+    experts = {"num": 6, "ffn_hidden_size": 20, "shared_ffn_hidden_size": None}
+    check_model(ParallelLayout(world_size=8, ep=2, etp=4), **MODEL, experts=experts)
+    message = refusal(check_model, ParallelLayout(world_size=8, ep=4), **MODEL, experts=experts)
+    assert "Experts.num=6 is not a multiple of ep=4. Use Experts.num=4 or 8, or ep=2." in message
+    message = refusal(check_model, ParallelLayout(world_size=8, ep=2), **MODEL)
+    assert "ep and etp divide experts, and this model has none. Use ep=1 and etp=None." in message
 
 
 def test_vp_one_is_none():

@@ -1,0 +1,144 @@
+"""Mixtures of experts train as a plain one in one process does, however their experts and tokens are divided.
+
+``plain_experts`` says by how much each choice of an expert is the largest: rounding must not change it.
+"""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
+
+from lightning_megatron import Kernels
+from tests.parity.test_truth import CLIP, ROWS, STEPS, assert_equal
+from tests.reference import parallel_experts, plain_experts
+from tests.reference.parallel_gpt import text_samples
+from tests.reference.plain_experts import Cut
+from tests.support.layout import Layout
+from tests.support.ranks import run_in_pool
+
+EVEN, ODD = list(range(0, ROWS, 2)), list(range(1, ROWS, 2))  # the rows of two replicas
+DISPATCHES = ["alltoall", "allgather"]
+
+
+def config_of(name: str, **experts: Any) -> Any:
+    config = getattr(plain_experts, name)
+    return replace(config, experts=replace(config.experts, **experts))
+
+
+@functools.cache
+def truth(name: str, cut: str = "", **experts: Any) -> dict:
+    config = config_of(name, **experts)
+    parts = {"": None, "replicas": Cut([EVEN, ODD]), "halves": Cut([list(range(ROWS))], [slice(0, 8), slice(8, 16)])}
+    parts["micro-batches"] = Cut([EVEN[:3], EVEN[3:], ODD[:3], ODD[3:]])
+    found = plain_experts.train(config, text_samples(config, ROWS * STEPS), ROWS, STEPS, CLIP, parts[cut])
+    assert found["seen"].margin > 2e-5, f"a choice is too close for a comparison: {found['seen'].margin}"
+    return found
+
+
+def assert_same_training(
+    name: str, layout: Layout, accumulate: int = 1, cut: str = "", experts: dict | None = None, **options: Any
+) -> None:
+    expected = truth(name, cut, **(experts or {}))
+    ranks = run_in_pool(
+        layout.world_size, functools.partial(parallel_experts.train, full=expected["weights"], **options),
+        config_of(name, **(experts or {})), layout, ROWS, STEPS, CLIP, accumulate, timeout=240,
+    )  # fmt: skip
+    assert_equal(ranks, expected, losses=accumulate == 1)
+
+
+@pytest.mark.parametrize("name", ["MIXTURE", "ODD", "BIASED"])
+def test_one_process_and_any_micro_batches(name):
+    assert truth(name)["losses"] != pytest.approx(truth("MIXTURE", balancing="none", z_weight=0.0)["losses"], rel=1e-3)
+    for size in (12, 4, 3):
+        assert_same_training(name, Layout(), micro_batch_size=size)
+
+
+DIVIDED = [
+    Layout(dp=2, ep=2),
+    Layout(dp=2, ep=2, sharded=False),
+    Layout(dp=2, etp=2),
+    Layout(tp=2, sp=True),
+    Layout(tp=2, sp=True, etp=1),
+    Layout(tp=2, sp=True, ep=2, etp=1),
+    Layout(dp=4, ep=4),
+    Layout(dp=4, ep=2, etp=2),
+    Layout(tp=2, dp=2, ep=4, etp=1, sp=True),
+    Layout(tp=2, dp=2, ep=2, sp=True, sharded=False),
+]
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("layout", DIVIDED, ids=str)
+def test_divided_experts(layout, dispatch):
+    assert_same_training("MIXTURE", layout, kernels=Kernels(expert_dispatch=dispatch))
+
+
+WITH_OTHERS = [
+    Layout(pp=2),
+    Layout(pp=2, vp=2, dp=2, ep=2),
+    Layout(tp=2, pp=2, ep=2, etp=1, sp=True),
+    Layout(tp=2, cp=2, ep=2, sp=True),
+    Layout(dp=4, ep=2),
+    Layout(tp=2, dp=2, ep=2, sp=True),
+]
+
+
+@pytest.mark.parametrize("layout", WITH_OTHERS, ids=str)
+def test_shared_experts_in_some_layers_with_other_parallelisms(layout):
+    assert_same_training("ODD", layout)
+
+
+@pytest.mark.parametrize("name", ["MIXTURE", "ODD", "BIASED"])
+def test_accumulation_is_one_big_batch(name):
+    assert_same_training(name, Layout(dp=2, ep=2), accumulate=3)
+
+
+@pytest.mark.parametrize("layout", [Layout(cp=2), Layout(tp=2, sp=True)], ids=str)
+def test_a_micro_batch_is_balanced_over_the_ranks_that_share_its_rows(layout):
+    assert_same_training("MIXTURE", layout, experts={"balancing": "aux"})
+
+
+def test_each_micro_batch_is_balanced_by_itself():
+    options = {"experts": {"balancing": "aux"}, "cut": "micro-batches", "micro_batch_size": 3}
+    assert_same_training("MIXTURE", Layout(dp=2, ep=2), **options)
+
+
+DROPPING = [
+    (Layout(dp=2, ep=2), "replicas", "alltoall"),
+    (Layout(dp=2, ep=2), "replicas", "allgather"),
+    (Layout(tp=2, sp=True), "halves", "alltoall"),
+    (Layout(tp=2, sp=True, ep=2, etp=1), "halves", "allgather"),
+]
+
+
+@pytest.mark.parametrize(("layout", "cut", "dispatch"), DROPPING, ids=str)
+def test_tokens_beyond_the_capacity_are_dropped(layout, cut, dispatch):
+    factor = 1.25 if cut == "replicas" else 1.249  # as many tokens; other first weights
+    options = {"experts": {"capacity_factor": factor}, "kernels": Kernels(expert_dispatch=dispatch)}
+    assert_same_training("MIXTURE", layout, cut=cut, **options)
+
+
+@pytest.mark.parametrize("recompute", ["full", ["mlp"], ["mlp_act", "layernorm"]], ids=str)
+def test_recomputed_experts_change_nothing(recompute):
+    assert_same_training("ODD", Layout(dp=2, ep=2), recompute=recompute)
+
+
+def test_overlapped_communication_changes_nothing():
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=4096)
+    assert_same_training("MIXTURE", Layout(dp=4, ep=2), ddp=ddp)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, pp=2, dp=2, ep=4, etp=1, sp=True),
+        Layout(tp=2, dp=4, ep=2, etp=2, sp=True),
+        Layout(pp=2, dp=4, ep=4),
+    ],
+    ids=str,
+)
+def test_eight_ranks(layout):
+    assert_same_training("MIXTURE", layout)
