@@ -42,6 +42,7 @@ __getattr__ = import_at_first_use(
         "bert.config": ["BertConfig"],
         "bert.module": ["BertModule"],
         "gpt.config": ["GPTConfig"],
+        "gpt.experts.config": ["Experts"],
         "gpt.module": ["GPTModule"],
         "kernels": ["Kernels"],
         "megatron_module": ["MegatronModule", "on_all_stages"],

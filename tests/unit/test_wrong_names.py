@@ -43,7 +43,7 @@ WRONG: list[tuple[type, str, str]] = [
     (MegatronStrategy, "recompute_granularity", "use recompute."),
     (MegatronStrategy, "overlap_grad_reduce", "use ddp."),
     (MegatronStrategy, "pipeline_dtype", "it is Trainer(precision=)."),
-    (MegatronStrategy, "moe_grouped_gemm", "GPTConfig(experts=Experts(num=8, top_k=2))"),
+    (MegatronStrategy, "moe_grouped_gemm", "it is GPTConfig(experts=Experts(num=8, top_k=2))"),
     (MegatronStrategy, "disable_tp_comm_overlap_ag", "not here: "),
     (GPTConfig, "num_query_group", "did you mean num_query_groups?"),
     (GPTConfig, "swiglu", "use activation='swiglu'."),

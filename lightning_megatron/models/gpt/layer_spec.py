@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import is_te_min_version
 
 from lightning_megatron.models.generation.cached_layers import generate_quickly
-from lightning_megatron.models.gpt.experts.layer import ExpertLayer
+from lightning_megatron.models.gpt.experts.expert_layer import ExpertLayer
 from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLayer
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.norm import TorchNorm

@@ -117,14 +117,14 @@ def test_experts_are_divided_over_the_ranks_of_a_stage():
     assert not ParallelLayout(world_size=8, tp=2).experts_are_divided
     assert ParallelLayout.of_smallest_world(tp=2, pp=2, ep=4, etp=1).world_size == 8
     message = refusal(ParallelLayout, world_size=8, tp=2, ep=3)
-    assert "etp=2 × ep=3 ranks do not divide the 8 ranks of a pipeline stage. Use ep=2 or 4" in message
+    assert "etp=2 × ep=3 ranks do not divide the 8 ranks of a pipeline stage. Use ep=2 or ep=4" in message
 
 
 def test_sizes_of_experts_must_divide():
     experts = {"num": 6, "ffn_hidden_size": 20, "shared_ffn_hidden_size": None}
     check_model(ParallelLayout(world_size=8, ep=2, etp=4), **MODEL, experts=experts)
     message = refusal(check_model, ParallelLayout(world_size=8, ep=4), **MODEL, experts=experts)
-    assert "Experts.num=6 is not a multiple of ep=4. Use Experts.num=4 or 8, or ep=2." in message
+    assert "Experts.num=6 is not a multiple of ep=4. Use Experts.num=4 or Experts.num=8, or ep=2." in message
     message = refusal(check_model, ParallelLayout(world_size=8, ep=2), **MODEL)
     assert "ep and etp divide experts, and this model has none. Use ep=1 and etp=None." in message
 
