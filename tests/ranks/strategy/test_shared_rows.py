@@ -146,7 +146,7 @@ def _save(path: str) -> None:
     run.save_checkpoint(path)
 
 
-def test_a_tensor_beside_the_model_is_written_once(tmp_path):
+def test_a_tensor_beside_the_model_is_saved_and_loaded(tmp_path):
     run_in_pool(4, _save, f"{tmp_path}/own.ckpt")
     assert HasOwnTensor.load_from_checkpoint(f"{tmp_path}/own.ckpt").own.tolist() == [7.0] * 3
 
