@@ -5,15 +5,11 @@ Scaling is weak for data parallelism (each replica has a whole batch), and stron
 """
 
 import argparse
-import multiprocessing
-import os
-import socket
 import statistics
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from timing import BATCH, CONFIG, QUIET, WARM_UP, Clock, adamw, rows
+from timing import BATCH, CONFIG, QUIET, WARM_UP, Clock, adamw, on_ranks, rows
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_megatron import GPTModule, MegatronStrategy
@@ -29,12 +25,8 @@ SIDES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def rank_main(rank: int, world: int, port: int, options: dict, steps: int, told: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="benchmark",
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def train(rank: int, world: int, options: dict, steps: int) -> float:
+    """On a rank: tokens a second of all ranks."""
     clock = Clock()
     trainer = Trainer(
         accelerator="cpu", devices=world, strategy=MegatronStrategy(**options), max_steps=steps + WARM_UP,
@@ -45,23 +37,7 @@ def rank_main(rank: int, world: int, port: int, options: dict, steps: int, told:
     replica = layout.coordinates(rank).dp
     sampler = DistributedSampler(data, layout.dp, replica, shuffle=False)
     trainer.fit(GPTModule(CONFIG, optimizer=adamw), DataLoader(data, batch_size=BATCH, sampler=sampler))
-    if rank == 0:
-        told.put(steps * BATCH * layout.dp * CONFIG.seq_length / clock.seconds)
-
-
-def tokens_per_second(world: int, options: dict, steps: int) -> float:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_megatron", "lightning.pytorch"])
-    told = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [context.Process(target=rank_main, args=(rank, world, port, options, steps, told)) for rank in range(world)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    return told.get(timeout=10)
+    return steps * BATCH * layout.dp * CONFIG.seq_length / clock.seconds
 
 
 def draw(ratios: dict[str, float], path: str) -> None:
@@ -91,7 +67,7 @@ def main() -> None:
     seen: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(args.rounds):
         for name, (world, options) in SIDES.items():
-            seen[name].append(tokens_per_second(world, options, args.steps))
+            seen[name].append(on_ranks(world, train, options, args.steps))
     ratios = {name: statistics.median(each) / statistics.median(seen["one"]) for name, each in seen.items()}
     for name, each in seen.items():
         print(f"{name}: {ratios[name]:.2f}; tokens/s {', '.join(f'{value:.0f}' for value in each)}", flush=True)

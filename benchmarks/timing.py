@@ -1,7 +1,12 @@
-"""Shared by the benchmarks: the shape of the model, a clock for a Trainer, and medians of rounds."""
+"""Shared by the benchmarks: the shape of the model, a clock for a Trainer, ranks, and medians of rounds."""
 
+import multiprocessing
+import os
+import socket
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -44,6 +49,34 @@ def rows(count: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     length = CONFIG.seq_length
     return [{"input_ids": torch.randint(CONFIG.vocab_size, (length,), generator=generator)} for _ in range(count)]
+
+
+def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> Any:
+    """What ``function(rank, world, *args)`` returns on the first of as many processes of one thread each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_megatron", "lightning.pytorch"])
+    told = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    each = [context.Process(target=_rank, args=(rank, world, port, told, function, args)) for rank in range(world)]
+    for rank in each:
+        rank.start()
+    found = told.get(timeout=3600)
+    for rank in each:
+        rank.join()
+    return found
+
+
+def _rank(rank: int, world: int, port: int, told: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="benchmark",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    found = function(rank, world, *args)
+    if rank == 0:
+        told.put(found)
 
 
 def tell(title: str, sides: dict[str, list[float]]) -> None:
