@@ -41,7 +41,17 @@ ELSEWHERE = {
     "t5.md": "test_family_docs.py",
     "too_big.md": "test_first_questions.py",
 }
-HERE = {"index.md", "layouts.md", "precision.md", "multi_node.md", "hangs.md", "monitoring.md", "../README.md"}
+HERE = {
+    "index.md",
+    "layouts.md",
+    "long_sequences.md",
+    "experts.md",
+    "precision.md",
+    "multi_node.md",
+    "hangs.md",
+    "monitoring.md",
+    "../README.md",
+}
 CHECKED_BY_CI = {"contributing.md"}  # .ci/run
 PAGES = [*sorted(path.name for path in DOCS.glob("*.md")), "../README.md"]
 
@@ -111,6 +121,17 @@ def test_layouts(tmp_path, capsys):
         p = int(p)
         waits = [(p - 1) / (v * m + p - 1) for v, m in ((1, p), (1, 4 * p), (1, 16 * p), (2, 4 * p))]
         assert [round(100 * wait) for wait in waits] == [int(share) for share in shares]
+
+
+def test_long_sequences(tmp_path):
+    (code,) = blocks("long_sequences.md")
+    told = script(tmp_path, code).splitlines()[-1]
+    assert f"print(trainer.strategy.layout.sizes)  # {told}\n" in code
+
+
+def test_experts(tmp_path):
+    config = names_of("experts.md", tmp_path)["config"]
+    assert config.experts.num == 8
 
 
 def test_precision(tmp_path):
