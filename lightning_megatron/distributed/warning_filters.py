@@ -9,7 +9,7 @@ import warnings
 _IGNORED = (
     (FutureWarning, r"`torch\.distributed\.\w+_tensor` is deprecated"),  # megatron-core's calls, under torch 2.13
     (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf"),  # its optimizer clears shards' gradients
-    (UserWarning, r"When using (async grad allreduce|sequence parallelism) it is recommended"),  # CUDA streams, each layer
+    (UserWarning, r"When using (async grad allreduce|sequence parallelism) it is recommended"),  # CUDA streams
     (UserWarning, r"full scope is deprecated"),  # of CUDA graphs, which nobody asked for
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),  # Lightning's own, under torch 2.13
     (UserWarning, r"If you are using transformer_engine as the transformer implementation"),  # recomputation: it is not
