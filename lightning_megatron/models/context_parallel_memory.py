@@ -23,18 +23,6 @@ def share(stack: Any, cp: int, multiple: int) -> Any:
     return stack._replace(tokens=padded(stack.tokens) // cp, attention=keys)
 
 
-def way_for(asked: ContextComm | None, cp: int, heads: int, groups: int) -> ContextComm:
-    """The way in which attention reaches across ranks, as ``models/layers/context_parallel/ways.py`` chooses it.
-
-    Args:
-        asked: ``MegatronStrategy(cp_comm=)``.
-        cp: Number of ranks that share a sequence.
-        heads: Query heads of a tensor-parallel rank.
-        groups: Key-value heads of a tensor-parallel rank.
-    """
-    return asked or ("all_gather" if heads % cp or groups % cp else "all_to_all")
-
-
 def kept_beside(way: ContextComm, query: float, key: float) -> float:
     """Numbers that attention keeps of a layer beside its own queries, keys, values and output; as ``held_at_once``.
 

@@ -21,9 +21,10 @@ from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ContextComm, ParallelLayout
 from lightning_megatron.distributed.memory_table import MemoryTable, StageMemory
-from lightning_megatron.models.context_parallel_memory import held_at_once, kept_beside, share, way_for
+from lightning_megatron.models.context_parallel_memory import held_at_once, kept_beside, share
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.chunked_cross_entropy import LONGEST_CHUNK
+from lightning_megatron.models.layers.context_parallel import ways
 from lightning_megatron.models.lora.config import LoRA
 from lightning_megatron.models.parameter_counts import Part
 from lightning_megatron.models.recompute import Recompute
@@ -195,7 +196,13 @@ class _Layers:
         self.joins_norms = self.fused and "layernorm" not in modules  # with the sums before them
         self.heads = config.num_attention_heads / layout.tp
         self.groups = config.sizes()["num_query_groups"] / layout.tp
-        self.way = way_for(training.cp_comm, self.cp, int(self.heads), int(self.groups))
+        self.way = ways.chosen(
+            training.cp_comm,
+            cp=self.cp,
+            tp=layout.tp,
+            heads=config.num_attention_heads,
+            groups=config.sizes()["num_query_groups"],
+        )
         self.size = config.kv_channels or config.hidden_size // config.num_attention_heads
         self.trained = TrainedSizes(config, layout, training.lora)
 

@@ -22,7 +22,9 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ContextComm, ParallelLayout
 from lightning_megatron.distributed.other_names import VALUE_NAMES
 from lightning_megatron.models.kernels import Kernels
+from lightning_megatron.models.layers.context_parallel import ways
 from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.models.model_config import ModelConfig
 from lightning_megatron.models.recompute import check as check_recompute
 from lightning_megatron.strategy import single_rank
 from lightning_megatron.training.microbatches import MicroBatching
@@ -78,6 +80,29 @@ def check_cp_comm(cp_comm: object, cp: int) -> None:
             f"MegatronStrategy(cp_comm={cp_comm!r}) says how ranks that share a sequence exchange it, and with cp=1"
             " none do. Use cp=2 or more, or leave cp_comm out."
         )
+
+
+def check_way(module: object, layout: ParallelLayout, cp_comm: str | None) -> None:
+    """Refuse a way across ranks that cannot compute the module's attention, before a rank starts.
+
+    Raises:
+        MisconfigurationException: The message has a way that can.
+    """
+    config = getattr(module, "config", None)
+    if layout.cp == 1 or not isinstance(config, ModelConfig) or config.layers != "torch":
+        return
+    try:
+        ways.chosen(
+            cp_comm,
+            cp=layout.cp,
+            tp=layout.tp,
+            heads=config.num_attention_heads,
+            groups=config.sizes()["num_query_groups"],
+            dropout=config.attention_dropout,
+            biased=getattr(config, "position_embedding", None) == "relative",
+        )
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from None
 
 
 def check_settings(

@@ -240,6 +240,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
             model.connect_data(model.trainer.datamodule)  # type: ignore[attr-defined]
             self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))
             model.check_layout(self.layout)
+            checks.check_way(model, self.layout, self.cp_comm)
         else:
             plain_module.check_layout(model, self.layout)
 

@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from lightning_megatron.distributed.layout import ContextComm
 from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.layers import flex_attention, sdpa
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams, causal_pattern
@@ -79,9 +80,17 @@ class TorchAttention(torch.nn.Module):
                     " both directions. Leave it out."
                 )
             self.window = config.window_size[0] + 1
-        self.way: ways.Way | None = None
+        self.way: ContextComm | None = None
         if config.context_parallel_size > 1:
-            self.way = ways.chosen(config, self.dropout, biased=self.biased)
+            self.way = ways.chosen(
+                config.cp_comm_type,
+                cp=config.context_parallel_size,
+                tp=config.tensor_model_parallel_size,
+                heads=config.num_attention_heads,
+                groups=config.num_query_groups or config.num_attention_heads,
+                dropout=self.dropout,
+                biased=self.biased,
+            )
         # Under sequence parallelism megatron-core has entered the tensor-parallel random state around the block.
         self.in_parallel_rng = config.sequence_parallel
 

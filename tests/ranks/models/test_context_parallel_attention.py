@@ -221,31 +221,29 @@ def test_a_rank_keeps_its_own_part_alone(way):
         assert bytes_kept < 4.3 * of_queries + (2.1 * of_queries if way == "all_gather" else 0)
 
 
-def _config(**sizes: Any) -> TransformerConfig:
-    return TransformerConfig(num_layers=1, hidden_size=48, **{"context_parallel_size": 2, **sizes})
+def _chosen(asked: str | None, heads: int, **more: Any) -> str:
+    return ways.chosen(asked, **{"cp": 2, "tp": 1, "heads": heads, "groups": heads, **more})
 
 
 def test_the_best_way_is_chosen_by_heads():
-    assert ways.chosen(_config(num_attention_heads=4), 0.0, biased=False) == "all_to_all"
-    assert ways.chosen(_config(num_attention_heads=3), 0.0, biased=False) == "all_gather"
-    assert ways.chosen(_config(num_attention_heads=4, num_query_groups=1), 0.0, biased=False) == "all_gather"
-    assert ways.chosen(_config(num_attention_heads=4), 0.1, biased=True) == "all_to_all"
-    divided = _config(num_attention_heads=4, tensor_model_parallel_size=4)
-    assert ways.chosen(divided, 0.0, biased=False) == "all_gather"
+    assert _chosen(None, 4) == "all_to_all"
+    assert _chosen(None, 3) == "all_gather"
+    assert _chosen(None, 4, groups=1) == "all_gather"
+    assert _chosen(None, 4, dropout=0.1, biased=True) == "all_to_all"
+    assert _chosen(None, 4, tp=4) == "all_gather"
 
 
 def test_a_way_that_cannot_says_which_can():
     with pytest.raises(ValueError, match="3 heads do not divide by it. Use cp_comm='all_gather' or 'ring'"):
-        ways.chosen(_config(num_attention_heads=3, cp_comm_type="all_to_all"), 0.0, biased=False)
-    ring = _config(num_attention_heads=4, cp_comm_type="ring")
+        _chosen("all_to_all", 3)
     with pytest.raises(
         ValueError, match="'ring'. has no kernel for attention_dropout=0.1. Use .* or attention_dropout=0"
     ):
-        ways.chosen(ring, 0.1, biased=False)
+        _chosen("ring", 4, dropout=0.1)
     with pytest.raises(ValueError, match="'ring'. has no kernel for a relative position bias"):
-        ways.chosen(ring, 0.0, biased=True)
+        _chosen("ring", 4, biased=True)
     with pytest.raises(ValueError, match="cp_comm='p2p': use 'all_gather'"):
-        ways.chosen(_config(num_attention_heads=4, cp_comm_type="p2p"), 0.0, biased=False)
+        _chosen("p2p", 4)
 
 
 def test_shards_split_and_join():

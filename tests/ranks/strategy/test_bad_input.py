@@ -1,10 +1,12 @@
 """Bad input is refused with a clear error, on every rank, and nothing is left hanging (``run_ranks`` has a limit)."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_megatron import GPTConfig, MegatronStrategy
@@ -32,6 +34,22 @@ from tests.support.trainer import trainer
 def test_the_strategy_refuses_before_a_process_starts(options, message):
     with pytest.raises(Exception, match=message):
         Trainer(accelerator="cpu", devices=4, strategy=MegatronStrategy(**options), logger=False)
+
+
+@pytest.mark.parametrize(
+    ("way", "change", "message"),
+    [
+        ("all_to_all", {"num_attention_heads": 3, "hidden_size": 24}, "3 heads do not divide by it"),
+        ("ring", {"attention_dropout": 0.1}, "no kernel for attention_dropout=0.1"),
+    ],
+)
+def test_a_way_across_ranks_that_the_model_cannot_take(way, change, message):
+    strategy = MegatronStrategy(cp=2, cp_comm=way)
+    run = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    module = LoadedGPT(replace(plain_gpt.GPT2, **change))
+    module.trainer = run
+    with pytest.raises(MisconfigurationException, match=message):
+        strategy.connect(module)
 
 
 def test_misspelt_names():

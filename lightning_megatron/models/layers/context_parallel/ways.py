@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from megatron.core.transformer import TransformerConfig
-
-Way = Literal["all_gather", "all_to_all", "ring"]
+from lightning_megatron.distributed.layout import ContextComm
 
 
-def chosen(config: TransformerConfig, dropout: float, *, biased: bool) -> Way:
-    """The way that ``config.cp_comm_type`` names; None is the one that keeps and sends least.
+def chosen(
+    asked: str | None, *, cp: int, tp: int, heads: int, groups: int, dropout: float = 0.0, biased: bool = False
+) -> ContextComm:
+    """The way that ``MegatronStrategy(cp_comm=)`` names; None is the one that keeps and sends least.
 
     That is "all_to_all" where heads and groups divide: each rank then has whole rows of a part of the heads, so that
     the kernels are those of one rank, and whatever a row hides costs all ranks the same. Elsewhere it is "all_gather",
@@ -18,20 +16,22 @@ def chosen(config: TransformerConfig, dropout: float, *, biased: bool) -> Way:
     pair of chunks.
 
     Args:
-        config: Megatron's transformer configuration.
+        asked: ``cp_comm``.
+        cp: Number of ranks that share a row.
+        tp: Number of ranks that share each layer.
+        heads: Query heads of the whole model.
+        groups: Key-value heads of the whole model.
         dropout: Probability that attention drops a weight.
         biased: Whether attention adds a position bias to the scores.
 
     Raises:
         ValueError: That way cannot compute this layer; the message has one that can.
     """
-    cp, tp, asked = config.context_parallel_size, config.tensor_model_parallel_size, config.cp_comm_type
-    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
-    heads, groups = heads // tp, max(groups // tp, 1)
+    own, groups = heads // tp, max(groups // tp, 1)
     if asked is None:
-        return "all_gather" if heads % cp or groups % cp else "all_to_all"
-    if asked == "all_to_all" and heads % cp:
-        each = f"{config.num_attention_heads} heads" + (f" / tp={tp} = {heads} heads" if tp > 1 else "")
+        return "all_gather" if own % cp or groups % cp else "all_to_all"
+    if asked == "all_to_all" and own % cp:
+        each = f"{heads} heads" + (f" / tp={tp} = {own} heads" if tp > 1 else "")
         raise ValueError(
             f"MegatronStrategy(cp_comm='all_to_all') gives each of the cp={cp} ranks a part of the heads, and {each} do"
             " not divide by it. Use cp_comm='all_gather' or 'ring', or another cp."
@@ -45,4 +45,4 @@ def chosen(config: TransformerConfig, dropout: float, *, biased: bool) -> Way:
         )
     if asked not in ("all_gather", "all_to_all", "ring"):
         raise ValueError(f"cp_comm={asked!r}: use 'all_gather', 'all_to_all' or 'ring', or None for the best one.")
-    return asked
+    return asked  # type: ignore[return-value]
