@@ -124,7 +124,7 @@ def test_help_describes_every_argument(tmp_path):
         (["--trainer.strategy.tp", "3"], r"tp=3, pp=2\): 3 × 2 = 6 ranks do not divide the world of 4. Use tp=2"),
         (["--trainer.strategy.cp", "3"], r"tp=2, pp=2, cp=3\): 2 × 2 × 3 = 12 ranks do not divide the world of 4. Use"),
         (["--trainer.strategy.cp_comm", "p2p"], "cp_comm=p2p is unknown; did you mean ring?"),
-        (["--trainer.strategy.ep", "2"], r"expert parallelism \(ep\) of 2 is refused.* Use ep=1"),
+        (["--trainer.strategy.ep", "2"], "do not divide the 2 ranks of a pipeline stage. Use ep=1"),
         (["--trainer.devices", "none"], "`devices` selected with `CPUAccelerator` should be an int > 0"),
         (["--trainer.precision", "64-true"], "precision.*64"),
         (["--model.config.num_attention_heads", "5"], "the model does not fit"),

@@ -24,7 +24,7 @@ from tests.support.trainer import trainer
         ({"cp": 3}, "cp=2 or cp=4"),
         ({"cp": 2, "cp_comm": "p2p"}, "use 'ring'"),
         ({"cp_comm": "ring"}, "with cp=1"),
-        ({"ep": 2}, "expert parallelism"),
+        ({"ep": 3}, "ep=2 or ep=4"),
         ({"micro_batch_size": 2, "num_microbatches": 2}, "give one"),
         ({"micro_batch_size": 0}, "whole number"),
         ({"recompute": "all"}, "'selective' or 'full'"),
