@@ -20,6 +20,7 @@ _OF_KEYS = {
     "cu_seq_lens_k": "cu_seq_lens_q",
 }
 _NUMBERS = "seq_idx"  # transformers' and Mamba's: the number of each token's document, [b, s]
+KEYS = (*_BORDERS, *_OF_KEYS, _NUMBERS)  # of a batch
 
 Batch = Mapping[str, torch.Tensor]
 

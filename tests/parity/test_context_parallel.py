@@ -43,7 +43,8 @@ def truth(name: str) -> dict[str, Any]:
 
 def assert_same_training(name: str, layout: Layout, accumulate: int = 1, **options: Any) -> None:
     expected, config = truth(name), getattr(plain_gpt, name)
-    train = functools.partial(parallel_gpt.train, packed="PACKED" in name, full=expected["weights"], **options)
+    options = {"packed": "PACKED" in name, **options}
+    train = functools.partial(parallel_gpt.train, full=expected["weights"], **options)
     ranks = run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP, accumulate)
     assert_gpt_trained_alike(ranks, expected, losses=accumulate == 1)
 
@@ -79,6 +80,15 @@ def test_accumulation_is_one_big_batch(layout: Layout) -> None:
 @pytest.mark.parametrize("comm", COMMS)
 def test_recomputation_and_micro_batches_change_nothing(comm: str, options: dict[str, Any]) -> None:
     assert_same_training("WINDOWED", Layout(cp=2), cp_comm=comm, **options)
+
+
+BORDERS = [Layout(pp=2, vp=2), Layout(cp=2), Layout(cp=2, pp=2), Layout(tp=2, sp=True)]
+
+
+@pytest.mark.parametrize("layout", BORDERS, ids=str)
+@pytest.mark.parametrize("name", ["PACKED", "PACKED_GPT2"])
+def test_borders_between_documents_reach_every_stage(name: str, layout: Layout) -> None:
+    assert_same_training(name, layout, packed="borders", recompute="full" if layout.pp == 1 else None)
 
 
 @pytest.mark.parametrize("layout", [Layout(cp=2), Layout(cp=2, tp=2, sp=True)], ids=str)

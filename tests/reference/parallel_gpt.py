@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import Dataset
 
@@ -40,8 +41,11 @@ def text_samples(config: GPTConfig, rows: int) -> dict[str, torch.Tensor]:
     return {"tokens": tokens, "labels": ids[1:].view(rows, length), "loss_mask": mask}
 
 
-def packed_samples(config: GPTConfig, rows: int) -> dict[str, torch.Tensor]:
-    """``text_samples``, each row of which is three documents, cut elsewhere in each row; no label crosses an end."""
+def packed_samples(config: GPTConfig, rows: int, *, borders: bool = False) -> dict[str, torch.Tensor]:
+    """``text_samples``, each row of which is three documents, cut elsewhere in each row; no label crosses an end.
+
+    Their positions say so, or ``borders`` between them.
+    """
     samples, length = text_samples(config, rows), config.seq_length
     places = torch.arange(length)
     first = torch.tensor(
@@ -49,7 +53,10 @@ def packed_samples(config: GPTConfig, rows: int) -> dict[str, torch.Tensor]:
     )
     starts = torch.where(places >= first[:, 1:], first[:, 1:], torch.where(places >= first[:, :1], first[:, :1], 0))
     ends = torch.zeros(rows, length).scatter(1, first - 1, 1.0)
-    return {**samples, "loss_mask": samples["loss_mask"] * (1 - ends), "position_ids": places - starts}
+    samples["loss_mask"] = samples["loss_mask"] * (1 - ends)
+    if borders:
+        return {**samples, "cu_seqlens": F.pad(F.pad(first, (1, 0)), (0, 1), value=length).int()}
+    return {**samples, "position_ids": places - starts}
 
 
 class LoadedGPT(FromTruth, GPTModule):
@@ -89,7 +96,7 @@ def train(
     loss_scale: float | None = None,
     terms: dict[str, float] | None = None,
     kind: type[LoadedGPT] = LoadedGPT,
-    packed: bool = False,
+    packed: bool | str = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train on this rank; with the final weights of the truth in ``full``, the worst distance to them."""
@@ -104,7 +111,8 @@ def train(
         gradient_clip_val=clip,
         callbacks=[watch],
     )
-    samples = (packed_samples if packed else text_samples)(config, total_rows or rows * steps)
+    count = total_rows or rows * steps
+    samples = packed_samples(config, count, borders=packed == "borders") if packed else text_samples(config, count)
     run.fit(module, loader(Rows(samples), layout, rows // accumulate, run))
     distance = module.distance(full) if full else 0.0
     return {"losses": watch.losses, "norms": watch.norms, "distance": distance, "steps": run.global_step}

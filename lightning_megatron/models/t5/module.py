@@ -13,6 +13,7 @@ from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.sequence_shards import SequenceShards
+from lightning_megatron.models import row_documents
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule
@@ -120,6 +121,11 @@ class T5Module(GeneratingModule):
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         model.start_queries_small()
         return model
+
+    def _unmet_keys(self) -> dict[str, str]:
+        return dict.fromkeys(
+            (*row_documents.KEYS,), "texts that share a row would see one another in a T5; give each a row of its own"
+        )
 
     def _check_loaded(self, batch: Batch) -> None:
         """Refuse a batch without tokens or targets, with ids out of range, too long, or with masks of another shape."""
