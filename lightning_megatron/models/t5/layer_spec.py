@@ -56,7 +56,8 @@ class RelativeAttention(TorchAttention):
         if self.way != "all_to_all":
             return heads_of_part_of_bias(self.position_bias, shards, queries)
         length = queries * shards.size
-        return heads_of_bias(self.position_bias, length, length).chunk(shards.size, dim=1)[shards.rank]
+        whole = heads_of_bias(self.position_bias, length, length)
+        return whole.chunk(shards.size, dim=1)[shards.rank].clone()  # a copy does not keep the other ranks' heads
 
 
 def heads_of_bias(position_bias: RelativePositionEmbedding, queries: int, keys: int) -> torch.Tensor:
