@@ -210,15 +210,19 @@ def kept(ranks: int, way: str, length: int) -> tuple[int, int]:
     own = [layer.shards_of_queries.take(tensor, 0).requires_grad_() for tensor in tensors]
     with SavedBytes([]) as saved:
         result = layer(*own)
+    until_backward = saved.now
     result.sum().backward()
-    return saved.now, own[0].nbytes
+    return until_backward, own[0].nbytes
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_keeps_its_own_part_alone(way):
-    """Queries, keys, values, the result, the log-sum-exp of each head, and nothing of the others' parts."""
+    """Queries, keys, values, the result, the log-sum-exp of each head, and nothing of the others' parts.
+
+    A head's log-sum-exp is an eighth of its 8 channels. To be gathered again, keys and values are kept side by side.
+    """
     for bytes_kept, of_queries in run_in_pool(4, kept, 4, way, 1024):
-        assert bytes_kept < 4.3 * of_queries + (2.1 * of_queries if way == "all_gather" else 0)
+        assert 4 * of_queries <= bytes_kept <= 4.25 * of_queries
 
 
 def _chosen(asked: str | None, heads: int, **more: Any) -> str:
