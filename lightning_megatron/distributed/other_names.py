@@ -94,6 +94,8 @@ OTHERS: dict[str, dict[str, str]] = {
         "tie_embeddings": "tie_word_embeddings share_embeddings_and_output_weights weight_tying tie_weights"
         " untie_embeddings_and_output_weights tied_embeddings",
         "embedding_multiplier": "embedding_scale scale_embeddings embed_scale normalize_embedding",
+        "rotary_layers": "no_rope_layers no_rope_freq no_rope_layer_interval nope_layers",
+        "logits_divisor": "logits_scaling logit_scale logits_scale",
         "extra": "config_kwargs model_kwargs other_megatron_args transformer_config",
     },
     "BertConfig": {

@@ -83,7 +83,7 @@ class Target:
             dtype = named
         if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
             raise TypeError(f"tokenizer={tokenizer!r} has no save_pretrained: use a tokenizer of transformers'.")
-        found.write_config(config)
+        found.written(config)
         low_rank = updates and updates(found.weight_mapping(config))
         return cls(found, config, origin, dtype, in_bytes(max_shard_size), tokenizer, low_rank)
 

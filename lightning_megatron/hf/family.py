@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
+from lightning_megatron.hf.refused_architectures import why_refused
 from lightning_megatron.hf.weight_mapping import WeightMapping
 
+_ADD_ONE = " To add one, write a subclass of lightning_megatron.hf.Family, under 80 lines; docs/hf.md shows one."
 _FAMILIES: dict[str, Family] = {}
 
 
@@ -24,6 +26,7 @@ class Family:
         head: Prefixes of their tensors that belong to a task: another task's are left where they are, and those that
             are missing start anew.
         body: Prefixes of the tensors that do not belong to a head, where that is not ``prefix``.
+        expresses: Fields of our configuration that few families have (its ``rare`` ones) and this one has.
     """
 
     model_type: ClassVar[str] = ""
@@ -32,6 +35,7 @@ class Family:
     buffers: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[tuple[str, ...]] = ()
     body: ClassVar[tuple[str, ...]] = ()
+    expresses: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         if hasattr(cls, "pieces"):
@@ -54,6 +58,17 @@ class Family:
             UnsupportedConfigError: The family has no such model.
         """
         raise NotImplementedError
+
+    def written(self, config: Any) -> dict[str, Any]:
+        """``write_config``, where nothing of the configuration is beyond what the family ``expresses``.
+
+        Raises:
+            UnsupportedConfigError: The family has no such model.
+        """
+        for name in getattr(config, "rare", ()):
+            if name not in self.expresses:
+                self._require(config, **{name: (getattr(type(config), name),)})
+        return self.write_config(config)
 
     def weight_mapping(self, config: Any) -> WeightMapping:
         """Return our name of each tensor of the model, and the tensors of transformers' that it is made of."""
@@ -104,8 +119,8 @@ def family_of(model_type: str) -> Family:
     known = known_families()
     if model_type not in known:
         raise UnsupportedConfigError(
-            f"model_type {model_type!r} is not among the families that can be loaded: {', '.join(known)}. To add one,"
-            " write a subclass of lightning_megatron.hf.Family, under 80 lines; docs/hf.md shows one."
+            f"model_type {model_type!r} is not among the families that can be loaded: {', '.join(known)}."
+            + (why_refused(model_type) or _ADD_ONE)
         )
     return known[model_type]
 
@@ -125,7 +140,7 @@ def family_for(config: Any) -> Family:
     for family in known_families().values():
         if family.kind == kind_of(config):
             try:
-                family.write_config(config)
+                family.written(config)
                 return family
             except UnsupportedConfigError as error:
                 reasons.append(str(error))

@@ -68,7 +68,7 @@ def their_config(family: Family, config: Any, base: dict[str, Any] | None, dtype
         UnsupportedConfigError: The family has no such model.
     """
     known = {name: value for name, value in (base or {}).items() if name not in ("model_type", "transformers_version")}
-    fields = {**known, **family.write_config(config)}
+    fields = {**known, **family.written(config)}
     if "num_labels" in fields and len(known.get("id2label", ())) == fields["num_labels"]:
         fields.pop("num_labels")  # it would number the labels anew
     elif "num_labels" in fields:

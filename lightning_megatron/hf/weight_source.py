@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from lightning_megatron.hf.meta_model import class_named
+from lightning_megatron.hf.refused_architectures import refuse_remote_code
 from lightning_megatron.hf.weight_mapping import Shape
 
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -176,7 +177,7 @@ class DescribedModel(InMemory):
     """
 
     def __init__(self, name: str, revision: str | None) -> None:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = _config(name, revision)
         architecture = str((config.architectures or [""])[0])
         model_class = class_named(architecture)
         if model_class is None:
@@ -220,7 +221,7 @@ def open_source(source: str | Path | transformers.PreTrainedModel, revision: str
         if _only_described.get():
             return DescribedModel(str(source), revision)
         folder = _from_hub(str(source), revision)
-    config = AutoConfig.from_pretrained(folder)
+    config = _config(folder)
     if (folder / _SAFETENSORS).is_file() or (folder / f"{_SAFETENSORS}.index.json").is_file():
         return SafetensorsFiles(folder, config)
     if (folder / _PICKLED).is_file() or (folder / f"{_PICKLED}.index.json").is_file():
@@ -229,6 +230,13 @@ def open_source(source: str | Path | transformers.PreTrainedModel, revision: str
         f"{folder} holds no weights: neither {_SAFETENSORS} nor {_PICKLED}, nor an index of several such files; it has"
         f" {', '.join(sorted(file.name for file in folder.iterdir())) or 'no files'}."
     )
+
+
+def _config(source: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """transformers' configuration of a directory, or of a model on the hub."""
+    refuse_remote_code(str(source), PreTrainedConfig.get_config_dict(source, revision=revision)[0])
+    found: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+    return found
 
 
 def _generation(folder: Path) -> dict[str, Any] | None:

@@ -266,16 +266,19 @@ class _Layers:
         return min(recompute, part.layers) if isinstance(recompute, int) else 0
 
     def layer(self, index: int) -> float:
-        """One layer of a stack: attention, feed-forward layer, and a norm before (or behind) each."""
+        """One layer of a stack: attention, feed-forward layer, and a norm before (or behind, or both) each."""
         stack = self.stacks[index]
-        total = 0.0
+        placement = getattr(self.config, "norm_placement", "pre")
+        recomputed = "layernorm" in self.modules and placement != "output"
+        total = 2 * self._norm(index, False, 0.0) if placement == "sandwich" else 0.0
         for number in range(len(stack.attention)):
             first = ("self_attention.linear_qkv", "cross_attention.linear_q")[number]
             output = self.trained.keeps_input(index, first)
-            total += self._norm(index, "layernorm" in self.modules, output) + self._attention(index, number)
+            total += self._norm(index, recomputed, output) + self._attention(index, number)
             total += self._mask(index) if self.config.hidden_dropout else 0.0
         output = self.trained.keeps_input(index, "mlp.linear_fc1")
-        total += self._norm(index, "layernorm" in self.modules, output) + self._feed_forward(index)
+        shared = getattr(self.config, "shared_norm", False)
+        total += (0.0 if shared else self._norm(index, recomputed, output)) + self._feed_forward(index)
         return total + (self._mask(index) if self.config.hidden_dropout else 0.0)
 
     def logits(self) -> tuple[float, float]:
@@ -356,6 +359,8 @@ class _Layers:
         total = query + 2 * key
         if getattr(self.config, "position_embedding", None) == "rope" and not self.fused:
             total += query + key
+        if self.config.extra.get("qk_layernorm"):
+            updates += self._normed_heads(query + key)
         if recomputed and "core_attn" in self.modules:
             return updates + (total + output * query) * element
         if self.cp > 1:
@@ -378,6 +383,11 @@ class _Layers:
             return 0.0
         kinds = [(index, number) for index, stack in enumerate(self.stacks) for number in range(len(stack.attention))]
         return self.element * max(held_at_once(self.way, self.cp, *self._queries_and_keys(*kind)) for kind in kinds)
+
+    def _normed_heads(self, numbers: float) -> float:
+        """What norms of queries and keys keep, as ``_norm``; their outputs are rotated, and not kept."""
+        plain = self.settings.get("normalization", "LayerNorm") == "LayerNorm" or self.training.device == "cuda"
+        return numbers * (self.element if plain else 8)
 
     def _feed_forward(self, index: int, recomputed: bool = True) -> float:
         """The activation's input, which is twice as wide where it is gated, and its output ``[s, b, ffn/tp]``.

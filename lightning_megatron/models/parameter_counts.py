@@ -58,10 +58,17 @@ def layer(config: Any, layout: ParallelLayout, attentions: int) -> int:
     heads, groups = config.num_attention_heads * size // layout.tp, sizes["num_query_groups"] * size // layout.tp
     attention = (hidden + qkv_bias) * (heads + 2 * groups) + hidden * heads + bias * hidden + norm(config)
     if config.extra.get("qk_layernorm"):
-        attention += 2 * size * norm(config) // hidden
+        joint = getattr(config, "joint_qk_norm", False)
+        normed = config.num_attention_heads + sizes["num_query_groups"] if joint else 2
+        attention += normed * size * norm(config) // hidden
     width = (config.ffn_hidden_size or 4 * hidden) // layout.tp
     first = (2 if config.is_gated else 1) * width
-    return attentions * attention + (hidden + bias) * first + width * hidden + bias * hidden + norm(config)
+    feed_forward = (hidden + bias) * first + width * hidden + bias * hidden + norm(config)
+    if getattr(config, "norm_placement", "pre") == "sandwich":
+        feed_forward += 2 * norm(config)
+    if getattr(config, "shared_norm", False):
+        feed_forward -= norm(config)
+    return attentions * attention + feed_forward
 
 
 def norm(config: Any) -> int:

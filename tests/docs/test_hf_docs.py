@@ -1,5 +1,6 @@
 """The code of docs/hf.md runs, and the family that it adds is transformers'."""
 
+import pytest
 import torch
 import transformers
 
@@ -21,17 +22,18 @@ def test_finetuning_and_the_command(tmp_path):
     assert finetuned(ids, labels=ids).loss < start(ids, labels=ids).loss - 0.5  # it has learned to count
 
 
-def test_the_family_that_is_added(tmp_path, monkeypatch):
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_family_that_is_added(tmp_path, monkeypatch, parallel):
     monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
     assert ADDED.count("\n") < 80
-    exec(compile(ADDED, "hf.md", "exec"), {"__name__": "starcoder2"})
+    exec(compile(ADDED, "hf.md", "exec"), {"__name__": "stablelm"})
     torch.manual_seed(0)
-    config = transformers.Starcoder2Config(
+    config = transformers.StableLmConfig(
         vocab_size=211, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=64, sliding_window=7, bos_token_id=0, eos_token_id=1,
-        initializer_range=0.2,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, use_qkv_bias=True,
+        use_parallel_residual=parallel,
     )  # fmt: skip
-    model, ids = transformers.Starcoder2ForCausalLM(config).eval(), torch.randint(0, 211, (2, 33))
+    model, ids = transformers.StableLmForCausalLM(config).eval(), torch.randint(0, 211, (2, 33))
     module = AutoModule.from_pretrained(model).eval()
     module.save_pretrained(tmp_path / "out")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

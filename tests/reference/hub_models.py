@@ -89,6 +89,47 @@ _PHI3 = {
     "sliding_window": 15, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.40.2",
     "use_cache": True, "attention_bias": False, "vocab_size": VOCAB,
 }  # fmt: skip
+_NEW: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 24, "initializer_range": 0.02, "intermediate_size": 40, "max_position_embeddings": 64,
+    "num_attention_heads": 6, "num_hidden_layers": 5, "num_key_value_heads": 2, "pad_token_id": 0,
+    "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_cache": True, "vocab_size": VOCAB,
+}  # fmt: skip
+_OLMO2 = {**_NEW, "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "transformers_version": "4.47.0"}
+_GRANITE = {
+    **_NEW, "architectures": ["GraniteForCausalLM"], "attention_multiplier": 0.0078125, "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0, "mlp_bias": False, "model_type": "granite", "residual_multiplier": 0.22,
+    "rope_scaling": None, "tie_word_embeddings": True,
+}  # fmt: skip
+_SMOLLM3 = {
+    **_NEW, "architectures": ["SmolLM3ForCausalLM"], "layer_types": ["full_attention"] * 5, "max_window_layers": 28,
+    "mlp_bias": False, "model_type": "smollm3", "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0, 1],
+    "pretraining_tp": 2, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+    "use_sliding_window": False,
+}  # fmt: skip
+_GLM4 = {
+    **_NEW, "architectures": ["Glm4ForCausalLM"], "attention_bias": False, "head_dim": 8, "model_type": "glm4",
+    "eos_token_id": [40, 41], "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05,
+}  # fmt: skip
+_STARCODER2: dict[str, Any] = {
+    "architectures": ["Starcoder2ForCausalLM"], "attention_dropout": 0.1, "attention_softmax_in_fp32": True,
+    "bos_token_id": 0, "embedding_dropout": 0.1, "eos_token_id": 0, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 24, "initializer_range": 0.018042, "intermediate_size": 96, "layer_norm_epsilon": 1e-05,
+    "max_position_embeddings": 64, "mlp_type": "default", "model_type": "starcoder2", "norm_epsilon": 1e-05,
+    "norm_type": "layer_norm", "num_attention_heads": 6, "num_hidden_layers": 5, "num_key_value_heads": 2,
+    "residual_dropout": 0.1, "rope_theta": 999999.4420358813, "scale_attention_softmax_in_fp32": True,
+    "scale_attn_weights": True, "sliding_window": 8, "torch_dtype": "float32", "use_bias": True, "use_cache": True,
+    "vocab_size": VOCAB,
+}  # fmt: skip
+_PHI: dict[str, Any] = {
+    "architectures": ["PhiForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 50, "embd_pdrop": 0.0,
+    "eos_token_id": 50, "hidden_act": "gelu_new", "hidden_size": 24, "initializer_range": 0.02,
+    "intermediate_size": 96, "layer_norm_eps": 1e-05, "max_position_embeddings": 64, "model_type": "phi",
+    "num_attention_heads": 3, "num_hidden_layers": 5, "num_key_value_heads": None, "partial_rotary_factor": 0.5,
+    "qk_layernorm": False, "resid_pdrop": 0.0, "rope_scaling": None, "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True, "vocab_size": VOCAB,
+}  # fmt: skip
 _BERT: dict[str, Any] = {
     "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False,
     "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 24, "initializer_range": 0.02,
@@ -166,6 +207,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "google/codegemma-2b": {**_GEMMA, "hidden_activation": None, "hidden_act": "gelu_pytorch_tanh"},
     "microsoft/Phi-3-mini-4k-instruct": _PHI3,
     "microsoft/phi-4": {**_PHI3, "sliding_window": None, "rope_theta": 250000, "num_key_value_heads": 2},
+    "allenai/OLMo-2-1124-7B": _OLMO2,
+    "ibm-granite/granite-3.3-2b-instruct": _GRANITE,
+    "HuggingFaceTB/SmolLM3-3B": _SMOLLM3,
+    "zai-org/GLM-4-9B-0414": _GLM4,
+    "zai-org/GLM-4-32B-Base-0414": {**_GLM4, "attention_bias": True},
+    "bigcode/starcoder2-3b": _STARCODER2,
+    "microsoft/phi-2": {**_PHI, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
+    "microsoft/phi-1": {**_PHI, "qk_layernorm": True},
     "google-bert/bert-base-uncased": _BERT,
     "google-bert/bert-base-multilingual-cased": {**_BERT, **_POOLER},
     "google-bert/bert-base-chinese": {**_BERT, **_POOLER, "transformers_version": "4.0"},

@@ -43,6 +43,18 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GROUPED, head_dim=12, tie_word_embeddings=True)),
     "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_GROUPED, head_dim=12)),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_GROUPED, **_IDS, sliding_window=9)),
+    "starcoder2": lambda: hf.Starcoder2ForCausalLM(hf.Starcoder2Config(**_GROUPED, **_IDS, sliding_window=11)),
+    "smollm3": lambda: hf.SmolLM3ForCausalLM(
+        hf.SmolLM3Config(**_GROUPED, **_IDS, no_rope_layers=[1, 0], use_sliding_window=True, sliding_window=5)
+    ),
+    "granite": lambda: hf.GraniteForCausalLM(
+        hf.GraniteConfig(
+            **_GROUPED, embedding_multiplier=3.0, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=0.7
+        )
+    ),
+    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_GROUPED, **_IDS)),
+    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_GROUPED, partial_rotary_factor=0.25)),
+    "glm4": lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**_GROUPED, **_IDS, head_dim=12)),
     "bert-masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**_COMMON, **_NO_DROPOUT)),
     "bert-pretraining": lambda: hf.BertForPreTraining(hf.BertConfig(**_COMMON, **_NO_DROPOUT)),
     "bert-sequences": lambda: hf.BertForSequenceClassification(

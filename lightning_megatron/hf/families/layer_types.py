@@ -12,8 +12,9 @@ _WINDOW, _FULL = "sliding_attention", "full_attention"
 def read(fields: Fields) -> dict[str, Any]:
     """Arguments of ``GPTConfig``: the window, and the layers that have it."""
     kinds = fields("layer_types")
-    fields("use_sliding_window")
-    fields("max_window_layers")  # transformers has put both into `layer_types`
+    for name in ("use_sliding_window", "max_window_layers"):
+        if hasattr(fields.config, name):
+            fields(name)  # transformers has put both into `layer_types`
     window = fields("sliding_window")
     layers = [number for number, kind in enumerate(kinds) if kind == _WINDOW]
     if not layers:

@@ -21,6 +21,10 @@ class Llama(Family):
     prefix = "model."
     buffers = (r".*rotary_emb\.inv_freq",)
     partial_rotary = False  # whether transformers' class can turn a part of each head
+    norms: tuple[tuple[str, str], ...] = (  # of a layer: our names and theirs
+        ("input_layernorm", "input_layernorm"),
+        ("pre_mlp_layernorm", "post_attention_layernorm"),
+    )
 
     @override
     def read_config(self, fields: Fields) -> dict[str, Any]:
@@ -85,8 +89,7 @@ class Llama(Family):
         ours, theirs = "decoder.layers.{}.", "model.layers.{}."
         entries: dict[str, Any] = {
             "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-            f"{ours}input_layernorm.weight": f"{theirs}input_layernorm.weight",
-            f"{ours}pre_mlp_layernorm.weight": f"{theirs}post_attention_layernorm.weight",
+            **{f"{ours}{here}.weight": f"{theirs}{there}.weight" for here, there in self.norms},
             "decoder.final_layernorm.weight": "model.norm.weight",
             **self.linear_layers(ours, theirs, "weight"),
         }

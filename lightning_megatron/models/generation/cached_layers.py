@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import GraphableMegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -44,6 +45,7 @@ class CachedLayer(TransformerLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.shares_norm = self.mlp_beside and isinstance(self.pre_mlp_layernorm, IdentityOp)
         if type(self.mlp) is MLP:  # megatron-core warns of specs of a feed-forward layer that it does not know
             self.mlp.__class__ = CachedMLP
 
@@ -73,8 +75,9 @@ class CachedLayer(TransformerLayer):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> tuple[torch.Tensor, Any]:
+        normed = self.input_layernorm(hidden)
         attended = self.self_attention(
-            self.input_layernorm(hidden),
+            normed,
             attention_mask,
             inference_context=cache,
             rotary_pos_emb=rotary_pos_emb,
@@ -85,7 +88,9 @@ class CachedLayer(TransformerLayer):
         if context is not None:
             normed = self.pre_cross_attn_layernorm(between)
             between = added(self.cross_attention(normed, context_mask, key_value_states=context), between)
-        return added(self.mlp(self.pre_mlp_layernorm(hidden if self.mlp_beside else between)), between), context
+        if not self.shares_norm:
+            normed = self.pre_mlp_layernorm(hidden if self.mlp_beside else between)
+        return added(self.mlp(normed), between), context
 
 
 class CachedSelfAttention(SelfAttention):
@@ -96,8 +101,9 @@ class CachedSelfAttention(SelfAttention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        rare = ("attention_output_gate", "no_rope_freq", "flash_decode")
-        self.plain = not any(getattr(self.config, name) for name in rare)
+        self.plain = not any(getattr(self.config, name) for name in ("attention_output_gate", "flash_decode"))
+        without = self.config.no_rope_freq
+        self.rotates = not (without and without[self.layer_number - 1])
         self.joined = (
             self.plain
             and self.q_layernorm is self.k_layernorm is None
@@ -129,7 +135,7 @@ class CachedSelfAttention(SelfAttention):
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rotation = None
-        if rotary_pos_emb is not None:
+        if rotary_pos_emb is not None and self.rotates:
             rotation = cache.rotation(rotary_pos_emb, hidden, self.config.rotary_interleaved)
         query, key, value = self._query_key_value(hidden, rotation)
         mask_type = AttnMaskType.no_mask if cache.sequence_len_offset else self.attn_mask_type

@@ -9,6 +9,7 @@ from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models import parameter_counts
 from lightning_megatron.models.gpt.experts.config import Experts, refuse_own_fields
 from lightning_megatron.models.model_config import LayerStack, ModelConfig
 
@@ -42,12 +43,21 @@ class GPTConfig(ModelConfig):
         position_embedding: Learned absolute positions, rotary ones, or none.
         rotary_base: Base period of the rotary frequencies.
         rotary_percent: Share of a head's channels that is rotated.
+        rotary_layers: Numbers, from 0, of the layers that rotate queries and keys. None: all.
         rope_scaling: How the rotary frequencies are stretched for long sequences, as in transformers' configurations:
             ``{"rope_type": "llama3", "factor": 8.0, ...}``; kinds "linear", "llama3" and "yarn".
         sliding_window: Tokens that a token looks at, itself and those before it. None: all before it.
         sliding_window_layers: Numbers, from 0, of the layers that have the window. None: all.
         parallel_residual: Whether the feed-forward layer is beside attention, as in GPT-NeoX, not behind it.
+        shared_norm: Whether both then read the output of one norm, as in Phi.
+        norm_placement: "pre": a norm before attention and one before the feed-forward layer. "output": a norm on the
+            output of each, as in OLMo 2. "sandwich": both, as in GLM-4 and Gemma 2.
+        joint_qk_norm: Whether the norms of queries and keys (``extra={"qk_layernorm": True}``) are over all heads
+            together, as in OLMo 2, not over each.
         embedding_multiplier: Factor on the embeddings' output, as in Gemma.
+        residual_multiplier: Factor on the output of attention and feed-forward layers, as in Granite.
+        logits_divisor: Divides the logits, as in Granite.
+        output_bias: Whether the output layer has a bias, as in Phi.
         normalization: LayerNorm or RMSNorm.
         layernorm_epsilon: Added to the variance.
         activation: Activation of the feed-forward layer; "swiglu", "geglu" and "geglu_tanh" are gated.
@@ -69,16 +79,27 @@ class GPTConfig(ModelConfig):
     """
 
     kind: ClassVar[str] = "GPT"
+    rare: ClassVar[tuple[str, ...]] = (
+        "rotary_layers", "shared_norm", "norm_placement", "joint_qk_norm", "residual_multiplier", "logits_divisor",
+        "output_bias", "experts",
+    )  # fmt: skip
 
     num_query_groups: int | None = None
     position_embedding: Literal["learned", "rope", "none"] = "learned"
     rotary_base: float = 10000
     rotary_percent: float = 1.0
+    rotary_layers: list[int] | None = None
     rope_scaling: dict[str, Any] | None = None
     sliding_window: int | None = None
     sliding_window_layers: list[int] | None = None
     parallel_residual: bool = False
+    shared_norm: bool = False
+    norm_placement: Literal["pre", "output", "sandwich"] = "pre"
+    joint_qk_norm: bool = False
     embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    output_bias: bool = False
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     bias: bool = True
     qkv_bias: bool | None = None
@@ -89,23 +110,27 @@ class GPTConfig(ModelConfig):
         """Refuse choices that do not exist."""
         self._one_of("position_embedding", self.position_embedding, _POSITIONS)
         self._one_of("normalization", self.normalization, ("LayerNorm", "RMSNorm"))
+        self._one_of("norm_placement", self.norm_placement, ("pre", "output", "sandwich"))
         arguments = Arguments("GPTConfig")
         arguments.whole(optional=True, num_query_groups=self.num_query_groups, sliding_window=self.sliding_window)
         arguments.number(above=0, rotary_base=self.rotary_base)
         arguments.number(above=0, at_most=1, rotary_percent=self.rotary_percent)
-        arguments.number(embedding_multiplier=self.embedding_multiplier)
-        flags = ("parallel_residual", "bias", "tie_embeddings")
+        arguments.number(embedding_multiplier=self.embedding_multiplier, residual_multiplier=self.residual_multiplier)
+        arguments.number(above=0, logits_divisor=self.logits_divisor)
+        flags = ("parallel_residual", "shared_norm", "joint_qk_norm", "bias", "output_bias", "tie_embeddings")
         arguments.flag(**{name: getattr(self, name) for name in flags})
         arguments.flag(optional=True, qkv_bias=self.qkv_bias)
         super().__post_init__()
         arguments.kind(dict, "a dictionary with rope_type, factor, ...", optional=True, rope_scaling=self.rope_scaling)
         if self.rope_scaling is not None:
             self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), _ROPE_TYPES)
-        self._check_window()
+        self._check_layers("sliding_window_layers", "sliding_window", "its length")
+        self._check_layers("rotary_layers")
+        self._check_norms()
         self._check_experts()
         if self.layers != "torch":
-            for name, usual in (("rope_scaling", None), ("parallel_residual", False), ("embedding_multiplier", 1.0)):
-                if getattr(self, name) != usual:
+            for name in ("rope_scaling", "parallel_residual", "embedding_multiplier", *self.rare):
+                if getattr(self, name) != getattr(GPTConfig, name):
                     raise ValueError(f"GPTConfig({name}={getattr(self, name)!r}) needs layers='torch'.")
 
     def stacks(self, lengths: tuple[int, ...]) -> list[LayerStack]:
@@ -120,6 +145,11 @@ class GPTConfig(ModelConfig):
         """The embedding of tokens and, where they are learned, of positions."""
         positions = self.seq_length * self.hidden_size if self.position_embedding == "learned" else 0
         return super().embedding_parameters(layout) + positions
+
+    def head_parameters(self, layout: ParallelLayout, embeds: bool) -> int:
+        """The output layer's weights, its bias among them."""
+        bias = parameter_counts.vocabulary(self, layout) // self.hidden_size if self.output_bias else 0
+        return super().head_parameters(layout, embeds) + bias
 
     @property
     def peft_task(self) -> str:
@@ -145,6 +175,7 @@ class GPTConfig(ModelConfig):
             "add_qkv_bias": self.bias if self.qkv_bias is None else self.qkv_bias,
             **self._window_arguments(),
             **self._expert_arguments(),
+            **self._rotary_arguments(),
         }
 
     def transformer_config(self, settings: BuildSettings, **stack: Any) -> TransformerConfig:
@@ -158,17 +189,18 @@ class GPTConfig(ModelConfig):
         """megatron-core's name of the position embedding."""
         return _POSITIONS[self.position_embedding]
 
-    def _check_window(self) -> None:
-        layers = self.sliding_window_layers
+    def _check_layers(self, name: str, needed: str = "", what: str = "") -> None:
+        """Refuse a list of layers that there are not, or that lacks what the layers are to have."""
+        layers = getattr(self, name)
         if layers is None:
             return
-        if self.sliding_window is None:
-            raise ValueError(f"GPTConfig(sliding_window_layers={layers}) needs sliding_window, its length.")
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"GPTConfig({name}={layers}) needs {needed}, {what}.")
         wrong = [number for number in layers if not 0 <= number < self.num_layers]
         if wrong:
             raise ValueError(
-                f"GPTConfig(sliding_window_layers={layers}): there is no layer {wrong[0]}; num_layers={self.num_layers}"
-                " are numbered from 0."
+                f"GPTConfig({name}={layers}): there is no layer {wrong[0]}; num_layers={self.num_layers} are numbered"
+                " from 0."
             )
 
     def _check_experts(self) -> None:
@@ -193,6 +225,21 @@ class GPTConfig(ModelConfig):
         if self.experts is None:
             return {}
         return self.experts.megatron_arguments(self.num_layers, self.ffn_hidden_size or 4 * self.hidden_size)
+
+    def _check_norms(self) -> None:
+        """Refuse norms that do not go together."""
+        if self.shared_norm and not (self.parallel_residual and self.norm_placement == "pre"):
+            raise ValueError("GPTConfig(shared_norm=True) needs parallel_residual=True and norm_placement='pre'.")
+        if self.joint_qk_norm and not (self.extra.get("qk_layernorm") and self.normalization == "RMSNorm"):
+            raise ValueError(
+                "GPTConfig(joint_qk_norm=True) needs extra={'qk_layernorm': True} and normalization='RMSNorm'."
+            )
+
+    def _rotary_arguments(self) -> dict[str, Any]:
+        """megatron-core's: 1 for each layer that does not rotate."""
+        if self.rotary_layers is None:
+            return {}
+        return {"no_rope_freq": [int(number not in self.rotary_layers) for number in range(self.num_layers)]}
 
     def _window_arguments(self) -> dict[str, Any]:
         """megatron-core's: how far a query looks back and ahead, and 1 for each layer that has the window."""

@@ -26,8 +26,9 @@ from lightning_megatron.models.host_answers import Question, answers, with_answe
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.fused.rotary import can_rotate
-from lightning_megatron.models.layers.output_layer import OutputLayer
-from lightning_megatron.models.layers.output_scale import scale_output
+from lightning_megatron.models.layers.output_layer import OutputLayer, add_bias
+from lightning_megatron.models.layers.output_norm import norm_outputs
+from lightning_megatron.models.layers.output_scale import scale_input, scale_output
 from lightning_megatron.models.layers.rope_scaling import stretch_rotary
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
@@ -101,9 +102,7 @@ class GPTModule(GeneratingModule):
         rotates = fused and config.position_embedding == "rope" and can_rotate(core)
         model = PositionedGPT(
             config=core,
-            transformer_layer_spec=gpt_block_spec(
-                core, config.layers, config.parallel_residual, vp_stage, fused, rotates
-            ),
+            transformer_layer_spec=gpt_block_spec(core, config, vp_stage, fused, rotates),
             vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
             max_sequence_length=config.seq_length,
             pre_process=pre_process,
@@ -115,14 +114,29 @@ class GPTModule(GeneratingModule):
             vp_stage=vp_stage,
         )
         model.rotates_by_table = rotates
+        if config.norm_placement != "pre":
+            norm_outputs(model.decoder)
+        if post_process and config.output_bias:
+            add_bias(model.output_layer)
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         if config.rope_scaling is not None:
             stretch_rotary(model, config.rotary_base, config.rotary_percent, config.seq_length, config.rope_scaling)
-        if pre_process and config.embedding_multiplier != 1.0:
-            scale_output(model.embedding, config.embedding_multiplier)
+        self._scale(model)
         if post_process:
             OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels, self.loss_terms)
         return model
+
+    def _scale(self, model: PositionedGPT) -> None:
+        """Put the configuration's multipliers in their places."""
+        config = self.config
+        if model.pre_process and config.embedding_multiplier != 1.0:
+            scale_output(model.embedding, config.embedding_multiplier)
+        if config.residual_multiplier != 1.0:
+            for layer in model.decoder.layers:
+                scale_output(layer.self_attention, config.residual_multiplier)
+                scale_output(layer.mlp, config.residual_multiplier)
+        if model.post_process and config.logits_divisor != 1.0:
+            scale_input(model.output_layer, 1 / config.logits_divisor)
 
     def _check_loaded(self, batch: Batch) -> None:
         """Refuse a batch without tokens, with ids beyond the vocabulary, or longer than the positions."""

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
     vocab_parallel_cross_entropy,
 )
 from megatron.core.tensor_parallel.utils import VocabUtility
@@ -108,6 +109,12 @@ class OutputLayer(ColumnParallelLinear):
         if isinstance(labels, WeightedLabels):
             return loss.total(hidden, output, WeightedLabels(labels.ids.t(), labels.weights.t(), labels.number))
         return loss.losses(hidden, output, labels.t()).t()
+
+
+def add_bias(layer: ColumnParallelLinear) -> None:
+    """Give megatron-core's output layer a bias ``[vocab/tp]`` of zeros, which its GPT has none of."""
+    layer.bias = torch.nn.Parameter(torch.zeros(layer.output_size_per_partition, dtype=layer.config.params_dtype))
+    set_tensor_model_parallel_attributes(layer.bias, True, 0, 1)
 
 
 def cross_entropy_over_shards(

@@ -104,7 +104,7 @@ def _norms_and_users(layers: list[TransformerLayer]) -> Iterator[tuple[torch.nn.
     behind: torch.nn.Module | None = None  # the norm behind the residual sum before, of post-LayerNorm models
     for layer in layers:
         for norm, user in (
-            (layer.input_layernorm, layer.self_attention),
+            (layer.input_layernorm, layer.mlp if getattr(layer, "shares_norm", False) else layer.self_attention),
             (layer.pre_cross_attn_layernorm, layer.cross_attention),
             (layer.pre_mlp_layernorm, layer.mlp),
         ):

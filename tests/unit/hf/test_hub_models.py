@@ -70,6 +70,11 @@ REFUSED = {
     ],
     "google/gemma-2b": [{"use_bidirectional_attention": True}],
     "microsoft/Phi-3-mini-4k-instruct": [{"hidden_act": "relu"}],
+    "microsoft/phi-2": [{"hidden_act": "silu"}],
+    "allenai/OLMo-2-1124-7B": [{"attention_bias": True}],
+    "ibm-granite/granite-3.3-2b-instruct": [{"mlp_bias": True}],
+    "HuggingFaceTB/SmolLM3-3B": [{"mlp_bias": True}],
+    "bigcode/starcoder2-3b": [{"hidden_act": "silu"}, {"residual_dropout": 0.2}],
     "google-bert/bert-base-uncased": [{"is_decoder": True}, {"quantization_config": {"quant_method": "awq"}}],
     "google-t5/t5-small": [{"dense_act_fn": "gelu"}, {"is_gated_act": True}],
 }

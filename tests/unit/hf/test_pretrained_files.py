@@ -153,8 +153,29 @@ def test_a_failed_save_leaves_nothing(llama, tmp_path):
 
 
 def test_an_unknown_architecture_names_those_there_are(llama):
-    edit(llama, model_type="mamba", architectures=["MambaForCausalLM"])
-    with pytest.raises(UnsupportedConfigError, match=r"'mamba' is not.*bert, gemma, gpt2.*docs/hf.md"):
+    edit(llama, model_type="opt", architectures=["OPTForCausalLM"])
+    with pytest.raises(UnsupportedConfigError, match=r"'opt' is not.*bert, gemma, glm4, gpt2.*docs/hf.md"):
+        AutoModule.from_pretrained(llama)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("mamba", "layers with a state"),
+        ("qwen2_5_vl", "reads pictures"),
+        ("vit", "reads pictures"),
+        ("whisper", "hears sounds"),
+    ],
+)
+def test_an_architecture_of_another_kind_says_so(model_type, says, llama):
+    edit(llama, model_type=model_type)
+    with pytest.raises(UnsupportedConfigError, match=f"'{model_type}' is not among.*{says}"):
+        AutoModule.from_pretrained(llama)
+
+
+def test_code_in_the_directory_is_not_run(llama):
+    edit(llama, model_type="mine", auto_map={"AutoConfig": "configuration_mine.MyConfig"})
+    with pytest.raises(ValueError, match="'mine' is not transformers' own; its code is in the model's directory"):
         AutoModule.from_pretrained(llama)
 
 

@@ -34,6 +34,16 @@ CONFIGS = {
     "gpt with dropout": GPTConfig(**SIZES, **DROPOUT),
     "llama": GPTConfig(**SIZES, **GATED),
     "llama with dropout": GPTConfig(**SIZES, **GATED, **DROPOUT),
+    "olmo 2": GPTConfig(**SIZES, **GATED, norm_placement="output", joint_qk_norm=True, extra={"qk_layernorm": True}),
+    "glm 4": GPTConfig(**SIZES, **GATED, norm_placement="sandwich"),
+    "phi": GPTConfig(
+        **SIZES,
+        position_embedding="rope",
+        parallel_residual=True,
+        shared_norm=True,
+        output_bias=True,
+        tie_embeddings=False,
+    ),  # fmt: skip
     "bert": BertConfig(**SIZES),
     "bert with dropout": BertConfig(**SIZES, **DROPOUT),
     "bert pre": BertConfig(**SIZES, norm_placement="pre"),

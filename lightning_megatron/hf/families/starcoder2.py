@@ -1,0 +1,99 @@
+"""StarCoder 2: Llama's attention with LayerNorm, biases, and a feed-forward layer without a gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_megatron.hf.config_reader import Fields
+from lightning_megatron.hf.families import rope
+from lightning_megatron.hf.family import Family
+from lightning_megatron.hf.weight_mapping import QueryKeyValue, WeightMapping, table
+
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+
+
+class Starcoder2(Family):
+    """A token may look back no further than a window, in every layer."""
+
+    model_type = "starcoder2"
+    prefix = "model."
+
+    @override
+    def read_config(self, fields: Fields) -> dict[str, Any]:
+        fields.must_be("head_dim", fields("hidden_size") // fields("num_attention_heads"), None)
+        return {
+            "num_layers": fields("num_hidden_layers"),
+            "hidden_size": fields("hidden_size"),
+            "num_attention_heads": fields("num_attention_heads"),
+            "num_query_groups": fields("num_key_value_heads"),
+            "ffn_hidden_size": fields("intermediate_size"),
+            "vocab_size": fields("vocab_size"),
+            "seq_length": fields("max_position_embeddings"),
+            "activation": fields.one_of("hidden_act", _ACTIVATIONS),
+            "layernorm_epsilon": fields("norm_epsilon"),
+            "hidden_dropout": fields.same("residual_dropout", "embedding_dropout"),
+            "attention_dropout": fields("attention_dropout"),
+            "bias": fields("use_bias"),
+            "sliding_window": fields("sliding_window"),
+            "tie_embeddings": fields("tie_word_embeddings"),
+            **rope.read(fields, partial=False),
+        }
+
+    @override
+    def write_config(self, config: Any) -> dict[str, Any]:
+        activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+        self._require(config, position_embedding=("rope",), normalization=("LayerNorm",), rotary_percent=(1.0,))
+        self._require(config, qkv_bias=(None, config.bias), activation=tuple(activations), extra=({},))
+        self._require(config, parallel_residual=(False,), embedding_multiplier=(1.0,), sliding_window_layers=(None,))
+        self._require(config, kv_channels=(None, config.hidden_size // config.num_attention_heads))
+        dropout = config.hidden_dropout
+        return {
+            "num_hidden_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
+            "intermediate_size": config.ffn_hidden_size or 4 * config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.seq_length,
+            "hidden_act": activations[config.activation],
+            "norm_epsilon": config.layernorm_epsilon,
+            "residual_dropout": dropout,
+            "embedding_dropout": dropout,
+            "attention_dropout": config.attention_dropout,
+            "use_bias": config.bias,
+            "sliding_window": config.sliding_window,
+            "tie_word_embeddings": config.tie_embeddings,
+            "rope_parameters": rope.written(config),
+        }
+
+    @override
+    def weight_mapping(self, config: Any) -> WeightMapping:
+        ours, theirs = "decoder.layers.{}.", "model.layers.{}."
+        entries: dict[str, Any] = {"embedding.word_embeddings.weight": "model.embed_tokens.weight"}
+        for kind in ("weight", "bias"):
+            entries |= {
+                f"{ours}input_layernorm.{kind}": f"{theirs}input_layernorm.{kind}",
+                f"{ours}pre_mlp_layernorm.{kind}": f"{theirs}post_attention_layernorm.{kind}",
+                f"decoder.final_layernorm.{kind}": f"model.norm.{kind}",
+            }
+        for kind in ("weight", "bias") if config.bias else ("weight",):
+            heads = tuple(f"{theirs}self_attn.{name}_proj.{kind}" for name in "qkv")
+            entries |= {
+                f"{ours}self_attention.linear_qkv.{kind}": QueryKeyValue(heads),
+                f"{ours}self_attention.linear_proj.{kind}": f"{theirs}self_attn.o_proj.{kind}",
+                f"{ours}mlp.linear_fc1.{kind}": f"{theirs}mlp.c_fc.{kind}",
+                f"{ours}mlp.linear_fc2.{kind}": f"{theirs}mlp.c_proj.{kind}",
+            }
+        if not config.tie_embeddings:
+            entries["output_layer.weight"] = "lm_head.weight"
+        return table(entries, config.num_layers)
+
+    @override
+    def tied(self, config: Any) -> dict[str, str]:
+        return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
+
+    @override
+    def architecture(self, config: Any) -> str:
+        return "Starcoder2ForCausalLM"
