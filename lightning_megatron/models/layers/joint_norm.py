@@ -25,7 +25,7 @@ class JointNorm(torch.nn.Module):
         super().__init__()
         self.heads, self.size, self.eps = self._heads(config), hidden_size, eps
         self.group = process_groups.tensor_parallel()
-        self.weight = torch.nn.Parameter(torch.ones(self.heads * hidden_size))
+        self.weight = torch.nn.Parameter(torch.ones(self.heads * hidden_size, device=torch.get_default_device()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``[s, b, heads of this rank, head]``."""

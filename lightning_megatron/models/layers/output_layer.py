@@ -113,7 +113,8 @@ class OutputLayer(ColumnParallelLinear):
 
 def add_bias(layer: ColumnParallelLinear) -> None:
     """Give megatron-core's output layer a bias ``[vocab/tp]`` of zeros, which its GPT has none of."""
-    layer.bias = torch.nn.Parameter(torch.zeros(layer.output_size_per_partition, dtype=layer.config.params_dtype))
+    size, device = layer.output_size_per_partition, torch.get_default_device()
+    layer.bias = torch.nn.Parameter(torch.zeros(size, dtype=layer.config.params_dtype, device=device))
     set_tensor_model_parallel_attributes(layer.bias, True, 0, 1)
 
 

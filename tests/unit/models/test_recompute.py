@@ -129,7 +129,7 @@ def test_evaluation_keeps_outputs():
         (0, "a number of layers"),
         (True, "a number of layers"),
         ([], "a list of modules"),
-        (["moe_act"], "'moe_act' belongs to experts, which no model here has"),
+        (["moe_act"], "'moe_act' is 'mlp_act' here, of layers with experts, too"),
         (["mla_up_proj"], "multi-latent attention"),
         (["layer_norm"], "Did you mean 'layernorm'?"),
     ],

@@ -191,7 +191,7 @@ OTHERS = {
     "torch": {"_C", "_apply", "_buffers", "_get_closed_form_lr", "_get_default_store", "_iterator", "_last_lr",
               "_cdata", "_non_persistent_buffers_set", "_version", "_world", "_parameters", "_modules",
               "_backward_hooks", "_forward_hooks", "_post_accumulate_grad_hooks", "_step_supports_amp_scaling",
-              "_current_graph_task_id", "_materialize", "_scaled_dot_product_efficient_attention",
+              "_current_graph_task_id", "_grouped_mm", "_materialize", "_scaled_dot_product_efficient_attention",
               "_scaled_dot_product_efficient_attention_backward", "_scaled_dot_product_flash_attention",
               "_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_flash_attention_for_cpu",
               "_scaled_dot_product_flash_attention_for_cpu_backward"},

@@ -91,7 +91,9 @@ class _GroupedLinear(torch.nn.Module):
         super().__init__()
         self.groups, self.divided = groups, divided
         self.adds_products = False  # set by training/weight_gradients.py
-        self.weight = torch.nn.Parameter(torch.empty(experts, outputs, inputs, dtype=config.params_dtype))
+        device = torch.get_default_device()
+        weight = torch.empty(experts, outputs, inputs, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(weight)
         method = config.init_method if divided == 1 else config.output_layer_init_method
         if config.perform_initialization:
             method(self.weight)
