@@ -368,6 +368,11 @@ def model_parallel() -> dist.ProcessGroup:
     return parallel_state.get_model_parallel_group() if _state.model is None else _state.model
 
 
+def one_copy() -> dist.ProcessGroup:
+    """The group of the ranks that hold one copy of the dense weights together; without those that share its rows."""
+    return parallel_state.get_model_parallel_group()
+
+
 def tensor_parallel() -> dist.ProcessGroup:
     """The group of the ranks that share each layer."""
     return parallel_state.get_tensor_model_parallel_group()

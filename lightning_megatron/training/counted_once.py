@@ -26,7 +26,7 @@ def set_groups(inner: MegatronOptimizer, *, distributed: bool, experts_are_divid
         experts_are_divided: Whether experts' copies are on other ranks than those of dense layers.
     """
     world = dist.group.WORLD
-    dense = world if distributed else process_groups.model_parallel()
+    dense = world if distributed else process_groups.one_copy()
     experts = process_groups.expert_model_parallel() if experts_are_divided and not distributed else dense
     inner.summing_groups = dense, experts
     # megatron-core asks all of these ranks whether a gradient has overflowed, and all must hear of an expert's.
