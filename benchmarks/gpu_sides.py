@@ -232,7 +232,7 @@ def _built_by_hand(model: Model, device: torch.device, kernels: Kernels, recompu
     ddp = DistributedDataParallel(config, wanted, chunk)
     optimizer = shard_optimizer(
         adamw(parameter for parameter in ddp.parameters() if parameter.requires_grad),
-        SimpleNamespace(chunks=[ddp], config=config), params_dtype=torch.bfloat16,
+        SimpleNamespace(chunks=[ddp], config=config, layout=layout), params_dtype=torch.bfloat16,
         distributed=True, initial_loss_scale=None, on_nonfinite="ignore",
     ).inner  # fmt: skip
     config.finalize_model_grads_func = finalize_model_grads

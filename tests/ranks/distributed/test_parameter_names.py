@@ -195,7 +195,11 @@ def _unequal(layout: Layout, what: str) -> None:
     ("layout", "what", "message"),
     [
         (Layout(pp=2), "unequal", "trains embedding.word_embeddings.weight in two ways: pipeline stages 0 and 1"),
-        (Layout(dp=2), "unequal", "trains decoder.layers.1.mlp.linear_fc2.weight in two ways: data-parallel ranks 0 and 1"),
+        (
+            Layout(dp=2),
+            "unequal",
+            "trains decoder.layers.1.mlp.linear_fc2.weight in two ways: data-parallel ranks 0 and 1",
+        ),
         (Layout(tp=2), "unequal", "linear_fc2.weight in two ways: tensor-parallel ranks 0 and 1"),
         (Layout(pp=2), "one is left out", "'embedding.word_embeddings.weight' first"),
     ],
