@@ -8,7 +8,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from lightning_megatron.distributed import collectives, process_groups
+from lightning_megatron.distributed import process_groups
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,3 @@ class SequenceShards:
         group, found = process_groups.context_parallel(), tensor.detach().contiguous()
         dist.broadcast(found, src=dist.get_global_rank(group, 0), group=group)
         return found
-
-    def gather_with_gradients(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """``gather``; the gradient of a shard is the sum over all ranks of the gradients of its part of the row."""
-        if self.size == 1:
-            return tensor
-        gathered = collectives.gather_with_gradients(tensor, process_groups.context_parallel())
-        return self.join(list(gathered.unbind()), dim)
