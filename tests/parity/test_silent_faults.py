@@ -76,7 +76,7 @@ class GatheredByMegatron(LoadedGPT):
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> Any:
         c, core = self.config, self.config.transformer_config(self.build_settings)
         return GPTModel(
-            core, gpt_block_spec(core, "torch", False, vp_stage), c.vocab_size, c.seq_length, pre_process, post_process,
+            core, gpt_block_spec(core, c, vp_stage), c.vocab_size, c.seq_length, pre_process, post_process,
             parallel_output=False, share_embeddings_and_output_weights=True, vp_stage=vp_stage,
         )  # fmt: skip
 
