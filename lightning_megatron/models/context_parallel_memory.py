@@ -23,12 +23,24 @@ def share(stack: Any, cp: int, multiple: int) -> Any:
     return stack._replace(tokens=padded(stack.tokens) // cp, attention=keys)
 
 
-def kept_beside(way: ContextComm, query: float, key: float) -> float:
+def kept_beside(way: ContextComm | None, query: float, key: float, rotated: bool) -> float:
     """Numbers that attention keeps of a layer beside its own queries, keys, values and output; as ``held_at_once``.
 
-    An all-gather keeps a copy of what it has sent, to send it again in the backward pass, and its output in parts.
+    An all-to-all keeps its output by heads, too. An all-gather keeps its output in parts, and a copy of the keys and
+    values that it has sent, to send them again in the backward pass; what is not copied or rotated is a part of the
+    projection's output, and keeps all of it.
+
+    Args:
+        way: How attention reaches across ranks; None: no ranks share a sequence.
+        query: Numbers of a rank's queries.
+        key: Numbers of a rank's own keys, of which there are as many values.
+        rotated: Whether queries and keys are rotated by their positions into tensors of their own.
     """
-    return query + 2 * key if way == "all_gather" else 0.0
+    if way == "all_to_all":
+        return query
+    if way == "all_gather":
+        return query if rotated else query + 2 * key
+    return query + key if rotated else 0.0
 
 
 def held_at_once(way: ContextComm, cp: int, query: float, key: float) -> float:

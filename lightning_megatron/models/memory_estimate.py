@@ -186,6 +186,7 @@ class _Layers:
         self.element, self.tp = training.element, layout.tp
         self.shared = layout.tp if layout.uses_sequence_parallel else 1  # ranks that share the tokens between blocks
         self.padded_vocab = layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by)
+        self.piped = layout.pp > 1
         self.cp, stacks = layout.cp, config.stacks(training.lengths or config.lengths)
         self.stacks = (
             [share(stack, layout.cp, 2 * layout.cp * self.shared) for stack in stacks] if self.cp > 1 else stacks
@@ -216,6 +217,8 @@ class _Layers:
         whole = self._whole_layers(part)
         total = whole * self.hidden(part.stack) + (part.layers - whole) * self.layer(part.stack)
         total += self._behind(part)
+        if self.piped and part.stack and whole < part.layers:  # what the encoder has sent
+            total += self.hidden(part.stack - 1) * self.trained.keeps_input(part.stack, "cross_attention.linear_kv")
         if part.embeds:
             embedding = self._mask(part.stack) if self.config.hidden_dropout else 0.0
             embedding += 0.0 if self.config.final_norms else self._norm(part.stack, recomputed=False)
@@ -225,8 +228,8 @@ class _Layers:
     def _behind(self, part: Part) -> float:
         """What is kept behind the layers: of the final norm, and of a head before its output layer."""
         output = float(self.trained.output)  # whose input is kept to train it
-        if part.stack + 1 < len(self.stacks):  # of an encoder, the decoder's layers
-            output = self.trained.keeps_input(part.stack + 1, "cross_attention.linear_kv")
+        if part.stack + 1 < len(self.stacks):  # of an encoder, the decoder's layers, which may be on another stage
+            output = 0.0 if self.piped else self.trained.keeps_input(part.stack + 1, "cross_attention.linear_kv")
         total = self.config.final_norms * self._norm(part.stack, False, output) if part.ends_stack else 0.0
         if part.ends_model:
             total += self.config.head_activations(self.hidden(part.stack))
@@ -342,9 +345,7 @@ class _Layers:
     def _attention(self, index: int, number: int, recomputed: bool = True) -> float:
         """Queries, keys and values, the output, and the sums of the softmax; and what updates of the layers keep.
 
-        Rotated queries and keys are kept beside the projection's output, of which the values are a part. Where scores
-        are kept, it is scaled queries and keys and the values, all in fp32, and the projection's output only where the
-        values are a part of it.
+        Rotated queries and keys are kept beside the projection's output, of which the values are a part.
         """
         stack, kind = self.stacks[index], ("self_attention", "cross_attention")[number]
         rows, element, tokens, keys = (
@@ -357,20 +358,44 @@ class _Layers:
         updates = self._updates(index, f"{kind}.")
         query, key = self._queries_and_keys(index, number)
         total = query + 2 * key
-        if getattr(self.config, "position_embedding", None) == "rope" and not self.fused:
-            total += query + key
+        rotated = getattr(self.config, "position_embedding", None) == "rope" and not self.fused
         if self.config.extra.get("qk_layernorm"):
             updates += self._normed_heads(query + key)
         if recomputed and "core_attn" in self.modules:
-            return updates + (total + output * query) * element
-        if self.cp > 1:
-            total += kept_beside(self.way, query, key)
+            return updates + (total + rotated * (query + key) + output * query) * element
+        total += kept_beside(self.way if self.cp > 1 else None, query, key, rotated)
         if not self.scores[number]:
             return updates + (total + query) * element + 4 * tokens * rows * self.heads
-        matrices = (3 if self.config.attention_dropout else 1) * tokens * keys * rows * self.heads
-        repeated = keys * rows * self.heads * self.size
-        values = repeated if element < 4 or self.groups < self.heads else query + 2 * key  # a part of the projection's
-        return updates + output * query * element + 4 * (query + repeated + values + matrices)
+        return updates + output * query * element + self._scores(tokens, keys, query, key, number)
+
+    def _scores(self, tokens: int, keys: int, query: float, key: float, number: int) -> float:
+        """What attention keeps of a layer whose scores are kept, but for its output.
+
+        Scaled queries and keys and the values, all in fp32; the projection's output only where the values are a part
+        of it. An all-to-all has given a rank the keys of a part of the heads; an all-gather keeps what it sends again.
+        Each layer makes T5's bias anew of the distances' numbers, which are 8 bytes for a query and a key.
+
+        Args:
+            tokens: Queries of a row.
+            keys: Keys of a row.
+            query: Numbers of a rank's queries.
+            key: Numbers of a rank's own keys.
+            number: 0 for self-attention, 1 for cross attention, which has no bias.
+        """
+        by_heads = self.cp > 1 and self.way == "all_to_all"
+        seen = keys * self.training.micro_batch_size * self.heads
+        repeated = seen * self.size / (self.cp if by_heads else 1)
+        copied = self.element < 4 or self.groups < self.heads
+        values = repeated if copied else (key if by_heads else 0.0)
+        beside = 0.0
+        if self.cp > 1 and not by_heads:
+            beside = 2 * key * self.element
+        elif not copied and self.cp == 1:  # the values are a part of it
+            beside = (query + 2 * key) * self.element
+        matrices = (3 if self.config.attention_dropout else 1) * tokens * seen
+        biased = number == 0 and getattr(self.config, "position_embedding", None) == "relative"
+        distances = tokens * keys * (self.cp if by_heads else 1) if biased else 0
+        return 4 * (query + repeated + values + matrices) + beside + 8 * distances
 
     def _queries_and_keys(self, index: int, number: int) -> tuple[float, float]:
         """Numbers of a rank's own queries, and of its own keys, in an attention of a stack's layers."""

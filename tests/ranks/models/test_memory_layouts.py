@@ -79,17 +79,18 @@ def test_states_and_activations(name, layout, precision, recompute):
 @pytest.mark.parametrize(
     ("name", "layout", "way"),
     [
-        ("gpt", Layout(cp=2), "all_gather"),
+        ("gpt", Layout(cp=2), "all_to_all"),
         ("llama", Layout(cp=2), "all_gather"),
         ("llama", Layout(cp=2), "all_to_all"),
         ("llama", Layout(cp=2, tp=2, sp=True), "ring"),
         ("bert", Layout(cp=2), None),
-        ("t5", Layout(cp=2), None),
+        ("t5", Layout(cp=2, pp=2), "all_gather"),
+        ("t5", Layout(cp=2, pp=2), "all_to_all"),
     ],
     ids=str,
 )
 def test_ranks_that_share_rows(name, layout, way):
-    assert_as_measured(name, replace(layout, extra={"cp_comm": way}), "32-true", None)
+    assert_as_measured(name, replace(layout, extra={"cp_comm": way}), "32-true", None, within=0.05)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_low_rank_updates(name, layout, lora):
     assert_as_measured(name, layout, "bf16-mixed", None, lora)
 
 
-def assert_as_measured(name, layout, precision, recompute, lora=None) -> None:
+def assert_as_measured(name, layout, precision, recompute, lora=None, within=0.1) -> None:
     sizes = ParallelLayout(
         world_size=layout.world_size,
         tp=layout.tp,
@@ -125,4 +126,4 @@ def assert_as_measured(name, layout, precision, recompute, lora=None) -> None:
         assert told.weights == pytest.approx(weights, rel=0.05)
         assert told.gradients == pytest.approx(gradients, rel=0.05)
         assert told.optimizer == pytest.approx(optimizer, rel=0.05)
-        assert told.activations + told.logits == pytest.approx(kept, rel=0.1)
+        assert told.activations + told.logits == pytest.approx(kept, rel=within)
