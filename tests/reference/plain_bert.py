@@ -41,6 +41,8 @@ CONFIGS = {
     "tokens": BertConfig(**SIZES, task="token_classification", num_labels=4),
     "pre_norm": BertConfig(**SIZES, task="pretraining", norm_placement="pre"),
     "pre_norm_classes": BertConfig(**SIZES, task="sequence_classification", num_labels=3, norm_placement="pre"),
+    "packed": BertConfig(**SIZES, task="masked_lm"),  # rows of three texts, whose borders a batch has
+    "packed_tokens": BertConfig(**SIZES, task="token_classification", num_labels=4),
 }
 _MODELS: dict[tuple[str, str], Any] = {
     ("pretraining", "post"): BertForPreTraining,
@@ -100,6 +102,8 @@ def samples(name: str, rows: int, steps: int) -> list[Batch]:
             "token_type_ids": ((place > real // 2) & (place < real)).long(),
         }
         sample.update(_labels(c, ids, place < real, g))
+        if name.startswith("packed"):
+            sample["cu_seqlens"] = torch.tensor([0, 1 + i % 9, length // 2 + i % 5, length])
         found.append(sample)
     return found
 
@@ -128,6 +132,19 @@ def batches(name: str, rows: int, steps: int) -> list[Batch]:
     ]
 
 
+def _apart(batch: Batch) -> Batch:
+    """Texts that share a row, as transformers takes them: positions that begin anew, and a mask of all pairs."""
+    batch = dict(batch)
+    borders = batch.pop("cu_seqlens", None)
+    if borders is None:
+        return batch
+    places = torch.arange(batch["input_ids"].size(1))
+    number = (places[:, None] >= borders[:, None, 1:]).sum(dim=2)  # [b, s]
+    seen = (number[:, :, None] == number[:, None]) & (batch["attention_mask"] > 0)[:, None]
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
+    return {**batch, "attention_mask": mask, "position_ids": places - borders.gather(1, number)}
+
+
 def logits(output: Any) -> tuple[torch.Tensor, ...]:
     if "prediction_logits" in output:
         return output.prediction_logits, output.seq_relationship_logits
@@ -139,11 +156,11 @@ def train(name: str, rows: int, steps: int, **terms: float) -> dict[str, Any]:
     """Logits of the first batch, then losses and final weights of AdamW; ``terms`` of the masked tokens' loss."""
     model, data = new_model(name), batches(name, rows, steps)
     with torch.no_grad():
-        first = logits(model(**data[0]))
+        first = logits(model(**_apart(data[0])))
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     losses = []
     for batch in data:
-        output = model(**batch)
+        output = model(**_apart(batch))
         loss = mean_with_terms(output.logits, batch["labels"], **terms) if terms else output.loss
         optimizer.zero_grad()
         loss.backward()
