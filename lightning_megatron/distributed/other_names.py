@@ -94,8 +94,11 @@ OTHERS: dict[str, dict[str, str]] = {
         "tie_embeddings": "tie_word_embeddings share_embeddings_and_output_weights weight_tying tie_weights"
         " untie_embeddings_and_output_weights tied_embeddings",
         "embedding_multiplier": "embedding_scale scale_embeddings embed_scale normalize_embedding",
+        "window_rotary_base": "rope_local_base_freq local_rope_theta rotary_base_local",
         "rotary_layers": "no_rope_layers no_rope_freq no_rope_layer_interval nope_layers",
         "logits_divisor": "logits_scaling logit_scale logits_scale",
+        "attention_score_cap": "attn_logit_softcapping attention_softcap softcap attn_softcap",
+        "logits_cap": "final_logit_softcapping logits_soft_cap final_softcap logit_cap",
         "extra": "config_kwargs model_kwargs other_megatron_args transformer_config",
     },
     "BertConfig": {

@@ -79,6 +79,20 @@ _GEMMA = {
     "rope_theta": 10000.0, "torch_dtype": "bfloat16", "transformers_version": "4.38.0.dev0", "use_cache": True,
     "vocab_size": VOCAB,
 }  # fmt: skip
+_GEMMA2 = {
+    **_GEMMA, "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 5.0, "cache_implementation": "hybrid",
+    "final_logit_softcapping": 3.0, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+    "model_type": "gemma2", "num_hidden_layers": 3, "query_pre_attn_scalar": 12, "sliding_window": 6,
+    "sliding_window_size": 6, "torch_dtype": "float32", "transformers_version": "4.42.0.dev0",
+}  # fmt: skip
+_GEMMA3 = {
+    **{name: value for name, value in _GEMMA.items() if name not in ("hidden_act", "rope_scaling")},
+    "architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": None, "cache_implementation": "hybrid",
+    "eos_token_id": [1, 40], "final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh",
+    "model_type": "gemma3_text", "num_hidden_layers": 7, "query_pre_attn_scalar": 12, "rope_local_base_freq": 10000,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 5, "sliding_window_pattern": 6,
+    "transformers_version": "4.50.0.dev0",
+}  # fmt: skip
 _PHI3 = {
     "_name_or_path": "Phi-3-mini-4k-instruct", "architectures": ["Phi3ForCausalLM"], "attention_dropout": 0.0,
     "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModel": "modeling_phi3.Phi3Model"},
@@ -205,6 +219,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "google/gemma-2b": _GEMMA,
     "google/gemma-1.1-2b-it": {**_GEMMA, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"},
     "google/codegemma-2b": {**_GEMMA, "hidden_activation": None, "hidden_act": "gelu_pytorch_tanh"},
+    "google/gemma-2-2b": _GEMMA2,
+    "google/gemma-2-27b-it": {**_GEMMA2, "query_pre_attn_scalar": 9},
+    "google/gemma-3-1b-pt": _GEMMA3,
+    "google/gemma-3-270m-it": {
+        **_GEMMA3, "_sliding_window_pattern": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"] * 2,
+        "use_bidirectional_attention": False,
+    },
     "microsoft/Phi-3-mini-4k-instruct": _PHI3,
     "microsoft/phi-4": {**_PHI3, "sliding_window": None, "rope_theta": 250000, "num_key_value_heads": 2},
     "allenai/OLMo-2-1124-7B": _OLMO2,

@@ -14,6 +14,8 @@ from tests.reference.plain_gpt import ADAM
 TARGETS: dict[str, list[str]] = {
     "llama": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
     "qwen3": ["k_proj", "gate_proj"],
+    "gemma2": ["q_proj", "up_proj", "down_proj"],
+    "gemma3": ["v_proj", "o_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],

@@ -27,6 +27,10 @@ _ANSWERS = {0: "no", 1: "perhaps", 2: "yes"}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 16}
 _YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_GEMMA3 = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 3.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+}
 
 MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT2, **_IDS, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
@@ -42,6 +46,27 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     ),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GROUPED, head_dim=12, tie_word_embeddings=True)),
     "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_GROUPED, head_dim=12)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(
+            **_GROUPED,
+            head_dim=12,
+            sliding_window=7,
+            query_pre_attn_scalar=11,
+            attn_logit_softcapping=0.3,
+            final_logit_softcapping=4.0,
+        )
+    ),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(
+            **_GROUPED,
+            head_dim=12,
+            sliding_window=9,
+            query_pre_attn_scalar=11,
+            final_logit_softcapping=5.0,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=_GEMMA3,
+        )
+    ),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_GROUPED, **_IDS, sliding_window=9)),
     "starcoder2": lambda: hf.Starcoder2ForCausalLM(hf.Starcoder2Config(**_GROUPED, **_IDS, sliding_window=11)),
     "smollm3": lambda: hf.SmolLM3ForCausalLM(

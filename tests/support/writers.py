@@ -25,7 +25,7 @@ def model(name: str) -> Any:
     size, seed = (1.0, 8) if name.startswith("t5") else (0.3, 7)  # with which they write something
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in found.named_parameters():
-        at = 1.0 if parameter.dim() == 1 and "bias" not in key and name != "gemma" else 0.0  # gemma's norms add one
+        at = 1.0 if parameter.dim() == 1 and "bias" not in key and "gemma" not in name else 0.0  # its norms add one
         parameter.data.copy_(at + size * torch.randn(parameter.shape, generator=generator))
     return found
 

@@ -3,6 +3,8 @@
 from lightning_megatron.hf.families import (
     bert,
     gemma,
+    gemma2,
+    gemma3,
     glm4,
     gpt2,
     gpt_neox,
@@ -22,6 +24,8 @@ from lightning_megatron.hf.families import (
 __all__ = [
     "bert",
     "gemma",
+    "gemma2",
+    "gemma3",
     "glm4",
     "gpt2",
     "gpt_neox",

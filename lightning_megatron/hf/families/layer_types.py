@@ -22,13 +22,13 @@ def read(fields: Fields) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_window_layers": None if len(layers) == len(kinds) else layers}
 
 
-def written(config: Any) -> dict[str, Any]:
-    """Their fields of a ``GPTConfig``."""
+def written(config: Any, switch: bool = True) -> dict[str, Any]:
+    """Their fields of a ``GPTConfig``; with ``switch`` there is one that says whether any layer has a window."""
     if config.sliding_window is None:
-        return {"use_sliding_window": False, "layer_types": [_FULL] * config.num_layers}
+        return {**({"use_sliding_window": False} if switch else {}), "layer_types": [_FULL] * config.num_layers}
     layers = range(config.num_layers) if config.sliding_window_layers is None else config.sliding_window_layers
     return {
-        "use_sliding_window": True,
+        **({"use_sliding_window": True} if switch else {}),
         "sliding_window": config.sliding_window,
         "layer_types": [_WINDOW if number in layers else _FULL for number in range(config.num_layers)],
     }

@@ -20,6 +20,7 @@ class Llama(Family):
     model_type = "llama"
     prefix = "model."
     buffers = (r".*rotary_emb\.inv_freq",)
+    activation_field = "hidden_act"
     partial_rotary = False  # whether transformers' class can turn a part of each head
     norms: tuple[tuple[str, str], ...] = (  # of a layer: our names and theirs
         ("input_layernorm", "input_layernorm"),
@@ -40,12 +41,12 @@ class Llama(Family):
             "ffn_hidden_size": fields("intermediate_size"),
             "vocab_size": fields("vocab_size"),
             "seq_length": fields("max_position_embeddings"),
-            "activation": fields.one_of("hidden_act", _ACTIVATIONS),
+            "activation": fields.one_of(self.activation_field, _ACTIVATIONS),
             "normalization": "RMSNorm",
             "layernorm_epsilon": fields("rms_norm_eps"),
             "attention_dropout": fields("attention_dropout"),
             "tie_embeddings": fields("tie_word_embeddings"),
-            **rope.read(fields, self.partial_rotary),
+            **self.read_rotary(fields),
             **self.read_more(fields),
         }
 
@@ -53,6 +54,10 @@ class Llama(Family):
         """What differs between the families of this shape."""
         fields.must_be("mlp_bias", fields("attention_bias"))
         return {"bias": fields("mlp_bias")}
+
+    def read_rotary(self, fields: Fields) -> dict[str, Any]:
+        """The rotary positions."""
+        return rope.read(fields, self.partial_rotary)
 
     @override
     def write_config(self, config: Any) -> dict[str, Any]:
@@ -70,11 +75,11 @@ class Llama(Family):
             "intermediate_size": config.ffn_hidden_size or 4 * config.hidden_size,
             "vocab_size": config.vocab_size,
             "max_position_embeddings": config.seq_length,
-            "hidden_act": activations[config.activation],
+            self.activation_field: activations[config.activation],
             "rms_norm_eps": config.layernorm_epsilon,
             "attention_dropout": config.attention_dropout,
             "tie_word_embeddings": config.tie_embeddings,
-            "rope_parameters": rope.written(config),
+            "rope_parameters": self.write_rotary(config),
             **self.write_more(config),
         }
 
@@ -83,6 +88,10 @@ class Llama(Family):
         self._require(config, qkv_bias=(None, config.bias), sliding_window=(None,), extra=({},))
         self._require(config, hidden_dropout=(0.0,), embedding_multiplier=(1.0,))
         return {"attention_bias": config.bias, "mlp_bias": config.bias}
+
+    def write_rotary(self, config: Any) -> dict[str, Any]:
+        """Their ``rope_parameters``."""
+        return rope.written(config)
 
     @override
     def weight_mapping(self, config: Any) -> WeightMapping:

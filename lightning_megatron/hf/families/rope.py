@@ -10,18 +10,19 @@ from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
 _KINDS = ("default", "linear", "llama3", "yarn")
 
 
-def read(fields: Fields, partial: bool) -> dict[str, Any]:
+def read(fields: Fields, partial: bool, given: dict[str, Any] | None = None) -> dict[str, Any]:
     """Arguments of ``GPTConfig`` for their ``rope_parameters``.
 
     Args:
         fields: transformers' configuration.
         partial: Whether transformers' class turns a part of each head where the configuration says so. Others turn
             all of it, and cannot scale a part.
+        given: One of several ``rope_parameters``. None: they are the configuration's.
 
     Raises:
         UnsupportedConfigError: Frequencies that change with the length of the input, or of a part that is scaled.
     """
-    given = dict(fields("rope_parameters"))
+    given = dict(fields("rope_parameters") if given is None else given)
     kind = given.get("rope_type", "default")
     if kind not in _KINDS:
         raise UnsupportedConfigError(

@@ -99,6 +99,8 @@ class CachedSelfAttention(SelfAttention):
     megatron-core rotates all of them again for each token written.
     """
 
+    rotary_table = 0  # which of several tables of angles ``rotary_pos_emb`` is
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plain = not any(getattr(self.config, name) for name in ("attention_output_gate", "flash_decode"))
@@ -136,7 +138,7 @@ class CachedSelfAttention(SelfAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rotation = None
         if rotary_pos_emb is not None and self.rotates:
-            rotation = cache.rotation(rotary_pos_emb, hidden, self.config.rotary_interleaved)
+            rotation = cache.rotation(rotary_pos_emb, hidden, self.config.rotary_interleaved, self.rotary_table)
         query, key, value = self._query_key_value(hidden, rotation)
         mask_type = AttnMaskType.no_mask if cache.sequence_len_offset else self.attn_mask_type
         key, value = cache.add(self.layer_number, key, value)

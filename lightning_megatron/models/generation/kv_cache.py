@@ -19,7 +19,7 @@ class KeyValueCache(StaticInferenceContext):
         super().__init__(max_batch_size=rows, max_sequence_length=max_length)
         self.prompt_of_row = torch.arange(rows, device="cpu") // beams
         self.texts: torch.Tensor | None = None
-        self._rotation: tuple[int, Rotation] | None = None  # of the tokens from a place on
+        self._rotations: dict[int, tuple[int, Rotation]] = {}  # of a table of angles, from a place on
         self._spare: dict[int, tuple[torch.Tensor, ...]] = {}  # of a layer: what its memories are moved to
 
     def take(self, texts: torch.Tensor) -> torch.Tensor:
@@ -64,18 +64,19 @@ class KeyValueCache(StaticInferenceContext):
         values[first:end] = value
         return keys[:end], values[:end]
 
-    def rotation(self, angles: torch.Tensor, new: torch.Tensor, interleaved: bool) -> Rotation:
-        """The rotation of the new tokens, whose cosines and sines are computed once for all layers.
+    def rotation(self, angles: torch.Tensor, new: torch.Tensor, interleaved: bool, table: int = 0) -> Rotation:
+        """The rotation of the new tokens, whose cosines and sines are computed once for all layers of a table.
 
         Args:
             angles: ``[s, 1, 1, channels]``, of all places.
             new: Keys ``[new, rows, groups, head]`` of the new tokens.
             interleaved: Whether the two channels of a pair lie side by side, as in ``Rotation``.
+            table: Number of the table of angles, where layers with a window have one of their own.
         """
         first = self.sequence_len_offset
-        if self._rotation is None or self._rotation[0] != first:
-            self._rotation = first, Rotation(angles[first : first + new.size(0)], new.dtype, interleaved)
-        return self._rotation[1]
+        if self._rotations.get(table, (None,))[0] != first:
+            self._rotations[table] = first, Rotation(angles[first : first + new.size(0)], new.dtype, interleaved)
+        return self._rotations[table][1]
 
     def advance(self, tokens: int) -> None:
         """Count tokens whose keys and values are in the cache."""

@@ -44,6 +44,8 @@ class GPTConfig(ModelConfig):
         rotary_base: Base period of the rotary frequencies.
         rotary_percent: Share of a head's channels that is rotated.
         rotary_layers: Numbers, from 0, of the layers that rotate queries and keys. None: all.
+        window_rotary_base: Base period in the layers that have a window, whose frequencies are not stretched, as in
+            Gemma 3. None: those layers are as all others.
         rope_scaling: How the rotary frequencies are stretched for long sequences, as in transformers' configurations:
             ``{"rope_type": "llama3", "factor": 8.0, ...}``; kinds "linear", "llama3" and "yarn".
         sliding_window: Tokens that a token looks at, itself and those before it. None: all before it.
@@ -57,6 +59,9 @@ class GPTConfig(ModelConfig):
         embedding_multiplier: Factor on the embeddings' output, as in Gemma.
         residual_multiplier: Factor on the output of attention and feed-forward layers, as in Granite.
         logits_divisor: Divides the logits, as in Granite.
+        attention_score_cap: What no score of attention is beyond, as ``cap · tanh(score / cap)`` in Gemma 2. None: no
+            cap.
+        logits_cap: What no logit is beyond, likewise.
         output_bias: Whether the output layer has a bias, as in Phi.
         normalization: LayerNorm or RMSNorm.
         layernorm_epsilon: Added to the variance.
@@ -80,8 +85,8 @@ class GPTConfig(ModelConfig):
 
     kind: ClassVar[str] = "GPT"
     rare: ClassVar[tuple[str, ...]] = (
-        "rotary_layers", "shared_norm", "norm_placement", "joint_qk_norm", "residual_multiplier", "logits_divisor",
-        "output_bias", "experts",
+        "rotary_layers", "window_rotary_base", "shared_norm", "norm_placement", "joint_qk_norm",
+        "residual_multiplier", "logits_divisor", "attention_score_cap", "logits_cap", "output_bias", "experts",
     )  # fmt: skip
 
     num_query_groups: int | None = None
@@ -89,6 +94,7 @@ class GPTConfig(ModelConfig):
     rotary_base: float = 10000
     rotary_percent: float = 1.0
     rotary_layers: list[int] | None = None
+    window_rotary_base: float | None = None
     rope_scaling: dict[str, Any] | None = None
     sliding_window: int | None = None
     sliding_window_layers: list[int] | None = None
@@ -99,6 +105,8 @@ class GPTConfig(ModelConfig):
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    attention_score_cap: float | None = None
+    logits_cap: float | None = None
     output_bias: bool = False
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     bias: bool = True
@@ -117,6 +125,8 @@ class GPTConfig(ModelConfig):
         arguments.number(above=0, at_most=1, rotary_percent=self.rotary_percent)
         arguments.number(embedding_multiplier=self.embedding_multiplier, residual_multiplier=self.residual_multiplier)
         arguments.number(above=0, logits_divisor=self.logits_divisor)
+        caps = {name: getattr(self, name) for name in ("attention_score_cap", "logits_cap")}
+        arguments.number(optional=True, above=0, window_rotary_base=self.window_rotary_base, **caps)
         flags = ("parallel_residual", "shared_norm", "joint_qk_norm", "bias", "output_bias", "tie_embeddings")
         arguments.flag(**{name: getattr(self, name) for name in flags})
         arguments.flag(optional=True, qkv_bias=self.qkv_bias)
@@ -126,6 +136,11 @@ class GPTConfig(ModelConfig):
             self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), _ROPE_TYPES)
         self._check_layers("sliding_window_layers", "sliding_window", "its length")
         self._check_layers("rotary_layers")
+        if self.window_rotary_base is not None and not (self.sliding_window and self.position_embedding == "rope"):
+            raise ValueError(
+                f"GPTConfig(window_rotary_base={self.window_rotary_base}) is of layers with a window that rotate"
+                " queries and keys. Give sliding_window and position_embedding='rope', or leave it out."
+            )
         self._check_norms()
         self._check_experts()
         if self.layers != "torch":
@@ -179,9 +194,9 @@ class GPTConfig(ModelConfig):
         }
 
     def transformer_config(self, settings: BuildSettings, **stack: Any) -> TransformerConfig:
-        """megatron-core's configuration, which has the settings of experts as ``experts``."""
+        """megatron-core's configuration, which has the settings of experts and the cap of scores beside its own."""
         made = super().transformer_config(settings, **stack)
-        made.experts = self.experts
+        made.experts, made.attention_score_cap = self.experts, self.attention_score_cap
         return made
 
     @property

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
 from lightning_megatron.models.layers.fused.rotary import cosines_and_sines
+from lightning_megatron.models.layers.window_rotary import WindowRotary
 
 
 class PositionedGPT(WholeModelNames, GPTModel):
@@ -67,8 +69,17 @@ class PositionedGPT(WholeModelNames, GPTModel):
         return weights.chunk(group.size(), dim=1)[group.rank()]
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
-        """``[s, b, 1, rotated channels]``, where megatron-core's table of places is ``[s, 1, 1, rotated channels]``."""
-        frequencies = self.rotary_pos_emb.inv_freq.to(positions.device)
+        """``[s, b, 1, rotated channels]``, where megatron-core's table of places is ``[s, 1, 1, rotated channels]``.
+
+        Where layers with a window have a base of their own there are two tables, see ``WindowRotary``.
+        """
+        if isinstance(self.rotary_pos_emb, WindowRotary):
+            both = (self.rotary_pos_emb, self.rotary_pos_emb.of_windows)
+            return torch.stack([self._angles_of(positions, each) for each in both])
+        return self._angles_of(positions, self.rotary_pos_emb)
+
+    def _angles_of(self, positions: torch.Tensor, rotary: RotaryEmbedding) -> torch.Tensor:
+        frequencies = rotary.inv_freq.to(positions.device)
         angles = positions.t()[:, :, None, None].float() * frequencies  # [s, b, 1, half]
         if self.config.rotary_interleaved:
             return torch.stack((angles, angles), dim=-1).flatten(-2)

@@ -30,6 +30,7 @@ from lightning_megatron.models.layers.output_layer import OutputLayer, add_bias
 from lightning_megatron.models.layers.output_norm import norm_outputs
 from lightning_megatron.models.layers.output_scale import scale_input, scale_output
 from lightning_megatron.models.layers.rope_scaling import stretch_rotary
+from lightning_megatron.models.layers.window_rotary import give_windows_a_base
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.models.weight_init import FirstWeights
@@ -119,11 +120,14 @@ class GPTModule(GeneratingModule):
         if post_process and config.output_bias:
             add_bias(model.output_layer)
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
+        if config.window_rotary_base is not None:
+            give_windows_a_base(model, config.window_rotary_base, config.rotary_percent)
         if config.rope_scaling is not None:
             stretch_rotary(model, config.rotary_base, config.rotary_percent, config.seq_length, config.rope_scaling)
         self._scale(model)
         if post_process:
-            OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels, self.loss_terms)
+            kernels, cap = settings.kernels, config.logits_cap
+            OutputLayer.become(model.output_layer, config.vocab_size, kernels, self.loss_terms, cap)
         return model
 
     def _scale(self, model: PositionedGPT) -> None:

@@ -16,7 +16,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from lightning_megatron.distributed.layout import ContextComm
 from lightning_megatron.distributed.sequence_shards import SequenceShards
-from lightning_megatron.models.layers import flex_attention, sdpa
+from lightning_megatron.models.layers import capped_attention, flex_attention, sdpa
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams, causal_pattern
 from lightning_megatron.models.layers.attention_pieces import JOINED, Kernel, attend_in_pieces
 from lightning_megatron.models.layers.context_parallel import all_to_all, ways
@@ -72,6 +72,7 @@ class TorchAttention(torch.nn.Module):
         self.causal = attn_mask_type == AttnMaskType.causal
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.score_cap: float | None = getattr(config, "attention_score_cap", None)
         self.window = None  # tokens that a query looks at, itself included
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             if not self.causal:
@@ -143,7 +144,7 @@ class TorchAttention(torch.nn.Module):
         """As ``forward``, ``[s, b, heads/tp, head]``, of rows that are whole."""
         pattern, mask, window = looks.pattern, looks.mask, self._window(key.size(0))
         if mask is None and looks.bias is None and pattern is None:
-            if window is not None or (self.kernel == "flex" and looks.causal):
+            if window is not None or (looks.causal and self._prefers_flex(query)):
                 pattern = causal_pattern(key.size(0), query.size(0))
         elif pattern is None and window is not None:
             unseen = causal_pattern(key.size(0), query.size(0)).dense(window, query.device)
@@ -158,7 +159,7 @@ class TorchAttention(torch.nn.Module):
         gathered = GatheredKeys(key, value, self.shards_of_keys)
         length = gathered.key.size(0)
         pattern, mask, window = looks.pattern, looks.mask, self._window(length)
-        if pattern is None and mask is None and self.causal and (window is not None or self.kernel == "flex"):
+        if pattern is None and mask is None and self.causal and (window is not None or self._prefers_flex(query)):
             pattern = causal_pattern(length, length)
         elif mask is not None and window is not None:
             mask = mask | causal_pattern(length, length).dense(window, query.device)
@@ -202,7 +203,11 @@ class TorchAttention(torch.nn.Module):
         elif mask is not None and window is not None:
             mask = mask | causal_pattern(length, length).dense(window, query.device)
         visible = Visible(pattern, mask, window, query.device)
-        return attend_in_ring(query, key, value, visible, (of_queries, of_keys), self.softmax_scale)
+        return attend_in_ring(query, key, value, visible, (of_queries, of_keys), self.softmax_scale, self.score_cap)
+
+    def _prefers_flex(self, query: torch.Tensor) -> bool:
+        """Whether plain causal attention is FlexAttention's, too; of torch's kernels it alone caps scores."""
+        return self.kernel == "flex" or (self.score_cap is not None and query.is_cuda and self.kernel is None)
 
     def _window(self, length: int) -> int | None:
         """The window, where rows are longer."""
@@ -228,8 +233,8 @@ class TorchAttention(torch.nn.Module):
         if self.kernel in (None, "flex") and len(pattern.queries) > 1:  # a token that is generated has a small mask
             hindered = flex_attention.why_not(query, dropout)
             if not hindered:
-                scale = self.softmax_scale
-                found = flex_attention.attend_by_blocks(query, key, value, pattern, window, scale)
+                scale, cap = self.softmax_scale, self.score_cap
+                found = flex_attention.attend_by_blocks(query, key, value, pattern, window, scale, cap)
                 if found is not None:
                     return found
             elif self.kernel == "flex":
@@ -262,6 +267,10 @@ class TorchAttention(torch.nn.Module):
         return kernel(q, k, v, _added_to_scores(mask, bias), causal)[0].transpose(0, 1).reshape(query.shape)
 
     def _sdpa(self, dropout: float) -> Kernel:
+        if self.score_cap is not None:
+            return functools.partial(
+                capped_attention.attend, cap=self.score_cap, dropout=dropout, scale=self.softmax_scale
+            )
         backend = None if self.kernel == "flex" else self.kernel
         return functools.partial(sdpa.attend, dropout=dropout, scale=self.softmax_scale, backend=backend)
 
@@ -270,7 +279,7 @@ def use_kernel(chunks: Iterable[torch.nn.Module], kernel: str | None, dtype: tor
     """Have the attention of all layers computed by ``kernel``, a name of ``Kernels.attention``.
 
     Raises:
-        ValueError: It cannot compute in ``dtype``.
+        ValueError: It cannot compute in ``dtype``, or does not cap scores as the model does.
     """
     if device.type == "cuda" and kernel in ("flash", "cudnn") and dtype == torch.float32:
         raise ValueError(
@@ -280,6 +289,12 @@ def use_kernel(chunks: Iterable[torch.nn.Module], kernel: str | None, dtype: tor
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, TorchAttention):
+                if module.score_cap is not None and kernel in ("flash", "cudnn", "efficient"):
+                    raise ValueError(
+                        f"Kernels(attention={kernel!r}): torch's back end of this name has no cap on the scores, and"
+                        f" this model has attention_score_cap={module.score_cap}. Leave attention out, or use 'flex' or"
+                        " 'math'."
+                    )
                 module.kernel = kernel
 
 

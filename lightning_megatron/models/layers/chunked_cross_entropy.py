@@ -64,6 +64,7 @@ class ChunkedCrossEntropy:
         group: The tensor-parallel group. None: the shard is the whole vocabulary.
         label_smoothing: Share of a label that is spread evenly over all ids, as in ``torch.nn.CrossEntropyLoss``.
         z_loss: Weight of the squared logarithm of the sum of exponentials, which keeps it near 0 (PaLM, section 5).
+        logits_cap: What no logit is beyond, as ``cap · tanh(logit / cap)``. None: there is no cap.
         chunk: Tokens whose logits exist at once. None: a number for the device.
         compiled: Whether ``torch.compile`` joins the operations on a chunk's logits.
     """
@@ -74,6 +75,7 @@ class ChunkedCrossEntropy:
     group: dist.ProcessGroup | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    logits_cap: float | None = None
     chunk: int | None = None
     compiled: bool = False
 
@@ -130,6 +132,8 @@ class ChunkedCrossEntropy:
         """``[n, rows]`` of a chunk ``[n, h]``; padding keeps its columns, since odd widths are slow to multiply."""
         weight, bias = output
         logits = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        if self.logits_cap is not None:
+            logits = logits.div_(self.logits_cap).tanh_().mul_(self.logits_cap)
         logits[:, self.rows :] = float("-inf")
         return logits
 
@@ -161,11 +165,17 @@ class ChunkedCrossEntropy:
     def differentiate(
         self, logits: torch.Tensor, lse: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor
     ) -> None:
-        """Put the gradient of ``Σ scale · loss`` in the place of a chunk's logits; the others are ``[n]``."""
+        """Put the gradient of ``Σ scale · loss`` in the place of a chunk's logits; the others are ``[n]``.
+
+        It is the gradient of what the output layer's product gives, before a cap.
+        """
+        slope = None if self.logits_cap is None else 1 - (logits / self.logits_cap).square()
         factors = [scale * (1 + 2 * self.z_loss * lse), scale * (1 - self.label_smoothing)]
         if self.label_smoothing:
             factors.append(scale * (self.label_smoothing / self.vocab_size))
         logits_gradient.into(self.compiled)(logits, lse, targets, torch.stack(factors), self.rows)
+        if slope is not None:
+            logits.mul_(slope.clamp_(min=0))  # padding has no gradient, and its logits are -inf
 
 
 class _Total(torch.autograd.Function):

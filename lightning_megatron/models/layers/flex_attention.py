@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, looks
+
+ScoreMod = Callable[..., torch.Tensor]
 
 _BLOCK = 128  # tokens of a block; torch's own default
 _SMALLEST_HEAD = 16  # of torch's kernel
@@ -35,8 +38,11 @@ def attend_by_blocks(
     pattern: AttentionPattern,
     window: int | None,
     scale: float | None,
+    cap: float | None = None,
 ) -> torch.Tensor | None:
     """Attention of ``query`` ``[s, b, heads, head]`` to ``key`` and ``value`` ``[s, b, groups, head]``; as ``query``.
+
+    Scores are kept within ``cap``, as ``cap · tanh(score / cap)``.
 
     Returns:
         None where torch cannot compile the kernel here, which is warned about once.
@@ -44,7 +50,9 @@ def attend_by_blocks(
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     try:
         mask = pattern.made(("blocks", window, query.device), lambda: block_mask(pattern, window, query.device))
-        found: torch.Tensor = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
+        found: torch.Tensor = _compiled()(
+            q, k, v, capped_scores(cap), block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1)
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -52,6 +60,18 @@ def attend_by_blocks(
         warnings.warn(f"{_failures[0]}; attention takes a mask of queries and keys instead.", stacklevel=2)
         return None
     return found.permute(2, 0, 1, 3)  # torch lays the output out as the queries
+
+
+@functools.cache
+def capped_scores(cap: float | None) -> ScoreMod | None:
+    """FlexAttention's change of a score, which is scaled already; the same function for each layer."""
+    if cap is None:
+        return None
+
+    def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
 
 
 @functools.cache

@@ -31,9 +31,17 @@ class OutputLayer(ColumnParallelLinear):
     _rows: int  # those of this rank that are token ids; padding is behind them
     _loss: ChunkedCrossEntropy | None
     _terms: LossTerms
+    _cap: float | None = None
 
     @classmethod
-    def become(cls, layer: ColumnParallelLinear, vocab_size: int, kernels: Kernels, terms: LossTerms) -> None:
+    def become(
+        cls,
+        layer: ColumnParallelLinear,
+        vocab_size: int,
+        kernels: Kernels,
+        terms: LossTerms,
+        cap: float | None = None,
+    ) -> None:
         """Make megatron-core's layer one, where its model has built it.
 
         Args:
@@ -41,19 +49,25 @@ class OutputLayer(ColumnParallelLinear):
             vocab_size: Token ids that occur.
             kernels: Whether losses are computed in chunks of tokens.
             terms: What losses have beside the cross-entropy where gradients are computed; they need those chunks.
+            cap: What no logit is beyond, as ``cap · tanh(logit / cap)``. None: there is no cap.
         """
         shard, group = layer.output_size_per_partition, layer.tp_group
         first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(shard, group.rank(), group.size())
         rows = min(max(vocab_size - first, 0), shard)
         layer.__class__ = cls
         layer._rows = rows
-        layer._loss, layer._terms = None, terms
+        layer._loss, layer._terms, layer._cap = None, terms, cap
         wanting = [name for name in WANT_LOGITS if getattr(layer.config, name)]
         if kernels.chunked_loss and wanting:
             rank_zero_warn(f"The loss is computed from all logits at once, which extra={{{wanting[0]!r}: ...}} wants.")
         elif kernels.chunked_loss or terms:
             layer._loss = ChunkedCrossEntropy(
-                first=first, rows=rows, vocab_size=vocab_size, group=group, compiled=bool(kernels.fused_layers)
+                first=first,
+                rows=rows,
+                vocab_size=vocab_size,
+                group=group,
+                logits_cap=cap,
+                compiled=bool(kernels.fused_layers),
             )
 
     @property
@@ -91,6 +105,8 @@ class OutputLayer(ColumnParallelLinear):
                 " super().training_step."
             )
         logits, bias = super().forward(input_, weight, runtime_gather_output)
+        if self._cap is not None:
+            logits = (logits / self._cap).tanh() * self._cap
         if self._rows < self.output_size_per_partition == logits.size(-1):  # gathered logits are cut off instead
             padding = torch.arange(logits.size(-1), device=logits.device) >= self._rows
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)

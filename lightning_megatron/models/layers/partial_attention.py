@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lightning_megatron.models.layers import capped_attention
+
 Tensors = tuple[torch.Tensor, ...]
 
 _aten = torch.ops.aten
@@ -25,6 +27,7 @@ def attend_part(
     seen: torch.Tensor | None,
     causal: bool,
     scale: float | None,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of queries to these keys alone.
 
@@ -35,11 +38,14 @@ def attend_part(
         seen: ``[b or 1, 1, q or 1, k]``, whether a query looks at a key; None: at all of them.
         causal: Whether query and key of one number are one token, and none looks ahead; then there is no ``seen``.
         scale: Factor on the scores; None is one over the root of the head's size.
+        cap: What no score is beyond, see ``capped_attention``; None: there is no cap.
 
     Returns:
         ``[b, heads, q, head]``, and the log-sum-exp of the scores ``[b, heads, q]`` in fp32. Where a query looks at no
         key, these are 0 and -inf.
     """
+    if cap is not None:
+        return capped_attention.attend_part(query, key, value, seen, causal, cap, scale)
     if query.device.type == "cpu":
         mask = _added(seen, query)
         out, total = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -70,6 +76,7 @@ def part_gradients(
     seen: torch.Tensor | None,
     causal: bool,
     scale: float | None,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a part adds to the gradients of its queries, keys and values.
 
@@ -83,7 +90,10 @@ def part_gradients(
         seen: Whether a query looks at a key.
         causal: Whether no query looks ahead.
         scale: Factor on the scores.
+        cap: What no score is beyond.
     """
+    if cap is not None:
+        return capped_attention.part_gradients(gradient, query, key, value, out, total, seen, causal, cap, scale)
     if query.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             gradient, query, key, value, out, total, 0.0, causal, attn_mask=_added(seen, query), scale=scale

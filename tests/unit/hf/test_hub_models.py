@@ -69,6 +69,8 @@ REFUSED = {
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     ],
     "google/gemma-2b": [{"use_bidirectional_attention": True}],
+    "google/gemma-2-2b": [{"use_bidirectional_attention": True}],
+    "google/gemma-3-1b-pt": [{"attn_logit_softcapping": 50.0}, {"attention_bias": True}],
     "microsoft/Phi-3-mini-4k-instruct": [{"hidden_act": "relu"}],
     "microsoft/phi-2": [{"hidden_act": "silu"}],
     "allenai/OLMo-2-1124-7B": [{"attention_bias": True}],

@@ -14,16 +14,19 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_megatron.models.kernels import Kernels
+from lightning_megatron.models.layers import capped_attention
 from lightning_megatron.models.layers.attention import TorchAttention, pad_mask, use_kernel
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams
-from lightning_megatron.models.layers.flex_attention import block_mask, why_not
+from lightning_megatron.models.layers.flex_attention import block_mask, capped_scores, why_not
 from lightning_megatron.models.layers.sdpa import attend
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 ROWS, LENGTH = 3, 300
 
 
-def attention(window: int | None = None, groups: int = GROUPS, dropout: float = 0.0) -> TorchAttention:
+def attention(
+    window: int | None = None, groups: int = GROUPS, dropout: float = 0.0, cap: float | None = None
+) -> TorchAttention:
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HEADS * SIZE,
@@ -32,6 +35,7 @@ def attention(window: int | None = None, groups: int = GROUPS, dropout: float = 
         attention_dropout=dropout,
         window_size=None if window is None else (window - 1, 0),
     )
+    config.attention_score_cap = cap
     layer = TorchAttention(config, 1, AttnMaskType.causal, "self")
     layer.in_parallel_rng = True  # there is no tensor-parallel random state in this process
     return layer
@@ -46,11 +50,12 @@ def projected(length: int, rows: int, groups: int = GROUPS, heads: int = HEADS) 
     return parts[0].reshape(length, rows, heads, SIZE), parts[1], parts[2], mixed
 
 
-def plain(query, key, value, looks: torch.Tensor) -> torch.Tensor:
+def plain(query, key, value, looks: torch.Tensor, cap: float | None = None) -> torch.Tensor:
     """``looks`` is ``[b or 1, queries, keys]``; a query that looks nowhere has zeros."""
     times = query.size(2) // key.size(2)
     key, value = (x.repeat_interleave(times, dim=2) for x in (key, value))
     scores = torch.einsum("qbnd,kbnd->bnqk", query, key) / math.sqrt(query.size(-1))
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(~looks[:, None], -1e30)
     weights = torch.softmax(scores, dim=-1) * looks[:, None]
     return torch.einsum("bnqk,kbnd->qbnd", weights, value).flatten(2)
@@ -93,7 +98,7 @@ def check(layer: TorchAttention, window: int | None, pattern: AttentionPattern) 
     query = query[pattern.queries.start : pattern.queries.stop]
     weights = torch.randn(len(query), ROWS, HEADS * SIZE, generator=torch.Generator().manual_seed(1))
     found = layer(query, key, value, packed_seq_params=PatternParams(pattern))
-    expected = plain(query, key, value, looks(pattern, window))
+    expected = plain(query, key, value, looks(pattern, window), layer.score_cap)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
     gradients = [torch.autograd.grad((out * weights).sum(), mixed, retain_graph=True)[0] for out in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=2e-5, atol=2e-5)
@@ -118,6 +123,39 @@ def test_documents_of_an_encoder_are_plain_softmax_with_a_dense_mask(apart, keep
     check(layer, None, pattern)
     check(layer, None, pattern.part(0, 120))
     check(layer, None, pattern.part(70, 211))
+
+
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("apart", ["one", "mixed"])
+def test_capped_scores_are_a_tanh_before_the_softmax(apart, keep, window, monkeypatch):
+    monkeypatch.setattr(capped_attention, "_BLOCK", 64)
+    pattern = AttentionPattern(length=LENGTH, documents=DOCUMENTS[apart], keep=KEEPS[keep])
+    layer = attention(window, cap=0.4)
+    check(layer, window, pattern)
+    check(layer, window, pattern.part(70, 211))
+
+
+def test_capped_scores_without_a_pattern_with_a_mask_and_with_dropout(monkeypatch):
+    monkeypatch.setattr(capped_attention, "_BLOCK", 64)
+    query, key, value, _ = projected(LENGTH, ROWS)
+    seen = looks(AttentionPattern(length=LENGTH), None)
+    layer = attention(cap=0.4)
+    torch.testing.assert_close(layer(query, key, value), plain(query, key, value, seen, 0.4), rtol=2e-5, atol=2e-5)
+    kept = seen & (torch.tensor([[[0]], [[40]], [[130]]]) <= PLACES) | torch.eye(LENGTH, dtype=torch.bool)
+    expected = plain(query, key, value, kept, 0.4)
+    for dropout in (0.0, 1e-12):  # another way of computing, of which this drops nothing
+        layer = attention(cap=0.4, dropout=dropout)
+        torch.testing.assert_close(layer(query, key, value, ~kept[:, None]), expected, rtol=2e-5, atol=2e-5)
+    dropped = attention(cap=0.4, dropout=0.5)(query, key, value, ~kept[:, None])
+    assert float((dropped - expected).abs().max()) > 0.1
+
+
+def test_kernels_without_a_cap_are_refused():
+    layers = [torch.nn.ModuleList([attention(cap=0.4)])]
+    with pytest.raises(ValueError, match="attention='flash'.*no cap on the scores.*attention_score_cap=0.4.*'math'"):
+        use_kernel(layers, "flash", torch.float32, torch.device("cpu"))
+    use_kernel(layers, "math", torch.float32, torch.device("cpu"))
 
 
 def test_documents_of_an_encoder_do_not_look_at_what_is_padded_behind_them():
@@ -264,6 +302,9 @@ def test_masks_of_blocks_hold_what_the_kernel_must_visit(apart, keep, window):
         if rows == ROWS:
             eager = flex_attention(q, k, v, block_mask=found, enable_gqa=True).permute(2, 0, 1, 3).flatten(2)
             torch.testing.assert_close(eager, plain(query, key, value, seen), rtol=2e-5, atol=2e-5)
+            capped = flex_attention(q, k, v, capped_scores(0.4), block_mask=found, enable_gqa=True)
+            capped = capped.permute(2, 0, 1, 3).flatten(2)
+            torch.testing.assert_close(capped, plain(query, key, value, seen, 0.4), rtol=2e-5, atol=2e-5)
 
 
 def _blocks(numbers: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -27,9 +27,15 @@ def weighted_labels(generator_seed: int = 2) -> WeightedLabels:
 
 
 def plain(
-    hidden: torch.Tensor, output: OutputWeights, ids: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+    hidden: torch.Tensor,
+    output: OutputWeights,
+    ids: torch.Tensor,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logits_cap: float | None = None,
 ) -> torch.Tensor:
     logits = torch.nn.functional.linear(hidden, *output)[:, :IDS].float()
+    logits = logits if logits_cap is None else logits_cap * (logits / logits_cap).tanh()
     loss = torch.nn.functional.cross_entropy(logits, ids, reduction="none", label_smoothing=label_smoothing)
     return loss + z_loss * logits.logsumexp(1) ** 2
 
@@ -39,7 +45,11 @@ def gradients(loss: torch.Tensor, hidden: torch.Tensor, output: OutputWeights) -
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("terms", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}], ids=["plain", "smooth"])
+@pytest.mark.parametrize(
+    "terms",
+    [{}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"label_smoothing": 0.1, "logits_cap": 3.0}],
+    ids=["plain", "smooth", "capped"],
+)
 @pytest.mark.parametrize("summed", [True, False], ids=["sum", "each"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_it_is_cross_entropy(dtype, summed, terms, compiled):

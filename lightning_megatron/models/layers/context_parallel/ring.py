@@ -25,6 +25,7 @@ def attend_in_ring(
     visible: Visible,
     shards: tuple[SequenceShards, SequenceShards],
     scale: float | None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Attention of this rank's queries to the keys of all ranks.
 
@@ -35,11 +36,12 @@ def attend_in_ring(
         visible: Who looks at whom in whole rows.
         shards: Which places of the queries, and of the keys, the ranks hold.
         scale: Factor on the scores; None is one over the root of the head's size.
+        cap: What no score is beyond, see ``capped_attention``; None: there is no cap.
 
     Returns:
         As ``query``.
     """
-    found: torch.Tensor = _Ring.apply(query, key, value, visible, shards, scale)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _Ring.apply(query, key, value, visible, shards, scale, cap)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -62,6 +64,7 @@ class _Ring(torch.autograd.Function):
         visible: Visible,
         shards: tuple[SequenceShards, SequenceShards],
         scale: float | None,
+        cap: float | None,
     ) -> torch.Tensor:
         merged, ranks, passing = Merged(query), shards[1].size, torch.cat((key, value), dim=-1)
         for step in range(ranks):
@@ -69,12 +72,13 @@ class _Ring(torch.autograd.Function):
             k, v = passing.split([key.size(-1), value.size(-1)], dim=-1)
             for call in _calls(visible, shards, step, query.size(0), key.size(0)):
                 q_part, k_part, v_part = _heads_first(query[call.queries], k[call.keys], v[call.keys])
-                merged.add(call.queries, *attend_part(q_part, k_part, v_part, call.seen, call.causal, scale))
+                part = attend_part(q_part, k_part, v_part, call.seen, call.causal, scale, cap)
+                merged.add(call.queries, *part)
             if following is not None:
                 passing = following.received()
         out = merged.out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, merged.finite_total())
-        ctx.visible, ctx.shards, ctx.scale = visible, shards, scale
+        ctx.visible, ctx.shards, ctx.scores = visible, shards, (scale, cap)
         return out
 
     @staticmethod
@@ -93,7 +97,7 @@ class _Ring(torch.autograd.Function):
                 k_part, v_part = _heads_first(k[call.keys], v[call.keys])
                 totals = total[..., call.queries]
                 found = part_gradients(
-                    gradient, q_part, k_part, v_part, of_all, totals, call.seen, call.causal, ctx.scale
+                    gradient, q_part, k_part, v_part, of_all, totals, call.seen, call.causal, *ctx.scores
                 )
                 of_query[call.queries] += found[0].permute(2, 0, 1, 3)
                 of_key[call.keys] += found[1].permute(2, 0, 1, 3)
@@ -106,7 +110,7 @@ class _Ring(torch.autograd.Function):
         assert on_the_way is not None
         of_keys = on_the_way.received()  # of this rank's own: they have been all the way round
         of_key, of_value = of_keys.to(key.dtype).split([key.size(-1), value.size(-1)], dim=-1)
-        return of_query.to(query.dtype), of_key, of_value, None, None, None
+        return of_query.to(query.dtype), of_key, of_value, None, None, None, None
 
 
 class _Message:
