@@ -171,9 +171,15 @@ class RankGrid:
         return Path(path)
 
     def _stage(self, stage: int) -> str:
-        if self.layout.vp is None:
-            return f"stage {stage}"
-        return "stages " + ", ".join(str(stage + chunk * self.layout.pp) for chunk in range(self.layout.vp))
+        """Its virtual stages, and how many layers these have where the layout says so."""
+        layout = self.layout
+        numbers = range(stage, layout.num_stages, layout.pp)
+        name = f"stage {stage}" if layout.vp is None else "stages " + ", ".join(map(str, numbers))
+        cut = layout.layers_per_stage
+        if not isinstance(cut, tuple):
+            return name
+        one = len(numbers) == 1 and cut[stage] == 1
+        return f"{name} ({' + '.join(str(cut[number]) for number in numbers)} {'layer' if one else 'layers'})"
 
     def _where(self, ranks: list[int]) -> str:
         first, last = self.node(ranks[0]), self.node(ranks[-1])

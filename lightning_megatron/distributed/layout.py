@@ -8,9 +8,11 @@ the world size. Nothing here imports torch: a layout is checked on a laptop befo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
+from lightning_megatron.distributed import pipeline_cut
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.memory_table import MemoryTable
 from lightning_megatron.distributed.suggestions import (
@@ -83,6 +85,9 @@ class ParallelLayout:
             tensor parallelism it has no effect; see ``uses_sequence_parallel``.
         pipeline_split_rank: The first pipeline rank of the decoder in encoder-decoder models; with ``vp``, its first
             virtual stage, counted as in ``num_stages``. None for models with one stack, or a single stage.
+        layers_per_stage: The number of layers of each stage, counted as in ``num_stages``; with ``vp`` also that of
+            each pipeline rank, which its chunks share equally. Or megatron-core's text of a layout, or "auto", which a
+            model's configuration replaces by numbers. None: all stages have as many.
     """
 
     world_size: int
@@ -94,11 +99,13 @@ class ParallelLayout:
     etp: int | None = None
     sequence_parallel: bool = False
     pipeline_split_rank: int | None = None
+    layers_per_stage: Sequence[int] | str | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
         self._check_interleaving()
         self._check_split()
+        self._read_cut()
         self._check_world()
         self._check_expert_ranks()
 
@@ -142,9 +149,14 @@ class ParallelLayout:
 
     @property
     def sizes(self) -> str:
-        """The sizes of a dense model as people read them, such as "tp=2, pp=4, vp=2, dp=8"; cp where it is not 1."""
+        """The sizes of a dense model as people read them, such as "tp=2, pp=4, vp=2, dp=8"; cp where it is not 1.
+
+        Layers that are cut unevenly follow as ``layers_per_stage``.
+        """
         cp = self.cp if self.cp > 1 else None
         sizes = {"tp": self.tp, "pp": self.pp, "vp": self.vp, "cp": cp, "dp": self.dp}
+        if self.pp > 1:
+            sizes["layers_per_stage"] = _as_written(self.layers_per_stage)
         return ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
 
     @property
@@ -293,6 +305,14 @@ class ParallelLayout:
             + use("pp=2 or more, or leave it out" if stages == 1 else f"pipeline_split_rank={some}")
         )
 
+    def _read_cut(self) -> None:
+        """Keep the numbers of layers as a tuple, whatever form they were given in."""
+        try:
+            cut = pipeline_cut.read(self.layers_per_stage, self.pp, self.vp)
+        except ValueError as error:
+            raise self.error(str(error)) from None
+        object.__setattr__(self, "layers_per_stage", cut)
+
     def _check_world(self) -> None:
         if self.world_size % self.num_model_ranks == 0:
             return
@@ -343,5 +363,10 @@ class ParallelLayout:
     def error(self, text: str) -> LayoutError:
         """Make an error that begins with the strategy as the user wrote it."""
         changed = (f for f in fields(self) if f.name != "world_size" and getattr(self, f.name) != f.default)
-        call = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in changed)
+        call = ", ".join(f"{field.name}={_as_written(getattr(self, field.name))!r}" for field in changed)
         return LayoutError(f"MegatronStrategy({call}): {text}")
+
+
+def _as_written(value: Any) -> Any:
+    """A value as people write it: a list for a tuple."""
+    return list(value) if isinstance(value, tuple) else value

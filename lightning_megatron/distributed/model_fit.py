@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from lightning_megatron.distributed import pipeline_cut
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.suggestions import choices, divisors, is_positive_int, nearest, not_positive, use
 
@@ -44,7 +45,7 @@ def check_model(
         num_query_groups: Key-value heads.
         vocab_size: Tokens before padding; any positive number, as ``padded_vocab_size`` makes it divisible.
         seq_length: Tokens of a sequence, or None to leave it unchecked.
-        uneven_stages: Whether the stages of the pipeline may differ in their number of layers.
+        uneven_stages: Whether the model itself shares out its layers over the stages, in numbers that may differ.
         experts: The sizes of a mixture of experts, as ``Experts`` names them; None without one.
 
     Raises:
@@ -63,6 +64,10 @@ def check_model(
     model = {name: size for name, size in sizes.items() if size is not None}
     lines = [not_positive(name, size) for name, size in model.items() if not is_positive_int(size)]
     lines = lines or _lines(layout, model, uneven_stages)
+    cut = layout.layers_per_stage
+    if isinstance(cut, tuple) and not uneven_stages and sum(cut) != num_layers:
+        use_even = f" Use {even} for instance." if (even := _even_cut(layout, num_layers)) else ""
+        lines.append(f"layers_per_stage={list(cut)} has {sum(cut)} layers, and num_layers={num_layers}.{use_even}")
     if experts is None and (layout.ep > 1 or layout.etp not in (None, layout.tp)):
         lines.append("ep and etp divide experts, and this model has none. Use ep=1 and etp=None.")
     if lines:
@@ -88,7 +93,7 @@ def _broken_rules(layout: ParallelLayout, model: Mapping[str, int], uneven_stage
         changeable = ("num_attention_heads", "num_query_groups")
         rules.append(_Rule("num_query_groups", tp, f"tp={tp}", ("num_query_groups", "tp")))
         rules.append(_Rule("num_attention_heads", groups, f"num_query_groups={groups}", changeable))
-    if not uneven_stages:
+    if not uneven_stages and layout.layers_per_stage is None:
         text = f"pp={layout.pp}" if layout.vp is None else f"pp={layout.pp} × vp={layout.vp}"
         rules.append(_Rule("num_layers", layout.num_stages, text, ("num_layers", "pp")))
     if "seq_length" in model and layout.uses_sequence_parallel:
@@ -116,7 +121,8 @@ def _lines(layout: ParallelLayout, model: Mapping[str, int], uneven_stages: bool
         return len(_broken_rules(layout, _changed(model, name, size), uneven_stages)) < len(broken)
 
     def fits(kind: str, size: int) -> bool:
-        other = replace(layout, **{kind: size})  # type: ignore[arg-type]
+        cut = None if kind == "pp" else layout.layers_per_stage
+        other = replace(layout, **{kind: size, "layers_per_stage": cut})  # type: ignore[arg-type]
         return not any(kind in rule.changeable for rule in _broken_rules(other, model, uneven_stages))
 
     def suggested(name: str, rule: _Rule) -> str:
@@ -127,9 +133,22 @@ def _lines(layout: ParallelLayout, model: Mapping[str, int], uneven_stages: bool
 
     return [
         f"{_label(model, rule.name)}={model[rule.name]} is not a multiple of {rule.unit_text}. "
-        + use(*(suggested(name, rule) for name in rule.changeable))
+        + use(*(suggested(name, rule) for name in rule.changeable), _cut_for(layout, rule, model))
         for rule in broken
     ]
+
+
+def _cut_for(layout: ParallelLayout, rule: _Rule, model: Mapping[str, int]) -> str:
+    """The stages that a number of layers can have although it does not divide."""
+    even = _even_cut(layout, model["num_layers"]) if rule.name == "num_layers" else None
+    return f"layers_per_stage={even}" if even else ""
+
+
+def _even_cut(layout: ParallelLayout, num_layers: int) -> list[int] | None:
+    """The layers of each stage, as equal as they can be; None where they are too few."""
+    if num_layers < layout.num_stages:
+        return None
+    return pipeline_cut.even(num_layers, layout.num_stages)
 
 
 def _candidates(model: Mapping[str, int], name: str, rule: _Rule) -> Sequence[int]:

@@ -41,6 +41,10 @@ OTHERS: dict[str, dict[str, str]] = {
         " checkpoint_activations gradient_checkpointing_kwargs remat",
         "kernels": "use_flash_attention use_flash_attn",
         "pipeline_split_rank": "pipeline_model_parallel_split_rank split_rank encoder_pipeline_model_parallel_size",
+        "layers_per_stage": "pipeline_model_parallel_layout pipeline_layout pp_layout layers_per_pipeline_stage"
+        " decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers num_layers_in_first_pipeline_stage"
+        " num_layers_in_last_pipeline_stage account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split"
+        " partition_method pipeline_partition stage_layers split_points",
         "ddp": "ddp_config distributed_data_parallel_config ddp_kwargs overlap_grad_reduce overlap_param_gather"
         " ddp_bucket_size gradient_reduce_div",
         "on_nonfinite": "check_for_nan_in_loss_and_grad no_check_for_nan_in_loss_and_grad"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.attention import use_kernel
 from lightning_megatron.models.layers.recomputation import recompute_norms
 from lightning_megatron.models.layers.rope_scaling import move_rotary
+from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.training import weight_gradients
 
 
@@ -61,12 +62,21 @@ class ChunkedModule(pl.LightningModule):
     def connect_data(self, data: Any) -> None:
         """Take from the data module, or None, what the model leaves to it; called before anything is built."""
 
-    def complete_layout(self, layout: ParallelLayout) -> ParallelLayout:
-        """Add to the sizes what only the model knows: of an encoder-decoder, the split of its pipeline.
+    def complete_layout(self, layout: ParallelLayout, recompute: Recompute | None = None) -> ParallelLayout:
+        """Add to the sizes what only the model knows: the layers of each stage, the split of an encoder-decoder.
+
+        Args:
+            layout: The parallel sizes.
+            recompute: As ``MegatronStrategy(recompute=)`` has it.
 
         Raises:
-            LayoutError: A split was asked for, and the model has nothing to split; or the split does not fit it.
+            LayoutError: A split or balanced stages were asked for, and the model cannot say them; or they do not fit.
         """
+        if layout.layers_per_stage == "auto":
+            raise layout.error(
+                f"'auto' reads how long layers take from the configuration of a GPT, BERT or T5, and"
+                f" {type(self).__name__} is a model of your own. Use layers_per_stage=[...]."
+            )
         if layout.pipeline_split_rank is not None:
             raise LayoutError(
                 f"MegatronStrategy(pipeline_split_rank={layout.pipeline_split_rank}) splits the pipeline of"
@@ -111,7 +121,12 @@ class ChunkedModule(pl.LightningModule):
             self.fill_model()
 
     def build(
-        self, tp: int = 1, pp: int = 1, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+        self,
+        tp: int = 1,
+        pp: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        layers_per_stage: Sequence[int] | str | None = None,
     ) -> Self:
         """Build the model outside of a Trainer, on the ranks that torchrun has started, or on this process alone.
 
@@ -123,6 +138,7 @@ class ChunkedModule(pl.LightningModule):
             pp: Pipeline-parallel size.
             device: The device to build on; None takes this rank's GPU, or the CPU where there is none.
             dtype: Type of the weights.
+            layers_per_stage: The layers of each pipeline stage, as ``MegatronStrategy`` takes them.
 
         Returns:
             The module, in eval mode.
@@ -139,7 +155,8 @@ class ChunkedModule(pl.LightningModule):
         place = process_groups.default_device() if device is None else torch.device(device)
         use_device(place)
         process_group_backends.init_for_build(place)
-        layout = self.complete_layout(ParallelLayout(world_size=process_groups.world_size(), tp=tp, pp=pp))
+        sizes = {"tp": tp, "pp": pp, "layers_per_stage": layers_per_stage}
+        layout = self.complete_layout(ParallelLayout(world_size=process_groups.world_size(), **sizes))  # type: ignore[arg-type]
         self.check_layout(layout)
         process_groups.build(layout)
         process_groups.seed(torch.initial_seed())

@@ -25,6 +25,7 @@ from lightning_megatron.models.lora.peft_files import read as read_adapter
 from lightning_megatron.models.loss_terms import LossTerms
 from lightning_megatron.models.megatron_module import Batch, LossReduction, MegatronModule, SchedulerCallable
 from lightning_megatron.models.model_config import ModelConfig
+from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
@@ -89,6 +90,11 @@ class ConfiguredModule(MegatronModule):
     def connect_data(self, data: Any) -> None:
         """Take from the data module the sizes that the configuration leaves to it."""
         self.config.take_sizes(data)
+
+    def complete_layout(self, layout: ParallelLayout, recompute: Recompute | None = None) -> ParallelLayout:
+        """The layout with the layers of each stage; see ``ModelConfig.complete_layout``."""
+        complete = self.config.complete_layout(layout, recompute, trains_every_stage=self.lora is not None)
+        return super().complete_layout(complete, recompute)
 
     def check_layout(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the layout cannot divide, updates without a target, and terms of a loss that has none."""

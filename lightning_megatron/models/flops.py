@@ -7,16 +7,16 @@ needs half of its scores. Norms, activations, softmax and embeddings are left ou
 
 from __future__ import annotations
 
-from lightning_megatron.models.model_config import LayerStack, ModelConfig
+from typing import Any
 
 _FORWARD_AND_BACKWARD = 3
 
 
-def training_flops(config: ModelConfig, lengths: tuple[int, ...]) -> float:
+def training_flops(config: Any, lengths: tuple[int, ...]) -> float:
     """The floating-point operations of one sequence, forward and backward.
 
     Args:
-        config: Configuration of a module, such as a ``GPTConfig``.
+        config: A ``ModelConfig``, such as a ``GPTConfig``.
         lengths: Tokens of the sequence; a T5 has two numbers: encoder and decoder.
 
     Returns:
@@ -27,12 +27,36 @@ def training_flops(config: ModelConfig, lengths: tuple[int, ...]) -> float:
     return _FORWARD_AND_BACKWARD * (forward + _vocabulary(config, stacks[-1].tokens))
 
 
-def _layer(config: ModelConfig, stack: LayerStack) -> float:
+def layer_flops(config: Any) -> list[list[float]]:
+    """The floating-point operations of each layer of each stack, forward, of the longest sequence.
+
+    Layers may differ in their attention windows and in whether they have experts.
+    """
+    return [
+        [_layer_of(config, stack, *config.layer_work(stack, number)) for number in range(stack.layers)]
+        for stack in config.stacks(config.lengths)
+    ]
+
+
+def _layer_of(config: Any, stack: Any, seen: float | None, weights: int) -> float:
+    first, *others = stack.attention
+    attention = [first if seen is None else (first[0], seen), *others]
+    products = sum(_attention(config, stack.tokens, keys, number) for keys, number in attention)
+    return products + 2 * stack.tokens * weights
+
+
+def head_flops(config: Any) -> float:
+    """The floating-point operations of the output layer, forward, of the longest sequence."""
+    tokens = config.stacks(config.lengths)[-1].tokens
+    return 2 * tokens * config.hidden_size * config.outputs(config.vocab_size)
+
+
+def _layer(config: Any, stack: Any) -> float:
     attention = sum(_attention(config, stack.tokens, keys, seen) for keys, seen in stack.attention)
     return attention + _feed_forward(config, stack.tokens)
 
 
-def _attention(config: ModelConfig, queries: int, keys: int, seen: float) -> float:
+def _attention(config: Any, queries: int, keys: int, seen: float) -> float:
     """Projections of queries, keys, values and outputs; scores and their products with the values."""
     sizes = config.sizes()
     head = config.kv_channels or config.hidden_size // config.num_attention_heads
@@ -41,10 +65,10 @@ def _attention(config: ModelConfig, queries: int, keys: int, seen: float) -> flo
     return projections + 2 * 2 * queries * seen * heads
 
 
-def _feed_forward(config: ModelConfig, tokens: int) -> float:
+def _feed_forward(config: Any, tokens: int) -> float:
     width = config.ffn_hidden_size or 4 * config.hidden_size
     return 2 * tokens * config.hidden_size * width * (3 if config.is_gated else 2)
 
 
-def _vocabulary(config: ModelConfig, tokens: int) -> float:
+def _vocabulary(config: Any, tokens: int) -> float:
     return 2 * tokens * config.hidden_size * config.vocab_size

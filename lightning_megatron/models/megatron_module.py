@@ -213,7 +213,7 @@ class MegatronModule(ChunkedModule):
 
         Args:
             hidden_size: Width of the hidden states.
-            num_layers: Layers of the whole model. None: one for each chunk.
+            num_layers: Layers of the whole model. None: one for each chunk, or as many as ``layers_per_stage`` has.
             num_attention_heads: Heads of the whole model. None: as few as can be shared out.
             **fields: ``ffn_hidden_size``, ``activation``, ``hidden_dropout`` and the like, as ``GPTConfig`` has them;
                 and any field of megatron-core's ``TransformerConfig``.
@@ -223,7 +223,8 @@ class MegatronModule(ChunkedModule):
             ValueError: No such field; or a value is wrong.
         """
         settings = self.build_settings
-        tp, stages = settings.layout.tp, settings.layout.num_stages
+        tp, cut = settings.layout.tp, settings.layout.layers_per_stage
+        stages = sum(cut) if isinstance(cut, tuple) else settings.layout.num_stages
         fewest_heads = 1 if hidden_size % tp else tp
         config = ModelConfig.of_own_model(
             hidden_size=hidden_size,

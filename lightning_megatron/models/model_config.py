@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
+from lightning_megatron.distributed import pipeline_cut
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.memory_table import MemoryTable
@@ -14,7 +15,10 @@ from lightning_megatron.distributed.suggestions import did_you_mean
 from lightning_megatron.distributed.wrong_names import further_tables, unknown_name
 from lightning_megatron.models import parameter_counts, recompute
 from lightning_megatron.models.core_fields import core_fields
+from lightning_megatron.models.layer_times import layer_times
 from lightning_megatron.models.parameter_counts import Part
+from lightning_megatron.models.pipeline_balance import Balance
+from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.models.refused_fields import refuse_fields
 
 if TYPE_CHECKING:
@@ -150,6 +154,19 @@ class ModelConfig:
         (length,) = lengths
         return [LayerStack(self.num_layers, length, [(length, length)])]
 
+    def layer_work(self, stack: LayerStack, number: int) -> tuple[float | None, int]:
+        """What a layer has that others may not have: a window of attention, and experts.
+
+        Args:
+            stack: The stack of layers.
+            number: The layer's number in it, from 0.
+
+        Returns:
+            The keys that a query sees on average, or None where it is as ``stack`` says; and how many weights of the
+            feed-forward layer each token is multiplied with.
+        """
+        return None, (3 if self.is_gated else 2) * self.hidden_size * (self.ffn_hidden_size or 4 * self.hidden_size)
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """The longest sequence, in tokens; of a T5, of both sides."""
@@ -172,8 +189,9 @@ class ModelConfig:
         from lightning_megatron.models.kernels import Kernels
         from lightning_megatron.models.memory_estimate import Training, estimate
 
-        self.check(layout)
         run = Training(**training)
+        layout = self.complete_layout(layout, run.recompute)
+        self.check(layout)
         device = torch.device(run.device)
         kernels = (run.kernels or Kernels()).on(device)
         settings = BuildSettings(layout=layout, recompute=run.recompute, kernels=kernels, device=device)
@@ -190,7 +208,7 @@ class ModelConfig:
 
     def chunks(self, layout: ParallelLayout) -> list[list[Part]]:
         """The layers of each model chunk, in the order of the virtual stages."""
-        return parameter_counts.even_chunks(self.num_layers, layout, self.final_norms > 0)
+        return parameter_counts.chunks(self.num_layers, self.complete_layout(layout), self.final_norms > 0)
 
     def parameters(self, layout: ParallelLayout, chunk: list[Part]) -> int:
         """The weights of a chunk on a tensor-parallel rank."""
@@ -263,7 +281,41 @@ class ModelConfig:
         Raises:
             LayoutError: One line per broken rule, with the nearest values that work.
         """
-        check_model(layout, **self.sizes(), uneven_stages=any("pipeline" in key for key in self.extra))
+        check_model(self.complete_layout(layout), **self.sizes())
+
+    def complete_layout(
+        self, layout: ParallelLayout, recompute: Recompute | None = None, trains_every_stage: bool = False
+    ) -> ParallelLayout:
+        """The layout with the layers of each stage, where the configuration or "auto" says them.
+
+        Args:
+            layout: The parallel sizes.
+            recompute: As ``MegatronStrategy(recompute=)`` has it, which makes layers slower.
+            trains_every_stage: Whether "auto" leaves no stage without layers, as where only layers are trained.
+
+        Raises:
+            LayoutError: Fields of megatron-core's in ``extra`` do not fit; or there are too few layers to balance.
+        """
+        if layout.pp == 1:
+            return layout
+        try:
+            said = pipeline_cut.of_core_fields(self.extra, self.num_layers, layout.pp, layout.vp)
+        except ValueError as error:
+            raise layout.error(f"{type(self).__name__}(extra={{...}}): {error}") from None
+        if said is not None and layout.layers_per_stage not in (None, said):
+            raise layout.error(
+                f"{type(self).__name__}(extra={{...}}) cuts the pipeline otherwise, into stages of {list(said)} layers."
+                " Leave one out."
+            )
+        if layout.layers_per_stage != "auto":
+            return replace(layout, layers_per_stage=said or layout.layers_per_stage)
+        balance = Balance(layer_times(self, recompute)[0], layout.num_stages, int(trains_every_stage))
+        if self.num_layers < balance.fewest:
+            raise layout.error(
+                f"num_layers={self.num_layers} are too few for {layout.num_stages} stages. Use {balance.fewest} or more"
+                " layers, or fewer stages."
+            )
+        return replace(layout, layers_per_stage=balance.cut(layout.pp))
 
     def sizes(self) -> dict[str, Any]:
         """What a layout has to divide, as ``check_model`` names it."""
@@ -287,6 +339,7 @@ class ModelConfig:
 
         from lightning_megatron.models.activations import FUNCTIONS
 
+        cut = self.complete_layout(settings.layout).layers_per_stage
         arguments: dict[str, Any] = {
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -306,7 +359,10 @@ class ModelConfig:
         }
         modules = self.recomputed_modules(settings)
         arguments.update(recompute.transformer_config_arguments(settings.recompute, modules))
-        arguments.update(self.extra, **stack)
+        arguments.update({name: value for name, value in self.extra.items() if name not in pipeline_cut.CORE_FIELDS})
+        if isinstance(cut, tuple):
+            arguments["pipeline_model_parallel_layout"] = pipeline_cut.core_layout(cut)
+        arguments.update(stack)
         self._check_residual(arguments)
         modules = arguments.pop("recompute_modules", None)
         ours = [name for name in modules or () if name in _RECOMPUTED_HERE and self.layers == "torch"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.pipeline_cut import even
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,22 @@ class Part:
     ends_model: bool = False
 
 
-def even_chunks(layers: int, layout: ParallelLayout, final_norm: bool) -> list[list[Part]]:
-    """The model chunks of a single stack, in the order of the virtual stages; the first ones have a layer more."""
-    count = layout.num_stages
+def chunks(layers: int, layout: ParallelLayout, final_norm: bool) -> list[list[Part]]:
+    """The model chunks of a single stack, in the order of the virtual stages."""
+    cut = layout.layers_per_stage
+    counts = cut if isinstance(cut, tuple) and layout.pp > 1 else even(layers, layout.num_stages)
+    last = layout.num_stages - 1
     return [
         [
             Part(
                 0,
-                layers // count + (number < layers % count),
+                count,
                 embeds=number == 0,
-                ends_stack=number == count - 1 and final_norm,
-                ends_model=number == count - 1,
+                ends_stack=number == last and final_norm,
+                ends_model=number == last,
             )
         ]
-        for number in range(count)
+        for number, count in enumerate(counts)
     ]
 
 

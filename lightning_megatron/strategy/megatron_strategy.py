@@ -93,6 +93,10 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         pipeline_split_rank: The first pipeline stage of an encoder-decoder model's decoder; with ``vp``, its first
             virtual stage, counted through the ranks. None splits so that the slowest stage is fastest. Other models
             refuse it.
+        layers_per_stage: The number of layers of each pipeline stage; with ``vp`` of each virtual stage, in the order
+            of the layers, or of each pipeline stage in all. The first and the last may have 0, and then have the
+            embedding and the output layer alone. "auto" makes the slowest stage as fast as possible. A text is
+            megatron-core's, such as "Ettt|tttt|tL". None: all stages have as many.
         ddp: Settings of megatron-core's data parallelism. ``use_distributed_optimizer`` and ``grad_reduce_in_fp32``
             follow from ``distributed_optimizer`` and ``Trainer(precision=)``.
         on_nonfinite: What happens when a loss, or a gradient norm that is computed, is NaN or infinite: "raise" ends
@@ -131,6 +135,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         recompute: Recompute | None = None,
         kernels: Kernels = _DEFAULT_KERNELS,
         pipeline_split_rank: int | None = None,
+        layers_per_stage: list[int] | str | None = None,
         ddp: DistributedDataParallelConfig | None = None,
         on_nonfinite: OnNonfinite = "raise",
         checkpointing: Checkpointing = _DEFAULT_CHECKPOINTING,
@@ -142,7 +147,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         super().__init__()
         self.sizes: dict[str, Any] = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
         self.sizes["sequence_parallel"] = sequence_parallel
-        self.sizes["pipeline_split_rank"] = pipeline_split_rank
+        self.sizes |= {"pipeline_split_rank": pipeline_split_rank, "layers_per_stage": layers_per_stage}
         self.micro_batching = MicroBatching(micro_batch_size, num_microbatches)
         checks.check_sizes(self.sizes, self.micro_batching, recompute, kernels)
         checks.check_cp_comm(cp_comm, cp)
@@ -221,7 +226,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         process_group_backends.choose(self.root_device.type, self._process_group_backend)
         self._layout = ParallelLayout(world_size=self._ranks, **self.sizes)
         if isinstance(self.lightning_module, MegatronModule):
-            self._layout = self.lightning_module.complete_layout(self._layout)
+            self._layout = self.lightning_module.complete_layout(self._layout, self.recompute)
 
     @override
     def _configure_launcher(self) -> None:
@@ -238,7 +243,8 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
         warning_filters.ignore_unused_validation(model)
         if isinstance(model, MegatronModule):
             model.connect_data(model.trainer.datamodule)  # type: ignore[attr-defined]
-            self._layout = model.complete_layout(ParallelLayout(world_size=self.layout.world_size, **self.sizes))
+            layout = ParallelLayout(world_size=self.layout.world_size, **self.sizes)
+            self._layout = model.complete_layout(layout, self.recompute)
             model.check_layout(self.layout)
             checks.check_way(model, self.layout, self.cp_comm)
         else:

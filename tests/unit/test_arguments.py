@@ -78,6 +78,8 @@ STRATEGY: list[tuple[dict[str, Any], str]] = [
     ({"pipeline_split_rank": 1}, "both sides of an encoder-decoder model need one. Use pp=2 or more"),
     ({"pp": 2, "pipeline_split_rank": 2}, "Use pipeline_split_rank=1"),
     ({"pp": 4, "pipeline_split_rank": "1"}, "Use pipeline_split_rank=1 to 3"),
+    ({"pp": 2, "layers_per_stage": [5, 2, 1]}, "has 3 stages, and pp=2 need 2 numbers. Use [4, 4] for instance."),
+    ({"pp": 2, "layers_per_stage": "even"}, "use a list with the number of layers of each stage, 'auto'"),
     ({"micro_batch_size": 1, "num_microbatches": 2}, "give one; the other follows"),
     ({"micro_batch_size": 1.5}, "micro_batch_size=1.5): use a whole number from 1, or None."),
     ({"num_microbatches": False}, "num_microbatches=False): use a whole number from 1"),

@@ -220,8 +220,8 @@ def test_settings_of_megatron_lm_are_told_as_migrate_places_them(name):
 
 
 def test_what_is_neither_is_looked_up_in_the_table_of_migrate():
-    assert elsewhere("decoder_first_pipeline_num_layers", "MegatronStrategy") == (
-        "Megatron-LM's setting is config.extra['num_layers_in_first_pipeline_stage'] here"
+    assert elsewhere("overlap_p2p_communication_warmup_flush", "MegatronStrategy") == (
+        "Megatron-LM's setting is config.extra['overlap_p2p_comm_warmup_flush'] here"
     )
 
 

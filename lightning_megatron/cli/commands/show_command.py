@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_megatron.distributed.layout import ParallelLayout
+    from lightning_megatron.models.model_config import ModelConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,29 +28,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", default="bf16-mixed", help="with --model: as the Trainer's (default: %(default)s)"
     )
     parser.add_argument("--recompute", choices=("selective", "full"), help="with --model: as the strategy's")
+    parser.add_argument(
+        "--layers-per-stage",
+        help="as the strategy's: layers of each pipeline stage, such as 7,8,8,7; with --model also auto",
+    )
     parser.add_argument("--out", help="also draw the grid into this .png, .svg or .pdf file")
 
 
-def _memory(layout: ParallelLayout, given: argparse.Namespace) -> str:
+def _memory(config: ModelConfig, layout: ParallelLayout, given: argparse.Namespace) -> str:
     """The table of the memory of a rank of each pipeline stage."""
-    from lightning_megatron.hf.weight_source import DescribedModel
-    from lightning_megatron.models.auto import config_of
-
-    config = config_of(DescribedModel(given.model, None))
     lengths = None if given.seq_length is None else (given.seq_length,) * len(config.lengths)
     settings = {"micro_batch_size": given.micro_batch_size, "precision": given.precision, "recompute": given.recompute}
     return str(layout.memory(config, lengths=lengths, **settings))
+
+
+def _cut(layout: ParallelLayout, text: str) -> ParallelLayout:
+    """The layout with the layers of each stage that the command line says."""
+    numbers = text.strip("[]").replace(" ", "").split(",")
+    return replace(layout, layers_per_stage=list(map(int, numbers)) if all(map(str.isdigit, numbers)) else text)
 
 
 def run(given: argparse.Namespace) -> None:
     """Run the command."""
     from lightning_megatron.cli.rank_grid import RankGrid
 
-    grid = RankGrid.parse(given.layout, given.ranks_per_node)
+    grid, config = RankGrid.parse(given.layout, given.ranks_per_node), None
+    layout = _cut(grid.layout, given.layers_per_stage) if given.layers_per_stage else grid.layout
+    if given.model:
+        from lightning_megatron.hf.weight_source import DescribedModel
+        from lightning_megatron.models.auto import config_of
+
+        config = config_of(DescribedModel(given.model, None))
+        layout = config.complete_layout(layout, given.recompute)
+    elif layout.layers_per_stage == "auto":
+        raise layout.error("'auto' reads how long layers take from a model. Name it with --model.")
+    grid = replace(grid, layout=layout)
     print(grid.text())
     for warning in grid.warnings():
         print(f"\nWarning: {warning}")
-    if given.model:
-        print(f"\n{_memory(grid.layout, given)}")
+    if config is not None:
+        print(f"\n{_memory(config, layout, given)}")
     if given.out:
         print(f"\n{grid.draw(given.out)}")

@@ -187,6 +187,7 @@ def _check_layout(given: Mapping[str, Any], plan: Plan, world_size: int | None) 
         cp=sizes["cp"],
         sequence_parallel=plan.get(f"{STRATEGY}.sequence_parallel", False),
         pipeline_split_rank=split,
+        layers_per_stage=plan.get(f"{STRATEGY}.layers_per_stage"),
     )
     whole, part = plan.get(f"{DATA}.global_batch_size"), plan.get(f"{STRATEGY}.micro_batch_size")
     if whole is not None and whole % layout.dp:

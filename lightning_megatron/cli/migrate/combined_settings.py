@@ -8,6 +8,7 @@ from lightning_megatron.cli.migrate import (
     data_settings,
     model_settings,
     optimizer_settings,
+    pipeline_settings,
     recompute_settings,
     trainer_settings,
 )
@@ -20,7 +21,8 @@ _SUBJECTS = (
     context_parallel_settings.attention_over_ranks,
     recompute_settings.recomputation,
     model_settings.layers_of_stacks,
-    model_settings.virtual_stages,
+    pipeline_settings.virtual_stages,
+    pipeline_settings.layers_of_stages,
     model_settings.positions,
     model_settings.activation,
     model_settings.query_groups,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_megatron.cli.migrate.plan import Given, MigrationError, Plan, take
-from lightning_megatron.cli.migrate.settings_table import CONFIG, MODELS, STRATEGY
+from lightning_megatron.cli.migrate.settings_table import CONFIG, MODELS
 
 
 def layers_of_stacks(given: Given, plan: Plan) -> None:
@@ -26,26 +26,6 @@ def layers_of_stacks(given: Given, plan: Plan) -> None:
 def depth(given: Given) -> int | None:
     """Layers, which of a T5 are the encoder's."""
     return given.get("num_layers") or given.get("encoder_num_layers")
-
-
-def virtual_stages(given: Given, plan: Plan) -> None:
-    """Carry over layers per virtual stage, as virtual stages per pipeline stage."""
-    name = "num_layers_per_virtual_pipeline_stage"
-    each = given.get(name)
-    if each is None:
-        return
-    layers, pp = depth(given), given.get("pipeline_model_parallel_size", 1)
-    if layers is None:
-        plan.say(name, each, "yours to do", f"MegatronStrategy(vp=): the model's layers / {pp} stages / {each}")
-    elif layers % (pp * each):
-        raise MigrationError(
-            f"{name}={each}: {layers} layers on {pp} stages are no multiple of it. Use a number that divides"
-            f" {layers // pp if layers % pp == 0 else layers}."
-        )
-    else:
-        chunks = layers // pp // each
-        plan.put(f"{STRATEGY}.vp", chunks if chunks > 1 else None)
-        plan.say(name, each, "carried over", f"MegatronStrategy(vp={chunks}), chunks in place of layers; one is none")
 
 
 def positions(given: Given, plan: Plan) -> None:

@@ -156,6 +156,17 @@ class GPTConfig(ModelConfig):
             seen = min(length, 2 * self.sliding_window)  # halved below, as the triangle is
         return [LayerStack(self.num_layers, length, [(length, seen / 2)])]
 
+    def layer_work(self, stack: LayerStack, number: int) -> tuple[float | None, int]:
+        """The keys that a query sees through the layer's window, if it has one; the weights of the experts it uses."""
+        seen, weights = super().layer_work(stack, number)
+        if self.sliding_window is not None and number in (self.sliding_window_layers or [number]):
+            seen = min(stack.tokens / 2, self.sliding_window)
+        if self.experts is not None and self.experts.in_layers(self.num_layers)[number]:
+            width = self.experts.top_k * (self.experts.ffn_hidden_size or self.ffn_hidden_size or 4 * self.hidden_size)
+            width += self.experts.shared_ffn_hidden_size or 0
+            weights = self.hidden_size * ((3 if self.is_gated else 2) * width + self.experts.num)
+        return seen, weights
+
     def embedding_parameters(self, layout: ParallelLayout) -> int:
         """The embedding of tokens and, where they are learned, of positions."""
         positions = self.seq_length * self.hidden_size if self.position_embedding == "learned" else 0

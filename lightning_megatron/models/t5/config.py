@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
@@ -10,8 +11,10 @@ from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.model_fit import check_model
+from lightning_megatron.models.layer_times import layer_times
 from lightning_megatron.models.model_config import Activation, LayerStack, ModelConfig
 from lightning_megatron.models.parameter_counts import Part
+from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.models.t5 import pipeline_split
 
 if TYPE_CHECKING:
@@ -106,7 +109,7 @@ class T5Config(ModelConfig):
         if pipeline:
             raise ValueError(
                 f"T5Config(extra={{{pipeline[0]!r}: ...}}): a T5's layers are shared out evenly on each side of"
-                " MegatronStrategy(pipeline_split_rank=). Leave it out."
+                " MegatronStrategy(pipeline_split_rank=), or as layers_per_stage says. Leave it out."
             )
         super().__post_init__()
 
@@ -128,8 +131,9 @@ class T5Config(ModelConfig):
         encoder, decoder = self.encoder_layers, self.decoder_layers
         if layout.pp == 1:
             return [[Part(0, encoder, embeds=True, ends_stack=True), Part(1, decoder, False, True, ends_model=True)]]
-        split = pipeline_split.with_split(layout, encoder, decoder, self.layer_costs()).pipeline_split_rank or 1
-        shares = pipeline_split.shares(encoder, split), pipeline_split.shares(decoder, layout.num_stages - split)
+        layout = self.complete_layout(layout)
+        sides = ((encoder, True), (decoder, False))
+        shares = [pipeline_split.side(layout, layers, encodes=encodes) for layers, encodes in sides]
         found = [
             Part(stack, layers, ends_stack=number == len(shares[stack]) - 1)
             for stack in (0, 1)
@@ -175,6 +179,17 @@ class T5Config(ModelConfig):
     def check(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the layout cannot divide; stages may differ in their number of layers."""
         check_model(layout, **self.sizes(), uneven_stages=True)
+
+    def complete_layout(
+        self, layout: ParallelLayout, recompute: Recompute | None = None, trains_every_stage: bool = False
+    ) -> ParallelLayout:
+        """The layout with a split between encoder and decoder, and the layers of each stage where "auto" says them.
+
+        Raises:
+            LayoutError: A stage would have no layer, or layers of both sides.
+        """
+        times = partial(layer_times, self, recompute)
+        return pipeline_split.with_split(layout, self.encoder_layers, self.decoder_layers, self.layer_costs(), times)
 
     def encoder_config(self, settings: BuildSettings) -> TransformerConfig:
         """megatron-core's configuration of the encoder."""

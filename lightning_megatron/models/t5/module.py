@@ -23,6 +23,7 @@ from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabel
 from lightning_megatron.models.layers.output_layer import OutputLayer, cross_entropy_over_shards
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
+from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.models.t5 import pipeline_split
 from lightning_megatron.models.t5.config import T5Config
 from lightning_megatron.models.t5.decoder import T5Decoder
@@ -78,15 +79,13 @@ class T5Module(GeneratingModule):
     ) -> None:
         super().__init__(config, optimizer, lr_schedule, loss_reduction, lora, label_smoothing, z_loss)
 
-    def complete_layout(self, layout: ParallelLayout) -> ParallelLayout:
-        """The layout with a split between encoder and decoder.
+    def complete_layout(self, layout: ParallelLayout, recompute: Recompute | None = None) -> ParallelLayout:
+        """The layout with a split between encoder and decoder, and the layers of each stage.
 
         Raises:
             LayoutError: A stage would have no layer.
         """
-        return pipeline_split.with_split(
-            layout, self.config.encoder_layers, self.config.decoder_layers, self.config.layer_costs()
-        )
+        return self.config.complete_layout(layout, recompute)
 
     def configure_model(self) -> None:
         """Build this rank's chunks, once; stages of a stack start with the same position bias."""

@@ -1,10 +1,13 @@
-"""Splits the layers of a T5 over pipeline stages, with even shares on the encoder's and the decoder's side."""
+"""Splits the layers of a T5 over pipeline stages, some for the encoder and the others for the decoder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
+from lightning_megatron.distributed.pipeline_cut import core_layout, even
+from lightning_megatron.models.pipeline_balance import Balance, LayerTimes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +27,24 @@ class T5Stage:
     copy: int | None = None
 
 
-def with_split(layout: ParallelLayout, encoder: int, decoder: int, costs: tuple[int, int]) -> ParallelLayout:
+def with_split(
+    layout: ParallelLayout,
+    encoder: int,
+    decoder: int,
+    costs: tuple[int, int],
+    times: Callable[[], list[LayerTimes]] | None = None,
+) -> ParallelLayout:
     """The layout with the split that was asked for, or the one whose slowest stage is the fastest.
 
     Args:
-        layout: The layout, with or without a ``pipeline_split_rank``.
+        layout: The layout, with or without a ``pipeline_split_rank`` and ``layers_per_stage``.
         encoder: Layers of the encoder.
         decoder: Layers of the decoder.
         costs: Time of a layer of the encoder and of one of the decoder, in any unit.
+        times: Returns the times of both sides, by which "auto" cuts each.
 
     Raises:
-        LayoutError: More stages than layers, in all or on one side of the split.
+        LayoutError: More stages than layers, in all or on one side of the split; or layers that are not the sides'.
     """
     if layout.pp == 1:
         return layout
@@ -54,8 +64,39 @@ def with_split(layout: ParallelLayout, encoder: int, decoder: int, costs: tuple[
             f" {stages - split} of the decoder, but T5Config has {sides}, and each stage needs a layer. Use"
             f" pipeline_split_rank={some}, or None to have it chosen."
         )
-    split = split or min(legal, key=lambda at: _slowest_stage(shares(encoder, at), shares(decoder, stages - at), costs))
+    if layout.layers_per_stage == "auto":
+        assert times is not None
+        return _balanced(layout, times(), [split] if split else legal)
+    if isinstance(layout.layers_per_stage, tuple):
+        return _with_split_of(layout, layout.layers_per_stage, encoder, decoder)
+    split = split or min(legal, key=lambda at: _slowest_stage(even(encoder, at), even(decoder, stages - at), costs))
     return replace(layout, pipeline_split_rank=split)
+
+
+def _balanced(layout: ParallelLayout, times: list[LayerTimes], splits: Iterable[int]) -> ParallelLayout:
+    """The split and the cuts of both sides whose slowest stage is the fastest; virtual stages count each."""
+    found = []
+    for split in splits:
+        sides = [Balance(times[0], split, 1), Balance(times[1], layout.num_stages - split, 1)]
+        cuts = [side.cut(side.stages) for side in sides]
+        slowest = [max(side.stage_times(cut)) for side, cut in zip(sides, cuts, strict=True)]
+        found.append((max(slowest), min(slowest), split, cuts[0] + cuts[1]))
+    _, _, split, cut = min(found)
+    return replace(layout, pipeline_split_rank=split, layers_per_stage=cut)
+
+
+def _with_split_of(layout: ParallelLayout, cut: tuple[int, ...], encoder: int, decoder: int) -> ParallelLayout:
+    """The split that the layers of the stages say, and the one that was asked for if there is one."""
+    asked = layout.pipeline_split_rank
+    ends = [at for at in range(1, len(cut)) if sum(cut[:at]) == encoder]
+    if not ends or sum(cut) != encoder + decoder or not all(cut) or asked not in (None, *ends):
+        split = asked or max(1, min(len(cut) - 1, round(len(cut) * encoder / (encoder + decoder))))
+        some = even(encoder, split) + even(decoder, len(cut) - split)
+        raise layout.error(
+            f"the first {asked or 'stages'} have the {encoder} encoder layers of T5Config, the others its {decoder}"
+            f" decoder layers, and each stage has a layer. Use layers_per_stage={some} for instance."
+        )
+    return replace(layout, pipeline_split_rank=ends[0])
 
 
 def stage(layout: ParallelLayout, number: int) -> T5Stage:
@@ -72,24 +113,23 @@ def stage(layout: ParallelLayout, number: int) -> T5Stage:
 def encoder_stages(layout: ParallelLayout, num_layers: int) -> list[list[str]] | None:
     """megatron-core's ``pipeline_model_parallel_layout`` of the encoder alone."""
     split = layout.pipeline_split_rank
-    return None if split is None else _layout(shares(num_layers, split) + [0] * (layout.num_stages - split))
+    if split is None:
+        return None
+    return core_layout(side(layout, num_layers, encodes=True) + [0] * (layout.num_stages - split))
 
 
 def decoder_stages(layout: ParallelLayout, num_layers: int) -> list[list[str]] | None:
     """megatron-core's ``pipeline_model_parallel_layout`` of the decoder alone."""
     split = layout.pipeline_split_rank
-    return None if split is None else _layout([0] * split + shares(num_layers, layout.num_stages - split))
+    return None if split is None else core_layout([0] * split + side(layout, num_layers, encodes=False))
 
 
-def _layout(layers: list[int]) -> list[list[str]]:
-    """It has to begin with the embedding and end with the loss, whether these are the stack's or not."""
-    stages = [["decoder"] * count for count in layers]  # megatron-core calls every layer of a stack that
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
-
-
-def shares(num_layers: int, stages: int) -> list[int]:
-    """The layers of each stage of a stack; the first ones have one more."""
-    return [num_layers // stages + (number < num_layers % stages) for number in range(stages)]
+def side(layout: ParallelLayout, num_layers: int, *, encodes: bool) -> list[int]:
+    """The layers of each stage of the encoder, or of the decoder, in a layout that has a split."""
+    cut, split = layout.layers_per_stage, layout.pipeline_split_rank or 0
+    if isinstance(cut, tuple):
+        return list(cut[:split] if encodes else cut[split:])
+    return even(num_layers, split if encodes else layout.num_stages - split)
 
 
 def _slowest_stage(encoder: list[int], decoder: list[int], costs: tuple[int, int]) -> tuple[int, int]:

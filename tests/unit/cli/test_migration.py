@@ -172,7 +172,8 @@ def test_an_accelerate_configuration(number, parser):
         assert given["position_embedding"] == "rope"
     assert model.loss_reduction == ("token" if block.get("calculate_per_token_loss", True) else "micro_batch")
     extra = given.get("extra", {})
-    assert extra.get("num_layers_in_last_pipeline_stage") == block.get("decoder_last_pipeline_num_layers")
+    last = block.get("decoder_last_pipeline_num_layers") if strategy["pp"] > 1 else None
+    assert extra.get("num_layers_in_last_pipeline_stage") == last
     assert extra.get("attention_softmax_in_fp32") == block.get("attention_softmax_in_fp32")
     if granularity == "full" and not some and (layers or 1) > 1:
         assert (extra["recompute_method"], extra["recompute_num_layers"]) == ("uniform", layers)
@@ -222,6 +223,7 @@ def test_every_argument_has_its_line():
 
     values = {
         "num_layers_per_virtual_pipeline_stage": 2,
+        "decoder_last_pipeline_num_layers": 2,
         "train_samples": None,
         "lr_decay_samples": None,
         "lr_warmup_samples": None,
@@ -894,6 +896,48 @@ def test_how_attention_reaches_the_tokens_of_other_ranks(words, cp_comm, fate):
     plan = from_command_line(words.split(), "gpt", devices=8)
     assert plan.run["trainer"]["strategy"]["init_args"].get("cp_comm") == cp_comm
     assert {line.fate for line in plan.lines if line.setting == "--cp-comm-type"} == {fate}
+
+
+@pytest.mark.parametrize(
+    ("words", "layers", "vp"),
+    [
+        ("--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 3", [1, 4, 4, 3], None),
+        ("--decoder-last-pipeline-num-layers 3", [3, 3, 3, 3], None),
+        ("--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split", None, None),
+        (
+            "--num-layers 14 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
+            " --num-layers-per-virtual-pipeline-stage 2",
+            [1, 2, 2, 2, 2, 2, 2, 1],
+            2,
+        ),
+        ("--pipeline-model-parallel-layout Et*3|(t*3|)*2t*3L", "Et*3|(t*3|)*2t*3L", None),
+        ("--pipeline-model-parallel-layout E|(tt|)*6L", "E|(tt|)*6L", 2),
+    ],
+)
+def test_layers_of_stages(words, layers, vp):
+    words = ["--num-layers", "12", "--pipeline-model-parallel-size", "4", *words.split()]
+    if layers is None:
+        with pytest.raises(MigrationError, match="num_layers=12 cannot be shared out so over pp=4"):
+            from_command_line(words, "gpt")
+        return
+    plan = from_command_line(words, "gpt", devices=4)
+    strategy = plan.run["trainer"]["strategy"]["init_args"]
+    assert (strategy["layers_per_stage"], strategy.get("vp")) == (layers, vp)
+    assert {line.setting for line in plan.lines if line.fate == "carried over"} >= {
+        word for word in words if word.startswith("--")
+    }
+
+
+def test_layers_of_stages_where_nobody_knows_how_many_layers_there_are():
+    words = "--pipeline-model-parallel-size 4 --decoder-last-pipeline-num-layers 3"
+    plan = from_command_line(words.split(), "gpt")
+    assert plan.run["model"]["init_args"]["config"]["extra"] == {"num_layers_in_last_pipeline_stage": 3}
+    for words, fate in (
+        ("--decoder-last-pipeline-num-layers 3", "not needed"),
+        ("--pipeline-model-parallel-size 4 --decoder-last-pipeline-num-layers 3", "yours to do"),
+    ):
+        plan = from_command_line(words.split(), "t5", devices=4)
+        assert {line.fate for line in plan.lines if line.setting.startswith("--decoder")} == {fate}
 
 
 def test_plugin_mistakes():

@@ -246,12 +246,14 @@ def test_model_fits(sizes):
         (
             {"pp": 4},
             {"num_layers": 6},
-            "num_layers=6 is not a multiple of pp=4. Use num_layers=4 or num_layers=8, or pp=2.",
+            "num_layers=6 is not a multiple of pp=4. "
+            "Use num_layers=4 or num_layers=8, or pp=2, or layers_per_stage=[2, 2, 1, 1].",
         ),
         (
             {"pp": 2, "vp": 3},
             {"num_layers": 8},
-            "num_layers=8 is not a multiple of pp=2 × vp=3. Use num_layers=6 or num_layers=12.",
+            "num_layers=8 is not a multiple of pp=2 × vp=3. "
+            "Use num_layers=6 or num_layers=12, or layers_per_stage=[2, 2, 1, 1, 1, 1].",
         ),
         (
             {"tp": 4, "sequence_parallel": True},
