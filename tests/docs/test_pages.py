@@ -44,6 +44,7 @@ ELSEWHERE = {
 HERE = {
     "index.md",
     "layouts.md",
+    "pipelines.md",
     "long_sequences.md",
     "experts.md",
     "precision.md",
@@ -121,6 +122,11 @@ def test_layouts(tmp_path, capsys):
         p = int(p)
         waits = [(p - 1) / (v * m + p - 1) for v, m in ((1, p), (1, 4 * p), (1, 16 * p), (2, 4 * p))]
         assert [round(100 * wait) for wait in waits] == [int(share) for share in shares]
+
+
+def test_pipelines(tmp_path, capsys):
+    names_of("pipelines.md", tmp_path)
+    assert f"```text\n{capsys.readouterr().out}```" in (DOCS / "pipelines.md").read_text()
 
 
 def test_long_sequences(tmp_path):

@@ -9,10 +9,16 @@ from dataclasses import replace
 import pytest
 
 from lightning_megatron import BertModule, GPTModule, T5Module
-from tests.parity.test_experts import config_of
-from tests.parity.test_experts import truth as truth_of_experts
-from tests.parity.test_truth import truth
-from tests.reference import parallel_experts, parallel_gpt, parallel_vit, plain_bert, plain_gpt, plain_t5, plain_vit
+from tests.reference import (
+    parallel_experts,
+    parallel_gpt,
+    parallel_vit,
+    plain_bert,
+    plain_experts,
+    plain_gpt,
+    plain_t5,
+    plain_vit,
+)
 from tests.reference.same_training import (
     CLIP,
     ROWS,
@@ -28,6 +34,12 @@ from tests.support.ranks import run_in_pool
 
 def cut(layers, **sizes) -> Layout:
     return Layout(**sizes, extra={"layers_per_stage": layers})
+
+
+@functools.cache
+def truth(name: str, steps: int = STEPS, clip: float = CLIP) -> dict:
+    config = getattr(plain_gpt, name)
+    return plain_gpt.train(config, parallel_gpt.text_samples(config, ROWS * steps), ROWS, steps, clip)
 
 
 class CountedGPT(parallel_gpt.LoadedGPT):
@@ -62,10 +74,11 @@ def test_gpt(name, layout):
 
 
 def test_experts_and_a_dense_layer_stay_in_their_places():
-    expected = truth_of_experts("ODD")
+    config = plain_experts.ODD
+    expected = plain_experts.train(config, parallel_gpt.text_samples(config, ROWS * STEPS), ROWS, STEPS, CLIP)
     train = functools.partial(parallel_experts.train, full=expected["weights"])
     layout = cut([1, 3], pp=2, dp=2, ep=2)
-    assert_gpt_trained_alike(run_in_pool(4, train, config_of("ODD"), layout, ROWS, STEPS, CLIP, timeout=240), expected)
+    assert_gpt_trained_alike(run_in_pool(4, train, config, layout, ROWS, STEPS, CLIP, timeout=240), expected)
 
 
 def test_recomputed_layers_and_accumulated_batches():
@@ -120,7 +133,7 @@ def test_the_stages_have_the_layers(kind, config, stacks, layers):
 
 
 def test_a_checkpoint_goes_on_under_another_cut(tmp_path):
-    expected, path = plain_gpt_part(), tmp_path / "saved.ckpt"
+    expected, path = truth("GPT2", train_part.STEPS, train_part.CLIP), tmp_path / "saved.ckpt"
     first, other = cut([5, 3], pp=2), cut([0, 2, 5, 1], pp=2, vp=2)
     run_in_pool(2, functools.partial(train_part.train_part, save=path), plain_gpt.GPT2, first, 3)
     for layout in (other, Layout(pp=2), Layout(tp=2)):
@@ -128,12 +141,6 @@ def test_a_checkpoint_goes_on_under_another_cut(tmp_path):
         for seen in run_in_pool(2, run, plain_gpt.GPT2, layout, train_part.STEPS):
             assert seen["losses"] == pytest.approx(expected["losses"][3:], rel=1e-5)
             assert seen["distance"] < 1e-5
-
-
-@functools.cache
-def plain_gpt_part() -> dict:
-    samples = parallel_gpt.text_samples(plain_gpt.GPT2, ROWS * train_part.STEPS)
-    return plain_gpt.train(plain_gpt.GPT2, samples, ROWS, train_part.STEPS, train_part.CLIP)
 
 
 def test_megatron_cores_own_fields_cut_the_same_way():

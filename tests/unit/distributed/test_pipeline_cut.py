@@ -11,7 +11,10 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.distributed.pipeline_cut import core_layout, of_core_fields, read
-from tests.unit.distributed.test_layout import MODEL
+
+MODEL = {
+    "num_layers": 8, "hidden_size": 96, "ffn_hidden_size": 384, "num_attention_heads": 16, "num_query_groups": 8
+}  # fmt: skip
 
 
 def layout(**sizes) -> ParallelLayout:
