@@ -127,7 +127,7 @@ class Target:
             Heads.of(self.config),
             kinds,
             lambda name, own: self.dtype or self.origin.dtype_of(name, own),
-            meta_model.stored_names,
+            meta_model.stored_places,
             self.max_shard_size,
             self.updates,
         )

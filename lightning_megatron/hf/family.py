@@ -27,6 +27,8 @@ class Family:
             are missing start anew.
         body: Prefixes of the tensors that do not belong to a head, where that is not ``prefix``.
         expresses: Fields of our configuration that few families have (its ``rare`` ones) and this one has.
+        parts: Fields of our configuration that are configurations themselves, such as ``experts``; ``read_config``
+            gives their arguments, and a user who changes some keeps the others.
     """
 
     model_type: ClassVar[str] = ""
@@ -36,6 +38,7 @@ class Family:
     head: ClassVar[tuple[str, ...]] = ()
     body: ClassVar[tuple[str, ...]] = ()
     expresses: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         if hasattr(cls, "pieces"):

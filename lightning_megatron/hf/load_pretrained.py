@@ -16,7 +16,9 @@ from lightning_megatron.checkpoint.mismatches import as_list
 from lightning_megatron.checkpoint.tensor_shards import shard_specs
 from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
+from lightning_megatron.hf.expert_matrices import StackedExperts
 from lightning_megatron.hf.family import Family, family_of
+from lightning_megatron.hf.file_places import Place
 from lightning_megatron.hf.meta_model import MetaModel, class_named
 from lightning_megatron.hf.original_settings import Origin
 from lightning_megatron.hf.weight_mapping import Heads, Read, Shape, WeightMapping, assemble, their_shapes
@@ -77,7 +79,11 @@ class Pretrained:
         Raises:
             UnsupportedConfigError: A field of theirs has a value for which there is no counterpart.
         """
-        return {**self.family.read_config(self.fields), **self.changes}
+        found = self.family.read_config(self.fields)
+        for name, change in self.changes.items():
+            of_a_part = name in self.family.parts and isinstance(change, dict)
+            found[name] = {**found[name], **change} if of_a_part else change
+        return found
 
     def check(self, config: Any) -> None:
         """Refuse what would not be the same model, before a weight is read.
@@ -92,7 +98,10 @@ class Pretrained:
         self._check_head(config)
         meta_model = MetaModel(self.source.config, self.family.architecture(config))
         self.fields.refuse_unread(meta_model.fields_read, self.ignore)
-        self.names = self._found_names(config, meta_model)
+        places = meta_model.places(self.source.shapes)
+        if any(place.expert is not None for place in places.values()):
+            self.source = StackedExperts(self.source, places)
+        self.names = self._found_names(config, places)
         self._check_names(config, meta_model)
         self._check_ties(config)
 
@@ -151,14 +160,14 @@ class Pretrained:
             f" head, use from_pretrained(..., {remedy}); a head that the files do not have starts anew."
         )
 
-    def _found_names(self, config: Any, meta_model: MetaModel) -> dict[str, str]:
+    def _found_names(self, config: Any, places: Mapping[str, Place]) -> dict[str, str]:
         family, prefix = self.family, self.family.prefix
         if any(name.startswith(prefix) for name in self.source.shapes):
             prefix = ""  # else it is a model without a head, whose names lack it
-        have = {
-            name if name.startswith((*family.head, family.prefix)) else prefix + name: stored
-            for stored, name in meta_model.loaded_names(self.source.shapes).items()
-        }
+        have = {}
+        for stored in self.source.shapes:
+            name = places[stored].name if stored in places else stored
+            have[name if name.startswith((*family.head, family.prefix)) else prefix + name] = stored
         for second, first in family.tied(config).items():
             if second in have:
                 have.setdefault(first, have[second])
@@ -179,10 +188,10 @@ class Pretrained:
             and not (self._leaves_head and family.has_head(name))
             and not any(re.fullmatch(pattern, name) for pattern in family.buffers)
         )
-        if missing or extra:
-            lines = [f"{name} is missing" for name in missing] + [
-                f"{name} belongs to no part of the model" for name in extra
-            ]
+        lacking = self.source.missing if isinstance(self.source, StackedExperts) else []
+        if missing or extra or lacking:
+            lines = [f"{name} is missing" for name in missing] + lacking
+            lines += [f"{name} belongs to no part of the model" for name in extra]
             raise WeightsError(
                 f"{self.source.name} does not hold the tensors of a {family.model_type} with its configuration;"
                 f" nothing was loaded:\n{as_list(lines)}"

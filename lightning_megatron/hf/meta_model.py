@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,9 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
+
+from lightning_megatron.hf.file_places import Place
+from lightning_megatron.hf.weight_mapping import Shape
 
 # Read where weights are loaded, not where the model is built or run.
 _READ_AT_LOADING = frozenset({"quantization_config", "compression_config"})
@@ -60,8 +63,8 @@ class MetaModel:
             return None
         return frozenset(self._names) | _READ_AT_LOADING
 
-    def loaded_names(self, stored: Iterable[str]) -> dict[str, str]:
-        """What the model calls the tensors of a file, by their names there; others keep their names."""
+    def places(self, stored: Iterable[str]) -> dict[str, Place]:
+        """Which tensor of the model each tensor of a file is, or is a part of; unknown ones keep their names."""
         names = list(stored)
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
@@ -74,22 +77,26 @@ class MetaModel:
             known = self.model.state_dict()  # type: ignore[union-attr]
             found = {}
             for name in names:
-                renamed, converted = rename_source_key(name, renamings, converters, prefix, known)
-                found[name] = name if converted is not None else renamed
+                renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
+                if pattern is None:
+                    found[name] = Place(renamed)
+                    continue
+                (converter,) = (each for each in converters if pattern in each.source_patterns)
+                in_list, _ = rename_source_key(name, renamings, [], prefix, known)
+                found[name] = _in_stack(renamed, in_list, pattern, converter) or Place(name)
             return found
         except (ImportError, AttributeError):  # no such model, or another version's transformers
-            return {name: name for name in names}
+            return {name: Place(name) for name in names}
 
-    def stored_names(self, names: Iterable[str]) -> dict[str, str]:
-        """What ``save_pretrained`` calls the model's tensors; the inverse of ``loaded_names``."""
-        wanted = list(names)
+    def stored_places(self, shapes: Mapping[str, Shape]) -> dict[str, Place]:
+        """What ``save_pretrained`` calls the model's tensors of these shapes, or parts of them; see ``places``."""
         try:
             from transformers.core_model_loading import revert_weight_conversion
 
-            reverted = revert_weight_conversion(self.model, {name: [name] for name in wanted})
-            return {_only(name): stored for stored, name in reverted.items()}
-        except (ImportError, AttributeError):  # as in loaded_names
-            return {name: name for name in wanted}
+            tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            return self.places(revert_weight_conversion(self.model, tensors))
+        except (ImportError, AttributeError):  # as in places
+            return {name: Place(name) for name in shapes}
 
     def ignored(self, names: Iterable[str]) -> set[str]:
         """Which of the tensors that the model does not have transformers leaves out without a word."""
@@ -120,10 +127,24 @@ def _watched(config: PreTrainedConfig) -> tuple[PreTrainedConfig, set[str]]:
     body = {"__getattribute__": read, "__module__": kind.__module__}
     watching = types.new_class(kind.__name__, (kind,), exec_body=lambda scope: scope.update(body))
     copied = copy.deepcopy(config)
+    copied._experts_implementation = "batched_mm"  # of its ways, one that needs no numbers
     object.__setattr__(copied, "__class__", watching)
     names.clear()
     return copied, names
 
 
-def _only(name: Any) -> str:
-    return name if isinstance(name, str) else _only(name[0])
+def _in_stack(name: str, in_list: str, pattern: str, converter: Any) -> Place | None:
+    """The place of an expert's matrix in the tensor ``name``; None where it is made in another way.
+
+    Args:
+        name: The model's tensor.
+        in_list: The matrix, as one of a list of experts.
+        pattern: transformers' pattern of such names; ``*`` stands for the expert's number.
+        converter: transformers' conversion.
+    """
+    made = [(type(each).__name__, each.dim) for each in converter.operations if hasattr(each, "dim")]
+    number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), in_list)
+    stacks = made in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+    if number is None or not stacks or len(made) != len(converter.operations):
+        return None
+    return Place(name, int(number[1]), converter.source_patterns.index(pattern), len(converter.source_patterns))

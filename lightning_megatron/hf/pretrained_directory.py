@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +18,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from lightning_megatron.checkpoint import safetensors_writer
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.family import Family
+from lightning_megatron.hf.file_places import Place
 from lightning_megatron.hf.meta_model import class_named
-from lightning_megatron.hf.weight_mapping import Heads, WeightMapping, take_apart, their_shapes
+from lightning_megatron.hf.weight_mapping import Heads, Shape, WeightMapping, take_apart, their_shapes
 
 _INDEX = "model.safetensors.index.json"
 _OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -86,7 +87,8 @@ def _as_it_came(family: Family, fields: dict[str, Any], known: dict[str, Any]) -
     def meaning(fields: dict[str, Any]) -> Any:
         return family.read_config(Fields(AutoConfig.for_model(family.model_type, **fields)))
 
-    for name in (fields.keys() if known else set()) - {"architectures", "dtype"}:
+    names = sorted((fields.keys() if known else set()) - {"architectures", "dtype"})
+    for name in 2 * names:  # once more, since some mean the same only together
         if name not in known or fields[name] != known[name]:
             came = {key: value for key, value in fields.items() if key != name}
             came |= {name: known[name]} if name in known else {}
@@ -104,7 +106,8 @@ class Directory:
         heads: The attention heads of the model.
         kinds: Shape and type of each of our tensors.
         dtype: Chooses the type of one of theirs, from its name and the type of ours.
-        stored_names: Returns the names of tensors in files, by transformers' names.
+        stored_places: Returns the names of tensors in files, and which tensor of transformers' each is or is a part of;
+            from the shapes of these.
         max_shard_size: Largest number of bytes of a file of weights; one tensor may be larger.
         updates: Low-rank updates that are added to the weights; or None.
     """
@@ -116,7 +119,7 @@ class Directory:
         heads: Heads,
         kinds: Kinds,
         dtype: Callable[[str, torch.dtype], torch.dtype],
-        stored_names: Callable[[Iterable[str]], dict[str, str]],
+        stored_places: Callable[[Mapping[str, Shape]], dict[str, Place]],
         max_shard_size: int,
         updates: Updates | None = None,
     ) -> None:
@@ -131,8 +134,13 @@ class Directory:
             for key, (whole, own) in kinds.items()
             for name, shape in their_shapes(mapping[key], whole, heads).items()
         }
-        self._stored = stored_names(theirs)
-        stored = {self._stored[name]: theirs[name] for name in sorted(theirs, key=_by_layer)}  # transformers' order
+        places = stored_places({name: shape for name, (shape, _) in theirs.items()})
+        self._parts: dict[str, list[tuple[str, Place]]] = {}
+        stored = {}
+        for name, place in sorted(places.items(), key=lambda each: _in_order(each[1])):
+            shape, kind = theirs[place.name]
+            self._parts.setdefault(place.name, []).append((name, place))
+            stored[name] = (place.shape(shape), kind)
         split = split_state_dict_into_shards_factory(
             stored,
             get_storage_size=lambda kind: math.prod(kind[0]) * kind[1].itemsize,
@@ -157,8 +165,8 @@ class Directory:
         if self._updates is not None:
             self._updates.merge(theirs, mapped.transposed)
         for name, tensor in theirs.items():
-            stored = self._stored[name]
-            self._files[stored].write(stored, tensor.to(self.dtypes[name]))
+            for stored, place in self._parts[name]:
+                self._files[stored].write(stored, place.cut(tensor).to(self.dtypes[name]))
 
     def finish(self, config: PreTrainedConfig, generation: dict[str, Any] | None, tokenizer: Any) -> None:
         """Write what is beside the weights, and give the directory its name.
@@ -201,6 +209,7 @@ class Directory:
             file.close()
 
 
-def _by_layer(name: str) -> list[tuple[bool, int, str]]:
-    """A sorting key of a tensor's name that compares numbers as numbers."""
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+def _in_order(place: Place) -> Any:
+    """A sorting key that is transformers' order: by the model's names, numbers as numbers; the gates of all experts."""
+    name = [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in place.name.split(".")]
+    return name, place.part, -1 if place.expert is None else place.expert

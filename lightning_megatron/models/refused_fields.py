@@ -47,6 +47,7 @@ _TABLE: dict[str, _Refused] = {
     "cuda_graph_impl": _Refused("transformer_engine", _TE, "use 'local'"),
 }
 # What else the torch layers would ignore, and train another model than was asked for, without an error.
+_EXPERTS = "use GPTConfig(experts=Experts(num=..., top_k=..., shared_ffn_hidden_size=...))"
 _IGNORED_HERE = "the torch layers compute attention as if it were not there"
 _TABLE |= {
     name: _Refused(value, why, instead)
@@ -56,8 +57,8 @@ _TABLE |= {
         ("linear_attention_freq", ..., f"changes attention, and {_IGNORED_HERE}", "leave it out"),
         ("qk_clip", True, f"clips the scores of attention, and {_IGNORED_HERE}", "use extra={'qk_layernorm': True}"),
         ("log_max_attention_logit", True, f"watches the scores of attention, and {_IGNORED_HERE}", "leave it out"),
-        ("num_moe_experts", ..., "makes mixtures of experts, and the torch layers would stay dense", "leave it out"),
-        ("moe_shared_expert_intermediate_size", ..., "is of mixtures of experts, and here is none", "leave it out"),
+        ("num_moe_experts", ..., "is the number of experts, and the torch layers would stay dense", _EXPERTS),
+        ("moe_shared_expert_intermediate_size", ..., "is of mixtures of experts, and here is none", _EXPERTS),
         ("mrope_section", ..., "is of rotary positions in three dimensions, which no model here has", "leave it out"),
         ("apply_residual_connection_post_layernorm", True, "is ignored by megatron-core's own layers", "leave it out"),
     )

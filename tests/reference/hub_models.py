@@ -144,6 +144,38 @@ _PHI: dict[str, Any] = {
     "qk_layernorm": False, "resid_pdrop": 0.0, "rope_scaling": None, "rope_theta": 10000.0,
     "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True, "vocab_size": VOCAB,
 }  # fmt: skip
+_WITH_EXPERTS = {
+    **_NEW, "num_experts_per_tok": 3, "output_router_logits": False, "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+}  # fmt: skip
+_MIXTRAL = {
+    **{name: value for name, value in _WITH_EXPERTS.items() if name not in ("attention_bias", "pad_token_id")},
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 6, "rms_norm_eps": 1e-05,
+    "sliding_window": None, "transformers_version": "4.36.0.dev0",
+}  # fmt: skip
+_QWEN3_MOE = {
+    **_WITH_EXPERTS, "architectures": ["Qwen3MoeForCausalLM"], "bos_token_id": 43, "decoder_sparse_step": 1,
+    "eos_token_id": 45, "head_dim": 10, "max_window_layers": 5, "mlp_only_layers": [], "model_type": "qwen3_moe",
+    "moe_intermediate_size": 16, "norm_topk_prob": True, "num_experts": 6, "rope_scaling": None,
+    "sliding_window": None, "transformers_version": "4.51.0", "use_sliding_window": False,
+}  # fmt: skip
+_QWEN2_MOE = {
+    **{name: value for name, value in _WITH_EXPERTS.items() if name not in ("attention_bias", "pad_token_id")},
+    "architectures": ["Qwen2MoeForCausalLM"], "bos_token_id": 43, "decoder_sparse_step": 1, "eos_token_id": 45,
+    "max_window_layers": 5, "model_type": "qwen2_moe", "moe_intermediate_size": 16, "norm_topk_prob": False,
+    "num_experts": 6, "shared_expert_intermediate_size": 28, "sliding_window": 8, "transformers_version": "4.39.0.dev0",
+    "use_sliding_window": False,
+}  # fmt: skip
+_OLMOE = {
+    **_WITH_EXPERTS, "architectures": ["OlmoeForCausalLM"], "clip_qkv": None, "eos_token_id": 50, "model_type": "olmoe",
+    "norm_topk_prob": False, "num_experts": 6, "num_key_value_heads": 6, "pad_token_id": 1, "rope_scaling": None,
+    "transformers_version": "4.43.0.dev0",
+}  # fmt: skip
+_GRANITE_MOE = {
+    **_WITH_EXPERTS, "architectures": ["GraniteMoeForCausalLM"], "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0, "logits_scaling": 6.0, "model_type": "granitemoe", "num_local_experts": 6,
+    "residual_multiplier": 0.22, "rope_scaling": None, "tie_word_embeddings": True, "transformers_version": "4.47.0",
+}  # fmt: skip
 _BERT: dict[str, Any] = {
     "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False,
     "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 24, "initializer_range": 0.02,
@@ -236,6 +268,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bigcode/starcoder2-3b": _STARCODER2,
     "microsoft/phi-2": {**_PHI, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
     "microsoft/phi-1": {**_PHI, "qk_layernorm": True},
+    "mistralai/Mixtral-8x7B-v0.1": _MIXTRAL,
+    "Qwen/Qwen1.5-MoE-A2.7B": _QWEN2_MOE,
+    "Qwen/Qwen3-30B-A3B": _QWEN3_MOE,
+    "allenai/OLMoE-1B-7B-0924": _OLMOE,
+    "ibm-granite/granite-3.1-1b-a400m-base": _GRANITE_MOE,
     "google-bert/bert-base-uncased": _BERT,
     "google-bert/bert-base-multilingual-cased": {**_BERT, **_POOLER},
     "google-bert/bert-base-chinese": {**_BERT, **_POOLER, "transformers_version": "4.0"},
@@ -321,6 +358,41 @@ def _t5(tensors: Tensors) -> Tensors:
     return tensors | copies | {name: torch.ones(32, 3)}
 
 
+def _one_by_one(block: str, gate: str, up: str, down: str) -> Callable[[Tensors], Tensors]:
+    """A matrix for each expert, in a ``block`` of each layer, where transformers' model has one tensor for all."""
+
+    def stored(tensors: Tensors) -> Tensors:
+        found = {}
+        for name, tensor in tensors.items():
+            name = name.replace(".mlp.", f".{block}.")
+            whole, _, kind = name.rpartition(".")
+            if not whole.endswith("experts"):
+                found[name] = tensor
+                continue
+            for expert, matrix in enumerate(tensor):
+                if kind == "down_proj":
+                    found[f"{whole}.{expert}.{down}.weight"] = matrix
+                    continue
+                half = len(matrix) // 2
+                found[f"{whole}.{expert}.{gate}.weight"] = matrix[:half]
+                found[f"{whole}.{expert}.{up}.weight"] = matrix[half:]
+        return found
+
+    return stored
+
+
+def _granite_moe(tensors: Tensors) -> Tensors:
+    names = {
+        "experts.gate_up_proj": "input_linear.weight",
+        "experts.down_proj": "output_linear.weight",
+        "router.weight": "router.layer.weight",
+    }
+    for new, old in names.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+_QWENS_EXPERTS = _one_by_one("mlp", "gate_proj", "up_proj", "down_proj")
 STORED: dict[str, Callable[[Tensors], Tensors]] = {
     "openai-community/gpt2": _gpt2,
     "microsoft/DialoGPT-medium": _dialogpt,
@@ -329,6 +401,11 @@ STORED: dict[str, Callable[[Tensors], Tensors]] = {
     "databricks/dolly-v2-3b": _neox,
     "meta-llama/Llama-2-7b-hf": _llama,
     "lmsys/vicuna-7b-v1.5": _llama,
+    "mistralai/Mixtral-8x7B-v0.1": _one_by_one("block_sparse_moe", "w1", "w3", "w2"),
+    "Qwen/Qwen1.5-MoE-A2.7B": _QWENS_EXPERTS,
+    "Qwen/Qwen3-30B-A3B": _QWENS_EXPERTS,
+    "allenai/OLMoE-1B-7B-0924": _QWENS_EXPERTS,
+    "ibm-granite/granite-3.1-1b-a400m-base": _granite_moe,
     "google-bert/bert-base-uncased": _bert,
     "google-bert/bert-base-chinese": lambda tensors: _positions(_bert(tensors)),
     "prajjwal1/bert-tiny": lambda tensors: _positions(_bert(tensors)),
@@ -339,7 +416,7 @@ STORED: dict[str, Callable[[Tensors], Tensors]] = {
     "google/flan-t5-base": _untied_t5,
 }
 PICKLED = ("microsoft/DialoGPT-medium", "databricks/dolly-v2-3b", "lmsys/vicuna-7b-v1.5", "prajjwal1/bert-tiny")
-SEVERAL_FILES = ("meta-llama/Llama-2-7b-hf", "lmsys/vicuna-7b-v1.5", "Qwen/QwQ-32B")
+SEVERAL_FILES = ("meta-llama/Llama-2-7b-hf", "lmsys/vicuna-7b-v1.5", "Qwen/QwQ-32B", "Qwen/Qwen3-30B-A3B")
 _ARCHITECTURE = {"prajjwal1/bert-tiny": "BertForMaskedLM"}
 
 

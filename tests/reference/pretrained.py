@@ -18,6 +18,7 @@ VOCAB, LENGTH, DECODER_LENGTH, ROWS, STEPS = 211, 37, 23, 8, 10
 _COMMON = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.1}
 _COMMON |= {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 64}
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
+_SPARSE = {**_GROUPED, "num_hidden_layers": 5, "intermediate_size": 32, "num_experts_per_tok": 3}
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 _GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "vocab_size": VOCAB, "initializer_range": 0.1}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -80,6 +81,40 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_GROUPED, **_IDS)),
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_GROUPED, partial_rotary_factor=0.25)),
     "glm4": lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**_GROUPED, **_IDS, head_dim=12)),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_SPARSE, num_local_experts=6, sliding_window=9)),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(
+            **{**_SPARSE, "num_hidden_layers": 6},
+            num_experts=6,
+            norm_topk_prob=True,
+            head_dim=12,
+            moe_intermediate_size=20,
+            mlp_only_layers=[1],
+        )
+    ),
+    "qwen2_moe": lambda: hf.Qwen2MoeForCausalLM(
+        hf.Qwen2MoeConfig(
+            **_SPARSE,
+            num_experts=6,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=28,
+            use_sliding_window=True,
+            sliding_window=5,
+            max_window_layers=3,
+            decoder_sparse_step=2,
+        )
+    ),
+    "olmoe": lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(**_SPARSE, **_IDS, num_experts=6)),
+    "granitemoe": lambda: hf.GraniteMoeForCausalLM(
+        hf.GraniteMoeConfig(
+            **_SPARSE,
+            num_local_experts=6,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.3,
+            attention_multiplier=0.2,
+            logits_scaling=0.7,
+        )
+    ),
     "bert-masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**_COMMON, **_NO_DROPOUT)),
     "bert-pretraining": lambda: hf.BertForPreTraining(hf.BertConfig(**_COMMON, **_NO_DROPOUT)),
     "bert-sequences": lambda: hf.BertForSequenceClassification(
@@ -91,6 +126,8 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         hf.T5ForConditionalGeneration(hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
     ),
 }
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
+DENSE = [name for name in MODELS if name not in MIXTURES]
 CAUSAL = [name for name in MODELS if not name.startswith(("bert", "t5"))]
 
 

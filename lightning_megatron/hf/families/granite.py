@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
@@ -14,13 +14,16 @@ class Granite(Llama):
     """The multipliers let one learning rate serve models of all widths."""
 
     model_type = "granite"
-    expresses = ("residual_multiplier", "logits_divisor")
+    expresses: ClassVar[tuple[str, ...]] = ("residual_multiplier", "logits_divisor")
 
     @override
     def read_more(self, fields: Fields) -> dict[str, Any]:
         fields.must_be("mlp_bias", fields("attention_bias"))
+        return {"bias": fields("mlp_bias"), **self.read_multipliers(fields)}
+
+    def read_multipliers(self, fields: Fields) -> dict[str, Any]:
+        """The four multipliers."""
         return {
-            "bias": fields("mlp_bias"),
             "embedding_multiplier": fields("embedding_multiplier"),
             "residual_multiplier": fields("residual_multiplier"),
             "logits_divisor": fields("logits_scaling"),
@@ -29,13 +32,15 @@ class Granite(Llama):
 
     @override
     def write_more(self, config: Any) -> dict[str, Any]:
-        scale = config.extra.get("softmax_scale", (config.kv_channels or 1) ** -0.5)
         self._require(config, qkv_bias=(None, config.bias), sliding_window=(None,), hidden_dropout=(0.0,))
-        self._require(config, extra=({"softmax_scale": scale},))
         self._require(config, kv_channels=(None, config.hidden_size // config.num_attention_heads))
+        return {"attention_bias": config.bias, "mlp_bias": config.bias, **self.write_multipliers(config)}
+
+    def write_multipliers(self, config: Any) -> dict[str, Any]:
+        """Their fields of the four multipliers."""
+        scale = config.extra.get("softmax_scale", (config.kv_channels or 1) ** -0.5)
+        self._require(config, extra=({"softmax_scale": scale},))
         return {
-            "attention_bias": config.bias,
-            "mlp_bias": config.bias,
             "embedding_multiplier": config.embedding_multiplier,
             "residual_multiplier": config.residual_multiplier,
             "logits_scaling": config.logits_divisor,

@@ -69,7 +69,8 @@ class GPTConfig(ModelConfig):
         bias: Whether linear layers have biases.
         qkv_bias: Whether the query, key and value projection has one. None: as ``bias``.
         tie_embeddings: Whether the output layer's weight is the embedding's.
-        experts: A mixture of experts in place of the feed-forward layer; see ``Experts``. None: there is none.
+        experts: A mixture of experts in place of the feed-forward layer; ``Experts``, or a dictionary of its arguments.
+            None: there is none.
         hidden_dropout: Dropout after the embedding, attention and feed-forward.
         attention_dropout: Dropout of attention weights.
         init_method_std: Standard deviation of the initial weights.
@@ -116,6 +117,8 @@ class GPTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist."""
+        if isinstance(self.experts, dict):
+            self.experts = Experts(**self.experts)
         self._one_of("position_embedding", self.position_embedding, _POSITIONS)
         self._one_of("normalization", self.normalization, ("LayerNorm", "RMSNorm"))
         self._one_of("norm_placement", self.norm_placement, ("pre", "output", "sandwich"))

@@ -77,6 +77,10 @@ REFUSED = {
     "ibm-granite/granite-3.3-2b-instruct": [{"mlp_bias": True}],
     "HuggingFaceTB/SmolLM3-3B": [{"mlp_bias": True}],
     "bigcode/starcoder2-3b": [{"hidden_act": "silu"}, {"residual_dropout": 0.2}],
+    "mistralai/Mixtral-8x7B-v0.1": [{"router_jitter_noise": 0.1}, {"hidden_act": "relu"}],
+    "Qwen/Qwen3-30B-A3B": [{"attention_bias": True}],
+    "allenai/OLMoE-1B-7B-0924": [{"clip_qkv": 8.0}],
+    "ibm-granite/granite-3.1-1b-a400m-base": [{"attention_bias": True}],
     "google-bert/bert-base-uncased": [{"is_decoder": True}, {"quantization_config": {"quant_method": "awq"}}],
     "google-t5/t5-small": [{"dense_act_fn": "gelu"}, {"is_gated_act": True}],
 }

@@ -35,6 +35,7 @@ MODELS = [
     "bigcode/starcoder2-3b",
     "microsoft/phi-2",
     "microsoft/Phi-3-mini-4k-instruct",
+    "ibm-granite/granite-3.1-1b-a400m-base",
     "google-bert/bert-large-uncased",
     "nlptown/bert-base-multilingual-uncased-sentiment",
     "google-t5/t5-small",
@@ -42,10 +43,41 @@ MODELS = [
 ]
 
 
+ONE_BY_ONE = ["mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen3-30B-A3B", "allenai/OLMoE-1B-7B-0924"]
+
+
 def contents(folder):
     """What each file says."""
     found = {file.name: json.loads(file.read_text()) for file in folder.glob("*.json")}
     return found | {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+
+
+def tensors(folder):
+    """All tensors, whatever file they are in."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype
+        assert torch.equal(ours[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_experts_go_out_one_by_one(name, tmp_path):
+    """As transformers has them in one file; of several, its own are larger than what was asked for."""
+    transformers.logging.set_verbosity_error()
+    source = hub_models.write(name, tmp_path / "source")
+    hub_models.architecture(name).from_pretrained(source).save_pretrained(tmp_path / "theirs")
+    module = AutoModule.from_pretrained(source)
+    module.save_pretrained(tmp_path / "ours")
+    ours, theirs = contents(tmp_path / "ours"), contents(tmp_path / "theirs")
+    assert_same_tensors(ours.pop("model.safetensors"), theirs.pop("model.safetensors"))
+    assert ours == theirs
+    module.save_pretrained(tmp_path / "parts", max_shard_size="20.5KB")
+    assert max(file.stat().st_size for file in (tmp_path / "parts").glob("*.safetensors")) < 24_000
+    assert_same_tensors(tensors(tmp_path / "parts"), tensors(source))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,10 +93,7 @@ def test_each_file_is_transformers(name, tmp_path):
         if not file.endswith(".safetensors"):
             assert ours[file] == content
             continue
-        assert ours[file].keys() == content.keys()
-        for key, tensor in content.items():
-            assert ours[file][key].dtype == tensor.dtype
-            assert torch.equal(ours[file][key], tensor), key
+        assert_same_tensors(ours[file], content)
 
 
 def test_what_is_said_of_writing_text_is_kept(llama, tmp_path):

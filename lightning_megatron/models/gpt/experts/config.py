@@ -19,6 +19,7 @@ _OWN_FIELDS = {
     "moe_router_topk": "top_k",
     "moe_ffn_hidden_size": "ffn_hidden_size",
     "moe_shared_expert_intermediate_size": "shared_ffn_hidden_size",
+    "moe_shared_expert_gate": "shared_gate",
     "moe_router_score_function": "router",
     "moe_router_pre_softmax": "normalize_top_k",
     "moe_router_load_balancing_type": "balancing",
@@ -49,6 +50,8 @@ class Experts:
         ffn_hidden_size: Width of an expert's feed-forward layer. None: the model's ``ffn_hidden_size``.
         shared_ffn_hidden_size: Width of a further feed-forward layer that all tokens use; of several shared experts,
             their sum. None: there is none.
+        shared_gate: Whether that layer's output is multiplied by a number between 0 and 1, the sigmoid of a product
+            with the token, as in Qwen2-MoE.
         router: How scores are made of the router's logits: "softmax" over all experts, or "sigmoid" of each.
         normalize_top_k: Whether the weights of a token's ``top_k`` experts add up to 1.
         balancing: What keeps the experts equally busy. "aux": a loss, ``f`` counted in each micro-batch, as in
@@ -73,6 +76,7 @@ class Experts:
     top_k: int = 2
     ffn_hidden_size: int | None = None
     shared_ffn_hidden_size: int | None = None
+    shared_gate: bool = False
     router: RouterScores = "softmax"
     normalize_top_k: bool = True
     balancing: Balancing = "global_aux"
@@ -91,11 +95,15 @@ class Experts:
         )
         arguments.one_of(("softmax", "sigmoid"), router=self.router)
         arguments.one_of(("aux", "seq_aux", "global_aux", "bias", "none"), balancing=self.balancing)
-        arguments.flag(normalize_top_k=self.normalize_top_k)
+        arguments.flag(normalize_top_k=self.normalize_top_k, shared_gate=self.shared_gate)
         arguments.number(least=0, aux_weight=self.aux_weight, z_weight=self.z_weight, bias_rate=self.bias_rate)
         arguments.number(above=0, optional=True, capacity_factor=self.capacity_factor)
         if self.top_k > self.num:
             raise ValueError(f"Experts(num={self.num}, top_k={self.top_k}): there are fewer. Use top_k={self.num}.")
+        if self.shared_gate and self.shared_ffn_hidden_size is None:
+            raise ValueError(
+                "Experts(shared_gate=True) needs shared_ffn_hidden_size=..., the layer that it is the gate of."
+            )
         if self.balancing == "bias" and self.router != "sigmoid":
             raise ValueError(
                 "Experts(balancing='bias') adds biases to scores of each expert by itself: use router='sigmoid', or"
@@ -143,6 +151,7 @@ class Experts:
             "moe_router_topk": self.top_k,
             "moe_ffn_hidden_size": self.ffn_hidden_size or ffn_hidden_size,
             "moe_shared_expert_intermediate_size": self.shared_ffn_hidden_size,
+            "moe_shared_expert_gate": self.shared_gate,
             "moe_router_score_function": self.router,
             "moe_router_pre_softmax": self.router == "softmax" and not self.normalize_top_k,
             "moe_router_load_balancing_type": "none",

@@ -34,6 +34,8 @@ class ExpertLayer(MoELayer):
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linear),
         )
         super().__init__(config, parts, pg_collection=get_default_pg_collection())
+        if config.moe_shared_expert_gate:
+            config.init_method(self.shared_experts.gate_weight)  # noted again: megatron-core has changed its type
 
     @override
     def forward(
