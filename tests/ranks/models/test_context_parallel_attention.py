@@ -15,7 +15,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.device import use_device
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams
 from lightning_megatron.models.layers.context_parallel import ways
@@ -248,11 +247,3 @@ def test_a_way_that_cannot_says_which_can():
         _chosen("ring", 4, biased=True)
     with pytest.raises(ValueError, match="cp_comm='p2p': use 'all_gather'"):
         _chosen("p2p", 4)
-
-
-def test_shards_split_and_join():
-    row = torch.arange(24)
-    for zigzag in (True, False):
-        shards = SequenceShards(3, 0, zigzag)
-        assert torch.equal(shards.join(list(shards.split(row)), 0), row)
-        assert torch.equal(shards.split(row)[0], shards.take(row, 0))

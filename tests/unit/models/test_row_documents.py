@@ -128,7 +128,7 @@ def test_padding_is_a_document_of_its_own():
     assert padded["loss_mask"].tolist() == [[1, 1, 0, 0, 1, 1, 1, 0, 0, 0]]
 
 
-POSITIONS = torch.tensor(PLACES)
+POSITIONS, PLAIN = torch.tensor(PLACES), torch.arange(8)[None]
 TWICE = {"input_ids": IDS.expand(2, 8)}
 
 
@@ -140,6 +140,11 @@ TWICE = {"input_ids": IDS.expand(2, 8)}
         ({"cu_seqlens": int32([[1, 8]])}, "It rises from 0"),
         ({"cu_seqlens": int32([[0, 5, 3, 8]])}, "It rises from 0"),
         ({"cu_seqlens": int32([[0, 3, -1, 8]])}, "It rises from 0"),
+        ({"cu_seqlens": int32([[0, 8, -1, 8]])}, "It rises from 0"),
+        ({"cu_seqlens": int32([[-1, -1]])}, r"is \[-1, -1\], and the row has 8 tokens"),
+        ({"cu_seqlens": int32([[[0, 8]]])}, r"'cu_seqlens' is \(1, 1, 2\) of torch.int32; it takes whole numbers"),
+        ({"cu_seqlens": [0, 8]}, r"'cu_seqlens' is \[0, 8\]; it takes whole numbers"),
+        ({"cu_seq_lens_q": int32([0, 8]), "cu_seq_lens_k": [0, 8]}, "'cu_seq_lens_k' is .*takes whole numbers"),
         ({"cu_seqlens": torch.tensor([0.0, 8.0])}, r"'cu_seqlens' is \(2,\) of torch.float32; it takes whole numbers"),
         ({**TWICE, "cu_seqlens": int32([0, 8, 16])}, r"'cu_seqlens' is \(3,\), and the batch has 2 rows"),
         ({"cu_seq_lens_q": int32([0, 8]), "cu_seq_lens_k": int32([0, 4, 8])}, "'cu_seq_lens_k' is not 'cu_seq_lens_q'"),
@@ -160,6 +165,20 @@ TWICE = {"input_ids": IDS.expand(2, 8)}
             {"cu_seqlens": int32([BORDERS]), "position_ids": torch.arange(8)[None]},
             "at token 3 of row 0 'cu_seqlens' begins a document",
         ),
+        (
+            {"cu_seqlens": int32([[0, 3, 6, 8]]), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 7, 0, 1]])},
+            "at token 5 of row 0 'cu_seqlens' has no border, and 'position_ids' have 7 behind 1",
+        ),
+        (
+            {**TWICE, "cu_seqlens": int32([[*BORDERS], [0, 3, 8, -1]]), "position_ids": POSITIONS},
+            "at token 4 of row 1 'cu_seqlens' has no border, and 'position_ids' have 0 behind 0",
+        ),
+        (
+            {**TWICE, "seq_idx": torch.tensor(NUMBERS), "position_ids": torch.cat([POSITIONS, PLAIN])},
+            "at token 3 of row 1 'seq_idx' begins a document, and 'position_ids' have 3 behind 2",
+        ),
+        ({"seq_idx": torch.zeros(1, 8)}, r"'seq_idx' is \(1, 8\) of torch.float32"),
+        ({"cu_seqlens": int32([BORDERS]), "seq_idx": torch.zeros(1, 7).long()}, r"'seq_idx' is \(1, 7\)"),
         ({"seq_idx": torch.zeros(1, 7).long()}, r"'seq_idx' is \(1, 7\) of torch.int64, and the tokens \(1, 8\)"),
         (
             {"cu_seqlens": int32([BORDERS]), "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])},
@@ -226,8 +245,46 @@ def test_what_an_encoder_cannot_keep_apart_is_refused(task, batch, says):
         )
 
 
+def test_what_says_that_the_texts_of_an_encoder_look_at_one_another():
+    """Padding is masked, or positions are those of one text, or borders are there beside them."""
+    masked, ids = {"attention_mask": torch.ones(1, 8)}, {"input_ids": IDS, "labels": IDS}
+    for batch in (
+        {"cu_seqlens": int32([BORDERS]), "cu_seqlens_padded": int32([BORDERS]), **masked},
+        {"position_ids": POSITIONS, **masked},
+        {"position_ids": POSITIONS, "seq_idx": torch.tensor(NUMBERS)},
+        {"position_ids": PLAIN},
+    ):
+        ENCODER.check_batch({**ids, **batch})
+    for padded in ("cu_seqlens_q_padded", "cu_seqlens_unpadded"):
+        with pytest.raises(ValueError, match=f"'{padded}' says that documents are padded"):
+            ENCODER.check_batch({**ids, "seq_idx": torch.tensor(NUMBERS), padded: int32([BORDERS])})
+    rows = {"input_ids": IDS.expand(2, 8), "labels": IDS.expand(2, 8)}
+    with pytest.raises(ValueError, match="'position_ids' begin anew in a row"):
+        ENCODER.check_batch({**rows, "position_ids": torch.cat([PLAIN, POSITIONS])})
+
+
+def test_one_row_of_numbers_is_that_of_all_rows():
+    module, batch = MODULES["rope"], {**TWICE, "seq_idx": torch.tensor(NUMBERS)}
+    assert prepared(module, batch)["attention_mask"].documents.tolist() == NUMBERS * 2
+
+
+def test_a_mask_of_rows_is_left_out_beside_borders_alone():
+    mask = {"attention_mask": torch.ones(1)}
+    assert row_documents.without_token_mask(mask) == mask
+    assert "attention_mask" not in row_documents.without_token_mask({**mask, "cu_seqlens": int32([BORDERS])})
+
+
+def test_a_document_begins_where_positions_leave_something_out():
+    batch = {"position_ids": torch.tensor([[0, 1, 2, 5, 6, 7, 0, 1], [3, 4, 5, 6, 7, 8, 9, 10]])}
+    assert row_documents.is_one_document(batch).tolist() == [False, True]
+    assert not row_documents.is_one_document({"position_ids": torch.tensor([[0, 1, 5, 6]])}).any()
+    assert row_documents.numbers(batch, 8).tolist() == [[0, 0, 0, 1, 1, 1, 2, 2], [0] * 8]
+
+
 def test_places_and_numbers():
     numbers = row_documents.numbers({"seq_idx": torch.tensor([[4, 4, 2, 0, 0]])}, 5)
     assert numbers.tolist() == [[0, 0, 1, 2, 2]]
     assert row_documents.places(numbers).tolist() == [[0, 1, 0, 0, 1]]
     assert row_documents.longest({"cu_seqlens": int32([[0, 1, 7, 8]])}, 8) == 6
+    assert row_documents.longest({"cu_seqlens": int32([[0, 3, 6, 8], [0, 2, 7, 8]])}, 8) == 5
+    assert row_documents.within_documents(torch.ones(1, 5), numbers).tolist() == [[1, 0, 0, 1, 1]]
