@@ -187,6 +187,10 @@ _POOLER = {
     "directionality": "bidi", "pooler_fc_size": 24, "pooler_num_attention_heads": 3, "pooler_num_fc_layers": 3,
     "pooler_size_per_head": 8, "pooler_type": "first_token_transform",
 }  # fmt: skip
+_ROBERTA = {
+    **_BERT, "architectures": ["RobertaForMaskedLM"], "bos_token_id": 0, "eos_token_id": 2, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 34, "model_type": "roberta", "pad_token_id": 1, "type_vocab_size": 1,
+}  # fmt: skip
 _T5: dict[str, Any] = {
     "architectures": ["T5ForConditionalGeneration"], "d_ff": 40, "d_kv": 8, "d_model": 24,
     "decoder_start_token_id": 0, "dropout_rate": 0.1, "eos_token_id": 1, "initializer_factor": 1.0,
@@ -295,6 +299,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_BERT, "_num_labels": 3, "architectures": ["BertForTokenClassification"], "output_past": True,
         "id2label": {"0": "O", "1": "B-MISC", "2": "I-MISC"}, "label2id": {"B-MISC": 1, "I-MISC": 2, "O": 0},
     },
+    "FacebookAI/roberta-base": _ROBERTA,
+    "cardiffnlp/twitter-roberta-base-sentiment": {
+        **_ROBERTA, "architectures": ["RobertaForSequenceClassification"], "hidden_act": "gelu_new",
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+        "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
+    },
+    "Jean-Baptiste/roberta-large-ner-english": {
+        **_ROBERTA, "architectures": ["RobertaForTokenClassification"], "classifier_dropout": None,
+        "id2label": {"0": "O", "1": "PER"}, "label2id": {"O": 0, "PER": 1},
+    },
     "google-t5/t5-small": _T5,
     "google-t5/t5-base": {**_T5, "num_decoder_layers": 2, "classifier_dropout": 0.0, "dense_act_fn": "relu"},
     "google/t5-v1_1-base": _T5_GATED,
@@ -342,6 +356,12 @@ def _bert(tensors: Tensors) -> Tensors:
     found |= {"bert.pooler.dense.weight": torch.ones(24, 24), "bert.pooler.dense.bias": torch.ones(24)}
     found |= {"cls.seq_relationship.weight": torch.ones(2, 24), "cls.seq_relationship.bias": torch.ones(2)}
     return found
+
+
+def _roberta(tensors: Tensors) -> Tensors:
+    """A pooler, which is not of this architecture, and positions."""
+    found = tensors | {"roberta.embeddings.position_ids": torch.arange(34)[None]}
+    return found | {"roberta.pooler.dense.weight": torch.ones(24, 24), "roberta.pooler.dense.bias": torch.ones(24)}
 
 
 def _positions(tensors: Tensors) -> Tensors:
@@ -410,6 +430,7 @@ STORED: dict[str, Callable[[Tensors], Tensors]] = {
     "google-bert/bert-base-chinese": lambda tensors: _positions(_bert(tensors)),
     "prajjwal1/bert-tiny": lambda tensors: _positions(_bert(tensors)),
     "nlptown/bert-base-multilingual-uncased-sentiment": _positions,
+    "FacebookAI/roberta-base": _roberta,
     "google-t5/t5-small": _t5,
     "google-t5/t5-base": _t5,
     "google/t5-v1_1-base": _untied_t5,

@@ -24,6 +24,7 @@ TARGETS: dict[str, list[str]] = {
     "bert-masked": ["query", "value", "attention.output.dense"],
     "bert-sequences": ["query", "value"],
     "bert-tokens": ["key"],
+    "roberta-sequences": ["query", "attention.output.dense"],
 }
 
 
@@ -31,7 +32,7 @@ TARGETS: dict[str, list[str]] = {
 WHOLE = {"gpt2": ["wpe", "ln_f"], "bert-sequences": ["pooler"]}
 
 
-TASKS = {"bert-sequences": "SEQ_CLS", "bert-tokens": "TOKEN_CLS"}
+TASKS = {"bert-sequences": "SEQ_CLS", "bert-tokens": "TOKEN_CLS", "roberta-sequences": "SEQ_CLS"}
 
 
 def config(name: str, **options: Any) -> peft.LoraConfig:

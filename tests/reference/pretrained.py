@@ -22,6 +22,7 @@ _SPARSE = {**_GROUPED, "num_hidden_layers": 5, "intermediate_size": 32, "num_exp
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 _GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "vocab_size": VOCAB, "initializer_range": 0.1}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_ROBERTA = {**_COMMON, **_NO_DROPOUT, "pad_token_id": 0, "type_vocab_size": 1}
 _T5 = {"vocab_size": VOCAB, "d_model": 48, "d_kv": 10, "d_ff": 64, "num_heads": 6, "dropout_rate": 0.0}
 _T5 |= {"num_layers": 2, "num_decoder_layers": 2, "decoder_start_token_id": 0}
 _ANSWERS = {0: "no", 1: "perhaps", 2: "yes"}
@@ -121,6 +122,11 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         hf.BertConfig(**_COMMON, **_NO_DROPOUT, id2label=_ANSWERS, problem_type="single_label_classification")
     ),
     "bert-tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**_COMMON, **_NO_DROPOUT, num_labels=5)),
+    "roberta-masked": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_ROBERTA)),
+    "roberta-sequences": lambda: hf.RobertaForSequenceClassification(
+        hf.RobertaConfig(**_ROBERTA, id2label=_ANSWERS, problem_type="single_label_classification")
+    ),
+    "roberta-tokens": lambda: hf.RobertaForTokenClassification(hf.RobertaConfig(**_ROBERTA, num_labels=5)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
     "t5-1.1": lambda: _untied(
         hf.T5ForConditionalGeneration(hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
@@ -128,7 +134,7 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
 }
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
 DENSE = [name for name in MODELS if name not in MIXTURES]
-CAUSAL = [name for name in MODELS if not name.startswith(("bert", "t5"))]
+CAUSAL = [name for name in MODELS if not name.startswith(("bert", "roberta", "t5"))]
 
 
 def _untied(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
@@ -168,6 +174,9 @@ def _sample(name: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
         },
         "bert-sequences": lambda: {"labels": draw(3, 1)[0]},
         "bert-tokens": lambda: {"labels": draw(5, LENGTH)},
+        "roberta-masked": lambda: {"labels": torch.where(draw(3, LENGTH) == 0, ids, -100)},
+        "roberta-sequences": lambda: {"labels": draw(3, 1)[0]},
+        "roberta-tokens": lambda: {"labels": draw(5, LENGTH)},
         "t5": lambda: {"labels": draw(VOCAB - 1, DECODER_LENGTH) + 1},
         "t5-1.1": lambda: {"labels": draw(VOCAB - 1, DECODER_LENGTH) + 1},
     }.get(name, lambda: {"labels": ids})

@@ -17,11 +17,11 @@ _ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
-_ARCHITECTURES = {
-    "masked_lm": "BertForMaskedLM",
-    "pretraining": "BertForPreTraining",
-    "sequence_classification": "BertForSequenceClassification",
-    "token_classification": "BertForTokenClassification",
+_HEADS = {
+    "masked_lm": "ForMaskedLM",
+    "pretraining": "ForPreTraining",
+    "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
 }
 _POOLED = ("pretraining", "sequence_classification")
 
@@ -34,10 +34,11 @@ class Bert(Family):
     prefix = "bert."
     buffers = (r".*position_ids",)
     head = ("cls.", "classifier.", "bert.pooler.")
+    heads = _HEADS  # by our task, how the names of their classes end
 
     @override
     def read_config(self, fields: Fields) -> dict[str, Any]:
-        tasks = {theirs: ours for ours, theirs in _ARCHITECTURES.items()}
+        tasks = {f"{type(self).__name__}{theirs}": ours for ours, theirs in self.heads.items()}
         named = [tasks[name] for name in fields.config.architectures or () if name in tasks]
         task = named[0] if named else "masked_lm"
         classifies = task.endswith("classification")
@@ -62,7 +63,12 @@ class Bert(Family):
             "task": task,
             "num_labels": fields("num_labels"),
             "problem_type": fields("problem_type") if task == "sequence_classification" else None,
+            **self.read_more(fields, task),
         }
+
+    def read_more(self, fields: Fields, task: str) -> dict[str, Any]:
+        """What differs between the families of this shape."""
+        return {}
 
     @override
     def write_config(self, config: Any) -> dict[str, Any]:
@@ -83,19 +89,24 @@ class Bert(Family):
             "attention_probs_dropout_prob": config.attention_dropout,
             "num_labels": config.num_labels,
             "problem_type": config.problem_type,
+            **self.write_more(config),
         }
+
+    def write_more(self, config: Any) -> dict[str, Any]:
+        """What differs between the families of this shape."""
+        return {}
 
     @override
     def weight_mapping(self, config: Any) -> WeightMapping:
-        ours, theirs, head = "encoder.layers.{}.", "bert.encoder.layer.{}.", "cls.predictions."
+        ours, theirs = "encoder.layers.{}.", f"{self.prefix}encoder.layer.{{}}."
         entries: dict[str, Any] = {
-            f"embedding.{kind}_embeddings.weight": f"bert.embeddings.{name}_embeddings.weight"
+            f"embedding.{kind}_embeddings.weight": f"{self.prefix}embeddings.{name}_embeddings.weight"
             for kind, name in (("word", "word"), ("position", "position"), ("tokentype", "token_type"))
         }
         for kind in ("weight", "bias"):
             attention = tuple(f"{theirs}attention.self.{name}.{kind}" for name in ("query", "key", "value"))
             entries |= {
-                f"embedding.layer_norm.{kind}": f"bert.embeddings.LayerNorm.{kind}",
+                f"embedding.layer_norm.{kind}": f"{self.prefix}embeddings.LayerNorm.{kind}",
                 f"{ours}self_attention.linear_qkv.{kind}": QueryKeyValue(attention),
                 f"{ours}self_attention.linear_proj.{kind}": f"{theirs}attention.output.dense.{kind}",
                 f"{ours}self_attn_bda.layer_norm.{kind}": f"{theirs}attention.output.LayerNorm.{kind}",
@@ -103,18 +114,23 @@ class Bert(Family):
                 f"{ours}mlp.linear_fc2.{kind}": f"{theirs}output.dense.{kind}",
                 f"{ours}mlp_bda.layer_norm.{kind}": f"{theirs}output.LayerNorm.{kind}",
             }
-            if config.task in ("masked_lm", "pretraining"):
-                entries[f"lm_head.dense.{kind}"] = f"{head}transform.dense.{kind}"
-                entries[f"lm_head.layer_norm.{kind}"] = f"{head}transform.LayerNorm.{kind}"
-            if config.task in _POOLED:
-                entries[f"pooler.dense.{kind}"] = f"bert.pooler.dense.{kind}"
-            if config.task == "pretraining":
-                entries[f"binary_head.{kind}"] = f"cls.seq_relationship.{kind}"
-            if config.task.endswith("classification"):
-                entries[f"classification_head.{kind}"] = f"classifier.{kind}"
-        if config.task in ("masked_lm", "pretraining"):
-            entries["output_layer.bias"] = f"{head}bias"
+            entries |= self.head_layers(config, kind)
         return table(entries, config.num_layers)
+
+    def head_layers(self, config: Any, kind: str) -> dict[str, Any]:
+        """The weights or biases of the head."""
+        entries = {}
+        if config.task in ("masked_lm", "pretraining"):
+            entries[f"lm_head.dense.{kind}"] = f"cls.predictions.transform.dense.{kind}"
+            entries[f"lm_head.layer_norm.{kind}"] = f"cls.predictions.transform.LayerNorm.{kind}"
+            entries["output_layer.bias"] = "cls.predictions.bias"
+        if config.task in _POOLED:
+            entries[f"pooler.dense.{kind}"] = f"bert.pooler.dense.{kind}"
+        if config.task == "pretraining":
+            entries[f"binary_head.{kind}"] = f"cls.seq_relationship.{kind}"
+        if config.task.endswith("classification"):
+            entries[f"classification_head.{kind}"] = f"classifier.{kind}"
+        return entries
 
     @override
     def tied(self, config: Any) -> dict[str, str]:
@@ -123,8 +139,8 @@ class Bert(Family):
 
     @override
     def architecture(self, config: Any) -> str:
-        return _ARCHITECTURES[config.task]
+        return f"{type(self).__name__}{self.heads[config.task]}"
 
     @override
     def architectures(self, config: Any) -> tuple[str, ...]:
-        return tuple(_ARCHITECTURES.values())
+        return tuple(f"{type(self).__name__}{ending}" for ending in self.heads.values())

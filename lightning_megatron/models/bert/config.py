@@ -42,6 +42,9 @@ class BertConfig(ModelConfig):
         norm_placement: "post": after each residual sum, as in the BERT that was published and in transformers'. "pre":
             before each block, as in Megatron's and transformers' ``MegatronBert``.
         num_token_types: Values of ``token_type_ids``.
+        position_padding_id: The token of padding, where positions are counted from one beyond it and over other tokens
+            only, as in RoBERTa. None: they are counted from 0, over all tokens.
+        pooler_dropout: Whether sequence classification has dropout before the pooler too, as in RoBERTa.
         ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
         kv_channels: Size of a head. None: ``hidden_size / num_attention_heads``.
         layernorm_epsilon: Added to the variance.
@@ -60,12 +63,15 @@ class BertConfig(ModelConfig):
 
     kind: ClassVar[str] = "Bert"
     stack_names: ClassVar[tuple[str, ...]] = ("encoder",)
+    rare: ClassVar[tuple[str, ...]] = ("position_padding_id", "pooler_dropout")
 
     task: BertTaskName = "masked_lm"
     num_labels: int = 2
     problem_type: ProblemType | None = None
     norm_placement: NormPlacement = "post"
     num_token_types: int = 2
+    position_padding_id: int | None = None
+    pooler_dropout: bool = False
     layernorm_epsilon: float = 1e-12
 
     def __post_init__(self) -> None:
@@ -79,7 +85,10 @@ class BertConfig(ModelConfig):
                     f"BertConfig(task={self.task!r}, problem_type={self.problem_type!r}): only"
                     " task='sequence_classification' has problem types. Leave problem_type out."
                 )
-        Arguments("BertConfig").whole(num_labels=self.num_labels, num_token_types=self.num_token_types)
+        arguments = Arguments("BertConfig")
+        arguments.whole(num_labels=self.num_labels, num_token_types=self.num_token_types)
+        arguments.whole(0, optional=True, position_padding_id=self.position_padding_id)
+        arguments.flag(pooler_dropout=self.pooler_dropout)
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError(
                 "BertConfig(problem_type='single_label_classification', num_labels=1): one class teaches nothing."
@@ -115,9 +124,14 @@ class BertConfig(ModelConfig):
         """The width of the output layer: the vocabulary, or the labels."""
         return padded_vocab_size if self.outputs_are_sharded else self.num_labels
 
+    @property
+    def positions(self) -> int:
+        """Rows of the position embedding."""
+        return self.seq_length + (0 if self.position_padding_id is None else self.position_padding_id + 1)
+
     def embedding_parameters(self, layout: ParallelLayout) -> int:
         """The embeddings of tokens, positions and token types, and a norm behind them in post-LayerNorm models."""
-        tables = (self.seq_length + self.num_token_types) * self.hidden_size
+        tables = (self.positions + self.num_token_types) * self.hidden_size
         return super().embedding_parameters(layout) + tables + (2 * self.hidden_size if not self.final_norms else 0)
 
     def head_parameters(self, layout: ParallelLayout, embeds: bool) -> int:

@@ -44,10 +44,11 @@ class BertModel(WholeModelNames, LanguageModule):
     Args:
         config: Megatron's transformer configuration.
         padded_vocab_size: Rows of the embedding.
-        seq_length: Rows of the position embedding.
+        positions: Rows of the position embedding.
         num_token_types: Rows of the token-type embedding.
         norm_placement: "post" or "pre".
         num_labels: Outputs of a classification head.
+        pooler_dropout: Whether a classification head of sequences has dropout before the pooler too.
         pre_process: Whether the chunk holds the embedding.
         post_process: Whether it holds the head.
         vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
@@ -62,10 +63,11 @@ class BertModel(WholeModelNames, LanguageModule):
         config: TransformerConfig,
         *,
         padded_vocab_size: int,
-        seq_length: int,
+        positions: int,
         num_token_types: int,
         norm_placement: NormPlacement,
         num_labels: int,
+        pooler_dropout: bool,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
@@ -73,14 +75,14 @@ class BertModel(WholeModelNames, LanguageModule):
     ) -> None:
         super().__init__(config)
         self.padded_vocab_size = padded_vocab_size
-        self.num_labels = num_labels
+        self.num_labels, self.pooler_dropout = num_labels, pooler_dropout
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.model_type = ModelType.encoder_or_decoder
         if pre_process:
             self.embedding = bert_embedding(norm_placement)(
-                config, padded_vocab_size, seq_length, num_tokentypes=num_token_types
+                config, padded_vocab_size, positions, num_tokentypes=num_token_types
             )
         self.encoder = TransformerBlock(
             config,
@@ -227,6 +229,8 @@ class BertForSequenceClassification(BertModel):
 
     def head(self, hidden: torch.Tensor, **_: WeightedLabels) -> torch.Tensor:
         """Logits, the same on every tensor-parallel rank."""
+        if self.pooler_dropout:  # of each rank's first token, of which the pooler takes the first rank's
+            hidden = self.classification_dropout(hidden[:1])
         return self.classification_head(self.classification_dropout(self.pooler(hidden)))
 
 

@@ -89,10 +89,11 @@ class BertModule(ConfiguredModule):
         model = self.task.model(
             core,
             padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
-            seq_length=config.seq_length,
+            positions=config.positions,
             num_token_types=config.num_token_types,
             norm_placement=config.norm_placement,
             num_labels=config.num_labels,
+            pooler_dropout=config.pooler_dropout,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -130,7 +131,7 @@ class BertModule(ConfiguredModule):
             types = batch["token_type_ids"]
             check_range("BertModule", "token_type_ids", types, config.num_token_types, "BertConfig.num_token_types")
         if "position_ids" in batch:
-            check_range("BertModule", "position_ids", batch["position_ids"], config.seq_length, "BertConfig.seq_length")
+            check_range("BertModule", "position_ids", batch["position_ids"], config.positions, "BertConfig.seq_length")
         if not self._predicts and type(self).loss is BertModule.loss:  # another loss may need no labels
             self.task.check(batch)
 
@@ -155,6 +156,8 @@ class BertModule(ConfiguredModule):
         if documents is not None:
             documents = documents.expand_as(tokens)
             positions = row_documents.places(documents)
+        if (padding := self.config.position_padding_id) is not None:
+            positions = _beyond_padding(tokens, positions, padding)
         inputs = {
             "input_ids": tokens,
             "token_type_ids": batch.get("token_type_ids", torch.zeros_like(tokens)).long(),
@@ -239,6 +242,14 @@ class BertModule(ConfiguredModule):
             on_epoch=not training,
             batch_size=count.float().clamp(min=1e-6),  # type: ignore[arg-type]
         )
+
+
+def _beyond_padding(tokens: torch.Tensor, places: torch.Tensor, padding: int) -> torch.Tensor:
+    """Positions that count from one beyond the id of padding and leave such tokens out; a text begins at place 0."""
+    counted = (tokens != padding).long()
+    before = counted.cumsum(dim=1) - counted  # tokens of the row
+    first = torch.where(places == 0, before, 0).cummax(dim=1).values  # those before the token's text
+    return (before - first + 1) * counted + padding
 
 
 def _kept(batch: Batch) -> torch.Tensor:

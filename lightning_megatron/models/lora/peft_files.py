@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from lightning_megatron.models.lora.merge import Each
 
 _WEIGHTS, _PICKLED, _CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 _PREFIX = "base_model.model."
+# What peft trains whole, and saves, for some tasks without being asked.
+HEADS = {"SEQ_CLS": {"classifier"}, "TOKEN_CLS": {"classifier"}}
 
 # Fields of peft's ``LoraConfig``. Any other that is set changes what an adapter gives, one of a later version included.
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "ensure_weight_tying"}
@@ -74,7 +77,7 @@ def write(folder: Path, saved: Saved, task: str, base: str | None, transposed: b
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "target_modules": sorted(name.removesuffix(".weight") for name in saved.updates),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in saved.whole}) or None,
+        "modules_to_save": sorted({_outermost(name, HEADS.get(task, ())) for name in saved.whole}) or None,
         "fan_in_fan_out": transposed,
         "bias": "none",
         "inference_mode": True,
@@ -144,6 +147,12 @@ def read(folder: Path) -> Saved:
         frozen=frozenset(name for name in whole if not any(path.endswith(trained) for path in _modules_of(name))),
         ties=bool(about.get("ensure_weight_tying")),
     )
+
+
+def _outermost(weight: str, heads: Collection[str]) -> str:
+    """The module of a weight, or the head that has such modules in it, as RoBERTa's has two layers."""
+    inner, *outer = _modules_of(weight)
+    return next((module for module in outer if module in heads), inner)
 
 
 def _modules_of(weight: str) -> list[str]:

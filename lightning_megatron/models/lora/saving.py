@@ -14,10 +14,7 @@ from lightning_megatron.hf.weight_mapping import Heads, WeightMapping, is_update
 from lightning_megatron.models.lora.config import LoRA
 from lightning_megatron.models.lora.inject import targets_of
 from lightning_megatron.models.lora.merge import Updates
-from lightning_megatron.models.lora.peft_files import Saved, write
-
-# What peft trains whole, and saves, for some tasks without being asked.
-_HEADS = {"SEQ_CLS": {"classifier"}, "TOKEN_CLS": {"classifier"}}
+from lightning_megatron.models.lora.peft_files import HEADS, Saved, write
 
 
 class AdapterWriter:
@@ -38,7 +35,7 @@ class AdapterWriter:
         self._heads = Heads.of(config)
         self._updates = Updates(lora, self._mapping, config)
         self._whole_keys = _in_whole_modules(
-            trained, self._mapping, family.tied(config), lora, _HEADS.get(self._task, set())
+            trained, self._mapping, family.tied(config), lora, HEADS.get(self._task, set())
         )
         self._lacking = trained - self._whole_keys
         self._whole: dict[str, torch.Tensor] = {}
@@ -87,4 +84,5 @@ def _in_whole_modules(
         name for key, mapped in mapping.items() for name in targets_of(mapped, key, lora) if key.endswith(".weight")
     }
     fit = {module for module in modules if not any(name.startswith(f"{module}.") for name in torn)}
-    return {key for key, mapped in mapping.items() if all(name.rpartition(".")[0] in fit for name in mapped.names)}
+    whole = tuple(f"{module}." for module in fit)
+    return {key for key, mapped in mapping.items() if all(name.startswith(whole) for name in mapped.names)}

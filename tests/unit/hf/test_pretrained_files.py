@@ -82,6 +82,33 @@ def test_a_new_head_starts_anew_and_the_rest_is_loaded(tmp_path):
     assert torch.equal(embedding[: pretrained.VOCAB], stored)
 
 
+def test_positions_of_a_roberta_leave_padding_out():
+    model, module = (
+        pretrained.new_model("roberta-masked"),
+        BertModule.from_pretrained(pretrained.new_model("roberta-masked")),
+    )
+    ids = pretrained.samples("roberta-masked")[0]["input_ids"][None].repeat(3, 1)
+    ids[1, :5] = ids[2, 20:] = ids[0, 7] = pretrained._ROBERTA["pad_token_id"]
+    with torch.no_grad():
+        seen, wanted = module.eval()(input_ids=ids, attention_mask=ids != 0), model(ids, attention_mask=ids != 0).logits
+    torch.testing.assert_close(seen[ids != 0], wanted[ids != 0], rtol=0, atol=1e-5)
+
+
+def test_positions_of_a_roberta_begin_anew_in_each_text_of_a_row():
+    module = BertModule.from_pretrained(pretrained.new_model("roberta-tokens")).build()
+    batch = {"input_ids": torch.tensor([[5, 6, 0, 7, 8, 9, 0]]), "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1]])}
+    assert module.get_batch(batch)["position_ids"].tolist() == [[1, 2, 0, 1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize(("name", "share"), [("roberta-sequences", 0.5), ("bert-sequences", 0.0)])
+def test_dropout_before_the_first_layer_of_a_head_is_robertas(name, share):
+    module = BertModule.from_pretrained(pretrained.new_model(name), config={"hidden_dropout": 0.5}).build().train()
+    seen = []
+    module.chunks[0].pooler.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    module(input_ids=torch.full((20, 9), 7))
+    assert float((seen[0] == 0).float().mean()) == pytest.approx(share, abs=0.05)
+
+
 # What is made of them
 
 
