@@ -103,6 +103,8 @@ OTHERS: dict[str, dict[str, str]] = {
         "logits_divisor": "logits_scaling logit_scale logits_scale",
         "attention_score_cap": "attn_logit_softcapping attention_softcap softcap attn_softcap",
         "logits_cap": "final_logit_softcapping logits_soft_cap final_softcap logit_cap",
+        "mtp": "mtp_num_layers num_nextn_predict_layers multi_token_prediction mtp_layers num_mtp_layers",
+        "mtp_weight": "mtp_loss_scaling_factor mtp_loss_weight mtp_loss_coef",
         "extra": "config_kwargs model_kwargs other_megatron_args transformer_config",
     },
     "BertConfig": {

@@ -396,6 +396,11 @@ def pipeline() -> dist.ProcessGroup:
     return parallel_state.get_pipeline_model_parallel_group()
 
 
+def pipeline_ends() -> dist.ProcessGroup:
+    """The group of the first and the last pipeline stage of one copy of the model; this rank is one of them."""
+    return parallel_state.get_embedding_group()
+
+
 def stack(name: Stack) -> dist.ProcessGroup:
     """The group of the pipeline ranks that hold stages of the encoder, or of the decoder; this rank is one of them."""
     return _state.stacks[name]

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_megatron.distributed.arguments import Arguments
 
 # Fields of megatron-core's configuration, which `extra=` sets, that compute the loss from all logits.
-WANT_LOGITS = ("mtp_num_layers", "cross_entropy_loss_fusion", "defer_embedding_wgrad_compute")
+WANT_LOGITS = ("cross_entropy_loss_fusion", "defer_embedding_wgrad_compute")
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ HERE = {
     "pipelines.md",
     "long_sequences.md",
     "experts.md",
+    "multi_token_prediction.md",
     "precision.md",
     "multi_node.md",
     "hangs.md",
@@ -138,6 +139,10 @@ def test_long_sequences(tmp_path):
 def test_experts(tmp_path):
     config = names_of("experts.md", tmp_path)["config"]
     assert config.experts.num == 8
+
+
+def test_multi_token_prediction(tmp_path):
+    assert names_of("multi_token_prediction.md", tmp_path)["config"].mtp == 1
 
 
 def test_precision(tmp_path):

@@ -52,8 +52,14 @@ def initial_weights(c: GPTConfig) -> Weights:
     weights = {"embedding.word_embeddings.weight": draw(c.vocab_size, h)}
     if c.position_embedding == "learned":
         weights["embedding.position_embeddings.weight"] = draw(c.seq_length, h)
-    for n in range(c.num_layers):
-        layer = f"decoder.layers.{n}."
+    layers = [f"decoder.layers.{n}." for n in range(c.num_layers)]
+    for n in range(c.mtp):
+        later = f"mtp.layers.{n}."
+        weights[f"{later}eh_proj.weight"] = draw(h, 2 * h)
+        for name in ("enorm", "hnorm", "final_layernorm"):
+            _norm(weights, later + name, c, draw)
+        layers.append(f"{later}transformer_layer.")
+    for layer in layers:
         shapes = {
             "self_attention.linear_qkv": ((c.num_attention_heads + 2 * groups) * head, h),
             "self_attention.linear_proj": (h, h),
@@ -79,25 +85,45 @@ def initial_weights(c: GPTConfig) -> Weights:
 
 def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """``[b, s, vocab]``; where ``positions`` ``[b, s]`` do not go on by one, another document begins."""
-    x = w["embedding.word_embeddings.weight"][tokens]
+    return output(c, w, hidden_states(c, w, tokens, *seen_from(tokens, positions, c.sliding_window)))
+
+
+def seen_from(
+    tokens: torch.Tensor, positions: torch.Tensor | None, window: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The position of each token ``[b, s]``, and which tokens each looks at."""
     places = torch.arange(tokens.size(1))
     seen = places[:, None] >= places
-    if c.sliding_window is not None:
-        seen = seen & (places[:, None] - places < c.sliding_window)
-    if positions is not None:
-        documents = F.pad(positions.diff(dim=1) != 1, (1, 0)).cumsum(dim=1)
-        seen = seen & (documents[:, :, None] == documents[:, None])
-        seen = seen[:, None]
-    positions = places.expand_as(tokens) if positions is None else positions
+    if window is not None:
+        seen = seen & (places[:, None] - places < window)
+    if positions is None:
+        return places.expand_as(tokens), seen
+    documents = F.pad(positions.diff(dim=1) != 1, (1, 0)).cumsum(dim=1)
+    return positions, (seen & (documents[:, :, None] == documents[:, None]))[:, None]
+
+
+def hidden_states(
+    c: GPTConfig, w: Weights, tokens: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor
+) -> torch.Tensor:
+    """``[b, s, h]``, behind the last norm."""
+    x = w["embedding.word_embeddings.weight"][tokens]
     if c.position_embedding == "learned":
         x = x + w["embedding.position_embeddings.weight"][positions]
     for n in range(c.num_layers):
-        layer = f"decoder.layers.{n}."
-        x = x + _attention(
-            c, w, layer + "self_attention.", _normalise(c, w, layer + "input_layernorm", x), positions, seen
-        )
-        x = x + _mlp(c, w, layer + "mlp.", _normalise(c, w, layer + "pre_mlp_layernorm", x))
-    x = _normalise(c, w, "decoder.final_layernorm", x)
+        x = layer(c, w, f"decoder.layers.{n}.", x, positions, seen)
+    return _normalise(c, w, "decoder.final_layernorm", x)
+
+
+def layer(
+    c: GPTConfig, w: Weights, name: str, x: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor
+) -> torch.Tensor:
+    """Attention and feed-forward of one layer."""
+    x = x + _attention(c, w, name + "self_attention.", _normalise(c, w, name + "input_layernorm", x), positions, seen)
+    return x + _mlp(c, w, name + "mlp.", _normalise(c, w, name + "pre_mlp_layernorm", x))
+
+
+def output(c: GPTConfig, w: Weights, x: torch.Tensor) -> torch.Tensor:
+    """The logits of hidden states."""
     return x @ w["embedding.word_embeddings.weight" if c.tie_embeddings else "output_layer.weight"].T
 
 

@@ -231,6 +231,8 @@ _PLACED: dict[str, Destination] = {
     "add_bias_linear": _config("bias", truth),
     "add_qkv_bias": _config("qkv_bias", truth),
     "untie_embeddings_and_output_weights": _config("tie_embeddings", truth, _opposite),
+    "mtp_num_layers": _config("mtp"),
+    "mtp_loss_scaling_factor": _config("mtp_weight", number),
     "hidden_dropout": _config("hidden_dropout", number),
     "attention_dropout": _config("attention_dropout", number),
     "init_method_std": _config("init_method_std", number),

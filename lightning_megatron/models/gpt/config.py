@@ -71,6 +71,9 @@ class GPTConfig(ModelConfig):
         tie_embeddings: Whether the output layer's weight is the embedding's.
         experts: A mixture of experts in place of the feed-forward layer; ``Experts``, or a dictionary of its arguments.
             None: there is none.
+        mtp: Layers of multi-token prediction, as in DeepSeek-V3: behind the model, each predicts one token further on
+            than the one before it, in training only. They need rotary positions, or none.
+        mtp_weight: Weight of the mean of their losses beside the loss of the next tokens, which alone is logged.
         hidden_dropout: Dropout after the embedding, attention and feed-forward.
         attention_dropout: Dropout of attention weights.
         init_method_std: Standard deviation of the initial weights.
@@ -114,6 +117,8 @@ class GPTConfig(ModelConfig):
     qkv_bias: bool | None = None
     tie_embeddings: bool = True
     experts: Experts | None = None
+    mtp: int = 0
+    mtp_weight: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist."""
@@ -146,8 +151,9 @@ class GPTConfig(ModelConfig):
             )
         self._check_norms()
         self._check_experts()
+        self._check_mtp()
         if self.layers != "torch":
-            for name in ("rope_scaling", "parallel_residual", "embedding_multiplier", *self.rare):
+            for name in ("rope_scaling", "parallel_residual", "embedding_multiplier", "mtp", *self.rare):
                 if getattr(self, name) != getattr(GPTConfig, name):
                     raise ValueError(f"GPTConfig({name}={getattr(self, name)!r}) needs layers='torch'.")
 
@@ -176,9 +182,15 @@ class GPTConfig(ModelConfig):
         return super().embedding_parameters(layout) + positions
 
     def head_parameters(self, layout: ParallelLayout, embeds: bool) -> int:
-        """The output layer's weights, its bias among them."""
-        bias = parameter_counts.vocabulary(self, layout) // self.hidden_size if self.output_bias else 0
-        return super().head_parameters(layout, embeds) + bias
+        """The output layer's weights, its bias among them, and those of multi-token prediction."""
+        vocabulary = parameter_counts.vocabulary(self, layout)
+        weights = super().head_parameters(layout, embeds)
+        if self.output_bias:
+            weights += vocabulary // self.hidden_size
+        if self.mtp and not embeds and not self.tie_embeddings:
+            weights += vocabulary  # a copy of the embedding
+        joins = 2 * self.hidden_size**2 // layout.tp + 3 * parameter_counts.norm(self)
+        return weights + self.mtp * (joins + parameter_counts.layer(self, layout, 1))
 
     @property
     def peft_task(self) -> str:
@@ -211,6 +223,9 @@ class GPTConfig(ModelConfig):
         """megatron-core's configuration, which has the settings of experts and the cap of scores beside its own."""
         made = super().transformer_config(settings, **stack)
         made.experts, made.attention_score_cap = self.experts, self.attention_score_cap
+        for each in (made.no_rope_freq, made.window_attn_skip_freq):
+            if self.mtp and isinstance(each, list):
+                each.extend(each[-1:] * self.mtp)  # their layers are as the last one
         return made
 
     @property
@@ -249,6 +264,21 @@ class GPTConfig(ModelConfig):
                 raise ValueError(
                     f"GPTConfig(experts=...) needs {name}={usual!r}, and here it is {getattr(self, name)!r}."
                 )
+
+    def _check_mtp(self) -> None:
+        """Refuse positions that the embedding on the last stage would lack, and megatron-core's own fields."""
+        arguments = Arguments("GPTConfig")
+        arguments.number(least=0, mtp_weight=self.mtp_weight)
+        if isinstance(self.mtp, bool) or not isinstance(self.mtp, int) or self.mtp < 0:
+            raise ValueError(f"GPTConfig(mtp={self.mtp!r}): use the number of layers, such as 1; 0 has none.")
+        if self.mtp and self.position_embedding == "learned":
+            raise ValueError(
+                f"GPTConfig(mtp={self.mtp}) needs position_embedding='rope' or 'none': a token that is predicted with"
+                " has no learned position of its own."
+            )
+        for name, ours in (("mtp_num_layers", "mtp"), ("mtp_loss_scaling_factor", "mtp_weight")):
+            if name in self.extra:
+                raise ValueError(f"GPTConfig(extra={{{name!r}: ...}}): use GPTConfig({ours}=...).")
 
     def _expert_arguments(self) -> dict[str, Any]:
         if self.experts is None:

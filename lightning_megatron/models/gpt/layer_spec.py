@@ -7,6 +7,7 @@ from copy import deepcopy
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import is_te_min_version
@@ -14,6 +15,7 @@ from megatron.core.utils import is_te_min_version
 from lightning_megatron.models.generation.cached_layers import generate_quickly
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.experts.expert_layer import ExpertLayer
+from lightning_megatron.models.gpt.multi_token_prediction import block_of
 from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLayer
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.joint_norm import JointKeyNorm, JointNorm
@@ -40,6 +42,27 @@ def gpt_block_spec(
     """
     if shape.layers == "transformer_engine":
         return _transformer_engine_block(config)
+    layers = _layer_specs(config, shape, fused_layers, rotates)
+    count, before = get_num_layers_to_build(config, vp_stage), get_transformer_layer_offset(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers[before : before + count], layer_norm=TorchNorm)
+
+
+def mtp_block_spec(
+    config: TransformerConfig, shape: GPTConfig, fused_layers: bool = False, rotates: bool = False
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The layers of multi-token prediction, each with a transformer layer as the model's last; None: it has none.
+
+    Args:
+        config: Megatron's transformer configuration.
+        shape: The model's shape.
+        fused_layers: Whether operations between matrix products are joined.
+        rotates: Whether that includes rotary positions.
+    """
+    return block_of(_layer_specs(config, shape, fused_layers, rotates)[-1], shape.mtp) if shape.mtp else None
+
+
+def _layer_specs(config: TransformerConfig, shape: GPTConfig, fused_layers: bool, rotates: bool) -> list[ModuleSpec]:
+    """Those of all layers of the model."""
     layer = torch_layer_spec(config)
     generate_quickly(layer)
     parts = layer.submodules
@@ -56,10 +79,8 @@ def gpt_block_spec(
         layer.module = ParallelResidualLayer
     if shape.shared_norm:
         parts.pre_mlp_layernorm = IdentityOp
-    count, before = get_num_layers_to_build(config, vp_stage), get_transformer_layer_offset(config, vp_stage)
     has_experts = [False] * config.num_layers if config.num_moe_experts is None else config.moe_layer_freq
-    specs = [with_experts if has else layer for has in has_experts[before : before + count]]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TorchNorm)
+    return [with_experts if has else layer for has in has_experts]
 
 
 def _transformer_engine_block(config: TransformerConfig) -> ModuleSpec:

@@ -8,9 +8,11 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 
-from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed import process_groups, shared_weights
 from lightning_megatron.distributed.parameter_names import WholeModelNames
+from lightning_megatron.models.gpt.multi_token_prediction import LaterTokens, loss_of_depths
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
+from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.fused.rotary import cosines_and_sines
 from lightning_megatron.models.layers.window_rotary import WindowRotary
 
@@ -26,7 +28,29 @@ class PositionedGPT(WholeModelNames, GPTModel):
     """
 
     rotates_by_table = False
+    weight_of_later_tokens = 0.0
     _token_weights: torch.Tensor | None = None
+    _later_tokens: LaterTokens | None = None
+
+    @property
+    def transformer_layers(self) -> list[Any]:
+        """The transformer layers of the chunk, those of multi-token prediction among them."""
+        later = self.mtp.layers if self.mtp_process else ()
+        return [*self.decoder.layers, *(layer.transformer_layer for layer in later)]
+
+    def keep_embeddings_equal(self) -> None:
+        """Tie the copies of the embedding that the first and the last stage have, if the last one looks tokens up, too.
+
+        All chunks call this. Where the output layer is tied to the embedding, megatron-core has tied the copies, and
+        the output layer computes with that of its stage; it loses a weight of its own, which nothing would use.
+        """
+        if self.pre_process == self.post_process:  # one stage, or one between the ends
+            return
+        weight = self.embedding.word_embeddings.weight
+        if not self.share_embeddings_and_output_weights:
+            shared_weights.mark_shared(weight, "ends", number=int(self.post_process))
+        elif self.post_process:
+            self.output_layer.weight = None
 
     def forward(
         self,
@@ -34,10 +58,11 @@ class PositionedGPT(WholeModelNames, GPTModel):
         position_ids: torch.Tensor | None,
         attention_mask: AttentionPattern | torch.Tensor | None,
         token_weights: torch.Tensor | None = None,
+        later_tokens: LaterTokens | None = None,
         **rest: Any,
     ) -> Any:
         """Run the chunk, as megatron-core's ``GPTModel`` does; experts are told ``token_weights`` ``[b, s]``."""
-        self._token_weights = token_weights
+        self._token_weights, self._later_tokens = token_weights, later_tokens
         return super().forward(input_ids, position_ids, **block_arguments(attention_mask), **rest)
 
     def _preprocess(self, input_ids: Any, position_ids: torch.Tensor | None, **rest: Any) -> Any:
@@ -54,12 +79,41 @@ class PositionedGPT(WholeModelNames, GPTModel):
         return (prepared[0], angles, *prepared[2:])
 
     def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **rest: Any) -> torch.Tensor:
-        if labels is not None:
-            rest["runtime_gather_output"] = False  # losses are of shards of the vocabulary, whatever predictions are
-        if labels is None or not self.post_process or not getattr(self.output_layer, "gives_losses", False):
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+        if not self.post_process:
+            return hidden_states
+        if labels is None:
+            return super()._postprocess(hidden_states, labels=None, **{**rest, "mtp_in_postprocess": False})
+        losses = self._losses(hidden_states, labels)
+        if self._later_tokens is None:
+            return losses
+        later = self.weight_of_later_tokens * self._loss_of_later_tokens(hidden_states, self._later_tokens, rest)
+        later = later - later.detach()  # has a gradient, and no value: what is logged is the loss of the next tokens
+        if losses.dim():  # an own loss sums them up, and has the later ones in its mean
+            later = later / (labels.numel() if rest.get("loss_mask") is None else rest["loss_mask"].sum().clamp(min=1))
+        return losses + later
+
+    def _losses(self, hidden: torch.Tensor, labels: torch.Tensor | WeightedLabels) -> torch.Tensor:
+        """The losses ``[b, s]`` of labels, or the weighted sum."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_states, weight=weight, labels=labels)[0]
+        if getattr(self.output_layer, "gives_losses", False):
+            return self.output_layer(hidden, weight=weight, labels=labels)[0]
+        # Losses are of shards of the vocabulary, whatever predictions are.
+        logits, _ = self.output_layer(hidden, weight=weight, runtime_gather_output=False)
+        if isinstance(labels, WeightedLabels):
+            return (self.compute_language_model_loss(labels.ids, logits).float() * labels.weights).sum()
+        return self.compute_language_model_loss(labels, logits)
+
+    def _loss_of_later_tokens(self, hidden: torch.Tensor, later: LaterTokens, rest: dict[str, Any]) -> torch.Tensor:
+        names = ("attention_mask", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "packed_seq_params")
+        attention = {name: rest[name] for name in names}
+        if self._token_weights is not None:
+            attention["padding_mask"] = self._of_this_rank(self._token_weights)
+        return loss_of_depths(self.mtp.layers, hidden, later, self._embedded, self._losses, **attention)
+
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """``[s/tp, b, h]`` of ``[b, s]``, by an embedding that knows no positions."""
+        embedded: torch.Tensor = self.embedding(input_ids=ids, position_ids=None)
+        return embedded
 
     def _of_this_rank(self, weights: torch.Tensor) -> torch.Tensor:
         """``[b, s/tp]`` of ``[b, s]``, as sequence parallelism divides the hidden states."""

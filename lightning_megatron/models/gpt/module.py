@@ -19,8 +19,9 @@ from lightning_megatron.models.generation.module import GeneratingModule
 from lightning_megatron.models.gpt import attention_masks
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.decoder import GPTDecoder
-from lightning_megatron.models.gpt.layer_spec import gpt_block_spec
+from lightning_megatron.models.gpt.layer_spec import gpt_block_spec, mtp_block_spec
 from lightning_megatron.models.gpt.model import PositionedGPT
+from lightning_megatron.models.gpt.multi_token_prediction import LaterTokens, later_tokens
 from lightning_megatron.models.gpt.packed_documents import Documents
 from lightning_megatron.models.host_answers import Question, answers, with_answers
 from lightning_megatron.models.layers.attention import pad_mask
@@ -36,6 +37,8 @@ from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss
 from lightning_megatron.models.weight_init import FirstWeights
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
+
+_ALONG_THE_ROW = ("input_ids", "labels", "loss_mask", "position_ids")  # inputs [b, s]
 
 
 @answer_wrong_names
@@ -112,11 +115,14 @@ class GPTModule(GeneratingModule):
             position_embedding_type=config.megatron_position_embedding,
             rotary_base=config.rotary_base,
             rotary_percent=config.rotary_percent,
+            mtp_block_spec=mtp_block_spec(core, config, fused, rotates) if post_process else None,
             vp_stage=vp_stage,
         )
-        model.rotates_by_table = rotates
+        model.rotates_by_table, model.weight_of_later_tokens = rotates, config.mtp_weight
+        if config.mtp:
+            model.keep_embeddings_equal()
         if config.norm_placement != "pre":
-            norm_outputs(model.decoder)
+            norm_outputs(model.transformer_layers)
         if post_process and config.output_bias:
             add_bias(model.output_layer)
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
@@ -133,10 +139,10 @@ class GPTModule(GeneratingModule):
     def _scale(self, model: PositionedGPT) -> None:
         """Put the configuration's multipliers in their places."""
         config = self.config
-        if model.pre_process and config.embedding_multiplier != 1.0:
+        if hasattr(model, "embedding") and config.embedding_multiplier != 1.0:
             scale_output(model.embedding, config.embedding_multiplier)
         if config.residual_multiplier != 1.0:
-            for layer in model.decoder.layers:
+            for layer in model.transformer_layers:
                 scale_output(layer.self_attention, config.residual_multiplier)
                 scale_output(layer.mlp, config.residual_multiplier)
         if model.post_process and config.logits_divisor != 1.0:
@@ -217,20 +223,27 @@ class GPTModule(GeneratingModule):
         if not padding:
             return inputs
         padded: dict[str, Any] = {**inputs}
-        for name in ("input_ids", "labels", "loss_mask", "position_ids"):
+        for name in _ALONG_THE_ROW:
             if inputs.get(name) is not None:
                 padded[name] = F.pad(inputs[name], (0, padding))
+        if inputs.get("later_tokens") is not None:
+            padded["later_tokens"] = LaterTokens(*(F.pad(each, (0, padding)) for each in inputs["later_tokens"]))
         padded["attention_mask"] = pad_mask(inputs.get("attention_mask"), padding, padding)
         return padded
 
     def shard_inputs(self, inputs: Batch) -> Batch:
         """This rank's tokens, labels and positions ``[b, s/cp]``, zig-zag; the mask stays that of whole rows."""
         shards = SequenceShards.here(zigzag=True)
-        along = [name for name in ("input_ids", "labels", "loss_mask", "position_ids") if inputs.get(name) is not None]
-        return {**inputs, **{name: shards.take(inputs[name], 1) for name in along}}
+        along = [name for name in _ALONG_THE_ROW if inputs.get(name) is not None]
+        sharded: dict[str, Any] = {name: shards.take(inputs[name], 1) for name in along}
+        if inputs.get("later_tokens") is not None:
+            sharded["later_tokens"] = LaterTokens(*(shards.take(each, 2) for each in inputs["later_tokens"]))
+        return {**inputs, **sharded}
 
     def _fitted(self, inputs: Batch) -> Batch:
         """The inputs as this rank takes them; those of experts say how much each token counts in the loss."""
+        if self.config.mtp and self.training and self.on_last_stage:
+            inputs = {**inputs, "later_tokens": later_tokens(inputs, self.config.mtp)}  # type: ignore[dict-item]
         inputs = super()._fitted(inputs)
         if self.config.experts is not None and self.training:
             inputs = {**inputs, "token_weights": self._token_weights(inputs)}
@@ -265,6 +278,10 @@ class GPTModule(GeneratingModule):
         return total, mask.sum()
 
     _loss_of_family = loss
+
+    @property
+    def _sums_losses(self) -> bool:
+        return super()._sums_losses or (self.config.mtp > 0 and self.on_last_stage and not self.has_own_loss)
 
     def _weighted_labels(self, inputs: Batch) -> WeightedLabels:
         return WeightedLabels(inputs["labels"], inputs["loss_mask"])

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.transformer_block import TransformerBlock
 
 from lightning_megatron.models.layers.norm import TorchNorm
 
 OutputAndBias = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def norm_outputs(block: TransformerBlock) -> None:
-    """Give each layer of a block such norms, ``post_self_attn_layernorm`` and ``post_mlp_layernorm``.
+def norm_outputs(layers: Iterable[Any]) -> None:
+    """Give transformer layers such norms, ``post_self_attn_layernorm`` and ``post_mlp_layernorm``.
 
-    megatron-core's layers add a block's output, its bias and the hidden states; the norm comes between.
+    megatron-core's layers add an output, its bias and the hidden states; the norm comes between.
     """
-    config = block.config
-    for layer in block.layers:
+    for layer in layers:
+        config = layer.config
         for place, name in ((layer.self_attention, "post_self_attn_layernorm"), (layer.mlp, "post_mlp_layernorm")):
             norm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
             setattr(layer, name, norm)

@@ -28,7 +28,7 @@ def give_windows_a_base(model: Any, base: float, share: float) -> None:
     Each layer's self-attention is then given its own of the two tables, whatever hands them on.
 
     Args:
-        model: megatron-core's ``GPTModel``, whose frequencies are not stretched yet.
+        model: A ``PositionedGPT``, whose frequencies are not stretched yet.
         base: Base period of those layers.
         share: Share of a head's channels that is rotated.
     """
@@ -42,7 +42,7 @@ def give_windows_a_base(model: Any, base: float, share: float) -> None:
         cp_group=rotary.cp_group,
     )
     rotary.of_windows.inv_freq = rotary.of_windows.inv_freq.to(rotary.inv_freq.device)
-    for layer in model.decoder.layers:
+    for layer in model.transformer_layers:
         attention = layer.self_attention
         attention.rotary_table = int(attention.core_attention.window is not None)
         attention.register_forward_pre_hook(_own_table, with_kwargs=True)

@@ -28,11 +28,16 @@ def weight_mapping_of(module: Any) -> WeightMapping:
 
 
 def check(module: Any) -> None:
-    """Refuse targets that the model does not have.
+    """Refuse targets that the model does not have, and layers that updates would leave as they were drawn.
 
     Raises:
-        ValueError: Names the nearest that there are.
+        ValueError: Names the nearest targets that there are; or what to leave out.
     """
+    if module.lora is not None and getattr(module.config, "mtp", 0):
+        raise ValueError(
+            f"{type(module).__name__}(lora=...) trains no layers of multi-token prediction, and the configuration has"
+            f" mtp={module.config.mtp}. Use mtp=0."
+        )
     if module.lora is not None and module.lora.targets != "all-linear":
         module.lora.check_targets(target_names(weight_mapping_of(module)))
 

@@ -28,7 +28,7 @@ def test_they_are_saved_with_the_hyperparameters(module, config):
     assert (made.hparams.label_smoothing, made.hparams.z_loss) == (0.1, 1e-4)
 
 
-@pytest.mark.parametrize("field", ["mtp_num_layers", "cross_entropy_loss_fusion", "defer_embedding_wgrad_compute"])
+@pytest.mark.parametrize("field", ["cross_entropy_loss_fusion", "defer_embedding_wgrad_compute"])
 def test_fields_that_want_logits_are_refused(field):
     module = GPTModule(GPTConfig(**SIZES, extra={field: 1}), z_loss=1e-4)
     with pytest.raises(ValueError, match=rf"GPTModule\(z_loss=0.0001\).*extra={{'{field}': 1}}.*Leave one"):

@@ -1,0 +1,166 @@
+"""Multi-token prediction: layers behind the model that predict the tokens after the next one, as a second loss.
+
+The layer of depth ``k`` joins the hidden state of each token with the embedding of the token ``k`` places on, and the
+output layer predicts the token after that from what it makes of them (DeepSeek-V3's report, 2024, section 2.2).
+megatron-core has the layer. Its losses are means over a micro-batch and its tokens are shifted on the device of each
+rank; here tokens are shifted in whole rows, before ranks share them out, and losses are weighed as those of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
+from typing_extensions import override
+
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern
+from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
+from lightning_megatron.models.layers.norm import TorchNorm
+
+
+class LaterTokens(NamedTuple):
+    """What the layers of multi-token prediction are given of one micro-batch; ``n`` is their number.
+
+    Args:
+        ids: ``[n, b, s]``, for each token the one that is 1, 2, ... places on; behind the row's end, 0.
+        labels: ``[n, b, s]``, the token that follows that one.
+        weights: ``[n, b, s]``, what predicting it counts in the loss.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+    def depths(self) -> Iterator[tuple[torch.Tensor, WeightedLabels]]:
+        """For each layer its tokens, and its labels, all ``[b, s]``."""
+        for ids, labels, weights in zip(self.ids, self.labels, self.weights, strict=True):
+            yield ids, WeightedLabels(labels, weights)
+
+
+def later_tokens(inputs: dict[str, Any], depths: int) -> LaterTokens:
+    """Shift the tokens, labels and weights of whole rows.
+
+    A prediction counts if that of the token before it does, and if no document lies between.
+
+    Args:
+        inputs: The model's inputs, of whole rows ``[b, s]``.
+        depths: How many layers predict.
+    """
+    ids, labels, weights, mask = (inputs[name] for name in ("input_ids", "labels", "loss_mask", "attention_mask"))
+    shifted = [
+        (_from(ids, k), _from(labels, k), _from(weights, k) * _is_one_document(mask, ids.size(1), k, ids.device))
+        for k in range(1, depths + 1)
+    ]
+    return LaterTokens(*(torch.stack(each) for each in zip(*shifted, strict=True)))
+
+
+def _from(rows: torch.Tensor, places: int) -> torch.Tensor:
+    """``rows`` ``[b, s]`` from that many places on, with zeros behind."""
+    return F.pad(rows[:, places:], (0, min(places, rows.size(1))))
+
+
+def _is_one_document(mask: Any, length: int, places: int, device: torch.device) -> torch.Tensor | float:
+    """``[b or 1, s]``, whether a token is in one document with the one ``places`` on."""
+    if isinstance(mask, AttentionPattern):
+        if mask.documents is None:
+            return 1.0
+        same = mask.documents[:, places:] == mask.documents[:, :-places]
+    elif mask is not None:  # [b, 1, s, s], True where a query may not look
+        same = ~mask.diagonal(-places, -2, -1).flatten(1, -2)
+    else:
+        return 1.0
+    return F.pad(same.to(device), (0, min(places, length))).float()
+
+
+class LaterTokenLayer(MultiTokenPredictionLayer):
+    """megatron-core's layer of one depth, which is given the embeddings of the later tokens."""
+
+    @override
+    def forward(self, hidden: torch.Tensor, embedded: torch.Tensor, **attention: Any) -> torch.Tensor:
+        """Run the layer.
+
+        Args:
+            hidden: ``[s/tp, b, h]``, what the depth before it gave; of the first depth, the model.
+            embedded: The embeddings of the later tokens, of the same shape.
+            **attention: What the transformer layer takes of positions and masks.
+
+        Returns:
+            Hidden states for the output layer, and for the next depth.
+        """
+
+        def run(hidden: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+            parallel = self.config.sequence_parallel
+            with tensor_parallel.get_cuda_rng_tracker().fork() if parallel else nullcontext():  # as around a block
+                output, _ = self.transformer_layer(hidden_states=self._joined(hidden, embedded), **attention)
+            result: torch.Tensor = self.final_layernorm(output)
+            return result
+
+        if self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled():
+            again: torch.Tensor = tensor_parallel.checkpoint(
+                run, self.config.distribute_saved_activations, hidden, embedded
+            )
+            return again
+        return run(hidden, embedded)
+
+    def _joined(self, hidden: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """``[s/tp, b, h]`` of both, through one projection."""
+        both = torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1)
+        output = gather_from_tensor_model_parallel_region(self.eh_proj(both)[0])
+        return scatter_to_sequence_parallel_region(output) if self.config.sequence_parallel else output
+
+
+def block_of(layer: ModuleSpec, depths: int) -> MultiTokenPredictionBlockSubmodules:
+    """The spec of the layers of all depths.
+
+    Args:
+        layer: The spec of the transformer layer in each.
+        depths: How many there are.
+    """
+    parts = MultiTokenPredictionLayerSubmodules(
+        enorm=TorchNorm,
+        hnorm=TorchNorm,
+        eh_proj=ColumnParallelLinear,
+        transformer_layer=layer,
+        layer_norm=TorchNorm,
+    )
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[ModuleSpec(LaterTokenLayer, submodules=parts)] * depths)
+
+
+def loss_of_depths(
+    layers: Any,
+    hidden: torch.Tensor,
+    later: LaterTokens,
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    loss: Callable[[torch.Tensor, WeightedLabels], torch.Tensor],
+    **attention: Any,
+) -> torch.Tensor:
+    """The mean over the depths of their summed losses, a scalar.
+
+    Args:
+        layers: The layers, one a depth.
+        hidden: ``[s/tp, b, h]``, the model's output before its output layer.
+        later: The later tokens.
+        embed: Gives the embeddings ``[s/tp, b, h]`` of ids ``[b, s]``.
+        loss: Gives the summed loss of hidden states for their labels.
+        **attention: What the layers take of positions and masks.
+    """
+    losses = []
+    for layer, (ids, labels) in zip(layers, later.depths(), strict=True):
+        hidden = layer(hidden, embed(ids), **attention)
+        losses.append(loss(hidden, labels))
+    return torch.stack(losses).mean()
