@@ -33,7 +33,7 @@ def check(module: Any) -> None:
     Raises:
         ValueError: Names the nearest targets that there are; or what to leave out.
     """
-    if module.lora is not None and getattr(module.config, "mtp", 0):
+    if module.lora is not None and getattr(module.config, "mtp", None):
         raise ValueError(
             f"{type(module).__name__}(lora=...) trains no layers of multi-token prediction, and the configuration has"
             f" mtp={module.config.mtp}. Use mtp=0."
