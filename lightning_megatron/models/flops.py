@@ -24,7 +24,8 @@ def training_flops(config: Any, lengths: tuple[int, ...]) -> float:
     """
     stacks = config.stacks(lengths)
     forward = sum(stack.layers * _layer(config, stack) for stack in stacks)
-    return _FORWARD_AND_BACKWARD * (forward + _vocabulary(config, stacks[-1].tokens))
+    last = stacks[-1]
+    return _FORWARD_AND_BACKWARD * (forward + _vocabulary(config, last.tokens) + _later_tokens(config, last))
 
 
 def layer_flops(config: Any) -> list[list[float]]:
@@ -46,9 +47,15 @@ def _layer_of(config: Any, stack: Any, seen: float | None, weights: int) -> floa
 
 
 def head_flops(config: Any) -> float:
-    """The floating-point operations of the output layer, forward, of the longest sequence."""
-    tokens = config.stacks(config.lengths)[-1].tokens
-    return 2 * tokens * config.hidden_size * config.outputs(config.vocab_size)
+    """The floating-point operations of what is behind the last layer, forward, of the longest sequence."""
+    last = config.stacks(config.lengths)[-1]
+    return 2 * last.tokens * config.hidden_size * config.outputs(config.vocab_size) + _later_tokens(config, last)
+
+
+def _later_tokens(config: Any, stack: Any) -> float:
+    """Those of multi-token prediction: for each depth a projection of two hidden states, a layer, and its logits."""
+    joins = 2 * stack.tokens * 2 * config.hidden_size**2
+    return getattr(config, "mtp", 0) * float(joins + _layer(config, stack) + _vocabulary(config, stack.tokens))
 
 
 def _layer(config: Any, stack: Any) -> float:

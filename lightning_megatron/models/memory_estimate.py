@@ -150,6 +150,7 @@ def _stage(
     flying = chunks_in_flight(layout, stage, training.num_microbatches)
     last = any(part.ends_model for chunk in chunks for part in chunk)
     logits, copy = layers.logits() if last else (0.0, 0.0)
+    logits *= 1 + getattr(layers.config, "mtp", 0)
     again = max(0.0, *(layers.recomputed_at_once(chunk[-1], logits) for chunk in chunks))
     return StageMemory(
         weights=numbers * weight,
@@ -233,9 +234,24 @@ class _Layers:
         total = self.config.final_norms * self._norm(part.stack, False, output) if part.ends_stack else 0.0
         if part.ends_model:
             total += self.config.head_activations(self.hidden(part.stack))
+            total += getattr(self.config, "mtp", 0) * self._later_tokens(part.stack, output)
             if not self.config.final_norms and "layernorm" in self.modules:
                 total += self.hidden(part.stack)  # the output of the last layer's norm, which leaves the stack
         return total
+
+    def _later_tokens(self, stack: int, output: float, again: bool = False) -> float:
+        """One depth of multi-token prediction: two norms, their outputs side by side, a layer and the norm behind it.
+
+        Args:
+            stack: Index of the stack.
+            output: Whether the output layer keeps its input.
+            again: Whether this is what is computed again, of a depth that is recomputed whole.
+        """
+        inputs = 2 * self.hidden(stack)  # hidden states and embeddings
+        if self._recomputes_layers and not again:
+            return inputs + output * self.hidden(stack)
+        inside = 2 * self._norm(stack, False, 0.0) + inputs + self.layer(stack)
+        return inside + self._norm(stack, False, output) - inputs * again
 
     def recomputed_at_once(self, part: Part, logits: float) -> float:
         """What the backward pass of a recomputed layer holds beyond what the layers behind it and the loss have freed.
@@ -247,11 +263,14 @@ class _Layers:
         recompute, whole = self.training.recompute, self._whole_layers(part)
         if not part.layers:
             return 0.0
-        stack = self.stacks[part.stack]
+        stack, later = self.stacks[part.stack], getattr(self.config, "mtp", 0) if part.ends_model else 0
         freed = self._behind(part) + (logits if part.ends_model else 0.0)
         if whole:
             again = self.layer(part.stack) - self.hidden(part.stack)
-            return again - (part.layers - whole) * self.layer(part.stack) - freed
+            of_model = again - (part.layers - whole) * self.layer(part.stack) - freed
+            if not later:
+                return of_model
+            return max(of_model, self._later_tokens(part.stack, 0.0, again=True) - logits / (1 + later))
         again = 0.0
         if recompute is not None and "mlp" in self.modules:
             again = self._feed_forward(part.stack, recomputed=False)
@@ -260,6 +279,11 @@ class _Layers:
             most = max(self._attention(part.stack, n, False) - self._attention(part.stack, n) for n in kinds)
             again = max(again, most - self._feed_forward(part.stack) - self._norm(part.stack, recomputed=True))
         return again - freed
+
+    @property
+    def _recomputes_layers(self) -> bool:
+        """Whether layers are recomputed whole, all or some of the model, and so those of multi-token prediction."""
+        return self.training.recompute == "full" or isinstance(self.training.recompute, int)
 
     def _whole_layers(self, part: Part) -> int:
         """The layers of a chunk that are recomputed whole."""

@@ -36,6 +36,7 @@ CONFIGS = {
     "llama with dropout": GPTConfig(**SIZES, **GATED, **DROPOUT),
     "olmo 2": GPTConfig(**SIZES, **GATED, norm_placement="output", joint_qk_norm=True, extra={"qk_layernorm": True}),
     "glm 4": GPTConfig(**SIZES, **GATED, norm_placement="sandwich"),
+    "later tokens": GPTConfig(**SIZES, **GATED, mtp=2),
     "phi": GPTConfig(
         **SIZES,
         position_embedding="rope",
@@ -63,7 +64,7 @@ def measured(config, recompute, dtype, kernels, lora=None) -> tuple[int, int, in
     tokens = torch.randint(5, 256, (ROWS, LENGTH), generator=torch.Generator().manual_seed(2))
     counted = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 7 == 0  # as many as are masked
     labels = tokens.masked_fill(~counted, -100) if isinstance(config, BertConfig) else tokens
-    inputs = module.get_batch({"input_ids": tokens, "labels": labels})
+    inputs = module._fitted(module.get_batch({"input_ids": tokens, "labels": labels}))
     module._log_part = lambda *_: None  # no Trainer listens
     with SavedBytes(module.parameters()) as saved:
         weighted = {"labels": module._weighted_labels(inputs)} if module._sums_losses else {}
