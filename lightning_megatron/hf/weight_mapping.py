@@ -128,6 +128,48 @@ class KeyValue(Stacked):
                 yield Rows(name, group * heads.size, heads.size)
 
 
+@dataclass(frozen=True)
+class ExpertColumns(Same):
+    """Matrices of experts as ``[experts, in, out]``, ours being ``[experts, out, in]``; or biases ``[experts, out]``.
+
+    Args:
+        name: transformers' name; ``{}`` stands for the number of the layer.
+        in_turns: Whether columns of the gate and of what it gates take turns; here one half is behind the other.
+    """
+
+    in_turns: bool = False
+
+    def at(self, layer: int) -> Any:
+        """The same for one layer."""
+        return replace(self, name=self.name.format(layer))
+
+    def their_shape(self, shape: Shape) -> Shape:
+        """The shape of their tensor that makes ours."""
+        return (shape[0], *reversed(shape[1:]))
+
+    def fill(self, shape: Shape, offset: Shape, target: torch.Tensor, read: Read) -> None:
+        """Fill ``target``, which lies at ``offset`` in our tensor of ``shape``."""
+        whole = shape[1]
+        size = whole // 2 if self.in_turns else whole
+        for number, start in enumerate(range(0, whole, size)):
+            low = max(offset[1], start)
+            high = min(offset[1] + target.size(1), start + size)
+            if low >= high:
+                continue
+            step = whole // size
+            where = (offset[0], *offset[2:], (low - start) * step)
+            sizes = (target.size(0), *target.shape[2:], (high - low) * step)
+            part = read(self.name, where, sizes)[..., number::step]
+            target[:, low - offset[1] : high - offset[1]].copy_(part if part.dim() == 2 else part.transpose(1, 2))
+
+    def theirs(self, ours: torch.Tensor) -> torch.Tensor:
+        """Their tensor that makes ours, whole and contiguous."""
+        columns = ours if ours.dim() == 2 else ours.transpose(1, 2)
+        if self.in_turns:
+            columns = torch.stack(columns.chunk(2, dim=-1), dim=-1).flatten(-2)
+        return columns.contiguous()
+
+
 TensorMapping = Same | Stacked
 # By the name of our tensor.
 WeightMapping = dict[str, TensorMapping]
@@ -155,6 +197,8 @@ def table(entries: Mapping[str, str | TensorMapping], layers: int = 0) -> Weight
 
 def their_shapes(mapped: TensorMapping, shape: Shape, heads: Heads) -> dict[str, Shape]:
     """The shapes of their tensors that make ours of ``shape``."""
+    if isinstance(mapped, ExpertColumns):
+        return {mapped.name: mapped.their_shape(shape)}
     counts: dict[str, int] = {}
     for rows in mapped.rows(shape[0], heads):
         counts[rows.name] = counts.get(rows.name, 0) + rows.count
@@ -166,6 +210,9 @@ def assemble(
     mapped: TensorMapping, shape: Shape, heads: Heads, offset: Shape, target: torch.Tensor, read: Read
 ) -> None:
     """Fill ``target``, which lies at ``offset`` in our tensor of ``shape``, from their tensors."""
+    if isinstance(mapped, ExpertColumns):
+        mapped.fill(shape, offset, target, read)
+        return
     start, stop = offset[0], offset[0] + target.size(0)
     first = 0  # our row
     for rows in _joined(mapped.rows(shape[0], heads)):
@@ -180,6 +227,8 @@ def assemble(
 
 def take_apart(mapped: TensorMapping, ours: torch.Tensor, heads: Heads) -> dict[str, torch.Tensor]:
     """Their tensors that make ours, whole and contiguous."""
+    if isinstance(mapped, ExpertColumns):
+        return {mapped.name: mapped.theirs(ours)}
     if type(mapped) is Same:
         return {mapped.name: (ours.t() if mapped.transposed else ours).contiguous()}
     shapes = their_shapes(mapped, tuple(ours.shape), heads)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
+from megatron.core.activations import quick_gelu, squared_relu
 
 # Of those that are gated, the function of the half that is the gate.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -19,4 +19,5 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
     "geglu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_geglu": quick_gelu,
 }

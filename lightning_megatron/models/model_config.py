@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from lightning_megatron.models.build_settings import BuildSettings
 
 LayerBackend = Literal["torch", "transformer_engine"]
-Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "geglu_tanh"]
+Activation = Literal[
+    "gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "geglu_tanh", "quick_geglu"
+]
 
-GATED = ("swiglu", "geglu", "geglu_tanh")
+GATED = ("swiglu", "geglu", "geglu_tanh", "quick_geglu")
 # Kernels that compile or need CUDA extensions; plain PyTorch runs everywhere and `extra` turns them on.
 _PLAIN_KERNELS = dict.fromkeys(
     ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "persist_layer_norm",
@@ -70,7 +72,8 @@ class ModelConfig:
         ffn_hidden_size: Width of the feed-forward layer. None: four times ``hidden_size``.
         kv_channels: Size of a head. None: ``hidden_size / num_attention_heads``.
         layernorm_epsilon: Added to the variance.
-        activation: Activation of the feed-forward layer; "swiglu", "geglu" and "geglu_tanh" are gated.
+        activation: Activation of the feed-forward layer; "swiglu", "geglu", "geglu_tanh" and "quick_geglu" (by
+            ``x · sigmoid(1.702 x)``) are gated.
         hidden_dropout: Dropout after the embedding, attention and feed-forward.
         attention_dropout: Dropout of attention weights.
         init_method_std: Standard deviation of the initial weights.

@@ -84,7 +84,11 @@ def refuse_fields(of: str, extra: Mapping[str, Any], activation: str, has_bias: 
             _refuse(of, name, value, why, instead)
     if extra.get("softmax_type", "vanilla") != "vanilla":
         _refuse(
-            of, "softmax_type", extra["softmax_type"], f"adds to the softmax, and {_IGNORED_HERE}", f"use {_TE_LAYERS}"
+            of,
+            "softmax_type",
+            extra["softmax_type"],
+            f"adds to the softmax, and {_IGNORED_HERE}",
+            f"use GPTConfig(attention_sinks=True), which is 'learnable', or {_TE_LAYERS}",
         )
     if extra.get("cross_entropy_loss_fusion") and extra.get("cross_entropy_fusion_impl") == "te":
         _refuse(of, "cross_entropy_fusion_impl", "te", _TE_KERNEL, f"use {_CHUNKED_LOSS}")

@@ -20,6 +20,7 @@ EXPERT_LAYOUTS = [Layout(), Layout(dp=2, ep=2), Layout(tp=2, sp=True), Layout(tp
 STAGES = Layout(pp=2, dp=2, ep=2)  # for whom an even number of layers can be cut in two
 CASES = [(name, layout) for layout in LAYOUTS for name in pretrained.DENSE]
 CASES += [(name, layout) for layout in EXPERT_LAYOUTS for name in pretrained.MIXTURES] + [("qwen3_moe", STAGES)]
+CASES.remove(("gpt_oss", EXPERT_LAYOUTS[2]))  # experts that have biases are not divided
 
 
 @pytest.fixture(scope="module")

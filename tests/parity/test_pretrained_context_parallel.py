@@ -30,3 +30,14 @@ def test_training_is_transformers(comm: str, tmp_path: Any) -> None:
         trained = load(name, tmp_path / name / "after").state_dict()
         for key, value in expected["weights"].items():
             torch.testing.assert_close(trained[key], value, rtol=0, atol=1e-4)
+
+
+def test_sinks_train_where_ranks_share_rows(tmp_path: Any) -> None:
+    """GPT-OSS: each rank has whole rows and the sinks of its heads."""
+    ranks = run_in_pool(2, pretrained.run_on_rank, ["gpt_oss"], Layout(cp=2), tmp_path, timeout=240)
+    expected = pretrained.truth("gpt_oss")
+    for rank in ranks:
+        assert rank["gpt_oss"]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    trained = load("gpt_oss", tmp_path / "gpt_oss" / "after").state_dict()
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(trained[key], value, rtol=0, atol=1e-4)

@@ -166,6 +166,18 @@ _QWEN2_MOE = {
     "num_experts": 6, "shared_expert_intermediate_size": 28, "sliding_window": 8, "transformers_version": "4.39.0.dev0",
     "use_sliding_window": False,
 }  # fmt: skip
+_GPT_OSS = {
+    **{name: value for name, value in _WITH_EXPERTS.items() if name != "pad_token_id"},
+    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "eos_token_id": 50, "experts_per_token": 3,
+    "head_dim": 10, "initial_context_length": 16, "layer_types": ["sliding_attention", "full_attention"] * 2
+    + ["sliding_attention"], "model_type": "gpt_oss", "num_local_experts": 6, "pad_token_id": 49, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 16,
+        "rope_type": "yarn", "truncate": False,
+    },
+    "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 8, "swiglu_limit": 7.0,
+    "transformers_version": "4.55.0.dev0",
+}  # fmt: skip
 _OLMOE = {
     **_WITH_EXPERTS, "architectures": ["OlmoeForCausalLM"], "clip_qkv": None, "eos_token_id": 50, "model_type": "olmoe",
     "norm_topk_prob": False, "num_experts": 6, "num_key_value_heads": 6, "pad_token_id": 1, "rope_scaling": None,
@@ -275,6 +287,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistralai/Mixtral-8x7B-v0.1": _MIXTRAL,
     "Qwen/Qwen1.5-MoE-A2.7B": _QWEN2_MOE,
     "Qwen/Qwen3-30B-A3B": _QWEN3_MOE,
+    "unsloth/gpt-oss-20b-BF16": _GPT_OSS,
     "allenai/OLMoE-1B-7B-0924": _OLMOE,
     "ibm-granite/granite-3.1-1b-a400m-base": _GRANITE_MOE,
     "google-bert/bert-base-uncased": _BERT,

@@ -105,6 +105,17 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
             decoder_sparse_step=2,
         )
     ),
+    "gpt_oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            **_SPARSE,
+            **_IDS,
+            num_local_experts=6,
+            head_dim=10,
+            sliding_window=5,
+            swiglu_limit=0.4,
+            rope_parameters={**_YARN, "truncate": False},
+        )
+    ),
     "olmoe": lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(**_SPARSE, **_IDS, num_experts=6)),
     "granitemoe": lambda: hf.GraniteMoeForCausalLM(
         hf.GraniteMoeConfig(
@@ -132,7 +143,7 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         hf.T5ForConditionalGeneration(hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
     ),
 }
-MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
+MIXTURES = ["mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
 DENSE = [name for name in MODELS if name not in MIXTURES]
 CAUSAL = [name for name in MODELS if not name.startswith(("bert", "roberta", "t5"))]
 

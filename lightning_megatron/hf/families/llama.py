@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
@@ -10,8 +10,6 @@ from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.families import rope
 from lightning_megatron.hf.family import Family
 from lightning_megatron.hf.weight_mapping import QueryKeyValue, Stacked, WeightMapping, table
-
-_ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu"}
 
 
 class Llama(Family):
@@ -21,6 +19,7 @@ class Llama(Family):
     prefix = "model."
     buffers = (r".*rotary_emb\.inv_freq",)
     activation_field = "hidden_act"
+    activations: ClassVar[dict[str, str]] = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu"}
     partial_rotary = False  # whether transformers' class can turn a part of each head
     norms: tuple[tuple[str, str], ...] = (  # of a layer: our names and theirs
         ("input_layernorm", "input_layernorm"),
@@ -41,7 +40,7 @@ class Llama(Family):
             "ffn_hidden_size": fields("intermediate_size"),
             "vocab_size": fields("vocab_size"),
             "seq_length": fields("max_position_embeddings"),
-            "activation": fields.one_of(self.activation_field, _ACTIVATIONS),
+            "activation": fields.one_of(self.activation_field, self.activations),
             "normalization": "RMSNorm",
             "layernorm_epsilon": fields("rms_norm_eps"),
             "attention_dropout": fields("attention_dropout"),
@@ -61,7 +60,7 @@ class Llama(Family):
 
     @override
     def write_config(self, config: Any) -> dict[str, Any]:
-        activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+        activations = {ours: theirs for theirs, ours in self.activations.items()}
         self._require(config, position_embedding=("rope",), normalization=("RMSNorm",))
         self._require(config, activation=tuple(activations), parallel_residual=(False,))
         if not self.partial_rotary:

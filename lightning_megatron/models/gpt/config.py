@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
-from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 from lightning_megatron.models import parameter_counts
 from lightning_megatron.models.gpt.experts.config import Experts, refuse_own_fields
 from lightning_megatron.models.model_config import LayerStack, ModelConfig
@@ -62,10 +62,13 @@ class GPTConfig(ModelConfig):
         attention_score_cap: What no score of attention is beyond, as ``cap · tanh(score / cap)`` in Gemma 2. None: no
             cap.
         logits_cap: What no logit is beyond, likewise.
+        attention_sinks: Whether each head has a learned score beside those of the keys, which takes a share of the
+            attention and gives nothing, as in GPT-OSS.
         output_bias: Whether the output layer has a bias, as in Phi.
         normalization: LayerNorm or RMSNorm.
         layernorm_epsilon: Added to the variance.
-        activation: Activation of the feed-forward layer; "swiglu", "geglu" and "geglu_tanh" are gated.
+        activation: Activation of the feed-forward layer; "swiglu", "geglu", "geglu_tanh" and "quick_geglu" (by
+            ``x · sigmoid(1.702 x)``) are gated.
         bias: Whether linear layers have biases.
         qkv_bias: Whether the query, key and value projection has one. None: as ``bias``.
         tie_embeddings: Whether the output layer's weight is the embedding's.
@@ -90,7 +93,8 @@ class GPTConfig(ModelConfig):
     kind: ClassVar[str] = "GPT"
     rare: ClassVar[tuple[str, ...]] = (
         "rotary_layers", "window_rotary_base", "shared_norm", "norm_placement", "joint_qk_norm",
-        "residual_multiplier", "logits_divisor", "attention_score_cap", "logits_cap", "output_bias", "experts",
+        "residual_multiplier", "logits_divisor", "attention_score_cap", "logits_cap", "attention_sinks",
+        "output_bias", "experts",
     )  # fmt: skip
 
     num_query_groups: int | None = None
@@ -111,6 +115,7 @@ class GPTConfig(ModelConfig):
     logits_divisor: float = 1.0
     attention_score_cap: float | None = None
     logits_cap: float | None = None
+    attention_sinks: bool = False
     output_bias: bool = False
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     bias: bool = True
@@ -135,8 +140,8 @@ class GPTConfig(ModelConfig):
         arguments.number(above=0, logits_divisor=self.logits_divisor)
         caps = {name: getattr(self, name) for name in ("attention_score_cap", "logits_cap")}
         arguments.number(optional=True, above=0, window_rotary_base=self.window_rotary_base, **caps)
-        flags = ("parallel_residual", "shared_norm", "joint_qk_norm", "bias", "output_bias", "tie_embeddings")
-        arguments.flag(**{name: getattr(self, name) for name in flags})
+        flags = ("attention_sinks", "parallel_residual", "shared_norm", "joint_qk_norm", "bias", "output_bias")
+        arguments.flag(**{name: getattr(self, name) for name in (*flags, "tie_embeddings")})
         arguments.flag(optional=True, qkv_bias=self.qkv_bias)
         super().__post_init__()
         arguments.kind(dict, "a dictionary with rope_type, factor, ...", optional=True, rope_scaling=self.rope_scaling)
@@ -150,6 +155,11 @@ class GPTConfig(ModelConfig):
                 " queries and keys. Give sliding_window and position_embedding='rope', or leave it out."
             )
         self._check_norms()
+        if self.attention_sinks and (self.attention_dropout or self.attention_score_cap):
+            raise ValueError(
+                f"GPTConfig(attention_sinks=True) needs attention_dropout=0.0 (here {self.attention_dropout}) and"
+                f" attention_score_cap=None (here {self.attention_score_cap})."
+            )
         self._check_experts()
         self._check_mtp()
         if self.layers != "torch":
@@ -192,6 +202,19 @@ class GPTConfig(ModelConfig):
         joins = 2 * self.hidden_size**2 // layout.tp + 3 * parameter_counts.norm(self)
         return weights + self.mtp * (joins + parameter_counts.layer(self, layout, 1))
 
+    def check(self, layout: ParallelLayout) -> None:
+        """Refuse sizes that the run's layout cannot divide, and experts whose biases it would divide.
+
+        Raises:
+            LayoutError: One line per broken rule, with the nearest values that work.
+        """
+        super().check(layout)
+        if self.experts is not None and self.bias and layout.expert_tp > 1:
+            raise LayoutError(
+                f"etp={layout.expert_tp} divides each expert, and megatron-core divides none that has biases"
+                " (GPTConfig(bias=True)). Use MegatronStrategy(etp=1), and ep to divide experts."
+            )
+
     @property
     def peft_task(self) -> str:
         """peft's ``task_type`` of an adapter of the model."""
@@ -214,6 +237,7 @@ class GPTConfig(ModelConfig):
             "normalization": self.normalization,
             "add_bias_linear": self.bias,
             "add_qkv_bias": self.bias if self.qkv_bias is None else self.qkv_bias,
+            "softmax_type": "learnable" if self.attention_sinks else "vanilla",
             **self._window_arguments(),
             **self._expert_arguments(),
             **self._rotary_arguments(),
@@ -254,10 +278,10 @@ class GPTConfig(ModelConfig):
         Arguments("GPTConfig").kind(Experts, "Experts(num=..., top_k=...)", experts=self.experts)
         self.experts.in_layers(self.num_layers)
         refuse_own_fields("GPTConfig", self.extra)
-        if self.bias:
+        if self.bias and self.experts.shared_ffn_hidden_size is not None:
             raise ValueError(
-                "GPTConfig(experts=...) needs bias=False: experts have no biases here. qkv_bias=True gives queries,"
-                " keys and values theirs."
+                "GPTConfig(experts=Experts(shared_ffn_hidden_size=...)) needs bias=False: shared experts of"
+                " megatron-core have no biases. qkv_bias=True gives queries, keys and values theirs."
             )
         for name, usual in (("layers", "torch"), ("parallel_residual", False)):
             if getattr(self, name) != usual:

@@ -19,6 +19,7 @@ from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.layers import capped_attention, flex_attention, sdpa
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams, causal_pattern
 from lightning_megatron.models.layers.attention_pieces import JOINED, Kernel, attend_in_pieces
+from lightning_megatron.models.layers.attention_sinks import attend_with_sinks, new_sinks
 from lightning_megatron.models.layers.context_parallel import all_to_all, ways
 from lightning_megatron.models.layers.context_parallel.all_gather import GatheredKeys
 from lightning_megatron.models.layers.context_parallel.ring import attend_in_ring
@@ -73,6 +74,9 @@ class TorchAttention(torch.nn.Module):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
         self.score_cap: float | None = getattr(config, "attention_score_cap", None)
+        self.softmax_offset: torch.nn.Parameter | None = None  # megatron-core's name of the sinks
+        if config.softmax_type == "learnable":
+            self.softmax_offset = new_sinks(config)
         self.window = None  # tokens that a query looks at, itself included
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             if not self.causal:
@@ -91,6 +95,7 @@ class TorchAttention(torch.nn.Module):
                 groups=config.num_query_groups or config.num_attention_heads,
                 dropout=self.dropout,
                 biased=self.biased,
+                sinks=self.softmax_offset is not None,
             )
         # Under sequence parallelism megatron-core has entered the tensor-parallel random state around the block.
         self.in_parallel_rng = config.sequence_parallel
@@ -142,6 +147,8 @@ class TorchAttention(torch.nn.Module):
 
     def _whole_rows(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, looks: _Looks) -> torch.Tensor:
         """As ``forward``, ``[s, b, heads/tp, head]``, of rows that are whole."""
+        if self.softmax_offset is not None:
+            return self._with_sinks(query, key, value, looks, self.softmax_offset)
         pattern, mask, window = looks.pattern, looks.mask, self._window(key.size(0))
         if mask is None and looks.bias is None and pattern is None:
             if window is not None or (looks.causal and self._prefers_flex(query)):
@@ -153,6 +160,20 @@ class TorchAttention(torch.nn.Module):
             if pattern is None:
                 return self._masked(query, key, value, mask, looks.bias, looks.causal, dropout)
             return self._patterned(query, key, value, pattern, window, dropout)
+
+    def _with_sinks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, looks: _Looks, sinks: torch.Tensor
+    ) -> torch.Tensor:
+        """As ``_whole_rows``, where each head has a sink; all kernels are those of parts of the keys."""
+        pattern, mask, window = looks.pattern, looks.mask, self._window(key.size(0))
+        if pattern is None and mask is None and looks.causal:
+            pattern = causal_pattern(key.size(0), query.size(0))
+        elif mask is not None and window is not None:
+            mask = mask | causal_pattern(key.size(0), query.size(0)).dense(window, query.device)
+        if self.way == "all_to_all" and not self.has_whole_rows:
+            sinks = sinks.chunk(self.shards_of_queries.size)[self.shards_of_queries.rank]
+        visible = Visible(pattern, mask, window, query.device)
+        return attend_with_sinks(query, key, value, sinks, visible, self.softmax_scale)
 
     def _gathered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, looks: _Looks) -> torch.Tensor:
         """As ``_whole_rows``, of shards: the keys of all ranks are collected."""

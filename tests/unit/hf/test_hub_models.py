@@ -79,6 +79,12 @@ REFUSED = {
     "bigcode/starcoder2-3b": [{"hidden_act": "silu"}, {"residual_dropout": 0.2}],
     "mistralai/Mixtral-8x7B-v0.1": [{"router_jitter_noise": 0.1}, {"hidden_act": "relu"}],
     "Qwen/Qwen3-30B-A3B": [{"attention_bias": True}],
+    "unsloth/gpt-oss-20b-BF16": [
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        {"swiglu_alpha": 1.5},
+        {"attention_bias": False},
+        {"attention_dropout": 0.1},
+    ],
     "allenai/OLMoE-1B-7B-0924": [{"clip_qkv": 8.0}],
     "ibm-granite/granite-3.1-1b-a400m-base": [{"attention_bias": True}],
     "google-bert/bert-base-uncased": [{"is_decoder": True}, {"quantization_config": {"quant_method": "awq"}}],

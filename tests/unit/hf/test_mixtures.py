@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from lightning_megatron import AutoModule, Experts, GPTConfig, GPTModule
 from lightning_megatron.cli.main import main
+from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 from lightning_megatron.hf import UnsupportedConfigError, WeightsError, family_of, open_source
 from lightning_megatron.hf.expert_matrices import StackedExperts
 from lightning_megatron.hf.meta_model import MetaModel
+from lightning_megatron.hf.weight_mapping import ExpertColumns, Heads, assemble, take_apart, their_shapes
 from tests.reference import hub_models
 
 QWEN = "Qwen/Qwen3-30B-A3B"
@@ -76,6 +78,37 @@ def test_layers_without_experts_go_out_as_they_came(tmp_path):
     module.config.experts = dataclasses.replace(module.config.experts, layers=[0, 2])
     fields = family_of("qwen3_moe").written(module.config)
     assert (fields["decoder_sparse_step"], fields["mlp_only_layers"]) == (1, [1, 3, 4])
+
+
+def test_experts_with_biases_are_not_divided():
+    config = GPTConfig(**{**SIZES, "bias": True}, experts=Experts(num=6))
+    config.check(ParallelLayout(world_size=2, tp=2, etp=1, ep=2, sequence_parallel=True))
+    with pytest.raises(LayoutError, match=r"etp=2 divides each expert.*Use MegatronStrategy\(etp=1\)"):
+        config.check(ParallelLayout(world_size=2, tp=2, sequence_parallel=True))
+    with pytest.raises(ValueError, match=r"shared_ffn_hidden_size=...\)\) needs bias=False"):
+        GPTConfig(**{**SIZES, "bias": True}, experts=Experts(num=6, shared_ffn_hidden_size=8))
+
+
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_columns_of_experts_are_read_in_parts(in_turns):
+    """Of any rectangle of ours, as expert-parallel ranks ask for, and back to the bit."""
+    mapped, heads = ExpertColumns("theirs", in_turns=in_turns), Heads(1, 1, 1)
+    for shape in ((4, 6, 5), (4, 6)):
+        stored = torch.randn(4, *reversed(shape[1:]))
+
+        def read(name, offset, sizes, stored=stored):
+            return stored[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))]
+
+        assert their_shapes(mapped, shape, heads) == {"theirs": tuple(stored.shape)}
+        whole = torch.empty(shape)
+        assemble(mapped, shape, heads, (0,) * len(shape), whole, read)
+        columns = stored.view(4, -1, 6)
+        gates = columns[..., 0::2] if in_turns else columns[..., :3]
+        assert torch.equal(whole.view(4, 6, -1)[:, :3], gates.transpose(1, 2))
+        assert torch.equal(take_apart(mapped, whole, heads)["theirs"], stored)
+        part = torch.empty(2, 3, *shape[2:])
+        assemble(mapped, shape, heads, (1, 2, 0)[: len(shape)], part, read)
+        assert torch.equal(part, whole[1:3, 2:5])
 
 
 # Files

@@ -36,6 +36,7 @@ MODELS = [
     "microsoft/phi-2",
     "microsoft/Phi-3-mini-4k-instruct",
     "ibm-granite/granite-3.1-1b-a400m-base",
+    "unsloth/gpt-oss-20b-BF16",
     "google-bert/bert-large-uncased",
     "nlptown/bert-base-multilingual-uncased-sentiment",
     "google-t5/t5-small",

@@ -19,7 +19,7 @@ _ALIGNED = 16  # bytes; torch's grouped product takes rows that begin there
 
 
 class GroupedExperts(MegatronModule):
-    """Feed-forward layers without biases, each for its own tokens, which come sorted by expert.
+    """Feed-forward layers, each for its own tokens, which come sorted by expert.
 
     Args:
         num_local_experts: The experts of this rank.
@@ -46,12 +46,18 @@ class GroupedExperts(MegatronModule):
             ``[tokens, h]``, of a divided expert its part of the sum; and no bias.
         """
         inner = self.linear_fc1(tokens, tokens_per_expert)
+        if self.linear_fc1.bias is not None:
+            inner = inner + self.linear_fc1.biases(tokens_per_expert, len(tokens))
         if self.training and torch.is_grad_enabled() and recomputes(self.config, "mlp_act"):
             activation = CheckpointWithoutOutput(fp8=None)
             output = self.linear_fc2(activation.checkpoint(self._activate, inner, weights), tokens_per_expert)
             activation.discard_output_and_register_recompute(output)
-            return output, None
-        return self.linear_fc2(self._activate(inner, weights), tokens_per_expert), None
+        else:
+            output = self.linear_fc2(self._activate(inner, weights), tokens_per_expert)
+        if self.linear_fc2.bias is not None:
+            biases = self.linear_fc2.biases(tokens_per_expert, len(tokens))
+            output = output + (biases * weights.unsqueeze(-1)).to(output.dtype)
+        return output, None
 
     def _activate(self, inner: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The activation; what an expert gives is linear in it, so that the weight is multiplied here."""
@@ -67,14 +73,18 @@ class GroupedExperts(MegatronModule):
     ) -> dict[str, Any]:
         """megatron-core's description of the weights; checkpoints ask for it."""
         gated = self.config.gated_linear_unit
-        return {
+        found = {
             f"{prefix}linear_fc1.weight": self.linear_fc1.shard(f"{prefix}linear_fc1.weight", 2 if gated else 1),
             f"{prefix}linear_fc2.weight": self.linear_fc2.shard(f"{prefix}linear_fc2.weight", 1),
         }
+        for name, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            if linear.bias is not None:
+                found[f"{prefix}{name}.bias"] = linear.shard_of_bias(f"{prefix}{name}.bias")
+        return found
 
 
 class _GroupedLinear(torch.nn.Module):
-    """One projection of all experts of a rank; ``weight`` is ``[experts, out, in]``.
+    """One projection of all experts of a rank; ``weight`` is ``[experts, out, in]``, ``bias`` ``[experts, out]``.
 
     Args:
         experts: The experts of this rank.
@@ -98,6 +108,10 @@ class _GroupedLinear(torch.nn.Module):
         if config.perform_initialization:
             method(self.weight)
         mark_expert_weight(self.weight, groups)
+        self.bias: torch.nn.Parameter | None = None
+        if config.add_bias_linear:  # megatron-core divides no expert that has biases
+            self.bias = torch.nn.Parameter(torch.zeros(experts, outputs, dtype=config.params_dtype, device=device))
+            mark_expert_weight(self.bias, groups)
 
     def forward(self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
         """``[tokens, out]`` of ``[tokens, in]``."""
@@ -106,6 +120,18 @@ class _GroupedLinear(torch.nn.Module):
             return _GroupedProduct.apply(tokens, self.weight, ends)  # type: ignore[no-untyped-call]
         adds = self.adds_products and takes_product(self.weight)
         return _ProductsInTurn.apply(tokens, self.weight, tokens_per_expert.tolist(), adds)  # type: ignore[no-untyped-call]
+
+    def biases(self, tokens_per_expert: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The bias of each token's expert, ``[tokens, out]``."""
+        assert self.bias is not None
+        counts = tokens_per_expert.to(self.bias.device, torch.int64)
+        return self.bias.repeat_interleave(counts, dim=0, output_size=tokens)
+
+    def shard_of_bias(self, key: str) -> ShardedTensor:
+        """megatron-core's description of the bias."""
+        groups = self.groups
+        experts, replica = (0, groups.ep.rank(), groups.ep.size()), (0, 0, groups.expt_dp.rank())
+        return ShardedTensor.from_rank_offsets(key, self.bias, experts, replica_id=replica)
 
     def shard(self, key: str, blocks: int) -> ShardedTensor | ShardedTensorFactory:
         """megatron-core's description of the weight; ``blocks`` that lie one behind the other are divided each."""

@@ -41,7 +41,9 @@ class ExpertRouter(TopKRouter):
     def __init__(self, config: TransformerConfig, pg_collection: Any = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.experts = config.experts
-        config.init_method(self.weight)  # noted again: megatron-core has changed its type
+        for weight in (self.weight, self.bias):
+            if weight is not None:
+                config.init_method(weight)  # noted again: megatron-core has changed its type
         device = self.weight.device
         del self.expert_bias
         self.expert_bias: torch.Tensor | None = None

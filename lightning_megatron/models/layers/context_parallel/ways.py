@@ -6,7 +6,15 @@ from lightning_megatron.distributed.layout import ContextComm
 
 
 def chosen(
-    asked: str | None, *, cp: int, tp: int, heads: int, groups: int, dropout: float = 0.0, biased: bool = False
+    asked: str | None,
+    *,
+    cp: int,
+    tp: int,
+    heads: int,
+    groups: int,
+    dropout: float = 0.0,
+    biased: bool = False,
+    sinks: bool = False,
 ) -> ContextComm:
     """The way that ``MegatronStrategy(cp_comm=)`` names; None is the one that keeps and sends least.
 
@@ -23,11 +31,19 @@ def chosen(
         groups: Key-value heads of the whole model.
         dropout: Probability that attention drops a weight.
         biased: Whether attention adds a position bias to the scores.
+        sinks: Whether each head has a sink, which needs whole rows.
 
     Raises:
         ValueError: That way cannot compute this layer; the message has one that can.
     """
     own, groups = heads // tp, max(groups // tp, 1)
+    if sinks:
+        if asked not in (None, "all_to_all"):
+            raise ValueError(
+                f"MegatronStrategy(cp_comm={asked!r}) does not know the sinks of attention (attention_sinks=True). Use"
+                " cp_comm='all_to_all', or leave it out."
+            )
+        asked = "all_to_all"
     if asked is None:
         return "all_gather" if own % cp or groups % cp else "all_to_all"
     if asked == "all_to_all" and own % cp:
