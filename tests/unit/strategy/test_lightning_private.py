@@ -201,7 +201,7 @@ OTHERS = {
     "Python": {"_actions", "_asdict", "_clear", "_current_frames", "_exit", "_forkserver", "_option_string_actions",
                "_preload_modules", "_replace", "_run_exitfuncs", "_SubParsersAction"},
     "datasets": {"_fingerprint"},
-    "transformers": {"_adjust_missing_and_unexpected_keys"},
+    "transformers": {"_adjust_missing_and_unexpected_keys", "_experts_implementation"},
 }  # fmt: skip
 # Lightning calls them, or sets them, on classes that inherit from its own: see the module's docstring.
 OVERRIDDEN = {"_configure_launcher", "_precision_plugin", "_run_subcommand", "_optimizers"}
