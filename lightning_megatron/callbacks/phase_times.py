@@ -41,8 +41,8 @@ class PhaseTimes(pl.Callback):
 
     If a rank's ``data`` or ``compute`` takes more than ``factor`` times the median of the ranks that it is compared
     with, at two logged steps in a row, a warning names it. Data is compared over all ranks; computing over the ranks of
-    the same pipeline stage, which do the same work, or over all ranks if a stage has one only. Tensor-parallel ranks
-    wait for one another inside ``compute``, so a slow rank slows its group.
+    the same pipeline stage, which do the same work, or over all ranks if a stage has one only. Ranks that share layers
+    or rows (tp, cp) wait for one another inside ``compute``, so a slow rank slows its group.
 
     Args:
         factor: Multiple of the median from which on a rank is named.

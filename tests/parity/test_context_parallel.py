@@ -63,10 +63,20 @@ def test_beside_other_parallelism(comm: str, layout: Layout) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", EIGHT_RANKS, ids=str)
-@pytest.mark.parametrize("comm", COMMS)
-def test_eight_ranks(comm: str, layout: Layout) -> None:
-    assert_same_training("LLAMA", layout, cp_comm=comm)
+@pytest.mark.parametrize(
+    ("name", "layout", "comm"),
+    [
+        ("PACKED", EIGHT_RANKS[0], "all_to_all"),
+        ("LLAMA", EIGHT_RANKS[0], "ring"),
+        ("PACKED", EIGHT_RANKS[1], "all_gather"),
+        ("WINDOWED", EIGHT_RANKS[1], "all_to_all"),
+        ("WINDOWED", EIGHT_RANKS[2], "all_gather"),
+        ("PACKED", EIGHT_RANKS[2], "ring"),
+    ],
+    ids=str,
+)
+def test_eight_ranks(name: str, layout: Layout, comm: str) -> None:
+    assert_same_training(name, layout, cp_comm=comm)
 
 
 @pytest.mark.parametrize("layout", [Layout(cp=2, dp=2), Layout(cp=2, pp=2)], ids=str)
@@ -112,28 +122,76 @@ def test_mean_of_micro_batch_means(layout: Layout) -> None:
     assert_gpt_trained_alike(run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP), expected)
 
 
-BERTS = ["pretraining", "classes", "several_labels", "numbers", "tokens", "masked_lm"]
+@pytest.mark.parametrize("comm", COMMS)
+def test_low_precision_is_near_that_of_one_rank(comm: str) -> None:
+    """The band: both round each layer to 16 bits, and sum in another order."""
+    options = {"precision": "bf16-mixed", "packed": True}
+    (plain,) = _bf16(Layout(), **options)
+    for seen in _bf16(Layout(cp=2), cp_comm=comm, **options):
+        assert seen["losses"] == pytest.approx(plain["losses"], rel=2e-3)
+        assert seen["norms"] == pytest.approx(plain["norms"], rel=3e-2)
 
 
-@pytest.mark.parametrize("layout", [Layout(cp=2), Layout(cp=2, tp=2, sp=True), Layout(cp=2, pp=2)], ids=str)
-@pytest.mark.parametrize("name", BERTS)
+def _bf16(layout: Layout, **options: Any) -> list[dict[str, Any]]:
+    train = functools.partial(parallel_gpt.train, **options)
+    return run_in_pool(layout.world_size, train, plain_gpt.PACKED, layout, ROWS, STEPS, CLIP)
+
+
+# A BERT's losses are of single tokens of a row, or of its first one; "packed" ones have rows of three texts.
+BERTS = [
+    ("classes", Layout(cp=2)),
+    ("numbers", Layout(cp=2)),
+    ("packed", Layout(cp=2)),
+    ("pretraining", Layout(cp=2, tp=2, sp=True)),
+    ("packed_tokens", Layout(cp=2, tp=2, sp=True)),
+    ("several_labels", Layout(cp=2, pp=2)),
+    ("packed", Layout(cp=2, pp=2, vp=2)),
+    ("tokens", Layout(cp=4)),
+    ("pretraining", Layout(cp=4)),
+    pytest.param("packed", EIGHT_RANKS[0], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), BERTS, ids=str)
 def test_a_bert(name: str, layout: Layout) -> None:
     assert_bert_trains_alike(name, layout)
 
 
-@pytest.mark.parametrize("comm", COMMS)
-def test_a_bert_by_each_way(comm: str) -> None:
-    assert_bert_trains_alike("pretraining", Layout(cp=2), cp_comm=comm)
-
-
 @pytest.mark.parametrize(
-    "layout", [Layout(cp=2), Layout(cp=4), Layout(cp=2, tp=2, sp=True), Layout(cp=2, pp=2)], ids=str
+    ("comm", "layout"),
+    [
+        ("all_gather", Layout(cp=2)),
+        ("ring", Layout(cp=2)),
+        ("ring", Layout(cp=4)),
+        ("all_to_all", Layout(cp=3)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("name", ["t5", "learned"])
-def test_a_t5(name: str, layout: Layout) -> None:
-    assert_t5_trains_alike(name, layout)
+def test_a_bert_by_each_way(comm: str, layout: Layout) -> None:
+    assert_bert_trains_alike("packed_tokens", layout, cp_comm=comm)
 
 
-@pytest.mark.parametrize("comm", COMMS)
-def test_a_t5_by_each_way(comm: str) -> None:
-    assert_t5_trains_alike("learned", Layout(cp=2), cp_comm=comm)
+def test_a_part_of_a_batch_without_a_label() -> None:
+    """Micro-batches are of one row, and the second half of some is padding alone."""
+    assert_bert_trains_alike("tokens", Layout(cp=2), micro_batch_size=1)
+
+
+T5S = [
+    ("t5", Layout(cp=2), "all_gather"),
+    ("learned", Layout(cp=2), "ring"),
+    ("t5", Layout(cp=3), "all_to_all"),
+    ("t5", Layout(cp=4), "all_gather"),
+    ("learned", Layout(cp=4), "ring"),
+    ("t5", Layout(cp=2, tp=2, sp=True), None),
+    ("t5", Layout(cp=2, pp=2), "all_to_all"),
+    pytest.param("t5", EIGHT_RANKS[0], "all_gather", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "comm"), T5S, ids=str)
+def test_a_t5(name: str, layout: Layout, comm: Any) -> None:
+    assert_t5_trains_alike(name, layout, cp_comm=comm)
+
+
+def test_accumulation_of_a_t5() -> None:
+    assert_t5_trains_alike("t5", Layout(cp=2), accumulate=3)

@@ -142,7 +142,7 @@ class TrackedSampler:
         }
 
     def order_to_follow(self, record: Record, epoch: int) -> Record | None:
-        """The order in which another kind of sampler has begun an epoch; None where this one goes on by itself.
+        """The order in which another sampler has begun an epoch; None where this one goes on by itself.
 
         Args:
             record: What the other one's ``record`` returned.
@@ -153,7 +153,8 @@ class TrackedSampler:
             shuffles = own is not None and own["kind"] == "random"
             saved = {"kind": "shared", "shuffle": shuffles, "seed": record["seed"], "epoch": epoch}
         if own is not None and saved is not None and own["kind"] == saved["kind"]:
-            return saved if own["kind"] == "shared" and record["seed"] is None else None
+            alike = own["kind"] != "shared" or (record["seed"] is not None and own["shuffle"] == saved["shuffle"])
+            return None if alike else saved
         if saved is not None and epoch_order.can_follow(self.inner):
             return saved
         name = type(self._sampler).__name__

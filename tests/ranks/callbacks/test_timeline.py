@@ -25,6 +25,7 @@ LAYOUTS = [
     (Layout(pp=2), 4),
     (Layout(pp=2, vp=2), 4),
     (Layout(dp=2), 2),
+    (Layout(cp=2, pp=2), 4),
     (Layout(tp=2, pp=2), 8),
     (Layout(), 1),
 ]
@@ -78,7 +79,8 @@ def test_every_pass_is_there_once_and_in_order(layout, micro_batches, tmp_path):
     assert 0 <= bubble(timelines) < 1
     trace = json.loads((tmp_path / "step-2.json").read_text())["traceEvents"]
     named = {event["args"]["name"] for event in trace if event["ph"] == "M"}
-    assert "rank 0 (pipeline stage 0, tensor rank 0, replica 0)" in named
+    of_row = "context rank 0, " if layout.cp > 1 else ""
+    assert f"rank 0 (pipeline stage 0, tensor rank 0, {of_row}replica 0)" in named
     assert ("virtual stage 1" in named) == (chunks == 2)
     drawn = [event for event in trace if event["ph"] == "X" and event["name"] == "forward 0"]
     assert len(drawn) == layout.world_size * chunks
@@ -87,7 +89,7 @@ def test_every_pass_is_there_once_and_in_order(layout, micro_batches, tmp_path):
 
 def _check_stages(timelines: list[RankTimeline], layout: Layout, micro_batches: int) -> None:
     """A micro-batch is on a stage only once the one before has passed it on; backward the other way round."""
-    one = [each for each in timelines if each.place.tp == each.place.dp == 0]
+    one = [each for each in timelines if each.place.tp == each.place.cp == each.place.dp == 0]
     stages = [(chunk, each) for chunk in range(layout.vp or 1) for each in one]
     for number in range(micro_batches):
         for kind in ("forward", "backward"):

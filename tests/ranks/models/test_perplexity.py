@@ -40,7 +40,7 @@ def _evaluate(layout):
     return validated["val_perplexity"], tested["test_perplexity"], float(run.callback_metrics["val_perplexity"])
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(dp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(cp=2)], ids=str)
 def test_of_all_tokens(layout):
     for validated, tested, after_a_step in run_in_pool(2, _evaluate, layout):
         assert validated == pytest.approx(expected(), rel=1e-5)

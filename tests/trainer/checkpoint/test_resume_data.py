@@ -1,5 +1,6 @@
 """Where in its data a resumed run goes on: plain modules that draw beside their data, several loaders, reloads."""
 
+import os
 import random
 
 import lightning.pytorch as pl
@@ -8,7 +9,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    WeightedRandomSampler,
+)
 
 from lightning_megatron import Checkpointing
 from tests.support.layout import Layout
@@ -242,6 +250,20 @@ def _reloaded(path, every):
 @pytest.mark.parametrize("every", [1, 2])
 def test_loaders_that_are_made_anew_keep_the_seed(tmp_path, every):
     run_ranks(1, _reloaded, str(tmp_path), every)
+
+
+def _in_another_order(path):
+    """Lightning's sampler shuffles what is trained on; the epoch was begun by one that does not."""
+    rank, layout = int(os.environ["RANK"]), Layout(dp=2)
+    sampler = DistributedSampler(Numbers(), 2, rank, shuffle=False)
+    whole = fit(lambda: DataLoader(Numbers(), 4, sampler=sampler), 3, save=path, at=1, layout=layout)
+    resumed = fit(lambda: DataLoader(Numbers(), 4), 6, load=path, layout=layout)
+    assert resumed.seen[:2] == whole.seen[1:]
+    assert sorted(sum((batch for (batch,) in resumed.seen[2:5]), [])) != sorted(sampler)  # the next is its own
+
+
+def test_an_epoch_goes_on_in_the_order_of_the_sampler_that_began_it(tmp_path):
+    run_ranks(2, _in_another_order, f"{tmp_path}/one.ckpt")
 
 
 class KeepsPlace:
