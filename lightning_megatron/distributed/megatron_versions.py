@@ -83,6 +83,17 @@ def let_routers_run() -> None:
         moe_utils.te_general_gemm = None
 
 
+def let_latent_attention_run() -> None:
+    """Let multi-latent attention be built without Transformer Engine.
+
+    megatron-core (0.16.1) asks whether its output layer is a ``TELinear``, which then is no class.
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.TELinear = type("TELinear", (), {})
+
+
 _compute_loss = LanguageModule.compute_language_model_loss
 
 

@@ -11,6 +11,8 @@ from lightning_megatron.distributed import pipeline_cut
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.suggestions import choices, divisors, is_positive_int, nearest, not_positive, use
 
+_LATENT = "LatentAttention."  # begins the names of its sizes
+
 
 class _Rule(NamedTuple):
     """A model's ``name`` must be a multiple of ``unit``; changing any one of ``changeable`` can satisfy the rule."""
@@ -33,6 +35,7 @@ def check_model(
     seq_length: int | None = None,
     uneven_stages: bool = False,
     experts: Mapping[str, int | None] | None = None,
+    latents: Mapping[str, int | None] | None = None,
 ) -> None:
     """Check that a transformer can be divided over a layout.
 
@@ -47,6 +50,7 @@ def check_model(
         seq_length: Tokens of a sequence, or None to leave it unchecked.
         uneven_stages: Whether the model itself shares out its layers over the stages, in numbers that may differ.
         experts: The sizes of a mixture of experts, as ``Experts`` names them; None without one.
+        latents: Sizes of multi-latent attention that ``tp`` divides, as ``LatentAttention`` names them.
 
     Raises:
         LayoutError: A rule is broken; the message has a line for each such rule.
@@ -60,6 +64,7 @@ def check_model(
         "vocab_size": vocab_size,
         "seq_length": seq_length,
         **{f"Experts.{name}": size for name, size in (experts or {}).items()},
+        **{f"{_LATENT}{name}": size for name, size in (latents or {}).items()},
     }
     model = {name: size for name, size in sizes.items() if size is not None}
     lines = [not_positive(name, size) for name, size in model.items() if not is_positive_int(size)]
@@ -99,6 +104,7 @@ def _broken_rules(layout: ParallelLayout, model: Mapping[str, int], uneven_stage
     if "seq_length" in model and layout.uses_sequence_parallel:
         rules.append(_Rule("seq_length", tp, f"tp={tp} under sequence_parallel", ("seq_length", "tp")))
     rules += _rules_of_experts(layout)
+    rules += [_Rule(name, tp, f"tp={tp}", (name, "tp")) for name in model if name.startswith(_LATENT)]
     return [rule for rule in rules if rule.name in model and model[rule.name] % rule.unit]
 
 

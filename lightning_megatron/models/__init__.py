@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_megatron.models.bert.module import BertModule
     from lightning_megatron.models.gpt.config import GPTConfig
     from lightning_megatron.models.gpt.experts.config import Experts
+    from lightning_megatron.models.gpt.latent.config import LatentAttention
     from lightning_megatron.models.gpt.module import GPTModule
     from lightning_megatron.models.kernels import Kernels
     from lightning_megatron.models.megatron_module import MegatronModule, on_all_stages
@@ -28,6 +29,7 @@ __all__ = [
     "GPTConfig",
     "GPTModule",
     "Kernels",
+    "LatentAttention",
     "MegatronModule",
     "ModelChunk",
     "T5Config",
@@ -43,6 +45,7 @@ __getattr__ = import_at_first_use(
         "bert.module": ["BertModule"],
         "gpt.config": ["GPTConfig"],
         "gpt.experts.config": ["Experts"],
+        "gpt.latent.config": ["LatentAttention"],
         "gpt.module": ["GPTModule"],
         "kernels": ["Kernels"],
         "megatron_module": ["MegatronModule", "on_all_stages"],

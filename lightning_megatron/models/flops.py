@@ -65,7 +65,10 @@ def _layer(config: Any, stack: Any) -> float:
 
 def _attention(config: Any, queries: int, keys: int, seen: float) -> float:
     """Projections of queries, keys, values and outputs; scores and their products with the values."""
-    sizes = config.sizes()
+    latent, sizes = getattr(config, "latent_attention", None), config.sizes()
+    if latent is not None:
+        channels = config.num_attention_heads * (latent.qk_head_dim + latent.v_head_dim)
+        return 2 * queries * (latent.products(config.hidden_size, config.num_attention_heads) + seen * channels)
     head = config.kv_channels or config.hidden_size // config.num_attention_heads
     heads, groups = config.num_attention_heads * head, sizes["num_query_groups"] * head
     projections = 2 * config.hidden_size * (2 * heads * queries + 2 * groups * keys)

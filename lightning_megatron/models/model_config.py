@@ -41,7 +41,9 @@ _PLAIN_KERNELS = dict.fromkeys(
 # How its attention reaches across ranks, by our names (``MegatronStrategy(cp_comm=)``).
 _TRANSFORMER_ENGINES_WAYS = {None: "p2p", "ring": "p2p", "all_gather": "all_gather", "all_to_all": "a2a"}
 # What megatron-core cannot recompute without Transformer Engine, and its names in models/layers/recomputation.py.
-_RECOMPUTED_HERE = {"layernorm": "norm_output", "mlp_act": "mlp_act", "mlp": "whole_mlp"}
+_RECOMPUTED_HERE = {
+    "layernorm": "norm_output", "mlp_act": "mlp_act", "mlp": "whole_mlp", "mla_up_proj": "latent_up",
+}  # fmt: skip
 
 
 class LayerStack(NamedTuple):
@@ -388,6 +390,11 @@ class ModelConfig:
                 raise ValueError(
                     f"MegatronStrategy(recompute={settings.recompute}): only {type(self).__name__}(layers='torch')"
                     " recomputes 'mlp_act'. Use 'mlp', or leave it out."
+                )
+            if "mla_up_proj" in settings.recompute and getattr(self, "latent_attention", None) is None:
+                raise ValueError(
+                    f"MegatronStrategy(recompute={settings.recompute}): 'mla_up_proj' is of multi-latent attention,"
+                    f" which this {type(self).__name__} does not have. Leave it out."
                 )
             return list(settings.recompute)
         if settings.recompute != "selective":

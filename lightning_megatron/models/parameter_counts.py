@@ -59,11 +59,15 @@ def layer(config: Any, layout: ParallelLayout, attentions: int) -> int:
     bias, qkv_bias = settings.get("add_bias_linear", True), settings.get("add_qkv_bias", True)
     size = config.kv_channels or hidden // config.num_attention_heads
     heads, groups = config.num_attention_heads * size // layout.tp, sizes["num_query_groups"] * size // layout.tp
+    latent = getattr(config, "latent_attention", None)
     attention = (hidden + qkv_bias) * (heads + 2 * groups) + hidden * heads + bias * hidden + norm(config)
     if config.extra.get("qk_layernorm"):
         joint = getattr(config, "joint_qk_norm", False)
         normed = config.num_attention_heads + sizes["num_query_groups"] if joint else 2
         attention += normed * size * norm(config) // hidden
+    if latent is not None:
+        attention = latent.products(hidden, config.num_attention_heads) // layout.tp + bias * hidden + norm(config)
+        attention += latent.normed * norm(config) // hidden
     width = (config.ffn_hidden_size or 4 * hidden) // layout.tp
     first = (2 if config.is_gated else 1) * width
     feed_forward = (hidden + bias) * first + width * hidden + bias * hidden + norm(config)

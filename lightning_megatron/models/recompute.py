@@ -11,13 +11,9 @@ from typing import Any, Literal, get_args
 
 from lightning_megatron.distributed.suggestions import did_you_mean, is_positive_int
 
-RecomputedModule = Literal["layernorm", "mlp_act", "core_attn", "mlp"]
+RecomputedModule = Literal["layernorm", "mlp_act", "core_attn", "mlp", "mla_up_proj"]
 Recompute = Literal["selective", "full"] | int | list[RecomputedModule]
 
-# megatron-core's names of modules that are in no layer here.
-_UNBUILT = {
-    "mla_up_proj": "multi-latent attention",
-}
 # Those of experts, which are a layer's feed-forward part here.
 _OF_EXPERTS = {"moe": "mlp", "moe_act": "mlp_act", "shared_experts": "mlp"}
 
@@ -40,10 +36,6 @@ def check(recompute: object, error: type[Exception] = ValueError, of: str = "Meg
         if name in _OF_EXPERTS:
             raise error(
                 f"{of}(recompute={recompute!r}): {name!r} is {_OF_EXPERTS[name]!r} here, of layers with experts, too."
-            )
-        if name in _UNBUILT:
-            raise error(
-                f"{of}(recompute={recompute!r}): {name!r} belongs to {_UNBUILT[name]}, which no model here has."
             )
         if name not in get_args(RecomputedModule):
             raise error(

@@ -52,7 +52,12 @@ _IGNORED_HERE = "the torch layers compute attention as if it were not there"
 _TABLE |= {
     name: _Refused(value, why, instead)
     for name, value, why, instead in (
-        ("multi_latent_attention", True, f"changes attention, and {_IGNORED_HERE}", "leave it out"),
+        (
+            "multi_latent_attention",
+            True,
+            f"changes attention, and {_IGNORED_HERE}",
+            "use GPTConfig(latent_attention=LatentAttention(...))",
+        ),
         ("experimental_attention_variant", ..., f"changes attention, and {_IGNORED_HERE}", "leave it out"),
         ("linear_attention_freq", ..., f"changes attention, and {_IGNORED_HERE}", "leave it out"),
         ("qk_clip", True, f"clips the scores of attention, and {_IGNORED_HERE}", "use extra={'qk_layernorm': True}"),

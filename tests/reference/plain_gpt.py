@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_megatron import GPTConfig
+from lightning_megatron import GPTConfig, LatentAttention
+from tests.reference import plain_latent
 
 Weights = dict[str, torch.Tensor]
 
@@ -32,6 +33,32 @@ LLAMA = GPTConfig(
 WINDOWED = replace(LLAMA, num_layers=4, sliding_window=5)
 PACKED = replace(LLAMA, num_layers=4)  # on rows of several documents, see parallel_gpt.packed_samples
 PACKED_GPT2 = replace(GPT2, num_layers=4)
+# Sizes of heads that all differ; YaRN, by which only a part of a head grows.
+LATENT = replace(
+    LLAMA,
+    num_layers=4,
+    hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=None,
+    latent_attention=LatentAttention(
+        q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=10, qk_rope_head_dim=8, v_head_dim=12
+    ),
+    rotary_base=100,
+    rope_scaling={
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 2.0, "beta_slow": 0.25,
+        "mscale": 1.0, "mscale_all_dim": 0.7,
+    },
+)  # fmt: skip
+# Without latents of queries; values larger than keys; rotated as Llama rotates.
+LATENT_LITE = replace(
+    LATENT,
+    rope_scaling=None,
+    latent_attention=LatentAttention(
+        kv_lora_rank=22, qk_nope_head_dim=6, qk_rope_head_dim=6, v_head_dim=16, rope_interleave=False,
+        norm_epsilon=1e-2,
+    ),
+)  # fmt: skip
+PACKED_LATENT = LATENT
 # A vocabulary that no tensor-parallel size divides: 61 of 64 rows at tp = 1 and 2, 61 of 96 at tp = 3 or 6.
 ODD = replace(
     GPT2, vocab_size=61, seq_length=18, make_vocab_size_divisible_by=32, hidden_size=24, num_attention_heads=6
@@ -60,9 +87,15 @@ def initial_weights(c: GPTConfig) -> Weights:
             _norm(weights, later + name, c, draw)
         layers.append(f"{later}transformer_layer.")
     for layer in layers:
-        shapes = {
+        attention = {
             "self_attention.linear_qkv": ((c.num_attention_heads + 2 * groups) * head, h),
             "self_attention.linear_proj": (h, h),
+        }
+        if c.latent_attention is not None:
+            attention = {}
+            weights |= plain_latent.initial_weights(c, f"{layer}self_attention.", draw)
+        shapes = {
+            **attention,
             "mlp.linear_fc1": (ffn * (2 if c.activation == "swiglu" else 1), h),
             "mlp.linear_fc2": (h, ffn),
         }
@@ -199,6 +232,8 @@ def _linear(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
 def _attention(
     c: GPTConfig, w: Weights, name: str, x: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
+    if c.latent_attention is not None:
+        return plain_latent.attention(c, w, name, x, positions, seen)
     b, s, _ = x.shape
     head, groups = c.hidden_size // c.num_attention_heads, c.num_query_groups or c.num_attention_heads
     per_group = c.num_attention_heads // groups

@@ -11,6 +11,8 @@ from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 from lightning_megatron.models import parameter_counts
 from lightning_megatron.models.gpt.experts.config import Experts, refuse_own_fields
+from lightning_megatron.models.gpt.latent import config as latent
+from lightning_megatron.models.gpt.latent.config import LatentAttention
 from lightning_megatron.models.model_config import LayerStack, ModelConfig
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ class GPTConfig(ModelConfig):
         bias: Whether linear layers have biases.
         qkv_bias: Whether the query, key and value projection has one. None: as ``bias``.
         tie_embeddings: Whether the output layer's weight is the embedding's.
+        latent_attention: Multi-latent attention in place of attention with heads of ``kv_channels``;
+            ``LatentAttention``, or a dictionary of its arguments. None: there is none.
         experts: A mixture of experts in place of the feed-forward layer; ``Experts``, or a dictionary of its arguments.
             None: there is none.
         mtp: Layers of multi-token prediction, as in DeepSeek-V3: behind the model, each predicts one token further on
@@ -94,7 +98,7 @@ class GPTConfig(ModelConfig):
     rare: ClassVar[tuple[str, ...]] = (
         "rotary_layers", "window_rotary_base", "shared_norm", "norm_placement", "joint_qk_norm",
         "residual_multiplier", "logits_divisor", "attention_score_cap", "logits_cap", "attention_sinks",
-        "output_bias", "experts",
+        "output_bias", "latent_attention", "experts",
     )  # fmt: skip
 
     num_query_groups: int | None = None
@@ -121,12 +125,15 @@ class GPTConfig(ModelConfig):
     bias: bool = True
     qkv_bias: bool | None = None
     tie_embeddings: bool = True
+    latent_attention: LatentAttention | None = None
     experts: Experts | None = None
     mtp: int = 0
     mtp_weight: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist."""
+        if isinstance(self.latent_attention, dict):
+            self.latent_attention = LatentAttention(**self.latent_attention)
         if isinstance(self.experts, dict):
             self.experts = Experts(**self.experts)
         self._one_of("position_embedding", self.position_embedding, _POSITIONS)
@@ -162,6 +169,7 @@ class GPTConfig(ModelConfig):
             )
         self._check_experts()
         self._check_mtp()
+        self._check_latent_attention()
         if self.layers != "torch":
             for name in ("rope_scaling", "parallel_residual", "embedding_multiplier", "mtp", *self.rare):
                 if getattr(self, name) != getattr(GPTConfig, name):
@@ -224,6 +232,8 @@ class GPTConfig(ModelConfig):
         """What a layout has to divide."""
         groups = self.num_query_groups or self.num_attention_heads
         sizes = {**super().sizes(), "num_query_groups": groups, "seq_length": self.seq_length}
+        if self.latent_attention is not None:
+            sizes["latents"] = self.latent_attention.divided()
         if self.experts is not None:
             width = self.experts.ffn_hidden_size or sizes["ffn_hidden_size"]
             shared = self.experts.shared_ffn_hidden_size
@@ -241,6 +251,7 @@ class GPTConfig(ModelConfig):
             **self._window_arguments(),
             **self._expert_arguments(),
             **self._rotary_arguments(),
+            **self._latent_arguments(),
         }
 
     def transformer_config(self, settings: BuildSettings, **stack: Any) -> TransformerConfig:
@@ -250,6 +261,9 @@ class GPTConfig(ModelConfig):
         for each in (made.no_rope_freq, made.window_attn_skip_freq):
             if self.mtp and isinstance(each, list):
                 each.extend(each[-1:] * self.mtp)  # their layers are as the last one
+        if self.latent_attention is not None:
+            for name, value in self.latent_attention.settings(self.rope_scaling).items():
+                setattr(made, name, value)
         return made
 
     @property
@@ -303,6 +317,40 @@ class GPTConfig(ModelConfig):
         for name, ours in (("mtp_num_layers", "mtp"), ("mtp_loss_scaling_factor", "mtp_weight")):
             if name in self.extra:
                 raise ValueError(f"GPTConfig(extra={{{name!r}: ...}}): use GPTConfig({ours}=...).")
+
+    def _check_latent_attention(self) -> None:
+        """Refuse what multi-latent attention does not have."""
+        if self.latent_attention is None:
+            return
+        Arguments("GPTConfig").kind(
+            LatentAttention, "LatentAttention(kv_lora_rank=...)", latent_attention=self.latent_attention
+        )
+        latent.refuse_own_fields("GPTConfig", self.extra)
+        for name, usual, why in (
+            ("position_embedding", "rope", "rotates a part of each head"),
+            ("num_query_groups", None, "makes keys and values for each head"),
+            ("kv_channels", None, "has sizes of heads of its own"),
+            ("rotary_percent", 1.0, "says by qk_rope_head_dim how many channels are rotated"),
+            ("joint_qk_norm", False, "normalises latents, not queries and keys"),
+            ("attention_score_cap", None, "has no cap on its scores"),
+            ("attention_sinks", False, "has no sinks"),
+            ("window_rotary_base", None, "rotates by one base in all layers"),
+            ("qkv_bias", None, "has no biases before its output"),
+        ):
+            value = getattr(self, name)
+            if value != usual:
+                raise ValueError(
+                    f"GPTConfig(latent_attention=..., {name}={value!r}): multi-latent attention {why}. Use"
+                    f" {name}={usual!r}."
+                )
+
+    def _latent_arguments(self) -> dict[str, Any]:
+        if self.latent_attention is None:
+            return {}
+        return {
+            "kv_channels": self.latent_attention.qk_rope_head_dim,  # of the rotary angles
+            "rotary_interleaved": self.latent_attention.rope_interleave,
+        }
 
     def _expert_arguments(self) -> dict[str, Any]:
         if self.experts is None:

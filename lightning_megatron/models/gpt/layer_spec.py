@@ -16,6 +16,7 @@ from lightning_megatron.models.generation.cached_layers import generate_quickly
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.experts.expert_layer import ExpertLayer
 from lightning_megatron.models.gpt.multi_token_prediction import block_of
+from lightning_megatron.models.gpt.latent.attention import use_latent_attention
 from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLayer
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.joint_norm import JointKeyNorm, JointNorm
@@ -66,6 +67,8 @@ def _layer_specs(config: TransformerConfig, shape: GPTConfig, fused_layers: bool
     layer = torch_layer_spec(config)
     generate_quickly(layer)
     parts = layer.submodules
+    if shape.latent_attention is not None:
+        use_latent_attention(layer)
     if shape.norm_placement == "output":
         without_input_norms(layer)
     if shape.joint_qk_norm:

@@ -118,7 +118,7 @@ class TorchAttention(torch.nn.Module):
         Args:
             query: ``[s, b, heads/tp, head]``.
             key: ``[s, b, groups/tp, head]``, as ``value``.
-            value: ``[s, b, groups/tp, head]``.
+            value: ``[s, b, groups/tp, head]``, whose heads may be of another size.
             attention_mask: ``[b, 1, s, s]``, True where a query may not look (Megatron's convention); includes the
                 causal part. None is plain causal attention, or none masked.
             attn_mask_type: Overrides the kind that the layer was built with.
@@ -126,7 +126,7 @@ class TorchAttention(torch.nn.Module):
             packed_seq_params: ``PatternParams``, which say who looks at whom in place of a mask; or None.
 
         Returns:
-            ``[s, b, heads/tp · head]``.
+            ``[s, b, heads/tp · head]``, with heads of the values' size.
         """
         causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
         looks = _Looks(_pattern(packed_seq_params), attention_mask, attention_bias, causal)
@@ -285,7 +285,8 @@ class TorchAttention(torch.nn.Module):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, head]
             return kernel(q, k, v, _added_to_scores(mask, bias), causal).permute(2, 0, 1, 3)
         q, k, v = (x.flatten(1, 2).transpose(0, 1)[None] for x in (query, key, value))  # [1, b · n, s, head]
-        return kernel(q, k, v, _added_to_scores(mask, bias), causal)[0].transpose(0, 1).reshape(query.shape)
+        found = kernel(q, k, v, _added_to_scores(mask, bias), causal)[0].transpose(0, 1)  # [s, b · n, head of values]
+        return found.reshape(*query.shape[:-1], value.size(-1))
 
     def _sdpa(self, dropout: float) -> Kernel:
         if self.score_cap is not None:

@@ -49,12 +49,12 @@ def attend_in_pieces(
     """Attention of ``query`` ``[s, b, heads, head]`` to ``key`` and ``value`` ``[s, b, groups, head]``.
 
     Returns:
-        ``[s, b, heads, head]``.
+        ``[s, b, heads, head]``, with heads of the values' size.
     """
     rows = pattern.made(("pieces", window, query.dtype, query.device), lambda: _plan(pattern, window, query))
     if pattern.same_rows:  # then the rows are further heads
         q, k, v = (x.flatten(1, 2) for x in (query, key, value))
-        return _attend_row(q, k, v, rows[0], kernel).view(query.shape)
+        return _attend_row(q, k, v, rows[0], kernel).unflatten(1, query.shape[1:3])
     found = [
         _attend_row(q, k, v, pieces, kernel)
         for q, k, v, pieces in zip(query.unbind(1), key.unbind(1), value.unbind(1), rows, strict=True)
@@ -73,7 +73,7 @@ def _attend_row(
     found = []
     for piece, queries in zip(pieces, query.split([len(piece.queries) for piece in pieces]), strict=True):
         if not piece.keys:
-            found.append(queries * 0.0)
+            found.append((queries[..., :1] * 0.0).expand(-1, -1, value.size(-1)))
             continue
         part = slice(numbers[piece.keys.start], numbers[piece.keys.stop])
         q, k, v = (x.transpose(0, 1)[None] for x in (queries, _join(keys[part]), _join(values[part])))

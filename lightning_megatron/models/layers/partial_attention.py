@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_megatron.models.layers import capped_attention
+from lightning_megatron.models.layers.equal_heads import equal_heads, widened
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -34,18 +35,20 @@ def attend_part(
     Args:
         query: ``[b, heads, q, head]``.
         key: ``[b, groups, k, head]``.
-        value: As ``key``.
+        value: As ``key``, with heads of any size.
         seen: ``[b or 1, 1, q or 1, k]``, whether a query looks at a key; None: at all of them.
         causal: Whether query and key of one number are one token, and none looks ahead; then there is no ``seen``.
         scale: Factor on the scores; None is one over the root of the head's size.
         cap: What no score is beyond, see ``capped_attention``; None: there is no cap.
 
     Returns:
-        ``[b, heads, q, head]``, and the log-sum-exp of the scores ``[b, heads, q]`` in fp32. Where a query looks at no
-        key, these are 0 and -inf.
+        ``[b, heads, q, head]`` with heads of the values' size, and the log-sum-exp of the scores ``[b, heads, q]`` in
+        fp32. Where a query looks at no key, these are 0 and -inf.
     """
     if cap is not None:
         return capped_attention.attend_part(query, key, value, seen, causal, cap, scale)
+    width = value.size(-1)
+    (query, key, value), scale = equal_heads(query, key, value, scale)
     if query.device.type == "cpu":
         mask = _added(seen, query)
         out, total = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -63,7 +66,7 @@ def attend_part(
     if seen is not None:
         blind = ~seen.any(dim=-1)  # [b or 1, 1, q or 1]; what kernels return there differs
         out, total = out.masked_fill(blind[..., None], 0.0), total.masked_fill(blind, float("-inf"))
-    return out, total
+    return out[..., :width], total
 
 
 def part_gradients(
@@ -94,6 +97,13 @@ def part_gradients(
     """
     if cap is not None:
         return capped_attention.part_gradients(gradient, query, key, value, out, total, seen, causal, cap, scale)
+    if query.size(-1) != value.size(-1):
+        widths = [x.size(-1) for x in (query, key, value)]
+        (query, key, value), scale = equal_heads(query, key, value, scale)
+        gradient, out = (widened(x, query.size(-1)) for x in (gradient, out))
+        wide = part_gradients(gradient, query, key, value, out, total, seen, causal, scale)
+        of_query, of_key, of_value = (x[..., :width] for x, width in zip(wide, widths, strict=True))
+        return of_query, of_key, of_value
     if query.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             gradient, query, key, value, out, total, 0.0, causal, attn_mask=_added(seen, query), scale=scale
@@ -132,15 +142,19 @@ def part_gradients(
 class Merged:
     """The attention of queries ``[q, b, heads, head]`` to all parts of the keys that were added.
 
+    Args:
+        query: The queries.
+        width: Size of a value's head.
+
     Attributes:
-        out: As the queries, in fp32.
+        out: ``[q, b, heads, width]``, in fp32.
         total: The log-sum-exp ``[b, heads, q]``.
     """
 
-    def __init__(self, query: torch.Tensor) -> None:
+    def __init__(self, query: torch.Tensor, width: int) -> None:
         q, b, heads, _ = query.shape
         exact = torch.promote_types(query.dtype, torch.float32)
-        self.out = torch.zeros_like(query, dtype=exact, memory_format=torch.contiguous_format)
+        self.out = torch.zeros(q, b, heads, width, dtype=exact, device=query.device)
         self.total = torch.full((b, heads, q), float("-inf"), dtype=exact, device=query.device)
 
     def add(self, queries: slice, out: torch.Tensor, total: torch.Tensor) -> None:
@@ -171,7 +185,7 @@ class _Behind(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> Any:
-        merged = Merged(query.permute(2, 0, 1, 3))
+        merged = Merged(query.permute(2, 0, 1, 3), value.size(-1))
         for keys, causal in _before_and_within(query, key):
             part = attend_part(query, key[:, :, keys], value[:, :, keys], None, causal, scale)
             merged.add(slice(None), *part)

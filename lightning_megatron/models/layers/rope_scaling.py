@@ -11,7 +11,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 def stretch_rotary(model: torch.nn.Module, base: float, share: float, seq_length: int, scaling: dict[str, Any]) -> None:
     """Give a GPT other rotary frequencies.
 
-    YaRN's factor on queries and keys becomes one on the scores, where the whole head is rotated.
+    YaRN's factor on queries and keys becomes one on the scores, where the whole head is rotated; of multi-latent
+    attention it stays one on the channels that are.
 
     Args:
         model: megatron-core's ``GPTModel``.
@@ -43,6 +44,9 @@ def stretch_rotary(model: torch.nn.Module, base: float, share: float, seq_length
     if share != 1.0:
         raise ValueError(f"rope_scaling={scaling} changes the size of queries and keys; use rotary_percent=1.0.")
     for layer in model.decoder.layers:  # type: ignore[union-attr]
+        if hasattr(layer.self_attention, "rotary_factor"):
+            layer.self_attention.rotary_factor = factor
+            continue
         attention: Any = layer.self_attention.core_attention
         attention.softmax_scale = factor**2 * (attention.softmax_scale or config.kv_channels**-0.5)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from lightning_megatron.models.layers.equal_heads import equal_heads
 from lightning_megatron.models.layers.partial_attention import attend_behind
 
 BACKENDS = {
@@ -43,7 +44,7 @@ def attend(
     Args:
         query: The queries.
         key: The keys.
-        value: The values.
+        value: The values, whose heads may be of another size; the result's are of theirs.
         mask: As torch has it: True where a query looks, or numbers that are added to the scores.
         causal: Whether no query looks ahead, the last of which is at the last key; then there is no mask.
         dropout: Probability.
@@ -54,6 +55,11 @@ def attend(
     Raises:
         ValueError: The back end that was asked for cannot take these tensors.
     """
+    width = value.size(-1)
+    if width != query.size(-1) and backend != "math" and (query.device.type == "cpu" or backend == "flash"):
+        (query, key, value), scale = equal_heads(query, key, value, scale)  # else the CPU makes all scores
+        found = attend(query, key, value, mask, causal, dropout=dropout, scale=scale, backend=backend)
+        return found[..., :width]
     if causal and query.size(2) != key.size(2):
         return _attend_behind(query, key, value, dropout, scale, backend)
     call = functools.partial(

@@ -64,6 +64,12 @@ def linear_layers(config: Any) -> dict[str, LinearLayer]:
         "mlp.linear_fc1": LinearLayer(hidden, (2 if config.is_gated else 1) * width, True),
         "mlp.linear_fc2": LinearLayer(width, hidden, False),
     }
+    latent = getattr(config, "latent_attention", None)
+    if latent is not None:
+        del found["self_attention.linear_qkv"]
+        for name, (inputs, rows) in latent.linear_layers(hidden, config.num_attention_heads).items():
+            found[f"self_attention.{name}"] = LinearLayer(inputs, rows, name != "linear_proj")
+        return found
     for attention in ("self_attention", "cross_attention"):
         found[f"{attention}.linear_proj"] = LinearLayer(query, hidden, False)
     return found

@@ -29,6 +29,9 @@ _OWN_FIELDS = {
     "moe_router_bias_update_rate": "bias_rate",
     "moe_expert_capacity_factor": "capacity_factor",
     "moe_layer_freq": "layers",
+    "moe_router_num_groups": "groups",
+    "moe_router_group_topk": "top_k_groups",
+    "moe_router_topk_scaling_factor": "scale",
 }
 
 
@@ -54,6 +57,12 @@ class Experts:
             with the token, as in Qwen2-MoE.
         router: How scores are made of the router's logits: "softmax" over all experts, or "sigmoid" of each.
         normalize_top_k: Whether the weights of a token's ``top_k`` experts add up to 1.
+        scale: Factor on these weights.
+        groups: The experts of a layer are in this many groups, of neighbours and of one size, and those of a token in
+            ``top_k_groups`` of them: where a machine holds a group, a token travels to few (DeepSeek-V2, arXiv
+            2405.04434, section 2.2.2). None: a token's experts may be any.
+        top_k_groups: Groups in which a token's experts are.
+        group_scores: A group's rank is by the sum of so many of its best scores: 1 in DeepSeek-V2, 2 in V3.
         balancing: What keeps the experts equally busy. "aux": a loss, ``f`` counted in each micro-batch, as in
             Megatron-LM; its value depends on what a micro-batch is. "seq_aux": ``f`` counted in each sequence.
             "global_aux": ``f`` counted in the global batch before this one, so that its micro-batches need not wait
@@ -79,6 +88,10 @@ class Experts:
     shared_gate: bool = False
     router: RouterScores = "softmax"
     normalize_top_k: bool = True
+    scale: float = 1.0
+    groups: int | None = None
+    top_k_groups: int | None = None
+    group_scores: int = 2
     balancing: Balancing = "global_aux"
     aux_weight: float = 1e-2
     z_weight: float = 0.0
@@ -98,6 +111,8 @@ class Experts:
         arguments.flag(normalize_top_k=self.normalize_top_k, shared_gate=self.shared_gate)
         arguments.number(least=0, aux_weight=self.aux_weight, z_weight=self.z_weight, bias_rate=self.bias_rate)
         arguments.number(above=0, optional=True, capacity_factor=self.capacity_factor)
+        arguments.number(above=0, scale=self.scale)
+        self._check_groups(arguments)
         if self.top_k > self.num:
             raise ValueError(f"Experts(num={self.num}, top_k={self.top_k}): there are fewer. Use top_k={self.num}.")
         if self.shared_gate and self.shared_ffn_hidden_size is None:
@@ -120,6 +135,26 @@ class Experts:
                 f"Experts(router='sigmoid', top_k={self.top_k}, normalize_top_k={self.normalize_top_k}): megatron-core"
                 f" has sigmoid scores {'normalised only' if right else 'as they are'} there. Use"
                 f" normalize_top_k={right}."
+            )
+
+    def _check_groups(self, arguments: Arguments) -> None:
+        """Refuse groups that do not divide the experts, or have too few of them."""
+        arguments.whole(optional=True, groups=self.groups, top_k_groups=self.top_k_groups)
+        arguments.whole(group_scores=self.group_scores)
+        if (self.groups is None) != (self.top_k_groups is None):
+            raise ValueError(
+                f"Experts(groups={self.groups}, top_k_groups={self.top_k_groups}): give both, or none of them."
+            )
+        if self.groups is None or self.top_k_groups is None:
+            return
+        if self.num % self.groups:
+            raise ValueError(f"Experts(num={self.num}, groups={self.groups}): groups are of one size. Use a divisor.")
+        size = self.num // self.groups
+        if self.top_k_groups > self.groups or self.top_k > self.top_k_groups * size or self.group_scores > size:
+            raise ValueError(
+                f"Experts(num={self.num}, groups={self.groups}, top_k_groups={self.top_k_groups}, top_k={self.top_k},"
+                f" group_scores={self.group_scores}): a group has {size} experts. Use top_k_groups up to {self.groups},"
+                f" top_k up to {min(self.top_k_groups, self.groups) * size}, and group_scores up to {size}."
             )
 
     @property
@@ -153,6 +188,7 @@ class Experts:
             "moe_shared_expert_intermediate_size": self.shared_ffn_hidden_size,
             "moe_shared_expert_gate": self.shared_gate,
             "moe_router_score_function": self.router,
+            "moe_router_topk_scaling_factor": None if self.scale == 1.0 else self.scale,
             "moe_router_pre_softmax": self.router == "softmax" and not self.normalize_top_k,
             "moe_router_load_balancing_type": "none",
             "moe_expert_capacity_factor": self.capacity_factor,

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_megatron.distributed.megatron_versions import let_routers_run
 from lightning_megatron.models.gpt.experts.config import Experts
+from lightning_megatron.models.gpt.experts.group_choice import choose_in_groups
 
 let_routers_run()
 _TINY = torch.finfo(torch.float32).tiny
@@ -80,16 +81,17 @@ class ExpertRouter(TopKRouter):
     def routing(self, logits: torch.Tensor, token_weights: torch.Tensor | None = None) -> Any:
         """As ``forward``, from the logits ``[s/tp, b, experts]``."""
         config, flat = self.config, logits.view(-1, self.num_experts)
-        probs, chosen = moe_utils.topk_routing_with_score_function(
-            flat,
-            self.topk,
-            use_pre_softmax=config.moe_router_pre_softmax,
-            num_groups=config.moe_router_num_groups,
-            group_topk=config.moe_router_group_topk,
-            scaling_factor=config.moe_router_topk_scaling_factor,
-            score_function=self.score_function,
-            expert_bias=self.expert_bias,
-        )
+        if self.experts.groups is not None:
+            probs, chosen = choose_in_groups(flat, self.experts, self.expert_bias)
+        else:
+            probs, chosen = moe_utils.topk_routing_with_score_function(
+                flat,
+                self.topk,
+                use_pre_softmax=config.moe_router_pre_softmax,
+                scaling_factor=config.moe_router_topk_scaling_factor,
+                score_function=self.score_function,
+                expert_bias=self.expert_bias,
+            )
         kept = chosen
         if self.experts.capacity_factor is not None:
             probs, kept = moe_utils.apply_router_token_dropping(

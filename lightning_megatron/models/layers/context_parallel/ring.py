@@ -32,14 +32,14 @@ def attend_in_ring(
     Args:
         query: ``[s/cp, b, heads, head]``.
         key: ``[s/cp, b, groups, head]``.
-        value: As ``key``.
+        value: As ``key``, with heads of any size.
         visible: Who looks at whom in whole rows.
         shards: Which places of the queries, and of the keys, the ranks hold.
         scale: Factor on the scores; None is one over the root of the head's size.
         cap: What no score is beyond, see ``capped_attention``; None: there is no cap.
 
     Returns:
-        As ``query``.
+        As ``query``, with heads of the values' size.
     """
     found: torch.Tensor = _Ring.apply(query, key, value, visible, shards, scale, cap)  # type: ignore[no-untyped-call]
     return found
@@ -66,7 +66,7 @@ class _Ring(torch.autograd.Function):
         scale: float | None,
         cap: float | None,
     ) -> torch.Tensor:
-        merged, ranks, passing = Merged(query), shards[1].size, torch.cat((key, value), dim=-1)
+        merged, ranks, passing = Merged(query, value.size(-1)), shards[1].size, torch.cat((key, value), dim=-1)
         for step in range(ranks):
             following = _Message(passing, step) if step + 1 < ranks else None
             k, v = passing.split([key.size(-1), value.size(-1)], dim=-1)
@@ -85,7 +85,7 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         query, key, value, out, total = ctx.saved_tensors
         ranks, passing = ctx.shards[1].size, torch.cat((key, value), dim=-1)
-        of_query = torch.zeros_like(out, dtype=total.dtype)
+        of_query = torch.zeros_like(query, dtype=total.dtype, memory_format=torch.contiguous_format)
         on_the_way: _Message | None = None  # the gradients of the keys that pass, from the ranks before
         for step in range(ranks):
             following = _Message(passing, 2 * step) if step + 1 < ranks else None

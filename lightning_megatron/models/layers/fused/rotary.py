@@ -74,7 +74,7 @@ def can_rotate(config: TransformerConfig) -> bool:
     """Whether ``FusedRotation`` computes this model's attention: nothing comes between the product and the rotation."""
     return not (
         config.qk_layernorm
-        or config.multi_latent_attention
+        or hasattr(config, "latent_attention")
         or config.attention_output_gate
         or config.num_query_groups < config.tensor_model_parallel_size  # a rank takes its queries from a larger group
         or hasattr(config, "yarn_rotary_scaling_factor")

@@ -1,0 +1,1 @@
+"""Multi-latent attention: keys and values of all heads come from one small vector of each token."""
