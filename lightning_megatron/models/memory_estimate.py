@@ -21,6 +21,7 @@ from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ContextComm, ParallelLayout
 from lightning_megatron.distributed.memory_table import MemoryTable, StageMemory
+from lightning_megatron.models import latent_memory
 from lightning_megatron.models.context_parallel_memory import held_at_once, kept_beside, share
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.chunked_cross_entropy import LONGEST_CHUNK
@@ -205,7 +206,9 @@ class _Layers:
             heads=config.num_attention_heads,
             groups=config.sizes()["num_query_groups"],
         )
-        self.size = config.kv_channels or config.hidden_size // config.num_attention_heads
+        self.latent = getattr(config, "latent_attention", None)
+        size = config.kv_channels or config.hidden_size // config.num_attention_heads
+        self.size = size if self.latent is None else self.latent.qk_head_dim
         self.trained = TrainedSizes(config, layout, training.lora)
 
     def hidden(self, stack: int | None = None) -> float:
@@ -299,14 +302,20 @@ class _Layers:
         recomputed = "layernorm" in self.modules and placement != "output"
         total = 2 * self._norm(index, False, 0.0) if placement == "sandwich" else 0.0
         for number in range(len(stack.attention)):
-            first = ("self_attention.linear_qkv", "cross_attention.linear_q")[number]
-            output = self.trained.keeps_input(index, first)
+            output = self._keeps_input_of_attention(index, number)
             total += self._norm(index, recomputed, output) + self._attention(index, number)
             total += self._mask(index) if self.config.hidden_dropout else 0.0
         output = self.trained.keeps_input(index, "mlp.linear_fc1")
         shared = getattr(self.config, "shared_norm", False)
         total += (0.0 if shared else self._norm(index, recomputed, output)) + self._feed_forward(index)
         return total + (self._mask(index) if self.config.hidden_dropout else 0.0)
+
+    def _keeps_input_of_attention(self, index: int, number: int) -> float:
+        if self.latent is None:
+            return self.trained.keeps_input(index, ("self_attention.linear_qkv", "cross_attention.linear_q")[number])
+        of_queries = "linear_q_proj" if self.latent.q_lora_rank is None else "linear_q_down_proj"
+        names = (of_queries, "linear_kv_down_proj")
+        return max(self.trained.keeps_input(index, f"self_attention.{name}") for name in names)
 
     def logits(self) -> tuple[float, float]:
         """What the loss keeps, and what it takes beside that while it is computed.
@@ -381,6 +390,11 @@ class _Layers:
         output = self.trained.keeps_input(index, f"{kind}.linear_proj")
         updates = self._updates(index, f"{kind}.")
         query, key = self._queries_and_keys(index, number)
+        if self.latent is not None:
+            updates += self._latents(tokens * rows, output)
+            scores = self.scores[number] and not (recomputed and "core_attn" in self.modules)
+            beside = self._scores(tokens, keys, query, key, number) if scores else 4 * tokens * rows * self.heads
+            return updates + beside
         total = query + 2 * key
         rotated = getattr(self.config, "position_embedding", None) == "rope" and not self.fused
         if self.config.extra.get("qk_layernorm"):
@@ -391,6 +405,15 @@ class _Layers:
         if not self.scores[number]:
             return updates + (total + query) * element + 4 * tokens * rows * self.heads
         return updates + output * query * element + self._scores(tokens, keys, query, key, number)
+
+    def _latents(self, tokens: float, output: float) -> float:
+        """What multi-latent attention keeps, but for the sums of the softmax."""
+        way = self.way if self.cp > 1 else None
+        numbers = latent_memory.kept(self.latent, tokens, self.heads, self.training.device, way, self.modules, output)
+        is_layer_norm = self.settings.get("normalization", "LayerNorm") == "LayerNorm"
+        return numbers * self.element + latent_memory.kept_by_norms(
+            self.latent, tokens / self.shared, self.element, self.training.device, is_layer_norm
+        )
 
     def _scores(self, tokens: int, keys: int, query: float, key: float, number: int) -> float:
         """What attention keeps of a layer whose scores are kept, but for its output.

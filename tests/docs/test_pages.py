@@ -48,6 +48,7 @@ HERE = {
     "long_sequences.md",
     "experts.md",
     "multi_token_prediction.md",
+    "latent_attention.md",
     "precision.md",
     "multi_node.md",
     "hangs.md",
@@ -134,6 +135,11 @@ def test_long_sequences(tmp_path):
     (code,) = blocks("long_sequences.md")
     told = script(tmp_path, code).splitlines()[-1]
     assert f"print(trainer.strategy.layout.sizes)  # {told}\n" in code
+
+
+def test_latent_attention(tmp_path):
+    config = names_of("latent_attention.md", tmp_path)["config"]
+    assert config.latent_attention.qk_head_dim == 192
 
 
 def test_experts(tmp_path):

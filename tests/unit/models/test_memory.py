@@ -12,6 +12,7 @@ from lightning_megatron import (
     GPTConfig,
     GPTModule,
     Kernels,
+    LatentAttention,
     LoRA,
     ParallelLayout,
     T5Config,
@@ -37,6 +38,18 @@ CONFIGS = {
     "olmo 2": GPTConfig(**SIZES, **GATED, norm_placement="output", joint_qk_norm=True, extra={"qk_layernorm": True}),
     "glm 4": GPTConfig(**SIZES, **GATED, norm_placement="sandwich"),
     "later tokens": GPTConfig(**SIZES, **GATED, mtp=2),
+    "latent": GPTConfig(
+        **SIZES,
+        **{**GATED, "num_query_groups": None},
+        latent_attention=LatentAttention(
+            q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=40
+        ),
+    ),
+    "latent lite": GPTConfig(
+        **SIZES,
+        **{**GATED, "num_query_groups": None},
+        latent_attention=LatentAttention(kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+    ),
     "phi": GPTConfig(
         **SIZES,
         position_embedding="rope",

@@ -130,7 +130,6 @@ def test_evaluation_keeps_outputs():
         (True, "a number of layers"),
         ([], "a list of modules"),
         (["moe_act"], "'moe_act' is 'mlp_act' here, of layers with experts, too"),
-        (["mla_up_proj"], "multi-latent attention"),
         (["layer_norm"], "Did you mean 'layernorm'?"),
     ],
     ids=str,
