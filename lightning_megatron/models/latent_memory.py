@@ -37,15 +37,14 @@ def kept(
     return tokens * heads * (made + copies + found + beside)
 
 
-def kept_by_norms(latent: Any, own: float, element: int, device: str, layer_norm: bool) -> float:
+def kept_by_norms(latent: Any, own: float, element: int, in_pieces: int) -> float:
     """Bytes that the norms of latents keep: input and output, which the linear layer behind it keeps.
 
     Args:
         latent: The configuration's ``latent_attention``.
         own: Tokens of a micro-batch that a rank has between the tensor-parallel blocks.
         element: Bytes of a number.
-        device: "cuda" or "cpu", on which torch has no RMSNorm of one piece.
-        layer_norm: Whether the norms are LayerNorms.
+        in_pieces: fp32 numbers that are kept in place of the input, where torch has no norm of one piece; else 0.
     """
-    inside = 2 * 4 if device == "cpu" and not layer_norm else element
+    inside = 4 * in_pieces or element
     return own * (float(latent.normed) * (inside + element) + 8 * (1 if latent.q_lora_rank is None else 2))

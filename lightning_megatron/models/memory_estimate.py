@@ -410,9 +410,11 @@ class _Layers:
         """What multi-latent attention keeps, but for the sums of the softmax."""
         way = self.way if self.cp > 1 else None
         numbers = latent_memory.kept(self.latent, tokens, self.heads, self.training.device, way, self.modules, output)
-        is_layer_norm = self.settings.get("normalization", "LayerNorm") == "LayerNorm"
+        in_pieces = 0
+        if self.training.device == "cpu" and self.settings.get("normalization", "LayerNorm") == "RMSNorm":
+            in_pieces = 2 if self.training.lora is None else 1  # as in _norm
         return numbers * self.element + latent_memory.kept_by_norms(
-            self.latent, tokens / self.shared, self.element, self.training.device, is_layer_norm
+            self.latent, tokens / self.shared, self.element, in_pieces
         )
 
     def _scores(self, tokens: int, keys: int, query: float, key: float, number: int) -> float:
