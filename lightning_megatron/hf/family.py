@@ -85,6 +85,10 @@ class Family:
         """Second names of theirs for tensors that the model holds once, and the first ones."""
         return {}
 
+    def left_out(self, name: str, config: Any) -> str:
+        """What a tensor of theirs belongs to, in words, where the module has no such part and leaves it out."""
+        return ""
+
     def architectures(self, config: Any) -> tuple[str, ...]:
         """The classes of transformers, each with another head, that a model of our type of configuration may be."""
         return (self.architecture(config),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,6 +188,7 @@ class Pretrained:
             if not name.startswith(family.head)
             and not (self._leaves_head and family.has_head(name))
             and not any(re.fullmatch(pattern, name) for pattern in family.buffers)
+            and not family.left_out(name, config)
         )
         lacking = self.source.missing if isinstance(self.source, StackedExperts) else []
         if missing or extra or lacking:
@@ -195,6 +197,12 @@ class Pretrained:
             raise WeightsError(
                 f"{self.source.name} does not hold the tensors of a {family.model_type} with its configuration;"
                 f" nothing was loaded:\n{as_list(lines)}"
+            )
+        left_out = Counter(what for name in have - wanted if (what := family.left_out(name, config)))
+        for what, count in left_out.items():
+            rank_zero_warn(
+                f"{self.source.name}: {count} tensors are left out, those of {what}, which no {family.kind}Module has."
+                " An export has none either."
             )
         new = sorted(wanted - have)
         if new:

@@ -188,6 +188,28 @@ _GRANITE_MOE = {
     "embedding_multiplier": 12.0, "logits_scaling": 6.0, "model_type": "granitemoe", "num_local_experts": 6,
     "residual_multiplier": 0.22, "rope_scaling": None, "tie_word_embeddings": True, "transformers_version": "4.47.0",
 }  # fmt: skip
+_DEEPSEEK = {
+    **{name: value for name, value in _NEW.items() if name not in ("pad_token_id", "rope_theta")},
+    "first_k_dense_replace": 1, "kv_lora_rank": 12, "moe_intermediate_size": 16, "n_group": 1, "n_routed_experts": 6,
+    "n_shared_experts": 2, "num_experts_per_tok": 3, "num_key_value_heads": 6, "pretraining_tp": 1, "q_lora_rank": None,
+    "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "rope_theta": 10000, "routed_scaling_factor": 1.0, "topk_group": 1,
+    "v_head_dim": 8,
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 2, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 32, "type": "yarn",
+    },
+}  # fmt: skip
+_DEEPSEEK_V2 = {
+    **_DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "aux_loss_alpha": 0.001, "ep_size": 1,
+    "model_type": "deepseek_v2", "moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax",
+    "seq_aux": True, "topk_method": "greedy", "transformers_version": "4.33.1",
+}  # fmt: skip
+_DEEPSEEK_V3 = {
+    **_DEEPSEEK, "architectures": ["DeepseekV3ForCausalLM"], "ep_size": 1, "model_type": "deepseek_v3",
+    "moe_layer_freq": 1, "n_group": 3, "norm_topk_prob": True, "num_nextn_predict_layers": 1, "q_lora_rank": 16,
+    "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_group": 2, "topk_method": "noaux_tc",
+    "transformers_version": "4.33.1",
+}  # fmt: skip
 _BERT: dict[str, Any] = {
     "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False,
     "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 24, "initializer_range": 0.02,
@@ -290,6 +312,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "unsloth/gpt-oss-20b-BF16": _GPT_OSS,
     "allenai/OLMoE-1B-7B-0924": _OLMOE,
     "ibm-granite/granite-3.1-1b-a400m-base": _GRANITE_MOE,
+    "deepseek-ai/DeepSeek-V2-Lite": _DEEPSEEK_V2,
+    "deepseek-ai/DeepSeek-V3": _DEEPSEEK_V3,
     "google-bert/bert-base-uncased": _BERT,
     "google-bert/bert-base-multilingual-cased": {**_BERT, **_POOLER},
     "google-bert/bert-base-chinese": {**_BERT, **_POOLER, "transformers_version": "4.0"},
@@ -426,6 +450,19 @@ def _granite_moe(tensors: Tensors) -> Tensors:
 
 
 _QWENS_EXPERTS = _one_by_one("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def _deepseek_v3(tensors: Tensors) -> Tensors:
+    """A layer behind the others predicts the token after the next."""
+    found, last, further = _QWENS_EXPERTS(tensors), "model.layers.4.", "model.layers.5."
+    found |= {name.replace(last, further): tensor.clone() for name, tensor in found.items() if name.startswith(last)}
+    found |= {f"{further}{name}.weight": torch.ones(24) for name in ("enorm", "hnorm", "shared_head.norm")}
+    found[f"{further}eh_proj.weight"] = torch.ones(24, 48)
+    found[f"{further}embed_tokens.weight"] = found["model.embed_tokens.weight"].clone()
+    found[f"{further}shared_head.head.weight"] = found["lm_head.weight"].clone()
+    return found
+
+
 STORED: dict[str, Callable[[Tensors], Tensors]] = {
     "openai-community/gpt2": _gpt2,
     "microsoft/DialoGPT-medium": _dialogpt,
@@ -439,6 +476,8 @@ STORED: dict[str, Callable[[Tensors], Tensors]] = {
     "Qwen/Qwen3-30B-A3B": _QWENS_EXPERTS,
     "allenai/OLMoE-1B-7B-0924": _QWENS_EXPERTS,
     "ibm-granite/granite-3.1-1b-a400m-base": _granite_moe,
+    "deepseek-ai/DeepSeek-V2-Lite": _QWENS_EXPERTS,
+    "deepseek-ai/DeepSeek-V3": _deepseek_v3,
     "google-bert/bert-base-uncased": _bert,
     "google-bert/bert-base-chinese": lambda tensors: _positions(_bert(tensors)),
     "prajjwal1/bert-tiny": lambda tensors: _positions(_bert(tensors)),

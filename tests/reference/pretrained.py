@@ -19,6 +19,13 @@ _COMMON = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings
 _COMMON |= {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 64}
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 _SPARSE = {**_GROUPED, "num_hidden_layers": 5, "intermediate_size": 32, "num_experts_per_tok": 3}
+_LATENT = {
+    **_COMMON, **{"num_hidden_layers": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "n_routed_experts": 6},
+    "kv_lora_rank": 14, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 12, "first_k_dense_replace": 1,
+    "n_shared_experts": 2, "routed_scaling_factor": 1.7, "num_key_value_heads": 6,
+}  # fmt: skip
+_DEEPSEEKS_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_DEEPSEEKS_YARN |= {"beta_fast": 4.0, "beta_slow": 0.5, "mscale": 0.8, "mscale_all_dim": 0.6}
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 _GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "vocab_size": VOCAB, "initializer_range": 0.1}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -127,6 +134,26 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
             logits_scaling=0.7,
         )
     ),
+    "deepseek_v3": lambda: _with_biases(
+        hf.DeepseekV3ForCausalLM(
+            hf.DeepseekV3Config(
+                **_LATENT, **_IDS, q_lora_rank=22, n_group=3, topk_group=2, rope_parameters=_DEEPSEEKS_YARN
+            )
+        )
+    ),
+    "deepseek_v2": lambda: hf.DeepseekV2ForCausalLM(
+        hf.DeepseekV2Config(
+            **_LATENT,
+            q_lora_rank=22,
+            n_group=3,
+            topk_group=2,
+            topk_method="group_limited_greedy",
+            rope_parameters=_DEEPSEEKS_YARN,
+        )
+    ),
+    "deepseek_v2-lite": lambda: hf.DeepseekV2ForCausalLM(
+        hf.DeepseekV2Config(**_LATENT, **_IDS, q_lora_rank=None, n_group=1, topk_group=1)
+    ),
     "bert-masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**_COMMON, **_NO_DROPOUT)),
     "bert-pretraining": lambda: hf.BertForPreTraining(hf.BertConfig(**_COMMON, **_NO_DROPOUT)),
     "bert-sequences": lambda: hf.BertForSequenceClassification(
@@ -143,9 +170,17 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         hf.T5ForConditionalGeneration(hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
     ),
 }
-MIXTURES = ["mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
+LATENTS = ["deepseek_v2", "deepseek_v2-lite", "deepseek_v3"]
+MIXTURES = [*LATENTS, "mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
 DENSE = [name for name in MODELS if name not in MIXTURES]
 CAUSAL = [name for name in MODELS if not name.startswith(("bert", "roberta", "t5"))]
+
+
+def _with_biases(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(bias, std=0.1)
+    return model
 
 
 def _untied(model: hf.PreTrainedModel) -> hf.PreTrainedModel:

@@ -2,6 +2,8 @@
 
 from lightning_megatron.hf.families import (
     bert,
+    deepseek_v2,
+    deepseek_v3,
     gemma,
     gemma2,
     gemma3,
@@ -30,6 +32,8 @@ from lightning_megatron.hf.families import (
 
 __all__ = [
     "bert",
+    "deepseek_v2",
+    "deepseek_v3",
     "gemma",
     "gemma2",
     "gemma3",

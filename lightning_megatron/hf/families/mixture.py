@@ -21,7 +21,7 @@ class Mixture(Llama):
     """
 
     expresses: ClassVar[tuple[str, ...]] = ("experts",)
-    parts = ("experts",)
+    parts: ClassVar[tuple[str, ...]] = ("experts",)
     block = "mlp"
     router = "gate"
     normalized: bool | None = None
@@ -52,7 +52,7 @@ class Mixture(Llama):
             raise UnsupportedConfigError(
                 f"GPTConfig(experts=None) cannot be saved as a {self.model_type}, which has experts."
             )
-        self._require(experts, router=("softmax",), capacity_factor=(None,))
+        self._require(experts, router=("softmax",), capacity_factor=(None,), scale=(1.0,), groups=(None,))
         found = {num: experts.num, "num_experts_per_tok": experts.top_k, "router_aux_loss_coef": experts.aux_weight}
         if self.normalized is None:
             return {**found, "norm_topk_prob": experts.normalize_top_k}
@@ -76,7 +76,7 @@ class Mixture(Llama):
     @override
     def weight_mapping(self, config: Any) -> WeightMapping:
         found = super().weight_mapping(config)
-        for number, has in enumerate(config.experts.in_layers(config.num_layers)):
+        for number, has in enumerate(config.experts.in_layers(config.num_layers) if config.experts else ()):
             if has:
                 ours, theirs = f"decoder.layers.{number}.mlp.", f"model.layers.{number}.{self.block}."
                 found = {name: mapped for name, mapped in found.items() if not name.startswith(ours)}

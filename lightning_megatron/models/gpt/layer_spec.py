@@ -15,8 +15,8 @@ from megatron.core.utils import is_te_min_version
 from lightning_megatron.models.generation.cached_layers import generate_quickly
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.experts.expert_layer import ExpertLayer
+from lightning_megatron.models.gpt.latent.latent_self_attention import use_latent_attention
 from lightning_megatron.models.gpt.multi_token_prediction import block_of
-from lightning_megatron.models.gpt.latent.attention import use_latent_attention
 from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLayer
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.joint_norm import JointKeyNorm, JointNorm

@@ -87,6 +87,8 @@ REFUSED = {
     ],
     "allenai/OLMoE-1B-7B-0924": [{"clip_qkv": 8.0}],
     "ibm-granite/granite-3.1-1b-a400m-base": [{"attention_bias": True}],
+    "deepseek-ai/DeepSeek-V2-Lite": [{"attention_bias": True}, {"mlp_bias": True}, {"topk_method": "noaux_tc"}],
+    "deepseek-ai/DeepSeek-V3": [{"norm_topk_prob": False}, {"num_key_value_heads": 3}],
     "google-bert/bert-base-uncased": [{"is_decoder": True}, {"quantization_config": {"quant_method": "awq"}}],
     "FacebookAI/roberta-base": [{"hidden_act": "relu"}, {"pad_token_id": None}, {"is_decoder": True}],
     "google-t5/t5-small": [{"dense_act_fn": "gelu"}, {"is_gated_act": True}],
