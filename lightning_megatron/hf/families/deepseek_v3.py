@@ -23,7 +23,7 @@ class DeepseekV3(Deepseek):
 
     @override
     def write_interleave(self, latent: Any) -> dict[str, Any]:
-        return {"rope_interleave": latent.rope_interleave, "num_nextn_predict_layers": 0}
+        return {"rope_interleave": latent.rope_interleave}
 
     @override
     def read_router(self, fields: Fields) -> dict[str, Any]:
