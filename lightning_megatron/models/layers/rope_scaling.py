@@ -43,10 +43,12 @@ def stretch_rotary(model: torch.nn.Module, base: float, share: float, seq_length
         return
     if share != 1.0:
         raise ValueError(f"rope_scaling={scaling} changes the size of queries and keys; use rotary_percent=1.0.")
+    if hasattr(config, "latent_attention"):
+        for module in model.modules():
+            if hasattr(module, "rotary_factor"):
+                module.rotary_factor = factor
+        return
     for layer in model.decoder.layers:  # type: ignore[union-attr]
-        if hasattr(layer.self_attention, "rotary_factor"):
-            layer.self_attention.rotary_factor = factor
-            continue
         attention: Any = layer.self_attention.core_attention
         attention.softmax_scale = factor**2 * (attention.softmax_scale or config.kv_channels**-0.5)
 
