@@ -63,7 +63,7 @@ class _WithSinks(torch.autograd.Function):
         blocks: list[Block],
         scale: float | None,
     ) -> torch.Tensor:
-        merged = Merged(query)
+        merged = Merged(query, value.size(-1))
         merged.total[:] = sinks.to(merged.total.dtype)[:, None]
         for block in blocks:
             queries, keys = _slices(block, key.size(0) - query.size(0))
