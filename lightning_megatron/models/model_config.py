@@ -366,7 +366,9 @@ class ModelConfig:
         arguments.update(recompute.transformer_config_arguments(settings.recompute, modules))
         arguments.update({name: value for name, value in self.extra.items() if name not in pipeline_cut.CORE_FIELDS})
         if isinstance(cut, tuple):
-            arguments["pipeline_model_parallel_layout"] = pipeline_cut.core_layout(cut)
+            arguments["pipeline_model_parallel_layout"] = pipeline_cut.core_layout(
+                cut, arguments.get("mtp_num_layers") or 0
+            )
         arguments.update(stack)
         self._check_residual(arguments)
         modules = arguments.pop("recompute_modules", None)

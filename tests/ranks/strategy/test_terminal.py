@@ -43,6 +43,12 @@ def test_a_fit_prints_only_what_helps(tmp_path):
     [
         ({"tp": 2, "pp": 2}, (2,) * 8, True, "4 ranks: tp=2, pp=2, dp=1 over gloo; 8 micro-batches of 2"),
         ({"pp": 2, "vp": 2}, (3,) * 4, True, "4 ranks: tp=1, pp=2, vp=2, dp=2 over gloo; 4 micro-batches of 3"),
+        (
+            {"pp": 2, "layers_per_stage": [5, 3]},
+            (2,) * 8,
+            True,
+            "4 ranks: tp=1, pp=2, dp=2, layers_per_stage=[5, 3] over gloo; 8 micro-batches of 2",
+        ),
         ({"world_size": 1}, (8,), True, "1 rank; 1 micro-batch of 8"),
         ({"world_size": 2}, (1,), False, "2 ranks: tp=1, pp=1, dp=2 over gloo; 1 micro-batch"),
     ],

@@ -150,3 +150,14 @@ def test_the_rank_grid_has_the_memory_of_a_model(tmp_path, capsys):
     )  # fmt: skip
     table = ParallelLayout(world_size=4, tp=2, pp=2).memory(ours, micro_batch_size=2, lengths=(64,))
     assert capsys.readouterr().out.endswith(f"\n{table}\n")
+    main(["show", "pp=2", "--layers-per-stage", "3,1", "--model", str(tmp_path), "--precision", "32-true"])
+    table = ParallelLayout(world_size=2, pp=2, layers_per_stage=[3, 1]).memory(ours, precision="32-true")
+    told = capsys.readouterr().out
+    assert told.startswith("2 ranks on 1 node of 2: tp=1, pp=2, dp=1, layers_per_stage=[3, 1]\n")
+    assert "stage 0 (3 layers)" in told
+    assert "stage 1 (1 layer)" in told
+    assert told.endswith(f"\n{table}\n")
+    main(["show", "pp=2,vp=2", "--layers-per-stage", "Et|t|t|tL"])
+    assert "stages 1, 3 (1 + 1 layers)" in capsys.readouterr().out
+    main(["show", "pp=2", "--layers-per-stage", "auto", "--model", str(tmp_path)])
+    assert "layers_per_stage=[2, 2]" in capsys.readouterr().out
