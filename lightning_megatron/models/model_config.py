@@ -15,9 +15,8 @@ from lightning_megatron.distributed.suggestions import did_you_mean
 from lightning_megatron.distributed.wrong_names import further_tables, unknown_name
 from lightning_megatron.models import parameter_counts, recompute
 from lightning_megatron.models.core_fields import core_fields
-from lightning_megatron.models.layer_times import layer_times
 from lightning_megatron.models.parameter_counts import Part
-from lightning_megatron.models.pipeline_balance import Balance
+from lightning_megatron.models.pipeline_stages import with_stages
 from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.models.refused_fields import refuse_fields
 
@@ -301,26 +300,7 @@ class ModelConfig:
         Raises:
             LayoutError: Fields of megatron-core's in ``extra`` do not fit; or there are too few layers to balance.
         """
-        if layout.pp == 1:
-            return layout
-        try:
-            said = pipeline_cut.of_core_fields(self.extra, self.num_layers, layout.pp, layout.vp)
-        except ValueError as error:
-            raise layout.error(f"{type(self).__name__}(extra={{...}}): {error}") from None
-        if said is not None and layout.layers_per_stage not in (None, said):
-            raise layout.error(
-                f"{type(self).__name__}(extra={{...}}) cuts the pipeline otherwise, into stages of {list(said)} layers."
-                " Leave one out."
-            )
-        if layout.layers_per_stage != "auto":
-            return replace(layout, layers_per_stage=said or layout.layers_per_stage)
-        balance = Balance(layer_times(self, recompute)[0], layout.num_stages, int(trains_every_stage))
-        if self.num_layers < balance.fewest:
-            raise layout.error(
-                f"num_layers={self.num_layers} are too few for {layout.num_stages} stages. Use {balance.fewest} or more"
-                " layers, or fewer stages."
-            )
-        return replace(layout, layers_per_stage=balance.cut(layout.pp))
+        return with_stages(self, layout, recompute, trains_every_stage)
 
     def sizes(self) -> dict[str, Any]:
         """What a layout has to divide, as ``check_model`` names it."""

@@ -7,6 +7,7 @@ import functools
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lightning_megatron import BertModule, GPTModule, T5Module
 from tests.reference import (
@@ -141,6 +142,19 @@ def test_a_checkpoint_goes_on_under_another_cut(tmp_path):
         for seen in run_in_pool(2, run, plain_gpt.GPT2, layout, train_part.STEPS):
             assert seen["losses"] == pytest.approx(expected["losses"][3:], rel=1e-5)
             assert seen["distance"] < 1e-5
+
+
+def generated_and_exported(layers: list[int] | None, folder: str) -> list[list[int]]:
+    module = GPTModule(plain_gpt.LLAMA).build(pp=1 if layers is None else len(layers), layers_per_stage=layers)
+    module.save_pretrained(folder)
+    return module.generate(torch.arange(3, 13).view(2, 5), max_new_tokens=6).tolist()
+
+
+def test_stages_generate_and_export_what_one_process_does(tmp_path):
+    (alone,) = run_in_pool(1, generated_and_exported, None, str(tmp_path / "alone"))
+    assert run_in_pool(4, generated_and_exported, [0, 3, 5, 0], str(tmp_path / "cut")) == [alone] * 4
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "cut")]
+    assert written[0] == written[1]
 
 
 def test_megatron_cores_own_fields_cut_the_same_way():
