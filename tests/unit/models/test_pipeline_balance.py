@@ -115,6 +115,7 @@ def test_the_estimate_counts_the_layers_of_each_stage():
 
     first, last = weights([8, 8])
     layer = (first - weights([6, 10])[0]) / 2
+    assert layer > 2 * 11 * CONFIG.hidden_size**2
     assert weights([6, 10])[1] == pytest.approx(last + 2 * layer)
     assert weights([16, 0])[1] == pytest.approx(last - 8 * layer)
     assert weights(None, extra={"num_layers_in_first_pipeline_stage": 6}) == weights([6, 10])
