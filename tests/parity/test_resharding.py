@@ -98,3 +98,8 @@ def test_padding_of_the_vocabulary_is_stripped_and_put_back(saved, name, after):
 )
 def test_gated_layers_and_grouped_queries(saved, before, after):
     assert_goes_on("LLAMA", saved("LLAMA", before), after)
+
+
+@pytest.mark.parametrize(("before", "after"), [(TP2PP2, ONE), (ONE, TP2)], ids=str)
+def test_latents(saved, before, after):
+    assert_goes_on("LATENT", saved("LATENT", before), after)

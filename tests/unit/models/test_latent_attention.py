@@ -1,0 +1,66 @@
+"""Multi-latent attention writes texts with a cache as without one, and refuses what it does not have."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_megatron import Experts, GPTModule, LatentAttention, LayoutError, ParallelLayout
+from tests.reference import plain_gpt
+
+
+@pytest.mark.parametrize("name", ["LATENT", "LATENT_LITE"])
+def test_written_with_a_cache_as_without(name: str) -> None:
+    config = replace(getattr(plain_gpt, name), seq_length=64)
+    module = GPTModule(config).build()
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tokens, keep = torch.randint(1, 60, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    keep[0, :4] = keep[2, :6] = 0
+    for text, kept in zip(module.generate(tokens, attention_mask=keep, max_new_tokens=20), keep, strict=True):
+        prompt = int(kept.sum())
+        alone = text[None, 9 - prompt :]
+        with torch.no_grad():
+            logits = module.chunks[0](alone, None, None)[..., : config.vocab_size]
+        assert torch.equal(logits[0, prompt - 1 : -1].argmax(-1), alone[0, prompt:])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"kv_channels": 8}, "has sizes of heads of its own"),
+        ({"num_query_groups": 2}, "makes keys and values for each head"),
+        ({"position_embedding": "none", "rope_scaling": None}, "rotates a part of each head"),
+        ({"extra": {"qk_layernorm": True}}, "latents have norms of their own"),
+        ({"extra": {"rotary_interleaved": True}}, "rope_interleave"),
+        ({"latent_attention": {"kv_lora_rank": 8, "kv_rank": 9}}, "kv_rank"),
+    ],
+    ids=str,
+)
+def test_refused(change: dict, told: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=told):
+        replace(plain_gpt.LATENT, **change)
+
+
+def test_refused_sizes() -> None:
+    with pytest.raises(ValueError, match=r"qk_rope_head_dim=7.*Use 8"):
+        LatentAttention(qk_rope_head_dim=7)
+    with pytest.raises(LayoutError, match=r"kv_lora_rank \+ qk_rope_head_dim=28 is not a multiple of tp=3"):
+        plain_gpt.LATENT.check(ParallelLayout(world_size=3, tp=3))
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        ({"groups": 3}, "give both"),
+        ({"groups": 4, "top_k_groups": 2}, "Use a divisor"),
+        ({"groups": 3, "top_k_groups": 1, "top_k": 3}, "top_k up to 2"),
+        ({"groups": 3, "top_k_groups": 2, "group_scores": 3}, "group_scores up to 2"),
+    ],
+    ids=str,
+)
+def test_refused_groups_of_experts(groups: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Experts(num=6, **groups)
