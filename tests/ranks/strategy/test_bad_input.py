@@ -133,13 +133,14 @@ class Broken(Rows):
         return super().__getitem__(i)
 
 
-def _fit_broken() -> None:
+def _fit_broken(layout: Layout) -> None:
     data = DataLoader(Broken(text_samples(plain_gpt.GPT2, 64)), batch_size=8, sampler=range(64))
-    trainer(Layout(pp=2, dp=2), max_steps=6).fit(LoadedGPT(plain_gpt.GPT2), data)
+    trainer(layout, max_steps=6).fit(LoadedGPT(plain_gpt.GPT2), data)
 
 
-def test_an_error_in_one_rank_ends_all_and_is_shown_as_the_first():
+@pytest.mark.parametrize("layout", [Layout(pp=2, dp=2), Layout(cp=2, pp=2)], ids=str)
+def test_an_error_in_one_rank_ends_all_and_is_shown_as_the_first(layout):
     with pytest.raises(RankError, match="the disk of rank 1 is gone") as error:
-        run_ranks(4, _fit_broken, timeout=40)
+        run_ranks(4, _fit_broken, layout, timeout=40)
     assert "gave no result" not in str(error.value)
     assert "This is a consequence. First, rank 1 raised OSError: the disk of rank 1 is gone" in str(error.value)

@@ -102,6 +102,25 @@ def test_what_is_logged_is_that_of_one_process(layout, logged_by_one):
             assert mine == pytest.approx(reference, rel=1e-5)
 
 
+def _of_lengths(layout: Layout) -> Any:
+    """Losses of a training, and the shapes of predictions, on batches of a length each."""
+    kept, module = Kept(), OurGPT(CONFIG)
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(1, CONFIG.vocab_size, (4, length + 1), generator=generator) for length in (1, 2, 5, 16, 13)]
+    data = DataLoader([{"tokens": each[:, :-1], "labels": each[:, 1:]} for each in ids], batch_size=None)
+    run = trainer_of(layout, ".", callbacks=[kept], max_steps=len(ids))
+    run.fit(module, data)
+    return [each["train_loss"] for each in kept.seen], [tuple(each.shape) for each in run.predict(module, data)]
+
+
+@pytest.mark.parametrize("layout", [Layout(cp=4), Layout(cp=2, tp=2, sp=True)], ids=str)
+def test_rows_may_be_shorter_than_there_are_parts(layout):
+    ((losses, shapes),) = run_in_pool(1, _of_lengths, Layout())
+    for seen in run_in_pool(layout.world_size, _of_lengths, layout):
+        assert seen[0] == pytest.approx(losses, rel=1e-5)
+        assert seen[1] == shapes
+
+
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "vocab_size": 64, "seq_length": 16}
 
 
