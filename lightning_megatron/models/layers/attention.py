@@ -317,6 +317,11 @@ def use_kernel(chunks: Iterable[torch.nn.Module], kernel: str | None, dtype: tor
                         f" this model has attention_score_cap={module.score_cap}. Leave attention out, or use 'flex' or"
                         " 'math'."
                     )
+                if module.softmax_offset is not None and kernel is not None:
+                    raise ValueError(
+                        f"Kernels(attention={kernel!r}): this model has sinks (attention_sinks=True), which back ends"
+                        " of torch's do not know. Leave attention out."
+                    )
                 module.kernel = kernel
 
 

@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 
 from lightning_megatron import GPTConfig
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.models.layers.attention import TorchAttention, use_kernel
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, causal_pattern
 from lightning_megatron.models.layers.attention_sinks import attend_with_sinks
 from lightning_megatron.models.layers.context_parallel import ways
 from lightning_megatron.models.layers.context_parallel.visible_blocks import Visible
 
+SETTINGS = BuildSettings(layout=ParallelLayout(world_size=1), device=torch.device("cpu"))
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 32, "seq_length": 8}
 
 
@@ -63,5 +68,9 @@ def test_what_sinks_do_not_go_with():
     assert ways.chosen(None, **sizes, sinks=True) == "all_to_all"
     with pytest.raises(ValueError, match=r"cp_comm='ring'\) does not know the sinks.*cp_comm='all_to_all'"):
         ways.chosen("ring", **sizes, sinks=True)
+    config = GPTConfig(**SIZES, attention_sinks=True).transformer_config(SETTINGS)
+    layer = TorchAttention(config, 1, AttnMaskType.causal, "self")
+    with pytest.raises(ValueError, match=r"attention='math'\): this model has sinks.*Leave attention out"):
+        use_kernel([layer], "math", torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="5 heads do not divide by it"):
         ways.chosen(None, **{**sizes, "heads": 5}, sinks=True)
