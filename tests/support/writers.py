@@ -22,10 +22,12 @@ MODELS = {**_DEEP, **{name: make for name, make in pretrained.MODELS.items() if 
 def model(name: str) -> Any:
     found = MODELS[name]().eval()
     found.generation_config = hf.GenerationConfig()  # no tokens that end a text but those that are asked for
-    size, seed = (1.0, 8) if name.startswith("t5") else (0.3, 7)  # with which they write something
+    scaled = name in ("gemma2", "gemma3")  # they repeat the last token where their layers add little to it
+    size, seed = (1.0, 8) if name.startswith("t5") else (0.3, 11 if scaled else 7)  # with which they write something
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in found.named_parameters():
-        at = 1.0 if parameter.dim() == 1 and "bias" not in key and "gemma" not in name else 0.0  # its norms add one
+        at = 4.0 if scaled else 0.0 if name == "gemma" else 1.0  # Gemma's norms add one
+        at *= parameter.dim() == 1 and "bias" not in key
         parameter.data.copy_(at + size * torch.randn(parameter.shape, generator=generator))
     return found
 
