@@ -71,7 +71,7 @@ class Arguments:
             if not isinstance(value, of) and not (optional and value is None):
                 self._refuse(name, value, called, optional)
 
-    def one_of(self, known: Iterable[str | None], **values: Any) -> None:
+    def one_of(self, known: Iterable[Any], **values: Any) -> None:
         """Refuse values that are not among the ``known`` ones."""
         choices = list(known)
         for name, value in values.items():

@@ -336,11 +336,16 @@ class ConfiguredModule(MegatronModule):
             self._named_tensors(batch)
         return self._get_checked_batch(batch)
 
-    def _chunk_step(self, batch: Batch) -> Any:
-        given = self._get_checked_batch(batch)
+    def _get_measured_batch(self, batch: Batch) -> Batch:
+        """As ``_get_checked_batch``; the lengths of what an overridden ``get_batch`` returned are noted."""
+        inputs = self._get_checked_batch(batch)
         if self.has_own_get_batch:
-            self._lengths_of_own = self._padded(self._input_lengths(given))
-        inputs = self._fitted(given)
+            self._lengths_of_own = self._padded(self._input_lengths(inputs))
+        return inputs
+
+    def _chunk_step(self, batch: Batch) -> Any:
+        # Nothing here holds the whole rows that get_batch made while the chunk runs.
+        inputs = self._fitted(self._get_measured_batch(batch))
         labels = {"labels": self._weighted_labels(inputs)} if self._sums_losses else {}
         output = self.active_model(**{**inputs, **labels})
         return self.loss(output, inputs) if self.on_last_stage else output

@@ -56,7 +56,7 @@ def numbers(batch: Batch, length: int) -> torch.Tensor | None:
             it, a document begins, as transformers reads them.
         length: Tokens of a row.
     """
-    return None if all(answers(batch, is_one_document)) else _numbers(batch, length)
+    return None if all(answers(batch, is_one_document)) else of_tokens(batch, length)
 
 
 def places(documents: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,8 @@ def within_documents(mask: torch.Tensor, documents: torch.Tensor) -> torch.Tenso
     return mask * F.pad(documents.diff(dim=1) == 0, (0, 1), value=True)
 
 
-def _numbers(batch: Batch, length: int) -> torch.Tensor:
+def of_tokens(batch: Batch, length: int) -> torch.Tensor:
+    """As ``numbers``, where each row is one document, too."""
     name = source(batch)
     if name is None:
         return F.pad(batch["position_ids"].diff(dim=1) != 1, (1, 0)).cumsum(dim=1)
@@ -120,10 +121,10 @@ def check(module: str, batch: Batch, rows: int, length: int) -> None:
         _check_shape(module, batch[_NUMBERS], rows, length)
     else:
         _check_ends(module, said, batch[said], length)
-    found = _numbers(batch, length).expand(rows, length)
+    found = of_tokens(batch, length).expand(rows, length)
     if said != _NUMBERS and _NUMBERS in batch:
         _check_shape(module, batch[_NUMBERS], rows, length)
-        _compare(module, found, said, _numbers({_NUMBERS: batch[_NUMBERS]}, length), _NUMBERS)
+        _compare(module, found, said, of_tokens({_NUMBERS: batch[_NUMBERS]}, length), _NUMBERS)
     if "position_ids" in batch:
         _check_positions(module, found, said, batch["position_ids"].expand(rows, -1))
 
@@ -134,19 +135,27 @@ def check_encoder(module: str, batch: Batch) -> None:
     Raises:
         ValueError: Documents have padding that is not masked, or only positions say that there are several.
     """
-    masked = batch.get("attention_mask") is not None
-    padded = [name for name in ("cu_seqlens_padded", "cu_seqlens_q_padded", "cu_seqlens_unpadded") if name in batch]
-    if padded and not masked:
-        raise ValueError(
-            f"{module}: {padded[0]!r} says that documents are padded, and tokens that look in both directions would"
-            " look at their padding. Add an 'attention_mask' [b, s], 0 at the padding."
-        )
-    positions = batch.get("position_ids")
+    check_padding(module, batch)
+    positions, masked = batch.get("position_ids"), batch.get("attention_mask") is not None
     if positions is not None and not masked and source(batch) is None and not is_one_document(batch).all():
         raise ValueError(
             f"{module}: 'position_ids' begin anew in a row, and do not say whether the texts look at one another (in"
             " transformers they do). Add 'seq_idx' or 'cu_seq_lens_q' to keep texts apart"
             " (DataCollatorWithFlattening(return_seq_idx=True)), or an 'attention_mask' of ones if the row is one text."
+        )
+
+
+def check_padding(module: str, batch: Batch) -> None:
+    """Refuse documents of an encoder that are padded without a mask.
+
+    Raises:
+        ValueError: They are.
+    """
+    padded = [name for name in ("cu_seqlens_padded", "cu_seqlens_q_padded", "cu_seqlens_unpadded") if name in batch]
+    if padded and batch.get("attention_mask") is None:
+        raise ValueError(
+            f"{module}: {padded[0]!r} says that documents are padded, and tokens that look in both directions would"
+            " look at their padding. Add an 'attention_mask' [b, s], 0 at the padding."
         )
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, get_args
 from typing_extensions import override
 
 from lightning_megatron.data.chat.encoder import ChatEncoder, LossOn
-from lightning_megatron.data.chat.shared_rows import CollateConversations, PackedConversations, PackedConversationStream
 from lightning_megatron.data.collators.padding import PaddingCollator
 from lightning_megatron.data.datamodule import Collator
 from lightning_megatron.data.huggingface.datamodule import HFDataModule
 from lightning_megatron.data.huggingface.streams import DocumentStream
+from lightning_megatron.data.huggingface.whole_texts import CollateWholeTexts, WholeTexts, WholeTextStream
 from lightning_megatron.data.tokenizers import ChatTokenizer, Tokenizer
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
@@ -91,7 +91,9 @@ class ChatDataModule(HFDataModule):
         num_workers: int = 0,
         cache_dir: str | Path | None = None,
     ) -> None:
-        Arguments(type(self).__name__).one_of(get_args(LossOn), loss_on=loss_on)
+        arguments = Arguments(type(self).__name__)
+        arguments.one_of(get_args(LossOn), loss_on=loss_on)
+        arguments.flag(packing=packing)
         super().__init__(
             dataset, config_name, data_files, load_options, streaming, split, text_column=messages_column,
             tokenizer=tokenizer, seq_length=seq_length, batch_size=batch_size, packing=packing, shuffle=shuffle,
@@ -136,15 +138,15 @@ class ChatDataModule(HFDataModule):
     @property
     @override
     def _collator(self) -> Collator:
-        return (CollateConversations if self.packing else PaddingCollator)(self.tokenizer.eod_id)
+        return (CollateWholeTexts if self.packing else PaddingCollator)(self.tokenizer.eod_id)
 
     @override
-    def _pack(self, documents: Dataset) -> PackedConversations:
-        return PackedConversations(documents, self.seq_length)
+    def _pack(self, documents: Dataset) -> WholeTexts:
+        return WholeTexts(documents, self.seq_length)
 
     @override
-    def _pack_stream(self, documents: DocumentStream) -> PackedConversationStream:
-        return PackedConversationStream(documents, self.seq_length)
+    def _pack_stream(self, documents: DocumentStream) -> WholeTextStream:
+        return WholeTextStream(documents, self.seq_length)
 
     def _warn_without_ends(self, encoder: ChatEncoder, row: Mapping[str, Any]) -> None:
         """Warn where an answer ends without a token by which generation stops, for then it is not learnt."""

@@ -116,10 +116,12 @@ class MaskedLMCollator:
 
         Args:
             samples: Mappings with ``input_ids`` ``[s]``, optional ``token_type_ids`` ``[s]``, and numbers such as
-                ``next_sentence_label``. Other sequences in them are left out.
+                ``next_sentence_label``. Samples of several texts have ``seq_idx`` ``[s]``, the number of each token's
+                text, or ``cu_seqlens``, where texts begin and the last one ends. Other sequences are left out.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` and ``token_type_ids`` ``[b, s]``, and the numbers ``[b]``.
+            ``input_ids``, ``attention_mask``, ``labels``, ``token_type_ids`` and ``seq_idx`` ``[b, s]``, ``cu_seqlens``
+            ``[b, n]``, and the numbers ``[b]``. Padding is a text of its own.
 
         Raises:
             ValueError: A sample is empty.
@@ -138,6 +140,10 @@ class MaskedLMCollator:
             if key == "token_type_ids":
                 types = [np.asarray(sample[key], dtype=np.int64) for sample in samples]
                 batch[key] = torch.from_numpy(padded(types, length, 0))
+            elif key in ("seq_idx", "cu_seqlens"):
+                each = [np.asarray(sample[key], dtype=np.int64) for sample in samples]
+                make = _numbers if key == "seq_idx" else _borders
+                batch[key] = torch.from_numpy(make(each, length))
             elif key not in batch and np.ndim(samples[0][key]) == 0:
                 batch[key] = torch.from_numpy(np.asarray([sample[key] for sample in samples]))
         return batch
@@ -160,3 +166,14 @@ class MaskedLMCollator:
             first = np.maximum.accumulate(np.where(starts, np.arange(ids.shape[1]), 0), axis=1)
             lots = np.take_along_axis(lots, first, axis=1)
         return (lots < self.probability) & ~special
+
+
+def _numbers(rows: list[np.ndarray], length: int) -> np.ndarray:
+    """``[b, length]``, the number of each token's text; that of padding is another one."""
+    return np.stack([np.pad(row, (0, length - len(row)), constant_values=row.max() + 1) for row in rows])
+
+
+def _borders(rows: list[np.ndarray], length: int) -> np.ndarray:
+    """``[b, n]``, the borders of texts, of which the last is where the padding ends; -1 stands behind them."""
+    ended = [row if row[-1] == length else np.append(row, length) for row in rows]
+    return padded(ended, max(map(len, ended)), -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,6 +16,12 @@ from lightning_megatron.data.huggingface import dataset_source
 from lightning_megatron.data.huggingface.documents import Encoder, PackedDocuments, labels_in, tokenise
 from lightning_megatron.data.huggingface.row_encoder import RowEncoder
 from lightning_megatron.data.huggingface.streams import DocumentStream, PackedStream, StreamLoader
+from lightning_megatron.data.huggingface.whole_texts import (
+    CollateNumberedTexts,
+    CollateWholeTexts,
+    WholeTexts,
+    WholeTextStream,
+)
 from lightning_megatron.data.tokenizers import Tokenizer
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
@@ -30,10 +36,12 @@ if TYPE_CHECKING:
 class HFDataModule(TokenizedDataModule):
     """Samples of a Hugging Face dataset, tokenised.
 
-    With ``packing``, rows follow one another and batches are ``{"text": int64 [batch_size, seq_length + 1]}``. Without
-    it, a sample is a row, cut at ``seq_length``, and batches are ``input_ids``, ``attention_mask`` and ``labels``
-    ``[batch_size, s]``, padded to their longest sample; labels are −100 on padding and prompts. Prediction runs over
-    the test split.
+    With ``packing``, rows follow one another and batches are ``{"text": int64 [batch_size, seq_length + 1]}``. With
+    ``packing="whole"``, whole rows of the dataset share a row of tokens where they fit, and none looks at another:
+    batches are ``input_ids``, ``labels`` and ``position_ids`` ``[batch_size, s]``; a ``collate_fn`` is given
+    ``input_ids`` and ``seq_idx``. Without packing, a sample is a row, and batches are ``input_ids``, ``attention_mask``
+    and ``labels`` ``[batch_size, s]``, padded to their longest sample. In the last two, a row is cut at ``seq_length``,
+    and labels are −100 on padding and prompts. Prediction runs over the test split.
 
     Texts and prompts begin as the tokenizer's own call begins them (for example with Llama's BOS), and messages of a
     chat become text by the tokenizer's chat template. Where rows of ids have a column ``labels``, these are the labels,
@@ -63,9 +71,10 @@ class HFDataModule(TokenizedDataModule):
         append_eod: Whether the end-of-document id is added to texts that do not end with it.
         seq_length: Tokens that the model sees at once.
         batch_size: Samples of one optimizer step on one data-parallel rank; the strategy cuts them into micro-batches.
-        packing: Whether rows are packed one after another into samples of equal length.
+        packing: Whether rows are packed one after another into samples of equal length. "whole": rows stay whole, and
+            as many share a sample as fit.
         collate_fn: A function, for BERT and T5, that makes a batch from samples with ``input_ids``, ``[seq_length]`` if
-            packed.
+            packed; with packing="whole" also ``seq_idx``, the number of each token's text.
         shuffle: Whether training takes the samples in a random order. Streams are shuffled by shard, and by row within
             blocks of ``shuffle_block`` rows.
         shuffle_block: Number of rows of a stream that are shuffled with each other.
@@ -94,7 +103,7 @@ class HFDataModule(TokenizedDataModule):
         append_eod: bool = True,
         seq_length: int = 256,
         batch_size: int = 8,
-        packing: bool = True,
+        packing: bool | Literal["whole"] = True,
         collate_fn: Collator | None = None,
         shuffle: bool = True,
         shuffle_block: int = 1000,
@@ -110,9 +119,8 @@ class HFDataModule(TokenizedDataModule):
         arguments.whole(None, seq_length=seq_length, batch_size=batch_size, shuffle_block=shuffle_block, seed=seed)
         arguments.whole(None, optional=True, num_proc=num_proc)
         arguments.whole(0, num_workers=num_workers)
-        arguments.flag(
-            streaming=streaming, append_eod=append_eod, packing=packing, shuffle=shuffle, drop_last=drop_last
-        )
+        arguments.flag(streaming=streaming, append_eod=append_eod, shuffle=shuffle, drop_last=drop_last)
+        arguments.one_of((True, False, "whole"), packing=packing)
         for name, value in {**positive, "num_proc": num_proc}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{type(self).__name__}({name}={value}) must be at least 1.")
@@ -188,20 +196,23 @@ class HFDataModule(TokenizedDataModule):
 
     def _encoder(self, name: str) -> RowEncoder:
         columns = (self.text_column, self.prompt_column, self.keep_columns)
-        longest = None if self.packing else self.seq_length
+        longest = None if self.packing is True else self.seq_length
         return Encoder(self.tokenizer, *columns, self.append_eod, longest, self._labelled[name])
 
     @property
     def _collator(self) -> Collator | None:
+        if self.packing == "whole":
+            own = self.collate_fn
+            return CollateWholeTexts(self.tokenizer.eod_id) if own is None else CollateNumberedTexts(own)
         if self.packing:
             return None if self.collate_fn is None else CollatePacked(self.collate_fn)
         return self.collate_fn or PaddingCollator(self.tokenizer.eod_id)
 
     def _pack(self, documents: Dataset) -> Any:
-        return PackedDocuments(documents, self.seq_length)
+        return (WholeTexts if self.packing == "whole" else PackedDocuments)(documents, self.seq_length)
 
     def _pack_stream(self, documents: DocumentStream) -> Any:
-        return PackedStream(documents, self.seq_length)
+        return (WholeTextStream if self.packing == "whole" else PackedStream)(documents, self.seq_length)
 
     def _rows(self) -> dict[str, Rows]:
         """The rows of each split that has a name."""
@@ -302,10 +313,11 @@ class HFDataModule(TokenizedDataModule):
                 f"{name}(split={self.split}) must be three names (train, val, test), or None for one, such as"
                 " ('train', 'validation', None); or three parts, none negative, that sum to 1."
             )
-        if self.packing and (self.prompt_column is not None or self.keep_columns):
+        if (self.packing is True and self.prompt_column is not None) or (self.packing and self.keep_columns):
             raise ValueError(
                 f"{name}(prompt_column={self.prompt_column!r}, keep_columns={self.keep_columns}): packed"
-                " samples hold several rows, so they have no prompt and no columns of a row. Use packing=False."
+                " samples hold several rows, so they have no prompt and no columns of a row. Use packing=False, or for"
+                " prompts packing='whole'."
             )
         if self.keep_columns and self.collate_fn is None:
             raise ValueError(f"{name}(keep_columns={self.keep_columns}) needs a collate_fn that uses them.")

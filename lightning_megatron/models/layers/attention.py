@@ -18,12 +18,16 @@ from lightning_megatron.distributed.layout import ContextComm
 from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.layers import capped_attention, flex_attention, sdpa
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams, causal_pattern
-from lightning_megatron.models.layers.attention_pieces import JOINED, Kernel, attend_in_pieces
+from lightning_megatron.models.layers.attention_pieces import JOINED, attend_in_pieces
 from lightning_megatron.models.layers.attention_sinks import attend_with_sinks, new_sinks
 from lightning_megatron.models.layers.context_parallel import all_to_all, ways
 from lightning_megatron.models.layers.context_parallel.all_gather import GatheredKeys
 from lightning_megatron.models.layers.context_parallel.ring import attend_in_ring
-from lightning_megatron.models.layers.context_parallel.visible_blocks import Visible
+from lightning_megatron.models.layers.recomputed_blocks import ScoreBias, attend_again_in_backward
+from lightning_megatron.models.layers.sdpa import Kernel
+from lightning_megatron.models.layers.visible_blocks import Visible
+
+AT_ONCE = 1024  # keys up to which scores with a bias, or with a mask of queries and keys, are made at once
 
 
 class _Looks(NamedTuple):
@@ -31,8 +35,13 @@ class _Looks(NamedTuple):
 
     pattern: AttentionPattern | None
     mask: torch.Tensor | None
-    bias: torch.Tensor | None
+    bias: Any  # a tensor, a ScoreBias or None
     causal: bool
+
+    def visible(self, length: int, window: int | None, device: torch.device) -> Visible:
+        """Who looks at whom in rows of ``length`` keys; without a mask that says it, no token looks ahead."""
+        causal = self.causal and self.pattern is None and self.mask is None
+        return Visible(causal_pattern(length, length) if causal else self.pattern, self.mask, window, device)
 
 
 class TorchAttention(torch.nn.Module):
@@ -107,7 +116,7 @@ class TorchAttention(torch.nn.Module):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
+        attention_bias: torch.Tensor | ScoreBias | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         """Compute the attention of this rank's heads.
@@ -122,14 +131,15 @@ class TorchAttention(torch.nn.Module):
             attention_mask: ``[b, 1, s, s]``, True where a query may not look (Megatron's convention); includes the
                 causal part. None is plain causal attention, or none masked.
             attn_mask_type: Overrides the kind that the layer was built with.
-            attention_bias: ``[1, heads/tp, s, s]``, added to the scores; the mask then has to hold the causal part.
+            attention_bias: ``[1, heads/tp, s, s]``, added to the scores; the mask then has to hold the causal part. Or
+                what makes it of some queries and keys.
             packed_seq_params: ``PatternParams``, which say who looks at whom in place of a mask; or None.
 
         Returns:
             ``[s, b, heads/tp · head]``, with heads of the values' size.
         """
         causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
-        looks = _Looks(_pattern(packed_seq_params), attention_mask, attention_bias, causal)
+        looks = _Looks(_pattern(packed_seq_params, self.is_cross), attention_mask, attention_bias, causal)
         if self.way is None or self.has_whole_rows:
             return self._whole_rows(query, key, value, looks).flatten(2)
         over_ranks = {"all_gather": self._gathered, "all_to_all": self._by_heads, "ring": self._in_ring}[self.way]
@@ -150,6 +160,9 @@ class TorchAttention(torch.nn.Module):
         if self.softmax_offset is not None:
             return self._with_sinks(query, key, value, looks, self.softmax_offset)
         pattern, mask, window = looks.pattern, looks.mask, self._window(key.size(0))
+        if self._is_made_in_parts(looks, key.size(0)):
+            with self._randomness() as dropout:
+                return self._in_parts(query, key, value, looks, range(query.size(0)), dropout)
         if mask is None and looks.bias is None and pattern is None:
             if window is not None or (looks.causal and self._prefers_flex(query)):
                 pattern = causal_pattern(key.size(0), query.size(0))
@@ -180,14 +193,18 @@ class TorchAttention(torch.nn.Module):
         gathered = GatheredKeys(key, value, self.shards_of_keys)
         length = gathered.key.size(0)
         pattern, mask, window = looks.pattern, looks.mask, self._window(length)
+        made_in_parts = self._is_made_in_parts(looks, length)
         if pattern is None and mask is None and self.causal and (window is not None or self._prefers_flex(query)):
             pattern = causal_pattern(length, length)
-        elif mask is not None and window is not None:
+        elif mask is not None and window is not None and not made_in_parts:
             mask = mask | causal_pattern(length, length).dense(window, query.device)
         parts, found = self.shards_of_queries.parts(query.size(0) * self.shards_of_queries.size), []
         with self._randomness() as dropout:
             for number, (part, each) in enumerate(zip(parts, query.split(len(parts[0])), strict=True)):
                 keys = gathered.key, gathered.value
+                if made_in_parts:
+                    found.append(self._in_parts(each, *keys, looks, part, dropout))
+                    continue
                 if pattern is not None:
                     of_part = pattern.part(part.start, part.stop)
                     found.append(self._patterned(each, *keys, of_part, window, dropout))
@@ -207,7 +224,9 @@ class TorchAttention(torch.nn.Module):
         own, bias = query.size(0), looks.bias
         query = all_to_all.whole_rows(query, of_queries)
         key, value = (all_to_all.whole_rows(all_to_all.divisible(x, of_keys.size), of_keys) for x in (key, value))
-        if bias is not None and bias.size(2) == own:
+        if isinstance(bias, ScoreBias):
+            bias = bias.of_heads(of_queries.rank, of_queries.size)
+        elif bias is not None and bias.size(2) == own:
             bias = all_to_all.whole_rows(bias.permute(2, 0, 1, 3), of_queries).permute(1, 2, 0, 3)
         found = self._whole_rows(query, key, value, looks._replace(bias=bias))
         return all_to_all.own_places(found, of_queries)
@@ -216,14 +235,9 @@ class TorchAttention(torch.nn.Module):
         """As ``_whole_rows``, of shards: keys and values pass from rank to rank."""
         of_queries, of_keys = self.shards_of_queries, self.shards_of_keys
         length = key.size(0) * of_keys.size
-        pattern, mask, window = looks.pattern, looks.mask, self._window(length)
         if looks.bias is not None:
             raise ValueError("cp_comm='ring' takes no bias on the scores. Use cp_comm='all_gather' or 'all_to_all'.")
-        if pattern is None and mask is None and self.causal:
-            pattern = causal_pattern(length, length)
-        elif mask is not None and window is not None:
-            mask = mask | causal_pattern(length, length).dense(window, query.device)
-        visible = Visible(pattern, mask, window, query.device)
+        visible = looks.visible(length, self._window(length), query.device)
         return attend_in_ring(query, key, value, visible, (of_queries, of_keys), self.softmax_scale, self.score_cap)
 
     def _prefers_flex(self, query: torch.Tensor) -> bool:
@@ -240,6 +254,31 @@ class TorchAttention(torch.nn.Module):
         dropout = self.dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout and not self.in_parallel_rng else nullcontext():
             yield dropout
+
+    def _is_made_in_parts(self, looks: _Looks, keys: int) -> bool:
+        """Whether there is a bias to be made, or a mask of queries and keys that is large."""
+        if isinstance(looks.bias, ScoreBias):
+            return True
+        mask = looks.mask
+        return keys > AT_ONCE and looks.bias is None and mask is not None and mask.size(2) > 1
+
+    def _in_parts(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        looks: _Looks,
+        places: range,
+        dropout: float,
+    ) -> torch.Tensor:
+        """As ``_whole_rows``, of queries at ``places`` of whole rows; long rows are computed in blocks, twice."""
+        length, bias = key.size(0), looks.bias
+        visible = looks.visible(length, self._window(length), query.device)
+        if bias is None or length > AT_ONCE:
+            return attend_again_in_backward(query, key, value, places, visible, bias, self._sdpa(dropout))
+        seen, added = visible.seen(places, range(length)), bias.of(bias.table, places, range(length))
+        unseen = None if seen is None else ~seen
+        return self._masked(query, key, value, unseen, added.to(query.dtype), False, dropout)
 
     def _patterned(
         self,
@@ -338,17 +377,17 @@ def pad_mask(
     if mask is None:
         return None
     if isinstance(mask, AttentionPattern):
-        return mask.padded(keys)
+        return mask.padded(keys, queries)
     mask = F.pad(mask, (0, keys), value=True)
     return F.pad(mask, (0, 0, 0, queries), value=False) if mask.size(-2) > 1 else mask  # a softmax needs a key
 
 
-def _pattern(params: Any) -> AttentionPattern | None:
+def _pattern(params: Any, is_cross: bool) -> AttentionPattern | None:
     if params is None:
         return None
     if not isinstance(params, PatternParams):
         raise ValueError("TorchAttention takes no packed sequences of megatron-core's; give an AttentionPattern.")
-    return params.pattern
+    return params.crossing if is_cross else params.pattern
 
 
 def _added_to_scores(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:

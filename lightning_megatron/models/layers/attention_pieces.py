@@ -2,21 +2,21 @@
 
 A row is cut at its documents, and a window into blocks of queries, so that each piece is an attention that torch's
 kernels take, to the keys that its queries look at and no others. Memory grows with the sum of the pieces: no tensor is
-as large as the square of a row's length.
+as large as the square of a row's length, and masks that only one block of queries has are not kept.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 
-from lightning_megatron.models.layers.attention_pattern import AttentionPattern, looks
-
-# Takes [1, heads, s, head] queries, keys, values, and a mask of numbers or whether it is causal.
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], torch.Tensor]
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern
+from lightning_megatron.models.layers.recomputed_call import call_again_in_backward
+from lightning_megatron.models.layers.sdpa import Kernel
 
 JOINED = 64  # tokens up to which short documents are one piece with a mask, which is faster than a call for each
 _BLOCK = 256  # queries of a piece with a mask
@@ -28,14 +28,27 @@ class Piece(NamedTuple):
     Args:
         queries: Places of the queries in the row.
         keys: Places of the keys; none where the queries look nowhere.
-        mask: ``[queries, keys]``, added to the scores.
+        mask: ``[queries, keys]``, added to the scores; or what makes it, where it is no other piece's: it is made when
+            it is needed, in the backward pass again.
         causal: Whether the last query is the last key, and none looks ahead.
     """
 
     queries: range
     keys: range
-    mask: torch.Tensor | None = None
+    mask: torch.Tensor | Callable[[], torch.Tensor] | None = None
     causal: bool = False
+
+    @property
+    def is_made_again(self) -> bool:
+        """Whether it is computed in the backward pass, too."""
+        return callable(self.mask)
+
+    def attend(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Call the kernel with queries, keys and values ``[1, heads, s, head]``."""
+        if self.mask is None or isinstance(self.mask, torch.Tensor):
+            return kernel(query, key, value, self.mask, self.causal)
+        make = self.mask
+        return call_again_in_backward(lambda q, k, v: kernel(q, k, v, make(), False), query, key, value)
 
 
 def attend_in_pieces(
@@ -65,8 +78,12 @@ def attend_in_pieces(
 def _attend_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pieces: list[Piece], kernel: Kernel
 ) -> torch.Tensor:
-    """``[s, heads, head]``; each tensor is split once, so that its gradient is joined once."""
-    cuts = sorted({0, key.size(0)} | {place for piece in pieces for place in (piece.keys.start, piece.keys.stop)})
+    """``[s, heads, head]``; each tensor is split once, so that its gradient is joined once.
+
+    Pieces that are made again take a part of the whole tensor: blocks of a causal row have most keys in common.
+    """
+    once = [piece for piece in pieces if not piece.is_made_again]
+    cuts = sorted({0, key.size(0)} | {place for piece in once for place in (piece.keys.start, piece.keys.stop)})
     sizes = [stop - start for start, stop in pairwise(cuts)]
     numbers = {place: number for number, place in enumerate(cuts)}
     keys, values = key.split(sizes), value.split(sizes)
@@ -75,9 +92,13 @@ def _attend_row(
         if not piece.keys:
             found.append((queries[..., :1] * 0.0).expand(-1, -1, value.size(-1)))
             continue
-        part = slice(numbers[piece.keys.start], numbers[piece.keys.stop])
-        q, k, v = (x.transpose(0, 1)[None] for x in (queries, _join(keys[part]), _join(values[part])))
-        found.append(kernel(q, k, v, piece.mask, piece.causal)[0].transpose(0, 1))
+        if piece.is_made_again:
+            seen = [x[piece.keys.start : piece.keys.stop] for x in (key, value)]
+        else:
+            part = slice(numbers[piece.keys.start], numbers[piece.keys.stop])
+            seen = [_join(keys[part]), _join(values[part])]
+        q, k, v = (x.transpose(0, 1)[None] for x in (queries, *seen))
+        found.append(piece.attend(kernel, q, k, v)[0].transpose(0, 1))
     return _join(tuple(found))
 
 
@@ -107,6 +128,9 @@ class _Row(NamedTuple):
     masks: dict[tuple[int, int, int], torch.Tensor]
 
     def pieces(self) -> Iterator[Piece]:
+        if self.pattern.query_documents is not None:
+            yield from self._of_other_row(self.pattern.query_documents[self.number])
+            return
         first, last = self.pattern.queries.start, self.pattern.queries.stop
         for documents in _joined(self._documents()):
             start, stop = max(documents[0].start, first), min(documents[-1].stop, last)
@@ -118,13 +142,22 @@ class _Row(NamedTuple):
             else:
                 yield from self._of_document(seen, range(start, stop))
 
+    def _of_other_row(self, theirs: torch.Tensor) -> Iterator[Piece]:
+        """The pieces of queries whose documents' numbers are ``theirs``, each of its document's keys."""
+        assert self.pattern.documents is not None
+        places = dict(_ranges(self.pattern.documents[self.number]))
+        given = self.pattern.queries
+        for number, each in _ranges(theirs):
+            queries = range(max(each.start, given.start), min(each.stop, given.stop))
+            if queries:
+                yield from self._of_document(places.get(number, range(0)), queries)
+
     def _documents(self) -> Iterator[range]:
         numbers = self.pattern.documents
         if numbers is None:
             yield range(self.pattern.length)
             return
-        _, counts = torch.unique_consecutive(numbers[self.number], return_counts=True)
-        yield from (range(start, stop) for start, stop in pairwise(accumulate(counts.tolist(), initial=0)))
+        yield from (places for _, places in _ranges(numbers[self.number]))
 
     def _of_document(self, keys: range, queries: range) -> Iterator[Piece]:
         """The pieces of ``queries`` of one document, of which they may look at ``keys``."""
@@ -176,7 +209,7 @@ class _Row(NamedTuple):
             start = keys.start if self.window is None else max(keys.start, block.start - self.window + 1)
             seen = range(start, max(start, min(keys.stop, block.stop)))
             if not seen or not alike:
-                yield self._masked(block, seen) if seen else Piece(block, seen)
+                yield Piece(block, seen, functools.partial(self._mask, block, seen, alike=False) if seen else None)
                 continue
             distance = (block.start - seen.start, len(block), len(seen))
             if distance not in self.masks:
@@ -187,11 +220,18 @@ class _Row(NamedTuple):
         return Piece(queries, keys, self._mask(queries, keys, alike=False))
 
     def _mask(self, queries: range, keys: range, *, alike: bool) -> torch.Tensor:
-        given = (None, None) if alike else (self.pattern.documents, self.pattern.keep)
+        pattern = AttentionPattern(length=0, causal=self.pattern.causal) if alike else self.pattern
         query, key = (torch.arange(places.start, places.stop, device="cpu") for places in (queries, keys))
-        seen = looks(self.pattern.causal, self.window, *given, self.number, query[:, None], key)
+        seen = pattern.looks(self.window, self.number, query[:, None], key)
         mask = torch.zeros(seen.shape, dtype=self.dtype, device="cpu").masked_fill(~seen, float("-inf"))
         return mask.to(self.device)
+
+
+def _ranges(documents: torch.Tensor) -> Iterator[tuple[int, range]]:
+    """The number of each document of a row, and its places."""
+    numbers, counts = torch.unique_consecutive(documents, return_counts=True)
+    places = pairwise(accumulate(counts.tolist(), initial=0))
+    yield from ((number, range(*ends)) for number, ends in zip(numbers.tolist(), places, strict=True))
 
 
 def _joined(documents: Iterator[range]) -> Iterator[list[range]]:

@@ -13,8 +13,8 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 
-from lightning_megatron.models.layers.context_parallel.visible_blocks import Block, Visible
 from lightning_megatron.models.layers.partial_attention import Merged, attend_part, part_gradients
+from lightning_megatron.models.layers.visible_blocks import Block, Visible
 
 
 def new_sinks(config: TransformerConfig) -> torch.nn.Parameter:

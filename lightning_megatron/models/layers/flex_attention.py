@@ -82,7 +82,8 @@ def _compiled():  # type: ignore[no-untyped-def]
 def block_mask(pattern: AttentionPattern, window: int | None, device: torch.device) -> BlockMask:
     """FlexAttention's mask, from the first and the last token of each block; nothing is read from the device."""
     documents, keep, first, causal = pattern.documents, pattern.keep, pattern.queries.start, pattern.causal
-    queries = _Blocks(pattern.queries, documents, device)
+    of_queries = pattern.query_documents
+    queries = _Blocks(pattern.queries, documents if of_queries is None else of_queries, device)
     keys = _Blocks(range(pattern.length), documents, device)
     full = queries.whole[:, None] & keys.whole
     some = torch.ones_like(full)
@@ -104,7 +105,7 @@ def block_mask(pattern: AttentionPattern, window: int | None, device: torch.devi
         full = full & F.pad(keep, (0, more), value=True).unflatten(1, (-1, _BLOCK)).all(-1)[:, None]
 
     def mask_mod(row: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return looks(causal, window, documents, keep, row, query + first, key)
+        return looks(causal, window, documents, keep, row, query + first, key, of_queries)
 
     return BlockMask.from_kv_blocks(
         *_ordered(some & ~full),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -13,6 +14,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from lightning_megatron.models.layers.equal_heads import equal_heads
 from lightning_megatron.models.layers.partial_attention import attend_behind
+
+# Takes queries, keys and values [b, heads, s, head], a mask as torch has it, and whether no query looks ahead.
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], torch.Tensor]
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

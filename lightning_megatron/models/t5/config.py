@@ -213,8 +213,11 @@ class T5Config(ModelConfig):
         }
 
     def keeps_scores(self, settings: BuildSettings) -> bool:
-        """Whether the core attention keeps the scores: as elsewhere, and where the position bias has a gradient."""
-        return self.position_embedding == "relative" or super().keeps_scores(settings)
+        """Whether the core attention keeps the scores: as elsewhere, and with a position bias in short rows."""
+        from lightning_megatron.models.layers.attention import AT_ONCE
+
+        biased = self.position_embedding == "relative" and self.longest <= AT_ONCE
+        return biased or super().keeps_scores(settings)
 
     def layer_costs(self) -> tuple[int, int]:
         """Multiplications of one sequence in a layer of the encoder, and in one of the decoder."""

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.relative_pos_embedding import RelativePositionEmbedding
 from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
-from megatron.core.tensor_parallel import scatter_to_tensor_model_parallel_region
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import CrossAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 
-from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.generation.cached_layers import (
     CachedColumnParallelLinear,
+    CachedLayer,
     CachedRowParallelLinear,
     generate_quickly,
 )
@@ -27,10 +28,11 @@ from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.norm import TorchNorm
 from lightning_megatron.models.layers.recomputation import use_recomputed_mlp
+from lightning_megatron.models.t5.position_bias import DistanceBias
 
 
 class RelativeAttention(TorchAttention):
-    """Self-attention that adds its stack's position bias; each layer computes it anew, recomputed layers too."""
+    """Self-attention that adds its stack's position bias; each layer makes it anew, and keeps none of it."""
 
     position_bias: RelativePositionEmbedding
     biased = True
@@ -40,53 +42,12 @@ class RelativeAttention(TorchAttention):
         query: torch.Tensor,
         key: torch.Tensor,
         *args: Any,
-        attention_bias: torch.Tensor | None = None,
+        attention_bias: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """As ``TorchAttention``, with this rank's heads of the bias; in generation all layers are given one."""
-        if attention_bias is None:
-            attention_bias = self._bias(query.size(0), key.size(0))
-        return super().forward(query, key, *args, **{**kwargs, "attention_bias": attention_bias.to(query.dtype)})
-
-    def _bias(self, queries: int, keys: int) -> torch.Tensor:
-        """That of this rank's queries and all keys; or of some of its heads in whole rows, where ranks take those."""
-        if self.way is None or self.has_whole_rows:
-            return heads_of_bias(self.position_bias, queries, keys)
-        shards = self.shards_of_queries
-        if self.way != "all_to_all":
-            return heads_of_part_of_bias(self.position_bias, shards, queries)
-        length = queries * shards.size
-        whole = heads_of_bias(self.position_bias, length, length)
-        return whole.chunk(shards.size, dim=1)[shards.rank].clone()  # a copy does not keep the other ranks' heads
-
-
-def heads_of_bias(position_bias: RelativePositionEmbedding, queries: int, keys: int) -> torch.Tensor:
-    """This rank's heads of a stack's position bias, ``[1, heads/tp, queries, keys]``.
-
-    A query without the keys before it, in generation, is the last of as many as there are keys.
-    """
-    # It depends on the distance alone, so that a last query's is the first key's column, from the other side.
-    bias = position_bias(queries, keys) if queries == keys else position_bias(keys, 1).flip(2).transpose(2, 3)
-    return _heads(bias.permute(0, 2, 3, 1))
-
-
-def heads_of_part_of_bias(position_bias: RelativePositionEmbedding, shards: SequenceShards, own: int) -> torch.Tensor:
-    """This rank's heads of the bias of its ``own`` queries of each row to all keys, ``[1, heads/tp, own, keys]``."""
-    weight, length = position_bias.relative_attention_bias.weight, own * shards.size
-    keys = torch.arange(length, device=weight.device)
-    distances = keys - shards.take(keys, 0)[:, None]
-    buckets = position_bias._relative_position_bucket(
-        distances,
-        bidirectional=position_bias.bidirectional,
-        num_buckets=position_bias.relative_attention_num_buckets,
-        max_distance=position_bias.relative_attention_max_distance,
-    )
-    return _heads(position_bias.relative_attention_bias(buckets)[None])
-
-
-def _heads(bias: torch.Tensor) -> torch.Tensor:
-    """``[1, heads/tp, queries, keys]`` of ``[1, queries, keys, heads]``."""
-    return scatter_to_tensor_model_parallel_region(bias).permute(0, 3, 1, 2)
+        bias = DistanceBias.here(self.position_bias) if attention_bias is None else attention_bias.to(query.dtype)
+        return super().forward(query, key, *args, **{**kwargs, "attention_bias": bias})
 
 
 @dataclass
@@ -106,7 +67,12 @@ class CachingCrossAttention(CrossAttention):
     """megatron-core's cross-attention, which projects ``EncoderStates`` once.
 
     megatron-core's cache has one place for a layer, which is the self-attention's.
+
+    Attributes:
+        packed_seq_params: Who looks at whom, as patterns say it; ``DecoderLayer`` sets it for each call.
     """
+
+    packed_seq_params: PackedSeqParams | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: Any, key_value_states: Any = None, **kwargs: Any
@@ -114,7 +80,8 @@ class CachingCrossAttention(CrossAttention):
         """Attend to the encoder's output, as it is or as ``EncoderStates``."""
         states = key_value_states
         if not isinstance(states, EncoderStates):
-            return super().forward(hidden_states, attention_mask, states, **kwargs)
+            params = self.packed_seq_params
+            return super().forward(hidden_states, attention_mask, states, packed_seq_params=params, **kwargs)
         if self.layer_number not in states.projected:
             _, *new = self.get_query_key_value_tensors(hidden_states, states.hidden)
             states.projected[self.layer_number] = tuple(new)
@@ -122,6 +89,15 @@ class CachingCrossAttention(CrossAttention):
         query = self.linear_q(hidden_states)[0].unflatten(-1, (-1, key.size(-1)))
         attended = self.core_attention(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
         return self.linear_proj(attended)
+
+
+class DecoderLayer(CachedLayer):
+    """megatron-core's layer, whose cross-attention is told of patterns, too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer with megatron-core's arguments."""
+        self.cross_attention.packed_seq_params = kwargs.get("packed_seq_params")
+        return super().__call__(*args, **kwargs)
 
 
 def t5_encoder_spec(
@@ -175,6 +151,8 @@ def _block(
 ) -> TransformerBlockSubmodules:
     generate_quickly(layer)
     parts = layer.submodules
+    if parts.cross_attention is not IdentityOp:
+        layer.module = DecoderLayer
     parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
     parts.self_attention.submodules.core_attention = attention
     use_recomputed_mlp(layer, config)

@@ -28,18 +28,19 @@ from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.distributed.process_groups import Stack
 from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.layers.attention import TorchAttention
+from lightning_megatron.models.layers.attention_pattern import Mask, block_arguments, decoder_arguments
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.t5.config import PositionEmbedding
 from lightning_megatron.models.t5.layer_spec import (
     EncoderStates,
     RelativeAttention,
-    heads_of_bias,
     share_position_bias,
     start_queries_small,
     t5_decoder_spec,
     t5_encoder_spec,
 )
 from lightning_megatron.models.t5.pipeline_split import T5Stage
+from lightning_megatron.models.t5.position_bias import heads_of_bias
 
 
 class T5Model(WholeModelNames, LanguageModule):
@@ -123,10 +124,12 @@ class T5Model(WholeModelNames, LanguageModule):
         self,
         input_ids: torch.Tensor,
         decoder_input_ids: torch.Tensor,
-        encoder_mask: torch.Tensor | None,
-        decoder_mask: torch.Tensor,
-        cross_mask: torch.Tensor | None,
+        encoder_mask: Mask,
+        decoder_mask: Mask,
+        cross_mask: Mask,
         labels: torch.Tensor | WeightedLabels | None = None,
+        position_ids: torch.Tensor | None = None,
+        decoder_position_ids: torch.Tensor | None = None,
         **_: torch.Tensor,
     ) -> torch.Tensor:
         """Run the chunk.
@@ -134,27 +137,30 @@ class T5Model(WholeModelNames, LanguageModule):
         Args:
             input_ids: ``[b, se]``.
             decoder_input_ids: ``[b, sd]``.
-            encoder_mask: ``[b, 1, 1 or se, se]``, True where a query may not look; None where nothing is padded.
-            decoder_mask: ``[1 or b, 1, sd, sd]``, the causal part included.
-            cross_mask: ``[b, 1, 1 or sd, se]``, or None.
+            encoder_mask: ``[b, 1, 1 or se, se]``, True where a query may not look; or a pattern; None where nothing is
+                padded.
+            decoder_mask: ``[1 or b, 1, sd, sd]``, the causal part included; or a pattern; None: no token looks ahead.
+            cross_mask: ``[b, 1, 1 or sd, se]``, or a pattern, or None.
             labels: ``[b, sd]``; those with weights ask for the weighted sum of their losses.
+            position_ids: ``[b, se]``, of learned positions; None: the places in the row.
+            decoder_position_ids: ``[b, sd]``, the same of the decoder.
             **_: Inputs that only the loss reads.
 
         Returns:
             Hidden states ``[(se + sd)/(tp·cp), b, h]``, or on the last stage logits ``[b, sd, vocab/tp]``, or the sum.
         """
         if self.pre_process:
-            encoded, hidden = self._embed_rows(input_ids, False), self._embed_rows(decoder_input_ids, True)
+            encoded = self._embed_rows(input_ids, position_ids, zigzag=False)
+            hidden = self._embed_rows(decoder_input_ids, decoder_position_ids, zigzag=True)
         else:
             assert self._input is not None
             parts = 1 if not self.config.sequence_parallel else self.config.tensor_model_parallel_size
             encoded, hidden = self._input.split([ids.size(1) // parts for ids in (input_ids, decoder_input_ids)])
         if self.stage.encoder:
-            encoded = self.encoder(hidden_states=encoded, attention_mask=encoder_mask)  # [se/tp, b, h]
+            encoded = self.encoder(hidden_states=encoded, **block_arguments(encoder_mask))  # [se/tp, b, h]
         if self.stage.decoder:
-            hidden = self.decoder(  # [sd/tp, b, h]
-                hidden_states=hidden, attention_mask=decoder_mask, context=encoded, context_mask=cross_mask
-            )
+            masks = decoder_arguments(decoder_mask, cross_mask)
+            hidden = self.decoder(hidden_states=hidden, context=encoded, **masks)  # [sd/tp, b, h]
         if not self.post_process:
             return torch.cat([encoded, hidden])
         return self._output(hidden, labels=labels) if isinstance(labels, WeightedLabels) else self._logits(hidden)
@@ -233,8 +239,10 @@ class T5Model(WholeModelNames, LanguageModule):
         if self.stage.copy is not None:
             shared_weights.mark_shared(bias.relative_attention_bias.weight, stack, self.stage.copy)
 
-    def _embed_rows(self, ids: torch.Tensor, zigzag: bool) -> torch.Tensor:
+    def _embed_rows(self, ids: torch.Tensor, positions: torch.Tensor | None, *, zigzag: bool) -> torch.Tensor:
         """``[s/(tp·cp), b, h]`` of ``[b, s/cp]``, this rank's part of each row under context parallelism."""
+        if positions is not None:
+            return self._embed_at(ids, positions)
         parts = self.config.context_parallel_size
         places = torch.arange(ids.size(1) * parts, device=ids.device)
         return self._embed_at(ids, places if parts == 1 else SequenceShards.here(zigzag=zigzag).take(places, 0))

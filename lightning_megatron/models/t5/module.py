@@ -24,23 +24,18 @@ from lightning_megatron.models.layers.output_layer import OutputLayer, cross_ent
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.models.recompute import Recompute
-from lightning_megatron.models.t5 import pipeline_split
+from lightning_megatron.models.t5 import pair_masks, pipeline_split
 from lightning_megatron.models.t5.config import T5Config
 from lightning_megatron.models.t5.decoder import T5Decoder
 from lightning_megatron.models.t5.model import T5Model
+from lightning_megatron.models.t5.pair_masks import Documents
 from lightning_megatron.models.weight_init import FirstWeights
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
 # Megatron's names of what transformers calls otherwise.
 _NAMES = {"text_enc": "input_ids", "text_dec": "decoder_input_ids"}
-
-# Megatron's masks, 1 where a query may look: rows, queries, keys.
-_MEGATRON_MASKS = {
-    "enc_mask": ("b", "se", "se"),
-    "dec_mask": ("b", "sd", "sd"),
-    "enc_dec_mask": ("b", "sd", "se"),
-}
+_POSITIONS = ("position_ids", "decoder_position_ids")
 
 
 @answer_wrong_names
@@ -51,6 +46,11 @@ class T5Module(GeneratingModule):
     ``labels`` ``[b, sd]`` (−100 is ignored), optional ``attention_mask``, ``decoder_input_ids`` (without them the
     labels, shifted) and ``decoder_attention_mask``. Or as Megatron's datasets make them: ``text_enc``, ``text_dec``,
     ``labels``, ``loss_mask``, and the masks ``enc_mask``, ``dec_mask`` and ``enc_dec_mask``, 1 where a query may look.
+
+    Pairs of texts that share a row are kept apart by ``seq_idx`` ``[b, se]`` and ``decoder_seq_idx`` ``[b, sd]`` (the
+    number of each token's text), or ``cu_seqlens`` and ``decoder_cu_seqlens`` (also ``cu_seq_lens_q`` and the like), or
+    ``position_ids`` and ``decoder_position_ids`` that begin anew. The decoder's n-th text looks at the encoder's n-th;
+    distances and learned positions begin anew in each.
 
     ``loss`` is given the logits over this rank's shard of the vocabulary.
 
@@ -121,27 +121,14 @@ class T5Module(GeneratingModule):
         model.start_queries_small()
         return model
 
-    def _unmet_keys(self) -> dict[str, str]:
-        return dict.fromkeys(
-            (*row_documents.KEYS,), "texts that share a row would see one another in a T5; give each a row of its own"
-        )
-
     def _check_loaded(self, batch: Batch) -> None:
         """Refuse a batch without tokens or targets, with ids out of range, too long, or with masks of another shape."""
         batch = _renamed(batch)
         self._check_inputs(batch)
-        target = "labels" if "labels" in batch else "decoder_input_ids"
+        target = _target(batch)
         check_alike("T5Module", batch, "attention_mask", "input_ids")
         check_alike("T5Module", batch, "decoder_attention_mask", target)
-        rows, encoder, decoder = *batch["input_ids"].shape, batch[target].size(1)
-        for key, shape in _MEGATRON_MASKS.items():
-            sizes = {"b": rows, "se": encoder, "sd": decoder}
-            wanted = tuple(sizes[letter] for letter in shape)
-            if key in batch and tuple(batch[key].shape) != wanted:
-                raise ValueError(
-                    f"T5Module: {key!r} is {tuple(batch[key].shape)}, and this batch's tokens ask for {wanted}"
-                    f" ([{', '.join(shape)}]). Correct the mask in the collate function."
-                )
+        pair_masks.check(batch, target)
 
     def _check_inputs(self, inputs: Batch) -> None:
         """Refuse tokens and labels out of range, or longer than the configuration says."""
@@ -151,42 +138,46 @@ class T5Module(GeneratingModule):
                 f"T5Module needs 'labels' [b, sd] (to predict, 'decoder_input_ids' do); this batch has {sorted(batch)}."
                 " Add them in the collate function."
             )
-        lengths = {"input_ids": config.seq_length}
+        lengths, sides = {"input_ids": config.seq_length}, {"input_ids": pair_masks.encoder_side(batch)}
+        sides["decoder_input_ids"] = sides["labels"] = pair_masks.decoder_side(batch)
         lengths["decoder_input_ids"] = lengths["labels"] = config.decoder_seq_length or config.seq_length
         for name, longest in lengths.items():
             if name not in batch:
                 continue
             ids = batch[name]
             check_tokens("T5Module", name, ids)
-            if ids.size(1) > longest:
-                side = "seq_length" if name == "input_ids" else "decoder_seq_length"
-                raise ValueError(
-                    f"T5Module: {name!r} has {ids.size(1)} tokens, but T5Config({side}={longest}). Cut the samples, or"
-                    f" use {side}={ids.size(1)} or more."
-                )
+            self._check_length(name, row_documents.longest(sides[name], ids.size(1)), longest)
             ids = ids[ids != IGNORED_LABEL] if name == "labels" else ids
             check_range("T5Module", name, ids, config.vocab_size, "T5Config.vocab_size")
-        target = "labels" if "labels" in batch else "decoder_input_ids"
+        target = _target(batch)
         if "decoder_input_ids" in batch:
             check_alike("T5Module", batch, target, "decoder_input_ids")
 
+    def _check_length(self, name: str, tokens: int, longest: int) -> None:
+        if tokens > longest:
+            side = "seq_length" if name == "input_ids" else "decoder_seq_length"
+            raise ValueError(
+                f"T5Module: {name!r} has {tokens} tokens, but T5Config({side}={longest}). Cut the samples, or use"
+                f" {side}={tokens} or more."
+            )
+
     def _loaded_lengths(self, batch: Batch) -> tuple[int, ...]:
         batch = _renamed(batch)
-        return int(batch["input_ids"].size(1)), self._decoder_inputs(batch).size(1)
+        return int(batch["input_ids"].size(1)), int(batch[_target(batch)].size(1))
 
     def _input_lengths(self, inputs: Batch) -> tuple[int, ...]:
         return int(inputs["input_ids"].size(1)), int(inputs["decoder_input_ids"].size(1))
 
     def get_batch(self, batch: Batch) -> Batch:
-        """Tokens of both sides, masks (True where a query may not look), and labels, from either form."""
+        """Tokens of both sides, who looks at whom, learned positions that begin anew, and labels, from either form."""
         batch = _renamed(with_answers(given(batch)))
-        tokens, targets = batch["input_ids"].long(), self._decoder_inputs(batch)
-        inputs = {
+        tokens, target = batch["input_ids"].long(), _target(batch)
+        documents = pair_masks.documents_of(batch, tokens.shape, batch[target].shape)
+        inputs: dict[str, Any] = {
             "input_ids": tokens,
-            "decoder_input_ids": targets,
-            "encoder_mask": _mask(batch, "enc_mask", _keeps_all_tokens),
-            "decoder_mask": _decoder_mask(batch, targets),
-            "cross_mask": _mask(batch, "enc_dec_mask", _keeps_all_tokens),
+            "decoder_input_ids": self._decoder_inputs(batch, None if documents is None else documents[1]),
+            **pair_masks.masks(batch, documents, batch[target].size(1)),
+            **self._positions(batch, documents),
         }
         if "labels" in batch:
             inputs["labels"] = batch["labels"].long()
@@ -202,9 +193,7 @@ class T5Module(GeneratingModule):
         return not self.has_own_get_batch and type(self).loss is T5Module.loss
 
     def _questions(self, batch: Batch) -> Iterator[Question]:
-        for question, keep in _KEEP.items():
-            if keep in batch:
-                yield question
+        yield from pair_masks.questions(batch)
         if self._counts_labels and "labels" in batch:
             yield _number_of_labels
 
@@ -225,15 +214,20 @@ class T5Module(GeneratingModule):
         }
         if "labels" in inputs:
             padded["labels"] = F.pad(inputs["labels"], (0, more_targets), value=IGNORED_LABEL)
+        for name, count in (("position_ids", more), ("decoder_position_ids", more_targets)):
+            if inputs.get(name) is not None:
+                padded[name] = F.pad(inputs[name], (0, count))
         return {**inputs, **padded}
 
     def shard_inputs(self, inputs: Batch) -> Batch:
         """This rank's tokens and labels of both sides, the decoder's zig-zag; the masks stay those of whole rows."""
-        decoder = SequenceShards.here(zigzag=True)
+        sides = {True: ("decoder_input_ids", "labels", "decoder_position_ids"), False: ("input_ids", "position_ids")}
         sharded: Batch = {
-            name: decoder.take(inputs[name], 1) for name in ("decoder_input_ids", "labels") if name in inputs
+            name: SequenceShards.here(zigzag=zigzag).take(inputs[name], 1)
+            for zigzag, names in sides.items()
+            for name in names
+            if inputs.get(name) is not None
         }
-        sharded["input_ids"] = SequenceShards.here(zigzag=False).take(inputs["input_ids"], 1)
         unknown = {"num_labels": None} if "num_labels" in inputs else {}  # of this rank's labels, on the host
         return {**inputs, **sharded, **unknown}  # type: ignore[dict-item]
 
@@ -290,13 +284,31 @@ class T5Module(GeneratingModule):
         vocab, new, beams = self.config.vocab_size, settings.max_new_tokens, settings.copies
         return T5Decoder(stages, prompts, start, vocab, new, beams, split)
 
-    def _decoder_inputs(self, batch: Batch) -> torch.Tensor:
-        """The decoder's inputs: those of the batch, or the start token and the labels without the last one."""
+    def _decoder_inputs(self, batch: Batch, documents: torch.Tensor | None) -> torch.Tensor:
+        """The decoder's inputs: those of the batch, or in each document the start token and all labels but the last."""
         if "decoder_input_ids" in batch:
             return batch["decoder_input_ids"].long()
         start = self.config.decoder_start_id
         shifted = F.pad(batch["labels"][:, :-1].long(), (1, 0), value=start)
-        return shifted.masked_fill(shifted == IGNORED_LABEL, start)
+        starts = shifted == IGNORED_LABEL
+        if documents is not None:
+            starts = starts | F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+        return shifted.masked_fill(starts, start)
+
+    def _positions(self, batch: Batch, documents: Documents | None) -> Batch:
+        """Learned positions of both sides, where they are not the places in the row."""
+        if self.config.position_embedding != "learned":
+            return {}
+        found = {} if documents is None else dict(zip(_POSITIONS, map(row_documents.places, documents), strict=True))
+        for name, tokens in zip(_POSITIONS, (batch["input_ids"], batch[_target(batch)]), strict=True):
+            if name in batch:
+                found[name] = batch[name].long().expand(tokens.shape)
+        return found
+
+
+def _target(batch: Batch) -> str:
+    """Key of a batch that has as many tokens as the decoder."""
+    return "labels" if "labels" in batch else "decoder_input_ids"
 
 
 def _renamed(batch: Batch) -> Batch:
@@ -316,44 +328,3 @@ def _renamed(batch: Batch) -> Batch:
 def _number_of_labels(batch: Batch) -> torch.Tensor:
     """``[b]``, how many labels of each row are not ignored."""
     return (_renamed(batch)["labels"] != IGNORED_LABEL).sum(dim=1)
-
-
-def _mask(batch: Batch, key: str, keeps_all: Question) -> Any:
-    """Megatron's mask where the batch has one, else one made from the tokens to keep; None where all are kept."""
-    if key in batch:
-        return ~_looks_somewhere(batch[key] > 0.5)[:, None]
-    keep = batch.get(_KEEP[keeps_all])
-    if keep is None or all(answers(batch, keeps_all)):
-        return None
-    return ~_looks_somewhere(keep > 0.5)[:, None, None, :]
-
-
-def _keeps_all_tokens(batch: Batch) -> torch.Tensor:
-    """``[b]``, whether all of the encoder's tokens in each row are looked at."""
-    return _looks_somewhere(batch["attention_mask"] > 0.5).all(dim=1)
-
-
-def _keeps_all_targets(batch: Batch) -> torch.Tensor:
-    """``[b]``, whether all of the decoder's tokens in each row are looked at."""
-    return _looks_somewhere(batch["decoder_attention_mask"] > 0.5).all(dim=1)
-
-
-# Each question is about the mask [b, s] of this name.
-_KEEP: dict[Question, str] = {_keeps_all_tokens: "attention_mask", _keeps_all_targets: "decoder_attention_mask"}
-
-
-def _decoder_mask(batch: Batch, targets: torch.Tensor) -> torch.Tensor:
-    """As ``_mask``, and no token looks ahead."""
-    length = targets.size(1)
-    ahead = torch.ones(length, length, dtype=torch.bool, device=targets.device).triu(1)
-    itself = torch.eye(length, dtype=torch.bool, device=targets.device)
-    mask = _mask(batch, "dec_mask", _keeps_all_targets)
-    if mask is None:
-        return ahead[None, None]
-    mask = ahead | mask
-    return mask & ~(mask.all(dim=-1, keepdim=True) & itself)  # a softmax needs one key
-
-
-def _looks_somewhere(keep: torch.Tensor) -> torch.Tensor:
-    """A query that may look at nothing looks at everything: its output is not used, and a softmax needs one key."""
-    return keep | ~keep.any(dim=-1, keepdim=True)

@@ -11,7 +11,7 @@ import torch
 
 from lightning_megatron.data import ChatDataModule
 from lightning_megatron.data.chat.encoder import ChatEncoder
-from lightning_megatron.data.chat.shared_rows import best_fit
+from lightning_megatron.data.huggingface.whole_texts import best_fit
 from lightning_megatron.data.tokenizers import load_tokenizer
 from tests.support import chats
 from tests.support.chats import CHATS, chat, of_trl, tokenizer

@@ -314,3 +314,50 @@ def test_training_loaders_are_what_resumption_knows() -> None:
     streamed = made(dataset=SOME, streaming=True).train_dataloader()
     assert isinstance(streamed, DataLoader)
     assert json.dumps(made(dataset=SOME, streaming=True, packing=False).train_dataloader().state_dict())
+
+
+TEXTS = [[*row["text"].encode()[:99], EOD] for row in ROWS]
+
+
+def texts_in(batch: dict[str, torch.Tensor], length: int) -> list[list[int]]:
+    """The texts of a batch's rows; each predicts its own tokens but the first one."""
+    found = []
+    for ids, labels, positions in zip(batch["input_ids"], batch["labels"], batch["position_ids"], strict=True):
+        assert len(ids) <= length
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            if (labels[start + 1 : stop] != -100).any():  # padding has no label
+                assert labels[start] == -100
+                assert torch.equal(labels[start + 1 : stop], ids[start + 1 : stop])
+                found.append(ids[start:stop].tolist())
+    return found
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_whole_texts_share_rows(streaming: bool) -> None:
+    options = {"streaming": streaming, "packing": "whole", "seq_length": 250, "batch_size": 4, "shuffle": False}
+    rows = [{"text": row["text"][:99]} for row in ROWS]
+    batches = list(made(dataset=datasets.Dataset.from_list(rows), **options).train_dataloader())
+    assert sum(len(batch["input_ids"]) for batch in batches) <= len(ROWS) / 2, "two texts and more share a row"
+    assert sorted(text for batch in batches for text in texts_in(batch, 250)) == sorted(TEXTS)
+
+
+def test_a_collator_is_given_the_number_of_each_text() -> None:
+    collate = MaskedLMCollator(ByteTokenizer.vocab_size, mask_id=1, pad_id=EOD)
+    data = made(dataset=datasets.Dataset.from_list(ROWS), packing="whole", seq_length=100, collate_fn=collate)
+    for batch in data.train_dataloader():
+        ends = (batch["input_ids"] == EOD) & (batch["attention_mask"] > 0)
+        begins = torch.nn.functional.pad(batch["seq_idx"].diff(dim=1) != 0, (0, 1)) & (batch["attention_mask"] > 0)
+        assert (ends[:, :-1] <= begins[:, :-1]).all()
+        assert (batch["seq_idx"].diff(dim=1) >= 0).all()
+
+
+def test_prompts_may_share_rows_and_columns_may_not() -> None:
+    rows = datasets.Dataset.from_dict({"prompt": ["ab", "cde"], "text": ["fg", "h"]})
+    (batch,) = made(
+        dataset=rows, prompt_column="prompt", packing="whole", seq_length=16, shuffle=False
+    ).train_dataloader()
+    (found,) = [[label for label in row if label != -100] for row in batch["labels"].tolist()]
+    assert bytes(token for token in found if token != EOD) in (b"fgh", b"hfg")
+    with pytest.raises(ValueError, match="no columns of a row"):
+        made(dataset=rows, keep_columns=["prompt"], packing="whole", collate_fn=len)

@@ -6,9 +6,11 @@ With 40,000 tokens and a share p, the standard deviation of what is counted is s
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from transformers import BertTokenizerFast
 
+from lightning_megatron import BertConfig, BertModule
 from lightning_megatron.data import MaskedLMCollator
 
 VOCAB, MASK, PAD, CLS = 211, 3, 0, 1
@@ -123,3 +125,25 @@ def test_refusals():
     plain = BertTokenizerFast(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5})
     with pytest.raises(ValueError, match="'##' before any piece"):
         MaskedLMCollator.from_tokenizer(plain, whole_words=True)
+
+
+def test_texts_of_a_row_keep_their_numbers_and_borders():
+    sizes = [[3, 4], [2, 2, 5]]
+    rows = [
+        {
+            "input_ids": torch.arange(10, 10 + sum(each)),
+            "seq_idx": torch.repeat_interleave(torch.arange(len(each)), torch.tensor(each)),
+            "cu_seqlens": [0, *torch.tensor(each).cumsum(0).tolist()],
+        }
+        for each in sizes
+    ]
+    batch = collator(pad_to_multiple_of=4)(rows)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [7, 9]
+    assert batch["seq_idx"].tolist() == [[0] * 3 + [1] * 4 + [2] * 5, [0] * 2 + [1] * 2 + [2] * 5 + [3] * 3]
+    assert batch["cu_seqlens"].tolist() == [[0, 3, 7, 12, -1], [0, 2, 4, 9, 12]]
+    bert = BertModule(BertConfig(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=VOCAB, seq_length=16))
+    bert.trainer = Trainer(accelerator="cpu", logger=False)
+    bert.check_batch(batch)  # which refuses numbers and borders that contradict one another
+    found = bert.get_batch(batch)
+    assert torch.equal(found["attention_mask"].documents, batch["seq_idx"])
+    assert found["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4]

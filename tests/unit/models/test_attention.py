@@ -19,13 +19,18 @@ from lightning_megatron.models.layers.attention import TorchAttention, pad_mask,
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams
 from lightning_megatron.models.layers.flex_attention import block_mask, capped_scores, why_not
 from lightning_megatron.models.layers.sdpa import attend
+from lightning_megatron.training.saved_bytes import SavedBytes
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 ROWS, LENGTH = 3, 300
 
 
 def attention(
-    window: int | None = None, groups: int = GROUPS, dropout: float = 0.0, cap: float | None = None
+    window: int | None = None,
+    groups: int = GROUPS,
+    dropout: float = 0.0,
+    cap: float | None = None,
+    cross: bool = False,
 ) -> TorchAttention:
     config = TransformerConfig(
         num_layers=1,
@@ -36,7 +41,8 @@ def attention(
         window_size=None if window is None else (window - 1, 0),
     )
     config.attention_score_cap = cap
-    layer = TorchAttention(config, 1, AttnMaskType.causal, "self")
+    kind = (AttnMaskType.padding, "cross") if cross else (AttnMaskType.causal, "self")
+    layer = TorchAttention(config, 1, *kind)
     layer.in_parallel_rng = True  # there is no tensor-parallel random state in this process
     return layer
 
@@ -220,6 +226,71 @@ def test_dropout_is_drawn_alike_after_the_same_seed_and_not_in_evaluation():
     torch.testing.assert_close(layer.eval()(query, key, value, packed_seq_params=params), kept)
 
 
+CROSSING = {
+    "pairs": (documents(LENGTH, ROWS, 60), documents(210, ROWS, 40)),
+    "short pairs": (documents(60, ROWS, 12), documents(40, ROWS, 9)),
+}
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("name", CROSSING)
+def test_documents_of_a_decoder_look_at_those_of_an_encoder(name, keep):
+    of_keys, of_queries = CROSSING[name]
+    keys, queries = of_keys.size(1), of_queries.size(1)
+    query, key, value, mixed = projected(LENGTH, ROWS)
+    query, key, value = query[:queries], key[:keys], value[:keys]
+    kept = None if KEEPS[keep] is None else KEEPS[keep][:, :keys]
+    pattern = AttentionPattern(
+        length=keys, documents=of_keys, query_documents=of_queries, keep=kept, queries=range(queries), causal=False
+    )
+    seen = of_queries[:, :, None] == of_keys[:, None]
+    seen = seen if kept is None else seen & kept[:, None]
+    layer = attention(cross=True)
+    for part in (pattern, pattern.part(7, queries - 5)):
+        here = slice(part.queries.start, part.queries.stop)
+        found = layer(query[here], key, value, packed_seq_params=PatternParams(None, part))
+        expected = plain(query[here], key, value, seen[:, here])
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+        pairs = [torch.autograd.grad(out.square().sum(), mixed, retain_graph=True)[0] for out in (found, expected)]
+        torch.testing.assert_close(*pairs, rtol=2e-5, atol=2e-4)
+        q, k, v = (x.detach().permute(1, 2, 0, 3) for x in (query[here], key, value))
+        blocks = block_mask(part, None, torch.device("cpu"))
+        eager = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True).permute(2, 0, 1, 3).flatten(2)
+        torch.testing.assert_close(eager, expected.detach(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_large_mask_of_queries_and_keys_is_read_in_blocks(window, monkeypatch):
+    query, key, value, mixed = projected(LENGTH, ROWS)
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(ROWS, 1, LENGTH, LENGTH, generator=generator) < 0.3
+    mask |= torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    layer, found = attention(window), []
+    for at_once in (LENGTH, 10):
+        monkeypatch.setattr("lightning_megatron.models.layers.attention.AT_ONCE", at_once)
+        out = layer(query, key, value, mask)
+        found.append((out, torch.autograd.grad(out.square().sum(), mixed, retain_graph=True)[0]))
+    torch.testing.assert_close(*found, rtol=2e-5, atol=2e-4)
+
+
+def test_blocks_draw_their_dropout_again_in_the_backward_pass():
+    query, key, value, mixed = projected(LENGTH, ROWS)
+    pattern = AttentionPattern(length=LENGTH, keep=KEEPS["with holes"])
+    layer = attention(dropout=0.4)
+
+    def loss(into: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        found = layer(into, key.detach(), value.detach(), packed_seq_params=PatternParams(pattern))
+        return found.double().square().sum()
+
+    start = query.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(start), start)
+    with torch.no_grad():
+        step = 1e-2 * gradient / gradient.norm()
+        moved = (loss(start + step) - loss(start - step)) / 2
+    assert float(moved) == pytest.approx(float((gradient * step).sum()), rel=1e-2)
+
+
 class Sizes(TorchDispatchMode):
     """The elements of the largest tensor that an operation returned."""
 
@@ -234,31 +305,29 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("longest", "window", "causal"),
-    [(3000, None, True), (None, 128, True), (3000, 128, True), (3000, None, False)],
+    ("longest", "window", "causal", "holes"),
+    [
+        (3000, None, True, False),
+        (None, 128, True, False),
+        (3000, 128, True, False),
+        (3000, None, False, False),
+        (3000, None, True, True),
+    ],
     ids=str,
 )
-def test_a_row_of_32k_tokens_makes_no_tensor_of_its_square(longest, window, causal):
-    length, saved = 32768, 0
+def test_a_row_of_32k_tokens_makes_no_tensor_of_its_square(longest, window, causal, holes):
+    length = 32768
     query, key, value, _ = projected(length, 1, groups=1, heads=1)
     apart = None if longest is None else documents(length, 1, longest)
     params = None
     if longest is not None:
-        params = PatternParams(AttentionPattern(length=length, documents=apart, causal=causal))
-    kept: set[int] = set()
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal saved
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in kept:
-            kept.add(storage.data_ptr())
-            saved += storage.nbytes()
-        return tensor
-
-    with Sizes() as sizes, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        keep = torch.arange(length)[None] % 7 > 0 if holes else None
+        params = PatternParams(AttentionPattern(length=length, documents=apart, keep=keep, causal=causal))
+    with Sizes() as sizes, SavedBytes(()) as saved:
         attention(window, groups=1)(query, key, value, packed_seq_params=params).sum().backward()
-    assert sizes.largest <= 4 * length * SIZE  # the projection has 3
-    assert saved < 512 * length  # bytes; a mask of all queries and keys would be 32768 · length
+    # The projection has 3; a mask with holes is made for 256 queries and the keys of their document.
+    assert sizes.largest <= (2 * 1024 * 1024 if holes else 4 * length * SIZE)
+    assert saved.peak < 512 * length  # bytes; a mask of all queries and keys would be 32768 · length
 
 
 @pytest.mark.parametrize("groups", [HEADS, GROUPS])

@@ -11,7 +11,7 @@ from lightning_megatron.models.layers.attention import TorchAttention, use_kerne
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, causal_pattern
 from lightning_megatron.models.layers.attention_sinks import attend_with_sinks
 from lightning_megatron.models.layers.context_parallel import ways
-from lightning_megatron.models.layers.context_parallel.visible_blocks import Visible
+from lightning_megatron.models.layers.visible_blocks import Visible
 
 SETTINGS = BuildSettings(layout=ParallelLayout(world_size=1), device=torch.device("cpu"))
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 32, "seq_length": 8}

@@ -67,10 +67,3 @@ def test_what_transformers_ignores_is_ignored_and_none_is_not_given():
         torch.testing.assert_close(module(input_ids=IDS, labels=None, **more), model(IDS).logits, rtol=0, atol=1e-5)
         with pytest.raises(ValueError, match="'inputs_embeds' in the batch"):
             module(input_ids=IDS, inputs_embeds=torch.ones(2, 4, 48))
-
-
-@pytest.mark.parametrize("key", ["seq_idx", "cu_seqlens", "cu_seq_lens_q"])
-def test_a_t5_takes_no_row_of_several_texts(key):
-    module, batch = MODULES["t5"]
-    with pytest.raises(ValueError, match=f"{key}.*give each a row of its own"):
-        module.check_batch({**batch, key: IDS})

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lightning.pytorch import Trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule
+from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, T5Config, T5Module
 from lightning_megatron.models import row_documents
 from lightning_megatron.models.host_answers import ask, remember, with_answers
 
@@ -288,3 +289,78 @@ def test_places_and_numbers():
     assert row_documents.longest({"cu_seqlens": int32([[0, 1, 7, 8]])}, 8) == 6
     assert row_documents.longest({"cu_seqlens": int32([[0, 3, 6, 8], [0, 2, 7, 8]])}, 8) == 5
     assert row_documents.within_documents(torch.ones(1, 5), numbers).tolist() == [[1, 0, 0, 1, 1]]
+
+
+T5_SIZES = {**SIZES, "decoder_seq_length": 16}
+T5S = {kind: T5Module(T5Config(**T5_SIZES, position_embedding=kind)) for kind in ("relative", "learned")}
+TARGETS = torch.arange(1, 7)[None]
+PAIRS = {
+    "numbers": {"seq_idx": int32([[4, 4, 4, 5, 9, 9, 9, 9]]), "decoder_seq_idx": int32([[4, 4, 5, 5, 5, 9]])},
+    "borders": {"cu_seqlens": int32([[*BORDERS, -1]]), "decoder_cu_seqlens": int32([[0, 2, 5, 6]])},
+    "transformers' borders": {"cu_seq_lens_q": int32(BORDERS), "decoder_cu_seq_lens_q": int32([0, 2, 5, 6])},
+    "positions": {"position_ids": torch.tensor(PLACES), "decoder_position_ids": torch.tensor([[0, 1, 0, 1, 2, 0]])},
+}
+
+
+@pytest.fixture(autouse=True)
+def trainers() -> None:
+    for module in T5S.values():
+        module.trainer = Trainer(accelerator="cpu", logger=False)
+
+
+@pytest.mark.parametrize("kind", T5S)
+@pytest.mark.parametrize("source", PAIRS)
+def test_pairs_of_a_t5_share_rows_by_the_keys_of_others(source, kind):
+    batch = {"input_ids": IDS % 32, "labels": TARGETS, **PAIRS[source]}
+    T5S[kind].check_batch(batch)
+    remember(batch, ask(batch, T5S[kind]._questions(batch)))
+    found = T5S[kind].get_batch(batch)
+    assert found["encoder_mask"].documents.tolist() == NUMBERS
+    assert found["decoder_mask"].documents.tolist() == [[0, 0, 1, 1, 1, 2]]
+    assert found["cross_mask"].documents.tolist() == NUMBERS
+    assert found["cross_mask"].query_documents.tolist() == [[0, 0, 1, 1, 1, 2]]
+    assert [found[name].causal for name in ("encoder_mask", "decoder_mask", "cross_mask")] == [False, True, False]
+    assert found["decoder_input_ids"].tolist() == [[0, 1, 0, 3, 4, 0]], "each text begins with the start token"
+    positions = [found.get(name) for name in ("position_ids", "decoder_position_ids")]
+    if kind == "learned":
+        assert [each.tolist() for each in positions] == [PLACES, [[0, 1, 0, 1, 2, 0]]]
+    else:
+        assert positions == [None, None]
+
+
+ODD_PAIRS = {
+    "a side alone": ({"seq_idx": int32([[0, 0, 0, 1, 1, 1, 1, 1]])}, "row 0 has 2 documents of the encoder and 1 of"),
+    "one more": (
+        {"cu_seqlens": int32([[0, 3, 8]]), "decoder_cu_seqlens": int32([[0, 2, 5, 6]])},
+        "row 0 has 2 documents of the encoder and 3 of the decoder",
+    ),
+    "another order": (
+        {"seq_idx": int32([[1, 1, 1, 2, 2, 2, 2, 2]]), "decoder_seq_idx": int32([[2, 2, 2, 1, 1, 1]])},
+        "document 0 of row 0 is number 1 of 'seq_idx' and 2 of 'decoder_seq_idx'",
+    ),
+    "a border beyond the end": ({"decoder_cu_seqlens": int32([[0, 2, 8]])}, "'decoder_'.*'cu_seqlens' of row 0"),
+    "positions beside a mask": (
+        {"position_ids": torch.tensor(PLACES), "attention_mask": torch.ones(1, 8)},
+        "beside an 'attention_mask' they do not say",
+    ),
+    "a mask of queries": ({**PAIRS["numbers"], "enc_mask": torch.ones(1, 8, 8)}, "'enc_mask' says who looks at whom"),
+    "a long text": (
+        {"input_ids": torch.ones(1, 20, dtype=torch.int64), "labels": TARGETS},
+        "'input_ids' has 20 tokens, but T5Config.seq_length=16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_PAIRS)
+def test_documents_that_are_no_pairs_are_refused(name):
+    changes, message = ODD_PAIRS[name]
+    with pytest.raises(ValueError, match=message):
+        T5S["relative"].check_batch({"input_ids": IDS % 32, "labels": TARGETS, **changes})
+
+
+def test_a_row_of_a_t5_may_be_longer_than_its_texts_and_padded_on_one_side():
+    numbers, targets = torch.arange(4).repeat_interleave(10)[None], torch.arange(3).repeat_interleave(2)[None]
+    batch = {"input_ids": numbers % 32, "labels": TARGETS, "seq_idx": numbers, "decoder_seq_idx": targets}
+    T5S["relative"].check_batch({**batch, "attention_mask": (numbers < 3).long()})
+    with pytest.raises(ValueError, match="4 documents of the encoder and 3 of the decoder"):
+        T5S["relative"].check_batch(batch)

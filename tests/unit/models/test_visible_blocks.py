@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern
-from lightning_megatron.models.layers.context_parallel.visible_blocks import Block, Visible
+from lightning_megatron.models.layers.visible_blocks import Block, Visible
 
 LENGTH, ROWS = 1200, 2  # longer than a block of queries with a mask
 PLACES = torch.arange(LENGTH)

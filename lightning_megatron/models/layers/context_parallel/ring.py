@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.sequence_shards import SequenceShards
-from lightning_megatron.models.layers.context_parallel.visible_blocks import Visible
 from lightning_megatron.models.layers.partial_attention import Merged, attend_part, part_gradients
+from lightning_megatron.models.layers.visible_blocks import Visible
 
 
 def attend_in_ring(

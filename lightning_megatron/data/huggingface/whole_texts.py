@@ -1,8 +1,8 @@
-"""Puts whole conversations into rows of limited length, several in a row where they fit."""
+"""Puts whole texts, or conversations, into rows of limited length, several in a row where they fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,17 +49,18 @@ def best_fit(lengths: Sequence[int] | np.ndarray, space: int) -> list[list[int]]
     return rows
 
 
-class PackedConversations(TorchDataset[dict[str, Tensor]]):
-    """Rows of whole conversations, each row as full as they fit.
+class WholeTexts(TorchDataset[dict[str, Tensor]]):
+    """Rows of whole texts, each row as full as they fit.
 
     Args:
-        conversations: A dataset with ``input_ids`` and ``labels``, as ``tokenise`` returns it.
-        seq_length: Tokens of a row, and at most of a conversation.
+        texts: A dataset with ``input_ids`` and perhaps ``labels``, as ``tokenise`` returns it.
+        seq_length: Tokens of a row, and at most of a text.
     """
 
-    def __init__(self, conversations: Dataset, seq_length: int) -> None:
-        self._conversations = conversations.with_format("arrow")
-        chunks = self._conversations[:]["input_ids"].chunks if len(conversations) else []
+    def __init__(self, texts: Dataset, seq_length: int) -> None:
+        self._texts = texts.with_format("arrow")
+        self._columns = ("input_ids", "labels" if "labels" in texts.column_names else "input_ids")
+        chunks = self._texts[:]["input_ids"].chunks if len(texts) else []
         self._lengths = np.concatenate([np.diff(chunk.offsets) for chunk in chunks] or [np.empty(0, np.int32)])
         self.rows = best_fit(self._lengths, seq_length)
 
@@ -69,23 +70,23 @@ class PackedConversations(TorchDataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Read one row, in the form of ``packed_row``."""
         numbers = self.rows[index]
-        table = self._conversations[numbers]
-        ids, labels = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
+        table = self._texts[numbers]
+        ids, labels = (table[name].combine_chunks().flatten().to_numpy() for name in self._columns)
         return packed_row(ids, labels, self._lengths[numbers])
 
 
-class PackedConversationStream(TorchIterableDataset[dict[str, Tensor]]):
-    """Rows of conversations in the order of a stream; the first that does not fit begins the next row.
+class WholeTextStream(TorchIterableDataset[dict[str, Tensor]]):
+    """Rows of texts in the order of a stream; the first that does not fit begins the next row.
 
     Args:
-        conversations: The stream of samples with ``input_ids`` and ``labels``.
-        seq_length: Tokens of a row, and at most of a conversation.
+        texts: The stream of samples with ``input_ids`` and perhaps ``labels``.
+        seq_length: Tokens of a row, and at most of a text.
     """
 
-    def __init__(self, conversations: DocumentStream, seq_length: int) -> None:
-        self._conversations = conversations
+    def __init__(self, texts: DocumentStream, seq_length: int) -> None:
+        self._texts = texts
         self._seq_length = seq_length
-        self._next: list[list[int]] = [[], []]  # the ids and labels of the conversation that begins the next row
+        self._next: list[list[int]] = [[], []]  # the ids and labels of the text that begins the next row
         self._resumed = False
 
     @override
@@ -95,8 +96,8 @@ class PackedConversationStream(TorchIterableDataset[dict[str, Tensor]]):
             self._next = [[], []]
         self._resumed = False
         row = [self._next] if self._next[0] else []
-        for sample in self._conversations:
-            more = [sample["input_ids"], sample["labels"]]
+        for sample in self._texts:
+            more = [sample["input_ids"], sample.get("labels", sample["input_ids"])]
             if row and sum(len(ids) for ids, _ in row) + len(more[0]) > self._seq_length:
                 self._next = more
                 yield _joined(row)
@@ -108,20 +109,20 @@ class PackedConversationStream(TorchIterableDataset[dict[str, Tensor]]):
             yield _joined(row)
 
     def state_dict(self) -> State:
-        """The position of the next conversation, and the one that begins the next row."""
-        return {"conversations": self._conversations.state_dict(), "next": torch.tensor(self._next, device="cpu")}
+        """The position of the next text, and the one that begins the next row."""
+        return {"conversations": self._texts.state_dict(), "next": torch.tensor(self._next, device="cpu")}
 
     def load_state_dict(self, state: State) -> None:
         """Continue at the position in ``state``."""
-        self._conversations.load_state_dict(state["conversations"])
+        self._texts.load_state_dict(state["conversations"])
         self._next, self._resumed = state["next"].tolist(), True
 
 
-class CollateConversations:
-    """Makes a batch of packed rows, padded to the longest.
+class CollateWholeTexts:
+    """Makes a batch of packed rows for ``GPTModule``, padded to the longest.
 
     Args:
-        pad_id: Token id that follows shorter rows. It has no label, and no conversation looks at it.
+        pad_id: Token id that follows shorter rows. It has no label, and no text looks at it.
     """
 
     def __init__(self, pad_id: int) -> None:
@@ -130,7 +131,7 @@ class CollateConversations:
     def __call__(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Stack rows: ``input_ids``, ``labels`` and ``position_ids``, each int64 ``[b, s]``.
 
-        Positions begin at 0 in each conversation, and in the padding, which is like a conversation of its own.
+        Positions begin at 0 in each text, and in the padding, which is like a text of its own.
         """
         longest = max(len(row["input_ids"]) for row in rows)
         return {
@@ -142,17 +143,41 @@ class CollateConversations:
         }
 
 
+class CollateNumberedTexts:
+    """Hands packed rows to a collate function, with the number of each token's text.
+
+    Args:
+        collate_fn: Makes a batch from samples with ``input_ids`` and ``seq_idx``, each ``[s]``, as ``MaskedLMCollator``
+            does for ``BertModule``.
+    """
+
+    def __init__(self, collate_fn: Callable[[list[dict[str, Tensor]]], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, rows: Sequence[Mapping[str, Tensor]]) -> Any:
+        """Make a batch; the texts of each row are numbered from 0."""
+        return self.collate_fn(
+            [
+                {
+                    "input_ids": row["input_ids"],
+                    "seq_idx": torch.repeat_interleave(torch.arange(len(row["lengths"])), row["lengths"]),
+                }
+                for row in rows
+            ]
+        )
+
+
 def packed_row(ids: np.ndarray, labels: np.ndarray, lengths: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-    """Make a row of the tokens of several conversations.
+    """Make a row of the tokens of several texts.
 
     Args:
         ids: The tokens, ``[s]``.
         labels: The label of each token itself, ``[s]``.
-        lengths: The length of each conversation.
+        lengths: The length of each text.
 
     Returns:
-        ``input_ids`` and ``labels``, int64 ``[s]``, and ``lengths`` ``[conversations]``. The first token of each
-        conversation, which only another one could predict, has no label.
+        ``input_ids`` and ``labels``, int64 ``[s]``, and ``lengths`` ``[texts]``. The first token of each text,
+        which only another one could predict, has no label.
     """
     found = torch.from_numpy(labels.astype(np.int64))
     return {
@@ -163,7 +188,7 @@ def packed_row(ids: np.ndarray, labels: np.ndarray, lengths: Sequence[int] | np.
 
 
 def _positions(lengths: Iterable[Any]) -> Tensor:
-    """The place of each token in its conversation, ``[s]``."""
+    """The place of each token in its text, ``[s]``."""
     return torch.from_numpy(np.concatenate([np.arange(int(length)) for length in lengths]))
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_megatron.models.layers.attention_pattern import AttentionPattern, looks
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern
 
 _BLOCK = 512  # queries of a block with a mask
 
@@ -33,7 +33,8 @@ class Visible:
 
     Args:
         pattern: As attention is given it, or None.
-        mask: ``[b or 1, 1, s or 1, s]``, True where a query may not look, or None; there is no ``pattern`` beside it.
+        mask: ``[b or 1, 1, s or 1, s]``, True where a query may not look, or None; there is no ``pattern`` beside it,
+            and where there is a ``window``, no query looks ahead.
         window: Tokens that a query looks at, itself included; None: all.
         device: Where masks are made.
     """
@@ -50,15 +51,26 @@ class Visible:
         elif not self.pattern.causal or keys.start < queries.stop:
             yield from self._of_pattern(self.pattern, queries, keys)
 
-    def _of_mask(self, queries: range, keys: range) -> Iterator[Block]:
+    def reach(self, queries: range, keys: range) -> range:
+        """``keys`` without those that no query of the block looks at, as far as it is known without asking a device."""
+        if self.pattern is not None:
+            return self._within_reach(self.pattern, queries, keys)
+        return keys if self.window is None else self._within_reach(AttentionPattern(length=0), queries, keys)
+
+    def seen(self, queries: range, keys: range) -> torch.Tensor | None:
+        """``[b or 1, 1, queries or 1, keys]``, whether a query looks at a key; None: each at all."""
+        if self.pattern is not None:
+            return self._seen(self.pattern, queries, keys)
         if self.mask is None:
-            yield Block(queries, keys)
-            return
-        if self.mask.size(2) == 1:
-            yield Block(queries, keys, seen=~self.mask[..., keys.start : keys.stop])
-            return
-        for block in _cut(queries):
-            yield Block(block, keys, seen=~self.mask[:, :, block.start : block.stop, keys.start : keys.stop])
+            return None
+        mask = self.mask if self.mask.size(2) == 1 else self.mask[:, :, queries.start : queries.stop]
+        seen = ~mask[..., keys.start : keys.stop]
+        return seen if self.window is None else seen & self._seen(AttentionPattern(length=0), queries, keys)
+
+    def _of_mask(self, queries: range, keys: range) -> Iterator[Block]:
+        whole = self.mask is None or (self.mask.size(2) == 1 and self.window is None)
+        for block in [queries] if whole else _cut(queries):
+            yield Block(block, keys, seen=self.seen(block, keys))
 
     def _of_pattern(self, pattern: AttentionPattern, queries: range, keys: range) -> Iterator[Block]:
         in_window = self.window is None or queries.stop - keys.start <= self.window
@@ -75,14 +87,13 @@ class Visible:
                 yield Block(block, seen, seen=self._seen(pattern, block, seen))
 
     def _within_reach(self, pattern: AttentionPattern, queries: range, keys: range) -> range:
-        """``keys`` without those that no query of the block looks at, as far as it is known without asking a device."""
         first, last = keys.start, keys.stop
         if pattern.causal:
             last = min(last, queries.stop)
         if self.window is not None:
             first = max(first, queries.start - self.window + 1)
         if pattern.documents is not None and pattern.documents.device.type == "cpu":
-            begin, end = pattern.made(("borders",), lambda: _borders(pattern.documents))
+            begin, end = pattern.made(("borders",), lambda: _borders(pattern))
             first, last = max(first, begin[queries.start]), min(last, end[queries.stop - 1])
         return range(first, max(first, last))
 
@@ -90,7 +101,7 @@ class Visible:
         given = pattern.documents if pattern.keep is None else pattern.keep
         rows = torch.arange(1 if given is None else len(given), device=self.device)[:, None, None, None]
         query, key = (torch.arange(x.start, x.stop, device=self.device) for x in (queries, keys))
-        seen = looks(pattern.causal, self.window, pattern.documents, pattern.keep, rows, query[:, None], key)
+        seen = pattern.looks(self.window, rows, query[:, None], key)
         return seen if seen.dim() == 4 else seen[None, None]
 
 
@@ -98,10 +109,11 @@ def _cut(places: range) -> Iterator[range]:
     return (places[first : first + _BLOCK] for first in range(0, len(places), _BLOCK))
 
 
-def _borders(documents: torch.Tensor | None) -> tuple[list[int], list[int]]:
-    """Of each place, where its document begins at the earliest in any row, and where it ends at the latest."""
-    assert documents is not None
-    numbers = documents.contiguous()
-    begin = torch.searchsorted(numbers, numbers).amin(dim=0)
-    end = torch.searchsorted(numbers, numbers, right=True).amax(dim=0)
+def _borders(pattern: AttentionPattern) -> tuple[list[int], list[int]]:
+    """Of each query's place, where its document begins at the earliest in any row, and where it ends at the latest."""
+    assert pattern.documents is not None
+    keys = pattern.documents.contiguous()
+    queries = keys if pattern.query_documents is None else pattern.query_documents.contiguous()
+    begin = torch.searchsorted(keys, queries).amin(dim=0)
+    end = torch.searchsorted(keys, queries, right=True).amax(dim=0)
     return begin.tolist(), end.tolist()
