@@ -143,6 +143,11 @@ class ParallelLayout:
         return self.ep > 1 or self.expert_tp != self.tp
 
     @property
+    def replicas_share_experts(self) -> bool:
+        """Whether a pass needs several replicas, because they hold experts together."""
+        return self.dp > 1 and self.tp * self.cp % (self.ep * self.expert_tp) != 0
+
+    @property
     def expert_dp(self) -> int:
         """The number of copies of each expert."""
         return self.world_size // (self.expert_tp * self.ep * self.pp)

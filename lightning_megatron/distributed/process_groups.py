@@ -391,6 +391,11 @@ def expert_model_parallel() -> dist.ProcessGroup:
     return parallel_state.get_expert_tensor_model_pipeline_parallel_group()
 
 
+def expert_tensor_parallel() -> dist.ProcessGroup:
+    """The group of the ranks that share each expert."""
+    return parallel_state.get_expert_tensor_parallel_group()
+
+
 def pipeline() -> dist.ProcessGroup:
     """The group of the pipeline stages of one copy of the model."""
     return parallel_state.get_pipeline_model_parallel_group()

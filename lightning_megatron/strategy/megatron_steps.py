@@ -9,10 +9,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from typing_extensions import override
 
+from lightning_megatron.distributed import collectives
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.configured_module import ConfiguredModule
 from lightning_megatron.models.megatron_module import MegatronModule, runs_on_all_stages
-from lightning_megatron.strategy.dataloading import evaluation_sampler
+from lightning_megatron.strategy.dataloading import evaluation_sampler, rank_consistency
 from lightning_megatron.strategy.logging.recorder import LogRecorder
 from lightning_megatron.strategy.plain_module import check_output
 from lightning_megatron.strategy.step_runner import Recorder, StepRunner
@@ -27,6 +28,7 @@ class MegatronSteps(StepRunner):
     """Runs the hooks of a MegatronModule; see ``StepRunner``."""
 
     module: MegatronModule
+    _last_prediction: tuple[Any, Any, Any] | None = None
 
     @staticmethod
     @override
@@ -52,6 +54,29 @@ class MegatronSteps(StepRunner):
     @override
     def predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Run ``predict_step``; every stage gets what the last stage returned."""
+        if self.engine.layout.replicas_share_experts:
+            collectives.on_any_rank(True)  # whether a replica predicts; those without a batch take part
+            self._last_prediction = batch, args, kwargs
+        return self._predict(batch, *args, **kwargs)
+
+    @override
+    def end_predictions(self) -> None:
+        """Predict this replica's last batch again, for nothing, until the replicas it shares experts with have ended.
+
+        Raises:
+            DataError: This replica has no batch at all.
+        """
+        while self.engine.layout.replicas_share_experts and collectives.on_any_rank(False)[0]:
+            if self._last_prediction is None:
+                raise rank_consistency.DataError(
+                    "MegatronStrategy: a replica has no batch to predict, and the replicas that it shares experts with"
+                    " have some. Give each replica at least one."
+                )
+            batch, args, kwargs = self._last_prediction
+            self._predict(batch, *args, **kwargs)
+        self._last_prediction = None
+
+    def _predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         recorder = self._record(batch)
         step = self._step("predict_step", recorder, args, kwargs)
         if runs_on_all_stages(self.module.predict_step):

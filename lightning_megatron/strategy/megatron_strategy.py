@@ -406,6 +406,7 @@ class MegatronStrategy(CheckpointHooks, RankCommunication):
 
     @override
     def on_predict_end(self) -> None:
+        self._steps.end_predictions()
         prediction_gather.join_replicas(self.lightning_module.trainer)  # type: ignore[union-attr]
 
     # The end of a run

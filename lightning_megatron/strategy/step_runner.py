@@ -84,6 +84,9 @@ class StepRunner(ABC):
     def predict(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Run ``predict_step``, and return its output."""
 
+    def end_predictions(self) -> None:  # noqa: B027
+        """Take part in predictions of other replicas that need this one, which has no more batches."""
+
     def _run_schedule(self, batch: Any, recorder: Recorder, args: Any, kwargs: Any) -> Outcome | None:
         trainer: pl.Trainer = self.module.trainer
         step, (cut, length) = self._step("training_step", recorder, args, kwargs), self._cut_checked(batch, args)

@@ -59,9 +59,11 @@ def total(
     """
     dense: list[torch.Tensor] = []
     experts: list[torch.Tensor] = []
+    first_of_expert = process_groups.expert_tensor_parallel().rank() == 0
     for weight in weights:
         if is_divided_expert(weight):
-            experts.append(weight)
+            if getattr(weight, "tensor_model_parallel", False) or first_of_expert:
+                experts.append(weight)
         elif param_is_not_shared(weight) and param_is_not_tensor_parallel_duplicate(weight):
             dense.append(weight)
     of_dense, of_experts = inner.summing_groups

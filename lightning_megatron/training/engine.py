@@ -22,7 +22,7 @@ from lightning_megatron.distributed import collectives, process_groups, shared_w
 from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.megatron_versions import mark_sinks
-from lightning_megatron.training import window_counts
+from lightning_megatron.training import expert_gradients, window_counts
 from lightning_megatron.training.batch_rows import join_rows
 from lightning_megatron.training.counted_once import is_divided_expert
 from lightning_megatron.training.microbatches import MicroBatchSizes, slices
@@ -287,7 +287,7 @@ class Engine:
 
         They wait for one another in each layer, and a replica's batch may have fewer rows.
         """
-        if not (self.layout.dp > 1 and self.layout.experts_are_divided):
+        if not self.layout.replicas_share_experts:
             return cut
         count = len(cut.sizes) + cut.num_padding
         most = max(collectives.gather(count, process_groups.gloo_world()))
@@ -323,6 +323,7 @@ class Engine:
         for chunk in model:
             chunk.scale_gradients(share)
         shared_weights.all_reduce_gradients(model)
+        expert_gradients.sum_parts(model)
         if self._looks_at_gradients:
             self._looks_at_gradients = not warn_of_partial(model)
         window_counts.finish(self._counting_layers)

@@ -1,14 +1,16 @@
 """A checkpoint of divided experts is loaded under any other division, and resumed to the bit under its own."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_megatron import GPTConfig
+from lightning_megatron import GPTConfig, LoRA
 from tests.reference import plain_experts
 from tests.reference.parallel_experts import LoadedMixture
 from tests.reference.parallel_gpt import Rows, Watch, text_samples
+from tests.reference.updated_experts import UpdatedMixture
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
 from tests.support.trainer import loader, trainer
@@ -17,8 +19,16 @@ SAVED = Layout(dp=2, ep=2)
 ROWS, STEPS = 12, 6
 
 
-def run(config: GPTConfig, layout: Layout, steps: int, path: str, saves: bool = False, resumes: bool = False) -> Any:
-    module, watch = LoadedMixture(config), Watch()
+def run(
+    config: GPTConfig,
+    layout: Layout,
+    steps: int,
+    path: str,
+    saves: bool = False,
+    resumes: bool = False,
+    lora: LoRA | None = None,
+) -> Any:
+    module, watch = LoadedMixture(config) if lora is None else UpdatedMixture(config, lora=lora), Watch()
     run = trainer(layout, max_steps=steps, gradient_clip_val=0.5, callbacks=[watch])
     samples = Rows(text_samples(config, ROWS * STEPS))
     run.fit(module, loader(samples, layout, ROWS, run), ckpt_path=path if resumes else None)
@@ -27,18 +37,47 @@ def run(config: GPTConfig, layout: Layout, steps: int, path: str, saves: bool = 
     return watch.losses, watch.norms, {name: weight.detach().clone() for name, weight in module.named_shards()}
 
 
-@pytest.mark.parametrize("name", ["ODD", "BIASED"])
-def test_experts_reshard_and_resume(name, tmp_path):
-    config, path = getattr(plain_experts, name), str(tmp_path / "half.ckpt")
-    whole = run_in_pool(2, run, config, SAVED, STEPS, path)
-    run_in_pool(2, run, config, SAVED, STEPS // 2, path, True)
+def resumed_to_the_bit(config: GPTConfig, layout: Layout, path: str, lora: LoRA | None = None) -> Any:
+    """Train in one go, and in two; what the ranks saw in one go."""
+    count = layout.world_size
+    whole = run_in_pool(count, run, config, layout, STEPS, path, False, False, lora)
+    run_in_pool(count, run, config, layout, STEPS // 2, path, True, False, lora)
     for seen, (losses, norms, weights) in zip(
-        run_in_pool(2, run, config, SAVED, STEPS, path, False, True), whole, strict=True
+        run_in_pool(count, run, config, layout, STEPS, path, False, True, lora), whole, strict=True
     ):
         assert (seen[0], seen[1]) == (losses[STEPS // 2 :], norms[STEPS // 2 :])
         assert all(torch.equal(seen[2][key], weights[key]) for key in weights)
+    return whole
+
+
+@pytest.mark.parametrize("name", ["ODD", "BIASED"])
+def test_experts_reshard_and_resume(name, tmp_path):
+    config, path = getattr(plain_experts, name), str(tmp_path / "half.ckpt")
+    whole = resumed_to_the_bit(config, SAVED, path)
     others = [Layout(tp=2, etp=2, sp=True), Layout(dp=2, etp=2, sharded=False), Layout(pp=2, dp=2, ep=2), Layout()]
     for layout in others:
         for seen in run_in_pool(layout.world_size, run, config, layout, STEPS, path, False, True):
             assert seen[0] == pytest.approx(whole[0][0][STEPS // 2 :], rel=1e-5), layout
             assert seen[1] == pytest.approx(whole[0][1][STEPS // 2 :], rel=1e-4), layout
+
+
+UPDATES = LoRA(rank=3, alpha=6, targets=["experts.linear_fc1", "experts.linear_fc2", "linear_proj"])
+
+
+def test_updates_of_experts_reshard_and_resume(tmp_path):
+    path = str(tmp_path / "half.ckpt")
+    whole = resumed_to_the_bit(plain_experts.ODD, Layout(dp=4, ep=2, etp=2), path, UPDATES)
+    for layout in (Layout(dp=2, ep=2), Layout(tp=2, pp=2, etp=2, sp=True), Layout(dp=2, etp=2, sharded=False)):
+        ranks = run_in_pool(layout.world_size, run, plain_experts.ODD, layout, STEPS, path, False, True, UPDATES)
+        for seen in ranks:
+            assert seen[0] == pytest.approx(whole[0][0][STEPS // 2 :], rel=1e-5), layout
+            assert seen[1] == pytest.approx(whole[0][1][STEPS // 2 :], rel=1e-4), layout
+
+
+@pytest.mark.parametrize("lora", [None, replace(UPDATES, dropout=0.2)], ids=["weights", "updates"])
+def test_experts_with_dropout_resume(lora, tmp_path):
+    config = replace(plain_experts.BIASED if lora is None else plain_experts.ODD, hidden_dropout=0.2)
+    whole = resumed_to_the_bit(config, Layout(dp=2, etp=2), str(tmp_path / "half.ckpt"), lora)
+    assert whole[0][0] != pytest.approx(
+        run_in_pool(2, run, replace(config, hidden_dropout=0.0), Layout(dp=2, etp=2), STEPS, "")[0][0], rel=1e-3
+    )

@@ -28,11 +28,12 @@ def config_of(name: str, **experts: Any) -> Any:
 
 
 @functools.cache
-def truth(name: str, cut: str = "", **experts: Any) -> dict:
+def truth(name: str, cut: str = "", means: bool = False, **experts: Any) -> dict:
     config = config_of(name, **experts)
     parts = {"": None, "replicas": Cut([EVEN, ODD]), "halves": Cut([list(range(ROWS))], [slice(0, 8), slice(8, 16)])}
     parts["micro-batches"] = Cut([EVEN[:3], EVEN[3:], ODD[:3], ODD[3:]])
-    found = plain_experts.train(config, text_samples(config, ROWS * STEPS), ROWS, STEPS, CLIP, parts[cut])
+    samples = text_samples(config, ROWS * STEPS)
+    found = plain_experts.train(config, samples, ROWS, STEPS, CLIP, parts[cut], means=means)
     assert found["seen"].margin > 2e-5, f"a choice is too close for a comparison: {found['seen'].margin}"
     return found
 
@@ -40,7 +41,7 @@ def truth(name: str, cut: str = "", **experts: Any) -> dict:
 def assert_same_training(
     name: str, layout: Layout, accumulate: int = 1, cut: str = "", experts: dict | None = None, **options: Any
 ) -> None:
-    expected = truth(name, cut, **(experts or {}))
+    expected = truth(name, cut, options.get("loss_reduction") == "micro_batch", **(experts or {}))
     ranks = run_in_pool(
         layout.world_size, functools.partial(parallel_experts.train, full=expected["weights"], **options),
         config_of(name, **(experts or {})), layout, ROWS, STEPS, CLIP, accumulate, timeout=240,
@@ -103,6 +104,12 @@ def test_a_micro_batch_is_balanced_over_the_ranks_that_share_its_rows(layout):
 def test_each_micro_batch_is_balanced_by_itself():
     options = {"experts": {"balancing": "aux"}, "cut": "micro-batches", "micro_batch_size": 3}
     assert_same_training("MIXTURE", Layout(dp=2, ep=2), **options)
+
+
+@pytest.mark.parametrize("name", ["MIXTURE", "ODD"])
+def test_means_of_micro_batches_weigh_the_losses_of_routers_alike(name):
+    options = {"cut": "micro-batches", "micro_batch_size": 3, "loss_reduction": "micro_batch"}
+    assert_same_training(name, Layout(dp=2, ep=2), **options)
 
 
 DROPPING = [

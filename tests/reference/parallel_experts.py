@@ -39,10 +39,11 @@ def train(
     accumulate: int = 1,
     full: Weights | None = None,
     precision: str = "32-true",
+    loss_reduction: str = "token",
     **options: Any,
 ) -> dict[str, Any]:
     """Train on this rank; with the final weights of the truth in ``full``, the worst distance to them."""
-    module, watch = LoadedMixture(config), Watch()
+    module, watch = LoadedMixture(config, loss_reduction=loss_reduction), Watch()
     run = trainer(
         layout,
         options,

@@ -28,6 +28,13 @@ TARGETS: dict[str, list[str]] = {
 }
 
 
+# Of mixtures: layers, and tensors of experts.
+MIXTURES: dict[str, tuple[list[str], list[str]]] = {
+    "mixtral": (["q_proj", "v_proj", "o_proj"], ["experts.gate_up_proj", "experts.down_proj"]),
+    "qwen3_moe": (["k_proj", "o_proj"], ["experts.down_proj"]),
+}
+
+
 # What is trained whole beside the updates, where that is said; of classifiers peft does so unasked.
 WHOLE = {"gpt2": ["wpe", "ln_f"], "bert-sequences": ["pooler"]}
 
@@ -36,8 +43,9 @@ TASKS = {"bert-sequences": "SEQ_CLS", "bert-tokens": "TOKEN_CLS", "roberta-seque
 
 
 def config(name: str, **options: Any) -> peft.LoraConfig:
+    layers, parameters = MIXTURES.get(name) or (TARGETS[name], None)
     return peft.LoraConfig(
-        r=3, lora_alpha=6, target_modules=TARGETS[name], lora_dropout=0.0,
+        r=3, lora_alpha=6, target_modules=layers, target_parameters=parameters, lora_dropout=0.0,
         modules_to_save=WHOLE.get(name), task_type=TASKS.get(name), **options,
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The truth of experts: ``plain_gpt`` whose feed-forward layers are a mixture, each expert computed for all tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,19 +110,33 @@ def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor, mask: torch.Tensor, c
 
 
 def train(
-    c: GPTConfig, samples: dict[str, torch.Tensor], rows: int, steps: int, clip: float, cut: Cut | None = None
+    c: GPTConfig,
+    samples: dict[str, torch.Tensor],
+    rows: int,
+    steps: int,
+    clip: float,
+    cut: Cut | None = None,
+    adapted: tuple[Weights, Callable[[Weights], Weights]] | None = None,
+    means: bool = False,
 ) -> dict[str, Any]:
-    """Losses of the text, gradient norms and final weights of AdamW on batches of ``rows``."""
+    """Losses of the text, gradient norms and final weights of AdamW on batches of ``rows``.
+
+    ``adapted`` are what is trained in place of the weights, and what makes the model's weights of that. With ``means``
+    the mean of each part of ``cut`` counts by its rows, not by its tokens.
+    """
     e = experts_of(c)
-    w = {name: value.clone().requires_grad_() for name, value in initial_weights(c).items()}
+    start, of_model = adapted or (initial_weights(c), lambda trained: trained)
+    w = {name: value.clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.AdamW(w.values(), **ADAM)
     cut = cut or Cut([list(range(rows))])
     seen, losses, norms, extra = Seen(), [], [], []
     for batch in plain_gpt.batches(samples, rows, steps):
         seen.counts, seen.losses = {}, []
-        mask = batch["loss_mask"]
-        labels = batch["labels"].masked_fill(mask == 0, -100)
-        each = F.cross_entropy(logits(c, w, batch["tokens"], mask, cut, seen).flatten(0, 1), labels.flatten())
+        mask = batch["loss_mask"].clone()
+        for part in cut.rows if means else ():
+            mask[part] *= len(part) / rows / mask[part].sum()
+        found = logits(c, of_model(w), batch["tokens"], mask, cut, seen).flatten(0, 1)
+        each = (F.cross_entropy(found, batch["labels"].flatten(), reduction="none") * mask.flatten()).sum() / mask.sum()
         added = torch.stack(seen.losses).sum() / mask.sum() if seen.losses else torch.zeros(())
         optimizer.zero_grad()
         (each + added).backward()
@@ -132,6 +147,8 @@ def train(
         for n, counts in seen.counts.items():
             seen.shares[n] = counts / counts.sum()
             biases = seen.biases.get(n, torch.zeros(e.num))
+            if f"decoder.layers.{n}.mlp.router.weight" not in w:
+                continue
             seen.biases[n] = biases + e.bias_rate * (counts.mean() - counts).sign()
     weights = {name: value.detach() for name, value in w.items()}
     return {"losses": losses, "norms": norms, "weights": weights, "added": extra, "seen": seen}

@@ -41,7 +41,7 @@ def write(decoder: Decoder, settings: GenerationSettings, seed: int, hooks: Hook
     device = decoder.stages.device
     # transformers' loop makes tensors wherever the device context says; the default one's look at each call costs time.
     here = nullcontext() if torch.get_default_device() == device else device
-    with here, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with here, torch.random.fork_rng([device] if device.type == "cuda" else []), decoder.in_step():
         torch.manual_seed(seed)
         texts = _Scorer(decoder).generate(
             decoder.start.ids,

@@ -61,9 +61,10 @@ class GeneratingModule(ConfiguredModule):
 
         An argument that is None has the value of the model's ``generation_config.json`` (tokens that end a text,
         temperature, ...), or transformers' default if that has none. All ranks of a replica call it with the same
-        prompts and get the same text; replicas may have different prompts. Without a Trainer, call ``build`` first to
-        choose a layout; a process that is alone need not. Training continues afterwards as if nothing had been
-        generated.
+        prompts and get the same text; replicas may have different prompts. Where they hold experts together, all of
+        them call it equally often, and one whose texts have ended waits for the others. Without a Trainer, call
+        ``build`` first to choose a layout; a process that is alone need not. Training continues afterwards as if
+        nothing had been generated.
 
         Args:
             input_ids: Prompts ``[b, s]``; a T5's are the encoder's input.
@@ -131,6 +132,7 @@ class GeneratingModule(ConfiguredModule):
         chunks, device = list(self.chunks), next(self.parameters()).device
         with prepared_to_generate(chunks):
             decoder = self._decoder(Stages(chunks, self._travelling_type, device), prompts.to(device), settings)
+            decoder.runs_in_step = self._replicas_share_layers
             return write(decoder, settings, drawn if seed is None else seed, hooks)
 
     def _agreed(
@@ -155,10 +157,15 @@ class GeneratingModule(ConfiguredModule):
             hooks.check(settings.num_beams, settings.config.stop_strings)
             self._check_prompts(prompts, settings.max_new_tokens)
         except (ValueError, TypeError) as error:
-            agree(error, "")
+            agree(error, "", self._replicas_share_layers)
             raise
         asked_for = repr((own, given, decays, hooks.description(), seed, prompts.fingerprint()))
-        return prompts, settings, agree(None, asked_for)
+        return prompts, settings, agree(None, asked_for, self._replicas_share_layers)
+
+    @property
+    def _replicas_share_layers(self) -> bool:
+        """Whether a pass needs all replicas, so that they generate together."""
+        return False
 
     @property
     def _encodes(self) -> bool:

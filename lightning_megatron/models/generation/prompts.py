@@ -96,12 +96,13 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
         ) from None
 
 
-def agree(error: Exception | None, fingerprint: str) -> int:
+def agree(error: Exception | None, fingerprint: str, everywhere: bool = False) -> int:
     """Have all ranks that hold a part of this copy of the model go on, or stop, together.
 
     Args:
         error: Why this rank cannot go on.
         fingerprint: A hash of the prompts and settings that this rank was given.
+        everywhere: Whether all replicas go on or stop together, each with prompts of its own.
 
     Returns:
         A seed, the same on all of them, for a call that names none.
@@ -109,16 +110,20 @@ def agree(error: Exception | None, fingerprint: str) -> int:
     Raises:
         ValueError: A rank cannot go on, or ranks were given different things.
     """
-    told = (None if error is None else str(error), fingerprint, secrets.randbits(31))
-    everyone = collectives.gather(told, process_groups.model_parallel())
+    own = process_groups.replicas().rank()
+    told = (own, None if error is None else str(error), fingerprint, secrets.randbits(31))
+    everyone = collectives.gather(told, process_groups.gloo_world() if everywhere else process_groups.model_parallel())
     if error is not None:
         raise error
-    for rank, (text, other, _) in enumerate(everyone):
+    kind, first = "Rank" if everywhere else "Model-parallel rank", dict[int, tuple[int, str, int]]()
+    for rank, (replica, text, other, seed) in enumerate(everyone):
         if text is not None:
-            raise ValueError(f"Model-parallel rank {rank} refuses its prompts: {text}")
-        if other != everyone[0][1]:
+            raise ValueError(f"{kind} {rank} refuses its prompts: {text}")
+        leader, wanted, _ = first.setdefault(replica, (rank, other, seed))
+        if other != wanted:
             raise ValueError(
-                f"generate: the prompts or settings of model-parallel rank {rank} differ from those of rank 0, and they"
-                " hold parts of one model. Give the same to all ranks of a replica (as the strategy's sampler does)."
+                f"generate: the prompts or settings of {kind.lower()} {rank} differ from those of rank {leader}, and"
+                " they hold parts of one model. Give the same to all ranks of a replica (as the strategy's sampler"
+                " does)."
             )
-    return everyone[0][2]
+    return first[own][2]

@@ -17,6 +17,11 @@ class GPTDecoder(Decoder):
         padding = (~start.keep).sum(dim=1, keepdim=True).repeat_interleave(beams, dim=0)  # [rows, 1]
         self.padding = padding if bool(padding.any()) else None
 
+    def run_idle(self, tokens: torch.Tensor) -> None:
+        """Run the model on tokens that belong to no text."""
+        self.padding = None
+        super().run_idle(tokens)
+
     def run(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Run the model on the new tokens; padding is masked, and does not count as a position."""
         first = self.cache.sequence_len_offset

@@ -305,7 +305,6 @@ class GPTModule(GeneratingModule):
                 f" {config.seq_length} positions of GPTConfig(seq_length={config.seq_length}). Use max_new_tokens="
                 f"{max(config.seq_length - prompts.longest, 0)} or less, or cut the prompts."
             )
-        self._check_experts_in_step()
         if config.layers != "torch" and not prompts.keep.all():
             raise ValueError(
                 f"GPTModule.generate: with GPTConfig(layers={config.layers!r}) prompts cannot be padded; give prompts"
@@ -318,15 +317,9 @@ class GPTModule(GeneratingModule):
                 " layers='torch'."
             )
 
-    def _check_experts_in_step(self) -> None:
-        """Refuse to generate where replicas, which write texts of other lengths, hold experts together."""
-        layout = self.build_settings.layout
-        if layout.dp > 1 and layout.ep * layout.expert_tp > layout.tp * layout.cp:
-            raise RuntimeError(
-                f"{type(self).__name__}.generate: with ep={layout.ep} × etp={layout.expert_tp} replicas hold experts"
-                " together, and would have to write texts of equal length in step. Save a checkpoint, and generate"
-                f" with {type(self).__name__}.load_from_checkpoint, or under a layout with ep=1."
-            )
+    @property
+    def _replicas_share_layers(self) -> bool:
+        return self.config.experts is not None and self.build_settings.layout.replicas_share_experts
 
     def _decoder(self, stages: Stages, prompts: Prompts, settings: GenerationSettings) -> GPTDecoder:
         return GPTDecoder(stages, prompts, self.config.vocab_size, settings.max_new_tokens, settings.copies)

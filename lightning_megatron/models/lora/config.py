@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
@@ -28,7 +28,7 @@ class LoRA:
         alpha: ``scale`` is ``alpha / rank``, or ``alpha / √rank`` with ``rslora``.
         targets: Names of layers, as the family of transformers has them ("q_proj", "self_attn.q_proj") or megatron-core
             ("linear_qkv"), each of which matches where a name ends with it; or one regular expression of whole names;
-            or "all-linear", all but the output layer.
+            or "all-linear", all but the output layer. Of experts, each has an update of its own; routers have none.
         dropout: Probability of leaving an input of the updates out.
         rslora: Whether ``scale`` is ``alpha / √rank`` (https://arxiv.org/abs/2312.03732).
         also_train: Parts of the model that are trained whole, by megatron-core's names, such as "classification_head".
@@ -74,11 +74,12 @@ class LoRA:
             return any(re.fullmatch(self.targets, name) for name in names)
         return any(name == target or name.endswith(f".{target}") for target in self.targets for name in names)
 
-    def check_targets(self, names: Iterable[str]) -> None:
+    def check_targets(self, names: Iterable[str], routers: Sequence[str] = ()) -> None:
         """Refuse targets that are no layer's.
 
         Args:
             names: All names of all linear layers of the model.
+            routers: Those of its routers, which have no updates.
 
         Raises:
             ValueError: Names the nearest that there are.
@@ -88,6 +89,12 @@ class LoRA:
         for target in asked:
             one = LoRA(targets=target if isinstance(self.targets, str) else [target])
             if not any(one.matches(name) for name in every):
+                if any(one.matches(name) for name in routers):
+                    raise ValueError(
+                        f"LoRA(targets={self.targets!r}): {target!r} is a router of experts, which has no low-rank"
+                        " update here. Leave it frozen, or train it whole: also_train="
+                        f"{[name for name in routers if name.endswith('.mlp.router')]}."
+                    )
                 known = sorted({name.rpartition(".")[2] for name in every})
                 hint = did_you_mean(target.rpartition(".")[2], known)
                 raise ValueError(

@@ -12,10 +12,13 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from lightning_megatron.distributed.parameter_names import named_shards, whole_name
 from lightning_megatron.hf.weight_mapping import UPDATE, Heads, Same, TensorMapping, WeightMapping
 from lightning_megatron.models.lora.config import LoRA
+from lightning_megatron.models.lora.expert_adapter import ExpertAdapter
 from lightning_megatron.models.lora.layer import Adapter
 
 
-def inject(chunk: torch.nn.Module, lora: LoRA, mapping: WeightMapping, config: Any, seed: int, also: set[str]) -> None:
+def inject(
+    chunk: torch.nn.Module, lora: LoRA, mapping: WeightMapping, config: Any, seed: int, also: set[str]
+) -> set[str]:
     """Give a chunk's target layers updates, and freeze what is not trained.
 
     Args:
@@ -25,26 +28,36 @@ def inject(chunk: torch.nn.Module, lora: LoRA, mapping: WeightMapping, config: A
         config: Configuration of the model.
         seed: Seed of the first weights; the same on all ranks.
         also: Names of whole tensors that are trained as they are.
+
+    Returns:
+        All names of the chunk's linear layers.
     """
     whole_parts = tuple(f"{part}." for part in lora.also_train)
     for whole, parameter in named_shards(chunk):
         parameter.requires_grad_(parameter.requires_grad and (whole in also or whole.startswith(whole_parts)))
-    heads = Heads.of(config)
+    heads, names = Heads.of(config), set()
     for name, linear in list(_linears(chunk)):
         whole = whole_name(chunk, f"{name}.weight")
         mapped = mapping.get(whole, Same(whole))
+        names |= {each.removesuffix(".weight") for each in (whole, *mapped.names)}
         chosen = targets_of(mapped, whole, lora)
-        if chosen:
+        if not chosen:
+            continue
+        adapter: Adapter | ExpertAdapter
+        if _holds_experts(linear):
+            adapter = ExpertAdapter(linear, chosen[0], lora)
+        else:
             halves = config.is_gated and name.endswith("linear_fc1")
             adapter = Adapter(linear, mapped, chosen, heads, lora, halves)
-            for number, theirs in enumerate(chosen):
-                adapter.start(number, (seed + zlib.crc32(theirs.encode())) % 2**31)
-            parent, _, leaf = name.rpartition(".")
-            chunk.get_submodule(parent).add_module(leaf + UPDATE, adapter)
-            linear.register_forward_hook(_AddUpdate(adapter))
+        for number, theirs in enumerate(chosen):
+            adapter.start(number, (seed + zlib.crc32(theirs.encode())) % 2**31)
+        parent, _, leaf = name.rpartition(".")
+        chunk.get_submodule(parent).add_module(leaf + UPDATE, adapter)
+        linear.register_forward_hook(_AddUpdate(adapter))
     if getattr(chunk, "pre_process", False):
         # Else nothing before the first update needs a gradient, and recomputed layers would have none.
         chunk.embedding.register_forward_hook(_wants_gradient)  # type: ignore[union-attr]
+    return names
 
 
 def targets_of(mapped: TensorMapping, ours: str, lora: LoRA) -> list[str]:
@@ -53,16 +66,26 @@ def targets_of(mapped: TensorMapping, ours: str, lora: LoRA) -> list[str]:
     return [name for name in mapped.names if lora.matches(name.removesuffix(".weight"), mine)]
 
 
-def target_names(mapping: WeightMapping) -> list[str]:
+def target_names(mapping: WeightMapping, config: Any) -> list[str]:
     """The names of layers that targets may have: the family's and megatron-core's."""
     found = []
     for ours, mapped in mapping.items():
         if ours.endswith(".weight") and ("linear_" in ours):
             found += [name.removesuffix(".weight") for name in (ours, *mapped.names)]
-    return found or [f"decoder.layers.0.{name}" for name in _USUAL]
+    usual = _USUAL if getattr(config, "experts", None) is None else (*_USUAL, *_OF_EXPERTS)
+    return found or [f"decoder.layers.0.{name}" for name in usual]
+
+
+def router_names(mapping: WeightMapping, config: Any) -> list[str]:
+    """The names of the routers of experts: the family's and megatron-core's."""
+    experts = getattr(config, "experts", None)
+    has = [] if experts is None else experts.in_layers(config.num_layers)
+    ours = [f"decoder.layers.{number}.mlp.router.weight" for number, here in enumerate(has) if here]
+    return [name.removesuffix(".weight") for each in ours for name in (each, *mapping.get(each, Same(each)).names)]
 
 
 _USUAL = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_OF_EXPERTS = tuple(f"mlp.{kind}.linear_{name}" for kind in ("experts", "shared_experts") for name in ("fc1", "fc2"))
 
 
 def key_prefix_of(ours: str) -> str:
@@ -72,17 +95,25 @@ def key_prefix_of(ours: str) -> str:
 
 def _linears(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     for name, module in chunk.named_modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and ".linear_" in f".{name}":
+        is_linear = isinstance(module, ColumnParallelLinear | RowParallelLinear) or _holds_experts(module)
+        if is_linear and ".linear_" in f".{name}":
             yield name, module
+
+
+def _holds_experts(module: torch.nn.Module) -> bool:
+    """Whether it is a projection of several experts, a ``GroupedLinear``."""
+    return hasattr(module, "product")
 
 
 class _AddUpdate:
     """A forward hook that adds the update to a layer's output."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter | ExpertAdapter) -> None:
         self.adapter = adapter
 
-    def __call__(self, _: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, Any]) -> Any:
+    def __call__(self, _: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
+        if isinstance(self.adapter, ExpertAdapter):
+            return output + self.adapter(*inputs)
         value, bias = output
         return value + self.adapter(inputs[0]), bias
 

@@ -92,13 +92,16 @@ class Adapter(torch.nn.Module):
             for name, rows in self.segments[number].items():
                 part[name].copy_(up[self.theirs[rows]])
 
+    def shapes(self, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of ``A`` and ``B`` of an update, whole."""
+        return (self.lora.rank, self.num_inputs), (int((self.owner == number).sum()), self.lora.rank)
+
     def start(self, number: int, seed: int) -> None:
         """The first weights of an update, the same whatever the layout: those of a linear layer, and zeros."""
         generator = torch.Generator("cpu").manual_seed(seed)
         bound = 1 / math.sqrt(self.num_inputs)  # torch's `kaiming_uniform_(a=√5)`
         whole = torch.empty(self.lora.rank, self.num_inputs, device="cpu").uniform_(-bound, bound, generator=generator)
-        rows = int((self.owner == number).sum())
-        self.fill(number, whole, torch.zeros(rows, self.lora.rank, device="cpu"))
+        self.fill(number, whole, torch.zeros(self.shapes(number)[1], device="cpu"))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """megatron-core's description of the tensors."""

@@ -15,7 +15,8 @@ from lightning_megatron.distributed.suggestions import did_you_mean
 from lightning_megatron.hf.gather import WholeTensors, on_first_rank
 from lightning_megatron.hf.weight_mapping import Read, Shape, WeightMapping, is_update
 from lightning_megatron.models.lora import LoRA
-from lightning_megatron.models.lora.inject import inject, target_names
+from lightning_megatron.models.lora.expert_adapter import ExpertAdapter
+from lightning_megatron.models.lora.inject import inject, router_names, target_names
 from lightning_megatron.models.lora.layer import Adapter
 from lightning_megatron.models.lora.peft_files import Saved, base_of
 from lightning_megatron.models.lora.saving import AdapterWriter
@@ -39,7 +40,8 @@ def check(module: Any) -> None:
             f" mtp={module.config.mtp}. Use mtp=0."
         )
     if module.lora is not None and module.lora.targets != "all-linear":
-        module.lora.check_targets(target_names(weight_mapping_of(module)))
+        mapping, config = weight_mapping_of(module), module.config
+        module.lora.check_targets(target_names(mapping, config), router_names(mapping, config))
 
 
 def matched(module: Any, saved: Saved) -> Saved:
@@ -91,14 +93,17 @@ def inject_updates(module: Any) -> None:
     """Put updates beside the layers of a module's chunks, and freeze the rest.
 
     Raises:
-        ValueError: There is no part that is to be trained whole; on every rank.
+        ValueError: There is no part that is to be trained whole, or no layer that a target names; on every rank.
     """
     lora: LoRA = module.lora
     mapping = weight_mapping_of(module)
     seed = collectives.gather(torch.initial_seed(), process_groups.gloo_world())[0]
     _check_parts(module, lora.also_train)
+    names: set[str] = set()
     for chunk in module.chunks:
-        inject(chunk, lora, mapping, module.config, seed, set(module.new_weights))
+        names |= inject(chunk, lora, mapping, module.config, seed, set(module.new_weights))
+    if lora.targets != "all-linear":
+        lora.check_targets(set().union(*collectives.gather(names, process_groups.gloo_world())))
 
 
 def load_updates(module: Any, saved: Saved) -> None:
@@ -110,7 +115,7 @@ def load_updates(module: Any, saved: Saved) -> None:
     places = [
         (adapter, number, theirs)
         for adapter in module.chunks.modules()
-        if isinstance(adapter, Adapter)
+        if isinstance(adapter, Adapter | ExpertAdapter)
         for number, theirs in enumerate(adapter.chosen)
     ]
     problems = [_misfit(theirs, adapter, number, *saved.updates[theirs]) for adapter, number, theirs in places]
@@ -186,6 +191,6 @@ def _family(module: Any) -> hf.Family | None:
 
 
 def _misfit(theirs: str, adapter: Any, number: int, down: torch.Tensor, up: torch.Tensor) -> str:
-    wanted = (adapter.lora.rank, adapter.num_inputs), (int((adapter.owner == number).sum()), adapter.lora.rank)
+    wanted = adapter.shapes(number)
     seen = tuple(down.shape), tuple(up.shape)
     return "" if seen == wanted else f"The adapter's update of {theirs} has shapes {seen}, and this model's {wanted}."

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from lightning_megatron.models.lora import expert_updates
 from lightning_megatron.models.lora.config import LoRA
 from lightning_megatron.models.lora.merge import Each
 
@@ -24,7 +25,14 @@ _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_
 _READ |= {"init_lora_weights"}
 # What they say of layers is in the names of the tensors; the rest is bookkeeping, or of models and starts that are not
 # here.
-_WITHOUT_EFFECT = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
+_WITHOUT_EFFECT = {
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "fan_in_fan_out",
+}
 _WITHOUT_EFFECT |= {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 _WITHOUT_EFFECT |= {"inference_mode", "runtime_config", "megatron_config", "megatron_core", "qalora_group_size"}
 _WITHOUT_EFFECT |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
@@ -63,10 +71,14 @@ def write(folder: Path, saved: Saved, task: str, base: str | None, transposed: b
         transposed: Whether the updated weights are stored as ``[in, out]``.
     """
     tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in saved.whole.items()}
+    of_experts = [name for name, (down, _) in saved.updates.items() if down.dim() == 3]
     for theirs, (down, up) in saved.updates.items():
-        name = _PREFIX + theirs.removesuffix(".weight")
-        tensors[f"{name}.lora_A.weight"] = down.contiguous()
-        tensors[f"{name}.lora_B.weight"] = up.contiguous()
+        path = theirs.removesuffix(".weight")
+        if theirs in of_experts:
+            path = expert_updates.path(theirs, of_experts)
+            down, up = expert_updates.flat(down, up)
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = down.contiguous()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = up.contiguous()
     lora = saved.lora
     about = {
         "peft_type": "LORA",
@@ -74,9 +86,10 @@ def write(folder: Path, saved: Saved, task: str, base: str | None, transposed: b
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
+        "lora_dropout": 0.0 if of_experts else lora.dropout,  # peft loads no updates of experts with dropout
         "use_rslora": lora.rslora,
-        "target_modules": sorted(name.removesuffix(".weight") for name in saved.updates),
+        "target_modules": sorted(name.removesuffix(".weight") for name in saved.updates.keys() - set(of_experts)),
+        "target_parameters": sorted(of_experts) or None,
         "modules_to_save": sorted({_outermost(name, HEADS.get(task, ())) for name in saved.whole}) or None,
         "fan_in_fan_out": transposed,
         "bias": "none",
@@ -131,14 +144,15 @@ def read(folder: Path) -> Saved:
     for name, found in parts.items():
         if len(found) < 2:
             raise ValueError(f"{folder} has the {next(iter(found))} of {name}, and not its other half.")
+    pairs = {name: (found["lora_A"], found["lora_B"]) for name, found in parts.items()}
+    updates = expert_updates.stacked(pairs, about.get("r", 8), about.get("target_parameters") or [])
     lora = LoRA(
         rank=about.get("r", 8),
         alpha=about.get("lora_alpha", 8),
         dropout=about.get("lora_dropout") or 0.0,
         rslora=bool(about.get("use_rslora")),
-        targets=[name.removesuffix(".weight") for name in sorted(parts)],
+        targets=[name.removesuffix(".weight") for name in sorted(updates)],
     )
-    updates = {name: (found["lora_A"], found["lora_B"]) for name, found in parts.items()}
     trained = tuple(about.get("modules_to_save") or ())
     return Saved(
         lora,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_megatron import AutoModule, LoRA
-from tests.reference import pretrained
+from lightning_megatron import AutoModule, GPTModule, LoRA
+from tests.reference import plain_experts, pretrained
 from tests.reference.peft_lora import TARGETS, truth
 
 
@@ -145,3 +145,28 @@ def test_a_new_head_goes_to_peft_and_comes_back(tmp_path):
 )
 def test_an_adapter_says_its_task(name, task):
     assert AutoModule.from_pretrained(pretrained.new_model(name)).config.peft_task == task
+
+
+def test_targets_without_effect_are_refused_in_a_mixture():
+    router = LoRA(targets=["router"])
+    with pytest.raises(ValueError, match=r"router of experts.*also_train=\['decoder.layers.0.mlp.router'"):
+        GPTModule(plain_experts.MIXTURE, lora=router).build()
+    with pytest.raises(ValueError, match="no layer is called 'mlp.linear_fc1'"):  # all layers have experts
+        GPTModule(plain_experts.MIXTURE, lora=LoRA(targets=["mlp.linear_fc1"])).build()
+
+
+def test_all_linear_layers_of_a_mixture_have_updates():
+    module = GPTModule(plain_experts.ODD, lora=LoRA(rank=4, dropout=0.5)).build()
+    updated = {name.partition("_lora.")[0] for name, p in module.chunks.named_parameters() if p.requires_grad}
+    kinds = {name.partition("layers.")[2].partition(".")[2] for name in updated}
+    layers = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
+    layers += [f"mlp.{kind}.linear_{name}" for kind in ("experts", "shared_experts") for name in ("fc1", "fc2")]
+    assert kinds == set(layers)
+    for key, parameter in module.chunks.named_parameters():
+        if key.endswith(".B") and ".experts." in key:
+            torch.nn.init.normal_(parameter.data)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(module(input_ids=ids), module(input_ids=ids))
+        module.train()
+        assert not torch.equal(module(input_ids=ids), module(input_ids=ids))

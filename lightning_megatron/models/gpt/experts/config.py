@@ -75,6 +75,7 @@ class Experts:
         bias_rate: Step of the biases under "bias".
         capacity_factor: An expert takes at most this multiple of its share of a rank's tokens of a micro-batch, those
             with the highest scores; the others go without it. None: it takes all.
+        eval_capacity_factor: The same in validation, tests, predictions and generation. None: it takes all.
         layers: Numbers, from 0, of the layers that have experts; the others have one feed-forward layer. None: all.
 
     Raises:
@@ -97,6 +98,7 @@ class Experts:
     z_weight: float = 0.0
     bias_rate: float = 1e-3
     capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
     layers: list[int] | None = None
 
     def __post_init__(self) -> None:
@@ -110,7 +112,8 @@ class Experts:
         arguments.one_of(("aux", "seq_aux", "global_aux", "bias", "none"), balancing=self.balancing)
         arguments.flag(normalize_top_k=self.normalize_top_k, shared_gate=self.shared_gate)
         arguments.number(least=0, aux_weight=self.aux_weight, z_weight=self.z_weight, bias_rate=self.bias_rate)
-        arguments.number(above=0, optional=True, capacity_factor=self.capacity_factor)
+        factors = {"capacity_factor": self.capacity_factor, "eval_capacity_factor": self.eval_capacity_factor}
+        arguments.number(above=0, optional=True, **factors)
         arguments.number(above=0, scale=self.scale)
         self._check_groups(arguments)
         if self.top_k > self.num:
@@ -191,7 +194,8 @@ class Experts:
             "moe_router_topk_scaling_factor": None if self.scale == 1.0 else self.scale,
             "moe_router_pre_softmax": self.router == "softmax" and not self.normalize_top_k,
             "moe_router_load_balancing_type": "none",
-            "moe_expert_capacity_factor": self.capacity_factor,
+            # ``ExpertRouter`` drops; megatron-core's dispatchers ask only whether tokens may have been dropped.
+            "moe_expert_capacity_factor": self.capacity_factor or self.eval_capacity_factor,
             "moe_router_dtype": "fp32",
             "moe_layer_freq": [int(has) for has in self.in_layers(num_layers)],
         }

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from typing_extensions import override
 
+from lightning_megatron.distributed import process_groups
 from lightning_megatron.models.gpt.experts.grouped_experts import GroupedExperts
 from lightning_megatron.models.gpt.experts.router import ExpertRouter
 from lightning_megatron.models.layers.recomputation import recomputes
@@ -57,11 +61,30 @@ class ExpertLayer(MoELayer):
     def _run(self, hidden_states: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         shared = self.shared_experts_compute(hidden_states)
         probs, chosen = self.router(hidden_states, weights)
-        sent, probs = self.preprocess(hidden_states, probs, chosen)
+        padding, tokens = self._lacking(len(probs)), hidden_states
+        if padding:
+            tokens = F.pad(hidden_states.flatten(0, 1), (0, 0, 0, padding)).unsqueeze(1)
+            probs, chosen = F.pad(probs, (0, 0, 0, padding)), F.pad(chosen, (0, 0, 0, padding))
+        sent, probs = self.preprocess(tokens, probs, chosen)
         received, probs = self.dispatch(sent, probs)
         output, _ = self.routed_experts_compute(received, probs)
-        result: torch.Tensor = self.postprocess(self.combine(output), shared)
-        return result
+        result: torch.Tensor = self.postprocess(self.combine(output), None)
+        if padding:
+            result = result.flatten(0, 1)[:-padding].view_as(hidden_states)
+        return result if shared is None else result + shared
+
+    def _lacking(self, tokens: int) -> int:
+        """How many tokens fewer than another rank this one has; an all-gather takes equally many of each.
+
+        Ranks that read the same rows have equally many, and all-to-all takes any numbers.
+        """
+        group = self.token_dispatcher.tp_ep_group
+        gathers = isinstance(self.token_dispatcher, MoEAllGatherTokenDispatcher) and group.size() > 1
+        if not gathers or process_groups.replicas().size() == 1:
+            return 0
+        most = torch.full((), tokens, device=self.router.weight.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        return int(most) - tokens
 
     def take_groups(self, groups: Any) -> None:
         """Use these process groups of megatron-core's in place of destroyed ones of the same sizes."""

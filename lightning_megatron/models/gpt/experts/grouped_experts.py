@@ -31,8 +31,8 @@ class GroupedExperts(MegatronModule):
         super().__init__(config)
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         first = 2 * width if config.gated_linear_unit else width
-        self.linear_fc1 = _GroupedLinear(num_local_experts, config.hidden_size, first, 1, config, pg_collection)
-        self.linear_fc2 = _GroupedLinear(num_local_experts, width, config.hidden_size, 2, config, pg_collection)
+        self.linear_fc1 = GroupedLinear(num_local_experts, config.hidden_size, first, 1, config, pg_collection)
+        self.linear_fc2 = GroupedLinear(num_local_experts, width, config.hidden_size, 2, config, pg_collection)
 
     def forward(self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor) -> Any:
         """Run each expert on its tokens.
@@ -72,18 +72,13 @@ class GroupedExperts(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """megatron-core's description of the weights; checkpoints ask for it."""
-        gated = self.config.gated_linear_unit
-        found = {
-            f"{prefix}linear_fc1.weight": self.linear_fc1.shard(f"{prefix}linear_fc1.weight", 2 if gated else 1),
-            f"{prefix}linear_fc2.weight": self.linear_fc2.shard(f"{prefix}linear_fc2.weight", 1),
-        }
-        for name, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
-            if linear.bias is not None:
-                found[f"{prefix}{name}.bias"] = linear.shard_of_bias(f"{prefix}{name}.bias")
+        found: dict[str, Any] = {}
+        for name, part in self.named_children():  # the projections, and low-rank updates beside them
+            found |= part.sharded_state_dict(f"{prefix}{name}.")
         return found
 
 
-class _GroupedLinear(torch.nn.Module):
+class GroupedLinear(torch.nn.Module):
     """One projection of all experts of a rank; ``weight`` is ``[experts, out, in]``, ``bias`` ``[experts, out]``.
 
     Args:
@@ -100,6 +95,7 @@ class _GroupedLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.groups, self.divided = groups, divided
+        self.blocks = 2 if divided == 1 and config.gated_linear_unit else 1  # a gate, and what it gates
         self.adds_products = False  # set by training/weight_gradients.py
         device = torch.get_default_device()
         weight = torch.empty(experts, outputs, inputs, dtype=config.params_dtype, device=device)
@@ -107,19 +103,15 @@ class _GroupedLinear(torch.nn.Module):
         method = config.init_method if divided == 1 else config.output_layer_init_method
         if config.perform_initialization:
             method(self.weight)
-        mark_expert_weight(self.weight, groups)
+        self.mark(self.weight, divided)
         self.bias: torch.nn.Parameter | None = None
         if config.add_bias_linear:  # megatron-core divides no expert that has biases
             self.bias = torch.nn.Parameter(torch.zeros(experts, outputs, dtype=config.params_dtype, device=device))
-            mark_expert_weight(self.bias, groups)
+            self.mark(self.bias, None)
 
     def forward(self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
         """``[tokens, out]`` of ``[tokens, in]``."""
-        if _has_grouped_product(tokens, self.weight):
-            ends = tokens_per_expert.to(tokens.device, torch.int32).cumsum(0, dtype=torch.int32)
-            return _GroupedProduct.apply(tokens, self.weight, ends)  # type: ignore[no-untyped-call]
-        adds = self.adds_products and takes_product(self.weight)
-        return _ProductsInTurn.apply(tokens, self.weight, tokens_per_expert.tolist(), adds)  # type: ignore[no-untyped-call]
+        return self.product(tokens, self.weight, tokens_per_expert)
 
     def biases(self, tokens_per_expert: torch.Tensor, tokens: int) -> torch.Tensor:
         """The bias of each token's expert, ``[tokens, out]``."""
@@ -127,42 +119,64 @@ class _GroupedLinear(torch.nn.Module):
         counts = tokens_per_expert.to(self.bias.device, torch.int64)
         return self.bias.repeat_interleave(counts, dim=0, output_size=tokens)
 
-    def shard_of_bias(self, key: str) -> ShardedTensor:
-        """megatron-core's description of the bias."""
-        groups = self.groups
-        experts, replica = (0, groups.ep.rank(), groups.ep.size()), (0, 0, groups.expt_dp.rank())
-        return ShardedTensor.from_rank_offsets(key, self.bias, experts, replica_id=replica)
+    def product(
+        self, tokens: torch.Tensor, weight: torch.nn.Parameter, tokens_per_expert: torch.Tensor
+    ) -> torch.Tensor:
+        """``[tokens, out]`` of ``[tokens, in]`` and each expert's matrix in ``weight``, ``[experts, out, in]``."""
+        if _has_grouped_product(tokens, weight):
+            ends = tokens_per_expert.to(tokens.device, torch.int32).cumsum(0, dtype=torch.int32)
+            return _GroupedProduct.apply(tokens, weight, ends)  # type: ignore[no-untyped-call]
+        adds = self.adds_products and takes_product(weight)
+        return _ProductsInTurn.apply(tokens, weight, tokens_per_expert.tolist(), adds)  # type: ignore[no-untyped-call]
 
-    def shard(self, key: str, blocks: int) -> ShardedTensor | ShardedTensorFactory:
-        """megatron-core's description of the weight; ``blocks`` that lie one behind the other are divided each."""
-        groups, dim = self.groups, self.divided
-        replica = (0, 0, groups.expt_dp.rank())
+    def mark(self, weight: torch.nn.Parameter, dim: int | None) -> None:
+        """Mark a weight of each expert, whose gradient is summed over other ranks than a dense layer's.
+
+        megatron-core reads the marks: without ``allreduce``, gradients are summed over the expert-data-parallel ranks.
+        That is right wherever these are not the data-parallel ranks; megatron-core's own layers mark it where ep > 1
+        only. ``seen_in_parts`` is read by ``training/expert_gradients.py``.
+
+        Args:
+            weight: ``[experts, ...]``.
+            dim: The dimension that expert-tensor-parallel ranks divide. None: they all hold it whole, and each computes
+                a part of its gradient.
+        """
+        groups = self.groups
+        others = groups.ep.size() > 1 or groups.expt_tp.size() != groups.tp.size()
+        divides = groups.expt_tp.size() > 1
+        weight.allreduce = not others  # type: ignore[attr-defined]
+        weight.tensor_model_parallel = divides and dim is not None  # type: ignore[attr-defined]
+        weight.partition_dim, weight.partition_stride = -1, 1  # type: ignore[attr-defined]
+        weight.seen_in_parts = divides and dim is None  # type: ignore[attr-defined]
+
+    def sharded_state_dict(self, prefix: str = "", *_: Any) -> dict[str, Any]:
+        """megatron-core's description of weight and bias."""
+        found: dict[str, Any] = {f"{prefix}weight": self.shard(f"{prefix}weight", self.weight, self.divided)}
+        if self.bias is not None:
+            found[f"{prefix}bias"] = self.shard(f"{prefix}bias", self.bias, None)
+        return found
+
+    def shard(self, key: str, weight: torch.nn.Parameter, dim: int | None) -> ShardedTensor | ShardedTensorFactory:
+        """megatron-core's description of ``weight``, ``[experts, ...]``, which is divided as ``mark`` was told."""
+        groups = self.groups
         experts = (0, groups.ep.rank(), groups.ep.size())
         parts, rank = groups.expt_tp.size(), groups.expt_tp.rank()
+        if dim is None:
+            return ShardedTensor.from_rank_offsets(key, weight, experts, replica_id=(0, rank, groups.expt_dp.rank()))
+        count = self.blocks
+        replica = (0, 0, groups.expt_dp.rank())
 
         def build(key: str, tensor: torch.Tensor, replica_id: Any, _: Any) -> list[ShardedTensor]:
             return [
                 ShardedTensor.from_rank_offsets(
-                    key, part, experts, (dim, block * parts + rank, blocks * parts), replica_id=replica_id
+                    key, part, experts, (dim, block * parts + rank, count * parts), replica_id=replica_id
                 )
-                for block, part in enumerate(tensor.chunk(blocks, dim))
+                for block, part in enumerate(tensor.chunk(count, dim))
             ]
 
-        if blocks == 1:
-            return build(key, self.weight, replica, None)[0]
-        return ShardedTensorFactory(key, self.weight, build, lambda parts: torch.cat(parts, dim), replica)
-
-
-def mark_expert_weight(weight: torch.nn.Parameter, groups: Any) -> None:
-    """Mark a weight of experts, whose gradient is summed over other ranks than a dense layer's.
-
-    megatron-core reads the marks: without ``allreduce``, gradients are summed over the expert-data-parallel ranks. That
-    is right wherever these are not the data-parallel ranks; megatron-core's own layers mark it where ep > 1 only.
-    """
-    divided = groups.ep.size() > 1 or groups.expt_tp.size() != groups.tp.size()
-    weight.allreduce = not divided  # type: ignore[attr-defined]
-    weight.tensor_model_parallel = groups.expt_tp.size() > 1  # type: ignore[attr-defined]
-    weight.partition_dim, weight.partition_stride = -1, 1  # type: ignore[attr-defined]
+        if count == 1:
+            return build(key, weight, replica, None)[0]
+        return ShardedTensorFactory(key, weight, build, lambda parts: torch.cat(parts, dim), replica)
 
 
 def _has_grouped_product(tokens: torch.Tensor, weight: torch.Tensor) -> bool:

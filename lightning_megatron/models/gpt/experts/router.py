@@ -93,12 +93,14 @@ class ExpertRouter(TopKRouter):
                 expert_bias=self.expert_bias,
             )
         kept = chosen
-        if self.experts.capacity_factor is not None:
+        experts = self.experts
+        factor = experts.capacity_factor if self.training else experts.eval_capacity_factor
+        if factor is not None:
             probs, kept = moe_utils.apply_router_token_dropping(
                 probs,
                 chosen,
                 router_topk=self.topk,
-                capacity_factor=self.experts.capacity_factor,
+                capacity_factor=factor,
                 drop_policy=config.moe_token_drop_policy,
                 pad_to_capacity=config.moe_pad_expert_input_to_capacity,
             )
@@ -181,5 +183,5 @@ class ExpertRouter(TopKRouter):
         if self.experts.balancing == "global_aux":
             total = chosen.sum()
             self.last_shares.copy_(torch.where(total > 0, chosen / total.clamp(min=_TINY), self.last_shares))
-        if self.expert_bias is not None:
+        if self.expert_bias is not None and self.weight.requires_grad:  # a frozen router keeps its choices
             self.expert_bias += self.experts.bias_rate * (chosen.mean() - chosen).sign()
