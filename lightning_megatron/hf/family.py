@@ -82,8 +82,13 @@ class Family:
         raise NotImplementedError
 
     def tied(self, config: Any) -> dict[str, str]:
-        """Second names of theirs for tensors that the model holds once, and the first ones."""
-        return {}
+        """Second names of theirs for tensors that the model holds once, and the first ones.
+
+        That is the output layer's of a model whose embeddings are tied; a subclass says where there are others.
+        """
+        embedding = self.weight_mapping(config).get("embedding.word_embeddings.weight")
+        ties = getattr(config, "tie_embeddings", False) and embedding is not None
+        return {"lm_head.weight": embedding.names[0]} if ties and embedding is not None else {}
 
     def left_out(self, name: str, config: Any) -> str:
         """What a tensor of theirs belongs to, in words, where the module has no such part and leaves it out."""

@@ -85,9 +85,5 @@ class GPT2(Family):
         return table(entries, config.num_layers)
 
     @override
-    def tied(self, config: Any) -> dict[str, str]:
-        return {"lm_head.weight": "transformer.wte.weight"} if config.tie_embeddings else {}
-
-    @override
     def architecture(self, config: Any) -> str:
         return "GPT2LMHeadModel"

@@ -85,9 +85,5 @@ class GPTNeoX(Family):
         return table(entries, config.num_layers)
 
     @override
-    def tied(self, config: Any) -> dict[str, str]:
-        return {"lm_head.weight": "gpt_neox.embed_in.weight"} if config.tie_embeddings else {}
-
-    @override
     def architecture(self, config: Any) -> str:
         return "GPTNeoXForCausalLM"

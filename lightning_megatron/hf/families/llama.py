@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
-from lightning_megatron.hf.families import rope
+from lightning_megatron.hf.families import rope, sizes
 from lightning_megatron.hf.family import Family
 from lightning_megatron.hf.weight_mapping import QueryKeyValue, Stacked, WeightMapping, table
 
@@ -32,19 +32,11 @@ class Llama(Family):
         size = getattr(fields.config, "head_dim", None) or fields("hidden_size") // heads
         fields.must_be("head_dim", size, None)
         return {
-            "num_layers": fields("num_hidden_layers"),
-            "hidden_size": fields("hidden_size"),
-            "num_attention_heads": heads,
-            "num_query_groups": fields("num_key_value_heads"),
+            **sizes.read(fields),
             "kv_channels": size,
-            "ffn_hidden_size": fields("intermediate_size"),
-            "vocab_size": fields("vocab_size"),
-            "seq_length": fields("max_position_embeddings"),
             "activation": fields.one_of(self.activation_field, self.activations),
             "normalization": "RMSNorm",
             "layernorm_epsilon": fields("rms_norm_eps"),
-            "attention_dropout": fields("attention_dropout"),
-            "tie_embeddings": fields("tie_word_embeddings"),
             **self.read_rotary(fields),
             **self.read_more(fields),
         }
@@ -66,18 +58,10 @@ class Llama(Family):
         if not self.partial_rotary:
             self._require(config, rotary_percent=(1.0,))
         return {
-            "num_hidden_layers": config.num_layers,
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
+            **sizes.written(config),
             "head_dim": config.kv_channels or config.hidden_size // config.num_attention_heads,
-            "intermediate_size": config.ffn_hidden_size or 4 * config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.seq_length,
             self.activation_field: activations[config.activation],
             "rms_norm_eps": config.layernorm_epsilon,
-            "attention_dropout": config.attention_dropout,
-            "tie_word_embeddings": config.tie_embeddings,
             "rope_parameters": self.write_rotary(config),
             **self.write_more(config),
         }
@@ -122,10 +106,6 @@ class Llama(Family):
             f"{ours}mlp.linear_fc1.{kind}": Stacked((f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}")),
             f"{ours}mlp.linear_fc2.{kind}": f"{theirs}mlp.down_proj.{kind}",
         }
-
-    @override
-    def tied(self, config: Any) -> dict[str, str]:
-        return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
 
     @override
     def architecture(self, config: Any) -> str:

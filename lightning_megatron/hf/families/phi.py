@@ -7,7 +7,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
-from lightning_megatron.hf.families import rope
+from lightning_megatron.hf.families import rope, sizes
 from lightning_megatron.hf.family import Family
 from lightning_megatron.hf.weight_mapping import QueryKeyValue, WeightMapping, table
 
@@ -26,18 +26,10 @@ class Phi(Family):
     def read_config(self, fields: Fields) -> dict[str, Any]:
         fields.must_be("head_dim", fields("hidden_size") // fields("num_attention_heads"), None)
         return {
-            "num_layers": fields("num_hidden_layers"),
-            "hidden_size": fields("hidden_size"),
-            "num_attention_heads": fields("num_attention_heads"),
-            "num_query_groups": fields("num_key_value_heads"),
-            "ffn_hidden_size": fields("intermediate_size"),
-            "vocab_size": fields("vocab_size"),
-            "seq_length": fields("max_position_embeddings"),
+            **sizes.read(fields),
             "activation": fields.one_of("hidden_act", _ACTIVATIONS),
             "layernorm_epsilon": fields("layer_norm_eps"),
             "hidden_dropout": fields.same("resid_pdrop", "embd_pdrop"),
-            "attention_dropout": fields("attention_dropout"),
-            "tie_embeddings": fields("tie_word_embeddings"),
             "parallel_residual": True,
             "shared_norm": True,
             "output_bias": True,
@@ -55,19 +47,11 @@ class Phi(Family):
         self._require(config, kv_channels=(None, config.hidden_size // config.num_attention_heads))
         dropout = config.hidden_dropout
         return {
-            "num_hidden_layers": config.num_layers,
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
-            "intermediate_size": config.ffn_hidden_size or 4 * config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.seq_length,
+            **sizes.written(config),
             "hidden_act": activations[config.activation],
             "layer_norm_eps": config.layernorm_epsilon,
             "resid_pdrop": dropout,
             "embd_pdrop": dropout,
-            "attention_dropout": config.attention_dropout,
-            "tie_word_embeddings": config.tie_embeddings,
             "qk_layernorm": bool(config.extra),
             "rope_parameters": {"partial_rotary_factor": 1.0, **rope.written(config)},  # their default is 0.5
         }
@@ -97,10 +81,6 @@ class Phi(Family):
         if not config.tie_embeddings:
             entries["output_layer.weight"] = "lm_head.weight"
         return table(entries, config.num_layers)
-
-    @override
-    def tied(self, config: Any) -> dict[str, str]:
-        return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
 
     @override
     def architecture(self, config: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
-from lightning_megatron.hf.families import rope
+from lightning_megatron.hf.families import rope, sizes
 from lightning_megatron.hf.family import Family
 from lightning_megatron.hf.weight_mapping import QueryKeyValue, WeightMapping, table
 
@@ -24,20 +24,12 @@ class Starcoder2(Family):
     def read_config(self, fields: Fields) -> dict[str, Any]:
         fields.must_be("head_dim", fields("hidden_size") // fields("num_attention_heads"), None)
         return {
-            "num_layers": fields("num_hidden_layers"),
-            "hidden_size": fields("hidden_size"),
-            "num_attention_heads": fields("num_attention_heads"),
-            "num_query_groups": fields("num_key_value_heads"),
-            "ffn_hidden_size": fields("intermediate_size"),
-            "vocab_size": fields("vocab_size"),
-            "seq_length": fields("max_position_embeddings"),
+            **sizes.read(fields),
             "activation": fields.one_of("hidden_act", _ACTIVATIONS),
             "layernorm_epsilon": fields("norm_epsilon"),
             "hidden_dropout": fields.same("residual_dropout", "embedding_dropout"),
-            "attention_dropout": fields("attention_dropout"),
             "bias": fields("use_bias"),
             "sliding_window": fields("sliding_window"),
-            "tie_embeddings": fields("tie_word_embeddings"),
             **rope.read(fields, partial=False),
         }
 
@@ -50,21 +42,13 @@ class Starcoder2(Family):
         self._require(config, kv_channels=(None, config.hidden_size // config.num_attention_heads))
         dropout = config.hidden_dropout
         return {
-            "num_hidden_layers": config.num_layers,
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
-            "intermediate_size": config.ffn_hidden_size or 4 * config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.seq_length,
+            **sizes.written(config),
             "hidden_act": activations[config.activation],
             "norm_epsilon": config.layernorm_epsilon,
             "residual_dropout": dropout,
             "embedding_dropout": dropout,
-            "attention_dropout": config.attention_dropout,
             "use_bias": config.bias,
             "sliding_window": config.sliding_window,
-            "tie_word_embeddings": config.tie_embeddings,
             "rope_parameters": rope.written(config),
         }
 
@@ -89,10 +73,6 @@ class Starcoder2(Family):
         if not config.tie_embeddings:
             entries["output_layer.weight"] = "lm_head.weight"
         return table(entries, config.num_layers)
-
-    @override
-    def tied(self, config: Any) -> dict[str, str]:
-        return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
 
     @override
     def architecture(self, config: Any) -> str:

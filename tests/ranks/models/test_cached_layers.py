@@ -85,3 +85,26 @@ def test_rotation_is_megatron_cores(interleaved: bool, channels: int) -> None:
         x = torch.randn(1, ROWS, 4, 8, dtype=dtype)
         rotated = Rotation(angles, dtype, interleaved)(x)
         assert torch.equal(rotated, apply_rotary_pos_emb(x, angles, config=config))
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"window_rotary_base": 5.0}, {"attention_score_cap": 0.3, "logits_cap": 0.5}], ids=str
+)
+def test_texts_that_are_written_have_the_logits_of_whole_ones(own: dict[str, Any]) -> None:
+    """Of layers with and without a window, whose rotary positions may differ, and with caps."""
+    shape = {**SHAPE, "num_layers": 2, "init_method_std": 0.5, **KINDS["rope"], **own}
+    model = GPTModule(GPTConfig(**shape, sliding_window=3, sliding_window_layers=[0])).build().chunks[0]
+    ids, cache = torch.randint(64, (ROWS, 9)), KeyValueCache(ROWS, 1, 16)
+    found = []
+    with prepared_to_generate([model]), torch.no_grad():
+        for part in (range(5), range(5, 6), range(6, 7), range(7, 9)):
+            places = torch.tensor(part).expand(ROWS, -1)
+            mask = torch.arange(part.stop) > places[0, :, None] if len(part) > 1 else None
+            mask = None if mask is None or part.start == 0 else mask[None, None]
+            arguments = {"position_ids": places, "attention_mask": mask, "inference_context": cache}
+            found.append(model(ids[:, part.start : part.stop], runtime_gather_output=True, **arguments))
+            cache.advance(len(part))
+        whole = model(ids, position_ids=None, attention_mask=None)
+    torch.testing.assert_close(
+        torch.cat(found, dim=1), whole[:, [4, 5, 6, 8]], rtol=1e-4, atol=1e-4
+    )  # each part's last
