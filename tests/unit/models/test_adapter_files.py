@@ -32,7 +32,6 @@ REFUSED: dict[str, Any] = {
     "monteclora_config": {"num_samples": 8},
     "layer_replication": [[0, 1], [0, 2]],
     "lora_bias": True,
-    "target_parameters": ["up_proj.weight"],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 1},
     "kasa_config": {"beta": 1e-4},
@@ -111,6 +110,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all but one": {"exclude_modules": ["layers.0.self_attn.q_proj"]},
     "expression": {"target_modules": r".*layers\.\d\.(mlp\.up|self_attn\.[kv])_proj"},
     "all linear": {"target_modules": "all-linear"},
+    "parameters": {"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight"]},
     "output": {"modules_to_save": ["head"]},  # which "lm_head" ends with
     "embeddings beside": {"saving": {"save_embedding_layers": True}},
 }
