@@ -59,6 +59,7 @@ def rows() -> list[Row]:
     alone = [Row("1B", f"plain + {flag}", kernels=_plain_but(flag, True)) for flag in FLAGS]
     alone.append(Row("1B", "plain + attention=cudnn", kernels=_plain_but("attention", "cudnn")))
     ordered = [of(row, model) for model in ("1B", "124M") for row in (defaults, plain, compiled, hand)]
+    ordered += [of(row, "8 x 160M") for row in (defaults, plain, hand, compiled, eager)]
     ordered += [of(row, "3B") for row in (defaults, compiled)] + [of(defaults, "8B, LoRA")]
     ordered += [of(row, model) for model in ("1B", "124M") for row in (*alone, together)]
     long = "1B, 32k tokens"

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.utils.data import DataLoader
 
-from lightning_megatron import GPTConfig, GPTModule, Kernels, LoRA, MegatronStrategy, ParallelLayout
+from lightning_megatron import Experts, GPTConfig, GPTModule, Kernels, LoRA, MegatronStrategy, ParallelLayout
 from lightning_megatron.distributed import process_group_backends, process_groups
 from lightning_megatron.distributed.device import use_device
 from lightning_megatron.models.build_settings import BuildSettings
@@ -45,6 +45,7 @@ class Model:
     family: dict[str, Any] = field(default_factory=lambda: LLAMA)
     tied: bool = True
     lora: int | None = None  # the rank of low-rank updates
+    experts: Experts | None = None
 
     def tiny(self) -> "Model":
         """The same kind of model and the same number of micro-batches, for a test without a GPU."""
@@ -52,6 +53,7 @@ class Model:
             self, layers=2, hidden=64, heads=4, ffn=None if self.ffn is None else 128, vocab=512, seq_length=32,
             groups=None if self.groups is None else 2, rows=2 * min(2, self.rows // self.micro_batch),
             micro_batch=2, steps=2, lora=None if self.lora is None else 2,
+            experts=self.experts and replace(self.experts, num=4, ffn_hidden_size=64),
         )  # fmt: skip
 
     @property
@@ -59,7 +61,7 @@ class Model:
         return GPTConfig(
             num_layers=self.layers, hidden_size=self.hidden, num_attention_heads=self.heads, vocab_size=self.vocab,
             seq_length=self.seq_length, ffn_hidden_size=self.ffn, num_query_groups=self.groups,
-            tie_embeddings=self.tied, **self.family,
+            tie_embeddings=self.tied, experts=self.experts, **self.family,
         )  # fmt: skip
 
     @property
@@ -85,6 +87,11 @@ MODELS = {
     "8B, LoRA": Model(
         32, 4096, 32, rows=8, seq_length=4096, micro_batch=1, steps=2, ffn=14336, groups=8, vocab=128256, tied=False,
         lora=16,
+    ),
+    # 506M weights, of which a token uses 166M; balanced in each sequence, so that a loop by hand balances alike.
+    "8 x 160M": Model(
+        12, 768, 12, rows=64, seq_length=1024, micro_batch=16,
+        experts=Experts(num=8, top_k=2, ffn_hidden_size=2048, balancing="seq_aux"),
     ),
 }  # fmt: skip
 
@@ -273,17 +280,23 @@ class Transformers(pl.LightningModule):
 
 
 def _transformers_config(model: Model) -> Any:
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
     if model.family is GPT2:
         return GPT2Config(
             vocab_size=model.vocab, n_positions=model.seq_length, n_embd=model.hidden, n_layer=model.layers,
             n_head=model.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
-    return LlamaConfig(
-        vocab_size=model.vocab, max_position_embeddings=model.seq_length, hidden_size=model.hidden,
-        num_hidden_layers=model.layers, num_attention_heads=model.heads, num_key_value_heads=model.groups,
-        intermediate_size=model.ffn, tie_word_embeddings=model.tied,
+    sizes = {
+        "vocab_size": model.vocab, "max_position_embeddings": model.seq_length, "hidden_size": model.hidden,
+        "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
+        "num_key_value_heads": model.groups or model.heads, "tie_word_embeddings": model.tied,
+    }  # fmt: skip
+    if model.experts is None:
+        return LlamaConfig(**sizes, intermediate_size=model.ffn)
+    return MixtralConfig(
+        **sizes, intermediate_size=model.experts.ffn_hidden_size, num_local_experts=model.experts.num,
+        num_experts_per_tok=model.experts.top_k, output_router_logits=True,
     )  # fmt: skip
 
 

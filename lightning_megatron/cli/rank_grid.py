@@ -96,6 +96,12 @@ class RankGrid:
                 f" sends keys and values through the network between them; use {smaller} divides {each}, or"
                 " recompute='full'. Where it has to cross, cp_comm='ring' sends while it computes."
             )
+        if layout.ep > 1 and each % (layout.expert_tp * layout.ep):
+            yield (
+                f"expert parallelism crosses nodes: etp={layout.expert_tp} × ep={layout.ep} ranks do not divide the"
+                f" {each} of a node. Each layer of experts sends all tokens through the network between them; use a"
+                f" smaller ep, so that ep · etp divides {each}, where its experts fit."
+            )
 
     def _across_nodes(self, kind: Dimension) -> list[int]:
         """The first group of ranks of a dimension that is on several nodes, or none."""
@@ -123,12 +129,25 @@ class RankGrid:
                 parts.append(f"{numbers}  {self._where(sum(ranks, []))}".ljust(width))
             more = f" and {layout.dp - shown} replicas more" if shown < layout.dp else ""
             lines.append((self._stage(stage).ljust(left) + "".join(parts)).rstrip() + more)
+        if layout.experts_are_divided:
+            lines += ["", self._experts()]
         if layout.cp > 1:
             lines += [
                 "",
                 f"Each row of tokens is in {layout.cp} parts, with | between their ranks, which hold equal weights.",
             ]
         return "\n".join(lines)
+
+    def _experts(self) -> str:
+        """Which ranks of the first stage hold all experts of a layer together."""
+        layout = self.layout
+        each = layout.expert_tp * layout.ep
+        copies = [f"{first} to {first + each - 1}" for first in range(0, layout.expert_dp * each, each)]
+        more = f" and {len(copies) - 4} copies more" if len(copies) > 4 else ""
+        return (
+            f"The experts of a layer are divided over {each} ranks (ep={layout.ep}, etp={layout.expert_tp}), on the"
+            f" first stage {', '.join(copies[:4])}{more}."
+        )
 
     def draw(self, path: str | Path) -> Path:
         """Write the grid as a picture, a colour for each node."""

@@ -180,9 +180,9 @@ def _cuda_for_cpu() -> SimpleNamespace:
         current_device=lambda: _CPU,
         synchronize=_nothing,
         empty_cache=_nothing,
-        current_stream=_nothing,
-        default_stream=_nothing,
-        Stream=_nothing,
+        current_stream=_no_stream,
+        default_stream=_no_stream,
+        Stream=_no_stream,
         stream=lambda *_: nullcontext(),
         get_rng_state=lambda *_, **__: torch.get_rng_state(),
         set_rng_state=lambda state, *_: torch.set_rng_state(state),
@@ -193,6 +193,11 @@ def _cuda_for_cpu() -> SimpleNamespace:
 
 def _nothing(*_: Any, **__: Any) -> None:
     """Stands for functions that do nothing on the CPU, such as waiting for a stream."""
+
+
+def _no_stream(*_: Any, **__: Any) -> SimpleNamespace:
+    """Stands for a stream: on the CPU, all is done in the order in which it is written."""
+    return SimpleNamespace(wait_stream=_nothing, wait_event=_nothing, record_event=_nothing, synchronize=_nothing)
 
 
 def _copy_storage(to: torch.Tensor, source: torch.Tensor) -> None:

@@ -154,12 +154,13 @@ class ParallelLayout:
 
     @property
     def sizes(self) -> str:
-        """The sizes of a dense model as people read them, such as "tp=2, pp=4, vp=2, dp=8"; cp where it is not 1.
+        """The sizes as people read them, such as "tp=2, pp=4, vp=2, dp=8"; cp, ep and etp where they say more.
 
         Layers that are cut unevenly follow as ``layers_per_stage``.
         """
-        cp = self.cp if self.cp > 1 else None
-        sizes = {"tp": self.tp, "pp": self.pp, "vp": self.vp, "cp": cp, "dp": self.dp}
+        cp, ep = (size if size > 1 else None for size in (self.cp, self.ep))
+        etp = self.expert_tp if self.experts_are_divided and self.expert_tp != self.tp else None
+        sizes = {"tp": self.tp, "pp": self.pp, "vp": self.vp, "cp": cp, "dp": self.dp, "ep": ep, "etp": etp}
         if self.pp > 1:
             sizes["layers_per_stage"] = _as_written(self.layers_per_stage)
         return ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)

@@ -81,6 +81,7 @@ OTHERS: dict[str, dict[str, str]] = {
         "attention_dropout": "attention_probs_dropout_prob attn_pdrop attention_dropout_prob attn_dropout"
         " attention_dropout_rate",
         "init_method_std": "initializer_range init_std initializer_factor init_range std",
+        "experts": "moe moe_config num_moe_layers mixture_of_experts use_moe",
         "layers": "transformer_impl layer_backend layer_impl use_transformer_engine use_te transformer_engine",
         "make_vocab_size_divisible_by": "pad_vocab_size_to_multiple_of vocab_padding vocab_divisor",
         "position_embedding": "position_embedding_type pos_emb positional_embedding position_embeddings pos_embd_type"
@@ -106,6 +107,25 @@ OTHERS: dict[str, dict[str, str]] = {
         "mtp": "mtp_num_layers num_nextn_predict_layers multi_token_prediction mtp_layers num_mtp_layers",
         "mtp_weight": "mtp_loss_scaling_factor mtp_loss_weight mtp_loss_coef",
         "extra": "config_kwargs model_kwargs other_megatron_args transformer_config",
+    },
+    "Experts": {
+        "num": "num_experts num_moe_experts num_local_experts n_experts n_routed_experts moe_num_experts num_expert",
+        "top_k": "moe_router_topk num_experts_per_tok num_experts_per_token experts_per_token moe_top_k topk",
+        "ffn_hidden_size": "moe_ffn_hidden_size moe_intermediate_size expert_hidden_size expert_ffn_hidden_size",
+        "shared_ffn_hidden_size": "moe_shared_expert_intermediate_size shared_expert_intermediate_size n_shared_experts"
+        " num_shared_experts shared_experts",
+        "shared_gate": "moe_shared_expert_gate use_shared_expert_gate shared_expert_gate",
+        "router": "moe_router_score_function scoring_func score_function score_func",
+        "normalize_top_k": "norm_topk_prob moe_router_pre_softmax normalize_expert_weights route_norm norm_topk",
+        "balancing": "moe_router_load_balancing_type load_balancing load_balancing_type moe_router_enable_expert_bias"
+        " topk_method",
+        "aux_weight": "moe_aux_loss_coeff router_aux_loss_coef aux_loss_coeff aux_loss_coef aux_loss_alpha"
+        " moe_loss_weight",
+        "z_weight": "moe_z_loss_coeff router_z_loss_coef z_loss_coeff moe_zloss_weight",
+        "bias_rate": "moe_router_bias_update_rate bias_update_speed bias_update_rate",
+        "capacity_factor": "moe_expert_capacity_factor moe_capacity_factor expert_capacity_factor expert_capacity",
+        "layers": "moe_layer_freq first_k_dense_replace decoder_sparse_step mlp_only_layers moe_layers"
+        " moe_layer_pattern expert_interval",
     },
     "BertConfig": {
         "num_labels": "num_classes n_classes n_labels num_class",
@@ -150,6 +170,7 @@ OTHERS: dict[str, dict[str, str]] = {
         "fused_weight_gradients": "gradient_accumulation_fusion grad_accum_fusion wgrad_fusion",
         "attention": "attn_implementation attention_backend use_flash_attn use_flash_attention flash_attention"
         " flash_attn attention_impl attn_backend attention_kernel sdpa_backend",
+        "expert_dispatch": "moe_token_dispatcher_type token_dispatcher_type token_dispatcher",
     },
     "Checkpointing": {
         "async_save": "async_checkpoint ckpt_async_save save_async async_ use_async_ckpt",

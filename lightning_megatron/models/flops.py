@@ -1,8 +1,9 @@
 """Floating-point operations of a model's matrix products: what the mathematics needs, whatever is computed again.
 
-As in Megatron-LM's ``num_floating_point_operations`` and in appendix B of PaLM (arXiv 2204.02311): a product of
-``[n, k]`` and ``[k, m]`` takes ``2·n·k·m``; the backward pass takes twice the forward's. Attention that looks back only
-needs half of its scores. Norms, activations, softmax and embeddings are left out.
+As in Megatron-LM's ``num_floating_point_operations`` and in appendix B of PaLM (arXiv 2204.02311): a product of ``[n,
+k]`` and ``[k, m]`` takes ``2·n·k·m``; the backward pass takes twice the forward's. Attention that looks back only needs
+half of its scores. Of experts, those count that a token uses, and their router. Norms, activations, softmax and
+embeddings are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def training_flops(config: Any, lengths: tuple[int, ...]) -> float:
         Floating-point operations.
     """
     stacks = config.stacks(lengths)
-    forward = sum(stack.layers * _layer(config, stack) for stack in stacks)
+    forward = sum(
+        _layer_of(config, stack, None, config.layer_work(stack, n)[1]) for stack in stacks for n in range(stack.layers)
+    )
     last = stacks[-1]
     return _FORWARD_AND_BACKWARD * (forward + _vocabulary(config, last.tokens) + _later_tokens(config, last))
 
@@ -55,12 +58,9 @@ def head_flops(config: Any) -> float:
 def _later_tokens(config: Any, stack: Any) -> float:
     """Those of multi-token prediction: for each depth a projection of two hidden states, a layer, and its logits."""
     joins = 2 * stack.tokens * 2 * config.hidden_size**2
-    return getattr(config, "mtp", 0) * float(joins + _layer(config, stack) + _vocabulary(config, stack.tokens))
-
-
-def _layer(config: Any, stack: Any) -> float:
-    attention = sum(_attention(config, stack.tokens, keys, seen) for keys, seen in stack.attention)
-    return attention + _feed_forward(config, stack.tokens)
+    layer = _layer_of(config, stack, None, config.layer_work(stack, stack.layers - 1)[1])  # as the last one
+    depths: int = getattr(config, "mtp", 0)
+    return depths * (joins + layer + _vocabulary(config, stack.tokens))
 
 
 def _attention(config: Any, queries: int, keys: int, seen: float) -> float:
@@ -73,11 +73,6 @@ def _attention(config: Any, queries: int, keys: int, seen: float) -> float:
     heads, groups = config.num_attention_heads * head, sizes["num_query_groups"] * head
     projections = 2 * config.hidden_size * (2 * heads * queries + 2 * groups * keys)
     return projections + 2 * 2 * queries * seen * heads
-
-
-def _feed_forward(config: Any, tokens: int) -> float:
-    width = config.ffn_hidden_size or 4 * config.hidden_size
-    return 2 * tokens * config.hidden_size * width * (3 if config.is_gated else 2)
 
 
 def _vocabulary(config: Any, tokens: int) -> float:

@@ -11,9 +11,8 @@ the tensors that torch saves.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -21,13 +20,13 @@ from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ContextComm, ParallelLayout
 from lightning_megatron.distributed.memory_table import MemoryTable, StageMemory
-from lightning_megatron.models import latent_memory
+from lightning_megatron.models import expert_sizes, latent_memory
 from lightning_megatron.models.context_parallel_memory import held_at_once, kept_beside, share
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.chunked_cross_entropy import LONGEST_CHUNK
 from lightning_megatron.models.layers.context_parallel import ways
 from lightning_megatron.models.lora.config import LoRA
-from lightning_megatron.models.parameter_counts import Part
+from lightning_megatron.models.parameter_counts import Part, numbered
 from lightning_megatron.models.recompute import Recompute
 from lightning_megatron.models.recompute import check as check_recompute
 from lightning_megatron.models.trained_sizes import TrainedSizes
@@ -111,7 +110,7 @@ def estimate(
         scores: Whether the core attention keeps its scores: self-attention, and cross-attention.
     """
     layers = _Layers(config, layout, training, modules, scores)
-    chunks = config.chunks(layout)
+    chunks = numbered(config.chunks(layout))
     counts = list(counted(config, layout, layers.trained, chunks))
     stages = []
     for stage in range(layout.pp):
@@ -124,16 +123,9 @@ def counted(
     config: Any, layout: ParallelLayout, trained: TrainedSizes, chunks: list[list[Part]]
 ) -> Iterator[tuple[int, int]]:
     """All weights of each chunk, updates included, and those that are trained."""
-    done: Counter[int] = Counter()  # layers of each stack
     for chunk in chunks:
-        firsts = []
-        for part in chunk:
-            firsts.append(done[part.stack])
-            done[part.stack] += part.layers
-        updates = sum(
-            trained.updates(part.stack, first, part.layers) for part, first in zip(chunk, firsts, strict=True)
-        )
-        yield config.parameters(layout, chunk) + updates, trained.numbers(chunk, firsts)
+        updates = sum(trained.updates(part.stack, part.first, part.layers) for part in chunk)
+        yield config.parameters(layout, chunk) + updates, trained.numbers(chunk)
 
 
 def _stage(
@@ -146,7 +138,8 @@ def _stage(
 ) -> StageMemory:
     numbers, trained = (sum(each) for each in zip(*counts, strict=True))
     weight, gradient, main = _PRECISIONS[training.precision]
-    share = layout.dp * layout.cp if training.distributed_optimizer else 1
+    routed = sum(layers.trained.of_experts(part) for chunk in chunks for part in chunk)
+    copies, of_experts = (layout.dp * layout.cp, layout.expert_dp) if training.distributed_optimizer else (1, 1)
     kept = [sum(layers.kept(part) for part in chunk) for chunk in chunks]  # of each chunk
     flying = chunks_in_flight(layout, stage, training.num_microbatches)
     last = any(part.ends_model for chunk in chunks for part in chunk)
@@ -156,7 +149,7 @@ def _stage(
     return StageMemory(
         weights=numbers * weight,
         gradients=trained * gradient,
-        optimizer=trained * (main + 4 * training.states) / share,
+        optimizer=((trained - routed) / copies + routed / of_experts) * (main + 4 * training.states),
         activations=flying * sum(kept) / len(kept) + again,
         logits=logits,
         buffers=copy + (2 * layers.hidden() if layout.pp > 1 else 0.0) + layers.from_other_ranks(),
@@ -185,7 +178,7 @@ class _Layers:
         self, config: Any, layout: ParallelLayout, training: Training, modules: list[str], scores: tuple[bool, bool]
     ) -> None:
         self.config, self.training, self.modules, self.scores = config, training, modules, scores
-        self.element, self.tp = training.element, layout.tp
+        self.layout, self.element, self.tp = layout, training.element, layout.tp
         self.shared = layout.tp if layout.uses_sequence_parallel else 1  # ranks that share the tokens between blocks
         self.padded_vocab = layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by)
         self.piped = layout.pp > 1
@@ -219,8 +212,7 @@ class _Layers:
     def kept(self, part: Part) -> float:
         """All that a chunk keeps of one micro-batch, but for the logits."""
         whole = self._whole_layers(part)
-        total = whole * self.hidden(part.stack) + (part.layers - whole) * self.layer(part.stack)
-        total += self._behind(part)
+        total = whole * self.hidden(part.stack) + self._layers(part, whole) + self._behind(part)
         if self.piped and part.stack and whole < part.layers:  # what the encoder has sent
             total += self.hidden(part.stack - 1) * self.trained.keeps_input(part.stack, "cross_attention.linear_kv")
         if part.embeds:
@@ -253,7 +245,9 @@ class _Layers:
         inputs = 2 * self.hidden(stack)  # hidden states and embeddings
         if self._recomputes_layers and not again:
             return inputs + output * self.hidden(stack)
-        inside = 2 * self._norm(stack, False, 0.0) + inputs + self.layer(stack)
+        inside = (
+            2 * self._norm(stack, False, 0.0) + inputs + self.layer(stack, expert_sizes.ends_with_experts(self.config))
+        )
         return inside + self._norm(stack, False, output) - inputs * again
 
     def recomputed_at_once(self, part: Part, logits: float) -> float:
@@ -269,18 +263,22 @@ class _Layers:
         stack, later = self.stacks[part.stack], getattr(self.config, "mtp", 0) if part.ends_model else 0
         freed = self._behind(part) + (logits if part.ends_model else 0.0)
         if whole:
-            again = self.layer(part.stack) - self.hidden(part.stack)
-            of_model = again - (part.layers - whole) * self.layer(part.stack) - freed
+            again = max(self.layer(part.stack, has) for has in self._kinds(part)) - self.hidden(part.stack)
+            of_model = again - self._layers(part, whole) - freed
             if not later:
                 return of_model
             return max(of_model, self._later_tokens(part.stack, 0.0, again=True) - logits / (1 + later))
         again = 0.0
         if recompute is not None and "mlp" in self.modules:
-            again = self._feed_forward(part.stack, recomputed=False)
+            again = max(self._feed_forward(part.stack, has, recomputed=False) for has in self._kinds(part))
+        elif recompute is not None and "mlp_act" in self.modules and True in self._kinds(part):
+            tokens = self._tokens(stack.tokens)
+            again = expert_sizes.output_bytes(self.config, self.layout, tokens, self.element)
         if recompute is not None and "core_attn" in self.modules:
             kinds = range(len(stack.attention))
             most = max(self._attention(part.stack, n, False) - self._attention(part.stack, n) for n in kinds)
-            again = max(again, most - self._feed_forward(part.stack) - self._norm(part.stack, recomputed=True))
+            less = min(self._feed_forward(part.stack, has) for has in self._kinds(part))
+            again = max(again, most - less - self._norm(part.stack, recomputed=True))
         return again - freed
 
     @property
@@ -295,7 +293,19 @@ class _Layers:
             return part.layers
         return min(recompute, part.layers) if isinstance(recompute, int) else 0
 
-    def layer(self, index: int) -> float:
+    def _layers(self, part: Part, whole: int) -> float:
+        """The layers of a chunk behind those that are recomputed whole, which come first."""
+        rest = replace(part, first=part.first + whole, layers=part.layers - whole)
+        with_experts = expert_sizes.layers_with_experts(self.config, rest)
+        total = with_experts * self.layer(part.stack, True) if with_experts else 0.0
+        return total + (rest.layers - with_experts) * self.layer(part.stack, False)
+
+    def _kinds(self, part: Part) -> set[bool]:
+        """Whether layers of a chunk have experts: of some, both."""
+        with_experts = expert_sizes.layers_with_experts(self.config, part)
+        return {has for has, number in ((True, with_experts), (False, part.layers - with_experts)) if number}
+
+    def layer(self, index: int, has_experts: bool) -> float:
         """One layer of a stack: attention, feed-forward layer, and a norm before (or behind, or both) each."""
         stack = self.stacks[index]
         placement = getattr(self.config, "norm_placement", "pre")
@@ -307,7 +317,7 @@ class _Layers:
             total += self._mask(index) if self.config.hidden_dropout else 0.0
         output = self.trained.keeps_input(index, "mlp.linear_fc1")
         shared = getattr(self.config, "shared_norm", False)
-        total += (0.0 if shared else self._norm(index, recomputed, output)) + self._feed_forward(index)
+        total += (0.0 if shared else self._norm(index, recomputed, output)) + self._feed_forward(index, has_experts)
         return total + (self._mask(index) if self.config.hidden_dropout else 0.0)
 
     def _keeps_input_of_attention(self, index: int, number: int) -> float:
@@ -463,16 +473,20 @@ class _Layers:
         plain = self.settings.get("normalization", "LayerNorm") == "LayerNorm" or self.training.device == "cuda"
         return numbers * (self.element if plain else 8)
 
-    def _feed_forward(self, index: int, recomputed: bool = True) -> float:
+    def _feed_forward(self, index: int, has_experts: bool, recomputed: bool = True) -> float:
         """The activation's input, which is twice as wide where it is gated, and its output ``[s, b, ffn/tp]``.
 
         A gate also keeps the activated half, and the other one as a copy, to which megatron-core adds an offset of 0.
         ReLU keeps its output alone.
         """
-        one = self.stacks[index].tokens * self.training.micro_batch_size * self.element * self._width / self.tp
-        inputs = 2 if self.config.is_gated else 1
         if recomputed and "mlp" in self.modules:
             return 0.0
+        if has_experts:
+            again = recomputed and "mlp_act" in self.modules
+            tokens = self._tokens(self.stacks[index].tokens)
+            return expert_sizes.kept_bytes(self.config, self.layout, tokens, self.element, recomputes_activation=again)
+        one = self.stacks[index].tokens * self.training.micro_batch_size * self.element * self._width / self.tp
+        inputs = 2 if self.config.is_gated else 1
         output, updates = self.trained.keeps_input(index, "mlp.linear_fc2"), self._updates(index, "mlp.")
         if recomputed and "mlp_act" in self.modules:
             return updates + inputs * one

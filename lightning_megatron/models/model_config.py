@@ -13,7 +13,7 @@ from lightning_megatron.distributed.memory_table import MemoryTable
 from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.distributed.suggestions import did_you_mean
 from lightning_megatron.distributed.wrong_names import further_tables, unknown_name
-from lightning_megatron.models import parameter_counts, recompute
+from lightning_megatron.models import expert_sizes, parameter_counts, recompute
 from lightning_megatron.models.core_fields import core_fields
 from lightning_megatron.models.parameter_counts import Part
 from lightning_megatron.models.pipeline_stages import with_stages
@@ -218,8 +218,12 @@ class ModelConfig:
         """The weights of a chunk on a tensor-parallel rank."""
         total = 0
         for part in chunk:
+            with_experts = expert_sizes.layers_with_experts(self, part)
             attentions = len(self.stacks(self.lengths)[part.stack].attention)
             total += part.layers * parameter_counts.layer(self, layout, attentions)
+            if with_experts:
+                instead = expert_sizes.layer_weights(self, layout) - parameter_counts.feed_forward(self, layout)
+                total += with_experts * instead
             total += part.ends_stack * parameter_counts.norm(self)
         embeds = any(part.embeds for part in chunk)
         total += self.embedding_parameters(layout) if embeds else 0
@@ -246,6 +250,11 @@ class ModelConfig:
     def outputs(self, padded_vocab_size: int) -> int:
         """The width of the output layer."""
         return padded_vocab_size
+
+    @property
+    def unused_parameters(self) -> int:
+        """The weights that a token does not use: those of experts that it is not sent to."""
+        return 0
 
     @property
     def peft_task(self) -> str:

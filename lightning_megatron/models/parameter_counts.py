@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_megatron.distributed.layout import ParallelLayout
@@ -19,6 +20,7 @@ class Part:
         embeds: Whether the chunk begins with the embedding.
         ends_stack: Whether the stack's final norm is behind the layers.
         ends_model: Whether the output layer is behind that.
+        first: The number of the first layer in its stack; ``numbered`` says it.
     """
 
     stack: int
@@ -26,6 +28,7 @@ class Part:
     embeds: bool = False
     ends_stack: bool = False
     ends_model: bool = False
+    first: int = 0
 
 
 def chunks(layers: int, layout: ParallelLayout, final_norm: bool) -> list[list[Part]]:
@@ -45,6 +48,18 @@ def chunks(layers: int, layout: ParallelLayout, final_norm: bool) -> list[list[P
         ]
         for number, count in enumerate(counts)
     ]
+
+
+def numbered(chunks: list[list[Part]]) -> list[list[Part]]:
+    """The parts of all chunks, each of which knows the number of its first layer."""
+    done: Counter[int] = Counter()  # layers of each stack
+    found: list[list[Part]] = []
+    for chunk in chunks:
+        found.append([])
+        for part in chunk:
+            found[-1].append(replace(part, first=done[part.stack]))
+            done[part.stack] += part.layers
+    return found
 
 
 def layer(config: Any, layout: ParallelLayout, attentions: int) -> int:
@@ -68,14 +83,20 @@ def layer(config: Any, layout: ParallelLayout, attentions: int) -> int:
     if latent is not None:
         attention = latent.products(hidden, config.num_attention_heads) // layout.tp + bias * hidden + norm(config)
         attention += latent.normed * norm(config) // hidden
+    parts = feed_forward(config, layout) + norm(config)
+    if getattr(config, "norm_placement", "pre") == "sandwich":
+        parts += 2 * norm(config)
+    if getattr(config, "shared_norm", False):
+        parts -= norm(config)
+    return attentions * attention + parts
+
+
+def feed_forward(config: Any, layout: ParallelLayout) -> int:
+    """The weights of a dense layer's feed-forward part on a tensor-parallel rank."""
+    hidden, bias = config.hidden_size, config.family_arguments().get("add_bias_linear", True)
     width = (config.ffn_hidden_size or 4 * hidden) // layout.tp
     first = (2 if config.is_gated else 1) * width
-    feed_forward = (hidden + bias) * first + width * hidden + bias * hidden + norm(config)
-    if getattr(config, "norm_placement", "pre") == "sandwich":
-        feed_forward += 2 * norm(config)
-    if getattr(config, "shared_norm", False):
-        feed_forward -= norm(config)
-    return attentions * attention + feed_forward
+    return int((hidden + bias) * first + width * hidden + bias * hidden)
 
 
 def norm(config: Any) -> int:

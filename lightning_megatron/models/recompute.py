@@ -15,7 +15,7 @@ RecomputedModule = Literal["layernorm", "mlp_act", "core_attn", "mlp", "mla_up_p
 Recompute = Literal["selective", "full"] | int | list[RecomputedModule]
 
 # Those of experts, which are a layer's feed-forward part here.
-_OF_EXPERTS = {"moe": "mlp", "moe_act": "mlp_act", "shared_experts": "mlp"}
+OF_EXPERTS = {"moe": "mlp", "moe_act": "mlp_act", "shared_experts": "mlp"}
 
 
 def check(recompute: object, error: type[Exception] = ValueError, of: str = "MegatronStrategy") -> None:
@@ -33,9 +33,9 @@ def check(recompute: object, error: type[Exception] = ValueError, of: str = "Meg
         return
     names = recompute if isinstance(recompute, list | tuple) else ()
     for name in names:
-        if name in _OF_EXPERTS:
+        if name in OF_EXPERTS:
             raise error(
-                f"{of}(recompute={recompute!r}): {name!r} is {_OF_EXPERTS[name]!r} here, of layers with experts, too."
+                f"{of}(recompute={recompute!r}): {name!r} is {OF_EXPERTS[name]!r} here, of layers with experts, too."
             )
         if name not in get_args(RecomputedModule):
             raise error(

@@ -9,8 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.expert_sizes import ends_with_experts, layers_with_experts, routed_weights
 from lightning_megatron.models.lora.config import LoRA
 from lightning_megatron.models.lora.update_sizes import linear_layers, updates_of
+from lightning_megatron.models.parameter_counts import Part
 
 
 class TrainedSizes:
@@ -40,28 +42,39 @@ class TrainedSizes:
         mine = self._updates[stack][first : first + layers] if self._updates else []
         return sum(update.numbers(self.layout.tp) for layer in mine for update in layer.values())
 
-    def numbers(self, chunk: list[Any], firsts: list[int]) -> int:
+    def numbers(self, chunk: list[Part]) -> int:
         """The numbers that are trained of a chunk.
 
         Args:
-            chunk: The layers of the chunk, as ``Part`` of ``parameter_counts``.
-            firsts: The number of the first layer of each, in its stack.
+            chunk: The layers of the chunk, each part with the number of its first.
         """
         config, layout = self.config, self.layout
         if self.lora is None:
             return int(config.parameters(layout, chunk))
         total = 0
-        for part, first in zip(chunk, firsts, strict=True):
-            total += self.updates(part.stack, first, part.layers)
+        for part in chunk:
+            total += self.updates(part.stack, part.first, part.layers)
             bare = replace(part, layers=0, embeds=False, ends_stack=False, ends_model=False)
             name, rest = config.stack_names[part.stack], config.parameters(layout, [bare])
-            layer = config.parameters(layout, [replace(bare, layers=1)]) - rest
-            for number in range(first, first + part.layers):
+            for number in range(part.first, part.first + part.layers):
+                layer = config.parameters(layout, [replace(bare, layers=1, first=number)]) - rest
                 total += self._of_layer(f"{name}.layers.{number}", layer)
             if part.ends_stack and self.trains(f"{name}.final_layernorm"):
                 total += config.parameters(layout, [replace(bare, ends_stack=True)]) - rest
         embeds, ends = any(part.embeds for part in chunk), any(part.ends_model for part in chunk)
         return total + self._of_ends(embeds, ends)
+
+    def of_experts(self, part: Part) -> int:
+        """The numbers that are trained of the routed experts of some layers; their copies are on other ranks."""
+        found = 0
+        for number in range(part.first, part.first + part.layers):
+            one = replace(part, layers=1, first=number)
+            name = f"{self.config.stack_names[part.stack]}.layers.{number}.mlp.experts"
+            if self.trains(name) and layers_with_experts(self.config, one):
+                found += routed_weights(self.config, self.layout)
+        if part.ends_model and self.lora is None and ends_with_experts(self.config):
+            found += getattr(self.config, "mtp", 0) * routed_weights(self.config, self.layout)
+        return found
 
     def _of_layer(self, name: str, layer: int) -> int:
         """The numbers of a layer that is trained whole, or of its linear layers that are."""

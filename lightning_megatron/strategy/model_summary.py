@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_megatron.distributed import collectives, lightning_private, process_groups
 from lightning_megatron.models.megatron_module import MegatronModule
+from lightning_megatron.training.counted_once import is_divided_expert
 
 Columns = list[tuple[str, list[str]]]  # of a summary: the name, and a cell for each row
 
@@ -29,10 +30,17 @@ def callbacks_to_replace(trainer: pl.Trainer) -> list[ModelSummary]:
 
 
 def count_parameters(module: torch.nn.Module, *, trainable_only: bool = False) -> int:
-    """Count the parameters that this stage adds to the model: shards ``tp`` times, copies on one stage only."""
+    """Count the parameters that this stage adds to the model: each shard for all of them, copies on one stage only."""
     tp = process_groups.tensor_parallel().size()
+    of_experts = process_groups.expert_model_parallel().size() // process_groups.pipeline().size()
+
+    def times(p: torch.nn.Parameter) -> int:
+        if is_divided_expert(p):
+            return of_experts
+        return tp if getattr(p, "tensor_model_parallel", False) else 1
+
     return sum(
-        p.numel() * (tp if getattr(p, "tensor_model_parallel", False) else 1)
+        p.numel() * times(p)
         for p in module.parameters()
         if not getattr(p, "shared", False) and (p.requires_grad or not trainable_only)
     )

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_megatron.cli import MegatronCLI
 from lightning_megatron.cli.check.run_check import check_run
-from tests.support.pages import ROOT, blocks
+from tests.support.pages import ROOT, blocks, shell
 from tests.support.preloaded_python import executable
 
 TINY = ["--hidden-size", "32", "--seq-length", "32", "--batch-size", "4"]
@@ -125,6 +125,24 @@ def test_pictures(tmp_path):
         run("docs/draw_curves.py", tmp_path, picture, *options)
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
         assert f"]({picture.removeprefix('docs/')})" in (ROOT / "docs/examples.md").read_text()
+
+
+def test_the_yaml_of_a_mixture(tmp_path, monkeypatch):
+    """The check counts its experts, and the command trains it and draws their load."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    recipe = ROOT / "examples/mixture.yaml"
+    given = ["--data.init_args.paths=text.txt", "--data.init_args.cache_dir=cache"]
+    checked = check_run(recipe, given)
+    assert checked.faults == []
+    unused = 3 * (8 - 2) * 3 * 64 * 96
+    assert checked.num_active == checked.num_parameters - unused
+    for line in ("2 ranks: tp=1, pp=1, dp=2, ep=2", "parameters, of which a token uses"):
+        assert line in str(checked)
+    options = " ".join([*given, "--trainer.max_steps=40 --trainer.log_every_n_steps=40 --trainer.logger=false"])
+    printed = shell(tmp_path, f"lightning-megatron fit --config {recipe} {options} --trainer.limit_val_batches=0")
+    assert "the load of each expert in step 40" in printed
+    assert (tmp_path / "experts/step-40.png").is_file()
 
 
 def test_the_yaml_of_the_vision_transformer(tmp_path, monkeypatch):

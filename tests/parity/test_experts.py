@@ -8,34 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_megatron import Kernels
 from tests.reference import parallel_experts, plain_experts
+from tests.reference.parallel_experts import config_of, truth
 from tests.reference.parallel_gpt import text_samples
-from tests.reference.plain_experts import Cut
 from tests.reference.same_training import CLIP, ROWS, STEPS, assert_gpt_trained_alike
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
 
-EVEN, ODD = list(range(0, ROWS, 2)), list(range(1, ROWS, 2))  # the rows of two replicas
 DISPATCHES = ["alltoall", "allgather"]
-
-
-def config_of(name: str, **experts: Any) -> Any:
-    config = getattr(plain_experts, name)
-    return replace(config, experts=replace(config.experts, **experts))
-
-
-@functools.cache
-def truth(name: str, cut: str = "", means: bool = False, **experts: Any) -> dict:
-    config = config_of(name, **experts)
-    parts = {"": None, "replicas": Cut([EVEN, ODD]), "halves": Cut([list(range(ROWS))], [slice(0, 8), slice(8, 16)])}
-    parts["micro-batches"] = Cut([EVEN[:3], EVEN[3:], ODD[:3], ODD[3:]])
-    samples = text_samples(config, ROWS * STEPS)
-    found = plain_experts.train(config, samples, ROWS, STEPS, CLIP, parts[cut], means=means)
-    assert found["seen"].margin > 2e-5, f"a choice is too close for a comparison: {found['seen'].margin}"
-    return found
 
 
 def assert_same_training(
@@ -96,6 +80,23 @@ def test_accumulation_is_one_big_batch(name):
     assert_same_training(name, Layout(dp=2, ep=2), accumulate=3)
 
 
+def test_accumulation_with_a_replicated_optimizer():
+    assert_same_training("MIXTURE", Layout(dp=4, ep=2, sharded=False), accumulate=3)
+
+
+# bf16 has 8 significant bits, fp16 11; a choice between close experts may differ, and the runs go apart from there.
+@pytest.mark.parametrize(("precision", "band"), [("bf16-mixed", 1e-2), ("bf16-true", 1e-2), ("16-mixed", 2e-3)])
+def test_low_precision(precision, band):
+    config = config_of("ODD")
+    dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
+    samples = text_samples(config, ROWS * STEPS)
+    expected = plain_experts.train(config, samples, ROWS, STEPS, CLIP, dtype=dtype)["losses"]
+    train = functools.partial(parallel_experts.train, precision=precision, loss_scale=256.0)
+    for layout in (Layout(), Layout(dp=2, ep=2)):
+        for rank in run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP):
+            assert rank["losses"] == pytest.approx(expected, rel=band), layout
+
+
 @pytest.mark.parametrize("layout", [Layout(cp=2), Layout(tp=2, sp=True)], ids=str)
 def test_a_micro_batch_is_balanced_over_the_ranks_that_share_its_rows(layout):
     assert_same_training("MIXTURE", layout, experts={"balancing": "aux"})
@@ -130,6 +131,14 @@ def test_tokens_beyond_the_capacity_are_dropped(layout, cut, dispatch):
 @pytest.mark.parametrize("recompute", ["full", ["mlp"], ["mlp_act", "layernorm"]], ids=str)
 def test_recomputed_experts_change_nothing(recompute):
     assert_same_training("ODD", Layout(dp=2, ep=2), recompute=recompute)
+
+
+def test_shared_experts_beside_the_dispatch_change_nothing():
+    config, expected = replace(config_of("ODD"), extra={"moe_shared_expert_overlap": True}), truth("ODD")
+    train = functools.partial(parallel_experts.train, full=expected["weights"])
+    for layout in (Layout(dp=2, ep=2), Layout(tp=2, ep=2, etp=1, sp=True)):
+        ranks = run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP, timeout=240)
+        assert_gpt_trained_alike(ranks, expected)
 
 
 def test_overlapped_communication_changes_nothing():

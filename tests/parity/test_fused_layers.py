@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_megatron import GPTModule, Kernels
+from lightning_megatron import Experts, GPTModule, Kernels
 from tests.reference import parallel_bert, parallel_gpt, parallel_t5, plain_bert, plain_gpt, plain_t5
 from tests.reference.parallel_gpt import LoadedGPT, Watch
 from tests.support import small_gpt
@@ -129,8 +129,9 @@ def test_dropout_draws_what_the_plain_layers_draw():
     [
         {"parallel_residual": True, "rotary_percent": 0.5, "normalization": "LayerNorm", "bias": True},
         {"extra": {"qk_layernorm": True, "layernorm_zero_centered_gamma": True}},
+        {"experts": Experts(num=6, top_k=3, ffn_hidden_size=24, shared_ffn_hidden_size=20, layers=[1])},
     ],
-    ids=["parallel-residual", "normed-heads"],
+    ids=["parallel-residual", "normed-heads", "experts"],
 )
 def test_other_shapes_train_as_with_the_plain_layers(shape, monkeypatch):
     monkeypatch.setattr(LoadedGPT, "configure_model", GPTModule.configure_model)  # with its own first weights

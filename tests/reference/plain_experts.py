@@ -52,6 +52,8 @@ class Seen:
     counts: dict[int, torch.Tensor] = field(default_factory=dict)
     shares: dict[int, torch.Tensor] = field(default_factory=dict)
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
+    entropies: dict[int, float] = field(default_factory=dict)  # of a token's scores, a mean
+    dropped: dict[int, float] = field(default_factory=dict)  # of the choices
     losses: list[torch.Tensor] = field(default_factory=list)
     margin: float = float("inf")  # of the closest choice, relative; rounding must not change it
 
@@ -110,24 +112,30 @@ def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor, mask: torch.Tensor, c
 
 
 def train(
-    c: GPTConfig,
-    samples: dict[str, torch.Tensor],
-    rows: int,
-    steps: int,
-    clip: float,
-    cut: Cut | None = None,
+    c: GPTConfig, samples: dict[str, torch.Tensor], rows: int, steps: int, clip: float, cut: Cut | None = None,
+    make: Callable[[Weights], Any] = lambda weights: torch.optim.AdamW(weights.values(), **ADAM),
+    dtype: torch.dtype = torch.float32,
     adapted: tuple[Weights, Callable[[Weights], Weights]] | None = None,
     means: bool = False,
-) -> dict[str, Any]:
-    """Losses of the text, gradient norms and final weights of AdamW on batches of ``rows``.
+) -> dict[str, Any]:  # fmt: skip
+    """Losses of the text, gradient norms and final weights, on batches of ``rows``.
 
-    ``adapted`` are what is trained in place of the weights, and what makes the model's weights of that. With ``means``
-    the mean of each part of ``cut`` counts by its rows, not by its tokens.
+    Args:
+        c: The configuration.
+        samples: The rows.
+        rows: Rows of a batch.
+        steps: Optimizer steps.
+        clip: The largest gradient norm.
+        cut: What is balanced, and dropped, by itself.
+        make: Makes the optimizer of the weights.
+        dtype: Type in which the model computes its products, but for the router; weights are fp32.
+        adapted: What is trained in place of the weights, and what makes the model's weights of that.
+        means: Whether the mean of each part of ``cut`` counts by its rows, not by its tokens.
     """
     e = experts_of(c)
     start, of_model = adapted or (initial_weights(c), lambda trained: trained)
     w = {name: value.clone().requires_grad_() for name, value in start.items()}
-    optimizer = torch.optim.AdamW(w.values(), **ADAM)
+    optimizer = make(w)
     cut = cut or Cut([list(range(rows))])
     seen, losses, norms, extra = Seen(), [], [], []
     for batch in plain_gpt.batches(samples, rows, steps):
@@ -135,10 +143,12 @@ def train(
         mask = batch["loss_mask"].clone()
         for part in cut.rows if means else ():
             mask[part] *= len(part) / rows / mask[part].sum()
-        found = logits(c, of_model(w), batch["tokens"], mask, cut, seen).flatten(0, 1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = logits(c, of_model(w), batch["tokens"], mask, cut, seen).flatten(0, 1).float()
         each = (F.cross_entropy(found, batch["labels"].flatten(), reduction="none") * mask.flatten()).sum() / mask.sum()
         added = torch.stack(seen.losses).sum() / mask.sum() if seen.losses else torch.zeros(())
-        optimizer.zero_grad()
+        for value in w.values():
+            value.grad = None
         (each + added).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(w.values(), clip)))
         optimizer.step()
@@ -158,7 +168,8 @@ def _mixture(
     c: GPTConfig, w: Weights, n: int, x: torch.Tensor, mask: torch.Tensor, cut: Cut, seen: Seen
 ) -> torch.Tensor:
     e, layer = experts_of(c), f"decoder.layers.{n}.mlp."
-    scores_in = x @ w[f"{layer}router.weight"].T  # [b, s, experts]
+    with torch.autocast("cpu", enabled=False):
+        scores_in = x.float() @ w[f"{layer}router.weight"].T  # [b, s, experts]
     if e.router == "softmax":
         scores = scores_in.softmax(-1)
         chosen = seen.choose(scores, e.top_k, -1)
@@ -171,13 +182,17 @@ def _mixture(
     if e.normalize_top_k:
         weights = weights / weights.sum(-1, keepdim=True)
     seen.counts[n] = (chosen * mask[..., None]).sum((0, 1))
+    seen.entropies[n] = float(-(shares * shares.log()).sum(-1)[mask > 0].mean())
+    seen.dropped[n] = 0.0
     _add_losses(e, n, scores_in, shares, chosen, mask, cut, seen)
     if e.capacity_factor is not None:
-        weights = weights * _kept(e, weights, chosen, cut, seen)
+        kept = _kept(e, weights, chosen, cut, seen)
+        seen.dropped[n] = 1 - float((kept * chosen).sum() / chosen.sum())
+        weights = weights * kept
     up = torch.einsum("bsh,eoh->bseo", x, w[f"{layer}experts.linear_fc1.weight"])
     gate, linear = up.chunk(2, -1)
-    each = torch.einsum("bsef,ehf->bseh", F.silu(gate) * linear, w[f"{layer}experts.linear_fc2.weight"])
-    output = (each * weights[..., None]).sum(2)
+    inner = (F.silu(gate) * linear * weights[..., None]).to(x.dtype)  # what an expert gives is linear in it
+    output = torch.einsum("bsef,ehf->bseh", inner, w[f"{layer}experts.linear_fc2.weight"]).sum(2)
     if e.shared_ffn_hidden_size:
         output = output + plain_gpt._mlp(c, w, f"{layer}shared_experts.", x)
     return output

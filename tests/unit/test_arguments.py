@@ -214,6 +214,7 @@ OTHERS: list[tuple[Any, dict[str, Any], str]] = [
     (TextDataModule, {"shuffle": "no"}, "TextDataModule(shuffle='no'): use True or False."),
     (Throughput, {"window": 0.5}, "Throughput(window=0.5): use a whole number."),
     (TrainingMonitor, {"zeros": 3}, "TrainingMonitor(zeros=3): use True or False."),
+    (TrainingMonitor, {"expert_pictures": [2, 0]}, "TrainingMonitor(expert_pictures=0): use a whole number from 1."),
     (Profile, {"first": "2"}, "Profile(first='2'): use a whole number."),
     (PipelineTimeline, {"steps": [1, 2.5]}, "PipelineTimeline(steps=2.5): use a whole number."),
 ]

@@ -49,6 +49,7 @@ class RunCheck:
         layout: The parallel sizes; None where they do not fit the number of ranks.
         module: Name of the module's class.
         num_parameters: Weights of the whole model, without low-rank updates; None where a size is not known.
+        num_active: Those of them that a token uses, where it does not use all experts.
         num_trained: Those that are trained where low-rank updates are, the updates among them.
         precision: As ``Trainer(precision=)`` has it.
         rows: Rows of one optimizer step on one replica.
@@ -68,6 +69,7 @@ class RunCheck:
     layout: ParallelLayout | None = None
     module: str | None = None
     num_parameters: int | None = None
+    num_active: int | None = None
     num_trained: int | None = None
     precision: str = "32-true"
     rows: int | None = None
@@ -128,7 +130,8 @@ class RunCheck:
         if self.num_parameters is None:
             return [f"{self.module}, whose number of parameters is not known here"]
         trained = f"; LoRA trains {readable(self.num_trained)}" if self.num_trained is not None else ""
-        return [f"{self.module} with {readable(self.num_parameters)} parameters{trained}"]
+        active = f", of which a token uses {readable(self.num_active)}" if self.num_active is not None else ""
+        return [f"{self.module} with {readable(self.num_parameters)} parameters{active}{trained}"]
 
     def _batch(self) -> list[str]:
         if self.global_batch is None or self.layout is None:

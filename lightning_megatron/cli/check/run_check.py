@@ -160,6 +160,9 @@ class _Checker:
             config, one = replace(config, make_vocab_size_divisible_by=1), ParallelLayout(world_size=1)
             chunks = config.chunks(one)
             self.result.num_parameters = sum(config.parameters(one, chunk) for chunk in chunks)
+            self.result.num_active = (
+                (self.result.num_parameters - config.unused_parameters) if config.unused_parameters else None
+            )
             if lora := getattr(self.module, "lora", None):
                 counts = counted(config, one, TrainedSizes(config, one, lora), chunks)
                 self.result.num_trained = sum(trained for _, trained in counts)

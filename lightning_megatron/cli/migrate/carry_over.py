@@ -26,6 +26,7 @@ from lightning_megatron.distributed.signatures import named_arguments_of
 from lightning_megatron.models.bert.config import BertConfig
 from lightning_megatron.models.core_fields import core_fields
 from lightning_megatron.models.gpt.config import GPTConfig
+from lightning_megatron.models.gpt.experts.config import Experts
 from lightning_megatron.models.model_config import ModelConfig
 from lightning_megatron.models.t5.config import T5Config
 
@@ -40,7 +41,6 @@ _FIXED: dict[str, dict[str, Any]] = {
 # Settings of one kind of model, which the others do not read.
 _OF_ONE = {"task": "BERT", "num_labels": "BERT"}
 _OF_ONE |= dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), "relative positions")
-_WAITING = {"ep": "expert parallelism", "etp": "expert tensor parallelism"}
 
 
 def destination_of(name: str) -> Destination | None:
@@ -157,7 +157,8 @@ def _fit_the_family(plan: Plan, model: str) -> None:
         plan.say(name, None, "yours to do", f"config.{name} must be given: {option_of(name)}")
     if not absent:
         try:
-            family(**config)
+            experts = {"experts": Experts(**config["experts"])} if "experts" in config else {}
+            family(**{**config, **experts})
         except ValueError as error:
             plan.say("config", None, "yours to do", str(error))
 
@@ -171,20 +172,16 @@ def _move_module_arguments(plan: Plan) -> None:
 
 
 def _check_layout(given: Mapping[str, Any], plan: Plan, world_size: int | None) -> None:
-    """Refuse sizes that do not divide, and name dimensions that wait."""
-    sizes = {name: plan.get(f"{STRATEGY}.{name}") or 1 for name in ("tp", "pp", "cp", "ep", "etp")}
-    for name, what in _WAITING.items():
-        if sizes[name] > 1:
-            plan.say(name, sizes[name], "not here", f"{what} waits for its layers; the strategy refuses it")
-    if world_size is None or any(sizes[name] > 1 for name in _WAITING):
+    """Refuse sizes that do not divide."""
+    if world_size is None:
         return
+    sizes = {name: plan.get(f"{STRATEGY}.{name}") or 1 for name in ("tp", "pp", "cp", "ep")}
     split = plan.get(f"{STRATEGY}.pipeline_split_rank")
     layout = ParallelLayout(
         world_size=world_size,
-        tp=sizes["tp"],
-        pp=sizes["pp"],
+        **sizes,
         vp=plan.get(f"{STRATEGY}.vp"),
-        cp=sizes["cp"],
+        etp=plan.get(f"{STRATEGY}.etp"),
         sequence_parallel=plan.get(f"{STRATEGY}.sequence_parallel", False),
         pipeline_split_rank=split,
         layers_per_stage=plan.get(f"{STRATEGY}.layers_per_stage"),

@@ -6,7 +6,7 @@ from typing import get_args
 
 from lightning_megatron.cli.migrate.plan import Given, Plan, take
 from lightning_megatron.cli.migrate.settings_table import CONFIG, STRATEGY
-from lightning_megatron.models.recompute import RecomputedModule
+from lightning_megatron.models.recompute import OF_EXPERTS, RecomputedModule
 
 _NAMES = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 _PLACE = f"{STRATEGY}.recompute"
@@ -47,8 +47,11 @@ def _layers(given: Given, plan: Plan) -> str | int:
 def _modules(given: Given, plan: Plan) -> str | list[str]:
     """The modules of layers that are here; "selective" where none is named."""
     named = given.get("recompute_modules") or []
-    known = [name for name in named if name in get_args(RecomputedModule)]
-    for name in named:
-        if name not in known:
-            plan.say("recompute_modules", name, "not here", "experts and latent attention wait for their layers here")
+    ours = [OF_EXPERTS.get(name, name) for name in named]
+    known = [name for name in dict.fromkeys(ours) if name in get_args(RecomputedModule)]
+    for name, own in zip(named, ours, strict=True):
+        if own not in known:
+            plan.say(
+                "recompute_modules", name, "not here", f"what is recomputed is {', '.join(get_args(RecomputedModule))}"
+            )
     return known or "selective"

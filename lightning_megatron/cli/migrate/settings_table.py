@@ -13,7 +13,18 @@ from importlib import resources
 from typing import Any, Literal, get_args
 
 from lightning_megatron.cli.migrate.plan import Fate
-from lightning_megatron.cli.migrate.values import Reader, anything, number, one_of, shares, text, truth, whole, words
+from lightning_megatron.cli.migrate.values import (
+    Reader,
+    anything,
+    number,
+    numbers,
+    one_of,
+    shares,
+    text,
+    truth,
+    whole,
+    words,
+)
 
 Takes = Literal["flag", "value", "list", "switch"]
 
@@ -44,7 +55,7 @@ class Destination:
     @property
     def form(self) -> Takes:
         """The form of the setting's value on the command line."""
-        kinds: dict[Reader, Takes] = {truth: "flag", words: "list"}
+        kinds: dict[Reader, Takes] = {truth: "flag", words: "list", numbers: "list"}
         return self.takes or kinds.get(self.read, "value")
 
     @property
@@ -184,6 +195,30 @@ _PLACED: dict[str, Destination] = {
     "distributed_backend": _strategy("process_group_backend", one_of("nccl", "gloo")),
     "distributed_timeout_minutes": _together(number),
     "distributed_timeout_seconds_after_init": _together(number),
+    "num_experts": _together(whole),
+    "moe_router_topk": _together(whole),
+    "moe_ffn_hidden_size": _together(whole),
+    "moe_shared_expert_intermediate_size": _together(whole),
+    "moe_router_score_function": _together(one_of("softmax", "sigmoid")),
+    "moe_router_pre_softmax": _together(truth),
+    "moe_router_load_balancing_type": _together(words),
+    "moe_router_enable_expert_bias": _together(truth),
+    "moe_router_bias_update_rate": _together(number),
+    "moe_router_dtype": _together(text),
+    "moe_router_num_groups": _together(whole),
+    "moe_router_group_topk": _together(whole),
+    "moe_router_topk_scaling_factor": _together(number),
+    "moe_router_force_load_balancing": _together(truth),
+    "moe_aux_loss_coeff": _together(numbers),
+    "moe_z_loss_coeff": _together(number),
+    "moe_input_jitter_eps": _together(number),
+    "moe_expert_capacity_factor": _together(number),
+    "moe_token_drop_policy": _together(one_of("probs", "position")),
+    "moe_pad_expert_input_to_capacity": _together(truth),
+    "moe_layer_freq": _together(text),
+    "moe_shared_expert_gate": _together(truth),
+    "moe_shared_expert_overlap": _together(truth),
+    "moe_token_dispatcher_type": _together(one_of("allgather", "alltoall", "flex")),
     "recompute_activations": _together(truth),
     "recompute_granularity": _together(one_of("full", "selective")),
     "recompute_method": _together(one_of("uniform", "block")),

@@ -61,6 +61,15 @@ def words(name: str, value: Any) -> list[str]:
     return [str(word) for word in value] if isinstance(value, list | tuple) else str(value).split()
 
 
+def numbers(name: str, value: Any) -> list[float]:
+    """Read several numbers, as a list or separated by blanks.
+
+    Raises:
+        MigrationError: One of them is no number.
+    """
+    return [number(name, word) for word in words(name, value)]
+
+
 def shares(name: str, value: Any) -> str:
     """Weights of training, validation and test, as Megatron reads them: the numbers in a text, whatever is between.
 

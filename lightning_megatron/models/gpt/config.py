@@ -9,11 +9,12 @@ from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
-from lightning_megatron.models import parameter_counts
+from lightning_megatron.models import expert_sizes, parameter_counts
 from lightning_megatron.models.gpt.experts.config import Experts, refuse_own_fields
 from lightning_megatron.models.gpt.latent import config as latent
 from lightning_megatron.models.gpt.latent.config import LatentAttention
 from lightning_megatron.models.model_config import LayerStack, ModelConfig
+from lightning_megatron.models.parameter_counts import Part
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -208,7 +209,10 @@ class GPTConfig(ModelConfig):
         if self.mtp and not embeds and not self.tie_embeddings:
             weights += vocabulary  # a copy of the embedding
         joins = 2 * self.hidden_size**2 // layout.tp + 3 * parameter_counts.norm(self)
-        return weights + self.mtp * (joins + parameter_counts.layer(self, layout, 1))
+        layer = parameter_counts.layer(self, layout, 1)  # as the last one
+        if expert_sizes.ends_with_experts(self):
+            layer += expert_sizes.layer_weights(self, layout) - parameter_counts.feed_forward(self, layout)
+        return weights + self.mtp * (joins + layer)
 
     def check(self, layout: ParallelLayout) -> None:
         """Refuse sizes that the run's layout cannot divide, and experts whose biases it would divide.
@@ -222,6 +226,13 @@ class GPTConfig(ModelConfig):
                 f"etp={layout.expert_tp} divides each expert, and megatron-core divides none that has biases"
                 " (GPTConfig(bias=True)). Use MegatronStrategy(etp=1), and ep to divide experts."
             )
+
+    @property
+    def unused_parameters(self) -> int:
+        """The weights that a token does not use: those of experts that it is not sent to."""
+        number = expert_sizes.layers_with_experts(self, Part(0, self.num_layers))
+        number += self.mtp if expert_sizes.ends_with_experts(self) else 0
+        return number * expert_sizes.unused_weights(self) if number else 0
 
     @property
     def peft_task(self) -> str:

@@ -25,8 +25,9 @@ class Muon(Optimizer):
 
     The update of a matrix is the orthogonal part of its momentum. A weight that is divided over tensor-parallel ranks
     is orthogonalised as a whole, from the momentum that is gathered over these ranks, so every layout trains the same
-    model; megatron-core calls this the duplicated mode. Embeddings, output layers, norms and biases are AdamW's. It
-    needs ``MegatronStrategy(distributed_optimizer=False)``, which keeps each weight in one piece on its replicas.
+    model; megatron-core calls this the duplicated mode. Each expert of a mixture has matrices of its own. Embeddings,
+    output layers, routers, norms and biases are AdamW's. It needs ``MegatronStrategy(distributed_optimizer=False)``,
+    which keeps each weight in one piece on its replicas.
 
     Args:
         params: Weights or groups of weights of a Megatron module.
@@ -88,7 +89,7 @@ class Muon(Optimizer):
         average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
         whole = _gathered(update, weight)
-        rows, columns = whole.shape
+        rows, columns = whole.shape[-2:]
         factor = 0.2 * math.sqrt(max(rows, columns))
         if group["adjust_lr_fn"] == "original":
             factor = math.sqrt(max(1, rows / columns))
@@ -128,14 +129,17 @@ def _split(params: list[Any]) -> list[dict[str, Any]]:
 
 
 def _is_matrix(weight: torch.Tensor) -> bool:
-    """Whether it is a linear layer's, but for output layers: megatron-core marks these and its parallel layers."""
-    is_table = getattr(weight, "is_embedding_or_output_parameter", False)
-    return weight.dim() == 2 and hasattr(weight, "tensor_model_parallel") and not is_table
+    """Whether it is a linear layer's, but for output layers: megatron-core marks these and its parallel layers.
+
+    The experts of a rank have theirs in one tensor ``[experts, rows, columns]``.
+    """
+    is_other = any(hasattr(weight, mark) for mark in ("is_embedding_or_output_parameter", "is_expert_bias"))
+    return weight.dim() in (2, 3) and hasattr(weight, "tensor_model_parallel") and not is_other
 
 
 def _gathered(update: torch.Tensor, weight: Any) -> torch.Tensor:
     """The update of the whole matrix, of which ``weight`` is this rank's part; the order of its rows is any."""
-    if not weight.tensor_model_parallel or (group := process_groups.tensor_parallel()).size() == 1:
+    if not weight.tensor_model_parallel or (group := _sharers(weight)).size() == 1:
         return update
     parts = [torch.empty_like(update) for _ in range(group.size())]
     dist.all_gather(parts, update.contiguous(), group=group)
@@ -145,18 +149,29 @@ def _gathered(update: torch.Tensor, weight: Any) -> torch.Tensor:
 def _own_part(whole: torch.Tensor, weight: Any) -> torch.Tensor:
     if whole.shape == weight.shape:
         return whole
-    group = process_groups.tensor_parallel()
+    group = _sharers(weight)
     return whole.chunk(group.size(), dim=weight.partition_dim)[group.rank()]
 
 
+def _sharers(weight: torch.Tensor) -> dist.ProcessGroup:
+    """The ranks that a matrix, or those of experts, are divided over."""
+    return process_groups.expert_tensor_parallel() if weight.dim() == 3 else process_groups.tensor_parallel()
+
+
 def _orthogonal(matrix: torch.Tensor, steps: int) -> torch.Tensor:
-    """Its orthogonal factor, nearly: singular values become some 0.5 to 1.5, by a Newton-Schulz iteration in bf16."""
+    """Its orthogonal factor, nearly: singular values become some 0.5 to 1.5, by a Newton-Schulz iteration in bf16.
+
+    Args:
+        matrix: ``[rows, columns]``, or several of them.
+        steps: Steps of the iteration.
+    """
     a, b, c = _COEFFICIENTS
     x = matrix.bfloat16()
-    is_tall = x.size(0) > x.size(1)
-    x = x.T if is_tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    x = x if x.dim() == 3 else x.unsqueeze(0)
+    is_tall = x.size(1) > x.size(2)
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if is_tall else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrix.dtype).reshape(matrix.shape)

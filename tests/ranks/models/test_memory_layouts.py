@@ -7,7 +7,18 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_megatron import BertConfig, BertModule, GPTConfig, GPTModule, LoRA, ParallelLayout, T5Config, T5Module
+from lightning_megatron import (
+    BertConfig,
+    BertModule,
+    Experts,
+    GPTConfig,
+    GPTModule,
+    Kernels,
+    LoRA,
+    ParallelLayout,
+    T5Config,
+    T5Module,
+)
 from lightning_megatron.callbacks.memory import estimate
 from lightning_megatron.training.saved_bytes import SavedBytes
 from tests.support.layout import Layout
@@ -22,6 +33,15 @@ GATED = {
 CONFIGS = {
     "gpt": (GPTModule, GPTConfig(**SIZES)),
     "llama": (GPTModule, GPTConfig(**SIZES, **GATED)),
+    "mixture": (
+        GPTModule,
+        GPTConfig(
+            **SIZES,
+            **GATED,
+            experts=Experts(num=4, top_k=2, ffn_hidden_size=96, shared_ffn_hidden_size=32, layers=[1, 2, 3]),
+            extra={"moe_router_force_load_balancing": True},  # as the estimate has it
+        ),
+    ),
     "bert": (BertModule, BertConfig(**SIZES)),
     "t5": (T5Module, T5Config(**{**SIZES, "num_layers": 2})),
 }
@@ -106,6 +126,22 @@ def test_low_rank_updates(name, layout, lora):
     assert_as_measured(name, layout, "bf16-mixed", None, lora)
 
 
+@pytest.mark.parametrize(
+    ("layout", "dispatch"),
+    [
+        (Layout(dp=2, ep=2), "alltoall"),
+        (Layout(dp=2, ep=2), "allgather"),
+        (Layout(tp=2, ep=2, etp=1, sp=True), "alltoall"),
+        (Layout(dp=4, etp=2), "alltoall"),
+        (Layout(pp=2, dp=2, ep=2), "alltoall"),
+    ],
+    ids=str,
+)
+def test_experts(layout, dispatch):
+    kernels = Kernels(expert_dispatch=dispatch)
+    assert_as_measured("mixture", replace(layout, extra={"kernels": kernels}), "bf16-mixed", "selective")
+
+
 def assert_as_measured(name, layout, precision, recompute, lora=None, within=0.1) -> None:
     sizes = ParallelLayout(
         world_size=layout.world_size,
@@ -113,6 +149,8 @@ def assert_as_measured(name, layout, precision, recompute, lora=None, within=0.1
         pp=layout.pp,
         vp=layout.vp,
         cp=layout.cp,
+        ep=layout.ep,
+        etp=layout.etp,
         sequence_parallel=layout.sp,
     )
     table = sizes.memory(

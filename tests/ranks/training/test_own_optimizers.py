@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lightning_megatron import LeanAdamW, Muon
-from tests.reference import plain_gpt
+from tests.reference import parallel_experts, plain_experts, plain_gpt
 from tests.reference.parallel_gpt import LoadedGPT, Rows, text_samples
+from tests.reference.plain_experts import MIXTURE
 from tests.reference.rounded_adamw import Rounded
 from tests.support.layout import Layout
 from tests.support.ranks import RankError, run_in_pool
@@ -56,6 +57,24 @@ class PlainMuon:
     def step(self):
         for part in self.parts:
             part.step()
+
+
+class PlainMuonOfExperts(PlainMuon):
+    """It has each expert's matrix by itself."""
+
+    def __init__(self, weights):
+        self.stacks = [weight for weight in weights.values() if weight.dim() == 3]
+        self.pieces = [[torch.nn.Parameter(each) for each in stack.detach()] for stack in self.stacks]  # views
+        routers = {name: weight for name, weight in weights.items() if weight.dim() < 3}
+        super().__init__(routers)
+        every = [piece for pieces in self.pieces for piece in pieces]
+        self.parts.append(torch.optim.Muon(every, **MUON, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self):
+        for stack, pieces in zip(self.stacks, self.pieces, strict=True):
+            for piece, gradient in zip(pieces, stack.grad, strict=True):
+                piece.grad = gradient
+        super().step()
 
 
 def truth(make):
@@ -109,3 +128,12 @@ def test_adamw_goes_on_from_lean_adamw_and_back(tmp_path):
 def test_muon_on_shards_is_refused():
     with pytest.raises(RankError, match=r"shards torch.optim.AdamW, Adam and SGD, and LeanAdamW, not Muon"):
         run_in_pool(2, fit, muon, Layout(dp=2), 1)
+
+
+def test_muon_orthogonalises_each_experts_matrix():
+    config, samples = MIXTURE, text_samples(MIXTURE, ROWS * STEPS)
+    full = plain_experts.train(config, samples, ROWS, STEPS, CLIP, make=PlainMuonOfExperts)["weights"]
+    for layout in (Layout(dp=2, ep=2, sharded=False), Layout(dp=2, etp=2, sharded=False)):
+        train = partial(parallel_experts.train, full=full, make=muon)
+        for rank in run_in_pool(2, train, config, layout, ROWS, STEPS, CLIP):
+            assert rank["distance"] < 3e-4, layout

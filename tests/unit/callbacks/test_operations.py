@@ -1,11 +1,13 @@
 """The operations that a callback computes are those that torch counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_megatron import BertConfig, GPTConfig, T5Config
+from lightning_megatron import BertConfig, Experts, GPTConfig, T5Config
 from lightning_megatron.models.flops import training_flops
 
 
@@ -30,6 +32,19 @@ def test_operations_are_those_that_torch_counts():
     gpt = GPTConfig(num_layers=2, num_query_groups=2, ffn_hidden_size=80, activation="swiglu", **common)
     expected = counted(transformers.LlamaForCausalLM(llama), input_ids=ids)
     assert training_flops(gpt, (64,)) + half == pytest.approx(expected, rel=0.01)  # rotary frequencies are a product
+
+    mixtral = transformers.MixtralConfig(
+        hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=61, num_local_experts=6, num_experts_per_tok=3, attn_implementation="eager",
+        experts_implementation="eager",
+    )  # fmt: skip
+    experts = Experts(num=6, top_k=3, ffn_hidden_size=40)
+    mixture = replace(gpt, experts=experts, bias=False)
+    expected = counted(transformers.MixtralForCausalLM(mixtral), input_ids=ids)
+    assert training_flops(mixture, (64,)) + half == pytest.approx(expected, rel=0.01)
+    some = replace(mixture, experts=replace(experts, layers=[1], shared_ffn_hidden_size=24))
+    dense, all_of_them = training_flops(gpt, (64,)), training_flops(mixture, (64,))
+    assert training_flops(some, (64,)) == (dense + all_of_them) / 2 + 2 * 64 * 48 * 24 * 3 * 3
 
     bert = transformers.BertConfig(
         hidden_size=48, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, vocab_size=61,

@@ -102,7 +102,6 @@ TOP = {
     "main_training_function": ["main"],
     "compute_environment": ["LOCAL_MACHINE"],
 }
-WAITING = {"expert_model_parallel_size", "expert_tensor_parallel_size"}
 
 
 def generated(number: int) -> dict:
@@ -146,11 +145,9 @@ def test_an_accelerate_configuration(number, parser):
     sizes |= {"ep": block.get("expert_model_parallel_size", 1), "etp": block.get("expert_tensor_parallel_size")}
     for name, size in sizes.items():
         assert strategy[name] == (None if size is None else int(size)), name
-    if not any(int(block.get(name, 1)) > 1 for name in WAITING):
-        layout = ParallelLayout(
-            world_size=config["num_processes"], **{name: int(sizes[name]) for name in ("tp", "pp", "cp")}
-        )
-        assert trainer.devices * trainer.num_nodes == layout.world_size
+    read = {name: None if size is None else int(size) for name, size in sizes.items()}
+    layout = ParallelLayout(world_size=config["num_processes"], **read)
+    assert trainer.devices * trainer.num_nodes == layout.world_size
     assert trainer.num_nodes == config.get("num_machines", 1)
     assert trainer.accelerator == ("cpu" if config.get("use_cpu") else "gpu")
     precision = {"no": "32-true", "False": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -184,14 +181,7 @@ def test_an_accelerate_configuration(number, parser):
     assert said >= config.keys() & TOP.keys() - {"machine_rank", "main_process_ip", "main_process_port"}
     missing = {line.setting for line in plan.missing}
     assert "use_custom_fsdp" in missing or not block.get("use_custom_fsdp")
-    assert {"ep", "etp"} & missing == {
-        short
-        for short, name in (
-            ("ep", "expert_model_parallel_size"),
-            ("etp", "expert_tensor_parallel_size"),
-        )
-        if int(block.get(name, 1)) > 1
-    }
+    assert not any("expert" in name for name in missing)
 
 
 def test_the_environment_stands_behind_the_configuration():
@@ -479,11 +469,13 @@ def test_no_setting_has_two_homes():
 
 
 def test_a_setting_at_its_default_asks_for_nothing():
-    words = "--moe-router-topk 2 --main-params-dtype fp32 --mtp-loss-scaling-factor 0.10 --no-rl-skip-bos-token"
+    words = (
+        "--moe-upcycling-granularity 1 --main-params-dtype fp32 --mtp-loss-scaling-factor 0.10 --no-rl-skip-bos-token"
+    )
     assert not from_command_line(words, devices=1).missing
-    plan = from_command_line("--moe-router-topk 8 --main-params-dtype fp16 --rl-skip-bos-token", devices=1)
+    plan = from_command_line("--moe-upcycling-granularity 8 --main-params-dtype fp16 --rl-skip-bos-token", devices=1)
     assert [line.setting for line in plan.missing] == [
-        "--moe-router-topk",
+        "--moe-upcycling-granularity",
         "--main-params-dtype",
         "--rl-skip-bos-token",
     ]
@@ -831,8 +823,8 @@ def test_mistakes_in_megatrons_arguments(arguments, says):
 
 
 def test_what_is_not_here_ends_with_an_error_and_the_run_all_the_same(tmp_path):
-    with pytest.raises(AssertionError, match="the run does without --num-experts") as failed:
-        shell(tmp_path, "lightning-megatron migrate megatron-args -- --num-layers 2 --num-experts 8")
+    with pytest.raises(AssertionError, match="the run does without --moe-latent-size") as failed:
+        shell(tmp_path, "lightning-megatron migrate megatron-args -- --num-layers 2 --moe-latent-size 8")
     assert "num_layers: 2" in str(failed.value)
     with pytest.raises(AssertionError, match="Give Megatron-LM's arguments behind --"):
         shell(tmp_path, "lightning-megatron migrate megatron-args")
@@ -868,7 +860,8 @@ def test_all_mistakes_of_a_configuration_are_named_at_once():
     [
         ("--recompute-activations", "selective"),
         ("--recompute-granularity selective --recompute-modules core_attn mlp", ["core_attn", "mlp"]),
-        ("--recompute-granularity selective --recompute-modules moe_act", "selective"),
+        ("--recompute-granularity selective --recompute-modules moe_act shared_experts", ["mlp_act", "mlp"]),
+        ("--recompute-granularity selective --recompute-modules some", "selective"),
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "full"),
         ("--recompute-granularity full --recompute-method block --recompute-num-layers 3", 3),
         ("--recompute-method block --recompute-num-layers 3", None),
@@ -878,7 +871,68 @@ def test_recomputation(words, recompute):
     plan = from_command_line(words.split(), "gpt")
     assert plan.run["trainer"]["strategy"]["init_args"].get("recompute") == recompute
     assert {line.setting for line in plan.lines} >= {word for word in words.split() if word.startswith("--")}
-    assert len(plan.missing) == ("moe_act" in words)
+    assert len(plan.missing) == ("some" in words)
+
+
+# Mixtral 8x7B's and DeepSeek-V3's experts in Megatron-LM's examples, and smaller ones.
+MIXTURES = [
+    (
+        "--num-layers 32 --num-experts 8 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss"
+        " --moe-aux-loss-coeff 1e-2 --moe-grouped-gemm --moe-token-dispatcher-type alltoall",
+        {"num": 8, "top_k": 2, "balancing": "aux", "aux_weight": 0.01},
+    ),
+    (
+        "--num-layers 4 --num-experts 256 --moe-router-topk 8 --moe-ffn-hidden-size 2048"
+        " --moe-shared-expert-intermediate-size 2048 --moe-layer-freq ([0]*1+[1]*3) --moe-router-score-function sigmoid"
+        " --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3 --moe-router-pre-softmax"
+        " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0 --moe-router-dtype fp32",
+        {
+            "num": 256, "top_k": 8, "ffn_hidden_size": 2048, "shared_ffn_hidden_size": 2048, "router": "sigmoid",
+            "bias_rate": 1e-3, "balancing": "bias", "layers": [1, 2, 3],
+        },
+    ),
+    (
+        "--num-layers 6 --num-experts 4 --moe-router-pre-softmax --moe-z-loss-coeff 1e-3 --moe-layer-freq 2"
+        " --moe-expert-capacity-factor 1.5",
+        {
+            "num": 4, "top_k": 2, "normalize_top_k": False, "balancing": "none", "z_weight": 1e-3, "layers": [0, 2, 4],
+            "capacity_factor": 1.5,
+        },
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "experts"), MIXTURES, ids=["mixtral", "deepseek", "small"])
+def test_experts(words, experts, parser):
+    words = f"{words} --hidden-size 64 --num-attention-heads 4 --disable-bias-linear --expert-model-parallel-size 2"
+    plan = from_command_line(words, "gpt", devices=2)
+    assert not plan.missing
+    assert [line.setting for line in plan.lines if line.fate == "yours to do"] == ["devices"]
+    assert {line.setting for line in plan.lines} >= {word for word in words.split() if word.startswith("--")}
+    assert plan.run["model"]["init_args"]["config"]["experts"] == experts
+    run = parsed(parser, plan)
+    assert run.trainer.strategy.init_args.ep == 2
+    made = run.model.init_args.config.experts
+    assert {name: getattr(made, name) for name in experts} == experts
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--num-experts 8 --moe-router-load-balancing-type sinkhorn", "balancing is one of aux_loss, seq_aux_loss"),
+        ("--num-experts 8 --moe-token-dispatcher-type flex", "tokens are sent with alltoall"),
+        (
+            "--num-experts 8 --moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 1e-3",
+            "beside Experts(balancing='aux') there is no further loss",
+        ),
+    ],
+)
+def test_what_experts_have_not(words, says):
+    plan = from_command_line(f"--num-layers 2 {words}", "gpt", devices=1)
+    assert any(says in line.says for line in plan.missing)
+    assert not from_command_line("--moe-router-topk 8", "gpt", devices=1).missing
+    with pytest.raises(MigrationError, match="it says of 3 layers whether they have experts, of 2"):
+        from_command_line("--num-layers 2 --num-experts 8 --moe-layer-freq [1]*3", "gpt")
 
 
 @pytest.mark.parametrize(

@@ -21,3 +21,11 @@ def test_rows_that_are_shared_over_machines():
     assert "a smaller cp, which divides 8" in warning
     (warning,) = RankGrid.parse("tp=16,cp=2").warnings()
     assert warning.startswith("tensor parallelism crosses nodes")
+
+
+def test_experts():
+    text = RankGrid.parse("tp=2,ep=4,etp=1,dp=4").text()
+    assert "tp=2, pp=1, dp=4, ep=4, etp=1" in text
+    assert text.endswith("divided over 4 ranks (ep=4, etp=1), on the first stage 0 to 3, 4 to 7.")
+    (warning,) = RankGrid.parse("ep=16,dp=16").warnings()
+    assert warning.startswith("expert parallelism crosses nodes: etp=1 × ep=16 ranks do not divide the 8 of a node")

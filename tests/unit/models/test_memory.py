@@ -9,6 +9,7 @@ import torch
 from lightning_megatron import (
     BertConfig,
     BertModule,
+    Experts,
     GPTConfig,
     GPTModule,
     Kernels,
@@ -58,6 +59,15 @@ CONFIGS = {
         output_bias=True,
         tie_embeddings=False,
     ),  # fmt: skip
+    "mixture": GPTConfig(**SIZES, **GATED, experts=Experts(num=6, top_k=3, ffn_hidden_size=40, z_weight=1e-3)),
+    "mixture with another gate": GPTConfig(
+        **{**SIZES, **GATED, "activation": "geglu"}, experts=Experts(num=4, top_k=2, balancing="none")
+    ),
+    "mixture in some layers": GPTConfig(
+        **SIZES,
+        bias=False,
+        experts=Experts(num=8, top_k=2, shared_ffn_hidden_size=48, router="sigmoid", balancing="bias", layers=[0, 2]),
+    ),
     "bert": BertConfig(**SIZES),
     "bert with dropout": BertConfig(**SIZES, **DROPOUT),
     "bert pre": BertConfig(**SIZES, norm_placement="pre"),
@@ -68,6 +78,8 @@ CONFIGS = {
 MODULES = {GPTConfig: GPTModule, BertConfig: BertModule, T5Config: T5Module}
 ROWS, LENGTH = 2, 32
 ONE = ParallelLayout(world_size=1)
+# Their updates: those of attention, and of dense layers and shared experts.
+NO_EXPERTS = [name for name in CONFIGS if "mixture" not in name]
 PLAIN = Kernels(fused_layers=False, chunked_loss=False).on(torch.device("cpu"))
 
 
@@ -96,7 +108,7 @@ def test_weights_to_one_and_activations_to_ten_percent(name, precision, recomput
 
 
 @pytest.mark.parametrize("recompute", [None, "selective", 1], ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NO_EXPERTS)
 def test_low_rank_updates(name, recompute):
     assert_as_measured(CONFIGS[name], "bf16-mixed", recompute, PLAIN, LoRA(rank=4))
 
@@ -125,7 +137,9 @@ def test_the_chunked_loss_of_a_frozen_output_layer_keeps_no_gradient_of_its_weig
     assert_as_measured(replace(CONFIGS["gpt"], vocab_size=2048), "bf16-mixed", None, kernels, LoRA(rank=4))
 
 
-@pytest.mark.parametrize("name", ["gpt with dropout", "bert with dropout", "llama with dropout"])
+@pytest.mark.parametrize(
+    "name", ["gpt with dropout", "bert with dropout", "llama with dropout", "mixture in some layers"]
+)
 def test_a_list_of_modules(name):
     assert_as_measured(CONFIGS[name], "bf16-mixed", ["mlp"], PLAIN)
 

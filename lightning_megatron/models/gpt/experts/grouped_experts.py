@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -61,6 +62,8 @@ class GroupedExperts(MegatronModule):
 
     def _activate(self, inner: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The activation; what an expert gives is linear in it, so that the weight is multiplied here."""
+        if joins_weights(self.config):
+            return _WeightedSwiGLU.apply(inner, weights)  # type: ignore[no-untyped-call]
         return (activated(self.config, inner) * weights.unsqueeze(-1)).to(inner.dtype)
 
     def take_groups(self, pg_collection: Any) -> None:
@@ -108,6 +111,7 @@ class GroupedLinear(torch.nn.Module):
         if config.add_bias_linear:  # megatron-core divides no expert that has biases
             self.bias = torch.nn.Parameter(torch.zeros(experts, outputs, dtype=config.params_dtype, device=device))
             self.mark(self.bias, None)
+            self.bias.is_expert_bias = True  # type: ignore[attr-defined]  # no matrix, though it has two dimensions
 
     def forward(self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
         """``[tokens, out]`` of ``[tokens, in]``."""
@@ -236,6 +240,37 @@ class _ProductsInTurn(torch.autograd.Function):
             elif of_weight is not None:
                 torch.mm(part.t(), tokens[start:end], out=of_weight[expert])
         return of_tokens, of_weight, None, None
+
+
+def joins_weights(config: TransformerConfig) -> bool:
+    """Whether activation and weights are one operation: of SwiGLU as it is."""
+    usual = config.activation_func_clamp_value is None and not config.glu_linear_offset
+    return config.gated_linear_unit and config.activation_func is F.silu and usual
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """``silu(gate) · linear · weight``; it keeps its inputs alone, and the gradients of both halves are one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inner, weights)
+        gate, linear = inner.chunk(2, -1)
+        return F.silu(gate).mul_(linear).mul_(weights.unsqueeze(-1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        inner, weights = ctx.saved_tensors
+        gate, linear = inner.chunk(2, -1)
+        activated = F.silu(gate)
+        weighted = (gradient * weights.unsqueeze(-1)).to(inner.dtype)
+        of_inner = torch.empty_like(inner)
+        of_gate, of_linear = of_inner.chunk(2, -1)
+        torch.mul(weighted, activated, out=of_linear)
+        torch.ops.aten.silu_backward.grad_input(weighted.mul_(linear), gate, grad_input=of_gate)
+        of_weights = None
+        if ctx.needs_input_grad[1]:
+            of_weights = (activated.mul_(linear).to(weights.dtype) * gradient).sum(-1)
+        return of_inner, of_weights
 
 
 def _parts(sizes: list[int]) -> list[tuple[int, int, int]]:
