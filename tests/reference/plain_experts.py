@@ -182,7 +182,7 @@ def _mixture(
     if e.normalize_top_k:
         weights = weights / weights.sum(-1, keepdim=True)
     seen.counts[n] = (chosen * mask[..., None]).sum((0, 1))
-    seen.entropies[n] = float(-(shares * shares.log()).sum(-1)[mask > 0].mean())
+    seen.entropies[n] = float(-(shares * shares.log()).sum(-1)[mask > 0].mean().detach())
     seen.dropped[n] = 0.0
     _add_losses(e, n, scores_in, shares, chosen, mask, cut, seen)
     if e.capacity_factor is not None:

@@ -150,7 +150,7 @@ class GroupedLinear(torch.nn.Module):
         divides = groups.expt_tp.size() > 1
         weight.allreduce = not others  # type: ignore[attr-defined]
         weight.tensor_model_parallel = divides and dim is not None  # type: ignore[attr-defined]
-        weight.partition_dim, weight.partition_stride = -1, 1  # type: ignore[attr-defined]
+        weight.partition_dim, weight.partition_stride = -1 if dim is None else dim, 1  # type: ignore[attr-defined]
         weight.seen_in_parts = divides and dim is None  # type: ignore[attr-defined]
 
     def sharded_state_dict(self, prefix: str = "", *_: Any) -> dict[str, Any]:
