@@ -140,8 +140,7 @@ def test_the_yaml_of_a_mixture(tmp_path, monkeypatch):
     for line in ("2 ranks: tp=1, pp=1, dp=2, ep=2", "parameters, of which a token uses"):
         assert line in str(checked)
     options = " ".join([*given, "--trainer.max_steps=40 --trainer.log_every_n_steps=40 --trainer.logger=false"])
-    printed = shell(tmp_path, f"lightning-megatron fit --config {recipe} {options} --trainer.limit_val_batches=0")
-    assert "the load of each expert in step 40" in printed
+    shell(tmp_path, f"lightning-megatron fit --config {recipe} {options} --trainer.limit_val_batches=0")
     assert (tmp_path / "experts/step-40.png").is_file()
 
 
