@@ -5,7 +5,6 @@ is the same byte by byte.
 """
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,12 +36,6 @@ def results(tmp_path_factory):
     return of
 
 
-def load(name: str, folder: Path) -> torch.nn.Module:
-    model, about = type(pretrained.new_model(name)).from_pretrained(folder, output_loading_info=True)
-    assert not any(about.values()), about
-    return model.eval()
-
-
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
 def test_logits_are_transformers(name, layout, results):
     expected = pretrained.truth(name)["logits"]
@@ -56,7 +49,7 @@ def test_logits_are_transformers(name, layout, results):
 def test_what_came_in_goes_out(name, layout, results):
     before = results(layout)[0] / name / "before"
     assert len(list(before.glob("*.safetensors"))) > 1, "max_shard_size was not kept"
-    back, original = load(name, before), pretrained.new_model(name)
+    back, original = pretrained.load(name, before), pretrained.new_model(name)
     assert back.state_dict().keys() == original.state_dict().keys()
     for key, value in original.state_dict().items():
         assert torch.equal(back.state_dict()[key], value), key
@@ -72,7 +65,7 @@ def test_training_is_transformers(name, layout, results):
     expected = pretrained.truth(name)
     for rank in ranks:
         assert rank[name]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    trained = load(name, folder / name / "after").state_dict()
+    trained = pretrained.load(name, folder / name / "after").state_dict()
     moved = pretrained.new_model(name).state_dict()
     for key, value in expected["weights"].items():
         torch.testing.assert_close(trained[key], value, rtol=0, atol=1e-4)

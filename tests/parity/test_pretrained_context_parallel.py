@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.test_pretrained import load
 from tests.reference import pretrained
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
@@ -27,7 +26,7 @@ def test_training_is_transformers(comm: str, tmp_path: Any) -> None:
             for seen, wanted in zip(rank[name]["logits"], expected["logits"], strict=True):
                 torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5)
             assert rank[name]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-        trained = load(name, tmp_path / name / "after").state_dict()
+        trained = pretrained.load(name, tmp_path / name / "after").state_dict()
         for key, value in expected["weights"].items():
             torch.testing.assert_close(trained[key], value, rtol=0, atol=1e-4)
 
@@ -38,6 +37,6 @@ def test_sinks_train_where_ranks_share_rows(tmp_path: Any) -> None:
     expected = pretrained.truth("gpt_oss")
     for rank in ranks:
         assert rank["gpt_oss"]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    trained = load("gpt_oss", tmp_path / "gpt_oss" / "after").state_dict()
+    trained = pretrained.load("gpt_oss", tmp_path / "gpt_oss" / "after").state_dict()
     for key, value in expected["weights"].items():
         torch.testing.assert_close(trained[key], value, rtol=0, atol=1e-4)

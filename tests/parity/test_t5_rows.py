@@ -143,7 +143,8 @@ def test_recomputed_blocks(recompute: str) -> None:
     ("name", "comm"), [("t5", "all_gather"), ("t5", "all_to_all"), ("learned", "all_gather"), ("learned", "ring")]
 )
 def test_rows_that_ranks_share(name: str, comm: str, blocks: bool) -> None:
-    assert_rows_train_alike(name, Layout(cp=2), blocks=blocks, cp_comm=comm)
+    # One row at a time: the union of several rows' borders would hide what is cut off from one of them.
+    assert_rows_train_alike(name, Layout(cp=2), blocks=blocks, cp_comm=comm, micro_batch_size=1)
 
 
 def test_shared_by_stages_and_ranks() -> None:

@@ -201,6 +201,13 @@ def new_model(name: str) -> hf.PreTrainedModel:
 
 
 @functools.cache
+def load(name: str, folder: Path) -> hf.PreTrainedModel:
+    """What transformers loads from a directory, which must hold the model's tensors and no others."""
+    model, about = type(new_model(name)).from_pretrained(folder, output_loading_info=True)
+    assert not any(about.values()), about
+    return model.eval()
+
+
 def samples(name: str) -> list[dict[str, torch.Tensor]]:
     """As many as training sees."""
     generator = torch.Generator().manual_seed(5)

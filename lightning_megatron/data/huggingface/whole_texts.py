@@ -160,7 +160,7 @@ class CollateNumberedTexts:
             [
                 {
                     "input_ids": row["input_ids"],
-                    "seq_idx": torch.repeat_interleave(torch.arange(len(row["lengths"])), row["lengths"]),
+                    "seq_idx": torch.from_numpy(np.repeat(np.arange(len(row["lengths"])), row["lengths"])),
                 }
                 for row in rows
             ]

@@ -181,7 +181,7 @@ def test_a_failed_save_leaves_nothing(llama, tmp_path):
 
 def test_an_unknown_architecture_names_those_there_are(llama):
     edit(llama, model_type="opt", architectures=["OPTForCausalLM"])
-    with pytest.raises(UnsupportedConfigError, match=r"'opt' is not.*bert, gemma, .*glm4, gpt2.*docs/hf.md"):
+    with pytest.raises(UnsupportedConfigError, match=r"'opt' is not.*bert, .*gemma, .*glm4, gpt2.*docs/hf.md"):
         AutoModule.from_pretrained(llama)
 
 

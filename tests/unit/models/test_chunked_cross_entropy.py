@@ -62,6 +62,7 @@ def test_it_is_cross_entropy(dtype, summed, terms, compiled):
     else:
         loss = (entropy.losses(hidden, output, labels.ids) * labels.weights).sum()
     band = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    band *= 1 + ("logits_cap" in terms)  # whose derivative is rounded, too
     for ours, theirs in zip(gradients(loss, hidden, output), expected, strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-5, atol=band * float(theirs.abs().max()))
 

@@ -60,7 +60,7 @@ def test_parts_are_merged_into_the_whole(name, scale):
     everything = torch.ones(1, 1, QUERIES, KEYS, dtype=torch.bool) if seen is None else seen
     expected = whole(everything, scale or 1 / math.sqrt(SIZE))
     query, key, value, gradient = tensors()
-    merged, queries = Merged(query.permute(2, 0, 1, 3)), [slice(0, 4), slice(4, QUERIES)]
+    merged, queries = Merged(query.permute(2, 0, 1, 3), query.size(-1)), [slice(0, 4), slice(4, QUERIES)]
     calls = []
     for places in queries:
         for part in PARTS:
@@ -91,7 +91,7 @@ def test_a_query_that_looks_nowhere_has_zeros_and_no_weight():
     assert not out[0, :, 3].any()
     assert torch.isinf(total[0, :, 3]).all()
     assert torch.isfinite(total[1]).all()
-    merged = Merged(query.permute(2, 0, 1, 3))
+    merged = Merged(query.permute(2, 0, 1, 3), query.size(-1))
     assert not merged.finite_total().any()
 
 
@@ -104,7 +104,7 @@ def test_causal_parts():
 
 def test_half_precision_is_merged_in_fp32():
     query = tensors()[0].bfloat16()
-    merged = Merged(query.permute(2, 0, 1, 3))
+    merged = Merged(query.permute(2, 0, 1, 3), query.size(-1))
     assert merged.out.dtype == merged.total.dtype == torch.float32
     key, value = (tensor.bfloat16() for tensor in tensors()[1:3])
     for part in PARTS:
