@@ -16,9 +16,10 @@ from typing_extensions import override
 from lightning_megatron.callbacks import expert_load, plots
 from lightning_megatron.callbacks.expert_load import ExpertLoad
 from lightning_megatron.callbacks.logging_schedule import log, logs_now
-from lightning_megatron.distributed import lightning_private
+from lightning_megatron.distributed import collectives, lightning_private
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.models.gpt.multi_token_prediction import LaterTokenLayer
 from lightning_megatron.training import counted_once
 from lightning_megatron.training.gradient_norm import zeros_in_gradients
 from lightning_megatron.training.optimizer import ShardedOptimizer
@@ -36,7 +37,8 @@ class TrainingMonitor(pl.Callback):
     Of a mixture of experts, means over its layers: ``experts/aux_loss`` and ``experts/z_loss`` (without their weights),
     ``experts/entropy`` (of the router's scores, in nats), ``experts/dropped`` (the share of choices beyond an expert's
     capacity); and of all experts the tokens of the busiest and the idlest as a multiple of an equal share,
-    ``experts/max_load`` and ``experts/min_load``.
+    ``experts/max_load`` and ``experts/min_load``. Of multi-token prediction, the mean loss of each depth:
+    ``mtp_1_loss``, ...
 
     It is the home of accelerate's ``set_all_logging_options`` together with ``Throughput``, ``MemoryMonitor`` and
     ``PhaseTimes``; ``tensorboard_dir`` is ``TensorBoardLogger(save_dir=)``. Learning rates of each group are
@@ -103,6 +105,8 @@ class TrainingMonitor(pl.Callback):
             values["loss_scale"] = optimizer.loss_scale
         if self._has_experts and self.expert_load is not None:
             values |= self.expert_load.values(self.expert_layers)
+        if getattr(getattr(pl_module, "config", None), "mtp", None):
+            values |= losses_of_later_tokens(trainer.strategy.engine.chunks)  # type: ignore[attr-defined]
         log(pl_module, values)
 
     def _read_experts(self, trainer: pl.Trainer) -> None:
@@ -117,6 +121,14 @@ class TrainingMonitor(pl.Callback):
             folder.mkdir(parents=True, exist_ok=True)
             picture = self.expert_load.draw(folder / f"step-{step}.png")
             rank_zero_info(f"TrainingMonitor: the load of each expert in step {step} is in {picture}.")
+
+
+def losses_of_later_tokens(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
+    """The mean losses of the layers of multi-token prediction in the last step, which all ranks ask for together."""
+    layers = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, LaterTokenLayer)]
+    own = [layer.last_seen.tolist() for layer in layers if layer.last_seen is not None]
+    every = [seen for found in collectives.gather_from_stages(own) for seen in found]
+    return {f"mtp_{depth}_loss": loss / max(weight, 1.0) for depth, (loss, weight) in enumerate(every, start=1)}
 
 
 def parameter_norm(optimizer: ShardedOptimizer) -> float:

@@ -14,8 +14,7 @@ from lightning_megatron.distributed import process_groups
 def counting_layers(chunks: Iterable[torch.nn.Module]) -> list[Any]:
     """The layers that count: those with ``window_counts``, which returns a vector, and ``end_window``, which takes it.
 
-    The vectors of all layers have one length, and what a layer of one pipeline stage counts, all ranks of that stage
-    count.
+    What a layer of one pipeline stage counts, all ranks of that stage count.
     """
     return [layer for chunk in chunks for layer in chunk.modules() if hasattr(layer, "window_counts")]
 
@@ -25,7 +24,8 @@ def finish(layers: list[Any]) -> None:
     """Tell each layer what all ranks have counted, in one message for all of them."""
     if not layers:
         return
-    counts = torch.stack([layer.window_counts() for layer in layers])
-    dist.all_reduce(counts, group=process_groups.stage())
-    for layer, total in zip(layers, counts, strict=True):
+    counts = [layer.window_counts() for layer in layers]
+    totals = torch.cat(counts)
+    dist.all_reduce(totals, group=process_groups.stage())
+    for layer, total in zip(layers, totals.split([len(count) for count in counts]), strict=True):
         layer.end_window(total)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_megatron import Experts, GPTModule, Kernels, LoRA, ParallelLayout
+from lightning_megatron.callbacks import TrainingMonitor
 from tests.reference import parallel_gpt
 from tests.reference import plain_multi_token_prediction as plain
 from tests.reference.parallel_gpt import LoadedGPT, packed_samples, text_samples
@@ -83,18 +84,25 @@ def trained_mixture(layout: Layout) -> dict[str, Any]:
     experts = Experts(num=4, top_k=2, ffn_hidden_size=24, balancing="seq_aux")
     config = replace(plain.DEEPER, experts=experts, num_layers=4, sliding_window=5, sliding_window_layers=[1, 3])
     watch, module = parallel_gpt.Watch(), GPTModule(config)
-    run = trainer(layout, {"micro_batch_size": 3}, max_steps=3, gradient_clip_val=CLIP, callbacks=[watch])
+    callbacks = [watch, TrainingMonitor()]
+    run = trainer(
+        layout, {"micro_batch_size": 3}, max_steps=3, gradient_clip_val=CLIP, callbacks=callbacks, log_every_n_steps=1
+    )
     rows = parallel_gpt.Rows(text_samples(config, ROWS * 3))
     run.fit(module, loader(rows, layout, ROWS, run))
     written = module.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4) if layout.ep == 1 else None
-    return {"losses": watch.losses, "norms": watch.norms, "text": written}
+    later = [float(run.callback_metrics[f"mtp_{depth}_loss"]) for depth in (1, 2)]
+    return {"losses": watch.losses, "norms": watch.norms, "text": written, "later": later}
 
 
 def test_layers_of_experts_and_windows():
     (alone,) = run_in_pool(1, trained_mixture, Layout())
+    assert alone["later"] == pytest.approx([alone["losses"][-1]] * 2, rel=0.1)  # in nats a token
+    assert alone["later"][0] != alone["later"][1]
     for seen in run_in_pool(4, trained_mixture, Layout(pp=2, dp=2, ep=2)):
         assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert seen["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+        assert seen["later"] == pytest.approx(alone["later"], rel=1e-5)
     for seen in run_in_pool(2, trained_mixture, Layout(pp=2)):
         assert torch.equal(seen["text"], alone["text"])
 

@@ -88,7 +88,14 @@ def _is_one_document(mask: Any, length: int, places: int, device: torch.device) 
 
 
 class LaterTokenLayer(MultiTokenPredictionLayer):
-    """megatron-core's layer of one depth, which is given the embeddings of the later tokens."""
+    """megatron-core's layer of one depth, which is given the embeddings of the later tokens.
+
+    Attributes:
+        last_seen: The sum of its losses in the last window, over all ranks, and that of their weights.
+    """
+
+    last_seen: torch.Tensor | None = None
+    _seen: torch.Tensor | None = None
 
     @override
     def forward(self, hidden: torch.Tensor, embedded: torch.Tensor, **attention: Any) -> torch.Tensor:
@@ -122,6 +129,23 @@ class LaterTokenLayer(MultiTokenPredictionLayer):
         both = torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1)
         output = gather_from_tensor_model_parallel_region(self.eh_proj(both)[0])
         return scatter_to_sequence_parallel_region(output) if self.config.sequence_parallel else output
+
+    # What training/window_counts.py asks at the end of a window
+
+    def count(self, loss: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add the summed loss of a micro-batch, and the weights ``[b, s]`` of its tokens."""
+        seen = torch.stack([loss.detach().float(), weights.sum().float()])
+        self._seen = seen if self._seen is None else self._seen + seen
+
+    def window_counts(self) -> torch.Tensor:
+        """What this rank has counted in the window; it counts anew from here."""
+        seen = torch.zeros(2, device=self.eh_proj.weight.device) if self._seen is None else self._seen
+        self._seen = None
+        return seen
+
+    def end_window(self, seen: torch.Tensor) -> None:
+        """Keep what all ranks have counted."""
+        self.last_seen = seen
 
 
 def block_of(layer: ModuleSpec, depths: int) -> MultiTokenPredictionBlockSubmodules:
@@ -163,4 +187,5 @@ def loss_of_depths(
     for layer, (ids, labels) in zip(layers, later.depths(), strict=True):
         hidden = layer(hidden, embed(ids), **attention)
         losses.append(loss(hidden, labels))
+        layer.count(losses[-1], labels.weights)
     return torch.stack(losses).mean()
