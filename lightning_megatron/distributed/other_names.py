@@ -104,9 +104,18 @@ OTHERS: dict[str, dict[str, str]] = {
         "logits_divisor": "logits_scaling logit_scale logits_scale",
         "attention_score_cap": "attn_logit_softcapping attention_softcap softcap attn_softcap",
         "logits_cap": "final_logit_softcapping logits_soft_cap final_softcap logit_cap",
+        "latent_attention": "multi_latent_attention use_mla mla mla_config",
         "mtp": "mtp_num_layers num_nextn_predict_layers multi_token_prediction mtp_layers num_mtp_layers",
         "mtp_weight": "mtp_loss_scaling_factor mtp_loss_weight mtp_loss_coef",
         "extra": "config_kwargs model_kwargs other_megatron_args transformer_config",
+    },
+    "LatentAttention": {
+        "q_lora_rank": "",
+        "kv_lora_rank": "kv_rank latent_size kv_latent_dim",
+        "qk_nope_head_dim": "qk_head_dim",
+        "qk_rope_head_dim": "qk_pos_emb_head_dim rope_head_dim",
+        "v_head_dim": "value_head_dim",
+        "rope_interleave": "rotary_interleaved",
     },
     "Experts": {
         "num": "num_experts num_moe_experts num_local_experts n_experts n_routed_experts moe_num_experts num_expert",

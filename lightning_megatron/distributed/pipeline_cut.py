@@ -34,7 +34,7 @@ def read(given: object, pp: int, vp: int | None) -> Cut:
     if given is None:
         return None
     if given == "auto":
-        return "auto"
+        return "auto" if pp > 1 else None  # one stage has all layers
     if isinstance(given, str):
         counts = _of_text(given)
     elif isinstance(given, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in given):

@@ -137,10 +137,13 @@ class GPTConfig(ModelConfig):
             self.latent_attention = LatentAttention(**self.latent_attention)
         if isinstance(self.experts, dict):
             self.experts = Experts(**self.experts)
+        arguments = Arguments("GPTConfig")
+        latents = {"latent_attention": self.latent_attention}
+        arguments.kind(LatentAttention, "LatentAttention(kv_lora_rank=...)", optional=True, **latents)
+        arguments.kind(Experts, "Experts(num=..., top_k=...)", optional=True, experts=self.experts)
         self._one_of("position_embedding", self.position_embedding, _POSITIONS)
         self._one_of("normalization", self.normalization, ("LayerNorm", "RMSNorm"))
         self._one_of("norm_placement", self.norm_placement, ("pre", "output", "sandwich"))
-        arguments = Arguments("GPTConfig")
         arguments.whole(optional=True, num_query_groups=self.num_query_groups, sliding_window=self.sliding_window)
         arguments.number(above=0, rotary_base=self.rotary_base)
         arguments.number(above=0, at_most=1, rotary_percent=self.rotary_percent)
@@ -300,7 +303,6 @@ class GPTConfig(ModelConfig):
         """Refuse what no layer of experts has."""
         if self.experts is None:
             return
-        Arguments("GPTConfig").kind(Experts, "Experts(num=..., top_k=...)", experts=self.experts)
         self.experts.in_layers(self.num_layers)
         refuse_own_fields("GPTConfig", self.extra)
         if self.bias and self.experts.shared_ffn_hidden_size is not None:
@@ -333,9 +335,6 @@ class GPTConfig(ModelConfig):
         """Refuse what multi-latent attention does not have."""
         if self.latent_attention is None:
             return
-        Arguments("GPTConfig").kind(
-            LatentAttention, "LatentAttention(kv_lora_rank=...)", latent_attention=self.latent_attention
-        )
         latent.refuse_own_fields("GPTConfig", self.extra)
         for name, usual, why in (
             ("position_embedding", "rope", "rotates a part of each head"),

@@ -48,6 +48,10 @@ def test_the_text_means_what_it_means_to_megatron_core(text):
     assert read(text, len(theirs), None) == tuple(stage.count(LayerType.decoder) for stage in theirs)
 
 
+def test_one_stage_has_all_layers_whatever_they_take():
+    assert layout(layers_per_stage="auto").layers_per_stage is None
+
+
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [

@@ -35,7 +35,10 @@ def test_written_with_a_cache_as_without(name: str) -> None:
         ({"position_embedding": "none", "rope_scaling": None}, "rotates a part of each head"),
         ({"extra": {"qk_layernorm": True}}, "latents have norms of their own"),
         ({"extra": {"rotary_interleaved": True}}, "rope_interleave"),
-        ({"latent_attention": {"kv_lora_rank": 8, "kv_rank": 9}}, "kv_rank"),
+        ({"latent_attention": {"kv_lora_rank": 8, "kv_rank": 9}}, "did you mean kv_lora_rank|use kv_lora_rank"),
+        ({"latent_attention": [8]}, r"latent_attention=\[8\]\): use LatentAttention\(kv_lora_rank=...\), or None"),
+        ({"experts": 4}, r"experts=4\): use Experts\(num=..., top_k=...\), or None"),
+        ({"experts": {"num": 4, "layers": 2}}, r"Experts\(layers=2\): use a list of numbers of layers, or None"),
     ],
     ids=str,
 )

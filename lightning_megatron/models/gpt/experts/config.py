@@ -115,6 +115,7 @@ class Experts:
         factors = {"capacity_factor": self.capacity_factor, "eval_capacity_factor": self.eval_capacity_factor}
         arguments.number(above=0, optional=True, **factors)
         arguments.number(above=0, scale=self.scale)
+        arguments.kind((list, tuple, range), "a list of numbers of layers", optional=True, layers=self.layers)
         self._check_groups(arguments)
         if self.top_k > self.num:
             raise ValueError(f"Experts(num={self.num}, top_k={self.top_k}): there are fewer. Use top_k={self.num}.")
