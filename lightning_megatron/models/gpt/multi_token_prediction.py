@@ -81,7 +81,7 @@ def _is_one_document(mask: Any, length: int, places: int, device: torch.device) 
             return 1.0
         same = mask.documents[:, places:] == mask.documents[:, :-places]
     elif mask is not None:  # [b, 1, s, s], True where a query may not look
-        same = ~mask.diagonal(-places, -2, -1).flatten(1, -2)
+        same = ~mask.diagonal(-places, -2, -1)[:, 0]
     else:
         return 1.0
     return F.pad(same.to(device), (0, min(places, length))).float()
