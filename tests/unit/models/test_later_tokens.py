@@ -13,7 +13,8 @@ def test_a_mask_says_the_same_as_documents(depths):
     tokens = torch.arange(documents.numel()).view_as(documents)
     inputs = {"input_ids": tokens, "labels": tokens + 1, "loss_mask": torch.ones(documents.shape)}
     pattern = AttentionPattern(length=7, documents=documents)
-    found = [later_tokens({**inputs, "attention_mask": mask}, depths) for mask in (pattern, pattern.dense(None, tokens.device))]
+    masks = (pattern, pattern.dense(None, tokens.device))
+    found = [later_tokens({**inputs, "attention_mask": mask}, depths) for mask in masks]
     assert found[0].weights[0].tolist() == [[1, 1, 0, 1, 0, 1, 0], [0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0]]
     for each, other in zip(*found, strict=True):
         assert each.shape == other.shape == (depths, 3, 7)
