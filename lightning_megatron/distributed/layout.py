@@ -215,7 +215,7 @@ class ParallelLayout:
         """Estimate the memory that training takes on a rank of each pipeline stage, before anything is built.
 
         ``str`` of it is a table in GB. Bytes of the states follow ZeRO (arXiv 1910.02054), those of the activations
-        Korthikanti and others (arXiv 2205.05198); ``lightning_megatron/models/memory_estimate.py`` has the formulas.
+        Korthikanti and others (arXiv 2205.05198); ``lightning_megatron/models/activation_memory.py`` has the formulas.
 
         Args:
             config: The configuration of a module, such as a ``GPTConfig``.

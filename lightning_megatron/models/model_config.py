@@ -181,7 +181,7 @@ class ModelConfig:
 
         Args:
             layout: The parallel sizes.
-            **training: As ``lightning_megatron.models.memory_estimate.Training`` has them.
+            **training: As ``lightning_megatron.models.memory_settings.Training`` has them.
 
         Raises:
             LayoutError: ``layout`` cannot divide the sizes.
@@ -191,7 +191,8 @@ class ModelConfig:
 
         from lightning_megatron.models.build_settings import BuildSettings
         from lightning_megatron.models.kernels import Kernels
-        from lightning_megatron.models.memory_estimate import Training, estimate
+        from lightning_megatron.models.memory_estimate import estimate
+        from lightning_megatron.models.memory_settings import Training
 
         run = Training(**training)
         layout = self.complete_layout(layout, run.recompute)
