@@ -13,10 +13,10 @@ from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models import row_documents
-from lightning_megatron.models.batch_checks import check_range, check_tokens, given
+from lightning_megatron.models.batch_checks import check_tokens, given
 from lightning_megatron.models.generation import GenerationSettings, Prompts, Stages
 from lightning_megatron.models.generation.module import GeneratingModule
-from lightning_megatron.models.gpt import attention_masks
+from lightning_megatron.models.gpt import attention_masks, batches
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.decoder import GPTDecoder
 from lightning_megatron.models.gpt.layer_spec import gpt_block_spec, mtp_block_spec
@@ -33,7 +33,7 @@ from lightning_megatron.models.layers.output_scale import scale_input, scale_out
 from lightning_megatron.models.layers.rope_scaling import stretch_rotary
 from lightning_megatron.models.layers.window_rotary import give_windows_a_base
 from lightning_megatron.models.lora import LoRA
-from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
+from lightning_megatron.models.megatron_module import Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.models.weight_init import FirstWeights
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
@@ -150,36 +150,23 @@ class GPTModule(GeneratingModule):
 
     def _check_loaded(self, batch: Batch) -> None:
         """Refuse a batch without tokens, with ids beyond the vocabulary, or longer than the positions."""
-        name = _token_key(batch)
+        name = batches.token_key(batch)
         tokens, batch = batch[name], row_documents.without_token_mask(batch)
         check_tokens("GPTModule", name, tokens)
         rows, length = tokens.size(0), tokens.size(1) - (name == "text")
         if "position_ids" in batch:
-            self._check_positions(batch, (rows, length))
+            batches.check_positions(self.config, batch, (rows, length))
         row_documents.check("GPTModule", batch, rows, length)
         if "position_ids" not in batch:
-            self._check_length(row_documents.longest(batch, length))
-        self._check_tokens_and_labels(name, batch)
+            batches.check_length(self.config, row_documents.longest(batch, length))
+        batches.check_tokens_and_labels(self.config, name, batch)
         attention_masks.check(self.config, batch, name, length)
 
     def _check_inputs(self, inputs: Batch) -> None:
-        name = _token_key(inputs)
+        name = batches.token_key(inputs)
         check_tokens("GPTModule", name, inputs[name])
-        self._check_length(inputs[name].size(1))
-        self._check_tokens_and_labels(name, inputs)
-
-    def _check_length(self, length: int) -> None:
-        if length > self.config.seq_length:
-            raise ValueError(
-                f"GPTModule: sequences of {length} tokens, but GPTConfig(seq_length={self.config.seq_length})."
-                f" Cut the samples, or use seq_length={length} or more."
-            )
-
-    def _check_tokens_and_labels(self, name: str, batch: Batch) -> None:
-        self._check_ids(name, batch[name])
-        for labels in ("labels", "shift_labels"):
-            if labels in batch:
-                self._check_ids(labels, batch[labels][batch[labels] != IGNORED_LABEL])
+        batches.check_length(self.config, inputs[name].size(1))
+        batches.check_tokens_and_labels(self.config, name, inputs)
 
     def _unmet_keys(self) -> dict[str, str]:
         unmet = {}
@@ -190,7 +177,7 @@ class GPTModule(GeneratingModule):
         return unmet
 
     def _loaded_lengths(self, batch: Batch) -> tuple[int, ...]:
-        name = _token_key(batch)
+        name = batches.token_key(batch)
         return (int(batch[name].size(1)) - (name == "text"),)
 
     def _input_lengths(self, inputs: Batch) -> tuple[int, ...]:
@@ -202,7 +189,7 @@ class GPTModule(GeneratingModule):
         Rotary positions are None where they are the places in the row.
         """
         batch = row_documents.without_token_mask(with_answers(given(batch)))
-        inputs = _from_megatron(batch) if _token_key(batch) != "input_ids" else _from_transformers(batch)
+        inputs = batches.labelled(batch)
         tokens = inputs["input_ids"]
         numbers = [self.documents.numbers(tokens), self._numbers_of(batch, tokens)]
         found = [each.expand_as(tokens) for each in numbers if each is not None]
@@ -326,7 +313,7 @@ class GPTModule(GeneratingModule):
 
     def _numbers_of(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor | None:
         """``[b or 1, s]``, the number of each token's document, as the batch has them; None where each row is one."""
-        return row_documents.numbers(batch, tokens.size(1)) if _says_documents(batch) else None
+        return row_documents.numbers(batch, tokens.size(1)) if batches.says_documents(batch) else None
 
     def _positions(self, batch: Batch, tokens: torch.Tensor) -> Any:
         """As the documents have them, or the batch; None where rotary positions are the places in the row."""
@@ -346,7 +333,7 @@ class GPTModule(GeneratingModule):
 
     def _has_positions_in_order(self, batch: Batch) -> torch.Tensor:
         """``[b]``, whether each row's positions are the places in the row."""
-        name = _token_key(batch)
+        name = batches.token_key(batch)
         tokens = batch[name][:, :-1] if name == "text" else batch[name]
         index = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         chosen = self._chosen_positions(batch, tokens)
@@ -354,7 +341,7 @@ class GPTModule(GeneratingModule):
 
     def _questions(self, batch: Batch) -> Iterator[Question]:
         batch = row_documents.without_token_mask(batch)
-        mask, says_documents = batch.get("attention_mask"), _says_documents(batch)
+        mask, says_documents = batch.get("attention_mask"), batches.says_documents(batch)
         if mask is not None and mask.dim() == 2:
             yield attention_masks.sees_all
         if says_documents:
@@ -362,69 +349,3 @@ class GPTModule(GeneratingModule):
         says_positions = says_documents or "position_ids" in batch or self.documents.reset_position_ids
         if self.config.position_embedding != "learned" and says_positions:
             yield self._has_positions_in_order
-
-    def _check_positions(self, batch: Batch, shape: tuple[int, int]) -> None:
-        """Refuse positions that are not one for each token, or that the model has no embedding of."""
-        positions = batch["position_ids"]
-        if tuple(positions.shape) not in (shape, (1, shape[1])) or positions.is_floating_point():
-            raise ValueError(
-                f"GPTModule: 'position_ids' are {tuple(positions.shape)} of {positions.dtype}, and the tokens {shape};"
-                " each token has one, a whole number. Correct the collate function."
-            )
-        if self.config.position_embedding != "learned":
-            positions = positions.clamp(min=0)  # of padding in front, they may be negative
-        check_range("GPTModule", "position_ids", positions, self.config.seq_length, "GPTConfig.seq_length")
-
-    def _check_ids(self, name: str, ids: torch.Tensor) -> None:
-        vocab_size = self.config.vocab_size
-        wrong = ids[(ids < 0) | (ids >= vocab_size)]
-        if wrong.numel():
-            raise ValueError(
-                f"GPTModule: token id {int(wrong.max())} in {name!r} is outside of the vocabulary of"
-                f" GPTConfig(vocab_size={vocab_size}), ids 0 to {vocab_size - 1}. Use the tokenizer's own vocab_size."
-                f" Labels may also be {IGNORED_LABEL}, which leaves a token out of the loss."
-            )
-
-
-def _token_key(batch: Batch) -> str:
-    for name in ("input_ids", "tokens", "text"):
-        if name in batch:
-            return name
-    raise ValueError(
-        f"GPTModule needs 'input_ids' [b, s], or Megatron's 'tokens' and 'labels' [b, s] or 'text' [b, s+1]; this batch"
-        f" has {sorted(batch)}. Rename the key in the collate function, or override get_batch."
-    )
-
-
-def _says_documents(batch: Batch) -> bool:
-    """Whether the batch may say where documents begin; positions do without a mask, as in transformers."""
-    return row_documents.source(batch) is not None or ("position_ids" in batch and "attention_mask" not in batch)
-
-
-def _from_megatron(batch: Batch) -> Batch:
-    if "text" in batch:
-        text = batch["text"].long()
-        tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    else:
-        tokens, labels = batch["tokens"].long(), batch["labels"].long()
-    mask = (labels != IGNORED_LABEL).float()
-    if "loss_mask" in batch:
-        mask = mask * batch["loss_mask"].float()
-    return {"input_ids": tokens, "labels": labels.clamp(min=0), "loss_mask": mask}
-
-
-def _from_transformers(batch: Batch) -> Batch:
-    tokens = batch["input_ids"].long()
-    attention = batch.get("attention_mask")
-    labels = batch.get("labels")
-    if labels is None:
-        labels = tokens
-        if attention is not None and attention.dim() == 2:
-            labels = tokens.masked_fill(attention == 0, IGNORED_LABEL)
-    shifted = batch.get("shift_labels")
-    if shifted is None:
-        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    mask = (shifted != IGNORED_LABEL).float()
-    if "loss_mask" in batch:  # aligned with the labels, so it shifts with them
-        mask = mask * F.pad(batch["loss_mask"][:, 1:].float(), (0, 1))
-    return {"input_ids": tokens, "labels": shifted.clamp(min=0).long(), "loss_mask": mask}
