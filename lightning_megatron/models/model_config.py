@@ -1,4 +1,4 @@
-"""``ModelConfig``: what every family's configuration has, and its translation to megatron-core's configuration."""
+"""``ModelConfig``: what every family's configuration has, and what sizes follow from it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
-from lightning_megatron.distributed import pipeline_cut
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.distributed.memory_table import MemoryTable
 from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.distributed.suggestions import did_you_mean
 from lightning_megatron.distributed.wrong_names import further_tables, unknown_name
-from lightning_megatron.models import expert_sizes, parameter_counts, recompute
+from lightning_megatron.models import core_config, expert_sizes, parameter_counts
 from lightning_megatron.models.core_fields import core_fields
 from lightning_megatron.models.parameter_counts import Part
 from lightning_megatron.models.pipeline_stages import with_stages
@@ -31,18 +30,6 @@ Activation = Literal[
 ]
 
 GATED = ("swiglu", "geglu", "geglu_tanh", "quick_geglu")
-# Kernels that compile or need CUDA extensions; plain PyTorch runs everywhere and `extra` turns them on.
-_PLAIN_KERNELS = dict.fromkeys(
-    ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "persist_layer_norm",
-     "gradient_accumulation_fusion", "apply_rope_fusion"),
-    False,
-)  # fmt: skip
-# How its attention reaches across ranks, by our names (``MegatronStrategy(cp_comm=)``).
-_TRANSFORMER_ENGINES_WAYS = {None: "p2p", "ring": "p2p", "all_gather": "all_gather", "all_to_all": "a2a"}
-# What megatron-core cannot recompute without Transformer Engine, and its names in models/layers/recomputation.py.
-_RECOMPUTED_HERE = {
-    "layernorm": "norm_output", "mlp_act": "mlp_act", "mlp": "whole_mlp", "mla_up_proj": "latent_up",
-}  # fmt: skip
 
 
 class LayerStack(NamedTuple):
@@ -330,43 +317,7 @@ class ModelConfig:
             settings: Settings of the run.
             **stack: Fields of one of several stacks; they replace all others.
         """
-        from megatron.core.transformer import TransformerConfig
-
-        from lightning_megatron.models.activations import FUNCTIONS
-
-        cut = self.complete_layout(settings.layout).layers_per_stage
-        arguments: dict[str, Any] = {
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "num_attention_heads": self.num_attention_heads,
-            "ffn_hidden_size": self.ffn_hidden_size,
-            "kv_channels": self.kv_channels,
-            "layernorm_epsilon": self.layernorm_epsilon,
-            "activation_func": FUNCTIONS[self.activation],
-            "gated_linear_unit": self.is_gated,
-            "hidden_dropout": self.hidden_dropout,
-            "attention_dropout": self.attention_dropout,
-            "init_method_std": self.init_method_std,
-            **self.family_arguments(),
-            **_PLAIN_KERNELS,
-            **settings.transformer_config_arguments(),
-            "cp_comm_type": settings.cp_comm if self.layers == "torch" else _TRANSFORMER_ENGINES_WAYS[settings.cp_comm],
-        }
-        modules = self.recomputed_modules(settings)
-        arguments.update(recompute.transformer_config_arguments(settings.recompute, modules))
-        arguments.update({name: value for name, value in self.extra.items() if name not in pipeline_cut.CORE_FIELDS})
-        if isinstance(cut, tuple):
-            arguments["pipeline_model_parallel_layout"] = pipeline_cut.core_layout(
-                cut, arguments.get("mtp_num_layers") or 0
-            )
-        arguments.update(stack)
-        self._check_residual(arguments)
-        modules = arguments.pop("recompute_modules", None)
-        ours = [name for name in modules or () if name in _RECOMPUTED_HERE and self.layers == "torch"]
-        theirs = None if modules is None else [name for name in modules if name not in ours]
-        config = TransformerConfig(**arguments, recompute_modules=theirs)
-        config.recompute_modules = [*(config.recompute_modules or ()), *(_RECOMPUTED_HERE[name] for name in ours)]
-        return config
+        return core_config.transformer_config(self, settings, stack)
 
     def recomputed_modules(self, settings: BuildSettings) -> list[str]:
         """The modules of each layer whose activations are computed again: those of a list, or what "selective" means.
@@ -377,24 +328,7 @@ class ModelConfig:
         Raises:
             ValueError: A module that only ``layers="torch"`` recomputes.
         """
-        if isinstance(settings.recompute, list | tuple):
-            if self.layers != "torch" and "mlp_act" in settings.recompute:
-                raise ValueError(
-                    f"MegatronStrategy(recompute={settings.recompute}): only {type(self).__name__}(layers='torch')"
-                    " recomputes 'mlp_act'. Use 'mlp', or leave it out."
-                )
-            if "mla_up_proj" in settings.recompute and getattr(self, "latent_attention", None) is None:
-                raise ValueError(
-                    f"MegatronStrategy(recompute={settings.recompute}): 'mla_up_proj' is of multi-latent attention,"
-                    f" which this {type(self).__name__} does not have. Leave it out."
-                )
-            return list(settings.recompute)
-        if settings.recompute != "selective":
-            return []
-        if self.layers != "torch":
-            return ["core_attn"]
-        activation = [] if self.activation == "relu" else ["mlp_act"]  # which saves its output alone
-        return ["layernorm", *activation, *(["core_attn"] if self.keeps_scores(settings) else [])]
+        return core_config.recomputed_modules(self, settings)
 
     def keeps_scores(self, settings: BuildSettings) -> bool:
         """Whether the core attention keeps the scores ``[b, heads, s, s]`` for the backward pass.
@@ -423,16 +357,6 @@ class ModelConfig:
         known = [each.name for each in fields(cls)]
         if wrong := [name for name in names if name not in known]:
             raise ValueError(unknown_name(wrong, known, cls.__name__))
-
-    def _check_residual(self, arguments: dict[str, Any]) -> None:
-        """Refuse hidden states that are fp32 between layers of another type, which stages and norms do not take."""
-        dtype = str(arguments["params_dtype"]).removeprefix("torch.")
-        if arguments.get("fp32_residual_connection") and self.layers == "torch" and dtype != "float32":
-            raise ValueError(
-                f"{type(self).__name__}(extra={{'fp32_residual_connection': True}}): the torch layers add in the type"
-                f" of their weights, here {dtype}. Leave it out, or use"
-                " Trainer(precision='32-true')."
-            )
 
     def _one_of(self, name: str, value: str, known: Any) -> None:
         if value in list(known):
