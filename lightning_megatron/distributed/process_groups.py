@@ -1,14 +1,9 @@
-"""Creates and destroys megatron-core's process groups for a layout, and seeds the model's random numbers.
-
-The only file that writes to ``megatron.core.parallel_state``.
-"""
+"""Creates and destroys the process groups of a layout, and seeds the model's random numbers."""
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -19,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from lightning_megatron.distributed import meeting
+from lightning_megatron.distributed import meeting, megatron_groups
 from lightning_megatron.distributed.device import model_rng
 from lightning_megatron.distributed.layout import ParallelLayout, RankCoordinates
 
@@ -100,18 +95,8 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
         )
     _destroy_layout_groups()
     state.timeout = timeout
-    with _sharing_single_rank_groups():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            context_parallel_size=layout.cp,
-            virtual_pipeline_model_parallel_size=layout.vp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.etp,
-            distributed_timeout_minutes=timeout.total_seconds() / 60,
-            create_gloo_process_groups=dist.get_backend() != "gloo",  # under Gloo every group is one already
-        )
-    state.groups = _groups_of_megatron()
+    megatron_groups.create(layout, timeout)
+    state.groups = megatron_groups.of_this_rank()
     _build_stacks(layout, timeout)
     _build_model_group(layout, timeout)
     state.layout = layout
@@ -149,7 +134,7 @@ def rebind(model: torch.nn.Module) -> None:
 def _current() -> _State:
     """The state, after forgetting groups that somebody else has destroyed."""
     if _state.world is not None and (not dist.is_initialized() or dist.group.WORLD is not _state.world()):
-        _clear_parallel_state()
+        megatron_groups.forget()
         _state.reset()
     if _state.world is None and dist.is_initialized():
         _state.world = weakref.ref(dist.group.WORLD)
@@ -159,12 +144,6 @@ def _current() -> _State:
 def _is_alive(group: dist.ProcessGroup) -> bool:
     """Whether a group has not been destroyed; private in torch (2.13), and used alike by megatron-core."""
     return group in dist.distributed_c10d._world.pg_map
-
-
-def _groups_of_megatron() -> list[dist.ProcessGroup]:
-    """Every group that megatron-core has made on this rank; private in megatron-core (0.16.1)."""
-    groups = parallel_state._global_process_group_list
-    return list(dict.fromkeys(group for group in groups if group is not None))
 
 
 def _are_in_use(groups: list[dist.ProcessGroup]) -> bool:
@@ -179,7 +158,7 @@ def _are_in_use(groups: list[dist.ProcessGroup]) -> bool:
 def _destroy_layout_groups() -> None:
     """Destroy the groups of the layout; the default group and the Gloo groups of all ranks stay."""
     state = _current()
-    _clear_parallel_state()
+    megatron_groups.forget()
     for group in (*state.groups, *_own_groups(state)):
         if _is_alive(group):
             dist.destroy_process_group(group)
@@ -192,39 +171,6 @@ def _destroy_layout_groups() -> None:
 def _own_groups(state: _State) -> list[dist.ProcessGroup]:
     """The groups of the layout that megatron-core has no name for."""
     return [*state.stacks.values(), *([state.model] if state.model is not None else [])]
-
-
-def _clear_parallel_state() -> None:
-    """Remove every group from megatron-core's globals; its own function leaves one behind (0.16.1)."""
-    parallel_state.destroy_model_parallel()
-    for name, value in list(vars(parallel_state).items()):
-        if isinstance(value, dist.ProcessGroup):
-            setattr(parallel_state, name, None)
-
-
-@contextmanager
-def _sharing_single_rank_groups() -> Iterator[None]:
-    """Have megatron-core create one group for all purposes that this rank serves alone.
-
-    Each group costs threads, sockets and a meeting of all ranks.
-    """
-    create, rank = parallel_state.create_group, dist.get_rank()
-    single: list[dist.ProcessGroup] = []
-
-    def create_or_share(ranks: list[int], **options: Any) -> Any:
-        if len(ranks) > 1 or options.get("pg_options") is not None:
-            return create(ranks, **options)
-        if ranks[0] != rank:
-            return dist.GroupMember.NON_GROUP_MEMBER
-        if not single:
-            single.append(create(ranks, **{**options, "use_local_synchronization": True, "group_desc": "SINGLE_RANK"}))
-        return single[0]
-
-    parallel_state.create_group = create_or_share
-    try:
-        yield
-    finally:
-        parallel_state.create_group = create
 
 
 def _build_stacks(layout: ParallelLayout, timeout: timedelta) -> None:
@@ -306,7 +252,7 @@ def destroy() -> None:
     if dist.is_initialized():
         _destroy_layout_groups()
         dist.destroy_process_group()
-    _clear_parallel_state()
+    megatron_groups.forget()
     _state.reset()
 
 
