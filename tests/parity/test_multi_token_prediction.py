@@ -132,7 +132,7 @@ def test_pretrained_models_take_the_layers_and_exports_leave_them_out(tmp_path):
     module = GPTModule.from_pretrained(tmp_path / "without", config={"mtp": 1, "mtp_weight": 0.3})
     module.save_pretrained(tmp_path / "with")
     names = [name for name, _ in module.named_parameters()]
-    assert any("mtp.layers.0.eh_proj" in name for name in names)
+    assert any("mtp_block.layers.0.eh_proj" in name for name in names)
     written, before = ((tmp_path / each / "model.safetensors").read_bytes() for each in ("with", "without"))
     assert written == before
     with pytest.raises(ValueError, match=r"mtp=1\. Use mtp=0"):

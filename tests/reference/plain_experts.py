@@ -34,7 +34,13 @@ BIASED = replace(
 )
 
 # With these first weights no choice of an expert is a close one; by ``num``, ``balancing`` and ``capacity_factor``.
-_SEEDS = {(4, "bias", None): 0, (6, "global_aux", None): 4, (4, "seq_aux", 1.25): 0, (4, "seq_aux", 1.249): 4}
+_SEEDS = {
+    (4, "bias", None): 0,
+    (6, "global_aux", None): 4,
+    (4, "seq_aux", 1.25): 0,
+    (4, "seq_aux", 1.249): 4,
+    (4, "none", None): 4,
+}
 
 
 @dataclass

@@ -81,7 +81,7 @@ def initial_weights(c: GPTConfig) -> Weights:
         weights["embedding.position_embeddings.weight"] = draw(c.seq_length, h)
     layers = [f"decoder.layers.{n}." for n in range(c.num_layers)]
     for n in range(c.mtp):
-        later = f"mtp.layers.{n}."
+        later = f"mtp_block.layers.{n}."
         weights[f"{later}eh_proj.weight"] = draw(h, 2 * h)
         for name in ("enorm", "hnorm", "final_layernorm"):
             _norm(weights, later + name, c, draw)

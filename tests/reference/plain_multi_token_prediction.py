@@ -48,7 +48,7 @@ def _losses(c: GPTConfig, w: Weights, batch: dict[str, torch.Tensor]) -> tuple[t
 
     loss = summed(x, labels, mask) / count
     for n in range(c.mtp):
-        name, places = f"mtp.layers.{n}.", n + 1
+        name, places = f"mtp_block.layers.{n}.", n + 1
         known = scaled["embedding.word_embeddings.weight"][tokens.roll(-places, 1)]
         both = [plain_gpt._normalise(c, w, name + "enorm", known), plain_gpt._normalise(c, w, name + "hnorm", x)]
         x = plain_gpt._linear(w, name + "eh_proj", torch.cat(both, -1))

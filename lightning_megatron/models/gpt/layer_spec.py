@@ -7,7 +7,6 @@ from copy import deepcopy
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import is_te_min_version
@@ -16,7 +15,6 @@ from lightning_megatron.models.generation.cached_layers import generate_quickly
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.experts.expert_layer import ExpertLayer
 from lightning_megatron.models.gpt.latent.latent_self_attention import use_latent_attention
-from lightning_megatron.models.gpt.multi_token_prediction import block_of
 from lightning_megatron.models.gpt.parallel_residual import ParallelResidualLayer
 from lightning_megatron.models.layers.fused.layer_spec import fuse
 from lightning_megatron.models.layers.joint_norm import JointKeyNorm, JointNorm
@@ -48,18 +46,11 @@ def gpt_block_spec(
     return TransformerBlockSubmodules(layer_specs=layers[before : before + count], layer_norm=TorchNorm)
 
 
-def mtp_block_spec(
+def last_layer_spec(
     config: TransformerConfig, shape: GPTConfig, fused_layers: bool = False, rotates: bool = False
-) -> MultiTokenPredictionBlockSubmodules | None:
-    """The layers of multi-token prediction, each with a transformer layer as the model's last; None: it has none.
-
-    Args:
-        config: Megatron's transformer configuration.
-        shape: The model's shape.
-        fused_layers: Whether operations between matrix products are joined.
-        rotates: Whether that includes rotary positions.
-    """
-    return block_of(_layer_specs(config, shape, fused_layers, rotates)[-1], shape.mtp) if shape.mtp else None
+) -> ModuleSpec:
+    """The model's last layer, as those of multi-token prediction are; arguments as of ``gpt_block_spec``."""
+    return _layer_specs(config, shape, fused_layers, rotates)[-1]
 
 
 def _layer_specs(config: TransformerConfig, shape: GPTConfig, fused_layers: bool, rotates: bool) -> list[ModuleSpec]:

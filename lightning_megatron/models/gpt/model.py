@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import ModuleSpec
 
 from lightning_megatron.distributed import process_groups, shared_weights
 from lightning_megatron.distributed.parameter_names import WholeModelNames
-from lightning_megatron.models.gpt.multi_token_prediction import LaterTokens, loss_of_depths
+from lightning_megatron.models.gpt.multi_token_prediction import LaterTokenLayers, LaterTokens, loss_of_depths
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.fused.rotary import cosines_and_sines
@@ -32,25 +35,50 @@ class PositionedGPT(WholeModelNames, GPTModel):
     _token_weights: torch.Tensor | None = None
     _later_tokens: LaterTokens | None = None
 
+    mtp_block: LaterTokenLayers  # on the last stage, where later tokens are predicted
+
     @property
     def transformer_layers(self) -> list[Any]:
         """The transformer layers of the chunk, those of multi-token prediction among them."""
-        later = self.mtp.layers if self.mtp_process else ()
+        later = self.mtp_block.layers if hasattr(self, "mtp_block") else ()
         return [*self.decoder.layers, *(layer.transformer_layer for layer in later)]
 
-    def keep_embeddings_equal(self) -> None:
-        """Tie the copies of the embedding that the first and the last stage have, if the last one looks tokens up, too.
+    def predict_later_tokens(self, layer: ModuleSpec, depths: int, weight: float) -> None:
+        """Add the layers of multi-token prediction and the embedding for their tokens; all chunks call this.
 
-        All chunks call this. Where the output layer is tied to the embedding, megatron-core has tied the copies, and
-        the output layer computes with that of its stage; it loses a weight of its own, which nothing would use.
+        On the last stage the embedding is a copy of the first stage's. An output layer that is tied to the embedding
+        has the copy.
+
+        Args:
+            layer: The spec of the transformer layer in each.
+            depths: How many there are.
+            weight: Weight of their losses.
         """
+        self.weight_of_later_tokens = weight
+        if self.post_process:
+            self.mtp_block = LaterTokenLayers(self.config, layer, depths, self.vp_stage)
         if self.pre_process == self.post_process:  # one stage, or one between the ends
             return
-        weight = self.embedding.word_embeddings.weight
+        if self.post_process:
+            self.embedding = LanguageModelEmbedding(
+                self.config, self.vocab_size, self.max_sequence_length, self.position_embedding_type,
+                tp_group=self.pg_collection.tp,
+            )  # fmt: skip
         if not self.share_embeddings_and_output_weights:
-            shared_weights.mark_shared(weight, "ends", number=int(self.post_process))
+            weight_of_ids = self.embedding.word_embeddings.weight
+            shared_weights.mark_shared(weight_of_ids, "ends", number=int(self.post_process))
         elif self.post_process:
-            self.output_layer.weight = None
+            self.embedding.word_embeddings.weight = self.output_layer.weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describe the chunk to checkpoints, as megatron-core does; a second embedding is a copy of the first one."""
+        found: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        name = f"{prefix}embedding.word_embeddings.weight"
+        if name in found and not self.pre_process:
+            found[name] = replace(found[name], replica_id=(1, *found[name].replica_id[1:]))
+        return found
 
     def forward(
         self,
@@ -82,7 +110,7 @@ class PositionedGPT(WholeModelNames, GPTModel):
         if not self.post_process:
             return hidden_states
         if labels is None:
-            return super()._postprocess(hidden_states, labels=None, **{**rest, "mtp_in_postprocess": False})
+            return super()._postprocess(hidden_states, labels=None, **rest)
         losses = self._losses(hidden_states, labels)
         if self._later_tokens is None:
             return losses
@@ -108,7 +136,7 @@ class PositionedGPT(WholeModelNames, GPTModel):
         attention = {name: rest[name] for name in names}
         if self._token_weights is not None:
             attention["padding_mask"] = self._of_this_rank(self._token_weights)
-        return loss_of_depths(self.mtp.layers, hidden, later, self._embedded, self._losses, **attention)
+        return loss_of_depths(self.mtp_block.layers, hidden, later, self._embedded, self._losses, **attention)
 
     def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """``[s/tp, b, h]`` of ``[b, s]``, by an embedding that knows no positions."""

@@ -19,7 +19,7 @@ from lightning_megatron.models.generation.module import GeneratingModule
 from lightning_megatron.models.gpt import attention_masks, batches
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.decoder import GPTDecoder
-from lightning_megatron.models.gpt.layer_spec import gpt_block_spec, mtp_block_spec
+from lightning_megatron.models.gpt.layer_spec import gpt_block_spec, last_layer_spec
 from lightning_megatron.models.gpt.model import PositionedGPT
 from lightning_megatron.models.gpt.multi_token_prediction import LaterTokens, later_tokens
 from lightning_megatron.models.gpt.packed_documents import Documents
@@ -115,12 +115,11 @@ class GPTModule(GeneratingModule):
             position_embedding_type=config.megatron_position_embedding,
             rotary_base=config.rotary_base,
             rotary_percent=config.rotary_percent,
-            mtp_block_spec=mtp_block_spec(core, config, fused, rotates) if post_process else None,
             vp_stage=vp_stage,
         )
-        model.rotates_by_table, model.weight_of_later_tokens = rotates, config.mtp_weight
+        model.rotates_by_table = rotates
         if config.mtp:
-            model.keep_embeddings_equal()
+            model.predict_later_tokens(last_layer_spec(core, config, fused, rotates), config.mtp, config.mtp_weight)
         if config.norm_placement != "pre":
             norm_outputs(model.transformer_layers)
         if post_process and config.output_bias:

@@ -2,8 +2,9 @@
 
 The layer of depth ``k`` joins the hidden state of each token with the embedding of the token ``k`` places on, and the
 output layer predicts the token after that from what it makes of them (DeepSeek-V3's report, 2024, section 2.2).
-megatron-core has the layer. Its losses are means over a micro-batch and its tokens are shifted on the device of each
-rank; here tokens are shifted in whole rows, before ranks share them out, and losses are weighed as those of the text.
+megatron-core's own layers differ between its releases, their losses are means over a micro-batch, and each rank shifts
+its part of the tokens. Here whole rows are shifted, before ranks share them out, and losses are weighed as those of the
+text.
 """
 
 from __future__ import annotations
@@ -20,12 +21,9 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer import ModuleSpec
-from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
-    MultiTokenPredictionLayerSubmodules,
-)
+from megatron.core.transformer import ModuleSpec, TransformerConfig, build_module
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from typing_extensions import override
 
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern
@@ -87,8 +85,14 @@ def _is_one_document(mask: Any, length: int, places: int, device: torch.device) 
     return F.pad(same.to(device), (0, min(places, length))).float()
 
 
-class LaterTokenLayer(MultiTokenPredictionLayer):
-    """megatron-core's layer of one depth, which is given the embeddings of the later tokens.
+class LaterTokenLayer(MegatronModule):
+    """The layer of one depth, which is given the embeddings of the later tokens.
+
+    Args:
+        config: megatron-core's configuration.
+        layer: The spec of the transformer layer in it.
+        depth: Its number, from 1.
+        vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
 
     Attributes:
         last_seen: The sum of its losses in the last window, over all ranks, and that of their weights.
@@ -96,6 +100,24 @@ class LaterTokenLayer(MultiTokenPredictionLayer):
 
     last_seen: torch.Tensor | None = None
     _seen: torch.Tensor | None = None
+
+    def __init__(self, config: TransformerConfig, layer: ModuleSpec, depth: int, vp_stage: int | None) -> None:
+        super().__init__(config)
+        self.layer_number = depth
+        self.enorm, self.hnorm, self.final_layernorm = (
+            TorchNorm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(3)
+        )
+        self.eh_proj = ColumnParallelLinear(
+            2 * config.hidden_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+        )
+        number = config.num_layers + depth - get_transformer_layer_offset(config, vp_stage)  # which it adds itself
+        self.transformer_layer = build_module(layer, config=config, layer_number=number, vp_stage=vp_stage)
 
     @override
     def forward(self, hidden: torch.Tensor, embedded: torch.Tensor, **attention: Any) -> torch.Tensor:
@@ -148,21 +170,30 @@ class LaterTokenLayer(MultiTokenPredictionLayer):
         self.last_seen = seen
 
 
-def block_of(layer: ModuleSpec, depths: int) -> MultiTokenPredictionBlockSubmodules:
-    """The spec of the layers of all depths.
+class LaterTokenLayers(MegatronModule):
+    """The layers of all depths.
 
     Args:
+        config: megatron-core's configuration.
         layer: The spec of the transformer layer in each.
         depths: How many there are.
+        vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
     """
-    parts = MultiTokenPredictionLayerSubmodules(
-        enorm=TorchNorm,
-        hnorm=TorchNorm,
-        eh_proj=ColumnParallelLinear,
-        transformer_layer=layer,
-        layer_norm=TorchNorm,
-    )
-    return MultiTokenPredictionBlockSubmodules(layer_specs=[ModuleSpec(LaterTokenLayer, submodules=parts)] * depths)
+
+    def __init__(self, config: TransformerConfig, layer: ModuleSpec, depths: int, vp_stage: int | None) -> None:
+        super().__init__(config)
+        numbers = range(1, depths + 1)
+        self.layers = torch.nn.ModuleList(LaterTokenLayer(config, layer, number, vp_stage) for number in numbers)
+
+    @override
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describe the weights of each layer to checkpoints."""
+        found: dict[str, Any] = {}
+        for number, layer in enumerate(self.layers):
+            found |= layer.sharded_state_dict(f"{prefix}layers.{number}.", sharded_offsets, metadata)  # type: ignore[operator]
+        return found
 
 
 def loss_of_depths(
