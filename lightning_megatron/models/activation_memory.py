@@ -283,7 +283,7 @@ class ActivationMemory:
 
         Scaled queries and keys and the values, all in fp32; the projection's output only where the values are a part
         of it. An all-to-all has given a rank the keys of a part of the heads; an all-gather keeps what it sends again.
-        Each layer makes T5's bias anew of the distances' numbers, which are 8 bytes for a query and a key.
+        Each layer makes T5's bias anew of the numbers of the distances that there are, of 8 bytes each.
 
         Args:
             tokens: Queries of a row.
@@ -304,7 +304,7 @@ class ActivationMemory:
             beside = (query + 2 * key) * self.element
         matrices = (3 if self.config.attention_dropout else 1) * tokens * seen
         biased = number == 0 and getattr(self.config, "position_embedding", None) == "relative"
-        distances = tokens * keys * (self.cp if by_heads else 1) if biased else 0
+        distances = tokens * (self.cp if by_heads else 1) + keys if biased else 0
         return 4 * (query + repeated + values + matrices) + beside + 8 * distances
 
     def _queries_and_keys(self, index: int, number: int) -> tuple[float, float]:
