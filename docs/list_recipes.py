@@ -84,12 +84,16 @@ def published_models() -> Iterator[None]:
 
 def listed(checked: list[tuple[Run, RunCheck]]) -> str:
     """The table, and the commands of each recipe."""
-    lines = ["| recipe | parameters | GPUs | layout | GB per GPU | tokens a step |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| recipe | parameters, and those that a token uses | GPUs | layout | GB per GPU | tokens a step |",
+        "|---|---|---|---|---|---|",
+    ]
     shown = None
     for run, result in checked:
         first, shown = run.recipe != shown, run.recipe
         name = f"[{run.recipe.stem}](#{_anchor(run.recipe.stem)})" if first else ""
         parameters = f"{result.num_parameters:,}" if first else ""
+        parameters += f", {result.num_active:,}" if first and result.num_active else ""
         lines.append(
             f"| {name} | {parameters} | {run.gpus} | {_layout(run, result)} |"
             f" {result.memory.largest.total / 1e9:.0f} | {result.tokens:,} |"
@@ -117,7 +121,10 @@ def _about(recipe: Path) -> list[str]:
 
 def _layout(run: Run, result: RunCheck) -> str:
     layout = result.layout
-    sizes = [f"{name}={value}" for name in ("tp", "pp", "vp", "cp", "dp") if (value := getattr(layout, name) or 1) > 1]
+    names = ("tp", "pp", "vp", "cp", "ep", "etp", "dp")
+    sizes = [f"{name}={value}" for name in names if (value := getattr(layout, name) or 1) > 1]
+    if isinstance(layout.layers_per_stage, tuple):
+        sizes.append(f"layers {' + '.join(map(str, layout.layers_per_stage))}")
     sizes.append(f"micro-batches of {result.micro_batches[0]}")
     return ", ".join(sizes) + (", LoRA" if run.kind or run.recipe.stem.endswith("lora") else "")
 

@@ -335,10 +335,13 @@ class ActivationMemory:
         if has_experts:
             again = recomputed and "mlp_act" in self.modules
             tokens = self._tokens(self.stacks[index].tokens)
-            return expert_sizes.kept_bytes(self.config, self.layout, tokens, self.element, recomputes_activation=again)
+            updates = self._updates(index, "mlp.experts.") + self._updates(index, "mlp.shared_experts.")
+            return updates + expert_sizes.kept_bytes(
+                self.config, self.layout, tokens, self.element, recomputes_activation=again
+            )
         one = self.stacks[index].tokens * self.training.micro_batch_size * self.element * self._width / self.tp
         inputs = 2 if self.config.is_gated else 1
-        output, updates = self.trained.keeps_input(index, "mlp.linear_fc2"), self._updates(index, "mlp.")
+        output, updates = self.trained.keeps_input(index, "mlp.linear_fc2"), self._updates(index, "mlp.linear_")
         if recomputed and "mlp_act" in self.modules:
             return updates + inputs * one
         if self.fused:

@@ -60,7 +60,7 @@ def kept_bytes(
         recomputes_activation: Whether the activation is computed again, which shared experts' is not.
     """
     experts, gated = config.experts, config.is_gated
-    received = _received(config, layout, tokens)
+    received = tokens_of_experts(config, layout, tokens)
     numbers = 2 if gated else 1
     if not recomputes_activation:
         numbers = 3 if config.activation == "swiglu" else 5 if gated else 2 if config.activation == "relu" else 3
@@ -77,10 +77,10 @@ def kept_bytes(
 def output_bytes(config: Any, layout: ParallelLayout, tokens: float, element: int) -> float:
     """The activation's output, and of a gate that is not SwiGLU what it keeps, where it is computed again."""
     numbers = 3 if config.is_gated and config.activation != "swiglu" else 1
-    return _received(config, layout, tokens) * numbers * _width(config) / layout.expert_tp * element
+    return tokens_of_experts(config, layout, tokens) * numbers * _width(config) / layout.expert_tp * element
 
 
-def _received(config: Any, layout: ParallelLayout, tokens: float) -> float:
+def tokens_of_experts(config: Any, layout: ParallelLayout, tokens: float) -> float:
     """The tokens that a rank's experts get, of ``tokens`` of each rank."""
     experts = config.experts
     return tokens * min(1.0, experts.capacity_factor or 1.0) * experts.top_k * layout.expert_tp

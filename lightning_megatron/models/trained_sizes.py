@@ -9,7 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_megatron.distributed.layout import ParallelLayout
-from lightning_megatron.models.expert_sizes import ends_with_experts, layers_with_experts, routed_weights
+from lightning_megatron.models.expert_sizes import (
+    ends_with_experts,
+    layers_with_experts,
+    routed_weights,
+    tokens_of_experts,
+)
 from lightning_megatron.models.lora.config import LoRA
 from lightning_megatron.models.lora.update_sizes import linear_layers, updates_of
 from lightning_megatron.models.parameter_counts import Part
@@ -37,10 +42,11 @@ class TrainedSizes:
         """Whether a part of the model, by megatron-core's name, is trained whole."""
         return self.lora is None or any(name == part or name.startswith(f"{part}.") for part in self._parts)
 
-    def updates(self, stack: int, first: int, layers: int) -> int:
-        """The numbers of the updates of some layers."""
+    def updates(self, stack: int, first: int, layers: int, *, of_experts: bool = False) -> int:
+        """The numbers of the updates of some layers, all or those of routed experts."""
         mine = self._updates[stack][first : first + layers] if self._updates else []
-        return sum(update.numbers(self.layout.tp) for layer in mine for update in layer.values())
+        every = [update for layer in mine for update in layer.values() if update.layer.experts or not of_experts]
+        return sum(update.numbers(self.layout) for update in every)
 
     def numbers(self, chunk: list[Part]) -> int:
         """The numbers that are trained of a chunk.
@@ -58,7 +64,7 @@ class TrainedSizes:
             name, rest = config.stack_names[part.stack], config.parameters(layout, [bare])
             for number in range(part.first, part.first + part.layers):
                 layer = config.parameters(layout, [replace(bare, layers=1, first=number)]) - rest
-                total += self._of_layer(f"{name}.layers.{number}", layer)
+                total += self._of_layer(f"{name}.layers.{number}", layer, self._has_experts(part, number))
             if part.ends_stack and self.trains(f"{name}.final_layernorm"):
                 total += config.parameters(layout, [replace(bare, ends_stack=True)]) - rest
         embeds, ends = any(part.embeds for part in chunk), any(part.ends_model for part in chunk)
@@ -66,26 +72,31 @@ class TrainedSizes:
 
     def of_experts(self, part: Part) -> int:
         """The numbers that are trained of the routed experts of some layers; their copies are on other ranks."""
-        found = 0
+        found = self.updates(part.stack, part.first, part.layers, of_experts=True)
         for number in range(part.first, part.first + part.layers):
-            one = replace(part, layers=1, first=number)
             name = f"{self.config.stack_names[part.stack]}.layers.{number}.mlp.experts"
-            if self.trains(name) and layers_with_experts(self.config, one):
+            if self.trains(name) and self._has_experts(part, number):
                 found += routed_weights(self.config, self.layout)
         if part.ends_model and self.lora is None and ends_with_experts(self.config):
             found += getattr(self.config, "mtp", 0) * routed_weights(self.config, self.layout)
         return found
 
-    def _of_layer(self, name: str, layer: int) -> int:
-        """The numbers of a layer that is trained whole, or of its linear layers that are."""
+    def _has_experts(self, part: Part, number: int) -> bool:
+        return layers_with_experts(self.config, replace(part, layers=1, first=number)) > 0
+
+    def _of_layer(self, name: str, layer: int, has_experts: bool) -> int:
+        """The numbers of a layer that is trained whole, or of its linear layers and the router that are."""
         if self.trains(name):
             return layer
-        has_bias, tp = self.config.family_arguments().get("add_bias_linear", True), self.layout.tp
-        return sum(
-            linear.inputs * linear.rows // tp + has_bias * linear.rows // (tp if linear.is_column else 1)
-            for leaf, linear in linear_layers(self.config).items()
-            if self.trains(f"{name}.{leaf}")
-        )
+        has_bias = self.config.family_arguments().get("add_bias_linear", True)
+        total = 0
+        for leaf, linear in linear_layers(self.config, has_experts).items():
+            if self.trains(f"{name}.{leaf}"):
+                count, inputs, rows = linear.on_rank(self.layout)
+                total += count * (inputs + has_bias) * rows
+        if has_experts and self.trains(f"{name}.mlp.router"):
+            total += self.config.experts.num * self.config.hidden_size
+        return total
 
     def _of_ends(self, embeds: bool, ends: bool) -> int:
         config, layout = self.config, self.layout
@@ -106,14 +117,19 @@ class TrainedSizes:
         if self.lora is None:
             return 1.0
         layers, name = self._updates[stack], self.config.stack_names[stack]
+        if leaf.startswith("mlp."):  # that of experts is what a layer has in its place
+            names = [next((each for each in layer if each.endswith(leaf[4:])), leaf) for layer in layers]
+        else:
+            names = [leaf] * len(layers)
         undropped = not self.lora.dropout
         keep = [
-            (leaf in layers[n] and undropped) or self.trains(f"{name}.layers.{n}.{leaf}") for n in range(len(layers))
+            (names[n] in layers[n] and undropped) or self.trains(f"{name}.layers.{n}.{names[n]}")
+            for n in range(len(layers))
         ]
         return sum(keep) / max(len(keep), 1)
 
     def kept(self, stack: int, kind: str, tokens: float, keys: float) -> tuple[float, float, float]:
-        """What the updates of a layer keep, on average over the stack's layers.
+        """What the updates of a layer keep, on average over the stack's layers of its kind.
 
         Args:
             stack: Index of the stack.
@@ -129,14 +145,27 @@ class TrainedSizes:
         if self.lora is None:
             return made, copies, dropped
         tp, shared = self.layout.tp, self.layout.tp if self.layout.uses_sequence_parallel else 1
+        of_experts = tokens_of_experts(self.config, self.layout, tokens / shared) if "experts" in kind else 0.0
         for layer in self._updates[stack]:
             for leaf, update in layer.items():
                 if not leaf.startswith(kind):
                     continue
                 linear, whole = update.layer, keys if leaf.endswith("linear_kv") else tokens
+                if linear.experts:  # whose tokens are with them, however they were divided
+                    made += of_experts * update.rank
+                    dropped += of_experts * update.layer.on_rank(self.layout)[1] if self.lora.dropout else 0.0
+                    continue
                 made += whole * len(update.parts) * update.rank / (1 if linear.is_column else shared)
-                copies += update.copies(tp)
+                copies += update.copies(self.layout)
                 if self.lora.dropout:
                     dropped += whole * linear.inputs / (shared if linear.is_column else tp)
-        layers = max(len(self._updates[stack]), 1)
+        layers = self._layers_of_kind(stack, kind)
         return (made + dropped) / layers, copies / layers, dropped / layers
+
+    def _layers_of_kind(self, stack: int, kind: str) -> int:
+        """The layers of a stack that can have such linear layers, at least 1."""
+        layers = len(self._updates[stack])
+        with_experts = layers_with_experts(self.config, Part(stack, layers))
+        if "experts" in kind:
+            return max(with_experts, 1)
+        return max(layers - with_experts if kind.startswith("mlp") else layers, 1)

@@ -5,6 +5,7 @@ import math
 import sys
 
 import pytest
+import torch
 import transformers
 import yaml
 from jsonargparse import Namespace
@@ -20,6 +21,7 @@ sys.path.insert(0, str(DOCS))
 import list_recipes  # a script of the pages
 
 RECIPES = ROOT / "examples/recipes"
+LATER = ("Mixtral-8x7B-v0.1", "Qwen3-30B-A3B", "OLMoE-1B-7B-0924", "gemma-3-1b-pt", "DeepSeek-V2-Lite")
 GPU = 72  # GB of 80, for CUDA's libraries and gaps take some
 SMALL = {
     "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 128,
@@ -27,7 +29,9 @@ SMALL = {
 }  # fmt: skip
 SMALL_PUBLISHED = {
     "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 128, "head_dim": 16, "max_window_layers": 2,
+    "intermediate_size": 128, "head_dim": 16, "max_window_layers": 2, "moe_intermediate_size": 32,
+    "num_local_experts": 4, "num_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
 }  # fmt: skip
 
 
@@ -66,8 +70,18 @@ def test_the_parameters_are_those_of_the_published_models(checked):
         assert f"({result.num_parameters:,} parameters)" in run.recipe.read_text()
 
 
+@pytest.mark.parametrize("name", [name for name in list_recipes.PUBLISHED if name.split("/")[1] in LATER])
+def test_transformers_counts_as_many_parameters(name):
+    given = dict(list_recipes.PUBLISHED[name]["config"])
+    config = transformers.AutoConfig.for_model(given.pop("model_type"), **given)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(each.numel() for each in model.parameters()) == list_recipes.PUBLISHED[name]["parameters"]
+
+
 def test_the_sizes_are_those_of_the_published_models():
     trained = {"hidden_dropout", "attention_dropout", "seq_length", "decoder_seq_length"}  # not sizes of the weights
+    balanced = {"balancing", "aux_weight", "z_weight"}
     for recipe in list_recipes.RECIPES:
         run = yaml.safe_load(recipe.read_text())
         if "source" in run["model"]["init_args"]:
@@ -76,6 +90,9 @@ def test_the_sizes_are_those_of_the_published_models():
         config = transformers.AutoConfig.for_model(given.pop("model_type"), **given)
         theirs = hf.family_of(config.model_type).read_config(Fields(config))
         ours = run["model"]["init_args"]["config"]
+        for experts in (each["experts"] for each in (ours, theirs) if "experts" in each):
+            for key in balanced & experts.keys():
+                del experts[key]
         assert {key: ours[key] for key in ours.keys() - trained} == {
             key: theirs.get(key) for key in ours.keys() - trained
         }, recipe.stem
@@ -96,7 +113,7 @@ def test_a_logger_is_added_by_a_file_of_its_own(name, monkeypatch):
     assert run.trainer.strategy.init_args.tp == 2  # the recipe's
 
 
-@pytest.mark.parametrize("name", ["gpt2_124m", "llama3_8b", "pythia_160m", "bert_base", "t5_base"])
+@pytest.mark.parametrize("name", ["gpt2_124m", "llama3_8b", "pythia_160m", "bert_base", "t5_base", "olmoe_1b_7b"])
 def test_a_small_one_is_pre_trained(name, tmp_path, monkeypatch):
     run = _recipe(name, tmp_path, monkeypatch)
     words = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "again"]
@@ -110,6 +127,8 @@ def test_a_small_one_is_pre_trained(name, tmp_path, monkeypatch):
     )
     model, data = run["model"]["init_args"], run["data"]["init_args"]
     model["config"] |= {key: value for key, value in SMALL.items() if key in model["config"]}
+    if "experts" in model["config"]:
+        model["config"]["experts"] |= {"num": 8, "top_k": 2}
     lengths = {key: SMALL[key] for key in data["samples"]["init_args"]}
     data |= {"paths": str(tmp_path / "data"), "tokenizer": str(tmp_path / "tokenizer.json"), "global_batch_size": 4}
     data["samples"]["init_args"] = lengths
@@ -118,8 +137,12 @@ def test_a_small_one_is_pre_trained(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama3_8b_lora", "llama3.1_8b_32k", "qwen2.5_7b_32k", "qwen3_0.6b", "mistral_7b", "gemma_2b", "phi4_14b"]
-)
+    "name",
+    [
+        "llama3_8b_lora", "llama3.1_8b_32k", "qwen2.5_7b_32k", "qwen3_0.6b", "mistral_7b", "gemma_2b", "phi4_14b",
+        "gemma3_1b", "mixtral_8x7b", "qwen3_30b_a3b_lora", "deepseek_v2_lite",
+    ],
+)  # fmt: skip
 def test_a_small_one_is_fine_tuned(name, tmp_path, monkeypatch):
     run = _recipe(name, tmp_path, monkeypatch)
     model, data = run["model"]["init_args"], run["data"]["init_args"]
@@ -132,12 +155,16 @@ def test_a_small_one_is_fine_tuned(name, tmp_path, monkeypatch):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     rows = [{"messages": each, "prompt": "12", "answer": "345", "text": "67 " * 40} for each in chats.CHATS]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    model |= {"source": str(tmp_path / "model"), "config": {"seq_length": 64}}
+    model |= {"source": str(tmp_path / "model"), "config": model["config"] | {"seq_length": 64}}
     data |= {"tokenizer": str(tmp_path / "model"), "seq_length": 64, "batch_size": 4}
     data |= {"dataset": "json", "data_files": ["rows.jsonl"], "split": ["train", None, None]}
     module = _trained(run, tmp_path)
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     assert all("_lora." in each for each in trained) == ("lora" in name)
+    of_experts = [each for each in trained if ".experts.linear_fc" in each]
+    assert bool(of_experts) == (name in ("mixtral_8x7b", "qwen3_30b_a3b_lora", "deepseek_v2_lite"))
+    asked = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["model"]["init_args"]["config"].get("experts", {})
+    assert all(getattr(module.config.experts, key) == value for key, value in asked.items())
 
 
 def _name(run: dict) -> str:
@@ -150,9 +177,17 @@ def _recipe(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["recipe"])
     run = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    run["trainer"] |= {"accelerator": "cpu", "devices": 1, "max_steps": 2, "logger": False, "callbacks": []}
+    run["trainer"] |= {
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_nodes": 1,
+        "max_steps": 2,
+        "logger": False,
+        "callbacks": [],
+    }
     run["trainer"] |= {"limit_val_batches": 0, "val_check_interval": None, "enable_progress_bar": False}
     run["trainer"]["strategy"]["init_args"] |= {"tp": 1, "pp": 1, "vp": None, "cp": 1, "micro_batch_size": 2}
+    run["trainer"]["strategy"]["init_args"] |= {"ep": 1, "layers_per_stage": None}
     schedule = run["model"]["init_args"]["lr_schedule"]["init_args"]
     schedule |= {key: value for key, value in (("warmup_steps", 1), ("decay_steps", 2)) if key in schedule}
     run["data"]["init_args"]["cache_dir"] = str(tmp_path / "cache")

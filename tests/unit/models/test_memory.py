@@ -78,8 +78,7 @@ CONFIGS = {
 MODULES = {GPTConfig: GPTModule, BertConfig: BertModule, T5Config: T5Module}
 ROWS, LENGTH = 2, 32
 ONE = ParallelLayout(world_size=1)
-# Their updates: those of attention, and of dense layers and shared experts.
-UPDATED = [name for name in CONFIGS if name != "later tokens" and "mixture" not in name]
+UPDATED = [name for name in CONFIGS if name != "later tokens"]
 PLAIN = Kernels(fused_layers=False, chunked_loss=False).on(torch.device("cpu"))
 
 
