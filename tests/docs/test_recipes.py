@@ -150,6 +150,8 @@ def test_a_small_one_is_fine_tuned(name, tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "model")
     given = dict(list_recipes.PUBLISHED[model["source"]]["config"])
     given |= {key: value for key, value in SMALL_PUBLISHED.items() if key in given}
+    if "kv_lora_rank" in given:
+        given["num_key_value_heads"] = given["num_attention_heads"]  # all heads have their own
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     config = transformers.AutoConfig.for_model(given.pop("model_type"), **given | ids | {"vocab_size": len(tokenizer)})
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
