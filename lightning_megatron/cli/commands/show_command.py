@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_megatron.distributed.layout import ParallelLayout
@@ -48,6 +48,14 @@ def _cut(layout: ParallelLayout, text: str) -> ParallelLayout:
     return replace(layout, layers_per_stage=list(map(int, numbers)) if all(map(str.isdigit, numbers)) else text)
 
 
+def _of_length(config: ModelConfig, length: int | None) -> ModelConfig:
+    """The configuration for rows of that length, which "auto" cuts for."""
+    if length is None:
+        return config
+    given: dict[str, Any] = {each: length for each in ("seq_length", "decoder_seq_length") if hasattr(config, each)}
+    return replace(config, **given)
+
+
 def run(given: argparse.Namespace) -> None:
     """Run the command."""
     from lightning_megatron.cli.rank_grid import RankGrid
@@ -59,7 +67,7 @@ def run(given: argparse.Namespace) -> None:
         from lightning_megatron.models.auto import config_of
 
         config = config_of(DescribedModel(given.model, None))
-        layout = config.complete_layout(layout, given.recompute)
+        layout = _of_length(config, given.seq_length).complete_layout(layout, given.recompute)
     elif layout.layers_per_stage == "auto":
         raise layout.error("'auto' reads how long layers take from a model. Name it with --model.")
     grid = replace(grid, layout=layout)

@@ -161,3 +161,8 @@ def test_the_rank_grid_has_the_memory_of_a_model(tmp_path, capsys):
     assert "stages 1, 3 (1 + 1 layers)" in capsys.readouterr().out
     main(["show", "pp=2", "--layers-per-stage", "auto", "--model", str(tmp_path)])
     assert "layers_per_stage=[2, 2]" in capsys.readouterr().out
+    config.vocab_size = 704  # an output layer that takes longer than a layer of short rows
+    config.save_pretrained(tmp_path)
+    for length, cut in (("128", "[2, 2]"), ("16", "[3, 1]")):
+        main(["show", "pp=2", "--layers-per-stage", "auto", "--model", str(tmp_path), "--seq-length", length])
+        assert f"layers_per_stage={cut}" in capsys.readouterr().out
