@@ -9,6 +9,7 @@ nothing, and ends with status 1 if the list is out of date.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ BEGIN, END = "<!-- begin: python docs/list_modules.py -->\n", "<!-- end -->\n"
 Module = tuple[str, ...]  # ("data", "text", "packing"); a package is its folder's, ("data", "text")
 
 
+@functools.cache
 def modules() -> dict[Module, Path]:
     """Every module of the package, and its file."""
     named = {}

@@ -13,7 +13,13 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 
-from lightning_megatron.models.layers.partial_attention import Merged, attend_part, part_gradients
+from lightning_megatron.models.layers.partial_attention import (
+    Merged,
+    add_gradients,
+    attend_part,
+    heads_first,
+    part_gradients,
+)
 from lightning_megatron.models.layers.visible_blocks import Block, Visible
 
 
@@ -67,7 +73,7 @@ class _WithSinks(torch.autograd.Function):
         merged.total[:] = sinks.to(merged.total.dtype)[:, None]
         for block in blocks:
             queries, keys = _slices(block, key.size(0) - query.size(0))
-            q, k, v = (x.permute(1, 2, 0, 3) for x in (query[queries], key[keys], value[keys]))
+            q, k, v = heads_first(query[queries], key[keys], value[keys])
             merged.add(queries, *attend_part(q, k, v, block.seen, block.causal, scale))
         out = merged.out.to(query.dtype)
         ctx.save_for_backward(query, key, value, sinks, out, merged.total)
@@ -80,12 +86,10 @@ class _WithSinks(torch.autograd.Function):
         of_query, of_key, of_value = (torch.zeros_like(x, dtype=total.dtype) for x in (query, key, value))
         for block in ctx.blocks:
             queries, keys = _slices(block, key.size(0) - query.size(0))
-            each = (gradients[0][queries], query[queries], key[keys], value[keys], out[queries])
-            gradient, q, k, v, o = (x.permute(1, 2, 0, 3) for x in each)
+            gradient, q, o = heads_first(*(x[queries] for x in (gradients[0], query, out)))
+            k, v = heads_first(key[keys], value[keys])
             found = part_gradients(gradient, q, k, v, o, total[..., queries], block.seen, block.causal, ctx.scale)
-            of_query[queries] += found[0].permute(2, 0, 1, 3)
-            of_key[keys] += found[1].permute(2, 0, 1, 3)
-            of_value[keys] += found[2].permute(2, 0, 1, 3)
+            add_gradients((of_query, of_key, of_value), queries, keys, found)
         share = (sinks[:, None] - total).exp()  # [b, heads, s]: the sink's probability
         given = (gradients[0].to(total.dtype) * out).sum(-1).permute(1, 2, 0)
         of_sinks = -(share * given).sum((0, 2))

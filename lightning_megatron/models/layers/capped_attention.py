@@ -62,7 +62,7 @@ def attend_part(
         tanh = _tanh(_by_group(query[:, :, block], key), k, cap, scale)
         scores = _hidden(tanh.mul_(cap), seen, causal, block, ahead)
         total = scores.logsumexp(dim=-1, keepdim=True)
-        weights = scores.sub_(_finite(total)).exp_()
+        weights = scores.sub_(finite(total)).exp_()
         outs.append((weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2))
         totals.append(total.flatten(1, 2)[..., 0])
     return torch.cat(outs, dim=2), torch.cat(totals, dim=2)
@@ -114,7 +114,7 @@ class _Capped(torch.autograd.Function):
         scale: float | None,
     ) -> torch.Tensor:
         out, total = attend_part(query, key, value, mask, causal, cap, scale)
-        ctx.save_for_backward(query, key, value, mask, out, _finite(total))
+        ctx.save_for_backward(query, key, value, mask, out, finite(total))
         ctx.settings = causal, cap, scale
         return out
 
@@ -160,5 +160,6 @@ def _hidden(scores: torch.Tensor, mask: torch.Tensor | None, causal: bool, queri
     return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
 
 
-def _finite(total: torch.Tensor) -> torch.Tensor:
+def finite(total: torch.Tensor) -> torch.Tensor:
+    """A log-sum-exp, 0 where a query looks nowhere: all its probabilities are then 0."""
     return total.masked_fill(total == float("-inf"), 0.0)

@@ -6,6 +6,7 @@ and its log-sum-exp: then the probabilities, which a kernel makes anew, are thos
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -139,6 +140,24 @@ def part_gradients(
     return of_query, of_key, of_value
 
 
+def heads_first(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``[b, heads, places, head]`` of each of ``[places, b, heads, head]``."""
+    return (x.permute(1, 2, 0, 3) for x in tensors)
+
+
+def add_gradients(sums: Tensors, queries: slice, keys: slice, found: Tensors) -> None:
+    """Add what ``part_gradients`` found to the gradients of rows ``[s, b, heads, head]``.
+
+    Args:
+        sums: Those of queries, keys and values.
+        queries: The places of the part's queries.
+        keys: Those of its keys.
+        found: The part's gradients.
+    """
+    for whole, places, part in zip(sums, (queries, keys, keys), found, strict=True):
+        whole[places] += part.permute(2, 0, 1, 3)
+
+
 class Merged:
     """The attention of queries ``[q, b, heads, head]`` to all parts of the keys that were added.
 
@@ -161,14 +180,14 @@ class Merged:
         """Merge what ``attend_part`` returned for some of the queries."""
         before = self.total[..., queries]
         after = torch.logaddexp(before, total)
-        safe = _finite(after)
+        safe = capped_attention.finite(after)
         old, new = ((x - safe).exp().permute(2, 0, 1)[..., None] for x in (before, total))  # [q, b, heads, 1]
         self.out[queries].mul_(old).add_(out.permute(2, 0, 1, 3) * new)
         self.total[..., queries] = after
 
     def finite_total(self) -> torch.Tensor:
         """``total``, 0 where a query looks nowhere: all its probabilities are then 0."""
-        return _finite(self.total)
+        return capped_attention.finite(self.total)
 
 
 def attend_behind(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
@@ -210,10 +229,6 @@ class _Behind(torch.autograd.Function):
 def _before_and_within(query: torch.Tensor, key: torch.Tensor) -> list[tuple[slice, bool]]:
     first = key.size(2) - query.size(2)
     return [(slice(first), False), (slice(first, None), True)]
-
-
-def _finite(total: torch.Tensor) -> torch.Tensor:
-    return total.masked_fill(total == float("-inf"), 0.0)
 
 
 def _takes_flash(query: torch.Tensor, seen: torch.Tensor | None) -> bool:

@@ -14,7 +14,13 @@ import torch.distributed as dist
 
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.sequence_shards import SequenceShards
-from lightning_megatron.models.layers.partial_attention import Merged, attend_part, part_gradients
+from lightning_megatron.models.layers.partial_attention import (
+    Merged,
+    add_gradients,
+    attend_part,
+    heads_first,
+    part_gradients,
+)
 from lightning_megatron.models.layers.visible_blocks import Visible
 
 
@@ -71,7 +77,7 @@ class _Ring(torch.autograd.Function):
             following = _Message(passing, step) if step + 1 < ranks else None
             k, v = passing.split([key.size(-1), value.size(-1)], dim=-1)
             for call in _calls(visible, shards, step, query.size(0), key.size(0)):
-                q_part, k_part, v_part = _heads_first(query[call.queries], k[call.keys], v[call.keys])
+                q_part, k_part, v_part = heads_first(query[call.queries], k[call.keys], v[call.keys])
                 part = attend_part(q_part, k_part, v_part, call.seen, call.causal, scale, cap)
                 merged.add(call.queries, *part)
             if following is not None:
@@ -93,15 +99,13 @@ class _Ring(torch.autograd.Function):
             added = torch.zeros_like(passing, dtype=total.dtype)
             of_key, of_value = added.split([key.size(-1), value.size(-1)], dim=-1)
             for call in _calls(ctx.visible, ctx.shards, step, query.size(0), key.size(0)):
-                gradient, q_part, of_all = _heads_first(*(x[call.queries] for x in (gradients[0], query, out)))
-                k_part, v_part = _heads_first(k[call.keys], v[call.keys])
+                gradient, q_part, of_all = heads_first(*(x[call.queries] for x in (gradients[0], query, out)))
+                k_part, v_part = heads_first(k[call.keys], v[call.keys])
                 totals = total[..., call.queries]
                 found = part_gradients(
                     gradient, q_part, k_part, v_part, of_all, totals, call.seen, call.causal, *ctx.scores
                 )
-                of_query[call.queries] += found[0].permute(2, 0, 1, 3)
-                of_key[call.keys] += found[1].permute(2, 0, 1, 3)
-                of_value[call.keys] += found[2].permute(2, 0, 1, 3)
+                add_gradients((of_query, of_key, of_value), call.queries, call.keys, found)
             if on_the_way is not None:
                 added += on_the_way.received()
             on_the_way = _Message(added, 2 * step + 1)
@@ -157,7 +161,3 @@ def _within(places: range, part: range, number: int) -> slice:
     """Where ``places`` of a row, which lie in the shard's part ``number``, are in the shard."""
     first = places.start - part.start + number * len(part)
     return slice(first, first + len(places))
-
-
-def _heads_first(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
-    return (x.permute(1, 2, 0, 3) for x in tensors)  # [b, heads, places, head]
