@@ -112,13 +112,13 @@ class CrashFile:
 
     def add(self, failure: Failure, tracebacks: str) -> str | None:
         """Write the tracebacks; the summary if this is the first to write, else None."""
-        with contextlib.suppress(OSError):
-            if self.path.stat().st_mtime < self._since - _SLACK:
-                self.path.unlink()
         with self.path.open("a") as file:
             with contextlib.suppress(OSError):  # not every file system has locks
                 fcntl.flock(file, fcntl.LOCK_EX)
-            summary = failure.summary(self.path) if not file.tell() else None
+            if os.fstat(file.fileno()).st_mtime < self._since - _SLACK:
+                file.truncate(0)
+            is_first = not file.seek(0, os.SEEK_END)  # another rank may have written since the file was opened
+            summary = failure.summary(self.path) if is_first else None
             if summary:
                 file.write(f"{summary}{_END}{time.ctime()}\n")
             file.write(tracebacks)
