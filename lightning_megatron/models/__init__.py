@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_megatron.models.bert.module import BertModule
     from lightning_megatron.models.gpt.config import GPTConfig
     from lightning_megatron.models.gpt.experts.config import Experts
+    from lightning_megatron.models.gpt.experts.expert_layer import ExpertLayer
     from lightning_megatron.models.gpt.latent.config import LatentAttention
     from lightning_megatron.models.gpt.module import GPTModule
     from lightning_megatron.models.kernels import Kernels
@@ -25,6 +26,7 @@ __all__ = [
     "AutoModule",
     "BertConfig",
     "BertModule",
+    "ExpertLayer",
     "Experts",
     "GPTConfig",
     "GPTModule",
@@ -45,6 +47,7 @@ __getattr__ = import_at_first_use(
         "bert.module": ["BertModule"],
         "gpt.config": ["GPTConfig"],
         "gpt.experts.config": ["Experts"],
+        "gpt.experts.expert_layer": ["ExpertLayer"],
         "gpt.latent.config": ["LatentAttention"],
         "gpt.module": ["GPTModule"],
         "kernels": ["Kernels"],

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.distributed.model_fit import check_model
 from lightning_megatron.models import model_needs
 from lightning_megatron.models.building import ChunkedModule
 from lightning_megatron.models.host_answers import Answers
@@ -204,7 +205,13 @@ class MegatronModule(ChunkedModule):
     # What a model of your own is built with
 
     def transformer_config(
-        self, *, hidden_size: int, num_layers: int | None = None, num_attention_heads: int | None = None, **fields: Any
+        self,
+        *,
+        hidden_size: int,
+        num_layers: int | None = None,
+        num_attention_heads: int | None = None,
+        experts: Any = None,
+        **fields: Any,
     ) -> TransformerConfig:
         """megatron-core's configuration for ``build_model``: your sizes, and what follows from the run.
 
@@ -215,6 +222,8 @@ class MegatronModule(ChunkedModule):
             hidden_size: Width of the hidden states.
             num_layers: Layers of the whole model. None: one for each chunk, or as many as ``layers_per_stage`` has.
             num_attention_heads: Heads of the whole model. None: as few as can be shared out.
+            experts: ``Experts``, the settings of each ``ExpertLayer(config)``; which layers have one is yours. None:
+                there is none.
             **fields: ``ffn_hidden_size``, ``activation``, ``hidden_dropout`` and the like, as ``GPTConfig`` has them;
                 and any field of megatron-core's ``TransformerConfig``.
 
@@ -232,8 +241,12 @@ class MegatronModule(ChunkedModule):
             num_attention_heads=fewest_heads if num_attention_heads is None else num_attention_heads,
             **fields,
         )
-        config.check(settings.layout)
-        made = config.transformer_config(settings)
+        sizes = config.sizes()
+        mixture = None if experts is None else experts.sizes(sizes["ffn_hidden_size"])
+        check_model(config.complete_layout(settings.layout), **sizes, experts=mixture)
+        of_experts = {} if experts is None else experts.megatron_arguments(config.num_layers, sizes["ffn_hidden_size"])
+        made = config.transformer_config(settings, **of_experts)
+        made.experts = experts
         made.fused_layers = settings.kernels.fused_layers is True  # ModelChunk.transformer_block reads it
         self._first_weights.append(FirstWeights(made))
         return made
@@ -314,7 +327,22 @@ class MegatronModule(ChunkedModule):
     def _chunk_step(self, batch: Batch) -> Any:
         inputs = self._fitted(self.get_batch(batch))
         output = self.active_model(**inputs)
-        return self.loss(output, inputs) if self.on_last_stage else output
+        if not self.on_last_stage:
+            return output
+        loss = self.loss(output, inputs)
+        if isinstance(loss, torch.Tensor):
+            self._refuse_mean_beside_experts()
+        return loss
+
+    def _refuse_mean_beside_experts(self) -> None:
+        """Refuse a loss without its number of tokens where routers of experts have losses, which are weighed by it."""
+        experts = getattr(self.chunks[0].config, "experts", None)
+        if experts is not None and experts.has_losses and self.training and self.loss_reduction == "token":
+            raise TypeError(
+                f"{type(self).__name__}.loss returned a plain mean, and Experts(balancing={experts.balancing!r}) has"
+                " losses that are weighed by tokens. Return the sum over tokens and their number; a GPTModule may use"
+                " loss_reduction='micro_batch' instead."
+            )
 
     def forward(self, **inputs: Any) -> Any:
         """What the model gives for the arguments that ``get_batch`` returns, where it is whole on the rank.

@@ -54,7 +54,15 @@ class ModelChunk(WholeModelNames, CoreModule):
 
         Args:
             causal: Whether a token looks only at itself and earlier tokens.
+
+        Raises:
+            ValueError: The configuration has experts, which these layers have not.
         """
+        if self.config.num_moe_experts is not None:
+            raise ValueError(
+                f"{type(self).__name__}.transformer_block() has no experts. Build layers of your own for"
+                " self.layer_numbers, with lightning_megatron.ExpertLayer(config) in place of the feed-forward layer."
+            )
         return transformer_block(
             self.config,
             causal=causal,

@@ -13,6 +13,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from lightning_megatron.distributed import collectives, parameter_names
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.build_settings import BuildSettings
+from lightning_megatron.training.counted_once import is_divided_expert
 
 _PAGE = "docs/own_model.md shows whole models."
 _METHODS = {
@@ -74,7 +75,7 @@ def check_chunks(module: Any, settings: BuildSettings, stage: int) -> None:
         where = f"pipeline stage {stage}" + (f", virtual stage {number}" if layout.vp else "")
         lines += [f"{type(chunk).__name__} on {where} {text}" for text in _lacks(chunk, settings)]
     names = [name for name, weight in _named_weights(module) if not getattr(weight, "shared_embedding", False)]
-    marked = any(getattr(weight, "tensor_model_parallel", False) for weight in module.parameters())
+    marked = any(getattr(p, "tensor_model_parallel", False) or is_divided_expert(p) for p in module.parameters())
     gathered = collectives.gather_from_stages((lines, names, marked))
     lines = list(dict.fromkeys(line for each, _, _ in gathered for line in each))
     lines += _twice([name for _, each, _ in gathered for name in each])

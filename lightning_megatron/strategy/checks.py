@@ -21,6 +21,7 @@ from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ContextComm, ParallelLayout
 from lightning_megatron.distributed.other_names import VALUE_NAMES
+from lightning_megatron.models.configured_module import ConfiguredModule
 from lightning_megatron.models.kernels import Kernels
 from lightning_megatron.models.layers.context_parallel import ways
 from lightning_megatron.models.megatron_module import MegatronModule
@@ -280,12 +281,19 @@ def check_experts(module: Any, layout: ParallelLayout) -> None:
     Raises:
         MisconfigurationException: Tensor parallelism without sequence parallelism.
     """
-    if getattr(getattr(module, "config", None), "experts", None) is None:
+    experts = [getattr(chunk.config, "experts", None) for chunk in getattr(module, "chunks", ())]
+    if not any(experts):
         return
     if layout.tp > 1 and not layout.sequence_parallel:
         raise MisconfigurationException(
             f"MegatronStrategy(tp={layout.tp}): experts are trained with sequence_parallel=True, which gives each"
             " tensor-parallel rank tokens of its own. Set it, or use tp=1."
+        )
+    has_losses = any(each.has_losses for each in experts if each is not None)
+    if has_losses and module.loss_reduction == "micro_batch" and not isinstance(module, ConfiguredModule):
+        raise MisconfigurationException(
+            f"{type(module).__name__}(loss_reduction='micro_batch'): the losses of its experts are weighed by tokens."
+            " Use loss_reduction='token', or Experts(balancing='none') and z_weight=0."
         )
 
 

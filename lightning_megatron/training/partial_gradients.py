@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_megatron.distributed import process_groups
+from lightning_megatron.training.counted_once import is_divided_expert
 
 _APART, _SMALL = 0.05, 1e-3  # of the weight's own gradient; of the largest, below which rounding is seen
 
@@ -19,6 +20,7 @@ def warn_of_partial(chunks: Iterable[torch.nn.Module]) -> bool:
 
     A weight that ranks see through their own part of the sequence, or of the heads, has a part of its gradient on each.
     megatron-core sums the parts of weights that are marked; of others the ranks' copies drift apart without an error.
+    Tensor-parallel ranks may have other experts than one another, which are not compared.
 
     Args:
         chunks: The model chunks of this rank; all tensor-parallel ranks call this.
@@ -32,6 +34,7 @@ def warn_of_partial(chunks: Iterable[torch.nn.Module]) -> bool:
         for chunk in chunks
         for name, weight in chunk.named_parameters()
         if not getattr(weight, "tensor_model_parallel", False)
+        and not is_divided_expert(weight)
         and (gradient := getattr(weight, "main_grad", None)) is not None
     }
     if not whole:

@@ -59,6 +59,7 @@ class Seen:
     shares: dict[int, torch.Tensor] = field(default_factory=dict)
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
     entropies: dict[int, float] = field(default_factory=dict)  # of a token's scores, a mean
+    z_losses: dict[int, float] = field(default_factory=dict)  # without their weight, a mean
     dropped: dict[int, float] = field(default_factory=dict)  # of the choices
     losses: list[torch.Tensor] = field(default_factory=list)
     margin: float = float("inf")  # of the closest choice, relative; rounding must not change it
@@ -189,6 +190,7 @@ def _mixture(
         weights = weights / weights.sum(-1, keepdim=True)
     seen.counts[n] = (chosen * mask[..., None]).sum((0, 1))
     seen.entropies[n] = float(-(shares * shares.log()).sum(-1)[mask > 0].mean().detach())
+    seen.z_losses[n] = float(scores_in.logsumexp(-1).square()[mask > 0].mean().detach())
     seen.dropped[n] = 0.0
     _add_losses(e, n, scores_in, shares, chosen, mask, cut, seen)
     if e.capacity_factor is not None:

@@ -20,6 +20,9 @@ _ALONE = {
     "moe_router_score_function": "router",
     "moe_z_loss_coeff": "z_weight",
     "moe_router_bias_update_rate": "bias_rate",
+    "moe_router_topk_scaling_factor": "scale",
+    "moe_router_num_groups": "groups",
+    "moe_router_group_topk": "top_k_groups",
     "moe_expert_capacity_factor": "capacity_factor",
 }
 # Those that are one together with others, and those of megatron-core that no argument names.
@@ -33,9 +36,6 @@ _TOGETHER = (
     "moe_router_dtype",
 )
 _EXTRA = (
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_topk_scaling_factor",
     "moe_input_jitter_eps",
     "moe_router_force_load_balancing",
     "moe_token_drop_policy",
@@ -70,6 +70,10 @@ def experts(given: Given, plan: Plan) -> None:
             settings[ours] = given[name]
             plan.say(name, given[name], "carried over", f"Experts({ours}=)", _PLACE)
     top_k = settings.setdefault("top_k", 2)
+    if settings.get("top_k_groups"):
+        settings["group_scores"] = max(1, top_k // settings["top_k_groups"])  # megatron-core's rule
+    if settings.get("capacity_factor"):
+        settings["eval_capacity_factor"] = settings["capacity_factor"]  # megatron-core drops in evaluation, too
     _normalisation(given, plan, settings, top_k)
     _balancing(given, plan, settings)
     _layers(given, plan, settings)

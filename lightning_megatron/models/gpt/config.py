@@ -249,9 +249,7 @@ class GPTConfig(ModelConfig):
         if self.latent_attention is not None:
             sizes["latents"] = self.latent_attention.divided()
         if self.experts is not None:
-            width = self.experts.ffn_hidden_size or sizes["ffn_hidden_size"]
-            shared = self.experts.shared_ffn_hidden_size
-            sizes["experts"] = {"num": self.experts.num, "ffn_hidden_size": width, "shared_ffn_hidden_size": shared}
+            sizes["experts"] = self.experts.sizes(sizes["ffn_hidden_size"])
         return sizes
 
     def family_arguments(self) -> dict[str, Any]:

@@ -235,19 +235,6 @@ class GPTModule(GeneratingModule):
             inputs = {**inputs, "token_weights": self._token_weights(inputs)}
         return inputs
 
-    def _chunk_step(self, batch: Batch) -> Any:
-        """One micro-batch through the active chunk; a loss must come with its tokens, as those of experts do."""
-        output = super()._chunk_step(batch)
-        experts = self.config.experts
-        weighs = experts is not None and self.training and self.loss_reduction == "token" and experts.has_losses
-        if weighs and self.on_last_stage and isinstance(output, torch.Tensor):
-            raise TypeError(
-                f"{type(self).__name__}.loss returned a plain mean, and Experts(balancing={experts.balancing!r}) has"  # type: ignore[union-attr]
-                " losses that are weighed by tokens. Return the sum over tokens and their number, or use"
-                " loss_reduction='micro_batch'."
-            )
-        return output
-
     def _token_weights(self, inputs: Batch) -> torch.Tensor:
         """``[b, s]``, the weight of each token in the loss, by which experts weigh their own losses."""
         mask = inputs.get("loss_mask")

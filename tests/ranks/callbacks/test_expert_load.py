@@ -15,7 +15,7 @@ CASES = [
     ("MIXTURE", Layout(), {}, ""),
     ("ODD", Layout(pp=2, vp=2, dp=2, ep=2), {}, ""),
     ("MIXTURE", Layout(tp=2, cp=2, ep=2, sp=True), {}, ""),
-    ("BIASED", Layout(dp=2, ep=2), {}, ""),
+    ("BIASED", Layout(pp=2), {"layers": (2, 3)}, ""),  # the first stage has no experts
     ("MIXTURE", Layout(dp=2, ep=2), {"capacity_factor": 1.25}, "replicas"),
 ]
 
@@ -23,7 +23,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "layout", "experts", "cut"), CASES, ids=str)
 def test_what_the_plain_mixture_did(name, layout, experts, cut, tmp_path):
     config, expected = config_of(name, **experts), truth(name, cut, **experts)
-    monitor = TrainingMonitor(expert_layers=True, expert_pictures=STEPS, directory=tmp_path)
+    monitor = TrainingMonitor(expert_layers=name != "ODD", expert_pictures=STEPS, directory=tmp_path)
     accumulate = 1 if cut else 3
     ranks = run_in_pool(
         layout.world_size, functools.partial(parallel_experts.train, monitor=monitor),
@@ -35,12 +35,17 @@ def test_what_the_plain_mixture_did(name, layout, experts, cut, tmp_path):
     for layer in load.layers:
         assert list(layer.tokens) == seen.counts[layer.layer].tolist()
         assert layer.entropy == pytest.approx(seen.entropies[layer.layer], rel=1e-4)
+        assert layer.z_loss == pytest.approx(seen.z_losses[layer.layer], rel=1e-4)
         assert layer.dropped == pytest.approx(seen.dropped[layer.layer], abs=1e-6)
         assert (layer.aux_loss is None) == (name == "BIASED")
-        assert logged[f"experts/layer_{layer.layer}/tokens_1"] == layer.tokens[1] > 0
+        if name != "ODD":
+            assert logged[f"experts/layer_{layer.layer}/tokens_1"] == layer.tokens[1] > 0
+            assert logged[f"experts/layer_{layer.layer}/entropy"] == pytest.approx(layer.entropy)
     weights = config.experts.aux_weight, config.experts.z_weight
     added = sum((layer.aux_loss or 0.0) * weights[0] + layer.z_loss * weights[1] for layer in load.layers)
     assert added == pytest.approx(expected["added"][-1], rel=1e-4, abs=1e-6)
-    busiest = max(max(seen.counts[n] / seen.counts[n].mean()) for n in seen.counts)
-    assert logged["experts/max_load"] == pytest.approx(float(busiest))
+    loads = [float(load) for n in seen.counts for load in seen.counts[n] / seen.counts[n].mean()]
+    assert (logged["experts/max_load"], logged["experts/min_load"]) == pytest.approx((max(loads), min(loads)))
+    assert logged["experts/entropy"] == pytest.approx(sum(seen.entropies.values()) / len(seen.entropies), rel=1e-4)
+    assert any(key.startswith("experts/layer_") for key in logged) == (name != "ODD")
     assert (tmp_path / f"step-{STEPS}.png").stat().st_size > 5000

@@ -19,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lightning_megatron import (
     BertConfig,
+    Experts,
     GPTConfig,
     LeanAdamW,
     LRSchedule,
@@ -877,43 +878,80 @@ def test_recomputation(words, recompute):
 # Mixtral 8x7B's and DeepSeek-V3's experts in Megatron-LM's examples, and smaller ones.
 MIXTURES = [
     (
-        "--num-layers 32 --num-experts 8 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss"
-        " --moe-aux-loss-coeff 1e-2 --moe-grouped-gemm --moe-token-dispatcher-type alltoall",
+        "--num-layers 32 --num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2 --moe-grouped-gemm"
+        " --moe-token-dispatcher-type allgather --moe-layer-freq 1",
         {"num": 8, "top_k": 2, "balancing": "aux", "aux_weight": 0.01},
     ),
     (
         "--num-layers 4 --num-experts 256 --moe-router-topk 8 --moe-ffn-hidden-size 2048"
         " --moe-shared-expert-intermediate-size 2048 --moe-layer-freq ([0]*1+[1]*3) --moe-router-score-function sigmoid"
         " --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3 --moe-router-pre-softmax"
-        " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0 --moe-router-dtype fp32",
+        " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0 --moe-router-dtype fp32"
+        " --moe-router-num-groups 8 --moe-router-group-topk 2 --moe-router-topk-scaling-factor 2.5",
         {
             "num": 256, "top_k": 8, "ffn_hidden_size": 2048, "shared_ffn_hidden_size": 2048, "router": "sigmoid",
-            "bias_rate": 1e-3, "balancing": "bias", "layers": [1, 2, 3],
+            "bias_rate": 1e-3, "balancing": "bias", "layers": [1, 2, 3], "groups": 8, "top_k_groups": 2,
+            "group_scores": 4, "scale": 2.5,
         },
     ),
     (
         "--num-layers 6 --num-experts 4 --moe-router-pre-softmax --moe-z-loss-coeff 1e-3 --moe-layer-freq 2"
-        " --moe-expert-capacity-factor 1.5",
+        " --moe-expert-capacity-factor 1.5 --moe-shared-expert-intermediate-size 8 --moe-shared-expert-gate",
         {
             "num": 4, "top_k": 2, "normalize_top_k": False, "balancing": "none", "z_weight": 1e-3, "layers": [0, 2, 4],
-            "capacity_factor": 1.5,
+            "capacity_factor": 1.5, "eval_capacity_factor": 1.5, "shared_ffn_hidden_size": 8, "shared_gate": True,
         },
+    ),
+    (
+        "--num-layers 2 --num-experts 4 --moe-router-topk 1 --moe-router-score-function sigmoid"
+        " --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 1e-3 --moe-input-jitter-eps 1e-2"
+        " --moe-router-force-load-balancing --moe-token-drop-policy position --moe-pad-expert-input-to-capacity"
+        " --moe-expert-capacity-factor 2 --moe-shared-expert-overlap",
+        {
+            "num": 4, "top_k": 1, "normalize_top_k": False, "router": "sigmoid", "balancing": "global_aux",
+            "aux_weight": 1e-3, "capacity_factor": 2.0, "eval_capacity_factor": 2.0,
+        },
+    ),
+    (
+        "--num-layers 2 --num-experts 4 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-3"
+        " --transformer-impl transformer_engine",
+        {"num": 4, "top_k": 2, "balancing": "seq_aux", "aux_weight": 1e-3},
     ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "experts"), MIXTURES, ids=["mixtral", "deepseek", "small"])
+@pytest.mark.parametrize(("words", "experts"), MIXTURES, ids=["mixtral", "deepseek", "small", "forced", "sequences"])
 def test_experts(words, experts, parser):
     words = f"{words} --hidden-size 64 --num-attention-heads 4 --disable-bias-linear --expert-model-parallel-size 2"
     plan = from_command_line(words, "gpt", devices=2)
     assert not plan.missing
     assert [line.setting for line in plan.lines if line.fate == "yours to do"] == ["devices"]
     assert {line.setting for line in plan.lines} >= {word for word in words.split() if word.startswith("--")}
-    assert plan.run["model"]["init_args"]["config"]["experts"] == experts
+    config = plan.run["model"]["init_args"]["config"]
+    assert config["experts"] == experts
+    assert plan.get("trainer.strategy.init_args.kernels.expert_dispatch") == way(words)
+    assert set(config.get("extra", {})) == EXTRA.intersection(word[2:].replace("-", "_") for word in words.split())
+    assert "layers" not in config
+    pre_softmax = [line.fate for line in plan.lines if line.setting == "--moe-router-pre-softmax"]
+    assert pre_softmax in ([], ["not needed" if "sigmoid" in words else "carried over"])
+    GPTConfig(**{"vocab_size": 64, "seq_length": 8, **config, "experts": Experts(**experts)})  # nothing is refused
     run = parsed(parser, plan)
     assert run.trainer.strategy.init_args.ep == 2
     made = run.model.init_args.config.experts
     assert {name: getattr(made, name) for name in experts} == experts
+
+
+EXTRA = {
+    "moe_input_jitter_eps",
+    "moe_router_force_load_balancing",
+    "moe_token_drop_policy",
+    "moe_pad_expert_input_to_capacity",
+    "moe_shared_expert_overlap",
+}
+
+
+def way(words: str) -> str | None:
+    return words.partition("--moe-token-dispatcher-type ")[2].partition(" ")[0] or None
 
 
 @pytest.mark.parametrize(
@@ -925,14 +963,42 @@ def test_experts(words, experts, parser):
             "--num-experts 8 --moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 1e-3",
             "beside Experts(balancing='aux') there is no further loss",
         ),
+        (
+            "--num-experts 8 --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
+            " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4",
+            "beside Experts(balancing='bias') there is no further loss",
+        ),
+        ("--num-experts 8 --moe-router-dtype fp64", "a router computes in fp32 here"),
     ],
 )
 def test_what_experts_have_not(words, says):
     plan = from_command_line(f"--num-layers 2 {words}", "gpt", devices=1)
     assert any(says in line.says for line in plan.missing)
     assert not from_command_line("--moe-router-topk 8", "gpt", devices=1).missing
-    with pytest.raises(MigrationError, match="it says of 3 layers whether they have experts, of 2"):
-        from_command_line("--num-layers 2 --num-experts 8 --moe-layer-freq [1]*3", "gpt")
+    (of_bert,) = from_command_line("--num-layers 2 --num-experts 8", "bert", devices=1).missing
+    assert "only a GPT that is built from its sizes" in of_bert.says
+    (freq,) = [
+        line
+        for line in from_command_line("--num-experts 8 --moe-layer-freq 2", "gpt", devices=1).lines
+        if line.setting == "--moe-layer-freq"
+    ]
+    assert freq.fate == "yours to do"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--moe-layer-freq [1]*3", "it says of 3 layers whether they have experts, of 2"),
+        ("--moe-layer-freq 0", "use a number, or a list"),
+        (
+            "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1",
+            "2 kinds of moe_router_load_balancing_type need as many",
+        ),
+    ],
+)
+def test_settings_of_experts_that_fit_nothing(words, says):
+    with pytest.raises(MigrationError, match=says):
+        from_command_line(f"--num-layers 2 --num-experts 8 {words}", "gpt")
 
 
 @pytest.mark.parametrize(

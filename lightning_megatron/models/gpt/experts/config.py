@@ -183,6 +183,11 @@ class Experts:
             )
         return [number in self.layers for number in range(num_layers)]
 
+    def sizes(self, ffn_hidden_size: int) -> dict[str, int | None]:
+        """What a layout has to divide, as ``check_model`` names it, in a model of that feed-forward width."""
+        width = self.ffn_hidden_size or ffn_hidden_size
+        return {"num": self.num, "ffn_hidden_size": width, "shared_ffn_hidden_size": self.shared_ffn_hidden_size}
+
     def megatron_arguments(self, num_layers: int, ffn_hidden_size: int) -> dict[str, Any]:
         """megatron-core's settings; those of balancing stay here, since ``ExpertRouter`` reads this object itself."""
         return {

@@ -26,11 +26,13 @@ class ExpertLayer(MoELayer):
     """megatron-core's layer of experts, which takes the place of a feed-forward layer.
 
     Args:
-        config: megatron-core's configuration; its ``experts`` are the settings.
+        config: megatron-core's configuration; its ``experts`` are the settings. In a model of your own it is made by
+            ``self.transformer_config(experts=Experts(...))``.
+        layer_number: Number of the layer in the model, from 1; ``TrainingMonitor`` shows it, less 1.
         **_: Arguments that megatron-core gives to layers of other kinds.
     """
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, layer_number: int = 1, **_: Any) -> None:
         linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         parts = MoESubmodules(
             router=ExpertRouter,
@@ -38,6 +40,7 @@ class ExpertLayer(MoELayer):
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linear),
         )
         super().__init__(config, parts, pg_collection=get_default_pg_collection())
+        self.set_layer_number(layer_number)
         if config.moe_shared_expert_gate:
             config.init_method(self.shared_experts.gate_weight)  # noted again: megatron-core has changed its type
 
