@@ -12,6 +12,17 @@ from lightning_megatron.distributed import process_groups
 _SHOWN = 20
 
 
+def of_all_ranks(wanted: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the whole model's tensors, the same on every rank.
+
+    Args:
+        wanted: Those of which this rank holds a part.
+    """
+    every: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(every, wanted, group=process_groups.gloo_world())
+    return {key: tuple(shape) for shapes in every for key, shape in shapes.items()}
+
+
 def differences(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """Compare the model of all ranks together with a checkpoint.
 
@@ -22,10 +33,7 @@ def differences(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int,
     Returns:
         A line for each key that differs, the same on every rank.
     """
-    every: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(every, wanted, group=process_groups.gloo_world())
-    model = {key: tuple(shape) for shapes in every for key, shape in shapes.items()}
-    lines = {}
+    model, lines = of_all_ranks(wanted), {}
     for key in model.keys() | stored.keys():
         if key not in stored:
             lines[key] = f"{key} {list(model[key])} is in the model and not in the checkpoint"
@@ -49,8 +57,10 @@ def raise_mismatches(path: object, lines: dict[str, str]) -> None:
     Raises:
         CheckpointError: Always.
     """
+    dense = any(".mlp.experts." in key and "not in the checkpoint" in line for key, line in lines.items())
+    upcycle = " load_weights(upcycle=True) copies dense layers into experts." if dense else ""
     raise CheckpointError(
         f"{path} is of another architecture; {len(lines)} tensors differ:\n{as_list(lines.values())}\n"
         "Build the model with the configuration of the run that saved it; or load only the tensors that agree, with"
-        " strict_loading=False on the module, or load_weights(strict=False)."
+        f" strict_loading=False on the module, or load_weights(strict=False).{upcycle}"
     )

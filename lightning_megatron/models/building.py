@@ -171,7 +171,7 @@ class ChunkedModule(pl.LightningModule):
 
     # Weights of a checkpoint
 
-    def load_weights(self, path: Any, strict: bool = True) -> Self:
+    def load_weights(self, path: Any, strict: bool = True, upcycle: bool = False) -> Self:
         """Start from the weights of a checkpoint that any layout wrote, and from nothing else of it.
 
         Call it before ``fit``; each rank reads its shards when the model is built.
@@ -180,12 +180,16 @@ class ChunkedModule(pl.LightningModule):
             path: A checkpoint's directory.
             strict: Whether every weight must be in both. With False what differs (a task's head) starts as it would
                 have, and is listed.
+            upcycle: Whether the checkpoint is of a dense model, and each expert of this mixture starts as a copy of the
+                feed-forward layer in its place (Komatsuzaki and others, "Sparse Upcycling", 2022). Routers start as
+                they would have.
 
         Returns:
             The module.
 
         Raises:
-            CheckpointError: The checkpoint is not whole, or damaged.
+            CheckpointError: The checkpoint is not whole, or damaged. When the model is built: it differs, or there is
+                nothing to upcycle.
             RuntimeError: The model is built already.
         """
         if len(self.chunks):
@@ -193,7 +197,9 @@ class ChunkedModule(pl.LightningModule):
                 f"{type(self).__name__}.load_weights comes too late: the model is built. Call it on a new"
                 f" {type(self).__name__}, before fit."
             )
-        fill = partial(without_trainer.fill, path=without_trainer.verified(local_path(path)), strict=strict)
+        fill = partial(
+            without_trainer.fill, path=without_trainer.verified(local_path(path)), strict=strict, upcycle=upcycle
+        )
         before = None if strict else self._fill  # what the checkpoint lacks starts as it would have
         self._fill = fill if before is None else partial(_in_turn, fills=[before, fill])
         return self

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_megatron import GPTConfig, LoRA
+from lightning_megatron import GPTConfig, GPTModule, LoRA
 from tests.reference import plain_experts
 from tests.reference.parallel_experts import LoadedMixture
 from tests.reference.parallel_gpt import Rows, Watch, text_samples
 from tests.reference.updated_experts import UpdatedMixture
 from tests.support.layout import Layout
-from tests.support.ranks import run_in_pool
+from tests.support.ranks import RankError, run_in_pool
 from tests.support.trainer import loader, trainer
 
 SAVED = Layout(dp=2, ep=2)
@@ -59,6 +59,42 @@ def test_experts_reshard_and_resume(name, tmp_path):
         for seen in run_in_pool(layout.world_size, run, config, layout, STEPS, path, False, True):
             assert seen[0] == pytest.approx(whole[0][0][STEPS // 2 :], rel=1e-5), layout
             assert seen[1] == pytest.approx(whole[0][1][STEPS // 2 :], rel=1e-4), layout
+
+
+DENSE = replace(plain_experts.MIXTURE, ffn_hidden_size=24, experts=None)
+
+
+def val_loss(config: GPTConfig, layout: Layout, path: str, saves: bool = False, upcycle: bool = True) -> float:
+    """The loss of a dense model that is saved, or of a mixture whose experts start as its layers."""
+    module, run = GPTModule(config), trainer(layout)
+    if not saves:
+        module.load_weights(path, upcycle=upcycle)
+    samples = Rows(text_samples(config, ROWS))
+    (found,) = run.validate(module, loader(samples, layout, ROWS, run))
+    if saves:
+        run.save_checkpoint(path)
+    return float(found["val_loss"])
+
+
+def test_experts_start_as_copies_of_a_dense_layer(tmp_path):
+    """The weights of a token's experts add up to 1, so that the mixture does what the dense model does."""
+    path = str(tmp_path / "dense.ckpt")
+    expected, _ = run_in_pool(2, val_loss, DENSE, Layout(tp=2), path, True)
+    some = replace(DENSE, experts=replace(plain_experts.MIXTURE.experts, layers=[1, 2]))
+    for config, layout in (
+        (plain_experts.MIXTURE, Layout(dp=2, ep=2)),
+        (plain_experts.MIXTURE, Layout(dp=2, etp=2)),
+        (some, Layout(pp=2)),
+    ):
+        assert run_in_pool(2, val_loss, config, layout, path) == pytest.approx([expected] * 2, rel=1e-5), layout
+    wider = replace(some, experts=replace(some.experts, ffn_hidden_size=20))
+    for config, upcycle, says in (
+        (DENSE, True, "the model has none"),
+        (plain_experts.MIXTURE, False, r"upcycle=True"),
+        (wider, True, r"is \[4, 40, 32\] in the model and \[4, 48, 32\] in the checkpoint"),
+    ):
+        with pytest.raises(RankError, match=says):
+            run_in_pool(1, val_loss, config, Layout(), path, False, upcycle)
 
 
 UPDATES = LoRA(rank=3, alpha=6, targets=["experts.linear_fc1", "experts.linear_fc2", "linear_proj"])
