@@ -93,9 +93,35 @@ class _Gathering(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        summed = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(summed, group=ctx.group)
-        return summed[ctx.group.rank()], None
+        return _sum(gradients[0], ctx.group)[ctx.group.rank()], None
+
+
+def sum_with_gradients(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum of ``tensor`` over the ranks of a group, differentiably.
+
+    The gradient of a rank's ``tensor`` is the sum over all ranks of the gradients of the sum that each was given.
+    """
+    summed: torch.Tensor = _Summing.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return summed
+
+
+class _Summing(torch.autograd.Function):
+    """An all-reduce, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _sum(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _sum(gradients[0], ctx.group), None
+
+
+def _sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    summed = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed, group=group)
+    return summed
 
 
 def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:

@@ -136,8 +136,10 @@ OTHERS: dict[str, dict[str, str]] = {
         "layers": "moe_layer_freq first_k_dense_replace decoder_sparse_step mlp_only_layers moe_layers"
         " moe_layer_pattern expert_interval",
     },
-    "BertConfig": {
+    "GPTConfig BertConfig": {
         "num_labels": "num_classes n_classes n_labels num_class",
+    },
+    "BertConfig": {
         "task": "problem head bert_task add_binary_head bert_binary_head bert_no_binary_head",
         "num_token_types": "type_vocab_size num_tokentypes token_types",
         "norm_placement": "pre_ln post_ln norm_first prenorm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
@@ -27,6 +28,7 @@ class Family:
             are missing start anew.
         body: Prefixes of the tensors that do not belong to a head, where that is not ``prefix``.
         expresses: Fields of our configuration that few families have (its ``rare`` ones) and this one has.
+        heads: By our name of each task that the family has beside others, how the name of transformers' class ends.
         parts: Fields of our configuration that are configurations themselves, such as ``experts``; ``read_config``
             gives their arguments, and a user who changes some keeps the others.
     """
@@ -38,6 +40,7 @@ class Family:
     head: ClassVar[tuple[str, ...]] = ()
     body: ClassVar[tuple[str, ...]] = ()
     expresses: ClassVar[tuple[str, ...]] = ()
+    heads: ClassVar[Mapping[str, str]] = {}
     parts: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
@@ -54,6 +57,22 @@ class Family:
         """
         raise NotImplementedError
 
+    def read(self, fields: Fields, task: str | None = None) -> dict[str, Any]:
+        """``read_config``, and what the configuration says of the head.
+
+        Args:
+            fields: transformers' configuration.
+            task: The task that a user asks for, where it is not to be the one of the configuration.
+
+        Raises:
+            UnsupportedConfigError: A field has a value, or a task is asked for, for which there is no counterpart.
+        """
+        return {**self.read_config(fields), **self.read_head(fields, task)}
+
+    def read_head(self, fields: Fields, task: str | None) -> dict[str, Any]:
+        """Arguments of our configuration that are about the head; see ``read``."""
+        return {}
+
     def write_config(self, config: Any) -> dict[str, Any]:
         """Translate our configuration into fields of transformers'.
 
@@ -62,16 +81,25 @@ class Family:
         """
         raise NotImplementedError
 
+    def write_head(self, config: Any) -> dict[str, Any]:
+        """Fields of transformers' that are about the head.
+
+        Raises:
+            UnsupportedConfigError: The family has no such head.
+        """
+        return {}
+
     def written(self, config: Any) -> dict[str, Any]:
-        """``write_config``, where nothing of the configuration is beyond what the family ``expresses``.
+        """``write_config`` and ``write_head``, where the family ``expresses`` all that the configuration has.
 
         Raises:
             UnsupportedConfigError: The family has no such model.
         """
+        expressed = (*self.expresses, "task") if self.heads else self.expresses
         for name in getattr(config, "rare", ()):
-            if name not in self.expresses:
+            if name not in expressed:
                 self._require(config, **{name: (getattr(type(config), name),)})
-        return self.write_config(config)
+        return {**self.write_config(config), **self.write_head(config)}
 
     def weight_mapping(self, config: Any) -> WeightMapping:
         """Return our name of each tensor of the model, and the tensors of transformers' that it is made of."""

@@ -80,7 +80,7 @@ class Pretrained:
         Raises:
             UnsupportedConfigError: A field of theirs has a value for which there is no counterpart.
         """
-        found = self.family.read_config(self.fields)
+        found = self.family.read(self.fields, self.changes.get("task"))
         for name, change in self.changes.items():
             of_a_part = name in self.family.parts and isinstance(change, dict)
             found[name] = {**found[name], **change} if of_a_part else change

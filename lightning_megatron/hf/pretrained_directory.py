@@ -85,7 +85,7 @@ def _as_it_came(family: Family, fields: dict[str, Any], known: dict[str, Any]) -
     """The fields, each as it came, or absent as it was, where that means the same."""
 
     def meaning(fields: dict[str, Any]) -> Any:
-        return family.read_config(Fields(AutoConfig.for_model(family.model_type, **fields)))
+        return family.read(Fields(AutoConfig.for_model(family.model_type, **fields)))
 
     names = sorted((fields.keys() if known else set()) - {"architectures", "dtype"})
     for name in 2 * names:  # once more, since some mean the same only together

@@ -28,7 +28,7 @@ def training_flops(config: Any, lengths: tuple[int, ...]) -> float:
         _layer_of(config, stack, None, config.layer_work(stack, n)[1]) for stack in stacks for n in range(stack.layers)
     )
     last = stacks[-1]
-    return _FORWARD_AND_BACKWARD * (forward + _vocabulary(config, last.tokens) + _later_tokens(config, last))
+    return _FORWARD_AND_BACKWARD * (forward + _outputs(config, last.tokens) + _later_tokens(config, last))
 
 
 def layer_flops(config: Any) -> list[list[float]]:
@@ -52,7 +52,7 @@ def _layer_of(config: Any, stack: Any, seen: float | None, weights: int) -> floa
 def head_flops(config: Any) -> float:
     """The floating-point operations of what is behind the last layer, forward, of the longest sequence."""
     last = config.stacks(config.lengths)[-1]
-    return 2 * last.tokens * config.hidden_size * config.outputs(config.vocab_size) + _later_tokens(config, last)
+    return _outputs(config, last.tokens) + _later_tokens(config, last)
 
 
 def _later_tokens(config: Any, stack: Any) -> float:
@@ -60,7 +60,7 @@ def _later_tokens(config: Any, stack: Any) -> float:
     joins = 2 * stack.tokens * 2 * config.hidden_size**2
     layer = _layer_of(config, stack, None, config.layer_work(stack, stack.layers - 1)[1])  # as the last one
     depths: int = getattr(config, "mtp", 0)
-    return depths * (joins + layer + _vocabulary(config, stack.tokens))
+    return depths * (joins + layer + _outputs(config, stack.tokens))
 
 
 def _attention(config: Any, queries: int, keys: int, seen: float) -> float:
@@ -75,5 +75,6 @@ def _attention(config: Any, queries: int, keys: int, seen: float) -> float:
     return projections + 2 * 2 * queries * seen * heads
 
 
-def _vocabulary(config: Any, tokens: int) -> float:
-    return 2 * tokens * config.hidden_size * config.vocab_size
+def _outputs(config: Any, tokens: int) -> float:
+    """The output layer over the vocabulary, or over the labels of a head."""
+    return 2.0 * tokens * config.hidden_size * config.outputs(config.vocab_size)

@@ -49,7 +49,7 @@ class LossTerms:
         if not config.outputs_are_sharded:
             raise ValueError(
                 f"{of}({self}) changes the loss over the vocabulary, and task={config.task!r} has none. Leave it out,"
-                " or use task='masked_lm' or 'pretraining'."
+                " or use a task that predicts tokens."
             )
         for name in WANT_LOGITS:
             if config.extra.get(name):

@@ -137,6 +137,7 @@ def _fit_the_family(plan: Plan, model: str) -> None:
     family = _FAMILIES[model]
     config: dict[str, Any] = plan.get(CONFIG, {})
     known = {field.name for field in fields(family)}
+    known -= {name for name, owner in _OF_ONE.items() if owner == "BERT" and model != "bert"}  # ours has others
     for name in [name for name in config if name not in known]:
         value = config[name]
         if name in _OF_ONE:

@@ -7,18 +7,20 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
-from lightning_megatron.hf.family import Family
+from lightning_megatron.hf.families.causal import Causal
 from lightning_megatron.hf.weight_mapping import FusedQueryKeyValue, Same, WeightMapping, table
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 
-class GPT2(Family):
+class GPT2(Causal):
     """Learned positions, LayerNorm, biases; linear layers are stored as ``[in, out]``."""
 
     model_type = "gpt2"
     prefix = "transformer."
     buffers = (r".*\.attn\.(bias|masked_bias)",)
+    heads = {**Causal.heads, "causal_lm": "LMHeadModel"}
+    token_head = "classifier"
 
     @override
     def read_config(self, fields: Fields) -> dict[str, Any]:
@@ -80,10 +82,4 @@ class GPT2(Family):
                 f"{ours}mlp.linear_fc2.{kind}": Same(f"{theirs}mlp.c_proj.{kind}", True),
                 f"decoder.final_layernorm.{kind}": f"transformer.ln_f.{kind}",
             }
-        if not config.tie_embeddings:
-            entries["output_layer.weight"] = "lm_head.weight"
-        return table(entries, config.num_layers)
-
-    @override
-    def architecture(self, config: Any) -> str:
-        return "GPT2LMHeadModel"
+        return table(entries | self.output_layers(config), config.num_layers)

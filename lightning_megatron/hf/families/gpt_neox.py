@@ -8,18 +8,19 @@ from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.families import rope
-from lightning_megatron.hf.family import Family
+from lightning_megatron.hf.families.causal import Causal
 from lightning_megatron.hf.weight_mapping import WeightMapping, table
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
 
 
-class GPTNeoX(Family):
+class GPTNeoX(Causal):
     """Rotary positions on part of a head, and a feed-forward layer beside attention; heads are stored as here."""
 
     model_type = "gpt_neox"
     prefix = "gpt_neox."
     buffers = (r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",)
+    token_head = "classifier"
 
     @override
     def read_config(self, fields: Fields) -> dict[str, Any]:
@@ -80,10 +81,4 @@ class GPTNeoX(Family):
                 f"{ours}mlp.linear_fc2.{kind}": f"{theirs}mlp.dense_4h_to_h.{kind}",
                 f"decoder.final_layernorm.{kind}": f"gpt_neox.final_layer_norm.{kind}",
             }
-        if not config.tie_embeddings:
-            entries["output_layer.weight"] = "lm_head.weight"
-        return table(entries, config.num_layers)
-
-    @override
-    def architecture(self, config: Any) -> str:
-        return "GPTNeoXForCausalLM"
+        return table(entries | self.output_layers(config), config.num_layers)

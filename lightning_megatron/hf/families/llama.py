@@ -8,11 +8,11 @@ from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.families import rope, sizes
-from lightning_megatron.hf.family import Family
+from lightning_megatron.hf.families.causal import Causal
 from lightning_megatron.hf.weight_mapping import QueryKeyValue, Stacked, WeightMapping, table
 
 
-class Llama(Family):
+class Llama(Causal):
     """Rotary positions, RMSNorm, a gated feed-forward layer and grouped queries."""
 
     model_type = "llama"
@@ -93,9 +93,7 @@ class Llama(Family):
         if config.extra.get("qk_layernorm"):
             for kind in ("q", "k"):
                 entries[f"{ours}self_attention.{kind}_layernorm.weight"] = f"{theirs}self_attn.{kind}_norm.weight"
-        if not config.tie_embeddings:
-            entries["output_layer.weight"] = "lm_head.weight"
-        return table(entries, config.num_layers)
+        return table(entries | self.output_layers(config), config.num_layers)
 
     def linear_layers(self, ours: str, theirs: str, kind: str) -> dict[str, Any]:
         """The linear layers' weights or biases."""
@@ -106,7 +104,3 @@ class Llama(Family):
             f"{ours}mlp.linear_fc1.{kind}": Stacked((f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}")),
             f"{ours}mlp.linear_fc2.{kind}": f"{theirs}mlp.down_proj.{kind}",
         }
-
-    @override
-    def architecture(self, config: Any) -> str:
-        return f"{type(self).__name__}ForCausalLM"

@@ -8,13 +8,13 @@ from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.families import rope, sizes
-from lightning_megatron.hf.family import Family
+from lightning_megatron.hf.families.causal import Causal
 from lightning_megatron.hf.weight_mapping import QueryKeyValue, WeightMapping, table
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 
-class Phi(Family):
+class Phi(Causal):
     """All linear layers have biases, the output layer too."""
 
     model_type = "phi"
@@ -59,10 +59,7 @@ class Phi(Family):
     @override
     def weight_mapping(self, config: Any) -> WeightMapping:
         ours, theirs = "decoder.layers.{}.", "model.layers.{}."
-        entries: dict[str, Any] = {
-            "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-            "output_layer.bias": "lm_head.bias",
-        }
+        entries: dict[str, Any] = {"embedding.word_embeddings.weight": "model.embed_tokens.weight"}
         for kind in ("weight", "bias"):
             heads = tuple(f"{theirs}self_attn.{name}_proj.{kind}" for name in "qkv")
             entries |= {
@@ -78,10 +75,9 @@ class Phi(Family):
                     f"{ours}self_attention.{name}_layernorm.{kind}": f"{theirs}self_attn.{name}_layernorm.{kind}"
                     for name in "qk"
                 }
-        if not config.tie_embeddings:
-            entries["output_layer.weight"] = "lm_head.weight"
-        return table(entries, config.num_layers)
+        return table(entries | self.output_layers(config), config.num_layers)
 
     @override
-    def architecture(self, config: Any) -> str:
-        return "PhiForCausalLM"
+    def output_layers(self, config: Any) -> dict[str, Any]:
+        bias = {"output_layer.bias": "lm_head.bias"} if config.task == "causal_lm" else {}
+        return super().output_layers(config) | bias

@@ -8,13 +8,13 @@ from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
 from lightning_megatron.hf.families import rope, sizes
-from lightning_megatron.hf.family import Family
+from lightning_megatron.hf.families.causal import Causal
 from lightning_megatron.hf.weight_mapping import QueryKeyValue, WeightMapping, table
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 
-class Starcoder2(Family):
+class Starcoder2(Causal):
     """A token may look back no further than a window, in every layer."""
 
     model_type = "starcoder2"
@@ -70,10 +70,4 @@ class Starcoder2(Family):
                 f"{ours}mlp.linear_fc1.{kind}": f"{theirs}mlp.c_fc.{kind}",
                 f"{ours}mlp.linear_fc2.{kind}": f"{theirs}mlp.c_proj.{kind}",
             }
-        if not config.tie_embeddings:
-            entries["output_layer.weight"] = "lm_head.weight"
-        return table(entries, config.num_layers)
-
-    @override
-    def architecture(self, config: Any) -> str:
-        return "Starcoder2ForCausalLM"
+        return table(entries | self.output_layers(config), config.num_layers)

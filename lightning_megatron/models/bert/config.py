@@ -9,15 +9,14 @@ from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.models.heads import settings as heads
+from lightning_megatron.models.heads.settings import ProblemType
 from lightning_megatron.models.model_config import ModelConfig
 
 BertTaskName = Literal["masked_lm", "pretraining", "sequence_classification", "token_classification"]
 NormPlacement = Literal["post", "pre"]
-ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 _TASKS = ("masked_lm", "pretraining", "sequence_classification", "token_classification")
-_PEFT_TASKS = {"sequence_classification": "SEQ_CLS", "token_classification": "TOKEN_CLS"}
-_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @answer_wrong_names
@@ -78,22 +77,11 @@ class BertConfig(ModelConfig):
         """Refuse choices that do not exist."""
         self._one_of("task", self.task, _TASKS)
         self._one_of("norm_placement", self.norm_placement, ("post", "pre"))
-        if self.problem_type is not None:
-            self._one_of("problem_type", self.problem_type, _PROBLEMS)
-            if self.task != "sequence_classification":
-                raise ValueError(
-                    f"BertConfig(task={self.task!r}, problem_type={self.problem_type!r}): only"
-                    " task='sequence_classification' has problem types. Leave problem_type out."
-                )
+        heads.check(self)
         arguments = Arguments("BertConfig")
-        arguments.whole(num_labels=self.num_labels, num_token_types=self.num_token_types)
+        arguments.whole(num_token_types=self.num_token_types)
         arguments.whole(0, optional=True, position_padding_id=self.position_padding_id)
         arguments.flag(pooler_dropout=self.pooler_dropout)
-        if self.problem_type == "single_label_classification" and self.num_labels == 1:
-            raise ValueError(
-                "BertConfig(problem_type='single_label_classification', num_labels=1): one class teaches nothing."
-                " Use num_labels=2, or problem_type='regression'."
-            )
         if self.layers != "torch":
             raise ValueError(f"BertConfig(layers={self.layers!r}): BERT has PyTorch's layers only. Use layers='torch'.")
         if "gated_linear_unit" in self.extra or self.activation in ("swiglu", "geglu"):
@@ -151,15 +139,7 @@ class BertConfig(ModelConfig):
     @property
     def peft_task(self) -> str:
         """peft's ``task_type`` of an adapter of the model."""
-        return _PEFT_TASKS.get(self.task, super().peft_task)
-
-    def problem(self, labels_are_floating: bool) -> ProblemType:
-        """The loss of sequence classification, by transformers' rule where none was asked for."""
-        if self.problem_type is not None:
-            return self.problem_type
-        if self.num_labels == 1:
-            return "regression"
-        return "multi_label_classification" if labels_are_floating else "single_label_classification"
+        return heads.PEFT_TASKS.get(self.task, super().peft_task)
 
     def family_arguments(self) -> dict[str, Any]:
         """LayerNorm, and biases everywhere."""

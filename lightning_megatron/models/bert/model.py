@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.models.bert.pooler import Pooler
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -19,8 +19,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import get_linear_layer
 
 from lightning_megatron.distributed.parameter_names import WholeModelNames
-from lightning_megatron.models.bert.config import NormPlacement
+from lightning_megatron.models.bert.config import BertTaskName, NormPlacement
 from lightning_megatron.models.bert.layer_spec import bert_block_spec, bert_embedding
+from lightning_megatron.models.heads.layers import label_layer, whole_sequence
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.norm import TorchNorm
@@ -138,17 +139,6 @@ class BertModel(WholeModelNames, LanguageModule):
             return hidden
         return self.head(hidden, labels=labels) if isinstance(labels, WeightedLabels) else self.head(hidden)
 
-    def whole_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[s, b, h]`` of ``[s/tp, b, h]``, for a head that every tensor-parallel rank computes alike."""
-        if not self.config.sequence_parallel:
-            return hidden
-        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-
-    def linear(self, outputs: int) -> torch.nn.Linear:
-        """A linear layer of a head, the same on every tensor-parallel rank."""
-        config = self.config
-        return get_linear_layer(config.hidden_size, outputs, config.init_method, config.perform_initialization)
-
     def pooler_layer(self) -> Pooler:
         """The dense layer and tanh over the first token."""
         config = self.config
@@ -211,7 +201,7 @@ class BertForPretraining(BertForMaskedLM):
         """Make the output layer of tokens and the binary head."""
         super().build_head()
         self.pooler = self.pooler_layer()
-        self.binary_head = self.linear(2)
+        self.binary_head = label_layer(self.config, 2)
 
     def head(self, hidden: torch.Tensor, **labels: WeightedLabels) -> BertPretrainingLogits:  # type: ignore[override]
         """Logits of both heads; or the sum of ``labels``' losses, and the binary head's logits."""
@@ -225,7 +215,7 @@ class BertForSequenceClassification(BertModel):
         """Make the pooler and the classifier."""
         self.pooler = self.pooler_layer()
         self.classification_dropout = torch.nn.Dropout(self.config.hidden_dropout)
-        self.classification_head = self.linear(self.num_labels)
+        self.classification_head = label_layer(self.config, self.num_labels)
 
     def head(self, hidden: torch.Tensor, **_: WeightedLabels) -> torch.Tensor:
         """Logits, the same on every tensor-parallel rank."""
@@ -240,9 +230,17 @@ class BertForTokenClassification(BertModel):
     def build_head(self) -> None:
         """Make the classifier."""
         self.classification_dropout = torch.nn.Dropout(self.config.hidden_dropout)
-        self.classification_head = self.linear(self.num_labels)
+        self.classification_head = label_layer(self.config, self.num_labels)
 
     def head(self, hidden: torch.Tensor, **_: WeightedLabels) -> torch.Tensor:
         """Logits, the same on every tensor-parallel rank."""
-        whole = self.whole_sequence(hidden)
+        whole = whole_sequence(self.config, hidden)
         return self.classification_head(self.classification_dropout(whole)).transpose(0, 1)
+
+
+MODELS: dict[BertTaskName, type[BertModel]] = {
+    "masked_lm": BertForMaskedLM,
+    "pretraining": BertForPretraining,
+    "sequence_classification": BertForSequenceClassification,
+    "token_classification": BertForTokenClassification,
+}

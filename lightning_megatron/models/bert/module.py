@@ -14,8 +14,10 @@ from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models import row_documents
 from lightning_megatron.models.batch_checks import check_alike, check_range, check_tokens, given
 from lightning_megatron.models.bert.config import BertConfig
-from lightning_megatron.models.bert.tasks import TASKS, BertTask
+from lightning_megatron.models.bert.model import MODELS
+from lightning_megatron.models.bert.tasks import TASKS
 from lightning_megatron.models.configured_module import ConfiguredModule
+from lightning_megatron.models.heads.tasks import Task
 from lightning_megatron.models.host_answers import Question, answers, with_answers
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern
@@ -79,14 +81,14 @@ class BertModule(ConfiguredModule):
         z_loss: float = 0.0,
     ) -> None:
         super().__init__(config, optimizer, lr_schedule, loss_reduction, lora, label_smoothing, z_loss)
-        self.task: BertTask = TASKS[config.task](config)
+        self.task: Task = TASKS[config.task](config)
 
     def build_model(self, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
         """One chunk of the task's model."""
         config, settings = self.config, self.build_settings
         core = config.transformer_config(settings)
         first_weights = FirstWeights(core)
-        model = self.task.model(
+        model = MODELS[config.task](
             core,
             padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
             positions=config.positions,

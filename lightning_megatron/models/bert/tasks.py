@@ -14,136 +14,30 @@ from lightning_megatron.distributed.collectives import (
     sum_over_parts_of_rows,
 )
 from lightning_megatron.distributed.sequence_shards import SequenceShards
-from lightning_megatron.models.batch_checks import check_range, check_tokens
-from lightning_megatron.models.bert.config import BertConfig, BertTaskName
-from lightning_megatron.models.bert.model import (
-    BertForMaskedLM,
-    BertForPretraining,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    BertPretrainingLogits,
+from lightning_megatron.models.batch_checks import check_range
+from lightning_megatron.models.bert.config import BertTaskName
+from lightning_megatron.models.bert.model import BertPretrainingLogits
+from lightning_megatron.models.heads.tasks import (
+    Parts,
+    SequenceClassification,
+    Task,
+    TokenClassification,
+    TokenLabels,
 )
 from lightning_megatron.models.layers.output_layer import cross_entropy_over_shards
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch
 
 _NO_PAIR = -1  # Megatron's: a row that the binary head does not learn from
 
-# Sum and count, by the name under which the mean is logged; "loss" has its own logging.
-Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-class BertTask:
-    """A task: its model, and what its labels mean.
-
-    Args:
-        config: Configuration of the model.
-    """
-
-    model: type[BertModel]
-    asks_number_of_labels = False  # whether the loss uses ``num_labels``, which the host then counts in a batch
-
-    def __init__(self, config: BertConfig) -> None:
-        self.config = config
-
-    def check(self, batch: Batch) -> None:
-        """Refuse labels that the task cannot learn from; ``batch`` has transformers' keys.
-
-        Raises:
-            ValueError: A value is wrong; the message has it.
-        """
-        raise NotImplementedError
-
-    def check_shared_rows(self) -> None:
-        """Refuse rows that several texts share, where the head reads the first token of a row alone.
-
-        Raises:
-            ValueError: The task is of that kind.
-        """
-        raise ValueError(
-            f"BertModule with task={self.config.task!r}: several texts share a row of this batch, and the head reads"
-            " the first token of a row alone. Give each text a row of its own, or use task='masked_lm' or"
-            " 'token_classification'."
-        )
-
-    def weigh(self, batch: Batch) -> Batch:
-        """The batch of this replica with what is known only of the whole global batch."""
-        return batch
-
-    def labels(self, batch: Batch) -> Batch:
-        """The labels of a micro-batch."""
-        return {"labels": batch["labels"]} if "labels" in batch else {}
-
-    def pad_labels(self, inputs: Batch, padding: int) -> Batch:
-        """Those labels that have one for each token, for ``padding`` tokens more."""
-        return {}
-
-    def shard_labels(self, inputs: Batch, shards: SequenceShards) -> Batch:
-        """This rank's part of those labels that have one for each token, under context parallelism."""
-        return {}
-
-    def parts(self, output: Any, batch: Batch) -> Parts:
-        """The losses of a micro-batch."""
-        raise NotImplementedError
-
-    def join(self, parts: Parts, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum that is differentiated, and its weight."""
-        ((total, count),) = parts.values()
-        return total, count
-
-    def predictions(self, output: Any, length: int, shards: SequenceShards) -> Any:
-        """Logits of whole rows, without what was padded."""
-        return shards.from_first(output)
-
-    def _require(self, batch: Batch, key: str, why: str) -> torch.Tensor:
-        if key not in batch:
-            raise ValueError(
-                f"BertModule with task={self.config.task!r} needs {key!r} ({why}); this batch has {sorted(batch)}."
-                " Add it in the collate function, or choose another BertConfig(task=)."
-            )
-        return batch[key]
-
-
-class TokenLabels(BertTask):
-    """Labels ``[b, s]``, one to a token, −100 where there is none."""
-
-    def check_shared_rows(self) -> None:
-        """Texts may share a row: each token has its own output."""
-
-    def labels(self, batch: Batch) -> Batch:
-        """The labels as integers."""
-        return {"labels": batch["labels"].long()} if "labels" in batch else {}
-
-    def pad_labels(self, inputs: Batch, padding: int) -> Batch:
-        """The labels; those of the tokens that are added are ignored."""
-        return {"labels": F.pad(inputs["labels"], (0, padding), value=IGNORED_LABEL)} if "labels" in inputs else {}
-
-    def shard_labels(self, inputs: Batch, shards: SequenceShards) -> Batch:
-        """The labels of this rank's tokens; their number is no longer known on the host."""
-        own = {"labels": shards.take(inputs["labels"], 1)} if "labels" in inputs else {}
-        return {**own, "num_labels": None} if "num_labels" in inputs else own  # type: ignore[dict-item]
-
-    def _check_labels(self, batch: Batch, classes: int, size: str) -> None:
-        labels = self._require(batch, "labels", f"[b, s], {IGNORED_LABEL} where a token has none")
-        check_tokens("BertModule", "labels", labels)
-        if labels.shape != batch["input_ids"].shape:
-            raise ValueError(
-                f"BertModule: 'labels' are {tuple(labels.shape)} and the tokens {tuple(batch['input_ids'].shape)}; with"
-                f" task={self.config.task!r} each token has one label. Correct the collate function."
-            )
-        counted = labels[labels != IGNORED_LABEL]
-        check_range("BertModule", "labels", counted, classes, size)
-
 
 class MaskedLM(TokenLabels):
     """Predict the tokens that were masked."""
 
-    model = BertForMaskedLM
     asks_number_of_labels = True
 
     def check(self, batch: Batch) -> None:
         """Refuse labels that are no token ids."""
-        self._check_labels(batch, self.config.vocab_size, "BertConfig.vocab_size")
+        self._check_labels(batch, self.config.vocab_size, "vocab_size")
 
     def parts(self, output: Any, batch: Batch) -> Parts:
         """Cross-entropy of the tokens that have a label."""
@@ -158,8 +52,6 @@ class MaskedLM(TokenLabels):
 class Pretraining(MaskedLM):
     """Masked tokens, and whether the second sentence is the wrong one."""
 
-    model = BertForPretraining
-
     def check(self, batch: Batch) -> None:
         """Refuse as for masked tokens, and unless each pair has a class."""
         super().check(batch)
@@ -173,7 +65,7 @@ class Pretraining(MaskedLM):
         counted = pairs[(pairs != IGNORED_LABEL) & (pairs != _NO_PAIR)]
         check_range("BertModule", "next_sentence_label", counted, 2, "the binary head's classes")
 
-    check_shared_rows = BertTask.check_shared_rows
+    check_shared_rows = Task.check_shared_rows
 
     def weigh(self, batch: Batch) -> Batch:
         """Add what one pair weighs in tokens, so that the loss of the global batch is the sum of the two means."""
@@ -216,64 +108,16 @@ class Pretraining(MaskedLM):
         return pairs.masked_fill(pairs == IGNORED_LABEL, _NO_PAIR)
 
 
-class TokenClassification(TokenLabels):
-    """A class for each token."""
+class ClassOfFirstToken(SequenceClassification):
+    """A class, several classes or numbers for each sequence, from its first token."""
 
-    model = BertForTokenClassification
-
-    def check(self, batch: Batch) -> None:
-        """Refuse labels that are no classes."""
-        self._check_labels(batch, self.config.num_labels, "BertConfig.num_labels")
-
-    def parts(self, output: torch.Tensor, batch: Batch) -> Parts:
-        """Cross-entropy of the tokens that have a label."""
-        return {"loss": _cross_entropy(output.flatten(0, 1), batch["labels"].flatten())}
+    def once(self, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, where the first tokens are."""
+        return _where_the_first_token_is(total, count)
 
     def predictions(self, output: torch.Tensor, length: int, shards: SequenceShards) -> Any:
-        """``[b, s, num_labels]``."""
-        return shards.gather(output, 1)[:, :length]
-
-
-class SequenceClassification(BertTask):
-    """A class, several classes or numbers for each sequence."""
-
-    model = BertForSequenceClassification
-
-    def check(self, batch: Batch) -> None:
-        """Labels fit the problem: ``[b]`` of classes, ``[b, num_labels]`` of zeros and ones, or numbers."""
-        labels = self._require(batch, "labels", "[b], or [b, num_labels]")
-        problem, classes, rows = self._problem(labels), self.config.num_labels, batch["input_ids"].size(0)
-        if problem == "single_label_classification":
-            if labels.is_floating_point() or labels.numel() != rows:
-                raise ValueError(self._misfit(problem, labels, "integers [b]"))
-            counted = labels[labels != IGNORED_LABEL]
-            check_range("BertModule", "labels", counted, classes, "BertConfig.num_labels")
-        elif labels.numel() != rows * classes:
-            raise ValueError(self._misfit(problem, labels, f"[b, {classes}]"))
-        elif not bool(torch.isfinite(labels).all()):
-            raise ValueError("BertModule: labels are NaN or infinite. Leave such samples out, or correct them.")
-        elif problem == "multi_label_classification" and bool(((labels < 0) | (labels > 1)).any()):
-            raise ValueError("BertModule: labels of a multi-label classification must be zeros and ones.")
-
-    def parts(self, output: torch.Tensor, batch: Batch) -> Parts:
-        """Cross-entropy, binary cross-entropy or squared error; each number counts once, as in transformers."""
-        logits, labels = output.float(), batch["labels"]
-        problem = self._problem(labels)
-        if problem == "single_label_classification":
-            return {"loss": _where_the_first_token_is(*_cross_entropy(logits, labels.view(-1).long()))}
-        targets = labels.float().view_as(logits)
-        loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
-        total, count = loss(logits, targets, reduction="sum"), logits.new_full((), logits.numel())
-        return {"loss": _where_the_first_token_is(total, count)}
-
-    def _problem(self, labels: torch.Tensor) -> str:
-        return self.config.problem(labels.is_floating_point())
-
-    def _misfit(self, problem: str, labels: torch.Tensor, wanted: str) -> str:
-        return (
-            f"BertModule: labels {tuple(labels.shape)} of {labels.dtype} do not fit {problem} with"
-            f" num_labels={self.config.num_labels}, which takes {wanted}. Set BertConfig(problem_type=, num_labels=)."
-        )
+        """``[b, num_labels]``."""
+        return shards.from_first(output)
 
 
 def _where_the_first_token_is(total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -282,14 +126,9 @@ def _where_the_first_token_is(total: torch.Tensor, count: torch.Tensor) -> tuple
     return (total, count) if has_it else (total * 0.0, count * 0)
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
-    return total, (labels != IGNORED_LABEL).sum()
-
-
-TASKS: dict[BertTaskName, type[BertTask]] = {
+TASKS: dict[BertTaskName, type[Task]] = {
     "masked_lm": MaskedLM,
     "pretraining": Pretraining,
-    "sequence_classification": SequenceClassification,
+    "sequence_classification": ClassOfFirstToken,
     "token_classification": TokenClassification,
 }

@@ -27,21 +27,23 @@ def says_documents(batch: Batch) -> bool:
     return row_documents.source(batch) is not None or ("position_ids" in batch and "attention_mask" not in batch)
 
 
+def tokens_of(batch: Batch) -> torch.Tensor:
+    """The tokens ``[b, s]``."""
+    name = token_key(batch)
+    return batch[name].long() if name != "text" else batch[name][:, :-1].long().contiguous()
+
+
 def labelled(batch: Batch) -> Batch:
-    """Tokens, the labels of the tokens that follow them, and the loss mask ``[b, s]``."""
+    """The labels of the tokens, which are those that follow, and the loss mask ``[b, s]``."""
     return _from_transformers(batch) if token_key(batch) == "input_ids" else _from_megatron(batch)
 
 
 def _from_megatron(batch: Batch) -> Batch:
-    if "text" in batch:
-        text = batch["text"].long()
-        tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    else:
-        tokens, labels = batch["tokens"].long(), batch["labels"].long()
+    labels = (batch["text"][:, 1:] if "text" in batch else batch["labels"]).long().contiguous()
     mask = (labels != IGNORED_LABEL).float()
     if "loss_mask" in batch:
         mask = mask * batch["loss_mask"].float()
-    return {"input_ids": tokens, "labels": labels.clamp(min=0), "loss_mask": mask}
+    return {"labels": labels.clamp(min=0), "loss_mask": mask}
 
 
 def _from_transformers(batch: Batch) -> Batch:
@@ -58,7 +60,7 @@ def _from_transformers(batch: Batch) -> Batch:
     mask = (shifted != IGNORED_LABEL).float()
     if "loss_mask" in batch:  # aligned with the labels, so it shifts with them
         mask = mask * F.pad(batch["loss_mask"][:, 1:].float(), (0, 1))
-    return {"input_ids": tokens, "labels": shifted.clamp(min=0).long(), "loss_mask": mask}
+    return {"labels": shifted.clamp(min=0).long(), "loss_mask": mask}
 
 
 def check_length(config: GPTConfig, length: int) -> None:
@@ -70,15 +72,24 @@ def check_length(config: GPTConfig, length: int) -> None:
         )
 
 
-def check_tokens_and_labels(config: GPTConfig, name: str, batch: Batch) -> None:
-    """Refuse ids beyond the vocabulary, in the tokens of that name and in the labels."""
-    _check_ids(config, name, batch[name])
+def check_form(config: GPTConfig, batch: Batch) -> None:
+    """Refuse batches of Megatron's form where a head has labels, which are none of the tokens that follow."""
+    if config.task != "causal_lm" and "input_ids" not in batch:
+        raise ValueError(
+            f"GPTModule with task={config.task!r} needs 'input_ids' [b, s]; this batch has {sorted(batch)}. Rename the"
+            " key in the collate function."
+        )
+
+
+def check_labels(config: GPTConfig, batch: Batch) -> None:
+    """Refuse labels beyond the vocabulary."""
     for labels in ("labels", "shift_labels"):
         if labels in batch:
-            _check_ids(config, labels, batch[labels][batch[labels] != IGNORED_LABEL])
+            check_ids(config, labels, batch[labels][batch[labels] != IGNORED_LABEL])
 
 
-def _check_ids(config: GPTConfig, name: str, ids: torch.Tensor) -> None:
+def check_ids(config: GPTConfig, name: str, ids: torch.Tensor) -> None:
+    """Refuse ids beyond the vocabulary, in what the batch has by that name."""
     vocab_size = config.vocab_size
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if wrong.numel():

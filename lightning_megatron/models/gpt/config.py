@@ -10,9 +10,12 @@ from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
 from lightning_megatron.models import expert_sizes, parameter_counts
+from lightning_megatron.models.gpt import config_checks as checks
 from lightning_megatron.models.gpt.experts.config import Experts, refuse_own_fields
 from lightning_megatron.models.gpt.latent import config as latent
 from lightning_megatron.models.gpt.latent.config import LatentAttention
+from lightning_megatron.models.heads import settings as heads
+from lightning_megatron.models.heads.settings import ProblemType
 from lightning_megatron.models.model_config import LayerStack, ModelConfig
 from lightning_megatron.models.parameter_counts import Part
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
     from lightning_megatron.models.build_settings import BuildSettings
+
+GPTTaskName = Literal["causal_lm", "sequence_classification", "token_classification"]
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
 # Those whose frequencies do not depend on the length of the input, by transformers' formulas.
@@ -82,6 +87,14 @@ class GPTConfig(ModelConfig):
         mtp: Layers of multi-token prediction, as in DeepSeek-V3: behind the model, each predicts one token further on
             than the one before it, in training only. They need rotary positions, or none.
         mtp_weight: Weight of the mean of their losses beside the loss of the next tokens, which alone is logged.
+        task: "causal_lm": the next token. "sequence_classification", regression included, from the last token of each
+            row that is no padding; or "token_classification".
+        num_labels: Outputs of a classification head.
+        problem_type: Loss of sequence classification, by transformers' names. None: "regression" for one label, else
+            "single_label_classification" for integer labels and "multi_label_classification" for floating ones.
+        pad_token_id: The token of padding, by which the last token of a row is found, as in transformers. None: the
+            last one that ``attention_mask`` keeps.
+        classifier_dropout: Dropout before the head of token classification.
         hidden_dropout: Dropout after the embedding, attention and feed-forward.
         attention_dropout: Dropout of attention weights.
         init_method_std: Standard deviation of the initial weights.
@@ -99,7 +112,7 @@ class GPTConfig(ModelConfig):
     rare: ClassVar[tuple[str, ...]] = (
         "rotary_layers", "window_rotary_base", "shared_norm", "norm_placement", "joint_qk_norm",
         "residual_multiplier", "logits_divisor", "attention_score_cap", "logits_cap", "attention_sinks",
-        "output_bias", "latent_attention", "experts",
+        "output_bias", "latent_attention", "experts", "task",
     )  # fmt: skip
 
     num_query_groups: int | None = None
@@ -130,6 +143,11 @@ class GPTConfig(ModelConfig):
     experts: Experts | None = None
     mtp: int = 0
     mtp_weight: float = 0.1
+    task: GPTTaskName = "causal_lm"
+    num_labels: int = 2
+    problem_type: ProblemType | None = None
+    pad_token_id: int | None = None
+    classifier_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist."""
@@ -158,25 +176,26 @@ class GPTConfig(ModelConfig):
         arguments.kind(dict, "a dictionary with rope_type, factor, ...", optional=True, rope_scaling=self.rope_scaling)
         if self.rope_scaling is not None:
             self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), _ROPE_TYPES)
-        self._check_layers("sliding_window_layers", "sliding_window", "its length")
-        self._check_layers("rotary_layers")
+        checks.check_layers(self, "sliding_window_layers", "sliding_window", "its length")
+        checks.check_layers(self, "rotary_layers")
         if self.window_rotary_base is not None and not (self.sliding_window and self.position_embedding == "rope"):
             raise ValueError(
                 f"GPTConfig(window_rotary_base={self.window_rotary_base}) is of layers with a window that rotate"
                 " queries and keys. Give sliding_window and position_embedding='rope', or leave it out."
             )
-        self._check_norms()
+        checks.check_norms(self)
         if self.attention_sinks and (self.attention_dropout or self.attention_score_cap):
             raise ValueError(
                 f"GPTConfig(attention_sinks=True) needs attention_dropout=0.0 (here {self.attention_dropout}) and"
                 f" attention_score_cap=None (here {self.attention_score_cap})."
             )
         self._check_experts()
-        self._check_mtp()
+        checks.check_mtp(self)
+        checks.check_task(self)
         self._check_latent_attention()
         if self.layers != "torch":
             for name in ("rope_scaling", "parallel_residual", "embedding_multiplier", "mtp", *self.rare):
-                if getattr(self, name) != getattr(GPTConfig, name):
+                if name != "task" and getattr(self, name) != getattr(GPTConfig, name):
                     raise ValueError(f"GPTConfig({name}={getattr(self, name)!r}) needs layers='torch'.")
 
     def stacks(self, lengths: tuple[int, ...]) -> list[LayerStack]:
@@ -204,7 +223,9 @@ class GPTConfig(ModelConfig):
         return super().embedding_parameters(layout) + positions
 
     def head_parameters(self, layout: ParallelLayout, embeds: bool) -> int:
-        """The output layer's weights, its bias among them, and those of multi-token prediction."""
+        """The output layer's weights, its bias among them, and those of multi-token prediction; or a head's."""
+        if self.task != "causal_lm":
+            return self.num_labels * (self.hidden_size + self.head_has_bias)
         vocabulary = parameter_counts.vocabulary(self, layout)
         weights = super().head_parameters(layout, embeds)
         if self.output_bias:
@@ -238,9 +259,28 @@ class GPTConfig(ModelConfig):
         return number * expert_sizes.unused_weights(self) if number else 0
 
     @property
+    def outputs_are_sharded(self) -> bool:  # type: ignore[override]
+        """Whether there are logits of the vocabulary."""
+        return self.task == "causal_lm"
+
+    @property
+    def share_of_counted_tokens(self) -> float:  # type: ignore[override]
+        """Of a sequence's class, one token counts."""
+        return 1 / self.seq_length if self.task == "sequence_classification" else 1.0
+
+    def outputs(self, padded_vocab_size: int) -> int:
+        """The width of the output layer: the vocabulary, or the labels."""
+        return padded_vocab_size if self.task == "causal_lm" else self.num_labels
+
+    @property
+    def head_has_bias(self) -> bool:
+        """Whether the layer of a head with labels has a bias, as in transformers."""
+        return self.task == "token_classification"
+
+    @property
     def peft_task(self) -> str:
         """peft's ``task_type`` of an adapter of the model."""
-        return "CAUSAL_LM"
+        return heads.PEFT_TASKS.get(self.task, "CAUSAL_LM")
 
     def sizes(self) -> dict[str, Any]:
         """What a layout has to divide."""
@@ -283,20 +323,6 @@ class GPTConfig(ModelConfig):
         """megatron-core's name of the position embedding."""
         return _POSITIONS[self.position_embedding]
 
-    def _check_layers(self, name: str, needed: str = "", what: str = "") -> None:
-        """Refuse a list of layers that there are not, or that lacks what the layers are to have."""
-        layers = getattr(self, name)
-        if layers is None:
-            return
-        if needed and getattr(self, needed) is None:
-            raise ValueError(f"GPTConfig({name}={layers}) needs {needed}, {what}.")
-        wrong = [number for number in layers if not 0 <= number < self.num_layers]
-        if wrong:
-            raise ValueError(
-                f"GPTConfig({name}={layers}): there is no layer {wrong[0]}; num_layers={self.num_layers} are numbered"
-                " from 0."
-            )
-
     def _check_experts(self) -> None:
         """Refuse what no layer of experts has."""
         if self.experts is None:
@@ -313,21 +339,6 @@ class GPTConfig(ModelConfig):
                 raise ValueError(
                     f"GPTConfig(experts=...) needs {name}={usual!r}, and here it is {getattr(self, name)!r}."
                 )
-
-    def _check_mtp(self) -> None:
-        """Refuse positions that the embedding on the last stage would lack, and megatron-core's own fields."""
-        arguments = Arguments("GPTConfig")
-        arguments.number(least=0, mtp_weight=self.mtp_weight)
-        if isinstance(self.mtp, bool) or not isinstance(self.mtp, int) or self.mtp < 0:
-            raise ValueError(f"GPTConfig(mtp={self.mtp!r}): use the number of layers, such as 1; 0 has none.")
-        if self.mtp and self.position_embedding == "learned":
-            raise ValueError(
-                f"GPTConfig(mtp={self.mtp}) needs position_embedding='rope' or 'none': a token that is predicted with"
-                " has no learned position of its own."
-            )
-        for name, ours in (("mtp_num_layers", "mtp"), ("mtp_loss_scaling_factor", "mtp_weight")):
-            if name in self.extra:
-                raise ValueError(f"GPTConfig(extra={{{name!r}: ...}}): use GPTConfig({ours}=...).")
 
     def _check_latent_attention(self) -> None:
         """Refuse what multi-latent attention does not have."""
@@ -364,15 +375,6 @@ class GPTConfig(ModelConfig):
         if self.experts is None:
             return {}
         return self.experts.megatron_arguments(self.num_layers, self.ffn_hidden_size or 4 * self.hidden_size)
-
-    def _check_norms(self) -> None:
-        """Refuse norms that do not go together."""
-        if self.shared_norm and not (self.parallel_residual and self.norm_placement == "pre"):
-            raise ValueError("GPTConfig(shared_norm=True) needs parallel_residual=True and norm_placement='pre'.")
-        if self.joint_qk_norm and not (self.extra.get("qk_layernorm") and self.normalization == "RMSNorm"):
-            raise ValueError(
-                "GPTConfig(joint_qk_norm=True) needs extra={'qk_layernorm': True} and normalization='RMSNorm'."
-            )
 
     def _rotary_arguments(self) -> dict[str, Any]:
         """megatron-core's: 1 for each layer that does not rotate."""

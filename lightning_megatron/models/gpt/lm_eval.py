@@ -29,6 +29,10 @@ class HarnessGPT(TemplateLM):
         self, module: GPTModule, tokenizer: str | Tokenizer, batch_size: int = 8, max_new_tokens: int = 128
     ) -> None:
         super().__init__()
+        if module.config.task != "causal_lm":
+            raise ValueError(
+                f"HarnessGPT needs a GPT that predicts tokens, and this one has GPTConfig(task={module.config.task!r})."
+            )
         self.module = module if len(module.chunks) else module.build()
         self.module.eval()
         self.text = load_tokenizer(tokenizer)

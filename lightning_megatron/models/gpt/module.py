@@ -1,4 +1,4 @@
-"""``GPTModule``: causal language modelling."""
+"""``GPTModule``: causal language modelling, and heads with labels on the same layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from lightning_megatron.distributed import collectives, process_groups
 from lightning_megatron.distributed.argument_names import answer_wrong_names
-from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models import row_documents
 from lightning_megatron.models.batch_checks import check_tokens, given
@@ -19,10 +18,13 @@ from lightning_megatron.models.generation.module import GeneratingModule
 from lightning_megatron.models.gpt import attention_masks, batches
 from lightning_megatron.models.gpt.config import GPTConfig
 from lightning_megatron.models.gpt.decoder import GPTDecoder
+from lightning_megatron.models.gpt.headed_model import MODELS, HeadedGPT
 from lightning_megatron.models.gpt.layer_spec import gpt_block_spec, last_layer_spec
 from lightning_megatron.models.gpt.model import PositionedGPT
 from lightning_megatron.models.gpt.multi_token_prediction import LaterTokens, later_tokens
 from lightning_megatron.models.gpt.packed_documents import Documents
+from lightning_megatron.models.gpt.tasks import TASKS, ClassOfLastToken
+from lightning_megatron.models.heads.tasks import Task
 from lightning_megatron.models.host_answers import Question, answers, with_answers
 from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
@@ -38,12 +40,12 @@ from lightning_megatron.models.weight_init import FirstWeights
 from lightning_megatron.training.lr_schedule import LRSchedule
 from lightning_megatron.training.parameter_groups import OptimizerCallable, ParameterGroups
 
-_ALONG_THE_ROW = ("input_ids", "labels", "loss_mask", "position_ids")  # inputs [b, s]
+_ALONG_THE_ROW = ("input_ids", "loss_mask", "position_ids")  # inputs [b, s], beside the labels of tokens
 
 
 @answer_wrong_names
 class GPTModule(GeneratingModule):
-    """A GPT, trained to predict the next token.
+    """A GPT, trained to predict the next token, or for another ``config.task``.
 
     Batches are dicts of tensors, batch first, in one of two forms: transformers' ``input_ids`` ``[b, s]`` with optional
     ``labels`` (−100 is ignored, the shift is made here; without them the inputs are the labels; ``shift_labels`` are
@@ -55,6 +57,9 @@ class GPTModule(GeneratingModule):
     document begins, and no token looks beyond its own document, as in transformers; an ``attention_mask`` in the batch
     says instead who looks where. ``cu_seqlens`` (``cu_seq_lens_q``) and ``seq_idx`` say where documents begin, too, and
     positions begin anew there. Labels that are made here do not predict a document from the one before it.
+
+    For classification, batches have transformers' form and ``labels``: ``[b]`` or ``[b, num_labels]`` of sequences,
+    each of which has a row of its own, and ``[b, s]`` of tokens (−100 is ignored). ``loss`` is given the logits.
 
     Args:
         config: The shape of the model.
@@ -89,7 +94,9 @@ class GPTModule(GeneratingModule):
         z_loss: float = 0.0,
     ) -> None:
         super().__init__(config, optimizer, lr_schedule, loss_reduction, lora, label_smoothing, z_loss)
+        self.task: Task = TASKS[config.task](config)
         self.documents = Documents(eod_id, reset_position_ids, reset_attention_mask, eod_mask_loss)
+        self.documents.check_task(config.task)
         if reset_attention_mask and config.layers != "torch":
             raise ValueError(
                 f"GPTModule(reset_attention_mask=True): attention of GPTConfig(layers={config.layers!r}) looks at all"
@@ -103,15 +110,16 @@ class GPTModule(GeneratingModule):
         core = config.transformer_config(settings)
         first_weights = FirstWeights(core, draws_too=config.layers != "torch")
         fused = settings.kernels.fused_layers is True and config.layers == "torch"
+        has_vocabulary = config.outputs_are_sharded
         rotates = fused and config.position_embedding == "rope" and can_rotate(core)
-        model = PositionedGPT(
+        model = MODELS[config.task](
             config=core,
             transformer_layer_spec=gpt_block_spec(core, config, vp_stage, fused, rotates),
             vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
             max_sequence_length=config.seq_length,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=config.tie_embeddings,
+            share_embeddings_and_output_weights=config.tie_embeddings and has_vocabulary,
             position_embedding_type=config.megatron_position_embedding,
             rotary_base=config.rotary_base,
             rotary_percent=config.rotary_percent,
@@ -122,7 +130,9 @@ class GPTModule(GeneratingModule):
             model.predict_later_tokens(last_layer_spec(core, config, fused, rotates), config.mtp, config.mtp_weight)
         if config.norm_placement != "pre":
             norm_outputs(model.transformer_layers)
-        if post_process and config.output_bias:
+        if post_process and isinstance(model, HeadedGPT):
+            model.build_head(config)
+        elif post_process and config.output_bias:
             add_bias(model.output_layer)
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
         if config.window_rotary_base is not None:
@@ -130,7 +140,7 @@ class GPTModule(GeneratingModule):
         if config.rope_scaling is not None:
             stretch_rotary(model, config.rotary_base, config.rotary_percent, config.seq_length, config.rope_scaling)
         self._scale(model)
-        if post_process:
+        if post_process and has_vocabulary:
             kernels, cap = settings.kernels, config.logits_cap
             OutputLayer.become(model.output_layer, config.vocab_size, kernels, self.loss_terms, cap)
         return model
@@ -144,11 +154,12 @@ class GPTModule(GeneratingModule):
             for layer in model.transformer_layers:
                 scale_output(layer.self_attention, config.residual_multiplier)
                 scale_output(layer.mlp, config.residual_multiplier)
-        if model.post_process and config.logits_divisor != 1.0:
+        if hasattr(model, "output_layer") and config.logits_divisor != 1.0:
             scale_input(model.output_layer, 1 / config.logits_divisor)
 
     def _check_loaded(self, batch: Batch) -> None:
         """Refuse a batch without tokens, with ids beyond the vocabulary, or longer than the positions."""
+        batches.check_form(self.config, batch)
         name = batches.token_key(batch)
         tokens, batch = batch[name], row_documents.without_token_mask(batch)
         check_tokens("GPTModule", name, tokens)
@@ -158,14 +169,22 @@ class GPTModule(GeneratingModule):
         row_documents.check("GPTModule", batch, rows, length)
         if "position_ids" not in batch:
             batches.check_length(self.config, row_documents.longest(batch, length))
-        batches.check_tokens_and_labels(self.config, name, batch)
+        if batches.says_documents(batch) and not row_documents.is_one_document(batch).all():
+            self.task.check_shared_rows()
+        self._check_ids(name, batch)
         attention_masks.check(self.config, batch, name, length)
 
     def _check_inputs(self, inputs: Batch) -> None:
         name = batches.token_key(inputs)
         check_tokens("GPTModule", name, inputs[name])
         batches.check_length(self.config, inputs[name].size(1))
-        batches.check_tokens_and_labels(self.config, name, inputs)
+        self._check_ids(name, inputs)
+
+    def _check_ids(self, name: str, batch: Batch) -> None:
+        """Refuse tokens of that name beyond the vocabulary, and labels from which the task cannot learn."""
+        batches.check_ids(self.config, name, batch[name])
+        if self.config.task == "causal_lm" or not (self._predicts or self.has_own_loss):
+            self.task.check(batch)
 
     def _unmet_keys(self) -> dict[str, str]:
         unmet = {}
@@ -188,13 +207,15 @@ class GPTModule(GeneratingModule):
         Rotary positions are None where they are the places in the row.
         """
         batch = row_documents.without_token_mask(with_answers(given(batch)))
-        inputs = batches.labelled(batch)
-        tokens = inputs["input_ids"]
+        tokens = batches.tokens_of(batch)
+        inputs = {"input_ids": tokens, **self.task.labels(batch)}
         numbers = [self.documents.numbers(tokens), self._numbers_of(batch, tokens)]
         found = [each.expand_as(tokens) for each in numbers if each is not None]
         documents = torch.stack(found).sum(dim=0) if found else None  # a document begins where either says so
-        inputs["loss_mask"] = self.documents.kept(tokens, inputs["loss_mask"])
-        if documents is not None and "input_ids" in batch and not {"labels", "shift_labels"} & batch.keys():
+        if "loss_mask" in inputs:
+            inputs["loss_mask"] = self.documents.kept(tokens, inputs["loss_mask"])
+        labels_are_made = self.config.task == "causal_lm" and not {"labels", "shift_labels"} & batch.keys()
+        if documents is not None and "input_ids" in batch and labels_are_made:
             inputs["loss_mask"] = row_documents.within_documents(inputs["loss_mask"], documents)
         inputs["position_ids"] = self._positions(batch, tokens)
         mask = attention_masks.mask_or_pattern(batch, tokens, documents)
@@ -215,7 +236,7 @@ class GPTModule(GeneratingModule):
         if inputs.get("later_tokens") is not None:
             padded["later_tokens"] = LaterTokens(*(F.pad(each, (0, padding)) for each in inputs["later_tokens"]))
         padded["attention_mask"] = pad_mask(inputs.get("attention_mask"), padding, padding)
-        return padded
+        return {**padded, **self.task.pad_labels(inputs, padding)}
 
     def shard_inputs(self, inputs: Batch) -> Batch:
         """This rank's tokens, labels and positions ``[b, s/cp]``, zig-zag; the mask stays that of whole rows."""
@@ -224,10 +245,12 @@ class GPTModule(GeneratingModule):
         sharded: dict[str, Any] = {name: shards.take(inputs[name], 1) for name in along}
         if inputs.get("later_tokens") is not None:
             sharded["later_tokens"] = LaterTokens(*(shards.take(each, 2) for each in inputs["later_tokens"]))
-        return {**inputs, **sharded}
+        return {**inputs, **sharded, **self.task.shard_labels(inputs, shards)}
 
     def _fitted(self, inputs: Batch) -> Batch:
         """The inputs as this rank takes them; those of experts say how much each token counts in the loss."""
+        if isinstance(self.task, ClassOfLastToken):
+            inputs = self.task.complete(inputs)
         if self.config.mtp and self.training and self.on_last_stage:
             inputs = {**inputs, "later_tokens": later_tokens(inputs, self.config.mtp)}  # type: ignore[dict-item]
         inputs = super()._fitted(inputs)
@@ -245,10 +268,13 @@ class GPTModule(GeneratingModule):
         return weights * (share / collectives.sum_over_parts_of_rows(weights.sum()).clamp(min=1))
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
-        """Sum and count over the tokens that the loss mask keeps; ``output`` is that sum, or each's loss ``[b, s]``."""
-        mask = batch["loss_mask"]
-        total = output if output.dim() == 0 else (output.float() * mask).sum()
-        return total, mask.sum()
+        """The sum of the losses and what they count.
+
+        Args:
+            output: That sum over tokens, or the loss of each token ``[b, s]``; of a head with labels, the logits.
+            batch: The padded inputs that ``get_batch`` returned.
+        """
+        return self.task.join(self.task.parts(output, batch), batch)
 
     _loss_of_family = loss
 
@@ -260,18 +286,22 @@ class GPTModule(GeneratingModule):
         return WeightedLabels(inputs["labels"], inputs["loss_mask"])
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Hidden states, or on the last stage the logits ``[b, s, vocab]`` over the whole vocabulary."""
+        """Hidden states, or on the last stage the logits: ``[b, s, vocab]`` over the whole vocabulary, or of labels."""
         inputs = self._get_batch_to_predict(batch)
         length = inputs["input_ids"].size(1)
         without_labels: dict[str, Any] = {**self._fitted(inputs), "labels": None}
         output = self.active_model(**without_labels)
         if not self.on_last_stage:
             return output
-        logits = gather_vocabulary(output)[..., : self.config.vocab_size]
-        return SequenceShards.here(zigzag=True).gather(logits, 1)[:, :length]
+        return self.task.predictions(output, length, SequenceShards.here(zigzag=True))
 
     def _check_prompts(self, prompts: Prompts, new: int) -> None:
         config = self.config
+        if config.task != "causal_lm":
+            raise ValueError(
+                f"GPTModule.generate: with GPTConfig(task={config.task!r}) the model gives scores of labels, and no"
+                " tokens. Use trainer.predict, or load it with config={'task': 'causal_lm'}."
+            )
         if config.position_embedding == "learned" and prompts.longest + new > config.seq_length:
             raise ValueError(
                 f"GPTModule.generate: a prompt of {prompts.longest} tokens and max_new_tokens={new} are more than the"

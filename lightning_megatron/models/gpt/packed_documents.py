@@ -36,6 +36,21 @@ class Documents:
                 " datamodule.tokenizer.eod_id)."
             )
 
+    def check_task(self, task: str) -> None:
+        """Refuse options that would be without effect, or give several texts of a row one score.
+
+        Raises:
+            ValueError: The option and the task.
+        """
+        if task == "causal_lm":
+            return
+        for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
+            if getattr(self, name) and (name == "eod_mask_loss" or task == "sequence_classification"):
+                raise ValueError(
+                    f"GPTModule({name}=True) is of rows that several documents share, and GPTConfig(task={task!r}) has"
+                    f" {'labels of its own' if name == 'eod_mask_loss' else 'one label to a row'}. Leave it out."
+                )
+
     def positions(self, tokens: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
         """Position of each token ``[b, s]`` in its document; a document begins where ``others`` change, too."""
         numbers = self._starts(tokens).cumsum(dim=1)

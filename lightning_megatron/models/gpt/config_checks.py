@@ -1,0 +1,64 @@
+"""Refuses settings of a GPT that do not go together; each function takes a ``GPTConfig`` and raises ``ValueError``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.models.heads import settings as heads
+
+TASKS = ("causal_lm", "sequence_classification", "token_classification")
+
+
+def check_layers(config: Any, name: str, needed: str = "", what: str = "") -> None:
+    """Refuse a list of layers that there are not, or that lacks what the layers are to have."""
+    layers = getattr(config, name)
+    if layers is None:
+        return
+    if needed and getattr(config, needed) is None:
+        raise ValueError(f"GPTConfig({name}={layers}) needs {needed}, {what}.")
+    wrong = [number for number in layers if not 0 <= number < config.num_layers]
+    if wrong:
+        raise ValueError(
+            f"GPTConfig({name}={layers}): there is no layer {wrong[0]}; num_layers={config.num_layers} are numbered"
+            " from 0."
+        )
+
+
+def check_norms(config: Any) -> None:
+    """Refuse norms that do not go together."""
+    if config.shared_norm and not (config.parallel_residual and config.norm_placement == "pre"):
+        raise ValueError("GPTConfig(shared_norm=True) needs parallel_residual=True and norm_placement='pre'.")
+    if config.joint_qk_norm and not (config.extra.get("qk_layernorm") and config.normalization == "RMSNorm"):
+        raise ValueError(
+            "GPTConfig(joint_qk_norm=True) needs extra={'qk_layernorm': True} and normalization='RMSNorm'."
+        )
+
+
+def check_mtp(config: Any) -> None:
+    """Refuse positions that the embedding on the last stage would lack, and megatron-core's own fields."""
+    arguments = Arguments("GPTConfig")
+    arguments.number(least=0, mtp_weight=config.mtp_weight)
+    if isinstance(config.mtp, bool) or not isinstance(config.mtp, int) or config.mtp < 0:
+        raise ValueError(f"GPTConfig(mtp={config.mtp!r}): use the number of layers, such as 1; 0 has none.")
+    if config.mtp and config.position_embedding == "learned":
+        raise ValueError(
+            f"GPTConfig(mtp={config.mtp}) needs position_embedding='rope' or 'none': a token that is predicted with"
+            " has no learned position of its own."
+        )
+    for name, ours in (("mtp_num_layers", "mtp"), ("mtp_loss_scaling_factor", "mtp_weight")):
+        if name in config.extra:
+            raise ValueError(f"GPTConfig(extra={{{name!r}: ...}}): use GPTConfig({ours}=...).")
+
+
+def check_task(config: Any) -> None:
+    """Refuse what a head with labels does not have."""
+    config._one_of("task", config.task, TASKS)
+    heads.check(config)
+    arguments = Arguments("GPTConfig")
+    arguments.number(least=0, below=1, classifier_dropout=config.classifier_dropout)
+    arguments.whole(0, optional=True, pad_token_id=config.pad_token_id)
+    if config.task != "causal_lm" and config.mtp:
+        raise ValueError(
+            f"GPTConfig(task={config.task!r}, mtp={config.mtp}): no further tokens are predicted. Use mtp=0."
+        )
