@@ -129,8 +129,8 @@ class ConfiguredModule(MegatronModule):
         Args:
             source: A directory (safetensors or ``.bin``, in one file or several; with ``adapter_config.json`` an
                 adapter's, which is loaded onto its model), a model in memory, or a name on the Hugging Face hub.
-            config: Fields of ``config_type`` that are to differ: ``seq_length``, ``hidden_dropout``, a BERT's ``task``
-                and ``num_labels``; a head that the source does not have starts anew.
+            config: Fields of ``config_type`` that are to differ: ``seq_length``, ``hidden_dropout``, ``task`` and
+                ``num_labels``; a head that the source does not have starts anew.
             ignore: Fields of transformers' configuration that change nothing here; "architectures" loads a model of
                 another head without that head.
             revision: Branch, tag or commit of a model on the hub.

@@ -1,8 +1,11 @@
-"""The code of docs/bert.md and docs/t5.md runs."""
+"""The code of docs/bert.md, docs/heads.md and docs/t5.md runs."""
+
+import torch
+import transformers
 
 from tests.reference.plain_bert import CONFIGS, samples
 from tests.support.layout import Layout
-from tests.support.pages import names_of
+from tests.support.pages import blocks, names_of, script
 from tests.support.ranks import run_ranks
 from tests.support.trainer import loader, trainer
 
@@ -25,6 +28,24 @@ def test_bert(tmp_path):
         assert seen["logits"].softmax(-1).amax(-1).mean() > 0.3  # 1/21 knows nothing
         assert seen["steps"] == 16
         assert 0 <= seen["f1"] <= 1
+
+
+KEEP = """
+if __name__ == "__main__":
+    torch.save({"scores": scores, "reward": trainer.callback_metrics["train_loss"]}, f"seen-{trainer.global_rank}.pt")
+"""
+
+
+def test_heads(tmp_path):
+    script(tmp_path, "\n\n".join(blocks("heads.md")) + KEEP)
+    seen = torch.load(tmp_path / "seen-0.pt")
+    assert seen["scores"].argmax(1).tolist() == [number % 2 for number in range(32)]
+    assert seen["reward"] < 0.3  # log 2 knows nothing
+    assert (tmp_path / "adapter/adapter_config.json").is_file()
+    back = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier").eval()
+    ids = torch.stack([torch.full((16,), 1 + number % 2) for number in range(32)])
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids).logits, seen["scores"], rtol=0, atol=1e-4)
 
 
 def _t5(folder: str) -> dict:

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "examples.md": "test_examples.py",
     "from_ddp.md": "test_first_questions.py",
     "generation.md": "test_generation_asked.py",
+    "heads.md": "test_family_docs.py",
     "hf.md": "test_hf_docs.py",
     "hf_data.md": "test_hf_data.py",
     "lightning.md": "test_logging.py",

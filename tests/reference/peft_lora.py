@@ -25,6 +25,8 @@ TARGETS: dict[str, list[str]] = {
     "bert-sequences": ["query", "value"],
     "bert-tokens": ["key"],
     "roberta-sequences": ["query", "attention.output.dense"],
+    "llama-sequences": ["q_proj", "down_proj"],
+    "gpt2-tokens": ["c_attn"],
 }
 
 
@@ -40,6 +42,7 @@ WHOLE = {"gpt2": ["wpe", "ln_f"], "bert-sequences": ["pooler"]}
 
 
 TASKS = {"bert-sequences": "SEQ_CLS", "bert-tokens": "TOKEN_CLS", "roberta-sequences": "SEQ_CLS"}
+TASKS |= {"llama-sequences": "SEQ_CLS", "gpt2-tokens": "TOKEN_CLS"}
 
 
 def config(name: str, **options: Any) -> peft.LoraConfig:
@@ -54,7 +57,9 @@ def config(name: str, **options: Any) -> peft.LoraConfig:
 def truth(name: str) -> dict[str, Any]:
     """peft's first updates, its losses and its last updates."""
     torch.manual_seed(3)
-    model = peft.get_peft_model(copy.deepcopy(pretrained.new_model(name)), config(name, fan_in_fan_out=name == "gpt2"))
+    model = peft.get_peft_model(
+        copy.deepcopy(pretrained.new_model(name)), config(name, fan_in_fan_out=name.startswith("gpt2"))
+    )
     for key, parameter in model.named_parameters():
         if "lora_B" in key:  # zeros would hide what becomes of A
             torch.nn.init.normal_(parameter.data, std=0.05)

@@ -165,15 +165,28 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         hf.RobertaConfig(**_ROBERTA, id2label=_ANSWERS, problem_type="single_label_classification")
     ),
     "roberta-tokens": lambda: hf.RobertaForTokenClassification(hf.RobertaConfig(**_ROBERTA, num_labels=5)),
+    "llama-sequences": lambda: hf.LlamaForSequenceClassification(
+        hf.LlamaConfig(**_GROUPED, id2label=_ANSWERS, problem_type="single_label_classification", pad_token_id=0)
+    ),
+    "gpt2-tokens": lambda: hf.GPT2ForTokenClassification(
+        hf.GPT2Config(**_GPT2, **_IDS, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, num_labels=5, classifier_dropout=0.0)
+    ),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
     "t5-1.1": lambda: _untied(
         hf.T5ForConditionalGeneration(hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
     ),
 }
+
+
+def writes(name: str) -> bool:
+    """Whether a model predicts tokens of a text."""
+    return not name.startswith(("bert", "roberta")) and not name.endswith(("-sequences", "-tokens"))
+
+
 LATENTS = ["deepseek_v2", "deepseek_v2-lite", "deepseek_v3"]
 MIXTURES = [*LATENTS, "mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
 DENSE = [name for name in MODELS if name not in MIXTURES]
-CAUSAL = [name for name in MODELS if not name.startswith(("bert", "roberta", "t5"))]
+CAUSAL = [name for name in MODELS if writes(name) and not name.startswith("t5")]
 
 
 def _with_biases(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
@@ -230,6 +243,8 @@ def _sample(name: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
         "roberta-masked": lambda: {"labels": torch.where(draw(3, LENGTH) == 0, ids, -100)},
         "roberta-sequences": lambda: {"labels": draw(3, 1)[0]},
         "roberta-tokens": lambda: {"labels": draw(5, LENGTH)},
+        "llama-sequences": lambda: {"labels": draw(3, 1)[0]},
+        "gpt2-tokens": lambda: {"labels": draw(5, LENGTH)},
         "t5": lambda: {"labels": draw(VOCAB - 1, DECODER_LENGTH) + 1},
         "t5-1.1": lambda: {"labels": draw(VOCAB - 1, DECODER_LENGTH) + 1},
     }.get(name, lambda: {"labels": ids})

@@ -15,7 +15,7 @@ _DEEP = {
     "gpt2-deep": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**{**pretrained._GPT2, "n_layer": 4})),
     "llama-deep": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**pretrained._GROUPED, "num_hidden_layers": 4})),
 }
-MODELS = {**_DEEP, **{name: make for name, make in pretrained.MODELS.items() if "bert" not in name}}
+MODELS = {**_DEEP, **{name: make for name, make in pretrained.MODELS.items() if pretrained.writes(name)}}
 
 
 @functools.cache

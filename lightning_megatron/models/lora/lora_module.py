@@ -65,7 +65,11 @@ def matched(module: Any, saved: Saved) -> Saved:
     saved = replace(saved, whole=whole, frozen=frozenset(frozen))
     unknown = sorted(saved.whole.keys() - ours.keys())
     if unknown:
-        raise ValueError(f"The adapter holds weights that have no place in the model:\n{as_list(unknown)}")
+        task = getattr(module.config, "task", None)
+        of_task = (
+            "" if task is None else f" with task={task!r}; from_pretrained(..., config={{'task': ...}}) has others"
+        )
+        raise ValueError(f"The adapter holds weights that have no place in the model{of_task}:\n{as_list(unknown)}")
     keys = {ours[name] for name in saved.whole}
     missing = sorted({name for key in keys for name in mapping[key].names} - saved.whole.keys())
     if missing:

@@ -22,7 +22,7 @@ from tests.support.layout import Layout
 from tests.support.ranks import RankError, run_in_pool, run_ranks
 from tests.support.trainer import Logged, loader, trainer
 
-EXPORTED = ("llama", "gpt2", "bert-sequences", "bert-tokens")
+EXPORTED = ("llama", "gpt2", "bert-sequences", "bert-tokens", "llama-sequences")
 LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(tp=2, pp=2, sp=True)]
 
 
