@@ -56,11 +56,15 @@ class MetaModel:
             return None
         width = self._config.hidden_size
         sides = ("inputs_embeds", "decoder_inputs_embeds") if self._config.is_encoder_decoder else ("inputs_embeds",)
+        said = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # classifiers warn that they find no padding in embeddings
         try:
             with self._without_numbers, torch.device("cpu"), torch.no_grad():
                 self.model(**{side: torch.empty(1, 4, width, device="cpu") for side in sides}, use_cache=False)
         except Exception:
             return None
+        finally:
+            transformers.logging.set_verbosity(said)
         return frozenset(self._names) | _READ_AT_LOADING
 
     def places(self, stored: Iterable[str]) -> dict[str, Place]:

@@ -1,6 +1,7 @@
 """Heads with labels of all families of GPTs come in from transformers and go out; a causal model is given a new one."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -120,7 +121,8 @@ def test_a_new_head_of_an_adapter_is_score_in_peft(tmp_path):
     base = transformers.Qwen3ForSequenceClassification(body)
     base.model.load_state_dict(pretrained.new_model("qwen3").model.state_dict())
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    assert theirs.peft_config["default"].modules_to_save == ["score"]
+    about = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (about["task_type"], about["modules_to_save"]) == ("SEQ_CLS", ["score"])
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     ids = torch.arange(1, 41).view(2, 20)
     with torch.no_grad():
