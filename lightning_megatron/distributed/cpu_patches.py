@@ -24,7 +24,8 @@ What is replaced, and why:
                                                        has asked for it, as the last of an interleaved schedule's do
 ``param_and_grad_buffer._coalescing_manager`` and the   torch joins what is coalesced in Gloo's threads, a path that has
 collectives inside of it                                crashed there, and gains nothing: they run one by one, and
-                                                       handles and tensors are held until they are waited for
+                                                       handles and tensors are held until they are waited for; a rank
+                                                       alone in its group runs none, where Gloo would copy every byte
 ``rotary_pos_embedding.get_pos_emb_on_this_cp_rank``   takes the places of the rank's chunks from pinned memory
 ``MoEAlltoAllTokenDispatcher._maybe_dtoh_…``           moves the sizes of messages to the host on a stream of its own;
                                                        Gloo takes them as lists
@@ -339,12 +340,15 @@ class _OneByOne:
 def _kept_until_waited(collective: Callable[..., Any]) -> Callable[..., Any]:
     """Run ``collective``, and keep its handle and tensors in the surrounding ``_OneByOne``.
 
-    If torch (2.13) marks it as deprecated, the undecorated function is run: a user may have made warnings errors.
+    A rank that is alone in its group has the sum of a buffer there already, and runs nothing. If torch (2.13) marks
+    ``collective`` as deprecated, the undecorated function is run: a user may have made warnings errors.
     """
     function = inspect.unwrap(collective)
 
     @functools.wraps(collective)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["group"].size() == 1 and len({tensor.data_ptr() for tensor in args}) == 1:
+            return None
         work = function(*args, **kwargs)
         if work is not None and _OneByOne.within is not None:
             _OneByOne.within.works.append((work, (args, kwargs)))

@@ -65,3 +65,22 @@ def test_overlapped_collectives_run_one_by_one():
     assert first[0] == second[0] == {"all_gather": 3, "reduce_scatter": 3, "all_reduce": 3}
     assert first[1] == {"all_gather": [1.5] * 3, "reduce_scatter": [2.0] * 3, "all_reduce": [3.0] * 3}
     assert second[1] == {"all_gather": [1.5] * 3, "reduce_scatter": [2.5] * 3, "all_reduce": [3.0] * 3}
+
+
+def _alone() -> tuple[int, list[float]]:
+    """The same on one rank: into a buffer itself, and into another."""
+    use_device(torch.device("cpu"))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    world, whole, other = dist.group.WORLD, torch.full((500,), 3.0), torch.zeros(500)
+    with buffers._coalescing_manager(world, async_ops=True) as handle:
+        buffers.dist_all_gather_func(whole, whole.view(-1), group=world, async_op=True)
+        buffers.dist_reduce_scatter_func(whole.view(-1), whole, group=world, async_op=True)
+        buffers.torch.distributed.all_reduce(whole, group=world, async_op=True)
+        none = len(handle.works)
+        buffers.dist_all_gather_func(other, whole, group=world, async_op=True)
+    handle.wait()
+    return none, [float(whole.mean()), float(other.mean())]
+
+
+def test_a_rank_that_is_alone_copies_no_buffer_into_itself():
+    assert run_ranks(1, _alone, timeout=40) == [(0, [3.0, 3.0])]

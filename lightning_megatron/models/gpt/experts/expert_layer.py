@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_megatron.distributed import process_groups
 from lightning_megatron.models.gpt.experts.grouped_experts import GroupedExperts
+from lightning_megatron.models.gpt.experts.one_rank_dispatch import OneRankDispatcher
 from lightning_megatron.models.gpt.experts.router import ExpertRouter
 from lightning_megatron.models.layers.recomputation import recomputes
 
@@ -39,8 +40,11 @@ class ExpertLayer(MoELayer):
             experts=GroupedExperts,
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linear),
         )
-        super().__init__(config, parts, pg_collection=get_default_pg_collection())
+        groups = get_default_pg_collection()
+        super().__init__(config, parts, pg_collection=groups)
         self.set_layer_number(layer_number)
+        if groups.tp_ep.size() == 1 and config.moe_expert_capacity_factor is None:
+            self.token_dispatcher = OneRankDispatcher(config, groups)
         if config.moe_shared_expert_gate:
             config.init_method(self.shared_experts.gate_weight)  # noted again: megatron-core has changed its type
 
