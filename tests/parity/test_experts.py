@@ -13,11 +13,12 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_megatron import Kernels
 from tests.reference import parallel_experts, plain_experts
-from tests.reference.parallel_experts import config_of, truth
-from tests.reference.parallel_gpt import text_samples
+from tests.reference.parallel_experts import LoadedMixture, config_of, truth
+from tests.reference.parallel_gpt import Rows, Watch, text_samples
 from tests.reference.same_training import CLIP, ROWS, STEPS, assert_gpt_trained_alike
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
+from tests.support.trainer import loader, trainer
 
 DISPATCHES = ["alltoall", "allgather"]
 
@@ -95,6 +96,29 @@ def test_low_precision(precision, band):
     for layout in (Layout(), Layout(dp=2, ep=2)):
         for rank in run_in_pool(layout.world_size, train, config, layout, ROWS, STEPS, CLIP):
             assert rank["losses"] == pytest.approx(expected, rel=band), layout
+
+
+class Overflowing(LoadedMixture):
+    """In the second step the second rank's experts alone overflow."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.trainer.global_step == 1 and self.trainer.global_rank == 1 and not optimizer.skipped_steps:
+            weights = self.chunks[0].named_parameters()
+            next(weight for name, weight in weights if ".experts." in name).main_grad.fill_(torch.inf)
+
+
+def skip(layout: Layout) -> tuple[int, float, list[float]]:
+    module, watch = Overflowing(config_of("MIXTURE")), Watch()
+    run = trainer(layout, {}, "16-mixed", 256.0, max_steps=4, callbacks=[watch])
+    run.fit(module, loader(Rows(text_samples(module.config, ROWS * 4)), layout, ROWS, run))
+    return run.strategy.optimizers[0].skipped_steps, run.strategy.optimizers[0].loss_scale, watch.losses
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_all_ranks_skip_a_step_in_which_an_expert_overflows(sharded):
+    first, second = run_in_pool(2, skip, Layout(dp=2, ep=2, sharded=sharded))
+    assert first == second
+    assert first[0] == 1
 
 
 @pytest.mark.parametrize("layout", [Layout(cp=2), Layout(tp=2, sp=True)], ids=str)

@@ -48,11 +48,12 @@ def fit(make, layout, steps, load=None, save=None, full=None, precision="32-true
 class PlainMuon:
     """torch's Muon for the matrices of linear layers, its AdamW for the rest."""
 
+    adjust = "match_rms_adamw"
+
     def __init__(self, weights):
         matrices = [weight for name, weight in weights.items() if "linear_" in name and weight.dim() == 2]
         others = [weight for weight in weights.values() if all(weight is not matrix for matrix in matrices)]
-        adjust = {"adjust_lr_fn": "match_rms_adamw"}
-        self.parts = [torch.optim.Muon(matrices, **MUON, **adjust), torch.optim.AdamW(others, **OTHERS)]
+        self.parts = [torch.optim.Muon(matrices, **MUON, adjust_lr_fn=self.adjust), torch.optim.AdamW(others, **OTHERS)]
 
     def step(self):
         for part in self.parts:
@@ -60,7 +61,9 @@ class PlainMuon:
 
 
 class PlainMuonOfExperts(PlainMuon):
-    """It has each expert's matrix by itself."""
+    """It has each expert's matrix by itself, and its step depends on rows over columns."""
+
+    adjust = "original"
 
     def __init__(self, weights):
         self.stacks = [weight for weight in weights.values() if weight.dim() == 3]
@@ -68,7 +71,7 @@ class PlainMuonOfExperts(PlainMuon):
         routers = {name: weight for name, weight in weights.items() if weight.dim() < 3}
         super().__init__(routers)
         every = [piece for pieces in self.pieces for piece in pieces]
-        self.parts.append(torch.optim.Muon(every, **MUON, adjust_lr_fn="match_rms_adamw"))
+        self.parts.append(torch.optim.Muon(every, **MUON, adjust_lr_fn=self.adjust))
 
     def step(self):
         for stack, pieces in zip(self.stacks, self.pieces, strict=True):
@@ -134,6 +137,6 @@ def test_muon_orthogonalises_each_experts_matrix():
     config, samples = MIXTURE, text_samples(MIXTURE, ROWS * STEPS)
     full = plain_experts.train(config, samples, ROWS, STEPS, CLIP, make=PlainMuonOfExperts)["weights"]
     for layout in (Layout(dp=2, ep=2, sharded=False), Layout(dp=2, etp=2, sharded=False)):
-        train = partial(parallel_experts.train, full=full, make=muon)
+        train = partial(parallel_experts.train, full=full, make=partial(muon, adjust_lr_fn="original"))
         for rank in run_in_pool(2, train, config, layout, ROWS, STEPS, CLIP):
             assert rank["distance"] < 3e-4, layout
