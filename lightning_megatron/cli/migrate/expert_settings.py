@@ -34,12 +34,12 @@ _TOGETHER = (
     "moe_layer_freq",
     "moe_token_dispatcher_type",
     "moe_router_dtype",
+    "moe_pad_expert_input_to_capacity",
 )
 _EXTRA = (
     "moe_input_jitter_eps",
     "moe_router_force_load_balancing",
     "moe_token_drop_policy",
-    "moe_pad_expert_input_to_capacity",
     "moe_shared_expert_overlap",
 )
 _BALANCING = {"aux_loss": "aux", "seq_aux_loss": "seq_aux", "global_aux_loss": "global_aux"}
@@ -184,6 +184,10 @@ def _pattern(written: str) -> int | list[int]:
 def _kernels(given: Given, plan: Plan) -> None:
     """How tokens reach their experts, and the type of the router's numbers."""
     way, dtype = given.get("moe_token_dispatcher_type"), given.get("moe_router_dtype")
+    padding = given.get("moe_pad_expert_input_to_capacity")
+    if padding is not None:
+        says = "experts take any number of tokens here, and padding changes no number"
+        plan.say("moe_pad_expert_input_to_capacity", padding, "not needed", says)
     if way in ("alltoall", "allgather"):
         place = f"{STRATEGY}.kernels.expert_dispatch"
         plan.put(place, way)

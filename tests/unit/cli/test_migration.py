@@ -945,7 +945,6 @@ EXTRA = {
     "moe_input_jitter_eps",
     "moe_router_force_load_balancing",
     "moe_token_drop_policy",
-    "moe_pad_expert_input_to_capacity",
     "moe_shared_expert_overlap",
 }
 

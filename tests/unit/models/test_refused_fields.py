@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_megatron import BertConfig, GPTConfig, T5Config
+from lightning_megatron import BertConfig, Experts, GPTConfig, T5Config
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.build_settings import BuildSettings
 
@@ -40,6 +40,18 @@ SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_si
 def test_refused_with_what_to_use_instead(config, extra, instead):
     with pytest.raises(ValueError, match=rf"{config.__name__}\(extra=.*{instead}"):
         config(**SIZES, activation="gelu_tanh", extra=extra)
+
+
+@pytest.mark.parametrize(
+    ("field", "instead"),
+    [
+        ("moe_router_topk", r"GPTConfig\(experts=Experts\(top_k=...\)\)"),
+        ("moe_pad_expert_input_to_capacity", "Leave it"),
+    ],
+)
+def test_fields_of_experts_that_are_arguments_or_not_needed(field, instead):
+    with pytest.raises(ValueError, match=rf"extra=.*{field}.*{instead}"):
+        GPTConfig(**SIZES, bias=False, experts=Experts(num=4), extra={field: 2})
 
 
 def test_a_fused_gelu_needs_biases():

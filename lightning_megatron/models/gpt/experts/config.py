@@ -202,17 +202,23 @@ class Experts:
             "moe_router_load_balancing_type": "none",
             # ``ExpertRouter`` drops; megatron-core's dispatchers ask only whether tokens may have been dropped.
             "moe_expert_capacity_factor": self.capacity_factor or self.eval_capacity_factor,
+            "moe_pad_expert_input_to_capacity": False,
             "moe_router_dtype": "fp32",
             "moe_layer_freq": [int(has) for has in self.in_layers(num_layers)],
         }
 
 
 def refuse_own_fields(of: str, extra: Mapping[str, Any]) -> None:
-    """Refuse fields of megatron-core's configuration that are arguments of ``Experts``.
+    """Refuse fields of megatron-core's configuration that are arguments of ``Experts``, and one that none needs.
 
     Raises:
-        ValueError: Says which argument it is.
+        ValueError: Says which argument it is, or that it is to be left out.
     """
+    if extra.get("moe_pad_expert_input_to_capacity"):  # the dispatcher would drop where the router does not
+        raise ValueError(
+            f"{of}(extra={{'moe_pad_expert_input_to_capacity': True}}): experts take any number of tokens here, and"
+            " padding changes no number. Leave it out."
+        )
     for name in extra:
         if name in _OWN_FIELDS:
             raise ValueError(f"{of}(extra={{{name!r}: ...}}): use {of}(experts=Experts({_OWN_FIELDS[name]}=...)).")

@@ -102,7 +102,6 @@ class ExpertRouter(TopKRouter):
                 router_topk=self.topk,
                 capacity_factor=factor,
                 drop_policy=config.moe_token_drop_policy,
-                pad_to_capacity=config.moe_pad_expert_input_to_capacity,
             )
         if self.training and torch.is_grad_enabled():  # under recomputation, in the second pass only
             if token_weights is None:
