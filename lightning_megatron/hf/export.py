@@ -84,7 +84,7 @@ class Target:
         if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
             raise TypeError(f"tokenizer={tokenizer!r} has no save_pretrained: use a tokenizer of transformers'.")
         found.written(config)
-        low_rank = updates and updates(found.weight_mapping(config))
+        low_rank = updates and updates(found.names(config))
         return cls(found, config, origin, dtype, in_bytes(max_shard_size), tokenizer, low_rank)
 
     def write_module(self, path: Path, module: pl.LightningModule) -> Path:
@@ -117,7 +117,7 @@ class Target:
         return path
 
     def _write(self, path: Path, kinds: Kinds, tensors: Iterable[tuple[str, Any]]) -> None:
-        mapping = self.family.weight_mapping(self.config)
+        mapping = self.family.names(self.config)
         kinds = {key: kind for key, kind in kinds.items() if key in mapping}
         architecture = self.family.architecture(self.config)
         meta_model = MetaModel(their_config(self.family, self.config, self.origin.config, torch.float32), architecture)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
 from lightning_megatron.hf.refused_architectures import why_refused
-from lightning_megatron.hf.weight_mapping import WeightMapping
+from lightning_megatron.hf.weight_mapping import WeightMapping, renamed
 
 _ADD_ONE = " To add one, write a subclass of lightning_megatron.hf.Family, under 80 lines; docs/hf.md shows one."
 _FAMILIES: dict[str, Family] = {}
@@ -22,6 +22,7 @@ class Family:
             for a ``GPTModule``.
         prefix: Beginning of the names of all tensors that belong to no head; files of a model without a head leave it
             out.
+        other_prefixes: What stands in place of ``prefix`` in classes with some heads.
         buffers: Regular expressions of tensors that are no weights, such as masks that old files hold, beyond those
             that transformers itself leaves out.
         head: Prefixes of their tensors that belong to a task: another task's are left where they are, and those that
@@ -31,17 +32,21 @@ class Family:
         heads: By our name of each task that the family has beside others, how the name of transformers' class ends.
         parts: Fields of our configuration that are configurations themselves, such as ``experts``; ``read_config``
             gives their arguments, and a user who changes some keeps the others.
+        is_namesake: Whether another family has the same models under another name; a model that was not loaded from
+            anywhere is saved as one of that other family.
     """
 
     model_type: ClassVar[str] = ""
     kind: ClassVar[str] = "GPT"
     prefix: ClassVar[str] = ""
+    other_prefixes: ClassVar[tuple[str, ...]] = ()
     buffers: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[tuple[str, ...]] = ()
     body: ClassVar[tuple[str, ...]] = ()
     expresses: ClassVar[tuple[str, ...]] = ()
     heads: ClassVar[Mapping[str, str]] = {}
     parts: ClassVar[tuple[str, ...]] = ()
+    is_namesake: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if hasattr(cls, "pieces"):
@@ -105,6 +110,17 @@ class Family:
         """Return our name of each tensor of the model, and the tensors of transformers' that it is made of."""
         raise NotImplementedError
 
+    def prefix_of(self, config: Any) -> str:
+        """``prefix``, or what stands in its place in the class with the configuration's head."""
+        return self.prefix
+
+    def names(self, config: Any) -> WeightMapping:
+        """``weight_mapping`` with the names of the class that has the configuration's head."""
+        mapping, prefix = self.weight_mapping(config), self.prefix_of(config)
+        if prefix == self.prefix:
+            return mapping
+        return {ours: renamed(mapped, self.prefix, prefix) for ours, mapped in mapping.items()}
+
     def architecture(self, config: Any) -> str:
         """The class of transformers that the exported model is."""
         raise NotImplementedError
@@ -114,7 +130,7 @@ class Family:
 
         That is the output layer's of a model whose embeddings are tied; a subclass says where there are others.
         """
-        embedding = self.weight_mapping(config).get("embedding.word_embeddings.weight")
+        embedding = self.names(config).get("embedding.word_embeddings.weight")
         ties = getattr(config, "tie_embeddings", False) and embedding is not None
         return {"lm_head.weight": embedding.names[0]} if ties and embedding is not None else {}
 
@@ -128,7 +144,7 @@ class Family:
 
     def has_head(self, name: str) -> bool:
         """Whether a tensor of theirs belongs to a head."""
-        return name.startswith(self.head) or not name.startswith(self.body or self.prefix)
+        return name.startswith(self.head) or not name.startswith(self.body or (self.prefix, *self.other_prefixes))
 
     def _require(self, config: Any, **wanted: Any) -> None:
         """Refuse to write a configuration that the family cannot express.
@@ -171,13 +187,13 @@ def kind_of(config: Any) -> str:
 
 
 def family_for(config: Any) -> Family:
-    """The first family that can express ``config``.
+    """The first family that can express ``config``, and is no namesake.
 
     Raises:
         UnsupportedConfigError: None can; says why, family by family.
     """
     reasons = []
-    for family in known_families().values():
+    for family in sorted(known_families().values(), key=lambda family: family.is_namesake):
         if family.kind == kind_of(config):
             try:
                 family.written(config)

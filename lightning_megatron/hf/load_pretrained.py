@@ -108,7 +108,7 @@ class Pretrained:
 
     def new_weights(self, config: Any) -> list[str]:
         """Our names of the tensors that the source does not have, of a new head."""
-        mapping = self.family.weight_mapping(config)
+        mapping = self.family.names(config)
         return sorted(ours for ours, mapped in mapping.items() if not all(name in self.names for name in mapped.names))
 
     def origin(self) -> Origin:
@@ -127,7 +127,7 @@ class Pretrained:
         def read(name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
             return self.source.read(self.names[name], offset, sizes)
 
-        fill(module, self.family.weight_mapping(module.config), shapes, read, self.source.name)
+        fill(module, self.family.names(module.config), shapes, read, self.source.name)
 
     @property
     def _architecture(self) -> type | None:
@@ -162,13 +162,18 @@ class Pretrained:
         )
 
     def _found_names(self, config: Any, places: Mapping[str, Place]) -> dict[str, str]:
-        family, prefix = self.family, self.family.prefix
-        if any(name.startswith(prefix) for name in self.source.shapes):
-            prefix = ""  # else it is a model without a head, whose names lack it
+        family, prefix = self.family, self.family.prefix_of(config)
+        known = (family.prefix, *family.other_prefixes)
+        is_headless = not any(name.startswith(known) for name in self.source.shapes)  # whose names have no prefix
         have = {}
         for stored in self.source.shapes:
             name = places[stored].name if stored in places else stored
-            have[name if name.startswith((*family.head, family.prefix)) else prefix + name] = stored
+            beginning = next((each for each in known if name.startswith(each)), None)
+            if beginning is not None:
+                name = prefix + name.removeprefix(beginning)
+            elif is_headless and not name.startswith(family.head):
+                name = prefix + name
+            have[name] = stored
         for second, first in family.tied(config).items():
             if second in have:
                 have.setdefault(first, have[second])
@@ -176,7 +181,7 @@ class Pretrained:
 
     def _check_names(self, config: Any, meta_model: MetaModel) -> None:
         family, have = self.family, set(self.names)
-        wanted = {name for mapped in family.weight_mapping(config).values() for name in mapped.names}
+        wanted = {name for mapped in family.names(config).values() for name in mapped.names}
         missing = sorted(
             name
             for name in wanted - have

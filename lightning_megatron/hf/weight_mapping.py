@@ -195,6 +195,17 @@ def table(entries: Mapping[str, str | TensorMapping], layers: int = 0) -> Weight
     return found
 
 
+def renamed(mapped: TensorMapping, beginning: str, other: str) -> TensorMapping:
+    """The same of tensors whose names begin with ``other`` in place of ``beginning``."""
+
+    def of(name: str) -> str:
+        return other + name.removeprefix(beginning) if name.startswith(beginning) else name
+
+    if isinstance(mapped, Stacked):
+        return replace(mapped, parts=tuple(map(of, mapped.parts)))
+    return replace(mapped, name=of(mapped.name))
+
+
 def their_shapes(mapped: TensorMapping, shape: Shape, heads: Heads) -> dict[str, Shape]:
     """The shapes of their tensors that make ours of ``shape``."""
     if isinstance(mapped, ExpertColumns):

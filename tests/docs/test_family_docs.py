@@ -1,4 +1,4 @@
-"""The code of docs/bert.md, docs/heads.md and docs/t5.md runs."""
+"""The code of docs/bert.md, docs/heads.md, docs/question_answering.md and docs/t5.md runs."""
 
 import torch
 import transformers
@@ -46,6 +46,17 @@ def test_heads(tmp_path):
     ids = torch.stack([torch.full((16,), 1 + number % 2) for number in range(32)])
     with torch.no_grad():
         torch.testing.assert_close(back(ids).logits, seen["scores"], rtol=0, atol=1e-4)
+
+
+def _answers(folder: str) -> dict:
+    names = names_of("question_answering.md", folder)
+    return {name: float(value) for name, value in names["metric"].compute().items()}
+
+
+def test_answers(tmp_path):
+    for seen in run_ranks(2, _answers, str(tmp_path)):
+        assert seen["exact_match"] > 90
+        assert seen["f1"] > 90
 
 
 def _t5(folder: str) -> dict:

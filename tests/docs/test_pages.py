@@ -37,6 +37,7 @@ ELSEWHERE = {
     "migrate_nemo2.md": "test_migration.py",
     "own_model.md": "test_own_models.py",
     "out_of_memory.md": "test_first_questions.py",
+    "question_answering.md": "test_family_docs.py",
     "recipes.md": "test_recipes.py",
     "schedules.md": "test_schedulers.py",
     "t5.md": "test_family_docs.py",

@@ -37,7 +37,7 @@ def test_norms_before_the_blocks_as_in_megatron_bert(name, layout):
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(pp=2, dp=2)], ids=str)
-@pytest.mark.parametrize("name", ["masked_lm", "several_labels", "one_number", "numbers", "tokens"])
+@pytest.mark.parametrize("name", ["masked_lm", "several_labels", "one_number", "numbers", "tokens", "answers"])
 def test_every_task(name, layout):
     assert_bert_trains_alike(name, layout)
 

@@ -137,7 +137,8 @@ def _bf16(layout: Layout, **options: Any) -> list[dict[str, Any]]:
     return run_in_pool(layout.world_size, train, plain_gpt.PACKED, layout, ROWS, STEPS, CLIP)
 
 
-# A BERT's losses are of single tokens of a row, or of its first one; "packed" ones have rows of three texts.
+# A BERT's losses are of single tokens of a row, of its first one, or of one among all of them; "packed" ones have rows
+# of three texts.
 BERTS = [
     ("classes", Layout(cp=2)),
     ("numbers", Layout(cp=2)),
@@ -147,6 +148,8 @@ BERTS = [
     ("several_labels", Layout(cp=2, pp=2)),
     ("packed", Layout(cp=2, pp=2, vp=2)),
     ("tokens", Layout(cp=4)),
+    ("answers", Layout(cp=4)),
+    ("answers", Layout(cp=2, tp=2, sp=True)),
     ("pretraining", Layout(cp=4)),
     pytest.param("packed", EIGHT_RANKS[0], marks=pytest.mark.slow),
 ]

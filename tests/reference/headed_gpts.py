@@ -19,11 +19,13 @@ _SIZES = {
     "vocab_size": pretrained.VOCAB, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6,
     "num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True}
 _MIXTURE = {**_SIZES, "num_local_experts": 6, "num_experts_per_tok": 3}
 MODELS = {
     "classes": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**_SIZES, num_labels=3)),
     "number": lambda: hf.Qwen3ForSequenceClassification(hf.Qwen3Config(**_SIZES, head_dim=12, num_labels=1)),
     "several": lambda: hf.MixtralForSequenceClassification(hf.MixtralConfig(**_MIXTURE, num_labels=5)),
+    "answers": lambda: hf.Qwen3MoeForQuestionAnswering(hf.Qwen3MoeConfig(**_SIZES, **_EXPERTS, head_dim=12)),
     "tokens": lambda: hf.MistralForTokenClassification(
         hf.MistralConfig(**_SIZES, sliding_window=7, num_labels=4, classifier_dropout=0.0)
     ),
@@ -54,12 +56,14 @@ def _sample(name: str, number: int, generator: torch.Generator) -> dict[str, tor
     real = places >= padding if number % 8 > 3 else places < LENGTH - padding
     ids = torch.where(real, 1 + draw(pretrained.VOCAB - 1, LENGTH), 0)
     labels = {
-        "classes": lambda: draw(3, 1)[0],
-        "number": lambda: torch.randn((), generator=generator),
-        "several": lambda: draw(2, 5).float(),
-        "tokens": lambda: draw(4, LENGTH).where(real, -100),
+        "classes": lambda: {"labels": draw(3, 1)[0]},
+        "number": lambda: {"labels": torch.randn((), generator=generator)},
+        "several": lambda: {"labels": draw(2, 5).float()},
+        "tokens": lambda: {"labels": draw(4, LENGTH).where(real, -100)},
+        # Some begin or end behind the row, which transformers does not count.
+        "answers": lambda: {key: draw(LENGTH + 4, 1)[0] for key in ("start_positions", "end_positions")},
     }[name]()
-    return {"input_ids": ids, "attention_mask": real.long(), "labels": labels}
+    return {"input_ids": ids, "attention_mask": real.long(), **labels}
 
 
 def batch(name: str, step: int) -> dict[str, torch.Tensor]:
@@ -69,7 +73,12 @@ def batch(name: str, step: int) -> dict[str, torch.Tensor]:
 
 def counted(name: str, logits: torch.Tensor) -> torch.Tensor:
     """Those of the first batch that belong to no padding."""
-    return logits[batch(name, 0)["attention_mask"].bool()] if name == "tokens" else logits
+    return logits[batch(name, 0)["attention_mask"].bool()] if name in ("tokens", "answers") else logits
+
+
+def _joined(output: Any) -> torch.Tensor:
+    """The logits, ``[..., 2]`` of begin and end."""
+    return torch.stack(pretrained.logits_in(output), -1) if "start_logits" in output else output.logits
 
 
 @functools.cache
@@ -77,7 +86,7 @@ def truth(name: str) -> dict[str, Any]:
     """What transformers' model gives, and what it is after training with plain AdamW."""
     model = copy.deepcopy(new_model(name))
     with torch.no_grad():
-        before = model(**batch(name, 0)).logits
+        before = _joined(model(**batch(name, 0)))
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     losses, norms = [], []
     for step in range(STEPS):
@@ -100,7 +109,8 @@ def _run_one(name: str, layout: Layout, folder: Path) -> dict[str, Any]:
     logged = Logged()
     run = trainer(layout, max_steps=STEPS, callbacks=[logged])
     rows = loader(samples(name)[:ROWS], layout, ROWS, run)
-    predicted = torch.cat(run.predict(module, rows))
+    parts = run.predict(module, rows)
+    predicted = torch.cat([torch.stack(part, -1) if isinstance(part, tuple) else part for part in parts])
     (tested,) = run.test(module, rows, verbose=False)
     run.fit(module, loader(samples(name), layout, ROWS, run))
     module.save_pretrained(folder)

@@ -346,6 +346,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_ROBERTA, "architectures": ["RobertaForTokenClassification"], "classifier_dropout": None,
         "id2label": {"0": "O", "1": "PER"}, "label2id": {"O": 0, "PER": 1},
     },
+    "deepset/roberta-base-squad2": {
+        **_ROBERTA, "architectures": ["RobertaForQuestionAnswering"], "language": "english", "name": "Roberta",
+    },
+    "FacebookAI/xlm-roberta-base": {
+        **_ROBERTA, "architectures": ["XLMRobertaForMaskedLM"], "model_type": "xlm-roberta", "output_past": True,
+    },
+    "almanach/camembert-base": {**_ROBERTA, "architectures": ["CamembertForMaskedLM"], "model_type": "camembert"},
     "google-t5/t5-small": _T5,
     "google-t5/t5-base": {**_T5, "num_decoder_layers": 2, "classifier_dropout": 0.0, "dense_act_fn": "relu"},
     "google/t5-v1_1-base": _T5_GATED,

@@ -9,6 +9,7 @@ from transformers import BertConfig as HFConfig
 from transformers import (
     BertForMaskedLM,
     BertForPreTraining,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     MegatronBertForPreTraining,
@@ -39,6 +40,7 @@ CONFIGS = {
     "one_number": BertConfig(**SIZES, task="sequence_classification", num_labels=1),
     "numbers": BertConfig(**SIZES, task="sequence_classification", num_labels=2, problem_type="regression"),
     "tokens": BertConfig(**SIZES, task="token_classification", num_labels=4),
+    "answers": BertConfig(**SIZES, task="question_answering"),
     "pre_norm": BertConfig(**SIZES, task="pretraining", norm_placement="pre"),
     "pre_norm_classes": BertConfig(**SIZES, task="sequence_classification", num_labels=3, norm_placement="pre"),
     "packed": BertConfig(**SIZES, task="masked_lm"),  # rows of three texts, whose borders a batch has
@@ -49,6 +51,7 @@ _MODELS: dict[tuple[str, str], Any] = {
     ("masked_lm", "post"): BertForMaskedLM,
     ("sequence_classification", "post"): BertForSequenceClassification,
     ("token_classification", "post"): BertForTokenClassification,
+    ("question_answering", "post"): BertForQuestionAnswering,
     ("pretraining", "pre"): MegatronBertForPreTraining,
     ("sequence_classification", "pre"): MegatronBertForSequenceClassification,
 }
@@ -101,7 +104,7 @@ def samples(name: str, rows: int, steps: int) -> list[Batch]:
             "attention_mask": (place < real).long(),
             "token_type_ids": ((place > real // 2) & (place < real)).long(),
         }
-        sample.update(_labels(c, ids, place < real, g))
+        sample.update(_answer(i, length, g) if name == "answers" else _labels(c, ids, place < real, g))
         if name.startswith("packed"):
             sample["cu_seqlens"] = torch.tensor([0, 1 + i % 9, length // 2 + i % 5, length])
         found.append(sample)
@@ -122,6 +125,13 @@ def _labels(c: BertConfig, ids: torch.Tensor, real: torch.Tensor, g: torch.Gener
     if c.num_labels == 5:
         return {"labels": torch.randint(2, (c.num_labels,), generator=g).float()}
     return {"labels": torch.randint(c.num_labels, (), generator=g)}
+
+
+def _answer(number: int, length: int, g: torch.Generator) -> Batch:
+    """Some answers end behind the row, or are wholly behind it; others are said to begin before it."""
+    first, last = sorted(torch.randint(0, length, (2,), generator=g).tolist())
+    first, last = {3: (length, length), 4: (first, length + 5), 5: (-7, last)}.get(number % 12, (first, last))
+    return {"start_positions": torch.tensor(first), "end_positions": torch.tensor(last)}
 
 
 def batches(name: str, rows: int, steps: int) -> list[Batch]:
@@ -148,6 +158,8 @@ def _apart(batch: Batch) -> Batch:
 def logits(output: Any) -> tuple[torch.Tensor, ...]:
     if "prediction_logits" in output:
         return output.prediction_logits, output.seq_relationship_logits
+    if "start_logits" in output:
+        return output.start_logits, output.end_logits
     return (output.logits,)
 
 
@@ -181,6 +193,7 @@ _NAMES = {
     "cls.predictions.decoder": "output_layer",
     "cls.seq_relationship": "binary_head",
     "classifier": "classification_head",
+    "qa_outputs": "qa_outputs",
 }
 _LAYER_NAMES = {
     "attention.output.dense": "self_attention.linear_proj",

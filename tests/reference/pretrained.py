@@ -160,6 +160,7 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         hf.BertConfig(**_COMMON, **_NO_DROPOUT, id2label=_ANSWERS, problem_type="single_label_classification")
     ),
     "bert-tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**_COMMON, **_NO_DROPOUT, num_labels=5)),
+    "bert-answers": lambda: hf.BertForQuestionAnswering(hf.BertConfig(**_COMMON, **_NO_DROPOUT)),
     "roberta-masked": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_ROBERTA)),
     "roberta-sequences": lambda: hf.RobertaForSequenceClassification(
         hf.RobertaConfig(**_ROBERTA, id2label=_ANSWERS, problem_type="single_label_classification")
@@ -171,6 +172,11 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "gpt2-tokens": lambda: hf.GPT2ForTokenClassification(
         hf.GPT2Config(**_GPT2, **_IDS, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, num_labels=5, classifier_dropout=0.0)
     ),
+    "roberta-answers": lambda: hf.RobertaForQuestionAnswering(hf.RobertaConfig(**_ROBERTA)),
+    "xlm-roberta-masked": lambda: hf.XLMRobertaForMaskedLM(hf.XLMRobertaConfig(**_ROBERTA)),
+    "camembert-sequences": lambda: hf.CamembertForSequenceClassification(
+        hf.CamembertConfig(**_ROBERTA, id2label=_ANSWERS, problem_type="single_label_classification")
+    ),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
     "t5-1.1": lambda: _untied(
         hf.T5ForConditionalGeneration(hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
@@ -180,13 +186,15 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
 
 def writes(name: str) -> bool:
     """Whether a model predicts tokens of a text."""
-    return not name.startswith(("bert", "roberta")) and not name.endswith(("-sequences", "-tokens"))
+    return not name.endswith(("-masked", "-pretraining", "-sequences", "-tokens", "-answers"))
 
 
 LATENTS = ["deepseek_v2", "deepseek_v2-lite", "deepseek_v3"]
 MIXTURES = [*LATENTS, "mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
 DENSE = [name for name in MODELS if name not in MIXTURES]
 CAUSAL = [name for name in MODELS if writes(name) and not name.startswith("t5")]
+# What differs from another model in its head, or in its names: two layouts show that.
+FURTHER = ["bert-answers", "roberta-answers", "xlm-roberta-masked", "camembert-sequences"]
 
 
 def _with_biases(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
@@ -245,16 +253,29 @@ def _sample(name: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
         "roberta-tokens": lambda: {"labels": draw(5, LENGTH)},
         "llama-sequences": lambda: {"labels": draw(3, 1)[0]},
         "gpt2-tokens": lambda: {"labels": draw(5, LENGTH)},
+        "bert-answers": lambda: _answer(draw),
+        "xlm-roberta-masked": lambda: {"labels": torch.where(draw(3, LENGTH) == 0, ids, -100)},
+        "camembert-sequences": lambda: {"labels": draw(3, 1)[0]},
+        "roberta-answers": lambda: _answer(draw),
         "t5": lambda: {"labels": draw(VOCAB - 1, DECODER_LENGTH) + 1},
         "t5-1.1": lambda: {"labels": draw(VOCAB - 1, DECODER_LENGTH) + 1},
     }.get(name, lambda: {"labels": ids})
     return {"input_ids": ids, **labels()}
 
 
+def _answer(draw: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Which may begin before the row, or end behind it; then transformers counts its first token, or nothing."""
+    return {"start_positions": draw(LENGTH + 3, 1)[0] - 1, "end_positions": draw(LENGTH + 3, 1)[0] - 1}
+
+
 @torch.no_grad()
 def logits(model: hf.PreTrainedModel, name: str) -> list[torch.Tensor]:
     """Of the first batch."""
-    output = model(**_batch(name, 0))
+    return logits_in(model(**_batch(name, 0)))
+
+
+def logits_in(output: Any) -> list[torch.Tensor]:
+    """Those of each head, in transformers' output."""
     return [value for key, value in output.items() if key.endswith("logits")]
 
 

@@ -2,6 +2,7 @@
 
 from lightning_megatron.hf.families import (
     bert,
+    camembert,
     deepseek_v2,
     deepseek_v3,
     gemma,
@@ -28,10 +29,12 @@ from lightning_megatron.hf.families import (
     smollm3,
     starcoder2,
     t5,
+    xlm_roberta,
 )
 
 __all__ = [
     "bert",
+    "camembert",
     "deepseek_v2",
     "deepseek_v3",
     "gemma",
@@ -58,4 +61,5 @@ __all__ = [
     "smollm3",
     "starcoder2",
     "t5",
+    "xlm_roberta",
 ]

@@ -22,6 +22,7 @@ _HEADS = {
     "pretraining": "ForPreTraining",
     "sequence_classification": "ForSequenceClassification",
     "token_classification": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
 }
 _POOLED = ("pretraining", "sequence_classification")
 
@@ -33,7 +34,7 @@ class Bert(Family):
     kind = "Bert"
     prefix = "bert."
     buffers = (r".*position_ids",)
-    head = ("cls.", "classifier.", "bert.pooler.")
+    head = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.")
     heads = _HEADS  # by our task, how the names of their classes end
 
     @override
@@ -46,6 +47,8 @@ class Bert(Family):
         fields.must_be("add_cross_attention", False)
         fields.must_be("tie_word_embeddings", True)
         fields.must_be("position_embedding_type", "absolute")
+        if task == "question_answering":
+            fields.must_be("num_labels", 2)
         if classifies:
             fields.must_be("classifier_dropout", None, fields("hidden_dropout_prob"))
         return {
@@ -128,6 +131,8 @@ class Bert(Family):
             entries[f"pooler.dense.{kind}"] = f"bert.pooler.dense.{kind}"
         if config.task == "pretraining":
             entries[f"binary_head.{kind}"] = f"cls.seq_relationship.{kind}"
+        if config.task == "question_answering":
+            entries[f"qa_outputs.{kind}"] = f"qa_outputs.{kind}"
         if config.task.endswith("classification"):
             entries[f"classification_head.{kind}"] = f"classifier.{kind}"
         return entries

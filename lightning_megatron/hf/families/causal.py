@@ -25,8 +25,10 @@ class Causal(Family):
         "causal_lm": "ForCausalLM",
         "sequence_classification": "ForSequenceClassification",
         "token_classification": "ForTokenClassification",
+        "question_answering": "ForQuestionAnswering",
     }
     token_head: ClassVar[str] = "score"
+    other_prefixes = ("transformer.",)  # of some classes that answer questions
 
     @override
     def read_head(self, fields: Fields, task: str | None) -> dict[str, Any]:
@@ -39,6 +41,8 @@ class Causal(Family):
         if task not in self.heads or task == "causal_lm":
             return {}
         self._check_class(task)
+        if task == "question_answering":
+            return {"num_labels": 2}
         dropouts = [getattr(fields.config, name, None) for name in ("classifier_dropout", "hidden_dropout")]
         fields.must_be("token_classification_bias", True)
         return {
@@ -53,6 +57,8 @@ class Causal(Family):
         if config.task == "causal_lm":
             return {}
         self._check_class(config.task)
+        if config.task == "question_answering":
+            return {}
         padding = {} if config.pad_token_id is None else {"pad_token_id": config.pad_token_id}
         dropout = {"classifier_dropout": config.classifier_dropout} if config.task == "token_classification" else {}
         return {"num_labels": config.num_labels, "problem_type": config.problem_type, **padding, **dropout}
@@ -61,9 +67,16 @@ class Causal(Family):
         """The tensors of the output layer over the vocabulary, or of the head in its place."""
         if config.task == "causal_lm":
             return {} if config.tie_embeddings else {"output_layer.weight": "lm_head.weight"}
+        if config.task == "question_answering":
+            return {f"qa_outputs.{kind}": f"qa_outputs.{kind}" for kind in ("weight", "bias")}
         theirs = self.token_head if config.task == "token_classification" else "score"
         kinds = ("weight", "bias") if config.head_has_bias else ("weight",)
         return {f"classification_head.{kind}": f"{theirs}.{kind}" for kind in kinds}
+
+    @override
+    def prefix_of(self, config: Any) -> str:
+        theirs = class_named(self.architecture(config)) if config.task == "question_answering" else None
+        return self.prefix if theirs is None else f"{theirs.base_model_prefix}."
 
     @override
     def tied(self, config: Any) -> dict[str, str]:

@@ -15,7 +15,7 @@ class Roberta(Bert):
 
     model_type = "roberta"
     prefix = "roberta."
-    head = ("lm_head.", "classifier.", "roberta.pooler.")
+    head = ("lm_head.", "classifier.", "qa_outputs.", "roberta.pooler.")
     heads = {task: ending for task, ending in Bert.heads.items() if task != "pretraining"}
     expresses = ("position_padding_id", "pooler_dropout")
 
@@ -24,7 +24,7 @@ class Roberta(Bert):
         padding = fields("pad_token_id")
         if padding is None:
             raise UnsupportedConfigError(
-                "roberta: the configuration has pad_token_id=None, from which positions count."
+                f"{self.model_type}: the configuration has pad_token_id=None, from which positions count."
             )
         if task == "masked_lm":
             fields.must_be("hidden_act", "gelu")  # that of the head, whatever the layers have
@@ -39,7 +39,8 @@ class Roberta(Bert):
         self._require(config, pooler_dropout=(True,), task=tuple(self.heads))
         if config.position_padding_id is None:
             raise UnsupportedConfigError(
-                "BertConfig(position_padding_id=None) cannot be saved as a roberta, whose positions leave padding out."
+                f"BertConfig(position_padding_id=None) cannot be saved as a {self.model_type}, whose positions leave"
+                " padding out."
             )
         if config.task == "masked_lm":
             self._require(config, activation=("gelu",))
@@ -50,6 +51,8 @@ class Roberta(Bert):
         if config.task == "masked_lm":
             layers = {f"lm_head.{name}.{kind}": f"lm_head.{name}.{kind}" for name in ("dense", "layer_norm")}
             return {**layers, "output_layer.bias": "lm_head.bias"}
+        if config.task == "question_answering":
+            return {f"qa_outputs.{kind}": f"qa_outputs.{kind}"}
         if config.task == "token_classification":
             return {f"classification_head.{kind}": f"classifier.{kind}"}
         return {

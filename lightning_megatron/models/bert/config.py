@@ -13,10 +13,12 @@ from lightning_megatron.models.heads import settings as heads
 from lightning_megatron.models.heads.settings import ProblemType
 from lightning_megatron.models.model_config import ModelConfig
 
-BertTaskName = Literal["masked_lm", "pretraining", "sequence_classification", "token_classification"]
+BertTaskName = Literal[
+    "masked_lm", "pretraining", "sequence_classification", "token_classification", "question_answering"
+]
 NormPlacement = Literal["post", "pre"]
 
-_TASKS = ("masked_lm", "pretraining", "sequence_classification", "token_classification")
+_TASKS = ("masked_lm", "pretraining", "sequence_classification", "token_classification", "question_answering")
 
 
 @answer_wrong_names
@@ -34,8 +36,9 @@ class BertConfig(ModelConfig):
             ``make_vocab_size_divisible_by · tp``. None: the data module's.
         seq_length: Longest sequence, in tokens. None: the data module's.
         task: "masked_lm"; "pretraining": masked language modelling and the binary head (next sentence or sentence
-            order); "sequence_classification", regression included; or "token_classification".
-        num_labels: Outputs of a classification head.
+            order); "sequence_classification", regression included; "token_classification"; or "question_answering":
+            at which tokens of a row the answer begins and ends.
+        num_labels: Outputs of a classification head; question answering has two, the begin and the end.
         problem_type: Loss of sequence classification, by transformers' names. None: "regression" for one label, else
             "single_label_classification" for integer labels and "multi_label_classification" for floating ones.
         norm_placement: "post": after each residual sum, as in the BERT that was published and in transformers'. "pre":

@@ -22,6 +22,7 @@ from lightning_megatron.distributed.parameter_names import WholeModelNames
 from lightning_megatron.models.bert.config import BertTaskName, NormPlacement
 from lightning_megatron.models.bert.layer_spec import bert_block_spec, bert_embedding
 from lightning_megatron.models.heads.layers import label_layer, whole_sequence
+from lightning_megatron.models.heads.question_answering import AnswerLogits
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.norm import TorchNorm
@@ -238,9 +239,22 @@ class BertForTokenClassification(BertModel):
         return self.classification_head(self.classification_dropout(whole)).transpose(0, 1)
 
 
+class BertForQuestionAnswering(BertModel):
+    """Logits ``[b, s]`` of each token as an answer's first one, and as its last one."""
+
+    def build_head(self) -> None:
+        """Make the linear layer."""
+        self.qa_outputs = label_layer(self.config, self.num_labels)
+
+    def head(self, hidden: torch.Tensor, **_: WeightedLabels) -> AnswerLogits:
+        """Logits, the same on every tensor-parallel rank."""
+        return AnswerLogits.of(self.qa_outputs(whole_sequence(self.config, hidden)))
+
+
 MODELS: dict[BertTaskName, type[BertModel]] = {
     "masked_lm": BertForMaskedLM,
     "pretraining": BertForPretraining,
     "sequence_classification": BertForSequenceClassification,
     "token_classification": BertForTokenClassification,
+    "question_answering": BertForQuestionAnswering,
 }

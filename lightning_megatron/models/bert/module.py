@@ -1,4 +1,4 @@
-"""``BertModule``: masked language modelling, sentence pairs, and classification of sequences and tokens."""
+"""``BertModule``: masked language modelling, sentence pairs, classification of sequences and tokens, and answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class BertModule(ConfiguredModule):
     Batches are mappings of tensors, batch first, as transformers' collators make them: ``input_ids`` ``[b, s]``,
     optional ``attention_mask`` (1: keep), ``token_type_ids``, ``position_ids``, and ``labels``: ``[b, s]`` for masked
     language modelling and token classification (−100 is ignored), ``[b]`` or ``[b, num_labels]`` for sequence
-    classification; "pretraining" also takes ``next_sentence_label`` ``[b]``. Or as Megatron's datasets make them:
+    classification; "pretraining" also takes ``next_sentence_label`` ``[b]``, and question answering ``start_positions``
+    and ``end_positions`` ``[b]`` in place of labels. Or as Megatron's datasets make them:
     ``text``, ``types``, ``labels``, ``loss_mask``, ``padding_mask``, ``is_random``.
 
     Texts that share a row are kept apart by ``seq_idx`` ``[b, s]`` (the number of each token's text) or ``cu_seqlens``

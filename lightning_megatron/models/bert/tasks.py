@@ -17,6 +17,7 @@ from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.batch_checks import check_range
 from lightning_megatron.models.bert.config import BertTaskName
 from lightning_megatron.models.bert.model import BertPretrainingLogits
+from lightning_megatron.models.heads.question_answering import QuestionAnswering
 from lightning_megatron.models.heads.tasks import (
     Parts,
     SequenceClassification,
@@ -131,4 +132,5 @@ TASKS: dict[BertTaskName, type[Task]] = {
     "pretraining": Pretraining,
     "sequence_classification": ClassOfFirstToken,
     "token_classification": TokenClassification,
+    "question_answering": QuestionAnswering,
 }

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lightning_megatron.models.build_settings import BuildSettings
 
-GPTTaskName = Literal["causal_lm", "sequence_classification", "token_classification"]
+GPTTaskName = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering"]
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
 # Those whose frequencies do not depend on the length of the input, by transformers' formulas.
@@ -88,8 +88,9 @@ class GPTConfig(ModelConfig):
             than the one before it, in training only. They need rotary positions, or none.
         mtp_weight: Weight of the mean of their losses beside the loss of the next tokens, which alone is logged.
         task: "causal_lm": the next token. "sequence_classification", regression included, from the last token of each
-            row that is no padding; or "token_classification".
-        num_labels: Outputs of a classification head.
+            row that is no padding; "token_classification"; or "question_answering": at which tokens of a row the answer
+            begins and ends.
+        num_labels: Outputs of a classification head; question answering has two, the begin and the end.
         problem_type: Loss of sequence classification, by transformers' names. None: "regression" for one label, else
             "single_label_classification" for integer labels and "multi_label_classification" for floating ones.
         pad_token_id: The token of padding, by which the last token of a row is found, as in transformers. None: the
@@ -275,7 +276,7 @@ class GPTConfig(ModelConfig):
     @property
     def head_has_bias(self) -> bool:
         """Whether the layer of a head with labels has a bias, as in transformers."""
-        return self.task == "token_classification"
+        return self.task in ("token_classification", "question_answering")
 
     @property
     def peft_task(self) -> str:

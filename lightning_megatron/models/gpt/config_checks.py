@@ -7,7 +7,7 @@ from typing import Any
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.models.heads import settings as heads
 
-TASKS = ("causal_lm", "sequence_classification", "token_classification")
+TASKS = ("causal_lm", "sequence_classification", "token_classification", "question_answering")
 
 
 def check_layers(config: Any, name: str, needed: str = "", what: str = "") -> None:

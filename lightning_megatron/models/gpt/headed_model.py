@@ -10,6 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from lightning_megatron.models.gpt.config import GPTConfig, GPTTaskName
 from lightning_megatron.models.gpt.model import PositionedGPT
 from lightning_megatron.models.heads.layers import label_layer, states_at, whole_sequence
+from lightning_megatron.models.heads.question_answering import AnswerLogits
 
 
 class HeadedGPT(PositionedGPT):
@@ -23,7 +24,7 @@ class HeadedGPT(PositionedGPT):
         del self.output_layer
         self.classification_head = label_layer(self.config, shape.num_labels, shape.head_has_bias)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> Any:
         """Logits, rows first, of the decoder's hidden states ``[s/tp, b, h]``."""
         raise NotImplementedError
 
@@ -54,7 +55,7 @@ class HeadedGPT(PositionedGPT):
         self._last_tokens = last_tokens
         return super().forward(input_ids, position_ids, attention_mask, token_weights)
 
-    def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **rest: Any) -> torch.Tensor:
+    def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **rest: Any) -> Any:
         return self.head(hidden_states) if self.post_process else hidden_states
 
 
@@ -81,8 +82,22 @@ class GPTForTokenClassification(HeadedGPT):
         return self.classification_head(self.classification_dropout(whole)).transpose(0, 1)
 
 
+class GPTForQuestionAnswering(HeadedGPT):
+    """Logits ``[b, s]`` of each token as an answer's first one, and as its last one."""
+
+    def build_head(self, shape: GPTConfig) -> None:
+        """Make the linear layer."""
+        del self.output_layer
+        self.qa_outputs = label_layer(self.config, shape.num_labels)
+
+    def head(self, hidden: torch.Tensor) -> AnswerLogits:
+        """Logits, the same on every tensor-parallel rank."""
+        return AnswerLogits.of(self.qa_outputs(whole_sequence(self.config, hidden)))
+
+
 MODELS: dict[GPTTaskName, type[PositionedGPT]] = {
     "causal_lm": PositionedGPT,
     "sequence_classification": GPTForSequenceClassification,
     "token_classification": GPTForTokenClassification,
+    "question_answering": GPTForQuestionAnswering,
 }

@@ -59,7 +59,8 @@ class GPTModule(GeneratingModule):
     positions begin anew there. Labels that are made here do not predict a document from the one before it.
 
     For classification, batches have transformers' form and ``labels``: ``[b]`` or ``[b, num_labels]`` of sequences,
-    each of which has a row of its own, and ``[b, s]`` of tokens (−100 is ignored). ``loss`` is given the logits.
+    each of which has a row of its own, and ``[b, s]`` of tokens (−100 is ignored). For question answering they have
+    ``start_positions`` and ``end_positions`` ``[b]``. ``loss`` is given the logits.
 
     Args:
         config: The shape of the model.
@@ -185,6 +186,11 @@ class GPTModule(GeneratingModule):
         batches.check_ids(self.config, name, batch[name])
         if self.config.task == "causal_lm" or not (self._predicts or self.has_own_loss):
             self.task.check(batch)
+
+    def complete_batch(self, batch: Any) -> Any:
+        """Add what only the whole global batch says: how much the end of an answer weighs beside its begin."""
+        alone = self.trainer.predicting or self.loss_reduction == "micro_batch" or self.has_own_get_batch
+        return batch if alone or self.config.task != "question_answering" else self.task.weigh(given(batch))
 
     def _unmet_keys(self) -> dict[str, str]:
         unmet = {}

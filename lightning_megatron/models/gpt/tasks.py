@@ -11,6 +11,7 @@ from lightning_megatron.distributed.collectives import gather_vocabulary
 from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.gpt import batches
 from lightning_megatron.models.gpt.config import GPTTaskName
+from lightning_megatron.models.heads.question_answering import START, QuestionAnswering
 from lightning_megatron.models.heads.tasks import Parts, SequenceClassification, Task, TokenClassification, TokenLabels
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch
 
@@ -79,6 +80,22 @@ class ClassOfEachToken(TokenClassification):
         return found
 
 
+class AnswerInText(QuestionAnswering):
+    """The tokens at which the answer of each row begins and ends."""
+
+    def labels(self, batch: Batch) -> Batch:
+        """The positions, and with experts what each token counts in their losses: together, as much as its answer."""
+        found = super().labels(batch)
+        if self.config.experts is not None and found:
+            tokens, mask = batch["input_ids"], batch.get("attention_mask")
+            kept = torch.ones_like(tokens, dtype=torch.bool)
+            if isinstance(mask, torch.Tensor) and mask.shape == tokens.shape:
+                kept = mask > 0
+            count = (found[START] != IGNORED_LABEL) / kept.sum(dim=1).clamp(min=1)
+            found["loss_mask"] = kept * count[:, None]
+        return found
+
+
 def last_tokens(batch: Batch, padding: int | None) -> torch.Tensor:
     """``[b]``, the place of each row's last token that is no padding, wherever the padding is; 0 where all is padding.
 
@@ -101,4 +118,5 @@ TASKS: dict[GPTTaskName, type[Task]] = {
     "causal_lm": CausalLM,
     "sequence_classification": ClassOfLastToken,
     "token_classification": ClassOfEachToken,
+    "question_answering": AnswerInText,
 }

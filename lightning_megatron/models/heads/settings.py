@@ -9,7 +9,11 @@ from lightning_megatron.distributed.arguments import Arguments
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 # peft's names of the tasks.
-PEFT_TASKS = {"sequence_classification": "SEQ_CLS", "token_classification": "TOKEN_CLS"}
+PEFT_TASKS = {
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+}
 
 
 def check(config: Any) -> None:
@@ -23,6 +27,11 @@ def check(config: Any) -> None:
     """
     of = type(config).__name__
     Arguments(of).whole(num_labels=config.num_labels)
+    if config.task == "question_answering" and config.num_labels != 2:
+        raise ValueError(
+            f"{of}(task='question_answering', num_labels={config.num_labels}): each token has two numbers, how well the"
+            " answer begins and how well it ends there. Use num_labels=2."
+        )
     if config.problem_type is None:
         return
     config._one_of("problem_type", config.problem_type, get_args(ProblemType))

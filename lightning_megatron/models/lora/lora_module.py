@@ -25,7 +25,7 @@ from lightning_megatron.models.lora.saving import AdapterWriter
 def weight_mapping_of(module: Any) -> WeightMapping:
     """What the model's weights are made of: by what it came from, or by the first family that has such a model."""
     family = _family(module)
-    return {} if family is None else family.weight_mapping(module.config)
+    return {} if family is None else family.names(module.config)
 
 
 def check(module: Any) -> None:

@@ -18,7 +18,7 @@ from lightning_megatron.models.lora.merge import Each
 _WEIGHTS, _PICKLED, _CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 _PREFIX = "base_model.model."
 # What peft trains whole, and saves, for some tasks without being asked.
-HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}}
+HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
 
 # Fields of peft's ``LoraConfig``. Any other that is set changes what an adapter gives, one of a later version included.
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "ensure_weight_tying"}

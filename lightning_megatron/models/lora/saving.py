@@ -31,7 +31,7 @@ class AdapterWriter:
     def __init__(
         self, family: hf.Family, config: Any, lora: LoRA, trained: set[str], base: dict[str, Any] | None
     ) -> None:
-        self._mapping, self._lora, self._task = family.weight_mapping(config), lora, config.peft_task
+        self._mapping, self._lora, self._task = family.names(config), lora, config.peft_task
         self._heads = Heads.of(config)
         self._updates = Updates(lora, self._mapping, config)
         self._whole_keys = _in_whole_modules(

@@ -131,6 +131,6 @@ def updates_of(config: Any, lora: LoRA) -> list[list[dict[str, LayerUpdate]]]:
 
 def _mapping_of(config: Any) -> WeightMapping:
     try:
-        return hf.family_for(config).weight_mapping(config)
+        return hf.family_for(config).names(config)
     except hf.UnsupportedConfigError:
         return {}

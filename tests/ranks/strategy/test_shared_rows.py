@@ -140,7 +140,7 @@ def _predicting(kind: str) -> tuple[MegatronModule, dict[str, torch.Tensor]]:
 
 def _predict(layout: Layout) -> dict[str, Any]:
     found = {}
-    for kind in ("masked_lm", "pretraining", "sequence_classification", "token_classification", "t5"):
+    for kind in ("masked_lm", "pretraining", "sequence_classification", "question_answering", "t5"):
         module, rows = _predicting(kind)
         found[kind] = trainer_of(layout, ".").predict(module, DataLoader(Rows(rows), batch_size=4))
     return found

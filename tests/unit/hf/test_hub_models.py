@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lightning_megatron import AutoModule
 from lightning_megatron.cli.main import main
 from lightning_megatron.hf import UnsupportedConfigError, WeightsError
-from tests.reference import hub_models
+from tests.reference import hub_models, pretrained
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +39,10 @@ def assert_same_logits(folder, architecture, **arguments):
     theirs = architecture.from_pretrained(folder, dtype=torch.float32).eval()
     ours = AutoModule.from_pretrained(folder, **arguments).eval()
     with torch.no_grad():
-        seen, wanted = ours(**inputs(theirs)), theirs(**inputs(theirs)).logits
-    assert float(wanted.std()) > 0.1, "too small to tell models apart"
-    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-4)
+        seen, wanted = ours(**inputs(theirs)), theirs(**inputs(theirs))
+    for one, other in zip(seen if isinstance(seen, tuple) else [seen], pretrained.logits_in(wanted), strict=True):
+        assert float(other.std()) > 0.05, "too small to tell models apart"
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no weights for a new head")
@@ -157,8 +158,7 @@ def test_a_name_of_the_hub_at_a_revision(tmp_path, monkeypatch):
 
 
 HEADS = {
-    "BertForQuestionAnswering": ("google-bert/bert-base-uncased", r"qa_outputs\) has no.*BertForTokenClass.*'task'"),
-    "BertForMultipleChoice": ("google-bert/bert-base-uncased", r"classifier\) has no counterpart"),
+    "BertForMultipleChoice": ("google-bert/bert-base-uncased", r"classifier\) has no.*BertForTokenClass.*'task'"),
     "GPT2DoubleHeadsModel": ("openai-community/gpt2", r"multiple_choice_head\) has no.*GPT2ForTokenClass.*'task'"),
     "T5ForSequenceClassification": ("google-t5/t5-small", r"classification_head.*T5ForConditionalGeneration"),
 }

@@ -24,11 +24,14 @@ CLASSES = {
     "rotary": [
         f"{name}ForCausalLM" for name in ("Llama", "GPTNeoX", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi3")
     ],
-    "bert": [f"BertFor{task}" for task in ("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification")],
+    "bert": [
+        f"BertFor{task}"
+        for task in ("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+    ],
     "t5": ["T5ForConditionalGeneration"],
 }  # fmt: skip
 MET = {"input_ids", "attention_mask", "position_ids", "labels", "token_type_ids", "next_sentence_label"}
-MET |= {"decoder_input_ids", "decoder_attention_mask"}
+MET |= {"decoder_input_ids", "decoder_attention_mask", "start_positions", "end_positions"}
 FLAGS = {"use_cache"}
 
 

@@ -16,6 +16,7 @@ from tests.reference.plain_gpt import ADAM
         ({"task": "sequence_classification", "problem_type": "multi_label"}, "multi_label_classification"),
         ({"problem_type": "regression"}, "only task='sequence_classification'"),
         ({"num_labels": 0}, "num_labels=0"),
+        ({"task": "question_answering", "num_labels": 3}, "Use num_labels=2"),
         ({"activation": "swiglu"}, "cannot gate"),
         ({"layers": "transformer_engine"}, "Use layers='torch'"),
         ({"num_attention_heads": 7}, "num_attention_heads"),

@@ -143,6 +143,7 @@ def test_a_new_head_goes_to_peft_and_comes_back(tmp_path):
         ("bert-tokens", "TOKEN_CLS"),
         ("llama-sequences", "SEQ_CLS"),
         ("gpt2-tokens", "TOKEN_CLS"),
+        ("bert-answers", "QUESTION_ANS"),
     ],
 )
 def test_an_adapter_says_its_task(name, task):

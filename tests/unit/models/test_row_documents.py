@@ -208,6 +208,7 @@ def test_other_layers_look_at_all_tokens():
 
 
 ENCODER = BertModule(BertConfig(**SIZES, task="masked_lm"))
+ONE_TO_A_ROW = ("next_sentence_label", "start_positions", "end_positions")
 BY_NUMBERS = {"input_ids": IDS, "labels": IDS, "seq_idx": torch.tensor(NUMBERS)}
 
 
@@ -226,8 +227,9 @@ def test_texts_share_the_rows_of_an_encoder():
 @pytest.mark.parametrize(
     ("task", "batch", "says"),
     [
-        ("sequence_classification", BY_NUMBERS, "several texts share a row.*the first token of a row alone"),
-        ("pretraining", BY_NUMBERS, "several texts share a row.*the first token of a row alone"),
+        ("sequence_classification", BY_NUMBERS, "several texts share a row.*one token of a row alone"),
+        ("pretraining", BY_NUMBERS, "several texts share a row.*one token of a row alone"),
+        ("question_answering", BY_NUMBERS, "several texts share a row.*one answer is looked for"),
         ("masked_lm", flattened(), "'position_ids' begin anew in a row.*Add 'seq_idx' or 'cu_seq_lens_q'"),
         (
             "masked_lm",
@@ -242,7 +244,7 @@ def test_what_an_encoder_cannot_keep_apart_is_refused(task, batch, says):
     labels = torch.zeros(1, dtype=torch.long) if task == "sequence_classification" else tokens
     with pytest.raises(ValueError, match=says):
         module.check_batch(
-            {"next_sentence_label": torch.zeros(1).long(), **batch, "input_ids": tokens, "labels": labels}
+            {**dict.fromkeys(ONE_TO_A_ROW, torch.zeros(1).long()), **batch, "input_ids": tokens, "labels": labels}
         )
 
 
