@@ -30,6 +30,7 @@ class Family:
         body: Prefixes of the tensors that do not belong to a head, where that is not ``prefix``.
         expresses: Fields of our configuration that few families have (its ``rare`` ones) and this one has.
         heads: By our name of each task that the family has beside others, how the name of transformers' class ends.
+        refused_heads: By how the name of a class with another head ends, a sentence on what to do with its models.
         parts: Fields of our configuration that are configurations themselves, such as ``experts``; ``read_config``
             gives their arguments, and a user who changes some keeps the others.
         is_namesake: Whether another family has the same models under another name; a model that was not loaded from
@@ -45,6 +46,7 @@ class Family:
     body: ClassVar[tuple[str, ...]] = ()
     expresses: ClassVar[tuple[str, ...]] = ()
     heads: ClassVar[Mapping[str, str]] = {}
+    refused_heads: ClassVar[Mapping[str, str]] = {}
     parts: ClassVar[tuple[str, ...]] = ()
     is_namesake: ClassVar[bool] = False
 

@@ -155,10 +155,13 @@ class Pretrained:
         remedy = (
             "config={'task': ...}" if hasattr(config, "task") else "ignore=['architectures'] (the command: --ignore)"
         )
+        advice = "".join(
+            f" {text}" for ending, text in self.family.refused_heads.items() if found.__name__.endswith(ending)
+        )
         raise UnsupportedConfigError(
             f"{self.source.name} is a {found.__name__}, whose head {f'({held}) ' if held else ''}has no"
             f" counterpart here: a {self.family.kind}Module is a {' or '.join(known)}. To load the rest without that"
-            f" head, use from_pretrained(..., {remedy}); a head that the files do not have starts anew."
+            f" head, use from_pretrained(..., {remedy}); a head that the files do not have starts anew.{advice}"
         )
 
     def _found_names(self, config: Any, places: Mapping[str, Place]) -> dict[str, str]:

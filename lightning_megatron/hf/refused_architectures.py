@@ -10,6 +10,16 @@ _RECURRENT = {
     "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "plamo2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text",
     "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
 }  # fmt: skip
+# Encoders that people look for, whose layers are not BERT's.
+_ENCODERS = {
+    "albert": "All of its layers have the same weights",
+    "deberta": "Its attention weighs distances between tokens by weights of its own",
+    "deberta-v2": "Its attention weighs distances between tokens by weights of its own",
+    "distilbert": "It has no embedding of token types, and its classifier has a layer and a dropout of its own",
+    "electra": "Its embeddings may be narrower than its layers, and it learns to tell which tokens were replaced",
+    "mpnet": "Its attention weighs distances between tokens by weights of its own",
+    "xlm-roberta-xl": "Its norms are before its blocks and behind the last one",
+}
 
 
 def why_refused(model_type: str) -> str:
@@ -20,6 +30,11 @@ def why_refused(model_type: str) -> str:
         return (
             " It has layers with a state, of the kind of Mamba or of linear attention, which megatron-core builds of"
             " Transformer Engine's parts and kernels for CUDA alone; here all layers have attention."
+        )
+    if model_type in _ENCODERS:
+        return (
+            f" {_ENCODERS[model_type]}, which no BertModule has. 'bert', 'roberta' and 'xlm-roberta' are encoders for"
+            " the same tasks."
         )
     if any(model_type in getattr(known, name, ()) for name in _PICTURES):
         return (

@@ -63,7 +63,19 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_one_name_one_meaning():
     """Files of one name are the same part of different families, kinds of data or tools."""
-    shared = {"module", "config", "layer_spec", "model", "decoder", "datamodule", "bert", "gpt2", "t5"}
+    shared = {
+        "module",
+        "config",
+        "layer_spec",
+        "model",
+        "decoder",
+        "datamodule",
+        "tasks",
+        "settings",
+        "bert",
+        "gpt2",
+        "t5",
+    }
     names = [module[-1] for module, file in list_modules.modules().items() if file.name != "__init__.py"]
     assert {name for name in names if names.count(name) > 1} <= shared
 

@@ -36,6 +36,15 @@ class Bert(Family):
     buffers = (r".*position_ids",)
     head = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.")
     heads = _HEADS  # by our task, how the names of their classes end
+    refused_heads = {
+        "ForNextSentencePrediction": (
+            "Its head is the second one of task='pretraining', which loads it, and begins the first anew."
+        ),
+        "ForMultipleChoice": (
+            "It compares the scores of rows, and a batch's rows are cut into micro-batches here."
+            " config={'task': 'sequence_classification', 'num_labels': 1} loads its head, too, as a score of each row."
+        ),
+    }
 
     @override
     def read_config(self, fields: Fields) -> dict[str, Any]:

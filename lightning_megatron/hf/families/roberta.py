@@ -17,6 +17,9 @@ class Roberta(Bert):
     prefix = "roberta."
     head = ("lm_head.", "classifier.", "qa_outputs.", "roberta.pooler.")
     heads = {task: ending for task, ending in Bert.heads.items() if task != "pretraining"}
+    refused_heads = {
+        "ForMultipleChoice": "It compares the scores of rows, and a batch's rows are cut into micro-batches here.",
+    }
     expresses = ("position_padding_id", "pooler_dropout")
 
     @override

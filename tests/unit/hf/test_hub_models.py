@@ -158,7 +158,8 @@ def test_a_name_of_the_hub_at_a_revision(tmp_path, monkeypatch):
 
 
 HEADS = {
-    "BertForMultipleChoice": ("google-bert/bert-base-uncased", r"classifier\) has no.*BertForTokenClass.*'task'"),
+    "BertForMultipleChoice": ("google-bert/bert-base-uncased", r"classifier\) has no.*'task'.*compares the scores"),
+    "BertForNextSentencePrediction": ("google-bert/bert-base-uncased", r"cls\) has no.*'task'.*='pretraining', which"),
     "GPT2DoubleHeadsModel": ("openai-community/gpt2", r"multiple_choice_head\) has no.*GPT2ForTokenClass.*'task'"),
     "T5ForSequenceClassification": ("google-t5/t5-small", r"classification_head.*T5ForConditionalGeneration"),
 }
@@ -177,6 +178,29 @@ def test_a_head_without_counterpart_is_named_and_can_be_left_out(architecture, t
     module = AutoModule.from_pretrained(tmp_path / "model", **bert)
     new = {"output_layer.bias", "lm_head.dense.bias", "lm_head.layer_norm.bias"} if "Bert" in architecture else set()
     assert {ours for ours in module.new_weights if ours.endswith("bias")} == new
+
+
+@pytest.mark.filterwarnings("ignore:.*has no weights for a new head")
+@pytest.mark.parametrize(
+    ("architecture", "advised", "ours", "theirs"),
+    [
+        ("BertForNextSentencePrediction", {"task": "pretraining"}, "binary_head", "cls.seq_relationship"),
+        (
+            "BertForMultipleChoice",
+            {"task": "sequence_classification", "num_labels": 1},
+            "classification_head",
+            "classifier",
+        ),
+    ],
+)
+def test_a_head_without_counterpart_is_loaded_as_advised(architecture, advised, ours, theirs):
+    config = transformers.BertConfig(**hub_models.CONFIGS["google-bert/bert-base-uncased"])
+    model = getattr(transformers, architecture)(config)
+    model.config.architectures = [architecture]
+    module = AutoModule.from_pretrained(model, config=advised).build()
+    loaded = module.state_dict()
+    for name, part in ((ours, theirs), ("pooler.dense", "bert.pooler.dense")):
+        assert torch.equal(loaded[f"chunks.0.{name}.weight"], model.get_parameter(f"{part}.weight"))
 
 
 def test_a_body_without_a_head_starts_one(tmp_path):
