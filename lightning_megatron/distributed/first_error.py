@@ -17,6 +17,7 @@ import torch.distributed as dist
 _KEY = "lightning_megatron/first_error_of_run"
 _CONSEQUENCE = "This is a consequence. First, "
 _SECONDS_FOR_ALL = 15
+_SECONDS_TO_CLOSE = 0.2  # all connections of a rank that is being ended, on a busy machine
 _waits = count()
 T = TypeVar("T")
 _run = 0
@@ -66,6 +67,7 @@ def ask_with_timeout(question: Callable[[], T], seconds: float) -> T:
         TimeoutError: The store has not answered in time.
         Exception: Whatever ``question`` raises.
     """
+    time.sleep(_SECONDS_TO_CLOSE)  # the store of a rank 0 that is being ended may close after what has failed here
     check_runs(default_store())
     answers: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue()
 

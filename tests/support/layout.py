@@ -4,6 +4,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_megatron import MegatronStrategy
+from lightning_megatron.distributed.layout import ParallelLayout
+from lightning_megatron.training.microbatches import MicroBatching
+
+
+class FewMicroBatches(MicroBatching):
+    """Where nobody has chosen, two micro-batches a stage: half of the default, enough for each part of a schedule."""
+
+    def _even_count(self, layout: ParallelLayout, rows: int) -> int:
+        return MicroBatching(self.size, self.count or 2 * layout.pp)._even_count(layout, rows)
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Layout:
         return self.tp * self.pp * self.cp * self.dp
 
     def strategy(self, **options: Any) -> MegatronStrategy:
-        return MegatronStrategy(
+        strategy = MegatronStrategy(
             tp=self.tp,
             pp=self.pp,
             vp=self.vp,
@@ -45,3 +54,5 @@ class Layout:
             distributed_optimizer=self.sharded,
             **{**self.extra, **options},
         )
+        strategy.micro_batching = FewMicroBatches(strategy.micro_batching.size, strategy.micro_batching.count)
+        return strategy

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ class RankError(AssertionError):
 
 
 def run_ranks(world_size: int, function: Any, *args: Any, timeout: float = 120) -> list[Any]:
-    """Call the module-level ``function(*args)`` on each rank under a torchrun-like environment; all their results."""
+    """Call the module-level ``function(*args)`` on each rank under a torchrun-like environment; all their results.
+
+    Ranks that still run after ``timeout`` seconds are ended.
+    """
     results = _launch(world_size, function, args, timeout)
     if any("EADDRINUSE" in result.get("error", "") for result in results):  # somebody took the port meanwhile
         results = _launch(world_size, function, args, timeout)
@@ -121,8 +125,9 @@ def _launch(world_size: int, function: Any, args: Any, timeout: float) -> list[d
         for started in processes:
             started.start()
         try:
+            deadline = time.monotonic() + timeout
             for started in processes:
-                started.join(timeout)
+                started.join(max(deadline - time.monotonic(), 0))
             return [_result(Path(folder) / str(rank), ended) for rank, ended in enumerate(processes)]
         finally:
             for left in processes:

@@ -148,7 +148,7 @@ def test_a_profile_of_each_rank_names_the_parts(tmp_path):
     for rank in (0, 1):
         events = json.loads((tmp_path / f"rank-{rank}.json").read_text())["traceEvents"]
         names = [event.get("name") for event in events]
-        assert names.count("forward-compute") == names.count("backward-compute") == 2 * 8  # 2 steps of 8 micro-batches
+        assert names.count("forward-compute") == names.count("backward-compute") == 2 * 4  # 2 steps of 4 micro-batches
         assert {"optimizer", "all-grads-sync", "aten::addmm"} <= set(names) | {"aten::addmm"}
         assert any(str(name).startswith("aten::") for name in names)
 

@@ -102,7 +102,7 @@ class Strays(Callback):
 
     def on_validation_batch_start(self, run: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         if run.global_rank == 1 and batch_idx == 1:
-            time.sleep(30)
+            time.sleep(20)
 
 
 def _stray(how: str) -> None:

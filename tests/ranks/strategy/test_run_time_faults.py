@@ -291,7 +291,7 @@ def _stops_while_it_saves(folder):
 @pytest.mark.slow
 def test_a_save_waits_no_longer_than_the_timeout(tmp_path):
     with pytest.raises(RankError, match="imed out|imeout") as error:  # the rank that stops gives no result
-        run_ranks(2, _stops_while_it_saves, str(tmp_path), timeout=80)
+        run_ranks(2, _stops_while_it_saves, str(tmp_path), timeout=50)
     assert "rank 0: Traceback" in str(error.value)
     assert not list(tmp_path.glob("*.ckpt"))
 
