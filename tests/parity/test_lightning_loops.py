@@ -18,7 +18,7 @@ from tests.support.ranks import run_ranks
 # A short last window is divided by its own tokens here (as one big batch would be), by the full window in Lightning:
 # Adam, nearly blind to the scale of gradients, makes little of it.
 EXACTNESS = dict.fromkeys(CASES, 1e-5) | {"accumulate": 1e-3, "accumulation schedule": 1e-3}
-LAYOUTS = [Layout(tp=2, pp=2), Layout(tp=2, dp=2), Layout(pp=2, vp=2)]
+LAYOUTS = [Layout(tp=2, pp=2, vp=2), Layout(tp=2, dp=2)]
 
 
 @functools.cache

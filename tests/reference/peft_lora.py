@@ -10,6 +10,7 @@ import torch
 from tests.reference import pretrained
 from tests.reference.plain_gpt import ADAM
 
+STEPS = 6
 # Targets of each model: some of the parts of a layer, all, and a layer that is stored as one.
 TARGETS: dict[str, list[str]] = {
     "llama": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
@@ -68,7 +69,7 @@ def truth(name: str) -> dict[str, Any]:
     first = copy.deepcopy(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAM)
     losses = []
-    for step in range(pretrained.STEPS):
+    for step in range(STEPS):
         loss = model(**pretrained._batch(name, step)).loss
         optimizer.zero_grad()
         loss.backward()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lightning_megatron import AutoModule
 from lightning_megatron.models.export_checkpoint import export_adapter
 from tests.reference import pretrained
-from tests.reference.peft_lora import MIXTURES, truth
+from tests.reference.peft_lora import MIXTURES, STEPS, truth
 from tests.reference.plain_gpt import ADAM
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
@@ -31,7 +31,7 @@ def _train_one(name: str, layout: Layout, folder: Path) -> list[float]:
     make = functools.partial(torch.optim.AdamW, **ADAM)
     module = AutoModule.from_pretrained(pretrained.new_model(name), optimizer=make).load_adapter(folder / "first")
     logged = Logged()
-    run = trainer(layout, max_steps=pretrained.STEPS, callbacks=[logged])
+    run = trainer(layout, max_steps=STEPS, callbacks=[logged])
     run.fit(module, loader(pretrained.samples(name), layout, pretrained.ROWS, run))
     module.save_adapter(folder / f"last-{layout}")
     module.save_pretrained(folder / f"merged-{layout}")

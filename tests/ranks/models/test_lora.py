@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lightning_megatron import AutoModule, GPTModule, LoRA
 from lightning_megatron.checkpoint import CheckpointError
 from tests.reference import pretrained
-from tests.reference.peft_lora import TARGETS, truth
+from tests.reference.peft_lora import STEPS, TARGETS, truth
 from tests.reference.plain_gpt import ADAM
 from tests.support.layout import Layout
 from tests.support.ranks import RankError, run_in_pool, run_ranks
@@ -35,7 +35,7 @@ def _run_one(name: str, layout: Layout, folder: Path) -> dict[str, Any]:
     module = AutoModule.from_pretrained(pretrained.new_model(name), optimizer=make)
     module.load_adapter(folder / "first")
     logged = Logged()
-    run = trainer(layout, max_steps=pretrained.STEPS, callbacks=[logged])
+    run = trainer(layout, max_steps=STEPS, callbacks=[logged])
     run.fit(module, loader(pretrained.samples(name), layout, pretrained.ROWS, run))
     module.save_adapter(folder / f"last-{layout}")
     module.save_pretrained(folder / f"merged-{layout}")

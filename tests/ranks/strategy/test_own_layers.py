@@ -114,7 +114,7 @@ def test_layers_without_a_number_are_refused():
 
 
 def test_hidden_states_of_another_shape_are_refused():
-    with pytest.raises(RankError, match=r"passes hidden states of shape \[1, 1, 8\] on, .* waits for \[3, 1, 8\]"):
+    with pytest.raises(RankError, match=r"passes hidden states of shape \[1, 2, 8\] on, .* waits for \[3, 2, 8\]"):
         run_ranks(2, fit, WrongLength, Layout(pp=2))
 
 
