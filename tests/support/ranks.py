@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,16 @@ class RankError(AssertionError):
     """The traceback of a rank that failed."""
 
 
-def run_ranks(world_size: int, function: Any, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Any, *args: Any, timeout: float = 120, seconds_for_others: float = 120
+) -> list[Any]:
     """Call the module-level ``function(*args)`` on each rank under a torchrun-like environment; all their results.
 
-    Ranks that still run after ``timeout`` seconds are ended.
+    Ranks are waited for in turn, ``timeout`` seconds each, and all but the first no longer than ``seconds_for_others``.
     """
-    results = _launch(world_size, function, args, timeout)
+    results = _launch(world_size, function, args, timeout, seconds_for_others)
     if any("EADDRINUSE" in result.get("error", "") for result in results):  # somebody took the port meanwhile
-        results = _launch(world_size, function, args, timeout)
+        results = _launch(world_size, function, args, timeout, seconds_for_others)
     return _values(results)
 
 
@@ -118,16 +119,18 @@ def _answer(connection: Any) -> None:
         connection.send_bytes(result.getvalue())
 
 
-def _launch(world_size: int, function: Any, args: Any, timeout: float) -> list[dict[str, Any]]:
+def _launch(
+    world_size: int, function: Any, args: Any, timeout: float, seconds_for_others: float
+) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         processes = [process(rank, world_size, port, folder, function, args) for rank in range(world_size)]
         for started in processes:
             started.start()
         try:
-            deadline = time.monotonic() + timeout
             for started in processes:
-                started.join(max(deadline - time.monotonic(), 0))
+                started.join(timeout)
+                timeout = min(timeout, seconds_for_others)
             return [_result(Path(folder) / str(rank), ended) for rank, ended in enumerate(processes)]
         finally:
             for left in processes:

@@ -266,7 +266,7 @@ def _hang(how):
 )
 def test_a_time_out_names_the_rank_that_was_waited_for(how, told):
     with pytest.raises(RankError) as error:  # the rank that hangs gives no result
-        run_ranks(2, _told, how, timeout=25)
+        run_ranks(2, _told, how, timeout=25, seconds_for_others=3)
     assert re.search(told, str(error.value)), str(error.value)[-3000:]
     assert "This rank waited in" in str(error.value)
 
@@ -291,7 +291,7 @@ def _stops_while_it_saves(folder):
 @pytest.mark.slow
 def test_a_save_waits_no_longer_than_the_timeout(tmp_path):
     with pytest.raises(RankError, match="imed out|imeout") as error:  # the rank that stops gives no result
-        run_ranks(2, _stops_while_it_saves, str(tmp_path), timeout=50)
+        run_ranks(2, _stops_while_it_saves, str(tmp_path), timeout=80, seconds_for_others=3)
     assert "rank 0: Traceback" in str(error.value)
     assert not list(tmp_path.glob("*.ckpt"))
 
