@@ -4,11 +4,13 @@
 module: for trainings that do not care what the process did before, which several Trainers in one process may not.
 """
 
+import contextlib
 import faulthandler
 import gc
 import io
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import tempfile
@@ -60,9 +62,12 @@ def process(rank: int, world_size: int, port: int, folder: str, function: Any, a
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    """A port below those that the system gives to whoever asks for any: nobody takes it until the test's ranks do."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
 
 
 class _Pool:
