@@ -67,6 +67,7 @@ class Heartbeat:
             while True:
                 frame = sys._current_frames().get(main or 0)
                 where = _where(traceback.extract_stack(frame))
+                first_error.check_runs(store)
                 store.set(f"{_HERE}{rank}", json.dumps({**who, "beats": beats, **where}))
                 if stop.wait(_PERIOD):
                     break
