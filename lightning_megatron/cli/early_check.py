@@ -1,4 +1,4 @@
-"""Finds names of arguments that do not exist, on the command line and in YAML, before anything heavy is imported.
+"""Finds names of arguments that do not exist, and values in place of arguments, before anything heavy is imported.
 
 It reads the sources of the classes that a run names. What it is not sure of it leaves to jsonargparse, which knows
 everything and takes seconds to say it.
@@ -17,7 +17,7 @@ import yaml
 
 import lightning_megatron
 from lightning_megatron.cli.auto_module_help import NAMES as AUTO_MODULES
-from lightning_megatron.cli.no_argument import no_argument
+from lightning_megatron.cli.no_argument import no_argument, takes_arguments
 from lightning_megatron.distributed import signatures
 from lightning_megatron.distributed.suggestions import closest_name
 
@@ -44,11 +44,13 @@ class _Entry:
         path: The names from the top.
         value: Its value if that is plain.
         place: The file and line; empty for the command line.
+        is_list: Whether it is a list in a file.
     """
 
     path: Path_
     value: str | None
     place: str = ""
+    is_list: bool = False
 
     @property
     def is_option(self) -> bool:
@@ -83,7 +85,7 @@ class Run:
             slot = slot[:-1]
         elif slot == ("trainer",):  # in a file of its own, or as JSON
             slot = _STRATEGY
-        elif not _is_slot(slot):
+        elif not _is_slot(slot) or entry.path[-1] == "init_args":
             return
         if entry.value:
             self.classes.setdefault(slot, set()).add(_path(entry.value) or entry.value)
@@ -204,7 +206,8 @@ def _entries(mapping: yaml.MappingNode, above: Path_, name: str) -> Iterator[_En
         elif isinstance(key.value, str):
             path = (*above, *key.value.rstrip("+").split("."))  # callbacks+ adds to those of an earlier file
             plain = value.value if isinstance(value, yaml.ScalarNode) else None
-            yield _Entry(path, plain, f"{name}:{key.start_mark.line + 1}: ")
+            is_list = isinstance(value, yaml.SequenceNode)
+            yield _Entry(path, plain, f"{name}:{key.start_mark.line + 1}: ", is_list)
             parts = [(path, value)]
             if isinstance(value, yaml.SequenceNode) and path == _CALLBACKS:
                 parts = [((*path, str(number)), each) for number, each in enumerate(value.value)]
@@ -230,7 +233,7 @@ def _fault(entry: _Entry, run: Run) -> str | None:
         )
     at: Path_ = ()
     known: dict[str, Any] | None = dict.fromkeys(TOP)
-    owner, module = "", ""
+    owner, module, has_fields = "", "", False
     for number, name in enumerate(entry.path):
         if known is None:
             return None
@@ -269,7 +272,26 @@ def _fault(entry: _Entry, run: Run) -> str | None:
         else:
             path = signatures.class_in(annotation, module)
         owner, module, known = ("", "", {}) if at == _CALLBACKS else _class(path)
+        has_fields = path is not None and signatures.is_dataclass(path)
+    if known and (has_fields or at == ("trainer",) or entry.path[-1] == "init_args") and (value := _no_mapping(entry)):
+        place = ("--" if entry.is_option else "") + ".".join(entry.path)
+        return f"{entry.place}{takes_arguments(place, value, owner, known)}"
     return None
+
+
+def _no_mapping(entry: _Entry) -> str:
+    """The value of an entry, if it surely is neither a mapping nor what may stand for one: a file, a class, nothing."""
+    if entry.is_list:
+        return "a list"
+    try:
+        value = yaml.safe_load(entry.value or "")
+    except yaml.YAMLError:
+        return ""
+    if value is None or isinstance(value, dict):
+        return ""
+    if isinstance(value, str) and ("." in value or value in _short_names() or Path(value).is_file()):
+        return ""
+    return entry.value or ""
 
 
 def _class(path: str | None) -> tuple[str, str, dict[str, Any] | None]:

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from lightning_megatron.cli.no_argument import no_argument
+from lightning_megatron.cli.no_argument import no_argument, takes_arguments
 from lightning_megatron.distributed.other_names import VALUE_NAMES
 from lightning_megatron.distributed.suggestions import closest_name
 from lightning_megatron.strategy.former_arguments import replacement
@@ -36,6 +36,7 @@ def explain(message: str, options: Iterable[str]) -> str:
         _no_file,
         _no_class,
         _not_expected,
+        _no_arguments,
     )
     for rule in rules:
         line = rule(message, list(options))
@@ -204,6 +205,18 @@ def _not_expected(message: str, _: list[str]) -> str:
     return f"--{key}: {other[1].replace('Expected', 'use')}" if other else ""
 
 
+def _no_arguments(message: str, _: list[str]) -> str:
+    """A value in place of a class's arguments."""
+    found = re.search(r"Not a valid subclass of (\w+)", message)
+    value = re.search(r"Given value: (.+)", message[found.end() :]) if found else None
+    if not found or not value or not _key(message):
+        return ""
+    path = re.search(rf"<class '((?:\w+\.)*{found[1]})'>", message[: found.start()])
+    if path and dataclasses.is_dataclass(pydoc.locate(path[1])):
+        return takes_arguments(f"--{_key(message)}", value[1], found[1], _parameters(path[1], None))
+    return f"--{_key(message)}={value[1]}: use the name of a {found[1]}, and init_args for its arguments"
+
+
 def _key(message: str) -> str:
     """The full name of the argument: the keys of nested parsers are relative to those around them."""
     return ".".join(re.findall(r'Parser key "([^"]+)"', message))
@@ -216,7 +229,13 @@ def _readable(kind: str) -> str:
     named = re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind)
     if not named:
         return kind
-    return {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(named[1], named[1])
+    return {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "dict": "a mapping, as {name: value}",
+        "list": "a list",
+    }.get(named[1], named[1])
 
 
 def _parameters(path: str, group: str | None) -> Iterator[str]:

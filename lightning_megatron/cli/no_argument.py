@@ -1,4 +1,4 @@
-"""Words the error of an argument that does not exist; the command's own check and jsonargparse's errors share it."""
+"""Words the errors of arguments that do not exist, or that have a value in their place; two readers share it."""
 
 from __future__ import annotations
 
@@ -27,3 +27,18 @@ def no_argument(beginning: str, name: str, known: Iterable[str], owner: str, val
     else:
         remedy = elsewhere(name, owner) or f"it takes {', '.join(choices)}"
     return f"there is no argument {beginning}{name}; {remedy}"
+
+
+def takes_arguments(place: str, value: str, owner: str, known: Iterable[str]) -> str:
+    """Say that a value stands where there are arguments, and how to write these.
+
+    Args:
+        place: The full name of what was given, as ``--model.lora`` or ``model.init_args.lora``.
+        value: What it was given.
+        owner: The class whose arguments belong there.
+        known: Their names.
+    """
+    first, *others = known
+    more = ", ".join([first, *others[:7]]) + (", ..." if len(others) > 7 else "")
+    written = f"{place}.{first}=..." if place.startswith("--") else f"{place.rpartition('.')[2]}: {{{first}: ...}}"
+    return f"{place} is {value}; it takes arguments of {owner}: {more}. Write {written}"

@@ -88,6 +88,7 @@ class ParallelLayout:
         layers_per_stage: The number of layers of each stage, counted as in ``num_stages``; with ``vp`` also that of
             each pipeline rank, which its chunks share equally. Or megatron-core's text of a layout, or "auto", which a
             model's configuration replaces by numbers. None: all stages have as many.
+        mtp: Layers of multi-token prediction that such a text names, which a model must have; the text says it.
     """
 
     world_size: int
@@ -100,6 +101,7 @@ class ParallelLayout:
     sequence_parallel: bool = False
     pipeline_split_rank: int | None = None
     layers_per_stage: Sequence[int] | str | None = None
+    mtp: int | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -313,10 +315,13 @@ class ParallelLayout:
 
     def _read_cut(self) -> None:
         """Keep the numbers of layers as a tuple, whatever form they were given in."""
+        given = self.layers_per_stage
         try:
-            cut = pipeline_cut.read(self.layers_per_stage, self.pp, self.vp)
+            cut = pipeline_cut.read(given, self.pp, self.vp)
         except ValueError as error:
             raise self.error(str(error)) from None
+        if isinstance(given, str) and given != "auto":
+            object.__setattr__(self, "mtp", pipeline_cut.later_layers(given))
         object.__setattr__(self, "layers_per_stage", cut)
 
     def _check_world(self) -> None:
@@ -368,7 +373,8 @@ class ParallelLayout:
 
     def error(self, text: str) -> LayoutError:
         """Make an error that begins with the strategy as the user wrote it."""
-        changed = (f for f in fields(self) if f.name != "world_size" and getattr(self, f.name) != f.default)
+        said = (f for f in fields(self) if f.name not in ("world_size", "mtp"))
+        changed = (f for f in said if getattr(self, f.name) != f.default)
         call = ", ".join(f"{field.name}={_as_written(getattr(self, field.name))!r}" for field in changed)
         return LayoutError(f"MegatronStrategy({call}): {text}")
 

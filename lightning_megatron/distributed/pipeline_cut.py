@@ -56,6 +56,15 @@ def number_of_stages(text: str) -> int:
     return len(_of_text(text))
 
 
+def later_layers(text: str) -> int | None:
+    """The layers of multi-token prediction that megatron-core's text has; None if it names none.
+
+    Raises:
+        ValueError: It is no such text.
+    """
+    return _flat(text).count("m") or None
+
+
 def even(num_layers: int, stages: int) -> list[int]:
     """The layers of each stage, as equal as they can be; the first stages have one more."""
     return [num_layers // stages + (number < num_layers % stages) for number in range(stages)]
@@ -96,7 +105,7 @@ def of_core_fields(fields: Mapping[str, Any], num_layers: int, pp: int, vp: int 
     if len(kinds) > 1:
         raise ValueError(f"{told}: these say it twice. Use MegatronStrategy(layers_per_stage=[...]) in their place.")
     if _WHOLE in said:
-        return read(_as_text(said[_WHOLE]), pp, vp)
+        return read(as_text(said[_WHOLE]), pp, vp)
     chunks = vp or 1
     if kinds == [_COUNTED]:
         each, rest = divmod(num_layers + len(said), pp * chunks)
@@ -143,7 +152,12 @@ def _of_all_stages(counts: list[int], given: object, pp: int, vp: int | None) ->
 
 
 def _of_text(text: str) -> list[int]:
-    """The layers of each stage in megatron-core's text, with ``|`` between stages, and ``(tt|)*3`` and ``t*3``."""
+    """The layers of each stage in megatron-core's text."""
+    return [stage.count("t") for stage in _flat(text).split("|")]
+
+
+def _flat(text: str) -> str:
+    """megatron-core's text with ``|`` between stages, in which ``(tt|)*3`` and ``t*3`` are written out."""
 
     def repeated(found: re.Match[str]) -> str:
         return found[1] * int(found[2])
@@ -156,10 +170,10 @@ def _of_text(text: str) -> list[int]:
             " text, in which E is the embedding, t a layer, m one of multi-token prediction, L the output layer and the"
             " loss: 'E|(tt|)*3L' is [0, 2, 2, 2, 0]. E comes first, L last, and m on the last stage."
         )
-    return [stage.count("t") for stage in flat.split("|")]
+    return flat
 
 
-def _as_text(layout: object) -> str:
+def as_text(layout: object) -> str:
     """megatron-core's layout as text; as a list, it has the names of each stage's layers."""
     if isinstance(layout, str):
         return layout

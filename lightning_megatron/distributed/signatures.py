@@ -41,6 +41,17 @@ def arguments_of(path: str) -> dict[str, ast.expr | None] | None:
     return None if source is None else _arguments(source)
 
 
+def is_dataclass(path: str) -> bool:
+    """Whether a class is surely a dataclass.
+
+    Args:
+        path: The class's full name.
+    """
+    module, _, name = path.rpartition(".")
+    source = find_class(module, name)
+    return source is not None and _is_dataclass(source.node)
+
+
 def named_arguments_of(path: str, method: str) -> Names:
     """The arguments of a method that it names, without those that it collects; none where there is no such method.
 

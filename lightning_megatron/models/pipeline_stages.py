@@ -36,7 +36,9 @@ def with_stages(
     if said is not None and layout.layers_per_stage not in (None, said):
         raise layout.error(f"{name} cuts the pipeline otherwise, into stages of {list(said)} layers. Leave one out.")
     if layout.layers_per_stage != "auto":
-        return replace(layout, layers_per_stage=said or layout.layers_per_stage)
+        text = config.extra.get("pipeline_model_parallel_layout")
+        mtp = layout.mtp if text is None else pipeline_cut.later_layers(pipeline_cut.as_text(text))
+        return replace(layout, layers_per_stage=said or layout.layers_per_stage, mtp=mtp)
     balance = Balance(layer_times(config, recompute)[0], layout.num_stages, int(trains_every_stage))
     if config.num_layers < balance.fewest:
         raise layout.error(

@@ -4,15 +4,19 @@ Tolerances as in ``test_truth``.
 """
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
-from lightning_megatron import Kernels
+from lightning_megatron import Kernels, on_all_stages
 from tests.reference import parallel_gpt, plain_gpt
 from tests.reference.same_training import CLIP, ROWS, assert_gpt_trained_alike
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
+from tests.support.trainer import trainer
 
 STEPS = 5
 NAMES = ["LATENT", "LATENT_LITE"]
@@ -74,6 +78,36 @@ def test_recomputation_changes_nothing(recompute: Any) -> None:
 @pytest.mark.parametrize("kernels", [Kernels(fused_layers=True), Kernels(attention="math")], ids=["fused", "math"])
 def test_kernels_change_nothing(kernels: Kernels) -> None:
     assert_same_training("LATENT", Layout(tp=2, sp=True), kernels=kernels)
+
+
+class Writer(parallel_gpt.LoadedGPT):
+    """Writes what follows some prompts, greedily and by beams."""
+
+    found: list[torch.Tensor]
+
+    def check_batch(self, batch: Any) -> None:
+        """A batch is nothing that the model reads."""
+
+    @on_all_stages
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        ids, keep = torch.arange(1, 13).view(2, 6), torch.ones(2, 6, dtype=torch.long)
+        keep[0, :2] = 0
+        self.found = [self.generate(ids, keep, max_new_tokens=9, pad_token_id=0, num_beams=beams) for beams in (1, 3)]
+        return ids
+
+
+def write(layout: Layout) -> list[torch.Tensor]:
+    module = Writer(replace(plain_gpt.LATENT, seq_length=32))
+    trainer(layout).predict(module, DataLoader(parallel_gpt.Rows({"number": torch.zeros(1)}), batch_size=1))
+    return module.found
+
+
+def test_texts_are_those_of_one_process() -> None:
+    """Every tensor-parallel rank has all latents, and its own heads."""
+    expected = run_in_pool(1, write, Layout())[0]
+    for rank in run_in_pool(4, write, Layout(tp=2, pp=2, sp=True)):
+        for text, other in zip(rank, expected, strict=True):
+            assert torch.equal(text, other)
 
 
 def test_accumulation_is_one_big_batch() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from lightning_megatron import Experts, GPTModule, Kernels, LoRA, ParallelLayout
 from lightning_megatron.callbacks import TrainingMonitor
-from tests.reference import parallel_gpt
+from tests.reference import parallel_experts, parallel_gpt
 from tests.reference import plain_multi_token_prediction as plain
 from tests.reference.parallel_gpt import LoadedGPT, packed_samples, text_samples
 from tests.reference.same_training import CLIP, assert_gpt_trained_alike
@@ -55,6 +55,17 @@ def test_one_process(name):
 )
 def test_trains_as_in_one_process(name, layout):
     assert_trains_alike(name, layout, micro_batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2, pp=2, ep=2, etp=1, sp=True, extra={"layers_per_stage": [3, 2]})], ids=str
+)
+def test_all_of_deepseek_v3_at_once(layout):
+    """Latents, shared and routed experts behind a dense layer, a layer of later tokens, stages of different lengths."""
+    expected = truth("DEEPSEEK")
+    train = functools.partial(parallel_experts.train, full=expected["weights"], micro_batch_size=3)
+    ranks = run_in_pool(layout.world_size, train, plain.DEEPSEEK, layout, ROWS, STEPS, CLIP, timeout=600)
+    assert_gpt_trained_alike(ranks, expected)
 
 
 class OwnLoss(LoadedGPT):

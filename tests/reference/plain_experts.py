@@ -83,10 +83,8 @@ def initial_weights(c: GPTConfig) -> Weights:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.15
 
-    for n, has in enumerate(e.in_layers(c.num_layers)):
-        if not has:
-            continue
-        layer = f"decoder.layers.{n}.mlp."
+    layers = [f"decoder.layers.{n}.mlp." for n, has in enumerate(e.in_layers(c.num_layers)) if has]
+    for layer in [*layers, *(f"mtp_block.layers.{n}.transformer_layer.mlp." for n in range(c.mtp))]:
         for name in ("linear_fc1", "linear_fc2"):
             del weights[f"{layer}{name}.weight"]
         width = e.ffn_hidden_size or c.ffn_hidden_size
@@ -114,7 +112,7 @@ def logits(c: GPTConfig, w: Weights, tokens: torch.Tensor, mask: torch.Tensor, c
         normed = plain_gpt._normalise(c, w, layer + "input_layernorm", x)
         x = x + plain_gpt._attention(c, w, layer + "self_attention.", normed, places.expand_as(tokens), sees)
         normed = plain_gpt._normalise(c, w, layer + "pre_mlp_layernorm", x)
-        x = x + (_mixture(c, w, n, normed, mask, cut, seen) if has else plain_gpt._mlp(c, w, layer + "mlp.", normed))
+        x = x + (mixture(c, w, n, normed, mask, cut, seen) if has else plain_gpt._mlp(c, w, layer + "mlp.", normed))
     return plain_gpt._normalise(c, w, "decoder.final_layernorm", x) @ w["output_layer.weight"].T
 
 
@@ -171,10 +169,11 @@ def train(
     return {"losses": losses, "norms": norms, "weights": weights, "added": extra, "seen": seen}
 
 
-def _mixture(
-    c: GPTConfig, w: Weights, n: int, x: torch.Tensor, mask: torch.Tensor, cut: Cut, seen: Seen
+def mixture(
+    c: GPTConfig, w: Weights, n: int, x: torch.Tensor, mask: torch.Tensor, cut: Cut, seen: Seen, name: str = ""
 ) -> torch.Tensor:
-    e, layer = experts_of(c), f"decoder.layers.{n}.mlp."
+    """The mixture of layer ``n``, or of one that is called ``name``."""
+    e, layer = experts_of(c), name or f"decoder.layers.{n}.mlp."
     with torch.autocast("cpu", enabled=False):
         scores_in = x.float() @ w[f"{layer}router.weight"].T  # [b, s, experts]
     if e.router == "softmax":
@@ -188,6 +187,7 @@ def _mixture(
     weights = scores * chosen
     if e.normalize_top_k:
         weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights * e.scale
     seen.counts[n] = (chosen * mask[..., None]).sum((0, 1))
     seen.entropies[n] = float(-(shares * shares.log()).sum(-1)[mask > 0].mean().detach())
     seen.z_losses[n] = float(scores_in.logsumexp(-1).square()[mask > 0].mean().detach())

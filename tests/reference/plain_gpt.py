@@ -11,6 +11,7 @@ from lightning_megatron import GPTConfig, LatentAttention
 from tests.reference import plain_latent
 
 Weights = dict[str, torch.Tensor]
+FeedForward = Callable[[GPTConfig, Weights, str, torch.Tensor], torch.Tensor]
 
 GPT2 = GPTConfig(
     num_layers=8, hidden_size=32, num_attention_heads=4, vocab_size=64, seq_length=16, make_vocab_size_divisible_by=16
@@ -136,23 +137,24 @@ def seen_from(
 
 
 def hidden_states(
-    c: GPTConfig, w: Weights, tokens: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor
+    c: GPTConfig, w: Weights, tokens: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, **parts: FeedForward
 ) -> torch.Tensor:
     """``[b, s, h]``, behind the last norm."""
     x = w["embedding.word_embeddings.weight"][tokens]
     if c.position_embedding == "learned":
         x = x + w["embedding.position_embeddings.weight"][positions]
     for n in range(c.num_layers):
-        x = layer(c, w, f"decoder.layers.{n}.", x, positions, seen)
+        x = layer(c, w, f"decoder.layers.{n}.", x, positions, seen, **parts)
     return _normalise(c, w, "decoder.final_layernorm", x)
 
 
 def layer(
-    c: GPTConfig, w: Weights, name: str, x: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor
-) -> torch.Tensor:
+    c: GPTConfig, w: Weights, name: str, x: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor,
+    feed_forward: FeedForward | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention and feed-forward of one layer."""
     x = x + _attention(c, w, name + "self_attention.", _normalise(c, w, name + "input_layernorm", x), positions, seen)
-    return x + _mlp(c, w, name + "mlp.", _normalise(c, w, name + "pre_mlp_layernorm", x))
+    return x + (feed_forward or _mlp)(c, w, name + "mlp.", _normalise(c, w, name + "pre_mlp_layernorm", x))
 
 
 def output(c: GPTConfig, w: Weights, x: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from lightning_megatron.cli.migrate.model_settings import depth
+from lightning_megatron.cli.migrate.model_settings import depth, is_gpt
 from lightning_megatron.cli.migrate.plan import Fate, Given, MigrationError, Plan
-from lightning_megatron.cli.migrate.settings_table import CONFIG, MODELS, STRATEGY
+from lightning_megatron.cli.migrate.settings_table import CONFIG, STRATEGY
 
 _PLACE = f"{CONFIG}.experts"
 # Megatron-LM's settings that are one argument of ``Experts`` each.
@@ -53,7 +53,7 @@ def experts(given: Given, plan: Plan) -> None:
         plan: The run in the making.
     """
     named = [name for name in (*_ALONE, *_TOGETHER, *_EXTRA) if given.get(name) is not None]
-    if given.get("num_experts") is None or not _is_gpt(plan):
+    if given.get("num_experts") is None or not is_gpt(plan):
         fate: Fate = "not needed"
         says = "Megatron-LM looks at it only with num_experts"
         if given.get("num_experts") is not None:
@@ -85,10 +85,6 @@ def experts(given: Given, plan: Plan) -> None:
     if plan.get(f"{CONFIG}.layers") == "transformer_engine":
         plan.take_back(f"{CONFIG}.layers", "not needed", "layers of a mixture are PyTorch's, with the same numbers")
     plan.put(_PLACE, settings)
-
-
-def _is_gpt(plan: Plan) -> bool:
-    return str(plan.get("model.class_path")).endswith(MODELS["gpt"][0])
 
 
 def _normalisation(given: Given, plan: Plan, settings: dict[str, Any], top_k: int) -> None:

@@ -28,6 +28,11 @@ def depth(given: Given) -> int | None:
     return given.get("num_layers") or given.get("encoder_num_layers")
 
 
+def is_gpt(plan: Plan) -> bool:
+    """Whether the model is a GPT that is built from its sizes."""
+    return str(plan.get("model.class_path")).endswith(MODELS["gpt"][0])
+
+
 def positions(given: Given, plan: Plan) -> None:
     """Carry over the kind of positions, the scaling of rotary ones, and the longest sequence."""
     names = {"learned_absolute": "learned", "rope": "rope", "none": "none"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
@@ -21,6 +23,7 @@ class KeyValueCache(StaticInferenceContext):
         self.texts: torch.Tensor | None = None
         self._rotations: dict[int, tuple[int, Rotation]] = {}  # of a table of angles, from a place on
         self._spare: dict[int, tuple[torch.Tensor, ...]] = {}  # of a layer: what its memories are moved to
+        self._of_all_tokens: dict[int, torch.Tensor] = {}  # of a layer
 
     def take(self, texts: torch.Tensor) -> torch.Tensor:
         """What of the texts is new ``[rows, new]``; rows are brought into the order of the texts they begin.
@@ -52,17 +55,26 @@ class KeyValueCache(StaticInferenceContext):
                 torch.index_select(memory[filled], 1, rows, out=other[filled])
             self.key_value_memory_dict[layer], self._spare[layer] = spare, memories
 
-    def add(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep a layer's keys and values ``[new, rows, groups, head]``; all of them so far are returned."""
+    def add(self, layer: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keep a layer's keys and values ``[new, rows, groups, head]``; all of them so far are returned.
+
+        Multi-latent attention keeps one tensor in their place, of one group.
+        """
         if layer not in self.key_value_memory_dict:
             self.key_value_memory_dict[layer] = tuple(
-                new.new_empty(self.max_sequence_length, *new.shape[1:]) for new in (key, value)
+                each.new_empty(self.max_sequence_length, *each.shape[1:]) for each in new
             )
-        keys, values = self.key_value_memory_dict[layer]
-        first, end = self.sequence_len_offset, self.sequence_len_offset + key.size(0)
-        keys[first:end] = key
-        values[first:end] = value
-        return keys[:end], values[:end]
+        memories = self.key_value_memory_dict[layer]
+        first, end = self.sequence_len_offset, self.sequence_len_offset + new[0].size(0)
+        for memory, each in zip(memories, new, strict=True):
+            memory[first:end] = each
+        return tuple(memory[:end] for memory in memories)
+
+    def once(self, layer: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What a layer computes once for all tokens, by ``make``."""
+        if layer not in self._of_all_tokens:
+            self._of_all_tokens[layer] = make()
+        return self._of_all_tokens[layer]
 
     def rotation(self, angles: torch.Tensor, new: torch.Tensor, interleaved: bool, table: int = 0) -> Rotation:
         """The rotation of the new tokens, whose cosines and sines are computed once for all layers of a table.

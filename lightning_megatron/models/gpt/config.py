@@ -246,9 +246,16 @@ class GPTConfig(ModelConfig):
             LayoutError: One line per broken rule, with the nearest values that work.
         """
         super().check(layout)
+        layout = self.complete_layout(layout)
+        if layout.mtp not in (None, self.mtp):
+            raise layout.error(
+                f"megatron-core's text of the stages has {layout.mtp} letters m, layers of multi-token prediction, and"
+                f" the model has GPTConfig(mtp={self.mtp}). Write as many, or none."
+            )
         if self.experts is not None and self.bias and layout.expert_tp > 1:
+            why = "" if layout.etp else f" (as tp={layout.tp}, where etp is not given)"
             raise LayoutError(
-                f"etp={layout.expert_tp} divides each expert, and megatron-core divides none that has biases"
+                f"etp={layout.expert_tp} divides each expert{why}, and megatron-core divides none that has biases"
                 " (GPTConfig(bias=True)). Use MegatronStrategy(etp=1), and ep to divide experts."
             )
 
@@ -326,10 +333,10 @@ class GPTConfig(ModelConfig):
 
     def _check_experts(self) -> None:
         """Refuse what no layer of experts has."""
+        refuse_own_fields("GPTConfig", self.extra, self.experts)
         if self.experts is None:
             return
         self.experts.in_layers(self.num_layers)
-        refuse_own_fields("GPTConfig", self.extra)
         if self.bias and self.experts.shared_ffn_hidden_size is not None:
             raise ValueError(
                 "GPTConfig(experts=Experts(shared_ffn_hidden_size=...)) needs bias=False: shared experts of"

@@ -41,6 +41,12 @@ def check_mtp(config: Any) -> None:
     arguments.number(least=0, mtp_weight=config.mtp_weight)
     if isinstance(config.mtp, bool) or not isinstance(config.mtp, int) or config.mtp < 0:
         raise ValueError(f"GPTConfig(mtp={config.mtp!r}): use the number of layers, such as 1; 0 has none.")
+    longest = min(config.num_layers, config.seq_length - 1 if config.seq_length else config.num_layers)
+    if config.mtp > max(longest, 1):
+        raise ValueError(
+            f"GPTConfig(mtp={config.mtp}): each is a whole layer that predicts one token further on; no more than the"
+            f" model's own num_layers={config.num_layers}, and fewer than the tokens of a row. Use 1, as DeepSeek-V3."
+        )
     if config.mtp and config.position_embedding == "learned":
         raise ValueError(
             f"GPTConfig(mtp={config.mtp}) needs position_embedding='rope' or 'none': a token that is predicted with"

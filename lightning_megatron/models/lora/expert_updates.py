@@ -29,13 +29,14 @@ def flat(down: torch.Tensor, up: torch.Tensor) -> Pair:
     return down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
 
 
-def stacked(pairs: dict[str, Pair], rank: int, targets: list[str]) -> dict[str, Pair]:
+def stacked(pairs: dict[str, Pair], rank: int, targets: list[str], joint_rank: int) -> dict[str, Pair]:
     """The updates by transformers' names, those of experts as ``[experts, ...]``.
 
     Args:
         pairs: ``A`` and ``B`` by the weight of the module that holds them.
         rank: Rank of each update.
         targets: ``peft``'s ``target_parameters``.
+        joint_rank: Rank of those of ``gate_up_proj``.
 
     Raises:
         ValueError: Updates of a tensor that experts here do not have.
@@ -49,11 +50,13 @@ def stacked(pairs: dict[str, Pair], rank: int, targets: list[str]) -> dict[str, 
             continue
         module = name.removesuffix(".weight")
         depth = module.count(_INNER)
-        if leaves - set(_ORDER) - {"weight"} or depth >= len(ordered) or down.size(0) % rank:
+        leaf = ordered[depth] if depth < len(ordered) else ""
+        own = joint_rank if leaf == "gate_up_proj" else rank
+        if leaves - set(_ORDER) - {"weight"} or not leaf or down.size(0) % own:
             raise ValueError(
                 f"The adapter has an update of {module} by target_parameters={sorted(targets)}, which is no tensor of"
                 f" experts here. There are {' and '.join(_ORDER)}."
             )
-        weights = down.unflatten(0, (-1, rank)), up.unflatten(1, (rank, -1)).permute(2, 0, 1)
-        found[f"{module.removesuffix(_INNER * depth)}.{ordered[depth]}"] = weights
+        weights = down.unflatten(0, (-1, own)), up.unflatten(1, (own, -1)).permute(2, 0, 1)
+        found[f"{module.removesuffix(_INNER * depth)}.{leaf}"] = weights
     return found

@@ -73,6 +73,9 @@ def target_names(mapping: WeightMapping, config: Any) -> list[str]:
         if ours.endswith(".weight") and ("linear_" in ours):
             found += [name.removesuffix(".weight") for name in (ours, *mapped.names)]
     usual = _USUAL if getattr(config, "experts", None) is None else (*_USUAL, *_OF_EXPERTS)
+    if (latent := getattr(config, "latent_attention", None)) is not None:
+        layers = latent.linear_layers(config.hidden_size, config.num_attention_heads)
+        usual = (*(f"self_attention.{name}" for name in layers), *usual[2:])
     return found or [f"decoder.layers.0.{name}" for name in usual]
 
 
@@ -84,7 +87,13 @@ def router_names(mapping: WeightMapping, config: Any) -> list[str]:
     return [name.removesuffix(".weight") for each in ours for name in (each, *mapping.get(each, Same(each)).names)]
 
 
-_USUAL = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+# Those of attention come first.
+_USUAL: tuple[str, ...] = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
 _OF_EXPERTS = tuple(f"mlp.{kind}.linear_{name}" for kind in ("experts", "shared_experts") for name in ("fc1", "fc2"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_megatron.models.lora import expert_updates
+from lightning_megatron.models.lora import expert_updates, former_experts
 from lightning_megatron.models.lora.config import LoRA
 from lightning_megatron.models.lora.merge import Each
 
@@ -145,12 +146,17 @@ def read(folder: Path) -> Saved:
         if len(found) < 2:
             raise ValueError(f"{folder} has the {next(iter(found))} of {name}, and not its other half.")
     pairs = {name: (found["lora_A"], found["lora_B"]) for name, found in parts.items()}
-    updates = expert_updates.stacked(pairs, about.get("r", 8), about.get("target_parameters") or [])
+    rank, alpha, rslora = about.get("r", 8), about.get("lora_alpha", 8), bool(about.get("use_rslora"))
+    updates = expert_updates.stacked(pairs, rank, about.get("target_parameters") or [], rank * _fused(about))
+    updates = former_experts.of_one_rank(former_experts.joined(updates))
+    factor = next((up.size(-1) // rank for _, up in updates.values()), 1)
+    if factor > 1:  # the scale stays what it was
+        alpha *= math.sqrt(factor) if rslora else factor
     lora = LoRA(
-        rank=about.get("r", 8),
-        alpha=about.get("lora_alpha", 8),
+        rank=rank * factor,
+        alpha=alpha,
         dropout=about.get("lora_dropout") or 0.0,
-        rslora=bool(about.get("use_rslora")),
+        rslora=rslora,
         targets=[name.removesuffix(".weight") for name in sorted(updates)],
     )
     trained = tuple(about.get("modules_to_save") or ())
@@ -190,8 +196,27 @@ def _check(folder: Path, about: dict[str, Any]) -> None:
             " path_initial_model_for_weight_conversion=...))."
         )
     for name, value in about.items():
+        if name in ("rank_pattern", "alpha_pattern") and _fused(about) > 1:
+            continue
         if name not in _READ | _WITHOUT_EFFECT and value and value != "none":
-            raise ValueError(f"{folder / _CONFIG} has {name}={value!r}, for which there is no counterpart here.")
+            raise ValueError(
+                f"{folder / _CONFIG} has {name}={value!r}, for which there is no counterpart here. Merge it with peft"
+                " (merge_and_unload) and load that model."
+            )
+
+
+def _fused(about: dict[str, Any]) -> int:
+    """How many former layers ``peft`` has joined to an expert's ``gate_up_proj``, whose rank is so many times as large.
+
+    Its scale is the others' then. 1: the patterns say nothing of the kind.
+    """
+    ranks, alphas = about.get("rank_pattern") or {}, about.get("alpha_pattern") or {}
+    if len(ranks) != 1 or ranks.keys() != alphas.keys() or about.get("use_rslora"):
+        return 1
+    ((pattern, rank),) = ranks.items()
+    times = rank // about.get("r", 8)
+    fits = times * about.get("r", 8) == rank and times * about.get("lora_alpha", 8) == alphas[pattern]
+    return times if fits and pattern.endswith("gate_up_proj") else 1
 
 
 def _why(start: str) -> str:

@@ -86,7 +86,7 @@ def plain() -> tuple[list[float], list[float], float]:
 
     def mean_loss(batch: Any, seen: Seen) -> torch.Tensor:
         cut, keep = Cut([list(range(len(batch["x"])))]), batch["keep"]
-        output = plain_experts._mixture(CONFIG, weights, 0, batch["x"], keep, cut, seen)
+        output = plain_experts.mixture(CONFIG, weights, 0, batch["x"], keep, cut, seen)
         assert seen.margin > 2e-5, "a choice is too close for a comparison"
         return (errors(output, batch) * keep).sum() / keep.sum()
 

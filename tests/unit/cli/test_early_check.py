@@ -1,13 +1,16 @@
 """Names that do not exist are found without importing anything heavy, and are those that the whole parser refuses."""
 
 import dataclasses
+import functools
 import inspect
 import os
+import re
 import subprocess
 import sys
 
 import lightning.pytorch as pl
 import pytest
+import yaml
 from megatron.core.transformer import TransformerConfig
 
 import lightning_megatron
@@ -276,3 +279,52 @@ def test_light_commands_import_nothing_heavy(arguments):
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout or "error: " in done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+RUN = """
+trainer: {strategy: {class_path: MegatronStrategy, init_args: {STRATEGY}}}
+model: {class_path: GPTModule, init_args: {MODULE, config: {num_layers: 2, CONFIG}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "line", "told"),
+    [
+        ("CONFIG", "experts: 4", "config.experts is 4; it takes arguments of Experts: num, top_k, .*: {num: ...}"),
+        ("CONFIG", "experts: [4]", "config.experts is a list; it takes arguments of Experts"),
+        ("CONFIG", "experts: many", "config.experts is many; it takes arguments of Experts"),
+        ("CONFIG", "latent_attention: true", "latent_attention is true; it takes arguments of LatentAttention"),
+        ("MODULE", "lora: 4", r"model.init_args.lora is 4; it takes arguments of LoRA: .* Write lora: {rank: ...}"),
+        ("STRATEGY", "kernels: flash", "kernels is flash; it takes arguments of Kernels: .*attention, "),
+        ("STRATEGY", "checkpointing: 4", "checkpointing is 4; it takes arguments of Checkpointing"),
+    ],
+)
+def test_a_value_in_place_of_arguments(place, line, told, tmp_path):
+    run = RUN
+    for each in ("STRATEGY", "MODULE", "CONFIG"):
+        run = run.replace(each, line if each == place else {"STRATEGY": "tp: 1", "MODULE": "loss_reduction: token",
+                                                           "CONFIG": "hidden_size: 8"}[each])  # fmt: skip
+    (tmp_path / "run.yaml").write_text(run)
+    (fault,) = find_faults(["--config", str(tmp_path / "run.yaml")])
+    assert re.search(rf"run.yaml:\d: .*{told}", fault), fault
+
+
+@pytest.mark.parametrize("name", ["trainer", "model.init_args", "trainer.strategy.init_args"])
+def test_a_number_in_place_of_all_arguments(name, tmp_path):
+    run = yaml.safe_load(RUN.replace("STRATEGY", "").replace("MODULE, ", "").replace("CONFIG", ""))
+    *above, last = name.split(".")
+    functools.reduce(dict.__getitem__, above, run)[last] = 4
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    assert any(
+        f"{name} is 4; it takes arguments of" in fault
+        for fault in find_faults(["--config", str(tmp_path / "run.yaml")])
+    )
+
+
+def test_values_that_stand_for_arguments(tmp_path):
+    (tmp_path / "lora.yaml").write_text("rank: 4")
+    (fault,) = find_faults(["--model", "GPTModule", "--model.lora", "4"])
+    assert fault == "--model.lora is 4; it takes arguments of LoRA: rank, " + fault.partition("rank, ")[2]
+    assert fault.endswith("Write --model.lora.rank=...")
+    for value in ("null", "", "LoRA", "lightning_megatron.LoRA", "{rank: 4}", str(tmp_path / "lora.yaml")):
+        assert not find_faults(["--model", "GPTModule", f"--model.lora={value}"])

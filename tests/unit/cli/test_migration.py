@@ -941,6 +941,61 @@ def test_experts(words, experts, parser):
     assert {name: getattr(made, name) for name in experts} == experts
 
 
+# DeepSeek-V3's attention in Megatron-LM's example, a stretched and a plain one.
+LATENTS = [
+    (
+        "--q-lora-rank 24 --kv-lora-rank 8 --qk-head-dim 6 --qk-pos-emb-head-dim 4 --v-head-dim 8 --kv-channels 6"
+        " --rotary-scaling-factor 40 --mscale 1.0 --mscale-all-dim 0.5 --transformer-impl transformer_engine"
+        " --mtp-num-layers 1 --mtp-loss-scaling-factor 0.3 --cache-mla-latents",
+        {"q_lora_rank": 24, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8},
+        {"mscale": 1.0, "mscale_all_dim": 0.5},
+    ),
+    (
+        "--rotary-scaling-factor 8 --mscale 0.5 --rotary-percent 1.0",
+        {"kv_lora_rank": 32, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+        {"attention_factor": 1 + 0.05 * math.log(8)},
+    ),
+    (
+        "--kv-lora-rank 16 --rope-type rope --use-rope-scaling",
+        {"kv_lora_rank": 16, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "sizes", "stretch"), LATENTS, ids=["deepseek", "stretched", "plain"])
+def test_latent_attention(words, sizes, stretch, parser):
+    words = f"--num-layers 2 --hidden-size 64 --num-attention-heads 4 --position-embedding-type rope {words}"
+    words += " --multi-latent-attention --qk-layernorm --disable-bias-linear --normalization RMSNorm"
+    plan = from_command_line(words, "gpt", devices=1)
+    assert not plan.missing
+    assert [line.setting for line in plan.lines if line.fate == "yours to do"] == ["devices"]
+    assert {line.setting for line in plan.lines} >= {word for word in words.split() if word.startswith("--")}
+    config = parsed(parser, plan).model.init_args.config
+    assert {name: getattr(config.latent_attention, name) for name in sizes} == sizes
+    assert (config.mtp, config.mtp_weight) == ((1, 0.3) if "mtp" in words else (0, 0.1))
+    scaling = config.rope_scaling
+    assert (scaling is None) == (stretch is None)
+    assert stretch is None or scaling.items() >= {"rope_type": "yarn", "original_max_position_embeddings": 4096}.items()
+    assert stretch is None or {name: scaling.get(name) for name in stretch} == pytest.approx(stretch)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--position-embedding-type rope", "without qk_layernorm Megatron-LM has no norms of latents"),
+        ("--qk-layernorm", "beside multi-latent attention there are no learned positions"),
+        ("--qk-layernorm --group-query-attention --num-query-groups 2", "makes keys and values for each head"),
+        ("--qk-layernorm --rotary-percent 0.5", "says how many channels are rotated"),
+        ("--rope-type rope --rotary-scaling-factor 4 --mscale-all-dim 1", "YaRN alone stretches"),
+    ],
+)
+def test_what_latent_attention_has_not(words, says):
+    plan = from_command_line(f"--num-layers 2 --multi-latent-attention {words}", "gpt", devices=1)
+    assert any(says in line.says for line in plan.missing)
+    assert not from_command_line("--kv-lora-rank 8 --v-head-dim 4", "gpt", devices=1).missing
+
+
 EXTRA = {
     "moe_input_jitter_eps",
     "moe_router_force_load_balancing",

@@ -72,3 +72,22 @@ def test_updates_of_latent_attention_are_pefts(name, tmp_path):
         ours = module.chunks[0](ids, None, None)[..., : module.config.vocab_size]
         beside = PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
     torch.testing.assert_close(ours, beside, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [LITE, V3])
+def test_texts_are_those_of_transformers(name, tmp_path):
+    """Greedily and by beams, of prompts that are padded; the weights are large, so that attention chooses."""
+    theirs = (
+        transformers.AutoModelForCausalLM.from_pretrained(hub_models.write(name, tmp_path / "source")).float().eval()
+    )
+    theirs.generation_config = transformers.GenerationConfig()
+    torch.manual_seed(0)
+    for weight in theirs.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight.data, std=0.3)
+    ours = AutoModule.from_pretrained(theirs).build()
+    ids, keep = torch.randint(2, 30, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    keep[0, :3] = 0
+    common = {"attention_mask": keep, "max_new_tokens": 16, "pad_token_id": 0}
+    for options in ({}, {"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": 5}):
+        assert torch.equal(ours.generate(ids, **common, **options), theirs.generate(ids, **common, **options)), options

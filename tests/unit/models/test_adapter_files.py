@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lightning_megatron import AutoModule, LoRA
 from lightning_megatron.models.lora import peft_files
@@ -176,3 +176,47 @@ def test_a_directory_with_an_adapter_is_the_model_and_the_adapter(tmp_path):
     change(alone, base_model_name_or_path=None)
     with pytest.raises(ValueError, match="does not say what it is an adapter of"):
         AutoModule.from_pretrained(alone)
+
+
+@pytest.mark.parametrize(("name", "leaves"), [("mixtral", "w1 w3 w2"), ("qwen3_moe", "gate_proj up_proj down_proj")])
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+def test_experts_that_were_layers_of_their_own(name, leaves, rslora, tmp_path):
+    """As adapters of transformers before 5 have them; the last expert's output has no update."""
+    rank, scale = 4, 6 / (2 if rslora else 4)
+    merged, tensors = copy.deepcopy(pretrained.new_model(name)).eval(), {}
+    draw = torch.Generator().manual_seed(3)
+
+    def update(key: str, weight: torch.Tensor) -> None:
+        down, up = (
+            torch.randn(size, generator=draw) * 0.3 for size in ((rank, weight.size(1)), (weight.size(0), rank))
+        )
+        tensors[f"base_model.model.{key}.lora_A.weight"], tensors[f"base_model.model.{key}.lora_B.weight"] = down, up
+        weight += scale * up @ down
+
+    with torch.no_grad():
+        for number, layer in enumerate(merged.model.layers):
+            at = f"model.layers.{number}."
+            update(f"{at}self_attn.q_proj", layer.self_attn.q_proj.weight)
+            if not hasattr(layer.mlp, "experts"):
+                continue
+            block = at + ("block_sparse_moe" if name == "mixtral" else "mlp")
+            for expert, (both, last) in enumerate(
+                zip(layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, strict=True)
+            ):
+                for leaf, weight in zip(leaves.split(), (*both.chunk(2), last), strict=True):
+                    if weight is not last or expert + 1 < len(layer.mlp.experts.down_proj):
+                        update(f"{block}.experts.{expert}.{leaf}", weight)
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        about = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "use_rslora": rslora, "bias": "none"}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+        ours = AutoModule.from_pretrained(pretrained.new_model(name)).load_adapter(tmp_path).build().eval()
+        assert (ours.lora.rank, ours.lora.scale) == (2 * rank, pytest.approx(scale))
+        found = ours.chunks[0](IDS, None, None)[..., : ours.config.vocab_size]
+        torch.testing.assert_close(found, merged(IDS).logits, rtol=0, atol=1e-4)
+
+
+def test_what_peft_makes_of_the_names_of_former_layers(tmp_path):
+    save(tmp_path, "mixtral", target_modules=["q_proj", "w1", "w2", "w3"])
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    theirs, ours = logits(tmp_path, "mixtral")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -33,6 +33,15 @@ _OWN_FIELDS = {
     "moe_router_group_topk": "top_k_groups",
     "moe_router_topk_scaling_factor": "scale",
 }
+# Those that layers of experts here do not read, and what to use.
+_NOT_READ = {
+    "moe_token_dispatcher_type": "use MegatronStrategy(kernels=Kernels(expert_dispatch='alltoall')) or 'allgather'",
+    "moe_enable_deepep": "use MegatronStrategy(kernels=Kernels(expert_dispatch='alltoall')) or 'allgather'",
+    "overlap_moe_expert_parallel_comm": "leave it out; no schedule here overlaps micro-batches",
+    "moe_apply_probs_on_input": "leave it out; a token's weights multiply what its experts give",
+    "moe_layer_recompute": "use MegatronStrategy(recompute=['mlp'])",
+    "moe_per_layer_logging": "use the callback TrainingMonitor",
+}
 
 
 @answer_wrong_names
@@ -115,7 +124,9 @@ class Experts:
         factors = {"capacity_factor": self.capacity_factor, "eval_capacity_factor": self.eval_capacity_factor}
         arguments.number(above=0, optional=True, **factors)
         arguments.number(above=0, scale=self.scale)
-        arguments.kind((list, tuple, range), "a list of numbers of layers", optional=True, layers=self.layers)
+        numbered = isinstance(self.layers, list | tuple | range) and all(type(number) is int for number in self.layers)
+        if self.layers is not None and not numbered:
+            raise ValueError(f"Experts(layers={self.layers!r}): use a list of numbers of layers, or None.")
         self._check_groups(arguments)
         if self.top_k > self.num:
             raise ValueError(f"Experts(num={self.num}, top_k={self.top_k}): there are fewer. Use top_k={self.num}.")
@@ -208,17 +219,25 @@ class Experts:
         }
 
 
-def refuse_own_fields(of: str, extra: Mapping[str, Any]) -> None:
-    """Refuse fields of megatron-core's configuration that are arguments of ``Experts``, and one that none needs.
+def refuse_own_fields(of: str, extra: Mapping[str, Any], experts: Experts | None) -> None:
+    """Refuse fields of megatron-core's configuration that are arguments of ``Experts``, or would change nothing.
 
     Raises:
-        ValueError: Says which argument it is, or that it is to be left out.
+        ValueError: Says which argument it is, or what to use.
     """
     if extra.get("moe_pad_expert_input_to_capacity"):  # the dispatcher would drop where the router does not
         raise ValueError(
             f"{of}(extra={{'moe_pad_expert_input_to_capacity': True}}): experts take any number of tokens here, and"
             " padding changes no number. Leave it out."
         )
-    for name in extra:
+    for name, value in extra.items():
+        is_of_experts = name.startswith("moe_") or name in _OWN_FIELDS or name in _NOT_READ
+        if not is_of_experts or value in (None, False):
+            continue
+        told = f"{of}(extra={{{name!r}: {value!r}}})"
+        if experts is None:
+            raise ValueError(f"{told} is of mixtures of experts, and here is none. Use {of}(experts=Experts(num=...)).")
         if name in _OWN_FIELDS:
             raise ValueError(f"{of}(extra={{{name!r}: ...}}): use {of}(experts=Experts({_OWN_FIELDS[name]}=...)).")
+        if name in _NOT_READ:
+            raise ValueError(f"{told}: {_NOT_READ[name]}.")

@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_megatron.distributed.megatron_versions import let_latent_attention_run
 from lightning_megatron.models.generation.cached_layers import CachedColumnParallelLinear, CachedRowParallelLinear
 from lightning_megatron.models.generation.kv_cache import KeyValueCache
+from lightning_megatron.models.gpt.latent.absorbed import attend_to_latents
 from lightning_megatron.models.layers.attention import TorchAttention
 from lightning_megatron.models.layers.norm import TorchNorm
 from lightning_megatron.models.layers.recomputation import recomputes
@@ -137,17 +138,23 @@ class LatentSelfAttention(MLASelfAttention):
         self, of_queries: torch.Tensor, latent: torch.Tensor, shared_key: torch.Tensor, turn: Turn | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config: Any = self.config
-        here, plain = self.num_attention_heads_per_partition, config.qk_head_dim
-        up = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
-        query = up(of_queries)[0].unflatten(-1, (here, -1))
+        here, shared_key = self.num_attention_heads_per_partition, shared_key.unsqueeze(2)  # [s, b, 1, channels]
+        query = self._query(of_queries, turn)
         wide = self.linear_kv_up_proj(latent)[0].unflatten(-1, (here, -1))
-        key, value = wide.split([plain, config.v_head_dim], dim=-1)
-        places, shared_key = query[..., plain:], shared_key.unsqueeze(2)  # [s, b, heads or 1, channels]
-        if turn is not None:
-            places, shared_key = turn(places), turn(shared_key)
-            query = torch.cat((query[..., :plain], places), dim=-1)
+        key, value = wide.split([config.qk_head_dim, config.v_head_dim], dim=-1)
+        shared_key = shared_key if turn is None else turn(shared_key)
         key = torch.cat((key, shared_key.expand(-1, -1, here, -1)), dim=-1)
         return query, key, value.contiguous()
+
+    def _query(self, of_queries: torch.Tensor, turn: Turn | None) -> torch.Tensor:
+        """Queries ``[s, b, heads/tp, channels]``, the last of which are rotated."""
+        config: Any = self.config
+        up = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
+        query = up(of_queries)[0].unflatten(-1, (self.num_attention_heads_per_partition, -1))
+        if turn is None:
+            return query
+        plain = config.qk_head_dim
+        return torch.cat((query[..., :plain], turn(query[..., plain:])), dim=-1)
 
     def _forward_cached(
         self,
@@ -161,10 +168,34 @@ class LatentSelfAttention(MLASelfAttention):
         if angles is not None and self.rotates:
             rotation, factor = cache.rotation(angles, hidden, self.config.rotary_interleaved), self.rotary_factor
             turn = rotation if factor == 1.0 else lambda x: rotation(x) * factor
-        query, key, value = self._heads(*self._latents(hidden), turn=turn)
-        mask_type = AttnMaskType.no_mask if cache.sequence_len_offset else self.attn_mask_type
-        key, value = cache.add(self.layer_number, key, value)
-        attended = self.core_attention(
-            query, key, value, mask, attn_mask_type=mask_type, packed_seq_params=packed_seq_params
-        )
+        of_queries, latent, shared_key = self._latents(hidden)
+        rotated = shared_key.unsqueeze(2)  # [new, b, 1, channels]
+        kept = torch.cat((latent.unsqueeze(2), rotated if turn is None else turn(rotated)), dim=-1)
+        (latents,) = cache.add(self.layer_number, kept)
+        if cache.sequence_len_offset:
+            attended = self._written(self._query(of_queries, turn), latents, mask, cache)
+        else:
+            heads = self._heads(of_queries, latent, shared_key, turn=turn)
+            attended = self.core_attention(*heads, mask, packed_seq_params=packed_seq_params)
         return self.linear_proj(attended)
+
+    def _written(
+        self, query: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor | None, cache: KeyValueCache
+    ) -> torch.Tensor:
+        """The attention of one new token, whose mask is that of its keys."""
+        if window := self.core_attention.window:
+            latents, mask = latents[-window:], None if mask is None else mask[..., -window:]
+        up = self._up(cache).unflatten(0, (self.num_attention_heads_per_partition, -1))
+        return attend_to_latents(query, latents, up, mask, self.softmax_scale)
+
+    def _up(self, cache: KeyValueCache) -> torch.Tensor:
+        """The matrix that makes keys and values of latents, with what hooks (of LoRA) add to the layer's own."""
+        layer: Any = self.linear_kv_up_proj
+        if not layer._forward_hooks:
+            return layer.weight
+
+        def made() -> torch.Tensor:
+            own = layer.weight
+            return layer(torch.eye(own.size(1), dtype=own.dtype, device=own.device).unsqueeze(1))[0].squeeze(1).mT
+
+        return cache.once(self.layer_number, made)
