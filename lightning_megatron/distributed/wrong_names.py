@@ -50,9 +50,9 @@ def elsewhere(name: str, owner: str = "") -> str:
         for names, words in other_names.ELSEWHERE.get(of, {}).items():
             if plain in names.split():
                 return words
-    homes = {classes.split()[0]: arguments for classes, arguments in groups if owner not in classes.split()}
+    homes = [(classes.split()[0], arguments) for classes, arguments in groups if owner not in classes.split()]
     for find in (_own, _called):
-        for home, arguments in homes.items():
+        for home, arguments in homes:
             if found := find(plain, arguments):
                 return f"it is {home}({_with_value(plain, found, '=')})"
     return next(filter(None, (table(plain, owner) for table in further_tables)), "")

@@ -17,7 +17,8 @@ LAYOUTS = {
     Layout(cp=2): EVERY,
     Layout(tp=2, sp=True): ["classes", "tokens"],
     Layout(pp=2, vp=2): ["number", "tokens"],
-    Layout(dp=2, ep=2): ["several", "classes", "answers"],
+    Layout(dp=2): ["tokens", "answers"],
+    Layout(dp=2, ep=2): ["several"],
     Layout(tp=2, cp=2, sp=True): ["classes", "number", "answers"],
 }
 
