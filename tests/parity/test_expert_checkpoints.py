@@ -61,7 +61,8 @@ def test_experts_reshard_and_resume(name, tmp_path):
             assert seen[1] == pytest.approx(whole[0][1][STEPS // 2 :], rel=1e-4), layout
 
 
-DENSE = replace(plain_experts.MIXTURE, ffn_hidden_size=24, experts=None)
+MIXTURE = replace(plain_experts.MIXTURE, init_method_std=0.3)  # so that the layers matter to the loss
+DENSE = replace(MIXTURE, ffn_hidden_size=24, experts=None)
 
 
 def val_loss(config: GPTConfig, layout: Layout, path: str, saves: bool = False, upcycle: bool = True) -> float:
@@ -80,17 +81,17 @@ def test_experts_start_as_copies_of_a_dense_layer(tmp_path):
     """The weights of a token's experts add up to 1, so that the mixture does what the dense model does."""
     path = str(tmp_path / "dense.ckpt")
     expected, _ = run_in_pool(2, val_loss, DENSE, Layout(tp=2), path, True)
-    some = replace(DENSE, experts=replace(plain_experts.MIXTURE.experts, layers=[1, 2]))
+    some = replace(DENSE, experts=replace(MIXTURE.experts, layers=[1, 2]))
     for config, layout in (
-        (plain_experts.MIXTURE, Layout(dp=2, ep=2)),
-        (plain_experts.MIXTURE, Layout(dp=2, etp=2)),
+        (MIXTURE, Layout(dp=2, ep=2)),
+        (MIXTURE, Layout(dp=2, etp=2)),
         (some, Layout(pp=2)),
     ):
         assert run_in_pool(2, val_loss, config, layout, path) == pytest.approx([expected] * 2, rel=1e-5), layout
     wider = replace(some, experts=replace(some.experts, ffn_hidden_size=20))
     for config, upcycle, says in (
         (DENSE, True, "the model has none"),
-        (plain_experts.MIXTURE, False, r"upcycle=True"),
+        (MIXTURE, False, r"upcycle=True"),
         (wider, True, r"is \[4, 40, 32\] in the model and \[4, 48, 32\] in the checkpoint"),
     ):
         with pytest.raises(RankError, match=says):
