@@ -15,7 +15,7 @@ _ENCODERS = {
     "albert": "All of its layers have the same weights",
     "deberta": "Its attention weighs distances between tokens by weights of its own",
     "deberta-v2": "Its attention weighs distances between tokens by weights of its own",
-    "distilbert": "It has no embedding of token types, and its classifier has a layer and a dropout of its own",
+    "distilbert": "It has no embedding of token types and no dropout behind attention, and heads of its own",
     "electra": "Its embeddings may be narrower than its layers, and it learns to tell which tokens were replaced",
     "mpnet": "Its attention weighs distances between tokens by weights of its own",
     "xlm-roberta-xl": "Its norms are before its blocks and behind the last one",

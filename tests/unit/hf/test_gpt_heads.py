@@ -139,6 +139,39 @@ def test_a_new_head_of_an_adapter_is_score_in_peft(tmp_path):
         torch.testing.assert_close(seen, merged(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_an_adapter_that_answers_is_qa_outputs_in_peft(tmp_path):
+    """transformers' class has the layers under another prefix than the causal model."""
+    with pytest.warns(UserWarning, match=r"new head, which starts anew:\n.*qa_outputs.bias.*\n.*qa_outputs.weight"):
+        module = AutoModule.from_pretrained(
+            pretrained.new_model("qwen3"),
+            config={"task": "question_answering"},
+            lora=LoRA(targets=["q_proj", "v_proj"]),
+        ).build()
+    for parameter in module.chunks.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    module.save_adapter(tmp_path / "adapter")
+    module.save_pretrained(tmp_path / "merged")
+    import peft
+
+    base = transformers.Qwen3ForQuestionAnswering(copy.deepcopy(pretrained.new_model("qwen3").config))
+    base.transformer.load_state_dict(pretrained.new_model("qwen3").model.state_dict())
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    about = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (about["task_type"], about["modules_to_save"]) == ("QUESTION_ANS", ["qa_outputs"])
+    merged = transformers.Qwen3ForQuestionAnswering.from_pretrained(tmp_path / "merged").eval()
+    back = AutoModule.from_pretrained(tmp_path / "merged").eval()
+    causal = AutoModule.from_pretrained(tmp_path / "merged", config={"task": "causal_lm"})
+    assert causal.new_weights == []  # the output layer is the embedding
+    ids = torch.arange(1, 41).view(2, 20)
+    with torch.no_grad():
+        seen = module.eval()(input_ids=ids)
+        for other in (theirs, merged):
+            for one, each in zip(seen, pretrained.logits_in(other(ids)), strict=True):
+                torch.testing.assert_close(one, each, rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen, back(input_ids=ids), rtol=0, atol=1e-5)
+
+
 def test_a_model_of_ones_own_is_saved_with_its_head(tmp_path):
     config = GPTConfig(
         num_layers=2, hidden_size=24, num_attention_heads=4, vocab_size=65, seq_length=32, task="token_classification",
