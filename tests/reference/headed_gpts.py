@@ -43,7 +43,7 @@ def new_model(name: str) -> Any:
 
 
 def samples(name: str) -> list[dict[str, torch.Tensor]]:
-    """Rows with padding behind, in front and nowhere."""
+    """Rows with padding behind, in front and nowhere; in front of no text with an answer, which may lie in padding."""
     generator = torch.Generator().manual_seed(5)
     return [_sample(name, number, generator) for number in range(ROWS * STEPS)]
 
@@ -53,8 +53,9 @@ def _sample(name: str, number: int, generator: torch.Generator) -> dict[str, tor
         return torch.randint(0, high, shape, generator=generator)
 
     places, padding = torch.arange(LENGTH), (0, 5, 9, 30)[number % 4]
-    real = places >= padding if number % 8 > 3 else places < LENGTH - padding
-    ids = torch.where(real, 1 + draw(pretrained.VOCAB - 1, LENGTH), 0)
+    answers = name == "answers"
+    real = places >= padding if number % 8 > 3 and not answers else places < LENGTH - padding
+    ids = torch.where(real, 1 + draw(pretrained.VOCAB - 1, LENGTH), int(answers))  # 0 has no gradient in transformers
     labels = {
         "classes": lambda: {"labels": draw(3, 1)[0]},
         "number": lambda: {"labels": torch.randn((), generator=generator)},
@@ -73,7 +74,7 @@ def batch(name: str, step: int) -> dict[str, torch.Tensor]:
 
 def counted(name: str, logits: torch.Tensor) -> torch.Tensor:
     """Those of the first batch that belong to no padding."""
-    return logits[batch(name, 0)["attention_mask"].bool()] if name in ("tokens", "answers") else logits
+    return logits[batch(name, 0)["attention_mask"].bool()] if name == "tokens" else logits
 
 
 def _joined(output: Any) -> torch.Tensor:
