@@ -211,6 +211,8 @@ def _no_arguments(message: str, _: list[str]) -> str:
     value = re.search(r"Given value: (.+)", message[found.end() :]) if found else None
     if not found or not value or not _key(message):
         return ""
+    if "], torch.optim.optimizer.Optimizer]" in message[: found.start()]:  # what a Callable returns
+        return f"--{_key(message)}={value[1]}: use the name of an optimizer, such as AdamW"
     path = re.search(rf"<class '((?:\w+\.)*{found[1]})'>", message[: found.start()])
     if path and dataclasses.is_dataclass(pydoc.locate(path[1])):
         return takes_arguments(f"--{_key(message)}", value[1], found[1], _parameters(path[1], None))

@@ -39,6 +39,6 @@ def takes_arguments(place: str, value: str, owner: str, known: Iterable[str]) ->
         known: Their names.
     """
     first, *others = known
-    more = ", ".join([first, *others[:7]]) + (", ..." if len(others) > 7 else "")
+    more = ", ".join([first, *others[:7]]) + (" and more" if len(others) > 7 else "")
     written = f"{place}.{first}=..." if place.startswith("--") else f"{place.rpartition('.')[2]}: {{{first}: ...}}"
     return f"{place} is {value}; it takes arguments of {owner}: {more}. Write {written}"

@@ -117,6 +117,11 @@ def test_help_describes_every_argument(tmp_path):
         (["--model.config.activation", "gelu2"], "--model.config.activation=gelu2 is unknown; did you mean gelu?"),
         (["--model.optimizer", "AdamWW"], "no such class; did you mean AdamW?"),
         (["--model.lr_schedule.style", "cosin"], "--model.lr_schedule.style=cosin is unknown; did you mean cosine?"),
+        (["--model.optimizer", "4"], "--model.optimizer=4: use the name of an optimizer, such as AdamW"),
+        (
+            ["--model.lr_schedule", "4"],
+            "--model.lr_schedule is 4; it takes arguments of LRSchedule: style, .* and more",
+        ),
         (["--model.loss_reduction", "tokn"], "--model.loss_reduction=tokn is unknown; did you mean token?"),
         (["--data.batchsize", "3"], "no argument --data.batchsize; did you mean --data.batch_size?"),
         (["--data.batch_size", "many"], "--data.batch_size=many: use a whole number"),
