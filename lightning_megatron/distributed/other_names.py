@@ -86,12 +86,13 @@ OTHERS: dict[str, dict[str, str]] = {
         "make_vocab_size_divisible_by": "pad_vocab_size_to_multiple_of vocab_padding vocab_divisor",
         "position_embedding": "position_embedding_type pos_emb positional_embedding position_embeddings pos_embd_type"
         " use_rotary_position_embeddings use_rope rope positional_encoding",
-        "rotary_base": "rope_theta rotary_emb_base rope_base theta rope_freq_base",
+        "rotary_base": "rope_theta rotary_emb_base rope_base theta rope_freq_base global_rope_theta",
         "rotary_percent": "rotary_pct partial_rotary_factor rotary_fraction rotary_dim",
         "rope_scaling": "use_rope_scaling rope_scaling_factor rope_parameters rotary_seq_len_interpolation_factor"
         " rotary_scaling rope_scale",
         "sliding_window": "window_size attention_window window",
-        "sliding_window_layers": "window_attn_skip_freq max_window_layers layer_types sliding_window_pattern",
+        "sliding_window_layers": "window_attn_skip_freq max_window_layers layer_types sliding_window_pattern"
+        " global_attn_every_n_layers",
         "parallel_residual": "use_parallel_residual parallel_attn parallel_attention",
         "normalization": "norm_type norm layernorm_type normalization_type use_rmsnorm rmsnorm rms_norm",
         "bias": "add_bias_linear use_bias mlp_bias attention_bias disable_bias_linear linear_bias",
@@ -143,6 +144,8 @@ OTHERS: dict[str, dict[str, str]] = {
         "task": "problem head bert_task add_binary_head bert_binary_head bert_no_binary_head",
         "num_token_types": "type_vocab_size num_tokentypes token_types",
         "norm_placement": "pre_ln post_ln norm_first prenorm",
+        "classifier_pooling": "pooling pooling_mode pooling_strategy",
+        "norm_bias": "layernorm_bias layer_norm_bias",
     },
     "T5Config": {
         "decoder_seq_length": "max_target_length target_length decoder_max_length",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import PreTrainedConfig
 
 from lightning_megatron.hf.file_places import Place
@@ -44,10 +44,21 @@ class MetaModel:
         if self._class is None:
             return None
         try:
-            with self._without_numbers, torch.device("cpu"):
-                return self._class(self._config).eval()
+            with self._without_numbers:
+                return self._made(self._class).eval()
         except Exception:
             return None
+
+    def _made(self, kind: type[transformers.PreTrainedModel]) -> transformers.PreTrainedModel:
+        try:
+            with torch.device("cpu"):
+                return kind(self._config)
+        except DataDependentOutputException:  # first weights that are drawn until they fit, as ModernBERT's
+            with torch.device("meta"):  # where none are drawn
+                model = kind(self._config)
+            model.to_empty(device="cpu")
+            model.tie_weights()
+            return model
 
     @cached_property
     def fields_read(self) -> frozenset[str] | None:

@@ -29,6 +29,8 @@ Activation = Literal[
     "gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swiglu", "geglu", "geglu_tanh", "quick_geglu"
 ]
 
+# Kinds of rotary frequencies that do not depend on the length of the input, by transformers' formulas.
+ROPE_TYPES = ("linear", "llama3", "yarn")
 GATED = ("swiglu", "geglu", "geglu_tanh", "quick_geglu")
 
 

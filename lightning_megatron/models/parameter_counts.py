@@ -101,7 +101,8 @@ def feed_forward(config: Any, layout: ParallelLayout) -> int:
 
 def norm(config: Any) -> int:
     """The weights of a norm over the hidden size."""
-    return config.hidden_size * (2 if config.family_arguments().get("normalization", "LayerNorm") == "LayerNorm" else 1)
+    is_layer_norm = config.family_arguments().get("normalization", "LayerNorm") == "LayerNorm"
+    return int(config.hidden_size) * (2 if is_layer_norm and getattr(config, "norm_bias", True) else 1)
 
 
 def vocabulary(config: Any, layout: ParallelLayout) -> int:

@@ -1,8 +1,11 @@
 """The code of docs/bert.md, docs/heads.md, docs/question_answering.md and docs/t5.md runs."""
 
+from dataclasses import replace
+
 import torch
 import transformers
 
+from lightning_megatron import BertConfig, ParallelLayout
 from tests.reference.plain_bert import CONFIGS, samples
 from tests.support.layout import Layout
 from tests.support.pages import blocks, names_of, script
@@ -19,7 +22,13 @@ def _bert(folder: str) -> dict:
         "logits": names["logits"],
         "steps": names["trainer"].global_step,
         "f1": float(classifying.callback_metrics["f1"]),
+        "modern_bert": _parameters(names["config"]),
     }
+
+
+def _parameters(config: BertConfig) -> int:
+    one, unpadded = ParallelLayout(world_size=1), replace(config, make_vocab_size_divisible_by=1)
+    return unpadded.parameters(one, unpadded.chunks(one)[0])
 
 
 def test_bert(tmp_path):
@@ -28,6 +37,7 @@ def test_bert(tmp_path):
         assert seen["logits"].softmax(-1).amax(-1).mean() > 0.3  # 1/21 knows nothing
         assert seen["steps"] == 16
         assert 0 <= seen["f1"] <= 1
+        assert seen["modern_bert"] == 149_655_232
 
 
 KEEP = """

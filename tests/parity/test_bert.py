@@ -42,6 +42,24 @@ def test_every_task(name, layout):
     assert_bert_trains_alike(name, layout)
 
 
+MODERN = [
+    ("modern", Layout()),
+    ("modern", Layout(tp=2, dp=2, sp=True)),
+    ("modern_packed", Layout(pp=2, vp=2)),
+    ("modern_mean", Layout(tp=2, sp=True)),
+    ("modern_tokens", Layout(tp=2, pp=2, sp=True)),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), MODERN, ids=str)
+def test_modern_bert(name, layout):
+    assert_bert_trains_alike(name, layout)
+
+
+def test_modern_bert_recomputed():
+    assert_bert_trains_alike("modern", Layout(tp=2, sp=True), recompute="selective", micro_batch_size=3)
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_and_micro_batches_change_nothing(recompute):
     assert_bert_trains_alike("pretraining", Layout(tp=2, sp=True), recompute=recompute, micro_batch_size=3)

@@ -151,6 +151,8 @@ BERTS = [
     ("answers", Layout(cp=4)),
     ("answers", Layout(cp=2, tp=2, sp=True)),
     ("pretraining", Layout(cp=4)),
+    ("modern_mean", Layout(cp=2, tp=2, sp=True)),
+    ("modern_packed", Layout(cp=2, pp=2, vp=2)),
     pytest.param("packed", EIGHT_RANKS[0], marks=pytest.mark.slow),
 ]
 
@@ -172,6 +174,21 @@ def test_a_bert(name: str, layout: Layout) -> None:
 )
 def test_a_bert_by_each_way(comm: str, layout: Layout) -> None:
     assert_bert_trains_alike("packed_tokens", layout, cp_comm=comm)
+
+
+@pytest.mark.parametrize(
+    ("name", "comm", "layout"),
+    [
+        ("modern", "all_gather", Layout(cp=2)),
+        ("modern_packed", "ring", Layout(cp=4)),
+        ("modern_mean", "ring", Layout(cp=2)),
+        ("modern", "all_to_all", Layout(cp=3)),
+    ],
+    ids=str,
+)
+def test_a_modern_bert_by_each_way(name: str, comm: str, layout: Layout) -> None:
+    """Its windows reach into the parts of rows of the ranks before and behind."""
+    assert_bert_trains_alike(name, layout, cp_comm=comm)
 
 
 def test_a_part_of_a_batch_without_a_label() -> None:

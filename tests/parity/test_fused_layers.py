@@ -74,8 +74,11 @@ def test_fused_layers_match_plain_pytorch_when_recomputed(recompute):
     assert_truth("LLAMA", Layout(tp=2), recompute=recompute)
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sp=True)], ids=str)
-@pytest.mark.parametrize("name", ["pretraining", "pre_norm"])
+BERTS = [(name, layout) for layout in (Layout(), Layout(tp=2, pp=2, sp=True)) for name in ("pretraining", "pre_norm")]
+BERTS.append(("modern", Layout(pp=2)))
+
+
+@pytest.mark.parametrize(("name", "layout"), BERTS, ids=str)
 def test_a_fused_bert_matches_transformers(name, layout):
     expected = plain_bert.train(name, ROWS, 10)
     train = functools.partial(uncompiled_call, parallel_bert.train, kernels=FUSED)

@@ -225,6 +225,18 @@ _ROBERTA = {
     **_BERT, "architectures": ["RobertaForMaskedLM"], "bos_token_id": 0, "eos_token_id": 2, "layer_norm_eps": 1e-05,
     "max_position_embeddings": 34, "model_type": "roberta", "pad_token_id": 1, "type_vocab_size": 1,
 }  # fmt: skip
+_MODERN_BERT: dict[str, Any] = {
+    "architectures": ["ModernBertForMaskedLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 50,
+    "classifier_activation": "gelu", "classifier_bias": False, "classifier_dropout": 0.0, "classifier_pooling": "mean",
+    "cls_token_id": 50, "decoder_bias": True, "deterministic_flash_attn": False, "embedding_dropout": 0.0,
+    "eos_token_id": 51, "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "gradient_checkpointing": False,
+    "hidden_activation": "gelu", "hidden_size": 24, "initializer_cutoff_factor": 2.0, "initializer_range": 0.02,
+    "intermediate_size": 40, "layer_norm_eps": 1e-05, "local_attention": 6, "local_rope_theta": 10000.0,
+    "max_position_embeddings": 64, "mlp_bias": False, "mlp_dropout": 0.0, "model_type": "modernbert",
+    "norm_bias": False, "norm_eps": 1e-05, "num_attention_heads": 3, "num_hidden_layers": 5, "pad_token_id": 52,
+    "position_embedding_type": "absolute", "sep_token_id": 51, "tie_word_embeddings": True, "torch_dtype": "float32",
+    "transformers_version": "4.47.0.dev0", "vocab_size": VOCAB,
+}  # fmt: skip
 _T5: dict[str, Any] = {
     "architectures": ["T5ForConditionalGeneration"], "d_ff": 40, "d_kv": 8, "d_model": 24,
     "decoder_start_token_id": 0, "dropout_rate": 0.1, "eos_token_id": 1, "initializer_factor": 1.0,
@@ -353,6 +365,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_ROBERTA, "architectures": ["XLMRobertaForMaskedLM"], "model_type": "xlm-roberta", "output_past": True,
     },
     "almanach/camembert-base": {**_ROBERTA, "architectures": ["CamembertForMaskedLM"], "model_type": "camembert"},
+    "answerdotai/ModernBERT-base": _MODERN_BERT,
     "google-t5/t5-small": _T5,
     "google-t5/t5-base": {**_T5, "num_decoder_layers": 2, "classifier_dropout": 0.0, "dense_act_fn": "relu"},
     "google/t5-v1_1-base": _T5_GATED,

@@ -18,6 +18,7 @@ from transformers import (
 from transformers import MegatronBertConfig as HFMegatronConfig
 
 from lightning_megatron import BertConfig
+from tests.reference import plain_modern_bert
 from tests.reference.plain_gpt import ADAM, Weights, mean_with_terms
 
 Batch = dict[str, torch.Tensor]
@@ -45,6 +46,12 @@ CONFIGS = {
     "pre_norm_classes": BertConfig(**SIZES, task="sequence_classification", num_labels=3, norm_placement="pre"),
     "packed": BertConfig(**SIZES, task="masked_lm"),  # rows of three texts, whose borders a batch has
     "packed_tokens": BertConfig(**SIZES, task="token_classification", num_labels=4),
+    "modern": BertConfig(**SIZES, **plain_modern_bert.SHAPE, task="masked_lm"),
+    "modern_packed": BertConfig(**SIZES, **plain_modern_bert.SHAPE, task="masked_lm"),
+    "modern_tokens": BertConfig(**SIZES, **plain_modern_bert.SHAPE, task="token_classification", num_labels=4),
+    "modern_mean": BertConfig(
+        **SIZES, **plain_modern_bert.SHAPE, task="sequence_classification", num_labels=3, classifier_pooling="mean"
+    ),
 }
 _MODELS: dict[tuple[str, str], Any] = {
     ("pretraining", "post"): BertForPreTraining,
@@ -60,6 +67,17 @@ _MODELS: dict[tuple[str, str], Any] = {
 @functools.cache
 def _model(name: str) -> Any:
     c = CONFIGS[name]
+    model = plain_modern_bert.new_model(c) if name.startswith("modern") else _older_model(c)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.1
+            is_norm = key.endswith(("LayerNorm.weight", "ln.weight", "norm.weight"))
+            parameter.copy_(1 + drawn if is_norm else drawn)
+    return model
+
+
+def _older_model(c: BertConfig) -> Any:
     kind = HFConfig if c.norm_placement == "post" else HFMegatronConfig
     config = kind(
         vocab_size=c.vocab_size,
@@ -76,14 +94,7 @@ def _model(name: str) -> Any:
         pad_token_id=None,  # or the gradient of that row is left out, which Megatron does not
         attn_implementation="eager",
     )
-    model = _MODELS[c.task, c.norm_placement](config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator) * 0.1
-            is_norm = key.endswith(("LayerNorm.weight", "ln.weight"))
-            parameter.copy_(1 + drawn if is_norm else drawn)
-    return model
+    return _MODELS[c.task, c.norm_placement](config)
 
 
 def new_model(name: str) -> Any:
@@ -105,7 +116,9 @@ def samples(name: str, rows: int, steps: int) -> list[Batch]:
             "token_type_ids": ((place > real // 2) & (place < real)).long(),
         }
         sample.update(_answer(i, length, g) if name == "answers" else _labels(c, ids, place < real, g))
-        if name.startswith("packed"):
+        if c.num_token_types == 0:
+            del sample["token_type_ids"]
+        if "packed" in name:
             sample["cu_seqlens"] = torch.tensor([0, 1 + i % 9, length // 2 + i % 5, length])
         found.append(sample)
     return found
@@ -142,7 +155,7 @@ def batches(name: str, rows: int, steps: int) -> list[Batch]:
     ]
 
 
-def _apart(batch: Batch) -> Batch:
+def _apart(batch: Batch, window: int | None) -> Batch:
     """Texts that share a row, as transformers takes them: positions that begin anew, and a mask of all pairs."""
     batch = dict(batch)
     borders = batch.pop("cu_seqlens", None)
@@ -151,7 +164,8 @@ def _apart(batch: Batch) -> Batch:
     places = torch.arange(batch["input_ids"].size(1))
     number = (places[:, None] >= borders[:, None, 1:]).sum(dim=2)  # [b, s]
     seen = (number[:, :, None] == number[:, None]) & (batch["attention_mask"] > 0)[:, None]
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
+    each = plain_modern_bert.masks(seen, window or len(places))
+    mask: Any = each["full_attention"] if window is None else each
     return {**batch, "attention_mask": mask, "position_ids": places - borders.gather(1, number)}
 
 
@@ -166,13 +180,14 @@ def logits(output: Any) -> tuple[torch.Tensor, ...]:
 @functools.cache
 def train(name: str, rows: int, steps: int, **terms: float) -> dict[str, Any]:
     """Logits of the first batch, then losses and final weights of AdamW; ``terms`` of the masked tokens' loss."""
-    model, data = new_model(name), batches(name, rows, steps)
+    model, window = new_model(name), CONFIGS[name].sliding_window
+    data = [_apart(batch, window) for batch in batches(name, rows, steps)]
     with torch.no_grad():
-        first = logits(model(**_apart(data[0])))
+        first = logits(model(**data[0]))
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     losses = []
     for batch in data:
-        output = model(**_apart(batch))
+        output = model(**batch)
         loss = mean_with_terms(output.logits, batch["labels"], **terms) if terms else output.loss
         optimizer.zero_grad()
         loss.backward()
@@ -207,6 +222,8 @@ _LAYER_NAMES = {
 
 
 def megatron_weights(model: Any) -> Weights:
+    if model.config.model_type == "modernbert":
+        return plain_modern_bert.megatron_weights(model)
     state = {key: value.detach().clone() for key, value in model.state_dict().items()}
     names = dict(_NAMES)
     for n in range(model.config.num_hidden_layers):

@@ -30,6 +30,8 @@ _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 _GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "vocab_size": VOCAB, "initializer_range": 0.1}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _ROBERTA = {**_COMMON, **_NO_DROPOUT, "pad_token_id": 0, "type_vocab_size": 1}
+_MODERN = {**_COMMON, "local_attention": 10, "norm_eps": 1e-3, "pad_token_id": 0, "hidden_activation": "gelu"}
+_MODERN |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
 _T5 = {"vocab_size": VOCAB, "d_model": 48, "d_kv": 10, "d_ff": 64, "num_heads": 6, "dropout_rate": 0.0}
 _T5 |= {"num_layers": 2, "num_decoder_layers": 2, "decoder_start_token_id": 0}
 _ANSWERS = {0: "no", 1: "perhaps", 2: "yes"}
@@ -177,6 +179,21 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "camembert-sequences": lambda: hf.CamembertForSequenceClassification(
         hf.CamembertConfig(**_ROBERTA, id2label=_ANSWERS, problem_type="single_label_classification")
     ),
+    "modernbert-masked": lambda: hf.ModernBertForMaskedLM(
+        hf.ModernBertConfig(
+            **_MODERN,
+            rope_parameters={
+                "full_attention": {**_YARN, "rope_theta": 900.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        )
+    ),
+    "modernbert-answers": lambda: hf.ModernBertForQuestionAnswering(
+        hf.ModernBertConfig(
+            **_MODERN,
+            **dict.fromkeys(("attention_bias", "mlp_bias", "classifier_bias", "norm_bias"), True),
+        )
+    ),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
     "t5-1.1": lambda: _untied(
         hf.T5ForConditionalGeneration(hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
@@ -194,7 +211,7 @@ MIXTURES = [*LATENTS, "mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "olmoe", "
 DENSE = [name for name in MODELS if name not in MIXTURES]
 CAUSAL = [name for name in MODELS if writes(name) and not name.startswith("t5")]
 # What differs from another model in its head, or in its names: two layouts show that.
-FURTHER = ["bert-answers", "roberta-answers", "xlm-roberta-masked", "camembert-sequences"]
+FURTHER = ["bert-answers", "modernbert-answers", "roberta-answers", "xlm-roberta-masked", "camembert-sequences"]
 
 
 def _with_biases(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
@@ -257,6 +274,8 @@ def _sample(name: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
         "xlm-roberta-masked": lambda: {"labels": torch.where(draw(3, LENGTH) == 0, ids, -100)},
         "camembert-sequences": lambda: {"labels": draw(3, 1)[0]},
         "roberta-answers": lambda: _answer(draw),
+        "modernbert-masked": lambda: {"labels": torch.where(draw(3, LENGTH) == 0, ids, -100)},
+        "modernbert-answers": lambda: _answer(draw),
         "t5": lambda: {"labels": draw(VOCAB - 1, DECODER_LENGTH) + 1},
         "t5-1.1": lambda: {"labels": draw(VOCAB - 1, DECODER_LENGTH) + 1},
     }.get(name, lambda: {"labels": ids})

@@ -32,8 +32,11 @@ def assert_bert_trains_alike(name: str, layout: Layout, terms: dict | None = Non
         layout.world_size, functools.partial(parallel_bert.train, terms=terms, **strategy), name, layout, ROWS, STEPS,
         expected["weights"],
     )  # fmt: skip
+    kept = plain_bert.batches(name, ROWS, 1)[0]["attention_mask"] > 0
     for seen in ranks:
         for ours, theirs in zip(seen["logits"], expected["logits"], strict=True):
+            if name.startswith("modern") and ours.dim() == 3:  # padding may be further from the text than it looks
+                ours, theirs = ours[kept], theirs[kept]
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
         assert [step["train_loss"] for step in seen["steps"]] == pytest.approx(expected["losses"], rel=1e-5)
         assert seen["distance"] < 1e-4

@@ -32,10 +32,9 @@ from lightning_megatron.models.t5.config import T5Config
 
 _FAMILIES: dict[str, type[ModelConfig]] = {"gpt": GPTConfig, "bert": BertConfig, "t5": T5Config}
 # What each BERT and T5 is, whatever is said.
-_BERT = {"position_embedding": "learned", "normalization": "LayerNorm", "bias": True, "tie_embeddings": True}
 _FIXED: dict[str, dict[str, Any]] = {
     "gpt": {},
-    "bert": {**_BERT, "rotary_base": 10000.0, "rotary_percent": 1.0},
+    "bert": {"normalization": "LayerNorm", "tie_embeddings": True, "rotary_percent": 1.0},
     "t5": {"bias": False, "rotary_base": 10000.0, "rotary_percent": 1.0},
 }
 # Settings of one kind of model, which the others do not read.

@@ -107,12 +107,15 @@ def attention_window(given: Given, plan: Plan) -> None:
     if len(parts) != 2 or not all(part.lstrip("-").isdigit() for part in parts):
         raise MigrationError(f"window_size={' '.join(window)!r}: use LEFT,RIGHT, such as 128,0.")
     left, right = map(int, parts)
-    if right not in (0, -1):
-        plan.say("window_size", ",".join(parts), "not here", "a window looks back only: LEFT,0")
+    both_ways = str(plan.get("model.class_path")).endswith(MODELS["bert"][0])
+    if (right != left) if both_ways else (right not in (0, -1)):
+        shape = "a BERT's window reaches equally far in both directions: N,N" if both_ways else None
+        plan.say("window_size", ",".join(parts), "not here", shape or "a window looks back only: LEFT,0")
         return
     place = f"{CONFIG}.sliding_window"
-    plan.put(place, left + 1)
-    plan.say("window_size", ",".join(parts), "carried over", "config.sliding_window counts the token itself", place)
+    plan.put(place, left if both_ways else left + 1)
+    says = "config.sliding_window" if both_ways else "config.sliding_window counts the token itself"
+    plan.say("window_size", ",".join(parts), "carried over", says, place)
     if skips is not None and skips.isdigit() and (layers := depth(given)) is not None:
         place, windowed = f"{CONFIG}.sliding_window_layers", [n for n in range(layers) if (n + 1) % int(skips)]
         plan.put(place, windowed)

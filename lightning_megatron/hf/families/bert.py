@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from lightning_megatron.hf.config_reader import Fields
+from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
 from lightning_megatron.hf.family import Family
 from lightning_megatron.hf.weight_mapping import QueryKeyValue, WeightMapping, table
 
@@ -34,7 +34,7 @@ class Bert(Family):
     kind = "Bert"
     prefix = "bert."
     buffers = (r".*position_ids",)
-    head = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.")
+    head: ClassVar[tuple[str, ...]] = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.")
     heads = _HEADS  # by our task, how the names of their classes end
     refused_heads = {
         "ForNextSentencePrediction": (
@@ -48,9 +48,7 @@ class Bert(Family):
 
     @override
     def read_config(self, fields: Fields) -> dict[str, Any]:
-        tasks = {f"{type(self).__name__}{theirs}": ours for ours, theirs in self.heads.items()}
-        named = [tasks[name] for name in fields.config.architectures or () if name in tasks]
-        task = named[0] if named else "masked_lm"
+        task = self.task(fields)
         classifies = task.endswith("classification")
         fields.must_be("is_decoder", False)
         fields.must_be("add_cross_attention", False)
@@ -78,6 +76,12 @@ class Bert(Family):
             **self.read_more(fields, task),
         }
 
+    def task(self, fields: Fields) -> str:
+        """Our name of the task of the configuration's architecture; masked language modelling where that has none."""
+        tasks = {f"{type(self).__name__}{theirs}": ours for ours, theirs in self.heads.items()}
+        named = [tasks[name] for name in fields.config.architectures or () if name in tasks]
+        return named[0] if named else "masked_lm"
+
     def read_more(self, fields: Fields, task: str) -> dict[str, Any]:
         """What differs between the families of this shape."""
         return {}
@@ -87,6 +91,10 @@ class Bert(Family):
         activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
         self._require(config, norm_placement=("post",), activation=tuple(activations), extra=({},))
         self._require(config, kv_channels=(None, config.hidden_size // config.num_attention_heads))
+        if config.num_token_types == 0:
+            raise UnsupportedConfigError(
+                f"BertConfig(num_token_types=0) cannot be saved as a {self.model_type}, whose tokens have types."
+            )
         return {
             "num_hidden_layers": config.num_layers,
             "hidden_size": config.hidden_size,

@@ -26,18 +26,10 @@ class Gemma3(Gemma2):
 
     @override
     def read_rotary(self, fields: Fields) -> dict[str, Any]:
-        given = fields("rope_parameters")
-        of_windows = rope.read(fields, False, given["sliding_attention"])
-        if of_windows["rope_scaling"] is not None:
-            fields.must_be("rope_parameters", {"sliding_attention": {"rope_type": "default"}})
-        whole = rope.read(fields, False, given["full_attention"])
-        has_windows = "sliding_attention" in fields("layer_types")
-        return {**whole, "window_rotary_base": of_windows["rotary_base"] if has_windows else None}
+        return rope.read_two(fields)
 
     @override
     def write_rotary(self, config: Any) -> dict[str, Any]:
         if config.window_rotary_base is None and config.sliding_window is not None:
             self._require(config, rope_scaling=(None,))  # of layers with a window they are not stretched
-        base = config.rotary_base if config.window_rotary_base is None else config.window_rotary_base
-        of_windows = {"rope_type": "default", "rope_theta": float(base)}
-        return {"full_attention": rope.written(config), "sliding_attention": of_windows}
+        return rope.written_two(config)

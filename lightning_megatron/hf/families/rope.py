@@ -41,10 +41,33 @@ def read(fields: Fields, partial: bool, given: dict[str, Any] | None = None) -> 
 
 
 def written(config: Any) -> dict[str, Any]:
-    """Their ``rope_parameters`` of a ``GPTConfig``."""
+    """Their ``rope_parameters`` of a ``GPTConfig``, or of a ``BertConfig``, which always turns whole heads."""
+    share = getattr(config, "rotary_percent", 1.0)
     return {
         "rope_type": "default",
         **(config.rope_scaling or {}),
         "rope_theta": float(config.rotary_base),
-        **({} if config.rotary_percent == 1.0 else {"partial_rotary_factor": config.rotary_percent}),
+        **({} if share == 1.0 else {"partial_rotary_factor": share}),
     }
+
+
+def read_two(fields: Fields) -> dict[str, Any]:
+    """As ``read``, where layers with a window rotate by frequencies of their own, which are not stretched.
+
+    Raises:
+        UnsupportedConfigError: As ``read``; or those of the window are stretched.
+    """
+    given = fields("rope_parameters")
+    of_windows = read(fields, False, given["sliding_attention"])
+    if of_windows["rope_scaling"] is not None:
+        fields.must_be("rope_parameters", {"sliding_attention": {"rope_type": "default"}})
+    whole = read(fields, False, given["full_attention"])
+    has_windows = "sliding_attention" in fields("layer_types")
+    return {**whole, "window_rotary_base": of_windows["rotary_base"] if has_windows else None}
+
+
+def written_two(config: Any) -> dict[str, Any]:
+    """As ``written``, for layers without a window and with one."""
+    base = config.rotary_base if config.window_rotary_base is None else config.window_rotary_base
+    of_windows = {"rope_type": "default", "rope_theta": float(base)}
+    return {"full_attention": written(config), "sliding_attention": of_windows}

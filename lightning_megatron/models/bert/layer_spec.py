@@ -13,6 +13,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from lightning_megatron.models.bert.config import NormPlacement
 from lightning_megatron.models.layers.attention import TorchAttention
@@ -43,7 +44,7 @@ class NormedBiasDropoutAdd(torch.nn.Module):
 
 
 class NormedEmbedding(LanguageModelEmbedding):
-    """The sum of word, position and token-type embeddings, normalised before its dropout; of post-LayerNorm models."""
+    """The sum of word, position and token-type embeddings, normalised before its dropout."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -57,19 +58,24 @@ class NormedEmbedding(LanguageModelEmbedding):
 
 def bert_embedding(placement: NormPlacement) -> type[LanguageModelEmbedding]:
     """The class of the embedding."""
-    return {"post": NormedEmbedding, "pre": LanguageModelEmbedding}[placement]
+    return LanguageModelEmbedding if placement == "pre" else NormedEmbedding
 
 
 def bert_block_spec(
-    config: TransformerConfig, placement: NormPlacement, vp_stage: int | None, fused_layers: bool = False
+    config: TransformerConfig,
+    placement: NormPlacement,
+    vp_stage: int | None,
+    fused_layers: bool = False,
+    rotates: bool = False,
 ) -> TransformerBlockSubmodules:
     """The block for the layers of this pipeline stage (and virtual stage).
 
     Args:
         config: Megatron's transformer configuration.
-        placement: "post" or "pre".
+        placement: As ``BertConfig`` has it.
         vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
         fused_layers: Whether operations between matrix products are joined.
+        rotates: Whether that includes rotary positions.
     """
     layer = deepcopy(bert_layer_local_spec)
     parts = layer.submodules
@@ -85,8 +91,12 @@ def bert_block_spec(
     else:
         parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
     if fused_layers:
-        fuse(layer)
+        fuse(layer, rotates)
+    layers = [layer] * config.num_layers
+    if placement == "embedding_pre":
+        layers[0] = deepcopy(layer)
+        layers[0].submodules.input_layernorm = IdentityOp
+    count, before = get_num_layers_to_build(config, vp_stage), get_transformer_layer_offset(config, vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
-        layer_norm=TorchNorm if placement == "pre" else None,
+        layer_specs=layers[before : before + count], layer_norm=None if placement == "post" else TorchNorm
     )

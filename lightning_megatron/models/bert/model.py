@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.bert.pooler import Pooler
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -18,14 +19,19 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import get_linear_layer
 
+from lightning_megatron.distributed import process_groups
+from lightning_megatron.distributed.collectives import sum_with_gradients
 from lightning_megatron.distributed.parameter_names import WholeModelNames
-from lightning_megatron.models.bert.config import BertTaskName, NormPlacement
+from lightning_megatron.distributed.sequence_shards import SequenceShards
+from lightning_megatron.models.bert.config import BertConfig, BertTaskName
 from lightning_megatron.models.bert.layer_spec import bert_block_spec, bert_embedding
 from lightning_megatron.models.heads.layers import label_layer, whole_sequence
 from lightning_megatron.models.heads.question_answering import AnswerLogits
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
+from lightning_megatron.models.layers.fused.rotary import can_rotate, cosines_and_sines
 from lightning_megatron.models.layers.norm import TorchNorm
+from lightning_megatron.models.layers.window_rotary import angles_of
 
 
 class BertPretrainingLogits(NamedTuple):
@@ -45,12 +51,8 @@ class BertModel(WholeModelNames, LanguageModule):
 
     Args:
         config: Megatron's transformer configuration.
+        shape: The model's shape: its embeddings, where its norms are, and its head.
         padded_vocab_size: Rows of the embedding.
-        positions: Rows of the position embedding.
-        num_token_types: Rows of the token-type embedding.
-        norm_placement: "post" or "pre".
-        num_labels: Outputs of a classification head.
-        pooler_dropout: Whether a classification head of sequences has dropout before the pooler too.
         pre_process: Whether the chunk holds the embedding.
         post_process: Whether it holds the head.
         vp_stage: Number of the chunk on this pipeline stage under interleaving, else None.
@@ -63,33 +65,42 @@ class BertModel(WholeModelNames, LanguageModule):
     def __init__(
         self,
         config: TransformerConfig,
+        shape: BertConfig,
         *,
         padded_vocab_size: int,
-        positions: int,
-        num_token_types: int,
-        norm_placement: NormPlacement,
-        num_labels: int,
-        pooler_dropout: bool,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
         fused_layers: bool = False,
     ) -> None:
         super().__init__(config)
-        self.padded_vocab_size = padded_vocab_size
-        self.num_labels, self.pooler_dropout = num_labels, pooler_dropout
+        self.shape, self.padded_vocab_size = shape, padded_vocab_size
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.model_type = ModelType.encoder_or_decoder
+        rotates = shape.position_embedding == "rope"
+        self.rotates_by_table = rotates and fused_layers and can_rotate(config)
+        if rotates:
+            self.rotary_pos_emb = RotaryEmbedding(
+                config.kv_channels,
+                1.0,
+                rotary_base=shape.rotary_base,
+                use_cpu_initialization=config.use_cpu_initialization,
+                cp_group=process_groups.context_parallel(),
+            )
         if pre_process:
-            self.embedding = bert_embedding(norm_placement)(
-                config, padded_vocab_size, positions, num_tokentypes=num_token_types
+            self.embedding = bert_embedding(shape.norm_placement)(
+                config,
+                padded_vocab_size,
+                shape.positions,
+                position_embedding_type="rope" if rotates else "learned_absolute",
+                num_tokentypes=shape.num_token_types,
             )
         self.encoder = TransformerBlock(
             config,
-            bert_block_spec(config, norm_placement, vp_stage, fused_layers),
-            post_layer_norm=norm_placement == "pre",
+            bert_block_spec(config, shape.norm_placement, vp_stage, fused_layers, self.rotates_by_table),
+            post_layer_norm=shape.norm_placement != "post",
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -103,9 +114,18 @@ class BertModel(WholeModelNames, LanguageModule):
         """Make the layers that ``head`` uses."""
         raise NotImplementedError
 
+    def pool(self, hidden: torch.Tensor, mask: AttentionPattern | torch.Tensor | None) -> torch.Tensor:
+        """What ``head`` reads of the encoder's hidden states ``[s/tp, b, h]``: all of them."""
+        return hidden
+
     def head(self, hidden: torch.Tensor, **labels: WeightedLabels) -> Any:
-        """Logits, batch first, from the encoder's hidden states ``[s/tp, b, h]``; or the sum of ``labels``' losses."""
+        """Logits, batch first, from what ``pool`` gives; or the sum of ``labels``' losses."""
         raise NotImplementedError
+
+    @property
+    def transformer_layers(self) -> list[Any]:
+        """The transformer layers of the chunk."""
+        return list(self.encoder.layers)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the hidden states of the stage before; the schedules call it."""
@@ -127,18 +147,30 @@ class BertModel(WholeModelNames, LanguageModule):
             attention_mask: ``[b, 1, 1, s]``, True where nobody may look; a pattern where texts share rows; None where
                 nothing is padded.
             token_type_ids: ``[b, s]``.
-            position_ids: ``[b, s]``.
+            position_ids: ``[b, s]``; or ``[1, s]`` where all rows have the same.
             labels: Those of tokens with weights, ``[b, s]``, ask for the weighted sum of their losses.
             **_: Inputs that only the loss reads.
 
         Returns:
             Hidden states ``[s/tp, b, h]``, or on the last stage the head's logits.
         """
-        hidden = self.embedding(input_ids, position_ids, token_type_ids) if self.pre_process else None
-        hidden = self.encoder(hidden_states=hidden, **block_arguments(attention_mask))
+        types = token_type_ids if self.shape.num_token_types else None
+        hidden = self.embedding(input_ids, position_ids, types) if self.pre_process else None
+        rotation = self._rotation(position_ids)
+        hidden = self.encoder(hidden_states=hidden, rotary_pos_emb=rotation, **block_arguments(attention_mask))
         if not self.post_process:
             return hidden
+        hidden = self.pool(hidden, attention_mask)
         return self.head(hidden, labels=labels) if isinstance(labels, WeightedLabels) else self.head(hidden)
+
+    def _rotation(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """By what queries and keys rotate: angles ``[s, b or 1, 1, head]``, or of fused layers a table of them."""
+        if self.shape.position_embedding != "rope":
+            return None
+        angles = angles_of(self.rotary_pos_emb, positions)
+        if not self.rotates_by_table:
+            return angles
+        return cosines_and_sines(angles, self.config.rotary_interleaved, self.config.params_dtype)
 
     def pooler_layer(self) -> Pooler:
         """The dense layer and tanh over the first token."""
@@ -146,24 +178,28 @@ class BertModel(WholeModelNames, LanguageModule):
         return Pooler(config.hidden_size, config.init_method, config, config.sequence_parallel)
 
 
-class LanguageModelHead(torch.nn.Module):
-    """Dense, activation and norm before the output layer, on this rank's part of the sequence.
+class Transform(torch.nn.Module):
+    """Dense, activation and norm before the last layer of a head.
 
     Args:
         config: Megatron's transformer configuration.
+        has_bias: Whether the dense layer has one.
+        of_parts: Whether each rank transforms its part of the sequence, under sequence parallelism; else all do alike.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, has_bias: bool, of_parts: bool = True) -> None:
         super().__init__()
         width = config.hidden_size
         self.dense = get_linear_layer(width, width, config.init_method, config.perform_initialization)
-        for parameter in self.dense.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+        if not has_bias:
+            self.dense.register_parameter("bias", None)
         self.activation = config.activation_func
         self.layer_norm = TorchNorm(config, width, config.layernorm_epsilon)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel and of_parts  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[s/tp, b, h]`` to the same shape."""
+        """``[..., h]`` to the same shape."""
         return self.layer_norm(self.activation(self.dense(hidden)))
 
 
@@ -176,7 +212,7 @@ class BertForMaskedLM(BertModel):
     def build_head(self) -> None:
         """Make the transform and the vocabulary-parallel output layer."""
         config = self.config
-        self.lm_head = LanguageModelHead(config)
+        self.lm_head = Transform(config, self.shape.bias)
         self.output_layer = ColumnParallelLinear(
             config.hidden_size,
             self.padded_vocab_size,
@@ -210,32 +246,65 @@ class BertForPretraining(BertForMaskedLM):
 
 
 class BertForSequenceClassification(BertModel):
-    """Logits ``[b, num_labels]`` from the first token."""
+    """Logits ``[b, num_labels]`` from the first token, or from the mean of all."""
 
     def build_head(self) -> None:
-        """Make the pooler and the classifier."""
-        self.pooler = self.pooler_layer()
+        """Make what is before the classifier, and the classifier."""
+        if self.shape.classifier_head == "transform":
+            self.transform = Transform(self.config, self.shape.bias, of_parts=False)
+        else:
+            self.pooler = self.pooler_layer()
         self.classification_dropout = torch.nn.Dropout(self.config.hidden_dropout)
-        self.classification_head = label_layer(self.config, self.num_labels)
+        self.classification_head = label_layer(self.config, self.shape.num_labels)
+
+    def pool(self, hidden: torch.Tensor, mask: AttentionPattern | torch.Tensor | None) -> torch.Tensor:
+        """``[b, h]``, the same on every tensor-parallel rank."""
+        if self.shape.classifier_head == "transform":
+            whole = whole_sequence(self.config, hidden)
+            return self.transform(mean_of_tokens(whole, mask) if self.shape.classifier_pooling == "mean" else whole[0])
+        if self.shape.pooler_dropout:  # of each rank's first token, of which the pooler takes the first rank's
+            hidden = self.classification_dropout(hidden[:1])
+        return self.pooler(hidden)
 
     def head(self, hidden: torch.Tensor, **_: WeightedLabels) -> torch.Tensor:
-        """Logits, the same on every tensor-parallel rank."""
-        if self.pooler_dropout:  # of each rank's first token, of which the pooler takes the first rank's
-            hidden = self.classification_dropout(hidden[:1])
-        return self.classification_head(self.classification_dropout(self.pooler(hidden)))
+        """Logits of ``[b, h]``, the same on every tensor-parallel rank."""
+        return self.classification_head(self.classification_dropout(hidden))
+
+
+def mean_of_tokens(hidden: torch.Tensor, mask: AttentionPattern | torch.Tensor | None) -> torch.Tensor:
+    """The mean of the tokens of each row that are looked at, ``[b, h]``, over all context-parallel ranks.
+
+    Args:
+        hidden: This rank's tokens ``[s/cp, b, h]``.
+        mask: Who looks at whom in whole rows, as ``BertModel.forward`` has it; each row is one text.
+    """
+    shards = SequenceShards.here(zigzag=False)
+    kept = torch.ones(hidden.size(1), hidden.size(0) * shards.size, dtype=torch.bool, device=hidden.device)
+    if isinstance(mask, AttentionPattern):
+        if mask.keep is not None:
+            kept = kept & mask.keep
+        if mask.documents is not None:  # behind the text there may be padding, a document of its own
+            kept = kept & (mask.documents == mask.documents[:, :1])
+    elif mask is not None:
+        kept = kept & ~mask[:, 0, 0]
+    own = (hidden * shards.take(kept, 1).t()[:, :, None]).sum(dim=0)
+    total = sum_with_gradients(own, process_groups.context_parallel()) if shards.size > 1 else own
+    return total / kept.sum(dim=1, keepdim=True)
 
 
 class BertForTokenClassification(BertModel):
     """Logits ``[b, s, num_labels]`` of each token."""
 
     def build_head(self) -> None:
-        """Make the classifier."""
+        """Make the classifier, and a transform before it."""
+        if self.shape.classifier_head == "transform":
+            self.transform = Transform(self.config, self.shape.bias)
         self.classification_dropout = torch.nn.Dropout(self.config.hidden_dropout)
-        self.classification_head = label_layer(self.config, self.num_labels)
+        self.classification_head = label_layer(self.config, self.shape.num_labels)
 
     def head(self, hidden: torch.Tensor, **_: WeightedLabels) -> torch.Tensor:
         """Logits, the same on every tensor-parallel rank."""
-        whole = whole_sequence(self.config, hidden)
+        whole = whole_sequence(self.config, self.transform(hidden) if hasattr(self, "transform") else hidden)
         return self.classification_head(self.classification_dropout(whole)).transpose(0, 1)
 
 
@@ -243,11 +312,16 @@ class BertForQuestionAnswering(BertModel):
     """Logits ``[b, s]`` of each token as an answer's first one, and as its last one."""
 
     def build_head(self) -> None:
-        """Make the linear layer."""
-        self.qa_outputs = label_layer(self.config, self.num_labels)
+        """Make the linear layer, and with a transform before it ModernBERT's."""
+        if self.shape.classifier_head == "transform":
+            self.transform = Transform(self.config, self.shape.bias)
+            self.classification_dropout = torch.nn.Dropout(self.config.hidden_dropout)
+        self.qa_outputs = label_layer(self.config, self.shape.num_labels)
 
     def head(self, hidden: torch.Tensor, **_: WeightedLabels) -> AnswerLogits:
         """Logits, the same on every tensor-parallel rank."""
+        if self.shape.classifier_head == "transform":
+            hidden = self.classification_dropout(self.transform(hidden))
         return AnswerLogits.of(self.qa_outputs(whole_sequence(self.config, hidden)))
 
 

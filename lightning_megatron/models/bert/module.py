@@ -23,6 +23,8 @@ from lightning_megatron.models.layers.attention import pad_mask
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.output_layer import OutputLayer
+from lightning_megatron.models.layers.rope_scaling import stretch_rotary
+from lightning_megatron.models.layers.window_rotary import give_windows_a_base
 from lightning_megatron.models.lora import LoRA
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch, Loss, LossReduction, SchedulerCallable
 from lightning_megatron.models.weight_init import FirstWeights
@@ -91,12 +93,8 @@ class BertModule(ConfiguredModule):
         first_weights = FirstWeights(core)
         model = MODELS[config.task](
             core,
+            config,
             padded_vocab_size=settings.layout.padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by),
-            positions=config.positions,
-            num_token_types=config.num_token_types,
-            norm_placement=config.norm_placement,
-            num_labels=config.num_labels,
-            pooler_dropout=config.pooler_dropout,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -105,6 +103,10 @@ class BertModule(ConfiguredModule):
         if hasattr(model, "output_layer"):
             OutputLayer.become(model.output_layer, config.vocab_size, settings.kernels, self.loss_terms)
         first_weights.draw(model, process_groups.run_seed(), config.vocab_size)
+        if config.window_rotary_base is not None:
+            give_windows_a_base(model, config.window_rotary_base, 1.0)
+        if config.rope_scaling is not None:
+            stretch_rotary(model, config.rotary_base, 1.0, config.seq_length, config.rope_scaling)
         return model
 
     def _check_loaded(self, batch: Batch) -> None:
@@ -131,9 +133,9 @@ class BertModule(ConfiguredModule):
             )
         check_range("BertModule", "input_ids", tokens, config.vocab_size, "BertConfig.vocab_size")
         if "token_type_ids" in batch:
-            types = batch["token_type_ids"]
-            check_range("BertModule", "token_type_ids", types, config.num_token_types, "BertConfig.num_token_types")
-        if "position_ids" in batch:
+            types, known = batch["token_type_ids"], max(config.num_token_types, 1)  # zeros say nothing
+            check_range("BertModule", "token_type_ids", types, known, "BertConfig.num_token_types")
+        if "position_ids" in batch and config.position_embedding == "learned":
             check_range("BertModule", "position_ids", batch["position_ids"], config.positions, "BertConfig.seq_length")
         if not self._predicts and type(self).loss is BertModule.loss:  # another loss may need no labels
             self.task.check(batch)
@@ -155,28 +157,33 @@ class BertModule(ConfiguredModule):
         batch = _renamed(with_answers(given(batch)))
         tokens = batch["input_ids"].long()
         documents = None if row_documents.source(batch) is None else row_documents.numbers(batch, tokens.size(1))
-        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        positions = torch.arange(tokens.size(1), device=tokens.device)[None]
         if documents is not None:
             documents = documents.expand_as(tokens)
             positions = row_documents.places(documents)
         if (padding := self.config.position_padding_id) is not None:
             positions = _beyond_padding(tokens, positions, padding)
+        if self.config.position_embedding == "learned":
+            positions = positions.expand_as(tokens)  # rotary ones are angles, the same for all rows
         inputs = {
             "input_ids": tokens,
             "token_type_ids": batch.get("token_type_ids", torch.zeros_like(tokens)).long(),
             "position_ids": batch.get("position_ids", positions).long(),
         }
         sees_all = "attention_mask" not in batch or all(answers(batch, _sees_all))
-        mask: Any = None if sees_all else ~_kept(batch)[:, None, None, :]
-        if documents is not None:
-            keep = None if sees_all else _kept(batch)
-            mask = AttentionPattern(length=tokens.size(1), documents=documents, keep=keep, causal=False)
+        mask = self._mask(tokens.size(1), None if sees_all else _kept(batch), documents)
         inputs |= {"attention_mask": mask, **self.task.labels(batch)}
         if self._counts_labels and "labels" in batch:
             inputs["num_labels"] = sum(answers(batch, _number_of_labels))
         return inputs
 
     _get_batch_of_family = get_batch
+
+    def _mask(self, length: int, keep: torch.Tensor | None, documents: torch.Tensor | None = None) -> Any:
+        """Who looks at whom, as ``BertModel.forward`` takes it; a window needs a pattern, or its masks are of s²."""
+        if documents is not None or (keep is not None and self.config.sliding_window is not None):
+            return AttentionPattern(length=length, documents=documents, keep=keep, causal=False)
+        return None if keep is None else ~keep[:, None, None, :]
 
     @property
     def _counts_labels(self) -> bool:
@@ -201,7 +208,7 @@ class BertModule(ConfiguredModule):
         padded = {name: F.pad(inputs[name], (0, padding)) for name in ("input_ids", "token_type_ids", "position_ids")}
         mask = inputs.get("attention_mask")
         if mask is None:
-            mask = torch.zeros(len(tokens), 1, 1, tokens.size(1), dtype=torch.bool, device=tokens.device)
+            mask = self._mask(tokens.size(1), torch.ones_like(tokens, dtype=torch.bool))
         padded["attention_mask"] = pad_mask(mask, padding, padding)  # type: ignore[assignment]
         return {**inputs, **padded, **self.task.pad_labels(inputs, padding)}
 

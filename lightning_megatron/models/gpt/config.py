@@ -9,14 +9,14 @@ from lightning_megatron.checkpoint.plain_classes import formerly_in, plain_class
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
 from lightning_megatron.distributed.layout import LayoutError, ParallelLayout
-from lightning_megatron.models import expert_sizes, parameter_counts
+from lightning_megatron.models import attention_windows, expert_sizes, parameter_counts
 from lightning_megatron.models.gpt import config_checks as checks
 from lightning_megatron.models.gpt.experts.config import Experts, refuse_own_fields
 from lightning_megatron.models.gpt.latent import config as latent
 from lightning_megatron.models.gpt.latent.config import LatentAttention
 from lightning_megatron.models.heads import settings as heads
 from lightning_megatron.models.heads.settings import ProblemType
-from lightning_megatron.models.model_config import LayerStack, ModelConfig
+from lightning_megatron.models.model_config import ROPE_TYPES, LayerStack, ModelConfig
 from lightning_megatron.models.parameter_counts import Part
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 GPTTaskName = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering"]
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
-# Those whose frequencies do not depend on the length of the input, by transformers' formulas.
-_ROPE_TYPES = ("linear", "llama3", "yarn")
 
 
 @answer_wrong_names
@@ -176,9 +174,9 @@ class GPTConfig(ModelConfig):
         super().__post_init__()
         arguments.kind(dict, "a dictionary with rope_type, factor, ...", optional=True, rope_scaling=self.rope_scaling)
         if self.rope_scaling is not None:
-            self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), _ROPE_TYPES)
-        checks.check_layers(self, "sliding_window_layers", "sliding_window", "its length")
-        checks.check_layers(self, "rotary_layers")
+            self._one_of("rope_type", str(self.rope_scaling.get("rope_type")), ROPE_TYPES)
+        attention_windows.check_layers(self, "sliding_window_layers", "sliding_window", "its length")
+        attention_windows.check_layers(self, "rotary_layers")
         if self.window_rotary_base is not None and not (self.sliding_window and self.position_embedding == "rope"):
             raise ValueError(
                 f"GPTConfig(window_rotary_base={self.window_rotary_base}) is of layers with a window that rotate"
@@ -210,7 +208,7 @@ class GPTConfig(ModelConfig):
     def layer_work(self, stack: LayerStack, number: int) -> tuple[float | None, int]:
         """The keys that a query sees through the layer's window, if it has one; the weights of the experts it uses."""
         seen, weights = super().layer_work(stack, number)
-        if self.sliding_window is not None and number in (self.sliding_window_layers or [number]):
+        if self.sliding_window is not None and attention_windows.has_window(self, number):
             seen = min(stack.tokens / 2, self.sliding_window)
         if self.experts is not None and self.experts.in_layers(self.num_layers)[number]:
             width = self.experts.top_k * (self.experts.ffn_hidden_size or self.ffn_hidden_size or 4 * self.hidden_size)
@@ -308,7 +306,7 @@ class GPTConfig(ModelConfig):
             "add_bias_linear": self.bias,
             "add_qkv_bias": self.bias if self.qkv_bias is None else self.qkv_bias,
             "softmax_type": "learnable" if self.attention_sinks else "vanilla",
-            **self._window_arguments(),
+            **({} if self.sliding_window is None else attention_windows.core_fields(self, self.sliding_window - 1, 0)),
             **self._expert_arguments(),
             **self._rotary_arguments(),
             **self._latent_arguments(),
@@ -389,13 +387,3 @@ class GPTConfig(ModelConfig):
         if self.rotary_layers is None:
             return {}
         return {"no_rope_freq": [int(number not in self.rotary_layers) for number in range(self.num_layers)]}
-
-    def _window_arguments(self) -> dict[str, Any]:
-        """megatron-core's: how far a query looks back and ahead, and 1 for each layer that has the window."""
-        if self.sliding_window is None:
-            return {}
-        layers = range(self.num_layers) if self.sliding_window_layers is None else self.sliding_window_layers
-        return {
-            "window_size": (self.sliding_window - 1, 0),
-            "window_attn_skip_freq": [int(number in layers) for number in range(self.num_layers)],
-        }

@@ -10,21 +10,6 @@ from lightning_megatron.models.heads import settings as heads
 TASKS = ("causal_lm", "sequence_classification", "token_classification", "question_answering")
 
 
-def check_layers(config: Any, name: str, needed: str = "", what: str = "") -> None:
-    """Refuse a list of layers that there are not, or that lacks what the layers are to have."""
-    layers = getattr(config, name)
-    if layers is None:
-        return
-    if needed and getattr(config, needed) is None:
-        raise ValueError(f"GPTConfig({name}={layers}) needs {needed}, {what}.")
-    wrong = [number for number in layers if not 0 <= number < config.num_layers]
-    if wrong:
-        raise ValueError(
-            f"GPTConfig({name}={layers}): there is no layer {wrong[0]}; num_layers={config.num_layers} are numbered"
-            " from 0."
-        )
-
-
 def check_norms(config: Any) -> None:
     """Refuse norms that do not go together."""
     if config.shared_norm and not (config.parallel_residual and config.norm_placement == "pre"):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import ModuleSpec
 
@@ -17,7 +16,7 @@ from lightning_megatron.models.gpt.multi_token_prediction import LaterTokenLayer
 from lightning_megatron.models.layers.attention_pattern import AttentionPattern, block_arguments
 from lightning_megatron.models.layers.chunked_cross_entropy import WeightedLabels
 from lightning_megatron.models.layers.fused.rotary import cosines_and_sines
-from lightning_megatron.models.layers.window_rotary import WindowRotary
+from lightning_megatron.models.layers.window_rotary import angles_of
 
 
 class PositionedGPT(WholeModelNames, GPTModel):
@@ -101,7 +100,7 @@ class PositionedGPT(WholeModelNames, GPTModel):
         if angles is None or rest.get("inference_context") is not None:
             return prepared  # a text that is written counts its own tokens, and the cache its places
         if position_ids is not None:
-            angles = self._angles(position_ids)
+            angles = angles_of(self.rotary_pos_emb, position_ids)
         if self.rotates_by_table:
             angles = cosines_and_sines(angles, self.config.rotary_interleaved, self.config.params_dtype)
         return (prepared[0], angles, *prepared[2:])
@@ -149,20 +148,3 @@ class PositionedGPT(WholeModelNames, GPTModel):
             return weights
         group = process_groups.tensor_parallel()
         return weights.chunk(group.size(), dim=1)[group.rank()]
-
-    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
-        """``[s, b, 1, rotated channels]``, where megatron-core's table of places is ``[s, 1, 1, rotated channels]``.
-
-        Where layers with a window have a base of their own there are two tables, see ``WindowRotary``.
-        """
-        if isinstance(self.rotary_pos_emb, WindowRotary):
-            both = (self.rotary_pos_emb, self.rotary_pos_emb.of_windows)
-            return torch.stack([self._angles_of(positions, each) for each in both])
-        return self._angles_of(positions, self.rotary_pos_emb)
-
-    def _angles_of(self, positions: torch.Tensor, rotary: RotaryEmbedding) -> torch.Tensor:
-        frequencies = rotary.inv_freq.to(positions.device)
-        angles = positions.t()[:, :, None, None].float() * frequencies  # [s, b, 1, half]
-        if self.config.rotary_interleaved:
-            return torch.stack((angles, angles), dim=-1).flatten(-2)
-        return torch.cat((angles, angles), dim=-1)

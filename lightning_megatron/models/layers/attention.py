@@ -17,7 +17,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from lightning_megatron.distributed.layout import ContextComm
 from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.layers import capped_attention, flex_attention, sdpa
-from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams, causal_pattern
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern, PatternParams, plain_pattern
 from lightning_megatron.models.layers.attention_pieces import JOINED, attend_in_pieces
 from lightning_megatron.models.layers.attention_sinks import attend_with_sinks, new_sinks
 from lightning_megatron.models.layers.context_parallel import all_to_all, ways
@@ -39,9 +39,10 @@ class _Looks(NamedTuple):
     causal: bool
 
     def visible(self, length: int, window: int | None, device: torch.device) -> Visible:
-        """Who looks at whom in rows of ``length`` keys; without a mask that says it, no token looks ahead."""
-        causal = self.causal and self.pattern is None and self.mask is None
-        return Visible(causal_pattern(length, length) if causal else self.pattern, self.mask, window, device)
+        """Who looks at whom in rows of ``length`` keys; a causal layer's tokens do not look ahead unless told."""
+        is_plain = self.pattern is None and self.mask is None and (self.causal or window is not None)
+        pattern = plain_pattern(length, length, self.causal) if is_plain else self.pattern
+        return Visible(pattern, self.mask, window, device, self.causal)
 
 
 class TorchAttention(torch.nn.Module):
@@ -86,12 +87,12 @@ class TorchAttention(torch.nn.Module):
         self.softmax_offset: torch.nn.Parameter | None = None  # megatron-core's name of the sinks
         if config.softmax_type == "learnable":
             self.softmax_offset = new_sinks(config)
-        self.window = None  # tokens that a query looks at, itself included
+        self.window = None  # tokens that a query looks at, itself included; ahead as many, unless it is causal
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
-            if not self.causal:
+            if self.is_cross or not (self.causal or config.window_size[0] == config.window_size[1]):
                 raise ValueError(
-                    f"extra={{'window_size': {config.window_size}}}: a window looks back only, and this is attention in"
-                    " both directions. Leave it out."
+                    f"extra={{'window_size': {config.window_size}}}: a window of cross-attention means nothing, and one"
+                    " of attention in both directions reaches equally far in each. Leave it out, or give (64, 64)."
                 )
             self.window = config.window_size[0] + 1
         self.way: ContextComm | None = None
@@ -165,9 +166,9 @@ class TorchAttention(torch.nn.Module):
                 return self._in_parts(query, key, value, looks, range(query.size(0)), dropout)
         if mask is None and looks.bias is None and pattern is None:
             if window is not None or (looks.causal and self._prefers_flex(query)):
-                pattern = causal_pattern(key.size(0), query.size(0))
+                pattern = plain_pattern(key.size(0), query.size(0), looks.causal)
         elif pattern is None and window is not None:
-            unseen = causal_pattern(key.size(0), query.size(0)).dense(window, query.device)
+            unseen = plain_pattern(key.size(0), query.size(0), looks.causal).dense(window, query.device)
             mask = unseen if mask is None else mask | unseen
         with self._randomness() as dropout:
             if pattern is None:
@@ -180,9 +181,9 @@ class TorchAttention(torch.nn.Module):
         """As ``_whole_rows``, where each head has a sink; all kernels are those of parts of the keys."""
         pattern, mask, window = looks.pattern, looks.mask, self._window(key.size(0))
         if pattern is None and mask is None and looks.causal:
-            pattern = causal_pattern(key.size(0), query.size(0))
+            pattern = plain_pattern(key.size(0), query.size(0))
         elif mask is not None and window is not None:
-            mask = mask | causal_pattern(key.size(0), query.size(0)).dense(window, query.device)
+            mask = mask | plain_pattern(key.size(0), query.size(0)).dense(window, query.device)
         if self.way == "all_to_all" and not self.has_whole_rows:
             sinks = sinks.chunk(self.shards_of_queries.size)[self.shards_of_queries.rank]
         visible = Visible(pattern, mask, window, query.device)
@@ -194,10 +195,10 @@ class TorchAttention(torch.nn.Module):
         length = gathered.key.size(0)
         pattern, mask, window = looks.pattern, looks.mask, self._window(length)
         made_in_parts = self._is_made_in_parts(looks, length)
-        if pattern is None and mask is None and self.causal and (window is not None or self._prefers_flex(query)):
-            pattern = causal_pattern(length, length)
+        if pattern is None and mask is None and (window is not None or (self.causal and self._prefers_flex(query))):
+            pattern = plain_pattern(length, length, self.causal)
         elif mask is not None and window is not None and not made_in_parts:
-            mask = mask | causal_pattern(length, length).dense(window, query.device)
+            mask = mask | plain_pattern(length, length, self.causal).dense(window, query.device)
         parts, found = self.shards_of_queries.parts(query.size(0) * self.shards_of_queries.size), []
         with self._randomness() as dropout:
             for number, (part, each) in enumerate(zip(parts, query.split(len(parts[0])), strict=True)):
@@ -260,7 +261,8 @@ class TorchAttention(torch.nn.Module):
         if isinstance(looks.bias, ScoreBias):
             return True
         mask = looks.mask
-        return keys > AT_ONCE and looks.bias is None and mask is not None and mask.size(2) > 1
+        of_pairs = mask is not None and (mask.size(2) > 1 or self._window(keys) is not None)
+        return keys > AT_ONCE and looks.bias is None and of_pairs
 
     def _in_parts(
         self,

@@ -28,7 +28,8 @@ def looks(
 
     Args:
         causal: Whether no query looks ahead.
-        window: Tokens that a query looks at, itself included, where none looks ahead; None: all.
+        window: Tokens that a query looks at, itself included, and where queries look ahead, as many on that side; None:
+            all.
         documents: As ``AttentionPattern`` has them.
         keep: As ``AttentionPattern`` has it.
         row: Number of the row.
@@ -39,6 +40,8 @@ def looks(
     seen = query >= key if causal else (query >= 0) & (key >= 0)
     if window is not None:
         seen = seen & (query - key < window)
+        if not causal:
+            seen = seen & (key - query < window)
     if documents is not None:
         theirs = documents if of_queries is None else of_queries
         seen = seen & (theirs[row, query] == documents[row, key])
@@ -173,6 +176,6 @@ def _with_another(documents: torch.Tensor | None, tokens: int) -> torch.Tensor |
 
 
 @functools.lru_cache(maxsize=8)
-def causal_pattern(length: int, queries: int) -> AttentionPattern:
+def plain_pattern(length: int, queries: int, causal: bool = True) -> AttentionPattern:
     """Rows that are one document each; the last of ``queries`` is the last token."""
-    return AttentionPattern(length=length, queries=range(length - queries, length))
+    return AttentionPattern(length=length, queries=range(length - queries, length), causal=causal)

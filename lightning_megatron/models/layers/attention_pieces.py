@@ -172,7 +172,7 @@ class _Row(NamedTuple):
                 yield from self._with_holes(queries, kept)
                 return
         if not self.pattern.causal:
-            yield Piece(queries, kept)
+            yield from [Piece(queries, kept)] if self.window is None else self._blocks(queries, kept, alike=True)
             return
         before, inside, behind = _parted(queries, kept)
         if before:
@@ -184,7 +184,7 @@ class _Row(NamedTuple):
 
     def _with_holes(self, queries: range, keys: range) -> Iterator[Piece]:
         """Queries of one document, of whose ``keys`` some are not looked at."""
-        if self.pattern.causal:
+        if self.pattern.causal or self.window is not None:
             yield from self._blocks(queries, keys, alike=False)
         else:  # all look at the same keys
             mask = self._mask(queries[:1], keys, alike=False)
@@ -202,12 +202,13 @@ class _Row(NamedTuple):
         yield from self._blocks(queries, keys, alike=True)
 
     def _blocks(self, queries: range, keys: range, *, alike: bool) -> Iterator[Piece]:
-        """Pieces with masks; ``alike`` where the mask says nothing but how far a query looks back."""
+        """Pieces with masks; ``alike`` where the mask says nothing but how far a query looks."""
         size = _BLOCK if self.window is None else max(_BLOCK // 2, self.window // 2)
         for first in range(0, len(queries), size):
             block = queries[first : first + size]
             start = keys.start if self.window is None else max(keys.start, block.start - self.window + 1)
-            seen = range(start, max(start, min(keys.stop, block.stop)))
+            ahead = 0 if self.pattern.causal or self.window is None else self.window - 1
+            seen = range(start, max(start, min(keys.stop, block.stop + ahead)))
             if not seen or not alike:
                 yield Piece(block, seen, functools.partial(self._mask, block, seen, alike=False) if seen else None)
                 continue

@@ -93,6 +93,9 @@ def block_mask(pattern: AttentionPattern, window: int | None, device: torch.devi
     if window is not None:
         some = some & (queries.first[:, None] - keys.last < window)
         full = full & (queries.last[:, None] - keys.first < window)
+        if not pattern.causal:
+            some = some & (keys.first - queries.last[:, None] < window)
+            full = full & (keys.last - queries.first[:, None] < window)
     some, full = some[None], full[None]  # [b or 1, blocks of queries, blocks of keys]
     if documents is not None:
         some = some & (queries.highest[:, :, None] >= keys.lowest[:, None])

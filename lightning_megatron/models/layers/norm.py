@@ -26,7 +26,8 @@ class ZeroCentredLayerNorm(torch.nn.LayerNorm):
     def reset_parameters(self) -> None:
         """Start with zeros, which is a factor of one."""
         torch.nn.init.zeros_(self.weight)
-        torch.nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise over the last dimension."""
@@ -52,7 +53,8 @@ class TorchNorm:
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
         """Make the norm; megatron-core builds its layers by calling the class of the spec."""
-        norm = cls.norms[config.normalization, config.layernorm_zero_centered_gamma](hidden_size, eps=eps)
+        without = {} if getattr(config, "norm_bias", True) else {"bias": False}  # of a LayerNorm
+        norm = cls.norms[config.normalization, config.layernorm_zero_centered_gamma](hidden_size, eps=eps, **without)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

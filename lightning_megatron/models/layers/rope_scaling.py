@@ -9,13 +9,13 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 
 def stretch_rotary(model: torch.nn.Module, base: float, share: float, seq_length: int, scaling: dict[str, Any]) -> None:
-    """Give a GPT other rotary frequencies.
+    """Give a model other rotary frequencies, but for those of a ``WindowRotary`` that layers with a window have.
 
     YaRN's factor on queries and keys becomes one on the scores, where the whole head is rotated; of multi-latent
     attention it stays one on the channels that are.
 
     Args:
-        model: megatron-core's ``GPTModel``.
+        model: A ``PositionedGPT`` or ``BertModel``.
         base: Base period of the rotary frequencies.
         share: Share of a head's channels that is rotated.
         seq_length: Longest sequence, in tokens.
@@ -48,9 +48,10 @@ def stretch_rotary(model: torch.nn.Module, base: float, share: float, seq_length
             if hasattr(module, "rotary_factor"):
                 module.rotary_factor = factor
         return
-    for layer in model.decoder.layers:  # type: ignore[union-attr]
+    for layer in model.transformer_layers:  # type: ignore[union-attr]
         attention: Any = layer.self_attention.core_attention
-        attention.softmax_scale = factor**2 * (attention.softmax_scale or config.kv_channels**-0.5)
+        if not getattr(layer.self_attention, "rotary_table", 0):
+            attention.softmax_scale = factor**2 * (attention.softmax_scale or config.kv_channels**-0.5)
 
 
 def move_rotary(model: torch.nn.Module) -> None:

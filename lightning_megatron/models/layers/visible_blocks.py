@@ -33,16 +33,22 @@ class Visible:
 
     Args:
         pattern: As attention is given it, or None.
-        mask: ``[b or 1, 1, s or 1, s]``, True where a query may not look, or None; there is no ``pattern`` beside it,
-            and where there is a ``window``, no query looks ahead.
+        mask: ``[b or 1, 1, s or 1, s]``, True where a query may not look, or None; there is no ``pattern`` beside it.
         window: Tokens that a query looks at, itself included; None: all.
         device: Where masks are made.
+        causal: Whether the ``window`` beside a ``mask`` lies behind a query alone, and not ahead of it, too.
     """
 
     def __init__(
-        self, pattern: AttentionPattern | None, mask: torch.Tensor | None, window: int | None, device: torch.device
+        self,
+        pattern: AttentionPattern | None,
+        mask: torch.Tensor | None,
+        window: int | None,
+        device: torch.device,
+        causal: bool = True,
     ) -> None:
         self.pattern, self.mask, self.window, self.device = pattern, mask, window, device
+        self._distances = AttentionPattern(length=0, causal=causal)
 
     def blocks(self, queries: range, keys: range) -> Iterator[Block]:
         """The blocks of two chunks of a row; none where no query looks at a key."""
@@ -55,7 +61,7 @@ class Visible:
         """``keys`` without those that no query of the block looks at, as far as it is known without asking a device."""
         if self.pattern is not None:
             return self._within_reach(self.pattern, queries, keys)
-        return keys if self.window is None else self._within_reach(AttentionPattern(length=0), queries, keys)
+        return keys if self.window is None else self._within_reach(self._distances, queries, keys)
 
     def seen(self, queries: range, keys: range) -> torch.Tensor | None:
         """``[b or 1, 1, queries or 1, keys]``, whether a query looks at a key; None: each at all."""
@@ -65,7 +71,7 @@ class Visible:
             return None
         mask = self.mask if self.mask.size(2) == 1 else self.mask[:, :, queries.start : queries.stop]
         seen = ~mask[..., keys.start : keys.stop]
-        return seen if self.window is None else seen & self._seen(AttentionPattern(length=0), queries, keys)
+        return seen if self.window is None else seen & self._seen(self._distances, queries, keys)
 
     def _of_mask(self, queries: range, keys: range) -> Iterator[Block]:
         whole = self.mask is None or (self.mask.size(2) == 1 and self.window is None)
@@ -73,7 +79,8 @@ class Visible:
             yield Block(block, keys, seen=self.seen(block, keys))
 
     def _of_pattern(self, pattern: AttentionPattern, queries: range, keys: range) -> Iterator[Block]:
-        in_window = self.window is None or queries.stop - keys.start <= self.window
+        ahead = 0 if pattern.causal else keys.stop - queries.start
+        in_window = self.window is None or max(queries.stop - keys.start, ahead) <= self.window
         if pattern.same_rows and in_window:
             if not pattern.causal or keys.stop <= queries.start + 1:
                 yield Block(queries, keys)
@@ -92,6 +99,7 @@ class Visible:
             last = min(last, queries.stop)
         if self.window is not None:
             first = max(first, queries.start - self.window + 1)
+            last = last if pattern.causal else min(last, queries.stop + self.window - 1)
         if pattern.documents is not None and pattern.documents.device.type == "cpu":
             begin, end = pattern.made(("borders",), lambda: _borders(pattern))
             first, last = max(first, begin[queries.start]), min(last, end[queries.stop - 1])

@@ -1,4 +1,4 @@
-"""Rotary positions of which layers with an attention window have a base of their own, as in Gemma 3."""
+"""Rotary angles of given positions, of which layers with an attention window may have others, as in Gemma 3."""
 
 from __future__ import annotations
 
@@ -22,13 +22,31 @@ class WindowRotary(RotaryEmbedding):
         return torch.stack((super().forward(*args, **kwargs), self.of_windows(*args, **kwargs)))
 
 
+def angles_of(rotary: RotaryEmbedding, positions: torch.Tensor) -> torch.Tensor:
+    """The angles of positions ``[b, s]``, ``[s, b, 1, rotated channels]``; a ``WindowRotary`` has two such tables.
+
+    megatron-core's own table is of places in the row, which all rows have in common.
+    """
+    if isinstance(rotary, WindowRotary):
+        return torch.stack([_angles(rotary, positions), _angles(rotary.of_windows, positions)])
+    return _angles(rotary, positions)
+
+
+def _angles(rotary: RotaryEmbedding, positions: torch.Tensor) -> torch.Tensor:
+    frequencies = rotary.inv_freq.to(positions.device)
+    angles = positions.t()[:, :, None, None].float() * frequencies  # [s, b, 1, half]
+    if rotary.rotary_interleaved:
+        return torch.stack((angles, angles), dim=-1).flatten(-2)
+    return torch.cat((angles, angles), dim=-1)
+
+
 def give_windows_a_base(model: Any, base: float, share: float) -> None:
-    """Have a GPT's layers with a window rotate by frequencies of their own.
+    """Have a model's layers with a window rotate by frequencies of their own.
 
     Each layer's self-attention is then given its own of the two tables, whatever hands them on.
 
     Args:
-        model: A ``PositionedGPT``, whose frequencies are not stretched yet.
+        model: A ``PositionedGPT`` or ``BertModel``, whose frequencies are not stretched yet.
         base: Base period of those layers.
         share: Share of a head's channels that is rotated.
     """

@@ -18,6 +18,7 @@ from tests.support.trainer import loader, trainer
 FAMILIES: dict[str, Any] = {
     "pretraining": (LoadedBert, BertModule, plain_bert),
     "classes": (LoadedBert, BertModule, plain_bert),
+    "modern_mean": (LoadedBert, BertModule, plain_bert),
     **dict.fromkeys(plain_t5.CONFIGS, (LoadedT5, T5Module, plain_t5)),
 }
 
@@ -58,6 +59,7 @@ def _expected(name: str) -> torch.Tensor:
 PAIRS = [
     ("pretraining", Layout(tp=2, sp=True), Layout(pp=2)),
     ("classes", Layout(tp=2, sp=True), Layout(pp=2)),
+    ("modern_mean", Layout(tp=2, sp=True), Layout(pp=2)),
     ("t5", Layout(tp=2, sp=True), Layout(pp=2)),
     ("t5", Layout(pp=4, split=2), Layout(tp=2, dp=2)),
     ("t5", Layout(pp=2, vp=2, split=3, dp=2), Layout(pp=4, split=2)),

@@ -46,7 +46,7 @@ class Case:
             num_attention_heads=HEADS,
             num_query_groups=self.groups,
             attention_dropout=dropout,
-            window_size=None if self.window is None else (self.window - 1, 0),
+            window_size=None if self.window is None else (self.window - 1, (self.window - 1) * (not self.causal)),
             context_parallel_size=cp,
             cp_comm_type=way if cp > 1 else None,
         )
@@ -104,6 +104,9 @@ CASES = {
     "padded encoder": Case(causal=False, mask="of keys", groups=4),
     "encoder with documents": Case(causal=False, documents=60),
     "encoder with a kept part": Case(causal=False, keep="with holes"),
+    "encoder with a window": Case(causal=False, window=90),
+    "encoder with a narrow window": Case(causal=False, window=7, mask="of keys"),
+    "encoder with documents in a window": Case(causal=False, window=30, documents=60, keep="with holes"),
     "cross": Case(cross=True),
     "padded cross": Case(cross=True, mask="of keys"),
     "cross with a dense mask": Case(cross=True, mask="of both"),

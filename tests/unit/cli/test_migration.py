@@ -521,8 +521,10 @@ def test_all_mistakes_are_named_at_once():
     ("model", "words", "fates"),
     [
         ("bert", "--position-embedding-type rope --normalization LayerNorm --untie-embeddings-and-output-weights",
-         {"--position-embedding-type": "not here", "--normalization": "not needed",
+         {"--position-embedding-type": "carried over", "--normalization": "not needed",
           "--untie-embeddings-and-output-weights": "not here"}),
+        ("bert", "--window-size 64,0 --disable-bias-linear",
+         {"--window-size": "not here", "--disable-bias-linear": "carried over"}),
         ("t5", "--group-query-attention --num-query-groups 2 --disable-bias-linear --swiglu --rotary-base 500000",
          {"--group-query-attention": "not here", "--num-query-groups": "not here",
           "--disable-bias-linear": "not needed", "--swiglu": "carried over", "--rotary-base": "not here"}),
@@ -559,6 +561,8 @@ def test_windows_positions_and_seeds():
     config = plan.run["model"]["init_args"]["config"]
     assert (config["sliding_window"], config["sliding_window_layers"]) == (129, [0, 1, 3, 4])
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2}
+    both_ways = from_command_line("--num-layers 6 --window-size 64,64 --data-path d", "bert", devices=1)
+    assert both_ways.run["model"]["init_args"]["config"]["sliding_window"] == 64
     assert (plan.run["seed_everything"], plan.run["data"]["init_args"]["seed"]) == (7, 7)
     assert (plan.run["trainer"]["deterministic"], plan.run["trainer"]["limit_val_batches"]) == (True, 1.0)
 

@@ -39,6 +39,7 @@ MODELS = [
     "unsloth/gpt-oss-20b-BF16",
     "google-bert/bert-large-uncased",
     "nlptown/bert-base-multilingual-uncased-sentiment",
+    "answerdotai/ModernBERT-base",
     "google-t5/t5-small",
     "google/flan-t5-base",
 ]

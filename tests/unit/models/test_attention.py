@@ -31,6 +31,7 @@ def attention(
     dropout: float = 0.0,
     cap: float | None = None,
     cross: bool = False,
+    causal: bool = True,
 ) -> TorchAttention:
     config = TransformerConfig(
         num_layers=1,
@@ -38,10 +39,10 @@ def attention(
         num_attention_heads=HEADS,
         num_query_groups=groups,
         attention_dropout=dropout,
-        window_size=None if window is None else (window - 1, 0),
+        window_size=None if window is None else (window - 1, 0 if causal else window - 1),
     )
     config.attention_score_cap = cap
-    kind = (AttnMaskType.padding, "cross") if cross else (AttnMaskType.causal, "self")
+    kind = (AttnMaskType.causal if causal and not cross else AttnMaskType.padding, "cross" if cross else "self")
     layer = TorchAttention(config, 1, *kind)
     layer.in_parallel_rng = True  # there is no tensor-parallel random state in this process
     return layer
@@ -91,7 +92,8 @@ DOCUMENTS = {
 
 def looks(pattern: AttentionPattern, window: int | None) -> torch.Tensor:
     query, key = torch.tensor(pattern.queries)[:, None], torch.arange(pattern.length)
-    seen = (key <= query) & (query - key < (window or pattern.length)) if pattern.causal else query + key >= 0
+    seen = (query - key).abs() < (window or pattern.length)
+    seen = seen & (key <= query) if pattern.causal else seen
     if pattern.documents is not None:
         seen = seen & (pattern.documents[:, list(pattern.queries), None] == pattern.documents[:, None])
     if pattern.keep is not None:
@@ -121,14 +123,15 @@ def test_patterns_are_plain_softmax_with_a_dense_mask(apart, keep, window):
     check(layer, window, pattern.part(70, 211))  # as a rank of context parallelism has them
 
 
+@pytest.mark.parametrize("window", [None, 5, 90])
 @pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("apart", [name for name in DOCUMENTS if name != "one"])
-def test_documents_of_an_encoder_are_plain_softmax_with_a_dense_mask(apart, keep):
+@pytest.mark.parametrize("apart", DOCUMENTS)
+def test_patterns_of_an_encoder_are_plain_softmax_with_a_dense_mask(apart, keep, window):
     pattern = AttentionPattern(length=LENGTH, documents=DOCUMENTS[apart], keep=KEEPS[keep], causal=False)
-    layer = attention()
-    check(layer, None, pattern)
-    check(layer, None, pattern.part(0, 120))
-    check(layer, None, pattern.part(70, 211))
+    layer = attention(window, causal=False)
+    check(layer, window, pattern)
+    check(layer, window, pattern.part(0, 120))
+    check(layer, window, pattern.part(70, 211))
 
 
 @pytest.mark.parametrize("window", [None, 90])
@@ -184,6 +187,21 @@ def test_a_window_alone(window):
     torch.testing.assert_close(*gradients, rtol=2e-5, atol=2e-4)
     last = attention(window)(query[-1:], key, value, attn_mask_type=AttnMaskType.no_mask)  # as generation asks
     torch.testing.assert_close(last, expected[-1:], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [5, 90])
+def test_a_window_that_reaches_both_ways(window, monkeypatch):
+    """Alone, and beside a mask of keys, which long rows make in blocks."""
+    query, key, value, mixed = projected(LENGTH, ROWS)
+    within, keep = looks(AttentionPattern(length=LENGTH, causal=False), window), KEEPS["both, and a row of padding"]
+    for mask in (None, ~keep[:, None, None]):
+        expected = plain(query, key, value, within if mask is None else within & keep[:, None])
+        for at_once in (1024, 64):
+            monkeypatch.setattr("lightning_megatron.models.layers.attention.AT_ONCE", at_once)
+            found = attention(window, causal=False)(query, key, value, mask)
+            torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+            both = [torch.autograd.grad(out.square().sum(), mixed, retain_graph=True)[0] for out in (found, expected)]
+            torch.testing.assert_close(*both, rtol=2e-5, atol=2e-4)
 
 
 def test_documents_in_a_row_are_each_document_alone():
@@ -349,8 +367,8 @@ def test_nothing_is_copied(groups):
 def test_masks_of_blocks_hold_what_the_kernel_must_visit(apart, keep, window):
     whole = AttentionPattern(length=LENGTH, documents=DOCUMENTS[apart], keep=KEEPS[keep])
     patterns = [whole, whole.part(150, 299)]
-    if window is None and not whole.same_rows:
-        patterns.append(replace(whole, causal=False))
+    if window is not None or not whole.same_rows:
+        patterns += [replace(whole, causal=False), replace(whole, causal=False, queries=range(150, 299))]
     for pattern in patterns:
         found = block_mask(pattern, window, torch.device("cpu"))
         seen = looks(pattern, window)
@@ -412,7 +430,8 @@ def test_the_kernel_that_was_asked_for_computes(name):
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_a_window_of_attention_in_both_directions_is_refused():
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, window_size=(3, 3))
-    with pytest.raises(ValueError, match="'window_size': \\(3, 3\\)}: a window looks back only"):
-        TorchAttention(config, 1, AttnMaskType.padding, "self")
+def test_windows_that_attention_does_not_have_are_refused():
+    for size, kind in (((3, 0), "self"), ((3, 3), "cross")):
+        config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, window_size=size)
+        with pytest.raises(ValueError, match=f"'window_size': \\(3, {size[1]}\\)}}: .* equally far in each. Leave it"):
+            TorchAttention(config, 1, AttnMaskType.padding, kind)

@@ -8,7 +8,7 @@ from lightning_megatron import GPTConfig
 from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.layers.attention import TorchAttention, use_kernel
-from lightning_megatron.models.layers.attention_pattern import AttentionPattern, causal_pattern
+from lightning_megatron.models.layers.attention_pattern import AttentionPattern, plain_pattern
 from lightning_megatron.models.layers.attention_sinks import attend_with_sinks
 from lightning_megatron.models.layers.context_parallel import ways
 from lightning_megatron.models.layers.visible_blocks import Visible
@@ -48,7 +48,7 @@ def test_sinks_are_one_more_score(queries, keys, window, padded):
     given = [torch.randn(shape, requires_grad=True) for shape in shapes]
     keep = torch.ones(2, keys, dtype=torch.bool)
     keep[0, :padded] = False
-    pattern = causal_pattern(keys, queries)
+    pattern = plain_pattern(keys, queries)
     if padded:
         pattern = AttentionPattern(length=keys, keep=keep, queries=range(keys - queries, keys))
     visible = Visible(pattern, None, window, torch.device("cpu"))

@@ -38,6 +38,20 @@ def bert(length: int, **more: torch.Tensor) -> tuple[BertModule, dict[str, torch
     return BertModule(BertConfig(**SIZES, seq_length=length)), {"input_ids": ids(length), "labels": ids(length), **more}
 
 
+def modern(length: int, **more: torch.Tensor) -> tuple[BertModule, dict[str, torch.Tensor]]:
+    """A ModernBERT, whose layer has a window that reaches both ways."""
+    config = BertConfig(
+        **SIZES,
+        seq_length=length,
+        position_embedding="rope",
+        num_token_types=0,
+        norm_placement="embedding_pre",
+        activation="geglu",
+        sliding_window=64,
+    )
+    return BertModule(config), {"input_ids": ids(length), "labels": ids(length), **more}
+
+
 def t5(length: int, **more: torch.Tensor) -> tuple[T5Module, dict[str, torch.Tensor]]:
     config = T5Config(**SIZES, seq_length=length, decoder_seq_length=length)
     return T5Module(config), {"input_ids": ids(length), "labels": ids(length), **more}
@@ -48,6 +62,9 @@ CASES = {
     "GPT, documents with holes": lambda n: gpt(n, seq_idx=numbers(n), attention_mask=holes(n)),
     "BERT, documents": lambda n: bert(n, seq_idx=numbers(n)),
     "BERT, documents with holes": lambda n: bert(n, seq_idx=numbers(n), attention_mask=holes(n)),
+    "ModernBERT": lambda n: modern(n),
+    "ModernBERT, padded": lambda n: modern(n, attention_mask=(torch.arange(n)[None] < n - 9).long()),
+    "ModernBERT, documents with holes": lambda n: modern(n, seq_idx=numbers(n), attention_mask=holes(n)),
     "T5, pairs": lambda n: t5(n, seq_idx=numbers(n), decoder_seq_idx=numbers(n)),
 }
 WHOLE_ROWS = {

@@ -71,6 +71,18 @@ CONFIGS = {
     "bert": BertConfig(**SIZES),
     "bert with dropout": BertConfig(**SIZES, **DROPOUT),
     "bert pre": BertConfig(**SIZES, norm_placement="pre"),
+    "modern bert": BertConfig(
+        **SIZES,
+        norm_placement="embedding_pre",
+        num_token_types=0,
+        position_embedding="rope",
+        sliding_window=5,
+        sliding_window_layers=[1, 2],
+        window_rotary_base=100.0,
+        activation="geglu",
+        bias=False,
+        norm_bias=False,
+    ),
     "t5": T5Config(**SIZES),
     "t5 with dropout": T5Config(**SIZES, **DROPOUT),
     "t5 gated": T5Config(**SIZES, activation="geglu_tanh", position_embedding="learned", tie_embeddings=False),
@@ -176,7 +188,7 @@ def test_the_modules_optimizer(optimizer, bytes_each):
 
 
 @pytest.mark.parametrize("recompute", [None, "selective"])
-@pytest.mark.parametrize("name", ["gpt", "llama", "llama with dropout", "bert", "t5"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "llama with dropout", "bert", "modern bert", "t5"])
 def test_fused_layers(name, recompute):
     torch.compiler.set_stance("force_eager")  # the same functions, without waiting for their compilation
     try:

@@ -27,7 +27,7 @@ def seen_by(pattern: AttentionPattern, window: int | None) -> torch.Tensor:
     query, key = PLACES[:, None], PLACES
     seen = (query >= key) if pattern.causal else torch.ones(LENGTH, LENGTH, dtype=torch.bool)
     if window is not None:
-        seen = seen & (query - key < window)
+        seen = seen & ((query - key).abs() < window)
     seen = seen.expand(ROWS, -1, -1)
     if pattern.documents is not None:
         seen = seen & (DOCUMENTS[:, :, None] == DOCUMENTS[:, None])
@@ -53,7 +53,7 @@ def all_blocks(visible: Visible) -> list[Block]:
 
 
 CASES = [(name, None) for name in PATTERNS]
-CASES += [(name, window) for name in PATTERNS if PATTERNS[name].causal for window in (5, 300, 600, 601, 1199)]
+CASES += [(name, window) for name in PATTERNS for window in (5, 300, 600, 601, 1199)]
 
 
 @pytest.mark.parametrize(("name", "window"), CASES)
@@ -72,6 +72,16 @@ def test_pairs_of_a_mask():
         assert mask.size(2) == 1 or max(len(block.queries) for block in blocks) == 512
         assert torch.equal(counted(blocks), (~mask).expand(ROWS, 1, LENGTH, LENGTH)[:, 0].to(torch.int8))
     assert all_blocks(Visible(None, None, None, torch.device("cpu"))) == [Block(q, k) for q in CHUNKS for k in CHUNKS]
+
+
+@pytest.mark.parametrize("window", [5, 300, 1199])
+def test_a_mask_of_keys_and_a_window_that_reaches_both_ways(window):
+    visible = Visible(None, ~KEEP[:, None, None], window, torch.device("cpu"), causal=False)
+    wanted = seen_by(PATTERNS["padded encoder"], window)
+    assert torch.equal(counted(all_blocks(visible)), wanted.to(torch.int8))
+    reached = visible.reach(CHUNKS[1], range(LENGTH))
+    assert wanted[:, CHUNKS[1].start :].sum() == wanted[:, CHUNKS[1].start :, reached.start : reached.stop].sum()
+    assert len(reached) == min(LENGTH, 600 + window - 1)
 
 
 def test_plain_rows_have_no_masks():
