@@ -18,7 +18,7 @@ LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2, sp=True)]
 EXPERT_LAYOUTS = [Layout(), Layout(dp=2, ep=2), Layout(tp=2, sp=True), Layout(tp=2, sp=True, ep=2, etp=1)]
 STAGES = Layout(pp=2, dp=2, ep=2)  # for whom an even number of layers can be cut in two
 CASES = [(name, layout) for layout in LAYOUTS for name in pretrained.DENSE]
-CASES = [(name, layout) for name, layout in CASES if name not in pretrained.FURTHER or layout in LAYOUTS[::3]]
+CASES = [(name, layout) for name, layout in CASES if name not in pretrained.FURTHER or layout == LAYOUTS[-1]]
 CASES += [(name, layout) for layout in EXPERT_LAYOUTS for name in pretrained.MIXTURES] + [("qwen3_moe", STAGES)]
 CASES.remove(("gpt_oss", EXPERT_LAYOUTS[2]))  # experts that have biases are not divided
 

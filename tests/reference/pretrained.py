@@ -210,7 +210,7 @@ LATENTS = ["deepseek_v2", "deepseek_v2-lite", "deepseek_v3"]
 MIXTURES = [*LATENTS, "mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
 DENSE = [name for name in MODELS if name not in MIXTURES]
 CAUSAL = [name for name in MODELS if writes(name) and not name.startswith("t5")]
-# What differs from another model in its head, or in its names: two layouts show that.
+# What differs from another model in its head, or in its names: one layout shows that.
 FURTHER = ["bert-answers", "modernbert-answers", "roberta-answers", "xlm-roberta-masked", "camembert-sequences"]
 
 

@@ -48,8 +48,8 @@ class Documents:
             if getattr(self, name) and (name == "eod_mask_loss" or task != "token_classification"):
                 raise ValueError(
                     f"GPTModule({name}=True) is of rows that several documents share, and GPTConfig(task={task!r}) has"
-                    f" {'labels of its own' if name == 'eod_mask_loss' else 'one label or answer to a row'}. Leave it"
-                    " out."
+                    f" {'labels of its own' if name == 'eod_mask_loss' else 'one label to a row, or one answer'}."
+                    " Leave it out."
                 )
 
     def positions(self, tokens: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:

@@ -25,6 +25,7 @@ def config(task: str = "sequence_classification", **options) -> GPTConfig:
         ({"task": "token_classification", "problem_type": "regression"}, "only task='sequence_classification'"),
         ({"problem_type": "single_label_classification", "num_labels": 1}, "one class teaches nothing"),
         ({"mtp": 1, "position_embedding": "rope"}, "mtp=1.*Use mtp=0"),
+        ({"task": "question_answering", "num_labels": 3}, "Use num_labels=2"),
         ({"classifier_dropout": 1.0}, "classifier_dropout=1.0"),
         ({"pad_token_id": -1}, "pad_token_id=-1"),
     ],
@@ -38,6 +39,7 @@ def test_configurations_that_do_not_exist(options, says):
     ("task", "options", "says"),
     [
         ("sequence_classification", {"reset_attention_mask": True}, "one label to a row"),
+        ("question_answering", {"reset_position_ids": True}, "one label to a row, or one answer"),
         ("token_classification", {"eod_mask_loss": True}, "labels of its own"),
     ],
 )
@@ -73,6 +75,15 @@ class _Trainer:
         (
             {}, {"input_ids": IDS, "labels": torch.zeros(3).long(), "position_ids": torch.arange(8).expand(3, 8) % 5},
             "several texts share a row",
+        ),
+        (
+            {"task": "question_answering"}, {"input_ids": IDS, "start_positions": IDS[:, 0], "labels": IDS[:, 0]},
+            "needs 'end_positions'",
+        ),
+        (
+            {"task": "question_answering"},
+            {"input_ids": IDS, "start_positions": IDS[:, 0], "end_positions": IDS[:, 0], "seq_idx": (IDS > 12).long()},
+            "several texts share a row.*Give each question and its text a row of its own",
         ),
         ({"task": "token_classification"}, {"input_ids": IDS, "labels": torch.zeros(3).long()}, "labels"),
         ({"task": "token_classification"}, {"input_ids": IDS, "labels": IDS}, "24|2 in 'labels' is outside"),
@@ -126,12 +137,20 @@ def test_experts_count_what_rows_count():
     tokens = built(GPTModule(config("token_classification", **experts)))
     weights = tokens._fitted(tokens.get_batch({"input_ids": ids, "labels": ids % 2 - 100 * (ids == 0)}))
     assert weights["token_weights"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    answers = built(GPTModule(config("question_answering", **experts)))
+    batch = {"input_ids": ids, "start_positions": torch.tensor([1, 9]), "end_positions": torch.tensor([2, 9])}
+    weights = answers._fitted(answers.get_batch({**batch, "attention_mask": (ids != 0).long()}))["token_weights"]
+    torch.testing.assert_close(weights, torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0.0], [0.0] * 4]))
 
 
-@pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
-@pytest.mark.parametrize("lora", [None, LoRA(rank=4, also_train=["classification_head"])], ids=str)
-def test_the_head_is_counted(task, lora):
-    shape = config(task, num_labels=3)
+@pytest.mark.parametrize(
+    ("task", "labels"), [("sequence_classification", 3), ("token_classification", 3), ("question_answering", 2)]
+)
+@pytest.mark.parametrize("trains", [None, True])
+def test_the_head_is_counted(task, labels, trains):
+    shape = config(task, num_labels=labels)
+    head = "qa_outputs" if task == "question_answering" else "classification_head"
+    lora = trains and LoRA(rank=4, also_train=[head])
     weights = list(built(GPTModule(shape, lora=lora)).parameters())
     told = ParallelLayout(world_size=1).memory(shape, precision="32-true", lora=lora, device="cpu").largest
     assert told.weights == 4 * sum(each.numel() for each in weights)
