@@ -38,7 +38,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """The sum of all bytes."""
+        """The bytes of all parts together."""
         return sum(astuple(self))
 
 

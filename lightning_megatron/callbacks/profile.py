@@ -103,7 +103,7 @@ class _Ranges:
         self._open: list[tuple[str, Any]] = []
 
     def begin(self, name: str) -> None:
-        """Open a range."""
+        """Open a range of this name in the profile."""
         if self._nvtx:
             torch.cuda.nvtx.range_push(name)
             return

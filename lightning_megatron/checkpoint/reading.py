@@ -84,7 +84,7 @@ def on_each_rank(path: Path, verified: bool, read: Callable[[], T]) -> T:
 
 
 def trainer_state_of(path: Path, about: dict[str, Any], trust: bool) -> dict[str, Any]:
-    """Read Lightning's state."""
+    """Read what Lightning and its callbacks keep of a run."""
     objects = path / trainer_state.OBJECTS
     return trainer_state.join(
         (path / trainer_state.STATE).read_bytes(),

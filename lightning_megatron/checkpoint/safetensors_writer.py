@@ -59,12 +59,12 @@ class SafetensorsFile:
             self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, which is whole now."""
         self._file.close()
 
 
 def write(path: Path, kinds: Kinds, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write a whole file."""
+    """Write a whole file of tensors."""
     file = SafetensorsFile(path, kinds)
     try:
         for name, tensor in tensors:

@@ -34,7 +34,7 @@ class HashedFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write ``data``."""
+        """Write ``data``, and count it; an error is kept as well."""
         self.crc32 = zlib.crc32(data, self.crc32)
         try:
             self._file.write(data)
@@ -46,7 +46,7 @@ class HashedFile:
         return count
 
     def flush(self) -> None:
-        """Flush the file."""
+        """Hand what is buffered to the system."""
         self._file.flush()
 
 

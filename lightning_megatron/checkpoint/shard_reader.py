@@ -110,7 +110,7 @@ class _Reader(FileSystemReader):
     _metadata: Metadata | None = None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Read the index once."""
+        """Read the index at the first call, and keep it."""
         if self._metadata is not None:
             return self._metadata
         with (Path(self.path) / METADATA).open("rb") as file:

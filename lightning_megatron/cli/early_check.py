@@ -1,4 +1,4 @@
-"""Finds names of arguments that do not exist, and values in place of arguments, before anything heavy is imported.
+"""Finds arguments that do not exist or cannot be right, on the command line and in YAML, and imports nothing heavy.
 
 It reads the sources of the classes that a run names. What it is not sure of it leaves to jsonargparse, which knows
 everything and takes seconds to say it.
@@ -18,6 +18,7 @@ import yaml
 import lightning_megatron
 from lightning_megatron.cli.auto_module_help import NAMES as AUTO_MODULES
 from lightning_megatron.cli.no_argument import no_argument, takes_arguments
+from lightning_megatron.cli.trainer_values import wrong_accelerator, wrong_devices
 from lightning_megatron.distributed import signatures
 from lightning_megatron.distributed.suggestions import closest_name
 
@@ -32,6 +33,7 @@ _OF_A_CLASS = {"class_path", "init_args", "dict_kwargs", "help"}
 _STRATEGY = ("trainer", "strategy")
 _SLOTS = {_STRATEGY, ("model",), ("data",)}  # where a class is named, and arguments of its own follow
 _CALLBACKS = ("trainer", "callbacks")  # of which each is such a class
+_VALUES = {"accelerator": wrong_accelerator, "devices": wrong_devices}  # of the Trainer, before it can be asked
 
 Path_ = tuple[str, ...]
 
@@ -76,7 +78,7 @@ class Run:
     is_whole: bool = True
 
     def add(self, entry: _Entry) -> None:
-        """Take one more name."""
+        """Take one more name, and the class that it may give."""
         self.entries.append(entry)
         if entry.path[-1] == "class_path" and not entry.is_option:
             self.named_in_files.add(entry.path[:-1])
@@ -98,10 +100,15 @@ class Run:
     @property
     def devices(self) -> int:
         """The devices of a machine that ``MegatronStrategy`` is given by number; 1 where another strategy is chosen."""
-        given = [entry.value for entry in self.entries if entry.path == ("trainer", "devices")]
-        ours = self.class_at(_STRATEGY).rpartition(".")[2] == "MegatronStrategy"
-        last = given[-1] if given else None
-        return int(last) if ours and last is not None and last.isdigit() else 1
+        last = self._last("devices") if self._has_our_strategy else None
+        return int(last.value) if last is not None and last.value is not None and last.value.isdigit() else 1
+
+    @property
+    def may_name_module(self) -> bool:
+        """Whether it names a module, in full or by an abbreviation, or what has not been read may; help needs none."""
+        whole = ("model", "help", "print_config")
+        named = any(name.startswith(entry.path[0]) for entry in self.entries for name in whole)
+        return named or not self.is_whole or any(entry.path[-1] == "help" for entry in self.entries)
 
     @property
     def asks_for_auto_module(self) -> bool:
@@ -109,7 +116,7 @@ class Run:
         return any(entry.path == ("model", "help") and entry.value in AUTO_MODULES for entry in self.entries)
 
     def find_faults(self) -> list[str]:
-        """The names that surely do not exist, and files that cannot be read, each in words."""
+        """The names that surely do not exist, values that cannot be right, and files that cannot be read, in words."""
         wrong: list[Path_] = []
         told = list(self.faults)
         for entry in self.entries:
@@ -118,11 +125,27 @@ class Run:
             if fault := _fault(entry, self):
                 wrong.append(entry.path)
                 told.append(fault)
-        return told
+        return list(dict.fromkeys([*told, *self._wrong_values()]))
+
+    @property
+    def _has_our_strategy(self) -> bool:
+        return self.class_at(_STRATEGY).rpartition(".")[2] == "MegatronStrategy"
+
+    def _last(self, name: str) -> _Entry | None:
+        """What counts of an argument of the Trainer that may be given several times."""
+        given = [entry for entry in self.entries if entry.path == ("trainer", name)]
+        return given[-1] if given else None
+
+    def _wrong_values(self) -> Iterator[str]:
+        for name, find in _VALUES.items():
+            last = self._last(name) if self._has_our_strategy else None
+            if last is not None and last.value is not None and (fault := find(last.value)):
+                dashes = "--" if last.is_option else ""
+                yield f"{last.place}{dashes}trainer.{name}={last.value}: {fault}"
 
 
 def find_faults(arguments: Sequence[str]) -> list[str]:
-    """The names that surely do not exist, and files that cannot be read, each in words.
+    """The names that surely do not exist, values that cannot be right, and files that cannot be read, each in words.
 
     Args:
         arguments: The arguments of ``fit`` or its kin, without the command.
@@ -139,6 +162,8 @@ def read(given: Sequence[str]) -> Run:
     run, arguments = Run(), list(given)
     while arguments:
         word = arguments.pop(0)
+        if word in ("-h", "--help"):
+            run.add(_Entry(("help",), None))
         if not word.startswith("-") or word in ("-h", "--help"):
             continue
         option, equals, value = word.partition("=")
@@ -158,7 +183,8 @@ def _read_file(name: str, run: Run) -> None:
             run.is_whole = False
             return
         others = [str(each) for pattern in ("*.yaml", "*.yml") for each in path.parent.glob(pattern)]
-        near = closest_name(str(path), others)
+        below = sorted(str(each) for each in path.parent.glob(f"*/{path.name}"))
+        near = below[0] if below else closest_name(str(path), others)
         run.faults.append(f"--config {name}: there is no such file{f'; did you mean {near}?' if near else ''}")
         return
     text = ""
@@ -245,6 +271,11 @@ def _fault(entry: _Entry, run: Run) -> str | None:
         if not entry.is_option and _is_slot(at) and shown == at and at in run.named_in_files:
             return f"{entry.place}{'.'.join(entry.path)} is beside class_path: put {name} under init_args"
         if at == _CALLBACKS:
+            if entry.is_option and name.isdigit():
+                return (
+                    f"--trainer.callbacks.{name}: an option adds a callback, and takes no number; write"
+                    " --trainer.callbacks+=NAME, and behind it --trainer.callbacks.ARGUMENT"
+                )
             if entry.is_option:
                 return None  # an argument of the callback that the option before it has added
             at = (*at, name)
@@ -253,13 +284,14 @@ def _fault(entry: _Entry, run: Run) -> str | None:
         if owner and at != ("trainer",) and name in _OF_A_CLASS:
             return None  # a dataclass that is named, as classes are
         if name not in known:
-            if entry.is_option and (name == "help" or any(each.startswith(name) for each in known)):
+            is_last = number + 1 == len(entry.path)
+            if entry.is_option and (name == "help" or (is_last and any(each.startswith(name) for each in known))):
                 return None  # jsonargparse takes abbreviations
             beginning = "".join(f"{part}." for part in shown)
             dashes = "--" if entry.is_option else ""
             if home := _home(name, run, entry.is_option):
                 return f"{entry.place}there is no argument {dashes}{beginning}{name}; it is {dashes}{home}{name}"
-            value = entry.value if number + 1 == len(entry.path) else ...
+            value = entry.value if is_last else ...
             return f"{entry.place}{no_argument(f'{dashes}{beginning}', name, known, owner, value)}"
         annotation = known[name]
         at = (*at, name)

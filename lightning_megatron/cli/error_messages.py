@@ -12,11 +12,25 @@ from typing import Any, get_type_hints
 import yaml
 
 from lightning_megatron.cli.no_argument import no_argument, takes_arguments
+from lightning_megatron.distributed import signatures
 from lightning_megatron.distributed.other_names import VALUE_NAMES
 from lightning_megatron.distributed.suggestions import closest_name
 from lightning_megatron.strategy.former_arguments import replacement
 
 _NOTHING = ("<class 'NoneType'>", "<class 'str'>")
+_NO_GPU = ("No supported gpu backend found", "`CUDAAccelerator` can not run on your system")  # Lightning's words
+
+
+# The base of all callbacks, which jsonargparse tries behind the class that was given.
+_TRIED_AS_BASE = re.compile(
+    r"\n\s+- Problem with given class_path 'lightning\.Callback':\n\s+Option '\S+' is not accepted"
+)
+# A class that jsonargparse tries for arguments of another one, as ``ParameterGroups`` for those of AdamW, before it
+# takes that other one for a function of the parameters.
+_TRIED_BEFORE_FUNCTION = re.compile(
+    r"'\S+':\n\s+Option '\S+' is not accepted\n\s+- Type .* expects a function or a callable class: "
+    r"((?:.|\n)*?)\.? Got value: Namespace\(class_path='([^']+)'.*"
+)
 
 
 def explain(message: str, options: Iterable[str]) -> str:
@@ -34,10 +48,12 @@ def explain(message: str, options: Iterable[str]) -> str:
         _missing,
         _no_command,
         _no_file,
+        _no_module,
         _no_class,
         _not_expected,
         _no_arguments,
     )
+    message = _TRIED_BEFORE_FUNCTION.sub(_of_given_class, _TRIED_AS_BASE.sub("", message))
     for rule in rules:
         line = rule(message, list(options))
         if line:
@@ -47,10 +63,22 @@ def explain(message: str, options: Iterable[str]) -> str:
 
 def reason(message: str) -> str:
     """What a class's constructor raised, without the other types that jsonargparse tried."""
-    found = re.search(r"Errors:\n((?:.|\n)*?)(?:\n\s*Given value|\Z)", message)
-    tried = re.split(r"\n\s*- ", "\n" + found[1])[1:] if found else []
+    if message.startswith(_NO_GPU):
+        return (
+            "--trainer.accelerator=gpu: torch finds no GPU on this machine. Use cpu to train here;"
+            " lightning-megatron check looks at a run for GPUs anywhere"
+        )
+    found = re.search(r"^( *)Errors:\n((?:.|\n)*?)(?:\n\1Given value|\Z)", message, re.MULTILINE)
+    if not found:
+        return message
+    tried = f"\n{found[2]}".split(f"\n{found[1]}  - ")[1:]
     told = [text for text in tried if not text.startswith("Expected a ")]
-    return told[0].replace("\n    ", "\n") if told else message
+    return reason(told[0].replace(f"\n{found[1]}    ", "\n")) if told else message
+
+
+def _of_given_class(found: re.Match[str]) -> str:
+    """What jsonargparse says of the class that was given, without the one that it tried before."""
+    return found[0] if found[1].startswith("Expected '") else f"'{found[2]}':\n{found[1]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -161,9 +189,19 @@ def _no_file(message: str, _: list[str]) -> str:
     return f"--{found[1]}={found[2]}: there is no such file; check the path" if found else ""
 
 
+def _no_module(message: str, _: list[str]) -> str:
+    found = re.search(r"given class_path '(\S+)':\s+No module named '(\S+)'", message)
+    if not found:
+        return ""
+    return (
+        f"--{_key(message)}={found[1]}: Python finds no module {found[2]}; check its name, or put its folder into"
+        " PYTHONPATH"
+    )
+
+
 def _no_class(message: str, _: list[str]) -> str:
     found = re.search(r"Expected a dot import path string: (\S+)", message)
-    if not found:
+    if not found or re.search(r"Expected a <class '(int|float)'>", message):  # a number is meant more likely
         return ""
     from lightning.pytorch.strategies import StrategyRegistry
 
@@ -171,7 +209,8 @@ def _no_class(message: str, _: list[str]) -> str:
     if found[1] in StrategyRegistry:  # names of ``Trainer(strategy=)``, which stand for an object without arguments
         cls = StrategyRegistry[found[1]]["strategy"].__name__
         return f"--{_key(message)}={found[1]} takes no arguments of its own; name the class instead: {cls}"
-    hint = nearest(found[1], known) or "; use a path such as package.module.Class"
+    near = closest_name(found[1], known, similarity=0.6)
+    hint = f"; did you mean {near}?" if near else "; use a path such as package.module.Class"
     return f"--{_key(message)}={found[1]}: there is no such class{hint}"
 
 
@@ -188,6 +227,7 @@ def _bases() -> tuple[type, ...]:
 
 def _not_expected(message: str, _: list[str]) -> str:
     expected = [text for text in re.findall(r"Expected a (.+?)(?:\. Got value|\n|$)", message) if text not in _NOTHING]
+    expected = [text for text in expected if not text.startswith(("path but", "dot import path"))]  # what no value is
     other = re.search(r"Not of type \w+: (.+)", message)
     key = _key(message)
     if not key or not (expected or other):
@@ -200,7 +240,7 @@ def _not_expected(message: str, _: list[str]) -> str:
     if expected:
         choices = " or ".join(dict.fromkeys(map(_readable, expected)))
         if key == "trainer.precision":  # Lightning's list has what megatron-core does not train with
-            choices = re.sub(r" or '64(-true)?'", "", choices)
+            choices = re.sub(r" or '64(-true)?'|a whole number or ", "", choices)
         return f"--{key}{value}: use {choices}"
     return f"--{key}: {other[1].replace('Expected', 'use')}" if other else ""
 
@@ -244,11 +284,20 @@ def _parameters(path: str, group: str | None) -> Iterator[str]:
     """The parameters of a class, or of the dataclass that is its argument ``group``."""
     found: Any = pydoc.locate(path)
     for part in filter(None, (group or "").split(".")):
-        found = get_type_hints(found.__init__).get(part, found)
+        found = _class_of_argument(found, part) or found
     if dataclasses.is_dataclass(found):
         yield from (field.name for field in dataclasses.fields(found))
     else:
-        yield from (parameter for parameter in inspect.signature(found).parameters)
+        yield from inspect.signature(found).parameters
+
+
+def _class_of_argument(owner: Any, name: str) -> Any:
+    try:
+        return get_type_hints(owner.__init__).get(name)
+    except NameError:  # a type that is imported for type checkers alone
+        annotation = (signatures.arguments_of(f"{owner.__module__}.{owner.__name__}") or {}).get(name)
+        path = signatures.class_in(annotation, owner.__module__)
+        return pydoc.locate(path) if path else None
 
 
 def _subclasses(base: type) -> Iterator[type]:

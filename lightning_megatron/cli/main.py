@@ -102,7 +102,10 @@ def _train(arguments: list[str]) -> None:
     from lightning_megatron.cli.early_check import read
 
     run = read(arguments[1:])
-    if faults := run.find_faults():
+    faults = run.find_faults()
+    if not faults and not run.may_name_module:
+        faults = ["--model is required; give it here or in a --config file, such as examples/recipes/tiny.yaml"]
+    if faults:
         errors = "\n".join(f"error: {fault}" for fault in faults)
         sys.stderr.write(f"{errors}\nSee lightning-megatron {arguments[0]} --help\n")
         sys.exit(2)

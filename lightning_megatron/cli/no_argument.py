@@ -25,7 +25,7 @@ def no_argument(beginning: str, name: str, known: Iterable[str], owner: str, val
     if found:
         remedy = f"did you mean {beginning}{found}?"
     else:
-        remedy = elsewhere(name, owner) or f"it takes {', '.join(choices)}"
+        remedy = elsewhere(name, owner) or f"it takes {', '.join(choices) or 'none'}"
     return f"there is no argument {beginning}{name}; {remedy}"
 
 

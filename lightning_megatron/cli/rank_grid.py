@@ -72,7 +72,7 @@ class RankGrid:
 
     @property
     def nodes(self) -> int:
-        """Number of machines."""
+        """The number of machines that the ranks are on."""
         return self.layout.world_size // self.ranks_per_node
 
     def ranks(self, stage: int, replica: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_megatron.checkpoint import CheckpointError
 from lightning_megatron.cli.error_messages import explain, reason
+from lightning_megatron.cli.refused_arguments import raise_refusals
 from lightning_megatron.distributed import crash_report
 from lightning_megatron.distributed.layout import LayoutError
 from lightning_megatron.hf import UnsupportedConfigError
@@ -59,6 +60,7 @@ class MegatronCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         with _one_line(ValueError, TypeError, OSError, ImportError, MisconfigurationException):
             super().instantiate_classes()
+            raise_refusals(self.model)
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

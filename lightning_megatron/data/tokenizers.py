@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
     @property
     def eod_id(self) -> int:
-        """The end-of-document id."""
+        """The id that ends a document."""
 
     @property
     def identity(self) -> str:

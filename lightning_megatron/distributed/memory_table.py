@@ -32,7 +32,7 @@ class StageMemory:
 
     @property
     def total(self) -> float:
-        """The sum of all bytes."""
+        """The bytes of all kinds together."""
         return sum(getattr(self, kind.name) for kind in fields(self))
 
 

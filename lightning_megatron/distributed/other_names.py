@@ -9,7 +9,11 @@ from __future__ import annotations
 VALUE_NAMES: dict[str, dict[str, str]] = {
     "cp_comm": {
         "p2p": "ring", "allgather": "all_gather", "a2a": "all_to_all", "alltoall": "all_to_all", "ulysses": "all_to_all"
-    }
+    },
+    "precision": {
+        "fp8": "transformer-engine", "fp16": "16-mixed", "float16": "16-mixed", "half": "16-mixed",
+        "bfloat16": "bf16-mixed", "fp32": "32-true", "float32": "32-true", "float": "32-true", "no": "32-true"
+    },
 }  # fmt: skip
 
 # By the class that has an argument, and the argument: what others call it. Classes of a kind share a group.

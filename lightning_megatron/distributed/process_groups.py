@@ -45,6 +45,7 @@ class _State:
         groups: The groups of the layout that this rank is in.
         stacks: The groups of the pipeline ranks of each stack, for encoder-decoder models.
         model: The group of the ranks of one copy of the model; under context parallelism megatron-core has none.
+        model_over_gloo: The same ranks over Gloo, where the other groups are not.
         gloo: The Gloo groups of all ranks: for the main thread, and for a thread that writes checkpoints.
         made_for_build: Whether the default group was made here, to build a model outside of a run.
         seed: The seed of the run, which ``reset`` keeps.
@@ -57,6 +58,7 @@ class _State:
     groups: list[dist.ProcessGroup] = field(default_factory=list)
     stacks: dict[Stack, dist.ProcessGroup] = field(default_factory=dict)
     model: dist.ProcessGroup | None = None
+    model_over_gloo: dist.ProcessGroup | None = None
     gloo: tuple[dist.ProcessGroup, ...] = ()
     made_for_build: bool = False
     seed: int = 0
@@ -98,7 +100,7 @@ def build(layout: ParallelLayout, timeout: timedelta | None = None) -> None:
     megatron_groups.create(layout, timeout)
     state.groups = megatron_groups.of_this_rank()
     _build_stacks(layout, timeout)
-    _build_model_group(layout, timeout)
+    _build_model_groups(layout, timeout)
     state.layout = layout
 
 
@@ -164,13 +166,14 @@ def _destroy_layout_groups() -> None:
             dist.destroy_process_group(group)
     state.groups.clear()
     state.stacks.clear()
-    state.model = None
+    state.model = state.model_over_gloo = None
     state.layout = None
 
 
 def _own_groups(state: _State) -> list[dist.ProcessGroup]:
     """The groups of the layout that megatron-core has no name for."""
-    return [*state.stacks.values(), *([state.model] if state.model is not None else [])]
+    of_replica = (state.model, state.model_over_gloo)
+    return [*state.stacks.values(), *(group for group in of_replica if group is not None)]
 
 
 def _build_stacks(layout: ParallelLayout, timeout: timedelta) -> None:
@@ -188,15 +191,23 @@ def _build_stacks(layout: ParallelLayout, timeout: timedelta) -> None:
                 _state.stacks[name] = group
 
 
-def _build_model_group(layout: ParallelLayout, timeout: timedelta) -> None:
-    """Create the group of the ranks of each replica: megatron-core's has no context-parallel ranks (0.16.1)."""
-    if layout.cp == 1:
-        return
+def _build_model_groups(layout: ParallelLayout, timeout: timedelta) -> None:
+    """Create the groups of the ranks of each replica: megatron-core's has no context-parallel ranks (0.16.1)."""
+    if layout.cp > 1:
+        _state.model = _of_replica(layout, timeout, None)
+    if layout.world_size > layout.dp and dist.get_backend() != "gloo":
+        _state.model_over_gloo = _of_replica(layout, timeout, "gloo")
+
+
+def _of_replica(layout: ParallelLayout, timeout: timedelta, backend: str | None) -> dist.ProcessGroup | None:
+    """A new group of the ranks of this rank's replica; every rank takes part in creating each replica's."""
+    own = None
     for replica in range(layout.dp):
         ranks = [rank for rank in range(layout.world_size) if layout.coordinates(rank).dp == replica]
-        group = dist.new_group(ranks, timeout=timeout)
+        group = dist.new_group(ranks, timeout=timeout, backend=backend)
         if dist.get_rank() in ranks:
-            _state.model = group
+            own = group
+    return own
 
 
 def check_single_process() -> None:
@@ -312,6 +323,11 @@ def model_parallel() -> dist.ProcessGroup:
     Under context parallelism they are several copies, which share the tokens of each row.
     """
     return parallel_state.get_model_parallel_group() if _state.model is None else _state.model
+
+
+def model_parallel_over_gloo() -> dist.ProcessGroup:
+    """Like ``model_parallel``, for what the hosts of a replica tell one another without waiting for their devices."""
+    return model_parallel() if _state.model_over_gloo is None else _state.model_over_gloo
 
 
 def one_copy() -> dist.ProcessGroup:

@@ -39,7 +39,7 @@ class Fields:
         self._read: set[str] = set()
 
     def __call__(self, name: str) -> Any:
-        """The field's value."""
+        """The value of a field, which counts as read from now on."""
         self._read.add(name)
         return getattr(self.config, name)
 

@@ -29,5 +29,5 @@ class Place(NamedTuple):
         return whole if self.expert is None else whole[self.expert].chunk(self.parts)[self.part]
 
     def shape(self, whole: Shape) -> Shape:
-        """The shape of this part."""
+        """The shape of this part, given that of the model's tensor."""
         return whole if self.expert is None else (whole[1] // self.parts, *whole[2:])

@@ -200,7 +200,7 @@ class Directory:
             self.folder.rename(self.path)
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove what was written, after an error."""
         self._close()
         shutil.rmtree(self.folder, ignore_errors=True)
 

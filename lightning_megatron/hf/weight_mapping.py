@@ -66,7 +66,7 @@ class Same:
         return (self.name,)
 
     def at(self, layer: int) -> Any:
-        """The same for one layer."""
+        """This mapping with the number of a layer in its name."""
         return replace(self, name=self.name.format(layer))
 
     def rows(self, count: int, heads: Heads) -> Iterator[Rows]:
@@ -97,7 +97,7 @@ class Stacked:
         return self.parts
 
     def at(self, layer: int) -> Any:
-        """The same for one layer."""
+        """This mapping with the number of a layer in its names."""
         return replace(self, parts=tuple(name.format(layer) for name in self.parts))
 
     def rows(self, count: int, heads: Heads) -> Iterator[Rows]:
@@ -122,7 +122,7 @@ class KeyValue(Stacked):
     """Keys and values of cross-attention in two tensors; megatron-core has a head's key and value."""
 
     def rows(self, count: int, heads: Heads) -> Iterator[Rows]:
-        """The rows, head by head."""
+        """The rows of each head, first its key's and then its value's."""
         for group in range(heads.groups):
             for name in self.parts:
                 yield Rows(name, group * heads.size, heads.size)
@@ -140,7 +140,7 @@ class ExpertColumns(Same):
     in_turns: bool = False
 
     def at(self, layer: int) -> Any:
-        """The same for one layer."""
+        """This mapping with the number of a layer in its name."""
         return replace(self, name=self.name.format(layer))
 
     def their_shape(self, shape: Shape) -> Shape:

@@ -85,16 +85,16 @@ class InMemory(Source):
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """As ``Source.dtypes``."""
+        """The type of each tensor; see ``Source.dtypes``."""
         return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in self._tensors.items()}
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """As ``Source.shapes``."""
+        """The shape of each tensor; see ``Source.shapes``."""
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
-        """As ``Source.read``."""
+        """Read a part of a tensor; see ``Source.read``."""
         return self._tensors[name][tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))]
 
 
@@ -144,16 +144,16 @@ class SafetensorsFiles(Source):
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """As ``Source.shapes``."""
+        """The shape of each tensor; see ``Source.shapes``."""
         return self._shapes
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """As ``Source.dtypes``."""
+        """The type of each tensor; see ``Source.dtypes``."""
         return self._dtypes
 
     def read(self, name: str, offset: Shape, sizes: Shape) -> torch.Tensor:
-        """As ``Source.read``."""
+        """Read a part of a tensor; see ``Source.read``."""
         part = self._opened(self._where[name]).get_slice(name)
         where = tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True)) or ...
         with torch.device("cpu"):  # a slice obeys the device context, whatever the file was opened for

@@ -214,6 +214,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
     Raises:
         MisconfigurationException: An argument or a hook does not work here; the message names it.
     """
+    _check_numbers(trainer)
     _check_callbacks(trainer)
     check_folders(trainer)
     _check_module(trainer)
@@ -228,6 +229,18 @@ def check_trainer(trainer: pl.Trainer) -> None:
             "Trainer(sync_batchnorm=True): MegatronStrategy does not convert layers, and a batch norm would still see"
             " one micro-batch at a time. Leave it out; a model can convert itself in configure_model"
             " (torch.nn.SyncBatchNorm.convert_sync_batchnorm)."
+        )
+
+
+def _check_numbers(trainer: pl.Trainer) -> None:
+    """Refuse numbers that Lightning divides by or clips with, and does not look at."""
+    numbers = Arguments("Trainer", MisconfigurationException)
+    numbers.whole(accumulate_grad_batches=trainer.accumulate_grad_batches)
+    numbers.number(least=0, optional=True, gradient_clip_val=trainer.gradient_clip_val)
+    if trainer.val_check_interval == 0 and isinstance(trainer.val_check_interval, int):
+        raise MisconfigurationException(
+            "Trainer(val_check_interval=0): use a number of batches from 1, a part of an epoch such as 0.25, or"
+            " limit_val_batches=0 to leave validation out."
         )
 
 

@@ -20,13 +20,8 @@ from lightning_megatron.models.megatron_module import MegatronModule
 _BUILDING_HOOKS = ("configure_model", "configure_sharded_model", "setup")
 
 
-_WHAT_HELPS = (
-    "Use tp=1, pp=1, sequence_parallel=False: every rank is then a data-parallel replica with batches of its own, and"
-    " distributed_optimizer=True divides the optimizer's state among them. A model that outgrows a device needs tp or"
-    " pp, and layers that are made for them: those of GPTModule, BertModule, T5Module and AutoModule, or"
-    " ColumnParallelLinear, RowParallelLinear and TransformerBlock of megatron-core in a model of your own, as"
-    " docs/own_model.md shows."
-)
+# Behind the size that does work.
+_WHAT_HELPS = ", which makes every rank a data-parallel replica, or build it from parallel layers: docs/own_model.md."
 
 
 class PlainModel(torch.nn.Module):
@@ -69,7 +64,7 @@ def check_layout(module: pl.LightningModule, layout: ParallelLayout) -> None:
     if layout.pp > 1:
         raise layout.error(
             f"{type(module).__name__} is a plain LightningModule, which cannot be cut into {layout.pp} pipeline stages."
-            f" {_WHAT_HELPS}"
+            f" Use pp=1{_WHAT_HELPS}"
         )
     if not any(is_overridden(hook, module) for hook in _BUILDING_HOOKS):
         check_parallel_layers(module, layout)
@@ -105,13 +100,12 @@ def check_parallel_layers(module: pl.LightningModule, layout: ParallelLayout) ->
     marked = any(getattr(parameter, "tensor_model_parallel", False) for parameter in module.parameters())
     if marked or not (layout.tp > 1 or layout.sequence_parallel):
         return
-    would = (
-        f"each of the {layout.tp} tensor-parallel ranks would hold all of its weights and train on the same batches"
-        if layout.tp > 1
-        else "sequence_parallel=True would do nothing"
-    )
+    would, use = "sequence_parallel=True would do nothing", "sequence_parallel=False"
+    if layout.tp > 1:
+        would = f"each of the {layout.tp} tensor-parallel ranks would train all of it on the same batches"
+        use = "tp=1, sequence_parallel=False" if layout.sequence_parallel else "tp=1"
     raise layout.error(
-        f"{type(module).__name__} is a plain LightningModule without parallel layers: {would}. {_WHAT_HELPS}"
+        f"{type(module).__name__} is a plain LightningModule without parallel layers: {would}. Use {use}{_WHAT_HELPS}"
     )
 
 

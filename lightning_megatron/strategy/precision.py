@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_megatron.distributed import lightning_private
 from lightning_megatron.distributed.argument_names import answer_wrong_names
 from lightning_megatron.distributed.arguments import Arguments
+from lightning_megatron.distributed.other_names import VALUE_NAMES
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.strategy.fp8 import fp8_fields
 from lightning_megatron.training.nonfinite import NonFiniteLossError
@@ -58,9 +59,9 @@ class MegatronPrecision(Precision):
 
     def __init__(self, precision: str = "32-true", initial_loss_scale: float | None = None, recipe: Any = None) -> None:
         if precision not in (*_KINDS, _DOUBLE):
-            raise MisconfigurationException(
-                f"MegatronStrategy does not train with precision={precision!r}. Use one of {', '.join(_KINDS)}."
-            )
+            ours = VALUE_NAMES["precision"].get(str(precision))
+            use = f"Use {ours!r}" if ours else f"Use one of {', '.join(_KINDS)}"
+            raise MisconfigurationException(f"MegatronStrategy does not train with precision={precision!r}. {use}.")
         arguments = Arguments("MegatronPrecision", MisconfigurationException)
         arguments.number(above=0, optional=True, initial_loss_scale=initial_loss_scale)
         self.precision = precision  # type: ignore[assignment]
@@ -84,7 +85,7 @@ class MegatronPrecision(Precision):
 
     @property
     def params_dtype(self) -> torch.dtype:
-        """The type of the weights."""
+        """The type of the weights that layers compute with."""
         return torch.float32 if self._autocasts else self.compute_dtype
 
     @property

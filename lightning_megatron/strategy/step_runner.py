@@ -113,8 +113,8 @@ class StepRunner(ABC):
         """The object that records ``self.log`` while ``batch`` runs."""
 
     def _cut_checked(self, batch: Any, args: Any) -> tuple[MicroBatchSizes, int]:
-        if self._batch_idx(args) == 0:
-            rank_consistency.check_same_batch(batch)
+        first = self._batch_idx(args) == 0
+        (rank_consistency.check_same_batch if first else rank_consistency.check_same_shapes)(batch)
         cut, length = self._cut(batch)
         if self.micro_batch_size is None:
             run_line.tell(self.engine.layout, cut, self._counts_rows)

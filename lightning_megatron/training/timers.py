@@ -56,7 +56,7 @@ class _Timer:
             listener.begin(self.name)
 
     def stop(self, barrier: bool = False) -> None:
-        """Stop."""
+        """Stop; the barrier is left out here, too."""
         for listener in self.timers.listeners:
             listener.end(self.name)
 
@@ -91,7 +91,7 @@ class Interval:
 
     @property
     def seconds(self) -> float:
-        """The duration in seconds."""
+        """How long the interval took, in seconds."""
         return self.end - self.start
 
 
@@ -114,7 +114,7 @@ class Intervals:
             self._zero = (time.monotonic(), self._mark())
 
     def begin(self, name: str) -> None:
-        """Open an interval."""
+        """Note that an interval of this name begins."""
         self._open.append((name, self._mark()))
 
     def end(self, name: str) -> None:

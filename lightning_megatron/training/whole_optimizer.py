@@ -38,12 +38,12 @@ class WholeOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's own."""
+        """The groups of the optimizer itself."""
         return self.inner.param_groups
 
     @property
     def state(self) -> Any:
-        """The optimizer's own."""
+        """The state of the optimizer itself."""
         return self.inner.state
 
     def parameter_slices(self) -> Iterator[ParameterSlice]:

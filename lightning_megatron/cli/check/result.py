@@ -30,7 +30,7 @@ class LoaderCheck:
     texts: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """What it is, for people."""
+        """The lines that tell people what the batch is."""
         many = "batches of unknown number" if self.batches is None else f"{self.batches:,} batches on each replica"
         last = f"; the last one has {_rows(self.last_rows)}" if self.last_rows else ""
         tensors = ", ".join(f"{name} {about}" for name, about in self.tensors.items())
@@ -57,6 +57,7 @@ class RunCheck:
         micro_batches: Rows of each micro-batch of a batch.
         tokens: Tokens of one optimizer step on all replicas.
         memory: Bytes of a rank of each pipeline stage, by kind; None where the module is of no family that is known.
+        states: In words, what is known of the memory of a module of no such family.
         device: "cuda" or "cpu", which the memory is estimated for.
         gpu_memory: GB of each GPU, if they were told.
         loaders: The first batch of each loader.
@@ -77,6 +78,7 @@ class RunCheck:
     micro_batches: tuple[int, ...] = ()
     tokens: int | None = None
     memory: MemoryTable | None = None
+    states: str | None = None
     device: str = "cuda"
     gpu_memory: float | None = None
     loaders: list[LoaderCheck] = field(default_factory=list)
@@ -149,7 +151,7 @@ class RunCheck:
 
     def _memory(self) -> list[str]:
         if self.memory is None:
-            return []
+            return [] if self.states is None else [self.states]
         lines = str(self.memory).splitlines()
         lines[0] = f"{lines[0]}   of each rank, {self.precision}, on {'GPUs' if self.device == 'cuda' else 'a CPU'}"
         if self.gpu_memory is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -24,6 +25,7 @@ from lightning_megatron.distributed.layout import ParallelLayout
 from lightning_megatron.models.build_settings import BuildSettings
 from lightning_megatron.models.megatron_module import MegatronModule
 from lightning_megatron.models.memory_estimate import counted
+from lightning_megatron.models.memory_settings import PRECISIONS
 from lightning_megatron.models.model_config import ModelConfig
 from lightning_megatron.models.trained_sizes import TrainedSizes
 from lightning_megatron.strategy import checks
@@ -91,9 +93,13 @@ class _Checker:
         self.is_connected = False
 
     def run(self, read_data: bool) -> None:
-        """All steps."""
+        """Take all steps, whichever of them fail."""
         self.result.layout = self.layout
         self.result.accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        if self.trainer is None:
+            self.result.unchecked.append(
+                "Batches, data and memory: they are checked once a Trainer with these settings can be made."
+            )
         if self.module is not None:
             if self.trainer is not None:
                 self.is_connected = self._try(self._connect)
@@ -237,7 +243,10 @@ class _Checker:
     def _estimate(self) -> None:
         """The memory of a rank, against that of a GPU."""
         config, layout = self._config, self.layout
-        if config is None or layout is None:
+        if self.module is None or layout is None:
+            return
+        if config is None:
+            self._tell_states(self.module, layout)
             return
         for name in ("vocab_size", "seq_length"):
             if getattr(config, name) is None:
@@ -256,7 +265,7 @@ class _Checker:
             distributed_optimizer=self.strategy.distributed_optimizer,
             kernels=self.strategy.kernels,
             cp_comm=self.strategy.cp_comm,
-            optimizer=self.module.optimizer,  # type: ignore[union-attr]
+            optimizer=self.module.optimizer,
             lora=getattr(self.module, "lora", None),
             device=self.parts.device,
         )
@@ -266,3 +275,23 @@ class _Checker:
                 f"A rank takes {largest:.2f} GB, and a GPU has {self.result.gpu_memory:g} GB. Use a smaller"
                 " micro_batch_size, recompute='selective' or 'full', sequence_parallel=True, or a larger tp, pp or cp."
             )
+
+    def _tell_states(self, module: pl.LightningModule, layout: ParallelLayout) -> None:
+        """Say what is known of the memory of a module without a configuration: what stays from step to step."""
+        name, parameters = type(module).__name__, list(module.parameters())
+        measured = "The callback lightning_megatron.callbacks.MemoryMonitor measures it in a run of some steps."
+        if self.result.gpu_memory is not None:
+            self.result.unchecked.append(f"Whether {name} fits the GPU. {measured}")
+        if isinstance(module, MegatronModule) or not parameters:
+            self.result.states = f"not known before the run, in which {name} makes its layers. {measured}"
+            return
+        weight, gradient, main = PRECISIONS[self.parts.precision] if "true" in self.parts.precision else (4, 4, 0)
+        every = sum(parameter.numel() for parameter in parameters)
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        copies = layout.dp if self.strategy.distributed_optimizer else 1
+        stays = every * weight + trained * (gradient + (main + 8) / copies)
+        size = f"{stays / 1e9:.2f} GB" if stays >= 1e9 else f"{stays / 1e6:.2f} MB"
+        self.result.states = (
+            f"{size} on each rank: weights, gradients and the state of AdamW; the activations of {name} are"
+            f" not known before the run. {measured}"
+        )

@@ -16,12 +16,14 @@ from typing_extensions import override
 from lightning_megatron import hf
 from lightning_megatron.cli.check.yaml_sections import sections
 from lightning_megatron.cli.error_messages import explain, reason
+from lightning_megatron.cli.refused_arguments import raise_refusals
 from lightning_megatron.cli.training import MegatronCLI
 from lightning_megatron.cli.training import _Parser as _OneLineParser
 from lightning_megatron.distributed import process_group_backends
 
 _GPU = ("auto", "gpu", "cuda")
 _OBJECTS = ("strategy", "callbacks", "plugins", "profiler")  # arguments of a Trainer that are made of classes
+_FOUND_IN_RUN = ("last", "best", "hpc")  # checkpoints that a run finds itself
 _FP8 = {"transformer-engine": "bf16-mixed", "transformer-engine-float16": "16-mixed"}  # as the states are kept
 
 
@@ -133,12 +135,15 @@ class _Maker(MegatronCLI):
         with hf.without_weights():
             self.parts.module = self._made("model")
         self.parts.data = self._made("data")
-        self._read_devices(settings.trainer)
-        self._make_trainer(settings.trainer)
+        path = settings.get("ckpt_path")
+        if path and path not in _FOUND_IN_RUN and "://" not in str(path) and not Path(path).exists():
+            self.parts.unreached.append(f"--ckpt_path={path}: there is no such checkpoint here.")
+        if self._read_devices(settings.trainer):
+            self._make_trainer(settings.trainer)
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        """Train nothing."""
+        """Train nothing: only what a run is made of is wanted."""
 
     def _made(self, *path: str) -> Any:
         """One object of the configuration, or None where there is none or it cannot be made."""
@@ -150,6 +155,7 @@ class _Maker(MegatronCLI):
             run.trainer[name] = run.trainer.get(name) if path == ("trainer", name) else None
         try:
             found: Any = self.parser.instantiate_classes(alone)["fit"]
+            raise_refusals(found.get("model"))
         except Exception as error:  # a constructor of the user's may raise anything
             self.parts.note(error)
             return None
@@ -157,7 +163,8 @@ class _Maker(MegatronCLI):
             found = found[name]
         return found
 
-    def _read_devices(self, settings: Any) -> None:
+    def _read_devices(self, settings: Any) -> bool:
+        """Read the devices of the run; whether their number can be one."""
         parts, accelerator = self.parts, settings.accelerator
         parts.device = "cpu" if accelerator == "cpu" else "cuda"
         if isinstance(accelerator, str) and accelerator not in (*_GPU, "cpu"):
@@ -184,6 +191,8 @@ class _Maker(MegatronCLI):
                 )
         else:
             parts.faults.append(f"Trainer(devices={given!r}): use a number from 1, a list of numbers, or 'auto'.")
+            return False
+        return True
 
     def _make_trainer(self, settings: Any) -> None:
         """A Trainer of as many ranks on the CPU; a logger may begin a run of its own, and is not made."""

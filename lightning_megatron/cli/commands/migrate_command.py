@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Run the command."""
+    """Print the run that the settings make, or write it."""
     from lightning_megatron.cli.migrate import command
 
     command.run(given)

@@ -60,7 +60,7 @@ class Destination:
 
     @property
     def flag(self) -> bool:
-        """Whether it is on or off."""
+        """Whether the setting is a switch, which is on or off."""
         return self.form in ("flag", "switch")
 
     def asks_for_nothing(self, value: Any) -> bool:

@@ -22,7 +22,7 @@ class Granite(Llama):
         return {"bias": fields("mlp_bias"), **self.read_multipliers(fields)}
 
     def read_multipliers(self, fields: Fields) -> dict[str, Any]:
-        """The four multipliers."""
+        """Read the four factors that Granite multiplies by."""
         return {
             "embedding_multiplier": fields("embedding_multiplier"),
             "residual_multiplier": fields("residual_multiplier"),

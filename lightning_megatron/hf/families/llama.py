@@ -47,7 +47,7 @@ class Llama(Causal):
         return {"bias": fields("mlp_bias")}
 
     def read_rotary(self, fields: Fields) -> dict[str, Any]:
-        """The rotary positions."""
+        """Read how positions are rotated."""
         return rope.read(fields, self.partial_rotary)
 
     @override

@@ -127,7 +127,7 @@ class GenerationSettings:
 
     @property
     def num_beams(self) -> int:
-        """Number of beams."""
+        """The number of beams that each text is searched with."""
         return self.config.num_beams or 1
 
     @property

@@ -22,7 +22,7 @@ class ScoreBias(Protocol):
 
     @property
     def table(self) -> torch.Tensor:
-        """What is learnt."""
+        """The table that is learnt, and gets the gradient."""
         ...
 
     def of_heads(self, part: int, parts: int) -> Self:

@@ -63,7 +63,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """Factor on the updates."""
+        """The factor that the updates are multiplied by."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     def matches(self, *names: str) -> bool:

@@ -61,7 +61,7 @@ class AdapterWriter:
             )
 
     def write(self, folder: Path) -> None:
-        """Write the directory."""
+        """Write the directory that peft loads."""
         transposed = any(mapped.transposed for mapped in self._mapping.values())
         write(folder, Saved(self._lora, self._updates.each, self._whole), self._task, self._base, transposed)
 

@@ -163,12 +163,12 @@ class T5Config(ModelConfig):
 
     @property
     def encoder_layers(self) -> int:
-        """Layers of the encoder."""
+        """The number of layers of the encoder."""
         return self.encoder_num_layers or self.num_layers
 
     @property
     def decoder_layers(self) -> int:
-        """Layers of the decoder."""
+        """The number of layers of the decoder."""
         return self.decoder_num_layers or self.num_layers
 
     @property

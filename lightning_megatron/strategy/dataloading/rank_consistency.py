@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -62,13 +62,58 @@ def check_same_batch(batch: Any) -> None:
         return
     sums = collectives.gather(checksum(batch), group)
     if len(set(sums)) > 1:
-        ranks = dist.get_process_group_ranks(group)
-        same = [rank for rank, seen in zip(ranks, sums, strict=True) if seen == sums[0]]
-        others = [rank for rank in ranks if rank not in same]
+        first, *others = _ranks_by(sums, group).values()
         raise DataError(
-            f"Ranks {ranks} hold one model together and must read the same batch. Ranks {same} have read one batch, and"
-            f" ranks {others} another." + _ADVICE
+            f"{_one_model(group)} Ranks {first} have read one batch, and ranks {sorted(sum(others, []))} another."
+            + _ADVICE
         )
+
+
+def check_same_shapes(batch: Any) -> None:
+    """Compare the shapes of a batch's tensors over the ranks of a replica, before ranks wait for tensors of others.
+
+    The hosts ask one another, with two numbers; what is wrong is looked for only where they differ.
+
+    Raises:
+        DataError: They differ. Every rank of the replica raises it.
+    """
+    group = process_groups.model_parallel_over_gloo()
+    if group.size() == 1:
+        return
+    shapes = _shapes(batch)
+    number = zlib.crc32(shapes.encode())
+    ends = torch.tensor([number, -number], device="cpu")
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
+    largest, minus_smallest = ends.tolist()
+    if largest != -minus_smallest:
+        read = _ranks_by(collectives.gather(shapes, group), group)
+        told = ", ".join(f"ranks {ranks} have read {of}" for of, ranks in read.items())
+        raise DataError(f"{_one_model(group)} In this batch, {told}.{_ADVICE}")
+
+
+def _one_model(group: dist.ProcessGroup) -> str:
+    return f"Ranks {dist.get_process_group_ranks(group)} hold one model together and must read the same batch."
+
+
+def _ranks_by(values: list[Any], group: dist.ProcessGroup) -> dict[Any, list[int]]:
+    """The ranks of a group by the value that each of them has."""
+    ranks: dict[Any, list[int]] = {}
+    for rank, value in zip(dist.get_process_group_ranks(group), values, strict=True):
+        ranks.setdefault(value, []).append(rank)
+    return ranks
+
+
+def _shapes(batch: Any) -> str:
+    """The shapes of a batch's tensors in words, by their keys where it has some."""
+    found: list[str] = []
+
+    def add(tensor: torch.Tensor, name: str) -> None:
+        found.append(f"{name}{list(tensor.shape)}")
+
+    named = batch.items() if isinstance(batch, Mapping) else [("", batch)]
+    for name, value in named:
+        apply_to_collection(value, torch.Tensor, add, f"{name} " if name else "")
+    return ", ".join(found) or "no tensors"
 
 
 def check_numbers_of_batches(trainer: pl.Trainer) -> None:

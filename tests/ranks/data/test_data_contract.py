@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling
 
 from lightning_megatron import GPTModule
+from lightning_megatron.strategy.dataloading.rank_consistency import DataError
 from tests.reference import plain_gpt
 from tests.reference.parallel_gpt import Rows, text_samples
 from tests.support.layout import Layout
@@ -150,6 +152,36 @@ def test_peers_that_read_different_data_are_told():
     ) as error:
         run_ranks(2, _fit_by_rank, Layout(pp=2), True, timeout=40)
     assert "gave no result" not in str(error.value)
+
+
+class OtherLength(IterableDataset):
+    """On the last rank, the rows of the third batch are shorter."""
+
+    def __iter__(self):
+        last = int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"])
+        for number, row in enumerate(Rows(text_samples(CONFIG, 16))):
+            length = 7 if last and number // 4 == 2 else None
+            yield {key: value[:length] for key, value in row.items()}
+
+
+def _read_other_lengths(layout: Layout, hook: str) -> tuple[str, int]:
+    run = trainer_of(layout, ".", limit_val_batches=3)
+    loader = DataLoader(OtherLength(), batch_size=4)
+    try:
+        run.fit(OurGPT(CONFIG), loader) if hook == "fit" else run.validate(OurGPT(CONFIG), loader, verbose=False)
+    except DataError as error:
+        return str(error), run.global_step
+    return "nothing", run.global_step
+
+
+@pytest.mark.parametrize(("layout", "hook"), [(Layout(tp=2), "fit"), (Layout(pp=2), "validate")], ids=str)
+def test_a_later_batch_of_another_length_is_told(layout, hook):
+    for told, steps in run_ranks(2, _read_other_lengths, layout, hook, timeout=60):
+        assert steps == (2 if hook == "fit" else 0)
+        whole = rf"\[4, {CONFIG.seq_length}\]"
+        assert re.search(
+            rf"In this batch, ranks \[0\] have read .*{whole}, ranks \[1\] have read .*\[4, 7\]\.", told
+        ), told
 
 
 def _fit_unevenly(layout: Layout) -> None:

@@ -111,6 +111,22 @@ def test_the_command(more, status, recipe, capsys):
         (["--data.batch_size", "0"], "batch_size"),
         (["--trainer.strategy.process_group_backend", "nccl"], "process_group_backend='nccl'"),
         (["--trainer.accelerator", "tpu"], "Use 'cpu' or 'gpu'"),
+        (["--trainer.accumulate_grad_batches", "0"], r"accumulate_grad_batches=0\): use a whole number from 1"),
+        (["--trainer.gradient_clip_val", "-1"], r"gradient_clip_val=-1\): use a number from 0"),
+        (["--trainer.val_check_interval", "0"], r"Trainer\(val_check_interval=0\): use a number of batches from 1"),
+        (
+            ["--model.config.experts.num", "4", "--model.config.experts.top_k", "9"],
+            r"^Experts\(num=4, top_k=9\):",
+        ),
+        (["--model.lora.rank", "0"], r"^LoRA\(rank=0\): use a whole number from 1."),
+        (["--model.optimizer.lrr", "1"], "no argument --model.optimizer.lrr; did you mean --model.optimizer.lr"),
+        (["--model.optimizer.weight_decay", "x"], "^--model.optimizer.weight_decay=x: use a number"),
+        (
+            ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs", "x"],
+            "every_n_epochs=x: use a whole",
+        ),
+        (["--model.optimizer.lr", "high"], "^--model.optimizer.lr=high: use a number"),
+        (["--model.lr_schedule.warmup_steps=-3"], "^warmup_steps=-3 is not a whole number|LRSchedule.*warmup_steps=-3"),
     ],
     ids=str,
 )
@@ -118,6 +134,43 @@ def test_a_fault(arguments, says, recipe):
     result = check_run(recipe(), arguments)
     assert result.exit_status == 1
     assert any(re.search(says, fault) for fault in result.faults), result.faults
+
+
+def test_what_waits_for_a_trainer_is_said(recipe):
+    for arguments in (["--trainer.strategy.tp", "3"], ["--trainer.devices", "0"]):
+        result = check_run(recipe(), arguments)
+        assert len(result.faults) == 1, result.faults
+        assert result.unchecked[0].startswith("Batches, data and memory: they are checked once a Trainer")
+
+
+PLAIN = """
+import lightning.pytorch as pl
+import torch
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1000, 1000, bias=False)
+"""
+
+
+def test_the_memory_of_a_module_of_no_family(recipe, tmp_path, monkeypatch):
+    (tmp_path / "plain_net.py").write_text(PLAIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = {"model": {"class_path": "plain_net.Net"}, "data": None, "trainer__devices": 2}
+    for precision, size in (("bf16-mixed", 12), ("bf16-true", 10)):  # 4 + 4 + 8 / 2 bytes, and 2 + 2 + 12 / 2
+        result = check_run(recipe(**run, trainer__strategy__init_args={}, trainer__precision=precision))
+        assert result.exit_status == 0
+        assert result.states.startswith(f"{size}.00 MB on each rank: weights, gradients and the state of AdamW;")
+    assert check_run(tmp_path / "run.yaml", gpu_memory=80).exit_status == 2
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    own = check_run(ROOT / "examples/vit_base.yaml", read_data=False)
+    assert own.states.startswith("not known before the run, in which ViTModule makes its layers.")
+
+
+def test_a_module_that_python_does_not_find(recipe):
+    (fault,) = check_run(recipe(model={"class_path": "my_modles.Net"}), read_data=False).faults
+    assert fault.startswith("--model=my_modles.Net: Python finds no module my_modles; check its name")
 
 
 def test_a_model_on_the_hub_is_described_by_its_configuration(recipe, tmp_path, monkeypatch):

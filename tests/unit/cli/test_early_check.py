@@ -82,6 +82,8 @@ def test_the_arguments_at_the_top_are_the_parsers():
          "there is no argument --model.hidden_size; it is --model.config.hidden_size"),
         ("--model GPTModule --model.config.n_layers 3",
          "there is no argument --model.config.n_layers; did you mean --model.config.num_layers?"),
+        ("--model GPTModule --model.config.latent.kv_lora_rank 3",
+         "there is no argument --model.config.latent; did you mean --model.config.latent_attention?"),
         ("--model GPTModule --model.lora.alhpa 3",
          "there is no argument --model.lora.alhpa; did you mean --model.lora.alpha?"),
         ("--trainer.strategy.kernels.atention flash",
@@ -91,6 +93,15 @@ def test_the_arguments_at_the_top_are_the_parsers():
          "there is no argument --data.seqlen; did you mean --data.seq_length?"),
         ("--model AutoModule", "model: AutoModule makes a module by a method: write"
          " lightning_megatron.AutoModule.from_pretrained"),
+        ("--trainer.callbacks.0.class_path=ModelCheckpoint --trainer.callbacks.0.every_n_epoch=1",
+         "--trainer.callbacks.0: an option adds a callback, and takes no number; write --trainer.callbacks+=NAME, and"
+         " behind it --trainer.callbacks.ARGUMENT"),
+        ("--trainer.accelerator tpu",
+         "--trainer.accelerator=tpu: MegatronStrategy trains on CPU and CUDA devices; use cpu or gpu"),
+        ("--trainer.accelerator gpuu", "--trainer.accelerator=gpuu: it is unknown; did you mean gpu?"),
+        ("--trainer.devices 2 --trainer.devices 0",
+         "--trainer.devices=0: use a number from 1, a list of numbers, or auto"),
+        ("--trainer.devices four", "--trainer.devices=four: use a number from 1, a list of numbers, or auto"),
         ("--trainer.strategy.check_loss true", "MegatronStrategy(check_loss='true'): use on_nonfinite='raise'."),
     ],
 )  # fmt: skip
@@ -104,6 +115,8 @@ def test_options_that_do_not_exist(given, told):
         "--trainer.devices 2 --trainer.strategy MegatronStrategy --trainer.strategy.tp 2",
         "--model GPTModule --model.config.num_layers 2 --model.lora.rank 2 --data TextDataModule --data.seq_length 3",
         "--trainer.max_st 3",  # jsonargparse takes abbreviations
+        "--trainer.devices 0 --trainer.devices 2,3 --trainer.accelerator my_own",
+        "--trainer.strategy DDPStrategy --trainer.accelerator tpu --trainer.devices -1",
         "--model mine.Module --model.anything 3 --data.anything 4",
         "--trainer.strategy DDPStrategy --trainer.strategy.find_unused_parameters true",
         "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.every_n_epochs 3",
@@ -195,6 +208,9 @@ def test_files_that_are_no_run(text, told, tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text(text)
     assert find_faults(["-c", "run.yaml"]) == [told]
     assert find_faults(["--config", "rnu.yaml"]) == ["--config rnu.yaml: there is no such file; did you mean run.yaml?"]
+    (tmp_path / "run.yaml").rename((tmp_path / "below").mkdir() or tmp_path / "below" / "run.yaml")
+    told = ["--config run.yaml: there is no such file; did you mean below/run.yaml?"]
+    assert find_faults(["--config", "run.yaml"]) == told
 
 
 RUN = (ROOT / "examples/recipes/tiny.yaml").read_text()
@@ -236,9 +252,11 @@ def test_a_pipe_is_left_to_be_read_once(tmp_path):
     [
         ("--verison", "error: there is no argument --verison; did you mean --version?"),
         ("check", "error: run.yaml is missing; usage: lightning-megatron check "),
+        ("fit", "error: --model is required; give it here or in a --config file, such as examples/recipes/tiny.yaml\n"
+         "See lightning-megatron fit --help\n"),
         ("export --adapter", "error: checkpoint and out are missing; usage: lightning-megatron export "),
     ],
-)
+)  # fmt: skip
 def test_light_commands_say_what_is_missing(given, told, capsys):
     with pytest.raises(SystemExit):
         main(given.split())
@@ -256,6 +274,7 @@ LIGHT = {
     "nothing": [],
     "show": ["show", "tp=2,pp=2,world=8"],
     "no command": ["shwo"],
+    "no module": ["fit", "--trainer.max_steps", "3"],
     "migrate": ["migrate", "megatron-args", "--devices", "8", "--", *MEGATRONS.split()],
     "mistyped": ["fit", "--trainer.devcies", "2"],
     "mistyped in check": ["check", "examples/recipes/tiny.yaml", "--trainer.devcies", "2"],
