@@ -78,6 +78,11 @@ class Family:
 
     def read_head(self, fields: Fields, task: str | None) -> dict[str, Any]:
         """Arguments of our configuration that are about the head; see ``read``."""
+        if task not in (None, "causal_lm") and not self.heads:
+            raise UnsupportedConfigError(
+                f"config={{'task': {task!r}}}: {type(self).__name__} has no heads beside its own. Make it a subclass of"
+                " lightning_megatron.hf.families.causal.Causal; docs/hf.md says how."
+            )
         return {}
 
     def write_config(self, config: Any) -> dict[str, Any]:

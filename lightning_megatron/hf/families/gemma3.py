@@ -17,7 +17,7 @@ class Gemma3(Gemma2):
     model_type = "gemma3_text"
     expresses = ("norm_placement", "logits_cap", "window_rotary_base")
     extra = {**Gemma2.extra, "qk_layernorm": True}
-    heads = {"causal_lm": "ForCausalLM", "sequence_classification": "TextForSequenceClassification"}
+    heads = {**Gemma2.heads, "sequence_classification": "TextForSequenceClassification"}
 
     @override
     def read_more(self, fields: Fields) -> dict[str, Any]:

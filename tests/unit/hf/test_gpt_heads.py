@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from lightning_megatron import AutoModule, GPTConfig, GPTModule, LoRA
-from lightning_megatron.hf import UnsupportedConfigError
+from lightning_megatron.hf import Family, UnsupportedConfigError
 from tests.reference import pretrained
 
 TASKS = {
@@ -76,6 +76,14 @@ def test_families_of_which_transformers_has_no_head():
         AutoModule.from_pretrained(pretrained.new_model("olmoe"), config={"task": "sequence_classification"})
     with pytest.raises(UnsupportedConfigError, match="transformers has no Olmo2ForTokenClassification"):
         AutoModule.from_pretrained(pretrained.new_model("olmo2"), config={"task": "token_classification"})
+    with pytest.raises(UnsupportedConfigError, match="transformers has no Gemma3ForTokenClassification"):
+        AutoModule.from_pretrained(pretrained.new_model("gemma3"), config={"task": "token_classification"})
+
+
+def test_a_family_without_heads_says_how_to_have_them():
+    assert Family().read_head(None, None) == {} == Family().read_head(None, "causal_lm")
+    with pytest.raises(UnsupportedConfigError, match="subclass of lightning_megatron.hf.families.causal.Causal"):
+        Family().read_head(None, "sequence_classification")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
