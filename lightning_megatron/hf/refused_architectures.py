@@ -15,10 +15,9 @@ _ENCODERS = {
     "albert": "All of its layers have the same weights",
     "deberta": "Its attention weighs distances between tokens by weights of its own",
     "deberta-v2": "Its attention weighs distances between tokens by weights of its own",
-    "distilbert": "It has no embedding of token types and no dropout behind attention, and heads of its own",
+    "distilbert": "Its attention has no dropout behind it, and its heads have layers and dropouts of their own",
     "electra": "Its embeddings may be narrower than its layers, and it learns to tell which tokens were replaced",
     "mpnet": "Its attention weighs distances between tokens by weights of its own",
-    "xlm-roberta-xl": "Its norms are before its blocks and behind the last one",
 }
 
 
@@ -33,8 +32,8 @@ def why_refused(model_type: str) -> str:
         )
     if model_type in _ENCODERS:
         return (
-            f" {_ENCODERS[model_type]}, which no BertModule has. 'bert', 'roberta' and 'xlm-roberta' are encoders for"
-            " the same tasks."
+            f" {_ENCODERS[model_type]}, unlike any BertModule's. Encoders for the same tasks are 'bert', 'roberta',"
+            " 'xlm-roberta' and 'modernbert'."
         )
     if any(model_type in getattr(known, name, ()) for name in _PICTURES):
         return (
