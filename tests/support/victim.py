@@ -19,8 +19,8 @@ from tests.support.trainer import trainer
 
 CONFIG = plain_gpt.replace(plain_gpt.GPT2, num_layers=2, hidden_dropout=0.1, attention_dropout=0.1)
 LAYOUT = Layout(tp=2)
-KILLS = int(os.environ.get("FAULT_KILLS", "24"))
-STEPS = 60 * KILLS // 24
+KILLS = int(os.environ.get("FAULT_KILLS", "16"))
+STEPS = 5 * KILLS // 2
 
 
 class Begun(Callback):
