@@ -7,7 +7,8 @@ import pytest
 
 from lightning_megatron import Kernels, LoRA
 from tests.reference import plain_experts, updated_experts
-from tests.reference.same_training import CLIP, ROWS, STEPS, assert_gpt_trained_alike
+from tests.reference.parallel_experts import STEPS
+from tests.reference.same_training import CLIP, ROWS, assert_gpt_trained_alike
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
 

@@ -13,9 +13,9 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_megatron import Kernels
 from tests.reference import parallel_experts, plain_experts
-from tests.reference.parallel_experts import LoadedMixture, config_of, truth
+from tests.reference.parallel_experts import STEPS, LoadedMixture, config_of, truth
 from tests.reference.parallel_gpt import Rows, Watch, text_samples
-from tests.reference.same_training import CLIP, ROWS, STEPS, assert_gpt_trained_alike
+from tests.reference.same_training import CLIP, ROWS, assert_gpt_trained_alike
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
 from tests.support.trainer import loader, trainer

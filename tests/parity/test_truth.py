@@ -1,7 +1,7 @@
 """Every layout trains as plain PyTorch in one process does.
 
 Tolerances: fp32 sums are taken in another order by each layout (splits of matrix products, reductions over ranks);
-after ten steps of a contracting optimizer that is some 1e-7 relative in the losses and 1e-6 in the weights. Dropout is
+after six steps of a contracting optimizer that is some 1e-7 relative in the losses and 1e-6 in the weights. Dropout is
 0 where two layouts are compared: they draw different masks.
 """
 

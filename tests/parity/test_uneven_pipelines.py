@@ -75,11 +75,11 @@ def test_gpt(name, layout):
 
 
 def test_experts_and_a_dense_layer_stay_in_their_places():
-    config = plain_experts.ODD
-    expected = plain_experts.train(config, parallel_gpt.text_samples(config, ROWS * STEPS), ROWS, STEPS, CLIP)
+    config, steps = plain_experts.ODD, parallel_experts.STEPS
+    expected = plain_experts.train(config, parallel_gpt.text_samples(config, ROWS * steps), ROWS, steps, CLIP)
     train = functools.partial(parallel_experts.train, full=expected["weights"])
     layout = cut([1, 3], pp=2, dp=2, ep=2)
-    assert_gpt_trained_alike(run_in_pool(4, train, config, layout, ROWS, STEPS, CLIP, timeout=240), expected)
+    assert_gpt_trained_alike(run_in_pool(4, train, config, layout, ROWS, steps, CLIP, timeout=240), expected)
 
 
 def test_recomputed_layers_and_accumulated_batches():

@@ -12,10 +12,11 @@ from tests.reference import plain_experts
 from tests.reference.parallel_gpt import LoadedGPT, Rows, Watch, text_samples
 from tests.reference.plain_experts import Cut, initial_weights
 from tests.reference.plain_gpt import Weights
-from tests.reference.same_training import CLIP, ROWS, STEPS
+from tests.reference.same_training import CLIP, ROWS
 from tests.support.layout import Layout
 from tests.support.trainer import loader, trainer
 
+STEPS = 10
 EVEN, ODD = list(range(0, ROWS, 2)), list(range(1, ROWS, 2))  # the rows of two replicas
 
 

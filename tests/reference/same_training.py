@@ -10,7 +10,7 @@ from tests.reference import parallel_bert, parallel_t5, plain_bert, plain_t5
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
 
-ROWS, STEPS, CLIP = 12, 10, 0.5
+ROWS, STEPS, CLIP = 12, 6, 0.5
 
 
 def assert_gpt_trained_alike(ranks: list[dict], expected: dict, losses: bool = True) -> None:
@@ -27,7 +27,7 @@ def assert_gpt_trained_alike(ranks: list[dict], expected: dict, losses: bool = T
 def assert_bert_trains_alike(name: str, layout: Layout, terms: dict | None = None, **strategy) -> None:
     """Train one of ``plain_bert``'s models, and compare predictions, losses and weights."""
     expected = plain_bert.train(name, ROWS, STEPS, **(terms or {}))
-    assert expected["losses"][0] != pytest.approx(expected["losses"][-1], rel=1e-2), "the truth does not train"
+    assert max(expected["losses"]) > 1.01 * min(expected["losses"]), "the truth does not train"
     ranks = run_in_pool(
         layout.world_size, functools.partial(parallel_bert.train, terms=terms, **strategy), name, layout, ROWS, STEPS,
         expected["weights"],

@@ -6,8 +6,8 @@ import pytest
 
 from lightning_megatron.callbacks import TrainingMonitor
 from tests.reference import parallel_experts
-from tests.reference.parallel_experts import config_of, truth
-from tests.reference.same_training import CLIP, ROWS, STEPS
+from tests.reference.parallel_experts import STEPS, config_of, truth
+from tests.reference.same_training import CLIP, ROWS
 from tests.support.layout import Layout
 from tests.support.ranks import run_in_pool
 
