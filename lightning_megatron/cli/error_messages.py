@@ -17,6 +17,7 @@ from lightning_megatron.distributed.other_names import VALUE_NAMES
 from lightning_megatron.distributed.suggestions import closest_name
 from lightning_megatron.strategy.former_arguments import replacement
 
+_A_NUMBER = re.compile(r"Expected a <class '(int|float)'>")  # what is meant more likely than a class
 _NOTHING = ("<class 'NoneType'>", "<class 'str'>")
 _NO_GPU = ("No supported gpu backend found", "`CUDAAccelerator` can not run on your system")  # Lightning's words
 
@@ -50,8 +51,8 @@ def explain(message: str, options: Iterable[str]) -> str:
         _no_file,
         _no_module,
         _no_class,
-        _not_expected,
         _no_arguments,
+        _not_expected,
     )
     message = _TRIED_BEFORE_FUNCTION.sub(_of_given_class, _TRIED_AS_BASE.sub("", message))
     for rule in rules:
@@ -200,8 +201,8 @@ def _no_module(message: str, _: list[str]) -> str:
 
 
 def _no_class(message: str, _: list[str]) -> str:
-    found = re.search(r"Expected a dot import path string: (\S+)", message)
-    if not found or re.search(r"Expected a <class '(int|float)'>", message):  # a number is meant more likely
+    found = re.search(r"Expected a dot import path string: ([A-Za-z_]\S*)", message)
+    if not found or _A_NUMBER.search(message):
         return ""
     from lightning.pytorch.strategies import StrategyRegistry
 
@@ -247,16 +248,20 @@ def _not_expected(message: str, _: list[str]) -> str:
 
 def _no_arguments(message: str, _: list[str]) -> str:
     """A value in place of a class's arguments."""
-    found = re.search(r"Not a valid subclass of (\w+)", message)
-    value = re.search(r"Given value: (.+)", message[found.end() :]) if found else None
-    if not found or not value or not _key(message):
+    found = re.search(r"Not a valid subclass of \w+|Expected a dot import path string: (?![A-Za-z_])", message)
+    if not found or _A_NUMBER.search(message):
         return ""
-    if "], torch.optim.optimizer.Optimizer]" in message[: found.start()]:  # what a Callable returns
+    value = re.search(r"Given value: (.+)", message[found.end() :])
+    kinds = re.findall(r"Subtypes: \[<class '([\w.]+)'>(.*)", message[: found.start()])
+    if not value or not kinds or not _key(message):
+        return ""
+    path, others = kinds[-1]
+    if "], torch.optim.optimizer.Optimizer]" in others:  # what a Callable returns
         return f"--{_key(message)}={value[1]}: use the name of an optimizer, such as AdamW"
-    path = re.search(rf"<class '((?:\w+\.)*{found[1]})'>", message[: found.start()])
-    if path and dataclasses.is_dataclass(pydoc.locate(path[1])):
-        return takes_arguments(f"--{_key(message)}", value[1], found[1], _parameters(path[1], None))
-    return f"--{_key(message)}={value[1]}: use the name of a {found[1]}, and init_args for its arguments"
+    name = path.rpartition(".")[2]
+    if dataclasses.is_dataclass(pydoc.locate(path)):
+        return takes_arguments(f"--{_key(message)}", value[1], name, _parameters(path, None))
+    return f"--{_key(message)}={value[1]}: use the name of a {name}, and init_args for its arguments"
 
 
 def _key(message: str) -> str:

@@ -117,7 +117,7 @@ def test_help_describes_every_argument(tmp_path):
         (["--model.config.activation", "gelu2"], "--model.config.activation=gelu2 is unknown; did you mean gelu?"),
         (
             ["--model.config.experts", "4"],
-            "experts=4: it has arguments of its own; give each as --model.config",
+            "--model.config.experts is 4; it takes arguments of Experts: num, .* Write --model.config.experts.num=",
         ),
         (["--model.optimizer", "AdamWW"], "no such class; did you mean AdamW?"),
         (["--model.lr_schedule.style", "cosin"], "--model.lr_schedule.style=cosin is unknown; did you mean cosine?"),
