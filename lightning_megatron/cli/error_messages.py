@@ -204,10 +204,6 @@ def _no_class(message: str, _: list[str]) -> str:
     found = re.search(r"Expected a dot import path string: ([A-Za-z_]\S*)", message)
     if not found or _A_NUMBER.search(message):
         return ""
-    if not found[1].replace(".", "").isidentifier():  # a number, where a class is named
-        makes_optimizer = "], torch.optim.optimizer.Optimizer]" in message[: found.start()]
-        use = "the name of an optimizer, such as AdamW" if makes_optimizer else "a path such as package.module.Class"
-        return f"--{_key(message)}={found[1]}: use {use}"
     from lightning.pytorch.strategies import StrategyRegistry
 
     known = sorted({cls.__name__ for base in _bases() for cls in _subclasses(base)})
