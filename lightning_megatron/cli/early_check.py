@@ -284,31 +284,38 @@ def _fault(entry: _Entry, run: Run) -> str | None:
         if owner and at != ("trainer",) and name in _OF_A_CLASS:
             return None  # a dataclass that is named, as classes are
         if name not in known:
-            is_last = number + 1 == len(entry.path)
-            if entry.is_option and (name == "help" or (is_last and any(each.startswith(name) for each in known))):
-                return None  # jsonargparse takes abbreviations
-            beginning = "".join(f"{part}." for part in shown)
-            dashes = "--" if entry.is_option else ""
-            if home := _home(name, run, entry.is_option):
-                return f"{entry.place}there is no argument {dashes}{beginning}{name}; it is {dashes}{home}{name}"
-            value = entry.value if is_last else ...
-            return f"{entry.place}{no_argument(f'{dashes}{beginning}', name, known, owner, value)}"
-        annotation = known[name]
+            return _unknown_name(entry, number, known, owner, run)
         at = (*at, name)
-        if at == ("trainer",):
-            path: str | None = TRAINER
-        elif at in _SLOTS:
-            path = _path(run.class_at(at))
-        elif at in run.classes:  # another class than that of the annotation
-            path = None
-        else:
-            path = signatures.class_in(annotation, module)
+        path = _class_path(at, known[name], module, run)
         owner, module, known = ("", "", {}) if at == _CALLBACKS else _class(path)
         has_fields = path is not None and signatures.is_dataclass(path)
     if known and (has_fields or at == ("trainer",) or entry.path[-1] == "init_args") and (value := _no_mapping(entry)):
         place = ("--" if entry.is_option else "") + ".".join(entry.path)
         return f"{entry.place}{takes_arguments(place, value, owner, known)}"
     return None
+
+
+def _unknown_name(entry: _Entry, number: int, known: dict[str, Any], owner: str, run: Run) -> str | None:
+    """Say that there is no argument of an entry's name at ``number``, and which was meant."""
+    name, is_last = entry.path[number], number + 1 == len(entry.path)
+    if entry.is_option and (name == "help" or (is_last and any(each.startswith(name) for each in known))):
+        return None  # jsonargparse takes abbreviations
+    beginning = ("--" if entry.is_option else "") + "".join(f"{part}." for part in entry.path[:number])
+    if home := _home(name, run, entry.is_option):
+        dashes = "--" if entry.is_option else ""
+        return f"{entry.place}there is no argument {beginning}{name}; it is {dashes}{home}{name}"
+    return f"{entry.place}{no_argument(beginning, name, known, owner, entry.value if is_last else ...)}"
+
+
+def _class_path(at: Path_, annotation: Any, module: str, run: Run) -> str | None:
+    """The class whose arguments are behind a name, or None where it is not known without an import."""
+    if at == ("trainer",):
+        return TRAINER
+    if at in _SLOTS:
+        return _path(run.class_at(at))
+    if at in run.classes:  # another class than that of the annotation
+        return None
+    return signatures.class_in(annotation, module)
 
 
 def _no_mapping(entry: _Entry) -> str:
