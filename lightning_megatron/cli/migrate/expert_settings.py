@@ -68,10 +68,11 @@ def experts(given: Given, plan: Plan) -> None:
     for name, ours in _ALONE.items():
         if given.get(name) is not None:
             settings[ours] = given[name]
-            plan.say(name, given[name], "carried over", f"Experts({ours}=)", _PLACE)
+            if ours != "top_k_groups":
+                plan.say(name, given[name], "carried over", f"Experts({ours}=)", _PLACE)
     top_k = settings.setdefault("top_k", 2)
     if settings.get("top_k_groups"):
-        settings["group_scores"] = max(1, top_k // settings["top_k_groups"])  # megatron-core's rule
+        _groups(given, plan, settings, top_k)
     if settings.get("capacity_factor"):
         settings["eval_capacity_factor"] = settings["capacity_factor"]  # megatron-core drops in evaluation, too
     _normalisation(given, plan, settings, top_k)
@@ -85,6 +86,16 @@ def experts(given: Given, plan: Plan) -> None:
     if plan.get(f"{CONFIG}.layers") == "transformer_engine":
         plan.take_back(f"{CONFIG}.layers", "not needed", "layers of a mixture are PyTorch's, with the same numbers")
     plan.put(_PLACE, settings)
+
+
+def _groups(given: Given, plan: Plan, settings: dict[str, Any], top_k: int) -> None:
+    """How many scores of a group are added is megatron-core's rule; of which kind they are is not always."""
+    settings["group_scores"] = max(1, top_k // settings["top_k_groups"])
+    here = "Experts(top_k_groups=)"
+    of_logits = settings.get("router") != "sigmoid" and not given.get("moe_router_pre_softmax")
+    if of_logits and settings["group_scores"] > 1:
+        here += "; Megatron-LM ranks groups by their best logits, and here probabilities are added"
+    plan.say("moe_router_group_topk", settings["top_k_groups"], "carried over", here, _PLACE)
 
 
 def _normalisation(given: Given, plan: Plan, settings: dict[str, Any], top_k: int) -> None:

@@ -945,6 +945,22 @@ def test_experts(words, experts, parser):
     assert {name: getattr(made, name) for name in experts} == experts
 
 
+@pytest.mark.parametrize(
+    ("more", "differs"),
+    [
+        ("", True),
+        (" --moe-router-group-topk 2", False),  # of each group the best alone, which is the same of both
+        (" --moe-router-pre-softmax", False),
+        (" --moe-router-score-function sigmoid", False),
+    ],
+)
+def test_groups_that_are_ranked_by_other_scores_are_told(more, differs):
+    words = "--num-layers 2 --num-experts 8 --moe-router-topk 2 --moe-router-num-groups 4 --moe-router-group-topk 1"
+    plan = from_command_line(f"{words}{more} --hidden-size 64 --num-attention-heads 4".split(), "gpt")
+    (told,) = [line.says for line in plan.lines if line.setting == "--moe-router-group-topk"]
+    assert ("by their best logits" in told) == differs
+
+
 # DeepSeek-V3's attention in Megatron-LM's example, a stretched and a plain one.
 LATENTS = [
     (
