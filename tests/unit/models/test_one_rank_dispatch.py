@@ -1,5 +1,7 @@
 """Tokens reach the experts of their own rank as with megatron-core's dispatcher, without a question to the host."""
 
+from dataclasses import replace
+
 import torch
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -12,8 +14,8 @@ from tests.reference.parallel_experts import config_of
 from tests.support.built import built
 
 
-def expert_layer(**experts) -> ExpertLayer:
-    module = built(GPTModule(config_of("ODD", **experts)))
+def expert_layer(extra: dict | None = None, **experts) -> ExpertLayer:
+    module = built(GPTModule(replace(config_of("ODD", **experts), extra=extra or {})))
     return next(part for part in module.modules() if isinstance(part, ExpertLayer))
 
 
@@ -49,3 +51,10 @@ def test_no_size_is_asked_of_the_device():
 def test_layers_that_may_drop_tokens_keep_megatron_cores():
     assert isinstance(expert_layer(capacity_factor=1.0).token_dispatcher, MoEAlltoAllTokenDispatcher)
     assert isinstance(expert_layer(eval_capacity_factor=1.0).token_dispatcher, MoEAlltoAllTokenDispatcher)
+
+
+def test_shared_experts_that_run_beside_the_dispatch_are_run():
+    overlapping = expert_layer(extra={"moe_shared_expert_overlap": True})
+    assert isinstance(overlapping.token_dispatcher, MoEAlltoAllTokenDispatcher)
+    hidden = torch.randn(7, 3, overlapping.config.hidden_size)
+    torch.testing.assert_close(overlapping(hidden)[0], expert_layer()(hidden)[0])

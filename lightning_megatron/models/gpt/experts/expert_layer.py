@@ -43,7 +43,8 @@ class ExpertLayer(MoELayer):
         groups = get_default_pg_collection()
         super().__init__(config, parts, pg_collection=groups)
         self.set_layer_number(layer_number)
-        if groups.tp_ep.size() == 1 and config.moe_expert_capacity_factor is None:
+        plain = config.moe_expert_capacity_factor is None and not config.moe_shared_expert_overlap
+        if groups.tp_ep.size() == 1 and plain:
             self.token_dispatcher = OneRankDispatcher(config, groups)
         if config.moe_shared_expert_gate:
             config.init_method(self.shared_experts.gate_weight)  # noted again: megatron-core has changed its type

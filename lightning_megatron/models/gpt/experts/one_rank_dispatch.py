@@ -13,6 +13,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 class OneRankDispatcher(MoETokenDispatcher):
     """Takes the place of megatron-core's dispatchers where a rank shares no experts and no token is dropped.
 
+    It runs no shared experts beside the dispatch, as megatron-core's do with ``moe_shared_expert_overlap``.
+
     megatron-core's sort the tokens twice, and wait for a GPU to say how many each expert has. Here all sizes are known
     before: each token has ``top_k`` copies. In both passes rows are read where they stand and added in one order, so
     that a step on a GPU repeats to the bit.
