@@ -170,9 +170,12 @@ def _missing(message: str, _: list[str]) -> str:
     found = re.search(r"(?:following arguments are required: (.+)|Key \"(\S+)\" is required)", message)
     if not found:
         return ""
-    names = [name.strip() for name in (found[1] or found[2]).split(",")]
-    names = [name if name.startswith("-") else f"--{name.partition('.')[2] or name}" for name in names]
-    if found[2]:
+    names, inside = [name.strip() for name in (found[1] or found[2]).split(",")], _key(message[: found.start()])
+    if inside:
+        names = [f"--{inside}.{name}" for name in names]
+    elif found[1]:
+        names = [name if name.startswith("-") else f"--{name.partition('.')[2] or name}" for name in names]
+    else:
         names = [f"--{'.'.join(filter(None, (_key(message), found[2])))}"]
     return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} required; give it here or in a --config file"
 

@@ -29,7 +29,9 @@ class _Parser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         options = [option for action in parser._actions for option in action.option_strings]
-        sys.stderr.write(f"error: {explain(message, options)}\nSee {parser.prog.replace(' [options]', '')} --help\n")
+        package = sys.modules["__main__"].__package__
+        command = parser.prog.replace(" [options]", "").replace("__main__.py", f"python -m {package}")
+        sys.stderr.write(f"error: {explain(message, options)}\nSee {command} --help\n")
         sys.exit(2)
 
 

@@ -119,6 +119,7 @@ def test_help_describes_every_argument(tmp_path):
             ["--model.config.experts", "4"],
             "--model.config.experts is 4; it takes arguments of Experts: num, .* Write --model.config.experts.num=",
         ),
+        (["--model.config.experts.top_k", "2"], "--model.config.experts.num is required"),
         (["--model.optimizer", "AdamWW"], "no such class; did you mean AdamW?"),
         (["--model.lr_schedule.style", "cosin"], "--model.lr_schedule.style=cosin is unknown; did you mean cosine?"),
         (["--model.optimizer", "4"], "--model.optimizer=4: use the name of an optimizer, such as AdamW"),
