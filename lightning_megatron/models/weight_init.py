@@ -46,6 +46,10 @@ class FirstWeights:
         for config, name, method in self._methods:
             setattr(config, name, partial(self._note, method))
 
+    def __deepcopy__(self, _: Any) -> FirstWeights:
+        """Itself: shared experts copy their configuration (megatron-core 0.19), and note their weights here, too."""
+        return self
+
     def draw(self, chunk: torch.nn.Module, seed: int, rows: int | None) -> None:
         """Give the chunk that was built its weights, and the configurations their methods back.
 

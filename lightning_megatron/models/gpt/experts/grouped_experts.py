@@ -26,9 +26,10 @@ class GroupedExperts(MegatronModule):
         num_local_experts: The experts of this rank.
         config: megatron-core's configuration.
         pg_collection: megatron-core's process groups: experts are divided over ``ep``, each of them over ``expt_tp``.
+        **_: What later releases of megatron-core give beside these: a name.
     """
 
-    def __init__(self, num_local_experts: int, config: TransformerConfig, pg_collection: Any) -> None:
+    def __init__(self, num_local_experts: int, config: TransformerConfig, pg_collection: Any, **_: Any) -> None:
         super().__init__(config)
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         first = 2 * width if config.gated_linear_unit else width

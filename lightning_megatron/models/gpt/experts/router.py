@@ -30,6 +30,7 @@ class ExpertRouter(TopKRouter):
     Args:
         config: megatron-core's configuration; its ``experts`` are the settings.
         pg_collection: megatron-core's process groups.
+        **_: What later releases of megatron-core give beside these: its losses, which are not used, ask for it.
 
     Attributes:
         watched: Whether ``seen`` is added up; a callback that shows it sets it.
@@ -39,7 +40,7 @@ class ExpertRouter(TopKRouter):
     experts: Experts
     watched = False
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any = None) -> None:
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, **_: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.experts = config.experts
         for weight in (self.weight, self.bias):

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from typing_extensions import override
 
@@ -46,8 +47,8 @@ def use_latent_attention(layer: ModuleSpec) -> None:
             linear_kv_up_proj=up,
             core_attention=TorchAttention,
             linear_proj=CachedRowParallelLinear,
-            q_layernorm=TorchNorm,
-            kv_layernorm=TorchNorm,
+            q_layernorm=IdentityOp,  # the layer makes its own: megatron-core 0.19 takes norms with both latents alone
+            kv_layernorm=IdentityOp,
         ),
     )
 
@@ -73,9 +74,10 @@ class LatentSelfAttention(MLASelfAttention):
         self.recompute_up_proj = recomputes(config, "latent_up")
         without = config.no_rope_freq
         self.rotates = not (without and without[self.layer_number - 1])
-        for norm in (self.kv_layernorm, getattr(self, "q_layernorm", None)):
-            if norm is not None and latent.norm_epsilon is not None:
-                norm.eps = latent.norm_epsilon
+        epsilon = config.layernorm_epsilon if latent.norm_epsilon is None else latent.norm_epsilon
+        self.kv_layernorm = TorchNorm(config, latent.kv_lora_rank, epsilon)
+        if latent.q_lora_rank is not None:
+            self.q_layernorm = TorchNorm(config, latent.q_lora_rank, epsilon)
 
     @override
     def forward(
