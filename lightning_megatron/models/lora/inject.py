@@ -61,16 +61,23 @@ def inject(
 
 
 def targets_of(mapped: TensorMapping, ours: str, lora: LoRA) -> list[str]:
-    """The targets among transformers' weights that a layer is made of."""
+    """The targets among transformers' weights that a layer is made of; a head, a norm or an embedding is none."""
+    if not is_of_linear(ours):
+        return []
     mine = ours.removesuffix(".weight")
     return [name for name in mapped.names if lora.matches(name.removesuffix(".weight"), mine)]
+
+
+def is_of_linear(ours: str) -> bool:
+    """Whether a tensor is the weight of a layer that may have an update, by its name."""
+    return ours.endswith(".weight") and ".linear_" in f".{ours}"
 
 
 def target_names(mapping: WeightMapping, config: Any) -> list[str]:
     """The names of layers that targets may have: the family's and megatron-core's."""
     found = []
     for ours, mapped in mapping.items():
-        if ours.endswith(".weight") and ("linear_" in ours):
+        if is_of_linear(ours):
             found += [name.removesuffix(".weight") for name in (ours, *mapped.names)]
     usual = _USUAL if getattr(config, "experts", None) is None else (*_USUAL, *_OF_EXPERTS)
     if (latent := getattr(config, "latent_attention", None)) is not None:

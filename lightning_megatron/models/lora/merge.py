@@ -29,7 +29,7 @@ class Updates:
         self._heads = Heads.of(config)
         self._places: dict[str, tuple[TensorMapping, str]] = {}  # by the beginning of a key: of which weight of theirs
         for ours, mapped in mapping.items():
-            for theirs in targets_of(mapped, ours, lora) if ours.endswith(".weight") else ():
+            for theirs in targets_of(mapped, ours, lora):
                 part = theirs.removesuffix(".weight").rpartition(".")[2]
                 self._places[f"{key_prefix_of(ours)}{part}."] = (mapped, theirs)
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}

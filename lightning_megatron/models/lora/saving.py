@@ -80,9 +80,7 @@ def _in_whole_modules(
     """
     modules = heads | {name.rpartition(".")[0] for key in trained & mapping.keys() for name in mapping[key].names}
     torn = {*tied, *tied.values()}
-    torn |= {
-        name for key, mapped in mapping.items() for name in targets_of(mapped, key, lora) if key.endswith(".weight")
-    }
+    torn |= {name for key, mapped in mapping.items() for name in targets_of(mapped, key, lora)}
     fit = {module for module in modules if not any(name.startswith(f"{module}.") for name in torn)}
     whole = tuple(f"{module}." for module in fit)
     return {key for key, mapped in mapping.items() if all(name.startswith(whole) for name in mapped.names)}
