@@ -87,6 +87,15 @@ class Bert(Family):
         return {}
 
     @override
+    def read_head(self, fields: Fields, task: str | None) -> dict[str, Any]:
+        if task in _HEADS and task not in self.heads:
+            raise UnsupportedConfigError(
+                f"config={{'task': {task!r}}}: {self.model_type} has no such head in transformers. Choose from:"
+                f" {', '.join(self.heads)}."
+            )
+        return super().read_head(fields, task)
+
+    @override
     def write_config(self, config: Any) -> dict[str, Any]:
         activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
         self._require(config, norm_placement=("post",), activation=tuple(activations), extra=({},))

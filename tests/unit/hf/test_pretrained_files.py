@@ -281,6 +281,13 @@ def test_a_field_that_there_is_not_is_named(llama):
         AutoModule.from_pretrained(llama, config={"hidden_dropot": 0.1})
 
 
+@pytest.mark.parametrize("name", ["roberta-masked", "modernbert-masked"])
+def test_a_head_of_another_family_is_named(name):
+    family = name.removesuffix("-masked")
+    with pytest.raises(UnsupportedConfigError, match=f"'task': 'pretraining'.*{family} has no such head.*masked_lm, seq"):
+        AutoModule.from_pretrained(pretrained.new_model(name), config={"task": "pretraining"})
+
+
 def test_a_file_is_no_directory(llama, tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(RuntimeError, match=r"out was not saved.*is a file; name a directory"):
