@@ -112,7 +112,7 @@ class Pretraining(MaskedLM):
 class ClassOfFirstToken(SequenceClassification):
     """A class, several classes or numbers for each sequence, from its first token."""
 
-    def once(self, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def part_of_rank(self, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, where the first tokens are."""
         return _where_the_first_token_is(total, count)
 

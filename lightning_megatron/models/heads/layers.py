@@ -62,9 +62,3 @@ def states_at(config: TransformerConfig, hidden: torch.Tensor, places: torch.Ten
     if divided:
         states = reduce_from_tensor_model_parallel_region(states)
     return sum_with_gradients(states, context) if context.size() > 1 else states
-
-
-def once(total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A loss that every context-parallel rank computes of whole rows, as the part that one of them adds to the sum."""
-    size = process_groups.context_parallel().size()
-    return total / size, count / size

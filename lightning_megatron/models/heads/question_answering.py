@@ -63,6 +63,8 @@ class QuestionAnswering(Task):
     def weigh(self, batch: Batch) -> Batch:
         """Add what an answer's end weighs, so that starts and ends have a mean over the whole global batch each."""
         known = self.labels(batch)
+        if not known:  # a loss of the user's may need none
+            return batch
         starts, ends = average_losses_across_data_parallel_group([_number(known[name]) for name in (START, END)])
         return {**batch, _WEIGHT: (starts / ends.clamp(min=1e-6)).repeat(len(batch["input_ids"]))}
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lightning_megatron.distributed import process_groups
 from lightning_megatron.distributed.sequence_shards import SequenceShards
 from lightning_megatron.models.batch_checks import check_range, check_tokens
 from lightning_megatron.models.heads import settings
-from lightning_megatron.models.heads.layers import once
 from lightning_megatron.models.megatron_module import IGNORED_LABEL, Batch
 
 # Sum and count, by the name under which the mean is logged; "loss" has its own logging.
@@ -158,15 +158,16 @@ class SequenceClassification(Task):
         logits, labels = output.float(), batch["labels"]
         problem = self._problem(labels)
         if problem == "single_label_classification":
-            return {"loss": self.once(*cross_entropy(logits, labels.view(-1).long()))}
+            return {"loss": self.part_of_rank(*cross_entropy(logits, labels.view(-1).long()))}
         targets = labels.float().view_as(logits)
         loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
         total, count = loss(logits, targets, reduction="sum"), logits.new_full((), logits.numel())
-        return {"loss": self.once(total, count)}
+        return {"loss": self.part_of_rank(total, count)}
 
-    def once(self, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A loss of rows as the part that this rank adds to the sum over those that share the rows."""
-        return once(total, count)
+    def part_of_rank(self, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A loss of whole rows as the part that this rank adds to the sum over the ranks that share the rows."""
+        size = process_groups.context_parallel().size()
+        return total / size, count / size
 
     def predictions(self, output: torch.Tensor, length: int, shards: SequenceShards) -> Any:
         """``[b, num_labels]``."""

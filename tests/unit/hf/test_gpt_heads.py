@@ -120,9 +120,7 @@ def test_a_model_with_a_head_is_causal_again():
 def test_a_new_head_of_an_adapter_is_score_in_peft(tmp_path):
     task = {"task": "sequence_classification", "num_labels": 3, "pad_token_id": 0}
     with pytest.warns(UserWarning, match="new head"):
-        module = AutoModule.from_pretrained(
-            pretrained.new_model("qwen3"), config=task, lora=LoRA(rank=4)
-        ).build()
+        module = AutoModule.from_pretrained(pretrained.new_model("qwen3"), config=task, lora=LoRA(rank=4)).build()
     trained = {name for name, each in module.named_shards() if each.requires_grad and "_lora" not in name}
     assert trained == {"classification_head.weight"}
     for parameter in module.chunks.parameters():

@@ -284,7 +284,9 @@ def test_a_field_that_there_is_not_is_named(llama):
 @pytest.mark.parametrize("name", ["roberta-masked", "modernbert-masked"])
 def test_a_head_of_another_family_is_named(name):
     family = name.removesuffix("-masked")
-    with pytest.raises(UnsupportedConfigError, match=f"'task': 'pretraining'.*{family} has no such head.*masked_lm, seq"):
+    with pytest.raises(
+        UnsupportedConfigError, match=f"'task': 'pretraining'.*{family} has no such head.*masked_lm, seq"
+    ):
         AutoModule.from_pretrained(pretrained.new_model(name), config={"task": "pretraining"})
 
 

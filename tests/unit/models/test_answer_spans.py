@@ -34,6 +34,11 @@ def test_positions_that_are_none(batch, says):
         MODULE.task.check({"input_ids": IDS, **{name: torch.tensor(value) for name, value in batch.items()}})
 
 
+def test_batches_of_another_loss_need_no_positions():
+    batch = {"input_ids": IDS, "spans": IDS}
+    assert MODULE.task.weigh(batch) == batch
+
+
 @pytest.mark.parametrize(
     ("starts", "ends"),
     [
