@@ -65,7 +65,7 @@ def check_tokens(module: str, name: str, ids: torch.Tensor) -> None:
     seen = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, torch.Tensor) else f"a {type(ids).__name__}"
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
         raise ValueError(
-            f"{module}: {name!r} is {seen}. It takes token ids, a tensor of integers [b, s] with a token or more; pad"
+            f"{module}: {name!r} is {seen}. It takes integers [b, s], one for each token, of a token or more; pad"
             " and stack the samples in the collate function."
         )
 
