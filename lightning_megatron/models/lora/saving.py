@@ -16,6 +16,10 @@ from lightning_megatron.models.lora.inject import targets_of
 from lightning_megatron.models.lora.merge import Updates
 from lightning_megatron.models.lora.peft_files import HEADS, Saved, write
 
+# Layers that peft's ``_MOE_TARGET_MODULE_MAPPING`` takes for those of experts, in families that may have them beside.
+_FORMER_EXPERTS = tuple(f".{name}_proj.weight" for name in ("gate", "up", "down"))
+_RENAMED_BY_PEFT = ("qwen3_moe", "deepseek_v2", "deepseek_v3")
+
 
 class AdapterWriter:
     """Takes the tensors of a model that an adapter holds, one after the other, and writes them as ``peft`` does.
@@ -38,6 +42,7 @@ class AdapterWriter:
             trained, self._mapping, family.tied(config), lora, HEADS.get(self._task, set())
         )
         self._lacking = trained - self._whole_keys
+        self._misread = _misread_by_peft(self._mapping, lora) if family.model_type in _RENAMED_BY_PEFT else []
         self._whole: dict[str, torch.Tensor] = {}
         self._base = (base or {}).get("_name_or_path") or None
 
@@ -53,17 +58,30 @@ class AdapterWriter:
             self._whole |= take_apart(self._mapping[key], tensor, self._heads)
 
     def warn(self, folder: Path) -> None:
-        """Say which of the weights that were trained have no place in the directory."""
+        """Say which of the weights that were trained have no place in the directory, and which peft misreads."""
         if self._lacking:
             rank_zero_warn(
                 f"{folder} lacks these, which were trained whole and which peft has no place for; save_pretrained and"
                 f" checkpoints have all of it:\n{as_list(self._lacking)}"
+            )
+        if self._misread:
+            rank_zero_warn(
+                f"peft cannot load {folder}: of this family it takes gate_proj, up_proj and down_proj for"
+                " former names of the experts' own layers, and these beside them have updates, too:\n"
+                f"{as_list(self._misread)}\nload_adapter reads it. For peft, choose LoRA(targets=...) without them; or"
+                " use save_pretrained, which merges the updates."
             )
 
     def write(self, folder: Path) -> None:
         """Write the directory that peft loads."""
         transposed = any(mapped.transposed for mapped in self._mapping.values())
         write(folder, Saved(self._lora, self._updates.each, self._whole), self._task, self._base, transposed)
+
+
+def _misread_by_peft(mapping: WeightMapping, lora: LoRA) -> list[str]:
+    """transformers' names of layers beside experts whose updates ``peft`` takes for those of experts (0.21)."""
+    names = [name for key, mapped in mapping.items() for name in targets_of(mapped, key, lora)]
+    return [name for name in names if name.endswith(_FORMER_EXPERTS)]
 
 
 def _in_whole_modules(

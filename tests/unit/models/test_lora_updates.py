@@ -173,3 +173,16 @@ def test_all_linear_layers_of_a_mixture_have_updates():
         assert torch.equal(module(input_ids=ids), module(input_ids=ids))
         module.train()
         assert not torch.equal(module(input_ids=ids), module(input_ids=ids))
+
+
+def test_updates_that_peft_takes_for_those_of_experts_are_told(tmp_path):
+    model = pretrained.new_model("deepseek_v3")
+    module = AutoModule.from_pretrained(model, lora=LoRA(rank=2)).build()
+    with pytest.warns(UserWarning, match=r"(?s)peft cannot load .*\n  model.layers.\d.mlp.shared_experts.up_proj"):
+        module.save_adapter(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    again = AutoModule.from_pretrained(model).load_adapter(tmp_path).build()
+    updates = {key: value for key, value in module.state_dict().items() if "_lora" in key}
+    assert updates.keys() == {key for key in again.state_dict() if "_lora" in key}
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in updates.items())
