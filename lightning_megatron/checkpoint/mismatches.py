@@ -23,17 +23,17 @@ def of_all_ranks(wanted: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
     return {key: tuple(shape) for shapes in every for key, shape in shapes.items()}
 
 
-def differences(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> dict[str, str]:
+def differences(model: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """Compare the model of all ranks together with a checkpoint.
 
     Args:
-        wanted: The shapes of the whole model's tensors of which this rank holds a part.
+        model: The shapes of the whole model's tensors, as ``of_all_ranks`` returns them.
         stored: The shapes of the checkpoint's tensors.
 
     Returns:
         A line for each key that differs, the same on every rank.
     """
-    model, lines = of_all_ranks(wanted), {}
+    lines = {}
     for key in model.keys() | stored.keys():
         if key not in stored:
             lines[key] = f"{key} {list(model[key])} is in the model and not in the checkpoint"

@@ -129,9 +129,8 @@ def _buffers(
     path: Path, module: pl.LightningModule, where: dict[str, ShardSpec], stored: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], list[ShardedTensor]]:
     shapes = {key: tuple(value.size) for key, value in stored.items() if key.startswith("model.")}
-    lines = mismatches.differences(
-        {f"model.{where[n].key}": where[n].shape for n in module.state_dict() if n in where}, shapes
-    )
+    held = {f"model.{where[n].key}": where[n].shape for n in module.state_dict() if n in where}
+    lines = mismatches.differences(mismatches.of_all_ranks(held), shapes)
     if lines and module.strict_loading:
         mismatches.raise_mismatches(path, lines)
     if lines:

@@ -20,7 +20,7 @@ class StackedExperts(Source):
         places: Where each tensor of the source is in the model; others are left as they are.
 
     Attributes:
-        missing: What a stack lacks, in words.
+        missing: Sentences that name the matrices which the source lacks for a stack.
     """
 
     def __init__(self, source: Source, places: Mapping[str, Place]) -> None:

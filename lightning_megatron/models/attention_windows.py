@@ -24,7 +24,7 @@ def check_layers(config: Any, name: str, needed: str = "", what: str = "") -> No
         config: The configuration.
         name: Its field, a list of numbers from 0, or None.
         needed: The field that a list needs.
-        what: What that field says.
+        what: What an error says that the needed field is.
 
     Raises:
         ValueError: The list is wrong.

@@ -52,9 +52,8 @@ def _leave_to_the_user(given: Given, plan: Plan) -> None:
         says = f"{name} of the data module that you give; there is no data_path"
         plan.take_back(f"{DATA}.{name}", "yours to do", says)
     plan.run.pop("data", None)
-    for name in ("mask_prob", "short_seq_prob"):
-        if given.get(name) is not None:
-            plan.say(name, given[name], "yours to do", "of the data module that you give; there is no data_path")
+    says = "of the data module that you give; there is no data_path"
+    take(given, plan, ("mask_prob", "short_seq_prob"), says, fate="yours to do")
 
 
 def _is_number(word: str) -> bool:

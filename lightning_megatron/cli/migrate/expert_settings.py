@@ -6,7 +6,7 @@ import ast
 from typing import Any
 
 from lightning_megatron.cli.migrate.model_settings import depth, is_gpt
-from lightning_megatron.cli.migrate.plan import Fate, Given, MigrationError, Plan
+from lightning_megatron.cli.migrate.plan import Fate, Given, MigrationError, Plan, take
 from lightning_megatron.cli.migrate.settings_table import CONFIG, STRATEGY
 
 _PLACE = f"{CONFIG}.experts"
@@ -52,7 +52,6 @@ def experts(given: Given, plan: Plan) -> None:
         given: All settings, by Megatron's names, with their values read.
         plan: The run in the making.
     """
-    named = [name for name in (*_ALONE, *_TOGETHER, *_EXTRA) if given.get(name) is not None]
     if given.get("num_experts") is None or not is_gpt(plan):
         fate: Fate = "not needed"
         says = "Megatron-LM looks at it only with num_experts"
@@ -61,8 +60,7 @@ def experts(given: Given, plan: Plan) -> None:
                 "not here",
                 "only a GPT that is built from its sizes has experts; a pretrained one brings its own",
             )
-        for name in named:
-            plan.say(name, given[name], fate, says)
+        take(given, plan, (*_ALONE, *_TOGETHER, *_EXTRA), says, fate=fate)
         return
     settings: dict[str, Any] = {}
     for name, ours in _ALONE.items():

@@ -41,15 +41,12 @@ def latent_attention(given: Given, plan: Plan) -> None:
         plan: The run in the making.
     """
     name = "multi_latent_attention"
+    every = (name, *_SIZES, *_STRETCH)
     if not given.get(name):
-        for each in (name, *_SIZES, *_STRETCH):
-            if given.get(each) is not None:
-                plan.say(each, given[each], "not needed", f"Megatron-LM looks at it only with {name}")
+        take(given, plan, every, f"Megatron-LM looks at it only with {name}", fate="not needed")
         return
     if not is_gpt(plan):
-        for each in (name, *_SIZES, *_STRETCH):
-            if given.get(each) is not None:
-                plan.say(each, given[each], "not here", "only a GPT that is built from its sizes has it as a setting")
+        take(given, plan, every, "only a GPT that is built from its sizes has it as a setting", fate="not here")
         return
     for place, (fate, says) in _OF_OTHERS.items():
         value = plan.get(f"{CONFIG}.{place}")
@@ -83,9 +80,7 @@ def _stretch(given: Given, plan: Plan) -> None:
     factor, kind = given.get("rotary_scaling_factor") or 1.0, given.get("rope_type") or "yarn"
     if factor == 1.0 or kind != "yarn":
         fate: Fate = "not here" if factor != 1.0 and given.get("mscale_all_dim") else "not needed"
-        for name in _STRETCH:
-            if given.get(name) is not None:
-                plan.say(name, given[name], fate, "YaRN alone stretches, by a rotary_scaling_factor above 1")
+        take(given, plan, _STRETCH, "YaRN alone stretches, by a rotary_scaling_factor above 1", fate=fate)
         return
     take(given, plan, _STRETCH, "config.rope_scaling", _SCALING)
     mscale, of_scores = given.get("mscale", 1.0), given.get("mscale_all_dim", 0.0)

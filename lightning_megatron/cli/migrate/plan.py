@@ -111,12 +111,17 @@ def _class_first(value: Any) -> Any:
 
 
 def take(
-    given: Given, plan: Plan, names: tuple[str, ...], says: str | Callable[[str], str], place: str | None = None
+    given: Given,
+    plan: Plan,
+    names: tuple[str, ...],
+    says: str | Callable[[str], str],
+    place: str | None = None,
+    fate: Fate = "carried over",
 ) -> dict[str, Any]:
-    """Say of those settings in ``names`` that were given that they are carried over; returns them by name."""
+    """Say what becomes of those settings in ``names`` that were given; returns them by name."""
     found = {name: given[name] for name in names if given.get(name) is not None}
     for name, value in found.items():
-        plan.say(name, value, "carried over", says if isinstance(says, str) else says(name), place)
+        plan.say(name, value, fate, says if isinstance(says, str) else says(name), place)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields, UnsupportedConfigError
+from lightning_megatron.hf.families import sizes
 from lightning_megatron.hf.family import Family
 from lightning_megatron.hf.weight_mapping import QueryKeyValue, WeightMapping, table
 
@@ -59,12 +60,7 @@ class Bert(Family):
         if classifies:
             fields.must_be("classifier_dropout", None, fields("hidden_dropout_prob"))
         return {
-            "num_layers": fields("num_hidden_layers"),
-            "hidden_size": fields("hidden_size"),
-            "num_attention_heads": fields("num_attention_heads"),
-            "ffn_hidden_size": fields("intermediate_size"),
-            "vocab_size": fields("vocab_size"),
-            "seq_length": fields("max_position_embeddings"),
+            **sizes.read_shape(fields),
             "num_token_types": fields("type_vocab_size"),
             "activation": fields.one_of("hidden_act", _ACTIVATIONS),
             "layernorm_epsilon": fields("layer_norm_eps"),
@@ -105,12 +101,7 @@ class Bert(Family):
                 f"BertConfig(num_token_types=0) cannot be saved as a {self.model_type}, whose tokens have types."
             )
         return {
-            "num_hidden_layers": config.num_layers,
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
-            "intermediate_size": config.ffn_hidden_size or 4 * config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.seq_length,
+            **sizes.written_shape(config),
             "type_vocab_size": config.num_token_types,
             "hidden_act": activations[config.activation],
             "layer_norm_eps": config.layernorm_epsilon,

@@ -7,7 +7,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
-from lightning_megatron.hf.families import rope
+from lightning_megatron.hf.families import rope, sizes
 from lightning_megatron.hf.families.causal import Causal
 from lightning_megatron.hf.weight_mapping import WeightMapping, table
 
@@ -27,12 +27,7 @@ class GPTNeoX(Causal):
         fields.must_be("is_decoder", False, True)
         fields.must_be("head_dim", fields("hidden_size") // fields("num_attention_heads"), None)
         return {
-            "num_layers": fields("num_hidden_layers"),
-            "hidden_size": fields("hidden_size"),
-            "num_attention_heads": fields("num_attention_heads"),
-            "ffn_hidden_size": fields("intermediate_size"),
-            "vocab_size": fields("vocab_size"),
-            "seq_length": fields("max_position_embeddings"),
+            **sizes.read_shape(fields),
             "activation": fields.one_of("hidden_act", _ACTIVATIONS),
             "layernorm_epsilon": fields("layer_norm_eps"),
             "hidden_dropout": fields("hidden_dropout"),
@@ -52,12 +47,7 @@ class GPTNeoX(Causal):
         self._require(config, activation=tuple(activations), sliding_window=(None,), extra=({},))
         self._require(config, embedding_multiplier=(1.0,))
         return {
-            "num_hidden_layers": config.num_layers,
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
-            "intermediate_size": config.ffn_hidden_size or 4 * config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.seq_length,
+            **sizes.written_shape(config),
             "hidden_act": activations[config.activation],
             "layer_norm_eps": config.layernorm_epsilon,
             "hidden_dropout": config.hidden_dropout,

@@ -16,7 +16,7 @@ class Mixture(Llama):
 
     Attributes:
         block: transformers' name, in a layer, of the router and experts.
-        router: Its name of the router.
+        router: transformers' name, in such a block, of the router's layer.
         normalized: Whether the weights of a token's experts add up to 1; None: the configuration says so.
     """
 

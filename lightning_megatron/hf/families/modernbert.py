@@ -7,7 +7,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_megatron.hf.config_reader import Fields
-from lightning_megatron.hf.families import layer_types, rope
+from lightning_megatron.hf.families import layer_types, rope, sizes
 from lightning_megatron.hf.families.bert import Bert
 from lightning_megatron.hf.weight_mapping import FusedQueryKeyValue, WeightMapping, table
 
@@ -55,12 +55,7 @@ class ModernBert(Bert):
         rotary = rope.read_two(fields)
         del rotary["rotary_percent"]
         return {
-            "num_layers": fields("num_hidden_layers"),
-            "hidden_size": fields("hidden_size"),
-            "num_attention_heads": fields("num_attention_heads"),
-            "ffn_hidden_size": fields("intermediate_size"),
-            "vocab_size": fields("vocab_size"),
-            "seq_length": fields("max_position_embeddings"),
+            **sizes.read_shape(fields),
             "num_token_types": 0,
             "activation": fields.one_of("hidden_activation", _ACTIVATIONS),
             "layernorm_epsilon": fields("norm_eps"),
@@ -88,12 +83,7 @@ class ModernBert(Bert):
         kinds = layer_types.written(config, switch=False)
         reach = kinds.pop("sliding_window", None)
         return {
-            "num_hidden_layers": config.num_layers,
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
-            "intermediate_size": config.ffn_hidden_size or 4 * config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.seq_length,
+            **sizes.written_shape(config),
             "hidden_activation": activations[config.activation],
             "classifier_activation": activations[config.activation],
             "norm_eps": config.layernorm_epsilon,

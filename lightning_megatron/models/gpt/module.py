@@ -23,7 +23,7 @@ from lightning_megatron.models.gpt.layer_spec import gpt_block_spec, last_layer_
 from lightning_megatron.models.gpt.model import PositionedGPT
 from lightning_megatron.models.gpt.multi_token_prediction import LaterTokens, later_tokens
 from lightning_megatron.models.gpt.packed_documents import Documents
-from lightning_megatron.models.gpt.tasks import TASKS, ClassOfLastToken
+from lightning_megatron.models.gpt.tasks import TASKS
 from lightning_megatron.models.heads.tasks import Task
 from lightning_megatron.models.host_answers import Question, answers, with_answers
 from lightning_megatron.models.layers.attention import pad_mask
@@ -255,8 +255,7 @@ class GPTModule(GeneratingModule):
 
     def _fitted(self, inputs: Batch) -> Batch:
         """The inputs as this rank takes them; those of experts say how much each token counts in the loss."""
-        if isinstance(self.task, ClassOfLastToken):
-            inputs = self.task.complete(inputs)
+        inputs = self.task.complete(inputs)
         if self.config.mtp and self.training and self.on_last_stage:
             inputs = {**inputs, "later_tokens": later_tokens(inputs, self.config.mtp)}  # type: ignore[dict-item]
         inputs = super()._fitted(inputs)

@@ -54,7 +54,7 @@ class ClassOfLastToken(SequenceClassification):
         return found
 
     def complete(self, inputs: Batch) -> Batch:
-        """What ``get_batch`` returned, with the last tokens, which an overridden one may leave out."""
+        """The inputs, with the last tokens."""
         if "last_tokens" in inputs:
             return inputs
         return {**inputs, "last_tokens": last_tokens(inputs, self.config.pad_token_id)}

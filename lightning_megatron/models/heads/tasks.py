@@ -57,6 +57,10 @@ class Task:
         """The labels of a micro-batch."""
         return {"labels": batch["labels"]} if "labels" in batch else {}
 
+    def complete(self, inputs: Batch) -> Batch:
+        """What ``get_batch`` returned, with what the head reads and an overridden one may leave out."""
+        return inputs
+
     def pad_labels(self, inputs: Batch, padding: int) -> Batch:
         """Those labels that have one for each token, for ``padding`` tokens more."""
         return {}

@@ -68,6 +68,11 @@ def targets_of(mapped: TensorMapping, ours: str, lora: LoRA) -> list[str]:
     return [name for name in mapped.names if lora.matches(name.removesuffix(".weight"), mine)]
 
 
+def all_targets(mapping: WeightMapping, lora: LoRA) -> list[str]:
+    """The targets among transformers' weights that a model is made of."""
+    return [name for ours, mapped in mapping.items() for name in targets_of(mapped, ours, lora)]
+
+
 def is_of_linear(ours: str) -> bool:
     """Whether a tensor is the weight of a layer that may have an update, by its name."""
     return ours.endswith(".weight") and ".linear_" in f".{ours}"

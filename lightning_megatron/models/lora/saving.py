@@ -12,7 +12,7 @@ from lightning_megatron import hf
 from lightning_megatron.checkpoint.mismatches import as_list
 from lightning_megatron.hf.weight_mapping import Heads, WeightMapping, is_update, take_apart
 from lightning_megatron.models.lora.config import LoRA
-from lightning_megatron.models.lora.inject import targets_of
+from lightning_megatron.models.lora.inject import all_targets
 from lightning_megatron.models.lora.merge import Updates
 from lightning_megatron.models.lora.peft_files import HEADS, Saved, write
 
@@ -80,8 +80,7 @@ class AdapterWriter:
 
 def _misread_by_peft(mapping: WeightMapping, lora: LoRA) -> list[str]:
     """transformers' names of layers beside experts whose updates ``peft`` takes for those of experts (0.21)."""
-    names = [name for key, mapped in mapping.items() for name in targets_of(mapped, key, lora)]
-    return [name for name in names if name.endswith(_FORMER_EXPERTS)]
+    return [name for name in all_targets(mapping, lora) if name.endswith(_FORMER_EXPERTS)]
 
 
 def _in_whole_modules(
@@ -97,8 +96,7 @@ def _in_whole_modules(
         heads: Modules that are there in any case.
     """
     modules = heads | {name.rpartition(".")[0] for key in trained & mapping.keys() for name in mapping[key].names}
-    torn = {*tied, *tied.values()}
-    torn |= {name for key, mapped in mapping.items() for name in targets_of(mapped, key, lora)}
+    torn = {*tied, *tied.values(), *all_targets(mapping, lora)}
     fit = {module for module in modules if not any(name.startswith(f"{module}.") for name in torn)}
     whole = tuple(f"{module}." for module in fit)
     return {key for key, mapped in mapping.items() if all(name.startswith(whole) for name in mapped.names)}

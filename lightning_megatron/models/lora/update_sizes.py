@@ -106,14 +106,15 @@ def _feed_forward(config: Any, has_experts: bool) -> dict[str, LinearLayer]:
 def updates_of(config: Any, lora: LoRA) -> list[list[dict[str, LayerUpdate]]]:
     """The updates of each layer of each stack, by the linear layer's name."""
     mapping, heads, experts = _mapping_of(config), Heads.of(config), getattr(config, "experts", None)
+    linears = {has: linear_layers(config, has) for has in ((False,) if experts is None else (False, True))}
+    with_experts = [] if experts is None else experts.in_layers(config.num_layers)
     found = []
     for index, stack in enumerate(config.stacks(config.lengths)):
         kinds = ("self_attention", "cross_attention", "mlp") if len(stack.attention) > 1 else ("self_attention", "mlp")
         layers: list[dict[str, LayerUpdate]] = []
         for number in range(stack.layers):
             layers.append({})
-            has_experts = experts is not None and experts.in_layers(config.num_layers)[number]
-            for name, linear in linear_layers(config, has_experts).items():
+            for name, linear in linears[bool(with_experts) and with_experts[number]].items():
                 whole = f"{config.stack_names[index]}.layers.{number}.{name}.weight"
                 mapped = mapping.get(whole, Same(whole))
                 chosen = targets_of(mapped, whole, lora) if name.startswith(kinds) else []

@@ -121,7 +121,7 @@ def zero_moment(name: str, weight: torch.Tensor, group: dict[str, Any]) -> torch
     Args:
         name: "exp_avg" or "exp_avg_sq"; any other state, and that of another optimizer, is like the weight.
         weight: The weight that the optimizer updates.
-        group: Its group.
+        group: The parameter group that the parameter is in, with its settings.
     """
     if f"{name}_dtype" not in group:
         return torch.zeros_like(weight)
